@@ -1,0 +1,312 @@
+"""The command line: ``lora-ms COMMAND …`` and MindFormers' ``run_mindformer.py …``, with the same flags.
+
+Nothing heavy is imported before the flags are read, so that ``--help`` answers at once.
+"""
+
+import argparse
+import difflib
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from lora_ms.errors import LoraMsError
+
+COMMANDS = {
+    "finetune": "train an adapter (or, with pet_config: null, the whole model)",
+    "predict": "answer the prompts of --predict_data",
+    "chat": "talk with a model and its adapter",
+    "eval": "loss and perplexity on eval_dataset",
+}
+RUN_MODES = {"finetune": ("finetune", "train"), "predict": ("predict",), "chat": ("predict",), "eval": ("eval",)}
+
+
+def flag_bool(text: str) -> bool:
+    """True or False, in any case."""
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"wants True or False, got {text!r}")
+    return text.lower() == "true"
+
+
+def flag_int(text: str) -> int:
+    """A whole number."""
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"wants a whole number, got {text!r}") from None
+
+
+def flag_float(text: str) -> float:
+    """A number."""
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"wants a number, got {text!r}") from None
+
+
+def flag_bool_or_name(text: str) -> bool | str:
+    """True or False in any case, else a checkpoint's name."""
+    return text.lower() == "true" if text.lower() in ("true", "false") else text
+
+
+def flag_fill(text: str) -> tuple[str, str]:
+    """``NAME=text``: the name is a word."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise argparse.ArgumentTypeError(f"wants NAME=text with a word as NAME, got {text!r}")
+    return name, value
+
+
+SIZES = "model.model_config"
+DATA = "data_loader.dataset_dir"
+
+# group -> (flag, key of the configuration, type, placeholder, help); a flag that is not given keeps the YAML's value
+FLAGS = {
+    "what to train on": [
+        ("load_checkpoint", "load_checkpoint", str, "PATH", "Hugging Face folder, or .ckpt, .safetensors"),
+        ("load_adapter", "load_adapter", str, "DIR", "adapter folder to go on from or to use"),
+        ("train_dataset_dir", f"train_dataset.{DATA}", str, "PATH", "training rows: file, folder or glob"),
+        ("eval_dataset_dir", f"eval_dataset.{DATA}", str, "PATH", "evaluation rows: file, folder or glob"),
+        ("num_samples", "train_dataset.num_samples", flag_int, "N", "only the first N training rows"),
+        ("output_dir", "output_dir", str, "DIR", "where results go"),
+    ],
+    "training": [
+        ("epochs", "runner_config.epochs", flag_int, "N", "passes over the data"),
+        ("max_steps", "runner_config.max_steps", flag_int, "N", "optimiser steps; -1: as epochs make"),
+        ("batch_size", "runner_config.batch_size", flag_int, "N", "rows per device and micro-batch"),
+        (
+            "gradient_accumulation_steps",
+            "runner_config.gradient_accumulation_steps",
+            flag_int,
+            "N",
+            "micro-batches per optimiser step",
+        ),
+        ("learning_rate", "lr_schedule.learning_rate", flag_float, "X", "highest learning rate"),
+        ("seq_length", f"{SIZES}.seq_length", flag_int, "N", "longest row, in tokens"),
+        ("resume_training", "resume_training", flag_bool_or_name, "True|NAME", "go on from the newest checkpoint"),
+        ("seed", "seed", flag_int, "N", "of initialisation, order, dropout, sampling"),
+        ("use_parallel", "use_parallel", flag_bool, "BOOL", "all cards that msrun started"),
+        ("device_target", "context.device_target", str, "NAME", "auto, Ascend or CPU"),
+        ("device_id", "context.device_id", flag_int, "N", "which card"),
+    ],
+    "generation": [
+        ("max_new_tokens", f"{SIZES}.max_new_tokens", flag_int, "N", "longest answer, in tokens"),
+        ("do_sample", f"{SIZES}.do_sample", flag_bool, "BOOL", "False: always the likeliest token"),
+        ("temperature", f"{SIZES}.temperature", flag_float, "X", "below 1 sharpens, above 1 flattens"),
+        ("top_k", f"{SIZES}.top_k", flag_int, "N", "among the N likeliest tokens; 0: all"),
+        ("top_p", f"{SIZES}.top_p", flag_float, "X", "among tokens of total probability X"),
+        ("repetition_penalty", f"{SIZES}.repetition_penalty", flag_float, "X", "1: none"),
+    ],
+    "MindFormers compatibility": [
+        ("run_mode", "run_mode", str, "MODE", "finetune, train, eval or predict"),
+        ("sink_mode", "runner_config.sink_mode", flag_bool, "BOOL", "feed the device in one piece"),
+    ],
+}
+# MindFormers' flags that change nothing here: accepted, reported by RunConfig.notices()
+IDLE_FLAGS = [
+    ("mode", "context.mode", flag_int, None),
+    ("do_eval", "do_eval", flag_bool, None),
+    ("modal_type", "modal_type", str, "+"),
+    ("predict_batch_size", "predict_batch_size", flag_int, None),
+    ("adapter_id", "adapter_id", str, "+"),
+    ("src_strategy_path_or_dir", "src_strategy_path_or_dir", str, None),
+    ("auto_trans_ckpt", "auto_trans_ckpt", flag_bool, None),
+    ("transform_process_num", "transform_process_num", flag_int, None),
+    ("only_save_strategy", "only_save_strategy", flag_bool, None),
+    ("strategy_load_checkpoint", "strategy_load_checkpoint", str, None),
+    ("remote_save_url", "remote_save_url", str, None),
+    ("profile", "profile", flag_bool, None),
+    ("register_path", "register_path", str, None),
+    ("trust_remote_code", "trust_remote_code", flag_bool, None),
+]
+FLAG_KEYS = {row[0]: row[1] for rows in (*FLAGS.values(), IDLE_FLAGS) for row in rows}
+OTHER_FLAGS = ("config", "preset", "fill", "options", "predict_data", "debug")
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a wrong flag as every other fault of the user's is reported: one line, status 2."""
+
+    def error(self, message: str) -> NoReturn:
+        raise LoraMsError(f"{message} (see {self.prog} --help)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``lora-ms``. Returns the exit status: 0, 2 for a fault of the user's, 130 when interrupted."""
+    return _guarded(_lora_ms, sys.argv[1:] if argv is None else list(argv))
+
+
+def run_mindformer(argv: Sequence[str] | None = None) -> int:
+    """``run_mindformer.py``: the command is ``--run_mode``, else the YAML's ``run_mode``. Returns the exit status."""
+    return _guarded(_run_mindformer, sys.argv[1:] if argv is None else list(argv))
+
+
+def _guarded(command: Any, argv: list[str]) -> int:
+    try:
+        return command(argv)
+    except SystemExit as stop:  # argparse, after --help or --version
+        return int(stop.code or 0)
+    except KeyboardInterrupt:
+        return 130
+    except LoraMsError as fault:
+        if "--debug" in argv:
+            raise
+        print("error:", " ".join(str(fault).split()), file=sys.stderr)
+        return 2
+
+
+def _lora_ms(argv: list[str]) -> int:
+    known, free_form = split_free_form(argv)
+    parser = Parser(
+        prog="lora-ms", description="Fine-tune Llama and Qwen models with LoRA on MindSpore.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action=Version, nargs=0, help="print the version and stop")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands", required=True)
+    for name, summary in COMMANDS.items():
+        add_flags(
+            commands.add_parser(
+                name,
+                help=summary,
+                description=f"lora-ms {name}: {summary}.",
+                allow_abbrev=False,
+                formatter_class=Help,
+                usage=f"lora-ms {name} [--config YAML] [flags]",
+            )
+        )
+    args = _parse(parser, known)
+    if args.config is None and args.load_checkpoint is None:
+        raise LoraMsError("what model? give --config FILE.yaml, or --load_checkpoint with a model's folder")
+    allowed = RUN_MODES[args.command]
+    if args.run_mode is None:
+        args.run_mode = allowed[0]
+    elif args.run_mode not in allowed:
+        raise LoraMsError(f"--run_mode {args.run_mode} contradicts the command {args.command}: leave the flag out")
+    return _dispatch(args.command, args, free_form)
+
+
+def _run_mindformer(argv: list[str]) -> int:
+    known, free_form = split_free_form(argv)
+    parser = Parser(
+        prog="run_mindformer.py",
+        description="Fine-tune Llama and Qwen models with LoRA on MindSpore.",
+        allow_abbrev=False,
+        formatter_class=Help,
+        usage="run_mindformer.py --config YAML [flags]",
+    )
+    add_flags(parser)
+    args = _parse(parser, known)
+    if args.config is None:
+        raise LoraMsError("--config is missing: give a YAML, such as configs/llama2/lora_llama2_7b.yaml")
+    return _dispatch(None, args, free_form)
+
+
+def _dispatch(command: str | None, args: argparse.Namespace, free_form: list[str]) -> int:
+    from lora_ms.config import load_config
+
+    config = load_config(
+        args.config, preset=args.preset, flags=flags_of(args), options=args.options, free_form=free_form
+    )
+    command = command or {"train": "finetune"}.get(config.run_mode, config.run_mode)
+    if command == "finetune":
+        from lora_ms.tasks import finetune
+
+        finetune.run(config)
+    elif command == "predict":
+        if not args.predict_data:
+            raise LoraMsError('nothing to predict: give --predict_data "a prompt" "another"')
+        from lora_ms.tasks import predict
+
+        predict.run(config, args.predict_data)
+    elif command == "chat":
+        from lora_ms.tasks import chat
+
+        chat.run(config)
+    else:
+        from lora_ms.tasks import evaluate
+
+        evaluate.run(config)
+    return 0
+
+
+def flags_of(args: argparse.Namespace) -> dict[str, object]:
+    """Configuration keys and values of the flags that were given."""
+    given = {key: getattr(args, flag) for flag, key in FLAG_KEYS.items()}
+    given |= {f"data_fill.{name}": text for name, text in args.fill}
+    return {key: value for key, value in given.items() if value is not None}
+
+
+def split_free_form(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split off ``--a.b.c v`` and ``--a.b.c=v``: (the other arguments, ``["a.b.c=v", …]``)."""
+    rest: list[str] = []
+    free_form: list[str] = []
+    words = iter(argv)
+    for word in words:
+        key, equals, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or "." not in key or not key.replace(".", "").replace("_", "").isalnum():
+            rest.append(word)
+            continue
+        if not equals:
+            value = next(words, "--")
+            if value.startswith("--"):
+                raise LoraMsError(f"{word} has no value: write {word} VALUE")
+        free_form.append(f"{key}={value}")
+    return rest, free_form
+
+
+def _parse(parser: Parser, argv: list[str]) -> argparse.Namespace:
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flag = unknown[0].partition("=")[0]
+        if not flag.startswith("-"):
+            raise LoraMsError(f"unexpected argument {flag!r}: quote a value that contains spaces")
+        near = difflib.get_close_matches(flag, [f"--{name}" for name in (*FLAG_KEYS, *OTHER_FLAGS)], 1, 0.0)[0]
+        raise LoraMsError(f"unknown flag {flag}; the nearest is {near} (keys of the YAML: --section.key VALUE)")
+    return args
+
+
+class Help(argparse.HelpFormatter):
+    """Flags in a narrow left column, so that the text fits 80 columns."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=30, width=79)
+
+
+class Version(argparse.Action):
+    """``--version``; the package's metadata is read only when asked for."""
+
+    def __call__(self, *_: Any) -> None:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            print("lora-ms", version("lora_ms"))
+        except PackageNotFoundError:
+            print("lora-ms (not installed: run from its source folder)")
+        raise SystemExit(0)
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add all flags."""
+    parser.add_argument("--config", metavar="YAML", help="configuration in MindFormers' schema")
+    groups = {}
+    for title, rows in FLAGS.items():
+        group = groups[title] = parser.add_argument_group(title)
+        for flag, _, kind, placeholder, text in rows:
+            group.add_argument(f"--{flag}", type=kind, metavar=placeholder, help=text)
+    for flag, _, kind, count in IDLE_FLAGS:
+        groups["MindFormers compatibility"].add_argument(f"--{flag}", type=kind, nargs=count, help=argparse.SUPPRESS)
+    parser.epilog = (
+        f"MindFormers' other flags are accepted and change nothing: {' '.join(row[0] for row in IDLE_FLAGS)}."
+    )
+
+    text = "put TEXT for {{NAME}} in the data; may be repeated"
+    groups["what to train on"].add_argument(
+        "--fill", type=flag_fill, action="append", default=[], metavar="NAME=TEXT", help=text
+    )
+    groups["training"].add_argument("--preset", metavar="NAME", help="small_dataset or large_dataset")
+    groups["generation"].add_argument("--predict_data", nargs="+", metavar="TEXT", help="prompts")
+    group = parser.add_argument_group("any key of the YAML")
+    text = "such as optimizer.eps=1e-6; also as --optimizer.eps 1e-6"
+    group.add_argument("--options", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=text)
+    group.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,111 @@
+"""``callbacks``: a list of mappings, told apart by ``type``. Only CheckpointMonitor is read."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from lora_ms.config.values import NoEffect, Section, Whole
+
+
+class CheckpointMonitor(Section):
+    """When ``checkpoints/step_N`` is written."""
+
+    type: Literal["CheckpointMonitor"] = "CheckpointMonitor"
+    save_checkpoint_steps: Whole = Field(0, ge=0)  # optimiser steps between two checkpoints, 0: none before the end
+    keep_checkpoint_max: Whole = Field(5, ge=1)  # the newest ones are kept
+    prefix: NoEffect = "CKP"
+    directory: NoEffect = None
+    config: NoEffect = None
+    save_checkpoint_seconds: NoEffect = 0
+    keep_checkpoint_per_n_minutes: NoEffect = 0
+    integrated_save: NoEffect = False
+    async_save: NoEffect = False
+    save_trainable_params: NoEffect = True
+    save_network_params: NoEffect = False
+    save_optimizer: NoEffect = True
+    checkpoint_format: NoEffect = "safetensors"
+    remove_redundancy: NoEffect = False
+    exception_save: NoEffect = False
+    append_info: NoEffect = None
+
+
+class LossMonitor(Section):
+    """Loss lines: here always on, see ``runner_config.logging_steps``."""
+
+    type: Literal["MFLossMonitor"] = "MFLossMonitor"
+    per_print_times: NoEffect = 1
+    learning_rate: NoEffect = None
+    origin_epochs: NoEffect = None
+    dataset_size: NoEffect = None
+    micro_batch_num: NoEffect = 1
+    global_batch_size: NoEffect = 0
+    check_for_nan_in_loss_and_grad: NoEffect = True
+
+
+class ObsMonitor(Section):
+    """Upload to Huawei's object storage."""
+
+    type: Literal["ObsMonitor"] = "ObsMonitor"
+    src_dir: NoEffect = None
+    target_dir: NoEffect = None
+    step_upload_frequence: NoEffect = 100
+    epoch_upload_frequence: NoEffect = -1
+    keep_last: NoEffect = True
+
+
+class EvalCallBack(Section):
+    """Evaluation while training."""
+
+    type: Literal["EvalCallBack"] = "EvalCallBack"
+    eval_func: NoEffect = None
+    step_interval: NoEffect = 100
+    epoch_interval: NoEffect = -1
+
+
+class SummaryMonitor(Section):
+    """MindInsight's summaries."""
+
+    type: Literal["SummaryMonitor"] = "SummaryMonitor"
+    summary_dir: NoEffect = None
+    collect_freq: NoEffect = 10
+    collect_specified_data: NoEffect = None
+    keep_default_action: NoEffect = True
+    custom_lineage_data: NoEffect = None
+    collect_tensor_freq: NoEffect = None
+    max_file_size: NoEffect = None
+    export_options: NoEffect = None
+
+
+class ProfileMonitor(Section):
+    """MindSpore's profiler."""
+
+    type: Literal["ProfileMonitor"] = "ProfileMonitor"
+    start_step: NoEffect = 1
+    stop_step: NoEffect = 10
+    output_path: NoEffect = None
+    start_profile: NoEffect = True
+    profile_rank_ids: NoEffect = None
+    profile_pipeline: NoEffect = False
+    profile_communication: NoEffect = False
+    profile_memory: NoEffect = True
+    profiler_level: NoEffect = 0
+    with_stack: NoEffect = False
+    data_simplification: NoEffect = True
+    mstx: NoEffect = False
+    config: NoEffect = None
+
+
+CALLBACKS = {
+    "CheckpointMonitor": CheckpointMonitor,
+    "MFLossMonitor": LossMonitor,
+    "ObsMonitor": ObsMonitor,
+    "EvalCallBack": EvalCallBack,
+    "SummaryMonitor": SummaryMonitor,
+    "ProfileMonitor": ProfileMonitor,
+}
+NO_EFFECT_CALLBACKS = (ObsMonitor, EvalCallBack, SummaryMonitor, ProfileMonitor)  # their mere presence is reported
+
+Callback = Annotated[
+    CheckpointMonitor | LossMonitor | ObsMonitor | EvalCallBack | SummaryMonitor | ProfileMonitor,
+    Field(discriminator="type"),
+]

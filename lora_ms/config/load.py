@@ -1,0 +1,209 @@
+"""Builds a RunConfig from a YAML and what overrides it, and writes one back.
+
+Order, later wins: defaults, YAML, preset, named flags, ``--options a.b=v``, free-form ``--a.b.c v``.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from lora_ms.config.presets import PRESETS
+from lora_ms.config.problems import describe
+from lora_ms.config.schema import RunConfig, key_of, move_pet_config, without_effect
+from lora_ms.config.values import Section
+from lora_ms.errors import LoraMsError
+
+PET_CONFIG = ("model", "model_config", "pet_config")
+
+
+def load_config(
+    path: str | None,
+    *,
+    preset: str | None = None,
+    flags: Mapping[str, object] | None = None,
+    options: Sequence[str] = (),
+    free_form: Sequence[str] = (),
+) -> RunConfig:
+    """Read ``path`` and apply the overrides.
+
+    Args:
+        path: YAML file in MindFormers' schema; None starts from the defaults, which train a LoRA adapter.
+        preset: a name from PRESETS.
+        flags: dotted key -> value, taken as it is; None keeps the YAML's value.
+        options: ``"a.b=v"`` each, v read as YAML.
+        free_form: ``"a.b.c=v"`` each, v read as YAML.
+
+    Raises:
+        LoraMsError: unreadable file, unknown key, wrong value, or a fine-tuning YAML that says nothing of pet_config.
+    """
+    data = {} if path is None else _without_repeated_datasets(move_pet_config(read_yaml(path)))
+    if preset is not None:
+        if preset not in PRESETS:
+            raise LoraMsError(f"unknown preset {preset!r}: choose one of {', '.join(PRESETS)}")
+        for section, values in PRESETS[preset].items():
+            for key, value in values.items():
+                _set(data, f"{section}.{key}", value)
+    for key, value in (flags or {}).items():
+        if value is not None:
+            _set(data, key, value)
+    for text in (*options, *free_form):
+        _set(data, *_split_override(text))
+    if data.get("run_mode", "finetune") in ("finetune", "train"):
+        _require_pet_config(data, path)
+    try:
+        return RunConfig.model_validate(data)
+    except ValidationError as problem:
+        overridden = preset or options or free_form or any(value is not None for value in (flags or {}).values())
+        source = f"{path or 'configuration'}{' with the command line' if path and overridden else ''}"
+        raise LoraMsError(f"{source}: {describe(problem)}") from problem
+
+
+def dump_config(config: RunConfig, path: str) -> None:
+    """Write the resolved YAML; load_config reads an equal RunConfig from it. Keys without effect are left out where
+    they have their default value.
+
+    Raises:
+        LoraMsError: the file cannot be written.
+    """
+    text = yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True)
+    try:
+        with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(f"{path}.tmp", path)
+    except OSError as problem:
+        raise LoraMsError(f"cannot write {path}: {problem.strerror}") from problem
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """Read a YAML file whose top level is a mapping.
+
+    Raises:
+        LoraMsError: missing or unreadable file, bad YAML (line and column), a key given twice, no mapping.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            data = yaml.load(file, _UniqueKeyLoader)
+    except OSError as problem:
+        raise LoraMsError(f"cannot read config {path}: {problem.strerror}") from problem
+    except UnicodeDecodeError as problem:
+        raise LoraMsError(f"{path} is not UTF-8 text (byte {problem.start}): save it as UTF-8") from problem
+    except yaml.YAMLError as problem:
+        raise LoraMsError(f"{path} is not valid YAML: {_yaml_problem(problem)}") from problem
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise LoraMsError(f"{path}: the top level wants a mapping (key: value), got {type(data).__name__}")
+    try:
+        return _unshared(data)
+    except RecursionError:
+        raise LoraMsError(f"{path}: a YAML anchor contains itself") from None
+
+
+def _unshared(value: Any) -> Any:
+    """A copy in which YAML aliases share nothing: overriding train_dataset leaves an aliased eval_dataset alone."""
+    if isinstance(value, dict):
+        return {key: _unshared(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_unshared(item) for item in value]
+    return value
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice, of which PyYAML silently keeps the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+                continue
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} is given twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _yaml_problem(problem: yaml.YAMLError) -> str:
+    if isinstance(problem, yaml.MarkedYAMLError) and problem.problem_mark is not None:
+        mark = problem.problem_mark
+        return f"{problem.problem} (line {mark.line + 1}, column {mark.column + 1})"
+    return str(problem).replace("\n", " ")
+
+
+def _without_repeated_datasets(data: dict[str, Any]) -> dict[str, Any]:
+    """Drop ``train_dataset_task.dataset_config`` where it repeats ``train_dataset``, as MindFormers' YAMLs write it."""
+    for name in ("train_dataset", "eval_dataset"):
+        task = data.get(f"{name}_task")
+        if isinstance(task, dict) and "dataset_config" in task and task["dataset_config"] == data.get(name):
+            del task["dataset_config"]
+    return data
+
+
+def _split_override(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise LoraMsError(f"override {text!r} wants the form section.key=value")
+    try:
+        return key, yaml.safe_load(value)
+    except yaml.YAMLError as problem:
+        reason = _yaml_problem(problem)
+        raise LoraMsError(f"override {text!r} is not valid YAML ({reason}): quote the value") from problem
+
+
+def _set(data: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key; a number steps into a list. ``pet_config`` stands for its place in MindFormers' schema."""
+    parts = key.split(".")
+    if parts[0] == "pet_config":
+        parts = [*PET_CONFIG, *parts[1:]]
+    here: Any = data
+    for depth, part in enumerate(parts):
+        last = depth == len(parts) - 1
+        where = ".".join(parts[:depth])
+        if isinstance(here, list):
+            if not part.isdecimal() or int(part) >= len(here):
+                raise LoraMsError(f"override {key}: {where} is a list of {len(here)}, counted from 0; got {part!r}")
+            part = int(part)
+        elif not isinstance(here, dict):
+            raise LoraMsError(f"override {key}: {where} is {here!r}, not a section")
+        if last:
+            here[part] = value
+        else:
+            if isinstance(here, dict) and here.get(part) is None:
+                here[part] = {}
+            here = here[part]
+
+
+def _require_pet_config(data: dict[str, Any], path: str | None) -> None:
+    here: Any = data
+    for part in PET_CONFIG:
+        if not isinstance(here, dict):
+            return  # the schema says what is wrong with it
+        if here.get(part) is None and part != PET_CONFIG[-1]:
+            here[part] = {}
+        elif part not in here:
+            if path is not None:
+                raise LoraMsError(
+                    f"{path}: pet_config is missing: add model.model_config.pet_config, "
+                    "or set it to null to train all parameters"
+                )
+            here[part] = {}
+        here = here[part]
+
+
+def _plain(section: Section) -> dict[str, Any]:
+    """What YAML can write of ``section``, without the keys that say nothing."""
+    plain = section.model_dump(mode="json", by_alias=True)
+    for name, field in type(section).model_fields.items():
+        key, value = key_of(name, field), getattr(section, name)
+        if isinstance(value, Section):
+            plain[key] = _plain(value)
+            if not plain[key]:
+                del plain[key]
+        elif name == "callbacks":
+            plain[key] = [_plain(callback) for callback in value]
+        elif name != "pet_config" and (value is None or without_effect(field)):
+            if value == field.get_default(call_default_factory=True):
+                del plain[key]
+    return plain

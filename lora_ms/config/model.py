@@ -1,0 +1,143 @@
+"""``model`` and, inside it, ``pet_config``: what is trained, and the adapter that is put on it."""
+
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field
+
+from lora_ms.config.values import (
+    Flag,
+    NoEffect,
+    Number,
+    Scaling,
+    Section,
+    Targets,
+    Text,
+    Texts,
+    TokenIds,
+    Whole,
+    WholeOrNumber,
+)
+
+ExtendMethod = Literal["None", "PI", "linear", "NTK", "DYNAMIC_NTK", "YARN", "LLAMA3"]
+
+
+class PetConfig(Section):
+    """LoRA. ``pet_config: null`` in the YAML means no adapter: all parameters are trained."""
+
+    pet_type: Literal["lora"] = "lora"
+    lora_rank: Whole = Field(16, ge=1)  # rows of A, columns of B
+    lora_alpha: WholeOrNumber = Field(16, gt=0)  # the adapter's output is scaled by lora_alpha / lora_rank
+    lora_dropout: Number = Field(0.05, ge=0, lt=1)  # probability, on the adapter's input
+    target_modules: Targets = ".*wq|.*wk|.*wv|.*wo"  # regex (str), suffixes (list), or all-linear
+    exclude_layers: Texts = []  # modules left without an adapter although target_modules matches
+    freeze_include: Texts = []  # parameter names (with *) to freeze besides the base model's
+    freeze_exclude: Texts = []  # parameter names (with *) to train besides the adapter
+    lora_a_init: NoEffect = None  # here A is Kaiming uniform and B zero, as in PEFT
+    lora_b_init: NoEffect = None
+    param_init_type: NoEffect = "float32"  # type of the adapter's parameters
+    compute_dtype: NoEffect = None
+
+
+class ModelSizes(Section):
+    """``model.model_config``. A size that is None was not given: it comes from the checkpoint's config.json."""
+
+    type: Literal["LlamaConfig", "Qwen2Config", "Qwen3Config"] | None = None
+    seq_length: Whole | None = Field(None, ge=1)  # tokens of a training row; of prompt and answer in generation
+    hidden_size: Whole | None = Field(None, ge=1)  # width of a token's vector
+    num_layers: Whole | None = Field(None, ge=1)
+    num_heads: Whole | None = Field(None, ge=1)  # query heads
+    n_kv_heads: Whole | None = Field(None, ge=1)  # key and value heads; None in a full set of sizes: num_heads
+    head_dim: Whole | None = Field(None, ge=1)  # width of a head (ours; Qwen3 needs it)
+    vocab_size: Whole | None = Field(None, ge=1)  # tokens
+    intermediate_size: Whole | None = Field(None, ge=1)  # width of the MLP, or else the next two keys
+    multiple_of: Whole | None = Field(None, ge=1)  # MLP width is rounded up to this
+    ffn_dim_multiplier: Number | None = Field(None, gt=0)
+    rms_norm_eps: Number | None = Field(None, gt=0)
+    theta: Number | None = Field(None, gt=0)  # base of the rotary frequencies
+    scaling_factor: Scaling | None = None  # a number, or the keys that extend_method needs (LLAMA3, YARN)
+    extend_method: Annotated[ExtendMethod, BeforeValidator(lambda v: "None" if v is None else v)] = "None"
+    qkv_has_bias: Flag | None = None
+    qkv_concat: Flag = False  # the checkpoint (.ckpt) holds q, k and v as one matrix
+    tie_word_embeddings: Flag | None = None  # the head is the embedding
+    max_position_embedding: Whole | None = Field(None, ge=1)  # longest sequence the model was made for, tokens
+    bos_token_id: Whole | None = None
+    eos_token_id: TokenIds | None = None  # one, or all that end an answer
+    pad_token_id: Whole | None = None
+    ignore_token_id: Whole = -100  # label that carries no loss
+    compute_dtype: Literal["float32", "float16", "bfloat16"] | None = None  # None: the device's default
+    use_flash_attention: Flag = True  # Ascend's fused attention, where the device has it
+    pet_config: PetConfig | None = None
+
+    do_sample: Flag = False  # False: always the likeliest token
+    temperature: Number = Field(1.0, gt=0)
+    top_k: Whole = Field(0, ge=0)  # sample among this many tokens; 0: all
+    top_p: Number = Field(1.0, gt=0, le=1)  # sample among the likeliest tokens of this total probability
+    repetition_penalty: Number = Field(1.0, gt=0)  # 1: none
+    max_new_tokens: Whole = Field(128, ge=1)  # longest answer, tokens (ours)
+    max_decode_length: Whole | None = Field(None, ge=1)  # longest prompt and answer together, tokens
+
+    batch_size: NoEffect = 1
+    layernorm_compute_type: NoEffect = "float32"
+    softmax_compute_type: NoEffect = "float32"
+    rotary_dtype: NoEffect = "float32"
+    rotary_pct: NoEffect = 1.0
+    param_init_type: NoEffect = "float32"
+    embedding_init_type: NoEffect = None
+    residual_dtype: NoEffect = None
+    emb_dropout_prob: NoEffect = 0.0
+    use_past: NoEffect = False  # generation always keeps its keys and values
+    use_past_shard: NoEffect = False
+    checkpoint_name_or_path: NoEffect = ""  # load_checkpoint is read instead
+    fine_grain_interleave: NoEffect = 1
+    pp_interleave_num: NoEffect = 1
+    offset: NoEffect = 0
+    is_dynamic: NoEffect = False
+    use_rope_slice: NoEffect = False
+    use_ring_attention: NoEffect = False
+    use_attn_mask_compression: NoEffect = False
+    use_eod_attn_mask_compression: NoEffect = False
+    fused_rms_norm: NoEffect = True
+    parallel_optimizer: NoEffect = False
+    input_sliced_sig: NoEffect = False
+    block_size: NoEffect = 16
+    num_blocks: NoEffect = 512
+    parallel_config: NoEffect = None
+    moe_config: NoEffect = None
+
+
+class Arch(Section):
+    """``model.arch``."""
+
+    type: Literal["LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"] | None = None
+
+
+class Model(Section):
+    """``model``."""
+
+    sizes: ModelSizes = Field(default_factory=ModelSizes, alias="model_config")  # pydantic reserves that name in Python
+    arch: Arch = Field(default_factory=Arch)
+
+
+class Tokenizer(Section):
+    """``processor.tokenizer``."""
+
+    vocab_file: Text | None = None  # tokenizer file or folder; None: the one beside the checkpoint
+    type: NoEffect = "LlamaTokenizer"
+    unk_token: NoEffect = None
+    bos_token: NoEffect = None
+    eos_token: NoEffect = None
+    pad_token: NoEffect = None
+    add_bos_token: NoEffect = None
+    add_eos_token: NoEffect = None
+    merges_file: NoEffect = None
+    tokenizer_file: NoEffect = None
+    model_max_length: NoEffect = None
+    padding_side: NoEffect = None
+
+
+class Processor(Section):
+    """``processor``."""
+
+    tokenizer: Tokenizer = Field(default_factory=Tokenizer)
+    return_tensors: NoEffect = "ms"
+    type: NoEffect = "LlamaProcessor"

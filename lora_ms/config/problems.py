@@ -1,0 +1,101 @@
+"""Says in one line what is wrong with a configuration: every problem, its dotted key, the value and what is wanted."""
+
+import difflib
+from typing import Any, get_args
+
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from lora_ms.config.callbacks import CALLBACKS
+from lora_ms.config.schema import RunConfig, key_of
+from lora_ms.config.sections import MAPPING, NUMBER
+from lora_ms.config.values import Section
+
+TAGS = {*CALLBACKS, NUMBER, MAPPING}  # pydantic puts these into an error's place; they are no keys
+
+
+def describe(problem: ValidationError) -> str:
+    """All errors of ``problem`` in one line."""
+    return "; ".join(_describe_one(error) for error in problem.errors(include_url=False))
+
+
+def _describe_one(error: dict[str, Any]) -> str:
+    place = tuple(part for part in error["loc"] if part not in TAGS)
+    key, value = ".".join(str(part) for part in place), error["input"]
+    shown = repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
+    match error["type"]:
+        case "extra_forbidden":
+            return f"{key} is no known key{_nearest(error['loc'])}"
+        case "union_tag_invalid":
+            near = difflib.get_close_matches(str(value.get("type")), CALLBACKS, 1, 0.0)[0]
+            return f"{key}.type wants one of {', '.join(CALLBACKS)}, got {value.get('type')!r} (nearest: {near})"
+        case "union_tag_not_found":
+            return f"{key}.type is missing: give one of {', '.join(CALLBACKS)}"
+        case "model_type" | "model_attributes_type" | "dict_type":
+            return f"{key or 'the configuration'} wants a mapping of keys, got {shown}"
+        case "value_error":
+            text = str(error["ctx"]["error"])
+            if not text.startswith(("wants", "is ")):  # a check across keys names their values itself
+                return f"{key}: {text}" if key else text
+        case "invalid_key":
+            return f"{key} is no text: quote the key"
+        case "greater_than_equal":
+            text = f"wants {error['ctx']['ge']:.10g} or more"
+        case "greater_than":
+            text = f"wants more than {error['ctx']['gt']:.10g}"
+        case "less_than_equal":
+            text = f"wants {error['ctx']['le']:.10g} or less"
+        case "less_than":
+            text = f"wants less than {error['ctx']['lt']:.10g}"
+        case _:
+            text = error["msg"].replace("Input should be", "wants").replace("Field required", "is missing")
+            text = text.replace("a valid list", "a list").replace("a valid tuple", "a list")
+    return f"{key} {text}, got {shown}"
+
+
+def _nearest(loc: tuple[Any, ...]) -> str:
+    """The known key that was probably meant: in the same section, else one of the same name anywhere."""
+    *parents, unknown = loc
+    section: type[Section] = RunConfig
+    for part in parents:
+        section = _child(section, part) or section
+    prefix = "".join(f"{part}." for part in parents if part not in TAGS)
+    known = [key_of(name, field) for name, field in section.model_fields.items()]
+    if near := difflib.get_close_matches(str(unknown), known, 1):
+        return f"; did you mean {prefix}{near[0]}?"
+    elsewhere = {path.rsplit(".", 1)[-1]: path for path in reversed(list(known_keys(RunConfig)))}
+    if near := difflib.get_close_matches(str(unknown), elsewhere, 1):
+        return f"; did you mean {elsewhere[near[0]]}?"
+    return f"; nearest here: {prefix}{difflib.get_close_matches(str(unknown), known, 1, 0.0)[0]}"
+
+
+def _child(section: type[Section], part: Any) -> type[Section] | None:
+    if part in CALLBACKS:
+        return CALLBACKS[part]
+    for name, field in section.model_fields.items():
+        if key_of(name, field) == part:
+            return section_of(field.annotation)
+    return None
+
+
+def section_of(annotation: Any) -> type[Section] | None:
+    """The Section among an annotation's alternatives, if there is one."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    return next((found for inner in get_args(annotation) if (found := section_of(inner)) is not None), None)
+
+
+def known_keys(section: type[Section], prefix: str = "") -> dict[str, FieldInfo]:
+    """Dotted paths of all keys, with their fields; callbacks as ``callbacks.TYPE.key``."""
+    keys: dict[str, FieldInfo] = {}
+    for name, field in section.model_fields.items():
+        path = f"{prefix}{key_of(name, field)}"
+        inner = section_of(field.annotation)
+        if name == "callbacks":
+            for kind, callback in CALLBACKS.items():
+                keys |= known_keys(callback, f"callbacks.{kind}.")
+        elif inner is not None:
+            keys |= known_keys(inner, f"{path}.")
+        else:
+            keys[path] = field
+    return keys

@@ -1,0 +1,245 @@
+"""``RunConfig``: one run, as read from a YAML in MindFormers' schema, with the values that follow from several keys.
+
+Read single keys by their YAML path (``config.runner_config.epochs``; ``model.model_config`` is ``config.model.sizes``),
+and what several keys decide through the properties below.
+"""
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+from pydantic.fields import FieldInfo
+
+from lora_ms.config.callbacks import NO_EFFECT_CALLBACKS, Callback, CheckpointMonitor
+from lora_ms.config.model import Model, PetConfig, Processor
+from lora_ms.config.sections import (
+    Context,
+    Dataset,
+    DatasetTask,
+    EvalDataset,
+    LrSchedule,
+    Metric,
+    Optimizer,
+    Parallel,
+    ParallelConfig,
+    RecomputeConfig,
+    RunnerConfig,
+    RunnerWrapper,
+    Trainer,
+)
+from lora_ms.config.values import NO_EFFECT, Flag, NoEffect, Path, Section, Whole
+from lora_ms.errors import LoraMsError
+
+RunMode = Literal["finetune", "train", "eval", "predict"]
+DEFAULT_LEARNING_RATE = 1e-4
+
+
+def move_pet_config(data: dict[str, Any]) -> dict[str, Any]:
+    """Return ``data`` with a top-level ``pet_config`` moved to MindFormers' place, ``model.model_config.pet_config``.
+
+    Raises:
+        LoraMsError: both places are given and differ, or the second cannot hold it.
+    """
+    if "pet_config" not in data:
+        return data
+    data = dict(data)
+    top = data.pop("pet_config")
+    model = data["model"] = _mapping("model", data.get("model"))
+    sizes = model["model_config"] = _mapping("model.model_config", model.get("model_config"))
+    if "pet_config" in sizes and sizes["pet_config"] != top:
+        raise LoraMsError(
+            f"pet_config is given twice: {top} at the top level and {sizes['pet_config']} in "
+            "model.model_config; remove one of them"
+        )
+    sizes["pet_config"] = top
+    return data
+
+
+def _mapping(key: str, value: Any) -> dict[str, Any]:
+    if value is not None and not isinstance(value, dict):
+        raise LoraMsError(f"{key} wants a mapping of keys, got {value!r}")
+    return dict(value or {})
+
+
+def _resume(value: Any) -> bool | str:
+    if isinstance(value, str) and value.lower() in ("true", "false", ""):
+        return value.lower() == "true"
+    if isinstance(value, (bool, str)):
+        return value
+    raise ValueError("wants True, False or the name of a checkpoint")
+
+
+def _fill(value: Any) -> dict[str, str]:
+    if value is None:
+        return {}
+    scalars = (str, int, float)
+    if isinstance(value, dict) and all(isinstance(part, scalars) for item in value.items() for part in item):
+        return {str(name): str(text) for name, text in value.items()}
+    raise ValueError("wants a mapping of names to texts")
+
+
+class RunConfig(Section):
+    """The whole YAML."""
+
+    seed: Whole = Field(0, ge=0, le=2**32 - 1)  # of initialisation, dropout, order and sampling
+    output_dir: Path = "./output"
+    run_mode: RunMode = "finetune"  # finetune and train are the same: pet_config says what is trained
+    backend: Literal["native"] = "native"  # whose model is built (ours)
+    load_checkpoint: Path = ""  # Hugging Face folder, or MindSpore .ckpt or .safetensors
+    load_adapter: Path = ""  # PEFT adapter folder to go on from, or to predict with (ours)
+    resume_training: Annotated[bool | str, BeforeValidator(_resume)] = False  # True: the newest; or a checkpoint's name
+    use_parallel: Flag = False  # one process per card, started by msrun
+    data_fill: Annotated[dict[str, str], BeforeValidator(_fill)] = {}  # {{NAME}} in the data -> text (ours)
+
+    trainer: Trainer = Field(default_factory=Trainer)
+    runner_config: RunnerConfig = Field(default_factory=RunnerConfig)
+    optimizer: Optimizer = Field(default_factory=Optimizer)
+    lr_schedule: LrSchedule = Field(default_factory=LrSchedule)
+    train_dataset: Dataset = Field(default_factory=Dataset)
+    train_dataset_task: DatasetTask = Field(default_factory=DatasetTask)
+    eval_dataset: EvalDataset = Field(default_factory=EvalDataset)
+    eval_dataset_task: DatasetTask = Field(default_factory=DatasetTask)
+    parallel: Parallel = Field(default_factory=Parallel)
+    parallel_config: ParallelConfig = Field(default_factory=ParallelConfig)
+    recompute_config: RecomputeConfig = Field(default_factory=RecomputeConfig)
+    callbacks: Annotated[list[Callback], BeforeValidator(lambda value: [] if value is None else value)] = []
+    context: Context = Field(default_factory=Context)
+    model: Model = Field(default_factory=Model)
+    processor: Processor = Field(default_factory=Processor)
+    metric: Metric = Field(default_factory=Metric)
+    runner_wrapper: RunnerWrapper = Field(default_factory=RunnerWrapper)
+
+    src_strategy_path_or_dir: NoEffect = ""
+    auto_trans_ckpt: NoEffect = False  # an adapter is whole on every card: nothing to transform
+    transform_process_num: NoEffect = 1
+    only_save_strategy: NoEffect = False
+    strategy_load_checkpoint: NoEffect = ""
+    load_ckpt_format: NoEffect = "ckpt"  # seen from the file
+    load_ckpt_async: NoEffect = False
+    use_legacy: NoEffect = True
+    do_eval: NoEffect = False
+    eval_step_interval: NoEffect = 100
+    eval_epoch_interval: NoEffect = -1
+    eval_callbacks: NoEffect = []
+    ignore_data_skip: NoEffect = False
+    data_skip_steps: NoEffect = None
+    micro_batch_interleave_num: NoEffect = 1
+    moe_config: NoEffect = None
+    swap_config: NoEffect = None
+    monitor_config: NoEffect = None
+    auto_tune: NoEffect = False
+    filepath_prefix: NoEffect = "./autotune"
+    autotune_per_step: NoEffect = 10
+    profile: NoEffect = False
+    profile_start_step: NoEffect = 1
+    profile_stop_step: NoEffect = 10
+    init_start_profile: NoEffect = False
+    profile_communication: NoEffect = False
+    profile_memory: NoEffect = True
+    layer_scale: NoEffect = False
+    layer_decay: NoEffect = 0.65
+    lr_scale: NoEffect = False
+    lr_scale_factor: NoEffect = 256
+    remote_save_url: NoEffect = None
+    exclude_cann_cpu: NoEffect = False
+    train_precision_sync: NoEffect = None
+    infer_precision_sync: NoEffect = None
+    print_separate_loss: NoEffect = False
+    predict_batch_size: NoEffect = None
+    modal_type: NoEffect = None
+    adapter_id: NoEffect = None
+    register_path: NoEffect = None
+    trust_remote_code: NoEffect = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _pet_config_in_its_place(cls, data: Any) -> Any:
+        return move_pet_config(data) if isinstance(data, dict) else data
+
+    @model_validator(mode="after")
+    def _one_checkpoint_monitor(self) -> "RunConfig":
+        if sum(isinstance(callback, CheckpointMonitor) for callback in self.callbacks) > 1:
+            raise ValueError("callbacks: CheckpointMonitor is given twice; keep one")
+        return self
+
+    @property
+    def pet_config(self) -> PetConfig | None:
+        """The adapter to train, None to train all parameters."""
+        return self.model.sizes.pet_config
+
+    @property
+    def learning_rate(self) -> float:
+        """Highest learning rate: ``lr_schedule``'s, else ``optimizer``'s, else 1e-4."""
+        for rate in (self.lr_schedule.learning_rate, self.optimizer.learning_rate):
+            if rate is not None:
+                return rate
+        return DEFAULT_LEARNING_RATE
+
+    @property
+    def batch_size(self) -> int:
+        """Training rows per device and micro-batch: ``runner_config``'s, else ``train_dataset``'s, else 1."""
+        return self.runner_config.batch_size or self.train_dataset.batch_size or 1
+
+    @property
+    def eval_batch_size(self) -> int:
+        """Rows per device and evaluation step: ``runner_config``'s, else ``eval_dataset``'s, else ``batch_size``."""
+        return self.runner_config.batch_size or self.eval_dataset.batch_size or self.batch_size
+
+    @property
+    def save_steps(self) -> int:
+        """Optimiser steps between two checkpoints, 0 for none before the end."""
+        return self._checkpoint_monitor.save_checkpoint_steps
+
+    @property
+    def keep_checkpoint_max(self) -> int:
+        """How many of the newest checkpoints are kept."""
+        return self._checkpoint_monitor.keep_checkpoint_max
+
+    @property
+    def max_grad_norm(self) -> float | None:
+        """Global L2 norm to which the gradient is clipped, None for no clipping."""
+        return self.runner_wrapper.max_grad_norm if self.runner_wrapper.use_clip_grad else None
+
+    @property
+    def _checkpoint_monitor(self) -> CheckpointMonitor:
+        found = [callback for callback in self.callbacks if isinstance(callback, CheckpointMonitor)]
+        return found[0] if found else CheckpointMonitor()
+
+    def notices(self) -> list[str]:
+        """One line with all given keys that change nothing here, sorted; no line where there are none."""
+        keys = sorted([*_changed_without_effect(self, ""), *self._overridden()])
+        return [f"no effect here: {', '.join(keys)}"] if keys else []
+
+    def _overridden(self) -> Iterator[str]:
+        if self.optimizer.learning_rate not in (None, self.learning_rate):
+            yield f"optimizer.learning_rate (lr_schedule.learning_rate {self.learning_rate} is used)"
+        rows = self.runner_config.batch_size
+        for name, dataset in (("train_dataset", self.train_dataset), ("eval_dataset", self.eval_dataset)):
+            if rows is not None and dataset.batch_size not in (None, rows):
+                yield f"{name}.batch_size (runner_config.batch_size {rows} is used)"
+
+
+def key_of(name: str, field: FieldInfo) -> str:
+    """The YAML key of a field."""
+    return field.alias or name
+
+
+def without_effect(field: FieldInfo) -> bool:
+    """Whether the field is declared ``NoEffect``."""
+    return NO_EFFECT in field.metadata
+
+
+def _changed_without_effect(section: Section, prefix: str) -> Iterator[str]:
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        path = f"{prefix}{key_of(name, field)}"
+        if isinstance(value, Section):
+            yield from _changed_without_effect(value, f"{path}.")
+        elif name == "callbacks":
+            for callback in value:
+                if isinstance(callback, NO_EFFECT_CALLBACKS):
+                    yield f"callbacks.{callback.type}"
+                else:
+                    yield from _changed_without_effect(callback, f"callbacks.{callback.type}.")
+        elif without_effect(field) and value != field.get_default(call_default_factory=True):
+            yield path

@@ -1,0 +1,258 @@
+"""The YAML's sections besides ``model``: keys, defaults, units. Sections and keys are MindFormers', "ours" are not."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
+
+from lora_ms.config.values import Flag, Memory, NoEffect, Number, Path, Recompute, Section, Text, Texts, Whole
+
+
+class Trainer(Section):
+    """``trainer``: names only."""
+
+    type: NoEffect = "CausalLanguageModelingTrainer"
+    model_name: NoEffect = ""
+
+
+class RunnerConfig(Section):
+    """``runner_config``: how long, and how many rows at a time."""
+
+    epochs: Whole = Field(1, ge=1)  # passes over the data
+    batch_size: Whole | None = Field(None, ge=1)  # rows per device and micro-batch; overrides the datasets'
+    gradient_accumulation_steps: Whole = Field(1, ge=1)  # micro-batches per optimiser step
+    max_steps: Whole = Field(-1, ge=-1)  # optimiser steps, -1: as many as epochs make (ours)
+    logging_steps: Whole = Field(1, ge=1)  # optimiser steps between two logged lines (ours)
+    sink_mode: Flag = True  # feed the device without returning to Python
+    sink_size: Whole = Field(1, ge=-1)  # steps per sink, -1: an epoch
+    num_classes: NoEffect = 1
+    stop_step: NoEffect = 0
+
+    @model_validator(mode="after")
+    def _zero_steps_train_nothing(self) -> "RunnerConfig":
+        if self.max_steps == 0 or self.sink_size == 0:
+            raise ValueError("max_steps and sink_size want -1, or 1 and more; got 0")
+        return self
+
+
+class Optimizer(Section):
+    """``optimizer``: all accepted types are AdamW with float32 state."""
+
+    type: Literal["AdamW", "FP32StateAdamWeightDecay", "AdamWeightDecay", "PmAdamW"] = "AdamW"
+    betas: tuple[Number, Number] = (0.9, 0.999)  # decay of the first and second moment; beta1, beta2 end up here
+    beta1: Number | None = Field(None, ge=0, lt=1)
+    beta2: Number | None = Field(None, ge=0, lt=1)
+    eps: Number = Field(1e-8, gt=0)
+    learning_rate: Number | None = Field(None, ge=0)  # used where lr_schedule has none
+    weight_decay: Number = Field(0.0, ge=0)
+
+    @model_validator(mode="after")
+    def _one_pair_of_betas(self) -> "Optimizer":
+        first, second = self.betas
+        pair = (first if self.beta1 is None else self.beta1, second if self.beta2 is None else self.beta2)
+        if "betas" in self.model_fields_set and pair != self.betas:
+            raise ValueError(f"betas {list(self.betas)} and beta1, beta2 {list(pair)} differ: give one of the two")
+        if not all(0 <= beta < 1 for beta in pair):
+            raise ValueError(f"betas want two numbers from 0 to below 1, got {list(pair)}")
+        self.betas, self.beta1, self.beta2 = pair, None, None
+        return self
+
+
+LR_KINDS = {
+    "ConstantWarmUpLR": "constant",
+    "LinearWithWarmUpLR": "linear",
+    "CosineWithWarmUpLR": "cosine",
+    "constant": "constant",
+    "linear": "linear",
+    "cosine": "cosine",
+}
+LR_NOT_YET = ("CosineWithRestartsAndWarmUpLR", "PolynomialWithWarmUpLR")
+
+
+def _lr_type(value: Any) -> str:
+    if value in LR_NOT_YET:
+        raise ValueError("is not supported yet; use CosineWithWarmUpLR or LinearWithWarmUpLR")
+    if value not in LR_KINDS:
+        raise ValueError(f"wants one of {', '.join(LR_KINDS)}")
+    return value
+
+
+class LrSchedule(Section):
+    """``lr_schedule``: warm-up from 0, then constant, or down to ``lr_end`` on a line or a half cosine."""
+
+    type: Annotated[str, BeforeValidator(_lr_type)] = "CosineWithWarmUpLR"
+    learning_rate: Number | None = Field(None, ge=0)  # the highest; overrides optimizer.learning_rate
+    lr_end: Number = Field(0.0, ge=0)  # the last
+    warmup_ratio: Number | None = Field(None, ge=0, le=1)  # share of total_steps
+    warmup_steps: Whole | None = Field(None, ge=0)  # optimiser steps
+    total_steps: Whole = Field(-1, ge=-1)  # optimiser steps of the whole schedule, -1: those of the run
+    warmup_lr_init: NoEffect = 0.0
+    num_cycles: NoEffect = 0.5
+
+    @property
+    def kind(self) -> str:
+        """``constant``, ``linear`` or ``cosine``."""
+        return LR_KINDS[self.type]
+
+    @model_validator(mode="after")
+    def _one_warmup(self) -> "LrSchedule":
+        if self.warmup_ratio and self.warmup_steps:
+            raise ValueError(
+                f"warmup_ratio {self.warmup_ratio} and warmup_steps {self.warmup_steps} are both given: "
+                "set one of them to null"
+            )
+        return self
+
+
+class DataLoader(Section):
+    """``train_dataset.data_loader``: where the rows are."""
+
+    type: Text = "MindDataset"  # any: the format is seen from the file
+    dataset_dir: Path = ""  # file, folder or glob
+    path: Path = ""  # the same, in CommonDataLoader's and HFDataLoader's words; a format name where data_files is given
+    data_files: Texts = []  # files
+    shuffle: Flag = True  # a new order each epoch, from the seed
+    load_func: NoEffect = None
+    split: NoEffect = None
+    handler: NoEffect = None
+
+
+class EvalDataLoader(DataLoader):
+    """``eval_dataset.data_loader``."""
+
+    shuffle: Flag = False
+
+
+class Dataset(Section):
+    """``train_dataset``."""
+
+    data_loader: DataLoader = Field(default_factory=DataLoader)
+    batch_size: Whole | None = Field(None, ge=1)  # rows; runner_config.batch_size overrides it
+    drop_remainder: Flag = False  # leave out the last rows of an epoch that do not fill a batch
+    num_samples: Whole | None = Field(None, ge=1)  # only the first rows (ours)
+    input_columns: NoEffect = ["input_ids", "labels"]
+    output_columns: NoEffect = None
+    num_parallel_workers: NoEffect = 8
+    python_multiprocessing: NoEffect = False
+    repeat: NoEffect = 1
+    numa_enable: NoEffect = False
+    prefetch_size: NoEffect = 1
+    seed: NoEffect = 0
+    auto_tune: NoEffect = False
+    filepath_prefix: NoEffect = "./autotune"
+    autotune_per_step: NoEffect = 10
+    profile: NoEffect = False
+    dynamic_batch: NoEffect = False
+
+
+class EvalDataset(Dataset):
+    """``eval_dataset``."""
+
+    data_loader: EvalDataLoader = Field(default_factory=EvalDataLoader)
+    input_columns: NoEffect = ["input_ids"]
+
+
+class DatasetTask(Section):
+    """``train_dataset_task``, ``eval_dataset_task``: a second mention of the dataset."""
+
+    type: NoEffect = "CausalLanguageModelDataset"
+    dataset_config: NoEffect = None  # dropped on loading where it is the dataset itself (`*train_dataset`)
+
+
+class Parallel(Section):
+    """``parallel``: MindSpore's own parallel context, here replaced by explicit collectives."""
+
+    parallel_mode: NoEffect = 1  # 0 data, 1 semi-auto, 2 auto, 3 hybrid
+    gradients_mean: NoEffect = False
+    enable_alltoall: NoEffect = False
+    full_batch: NoEffect = True
+    dataset_strategy: NoEffect = None
+    search_mode: NoEffect = "sharding_propagation"
+    enable_parallel_optimizer: NoEffect = False
+    strategy_ckpt_config: NoEffect = None
+    strategy_ckpt_save_file: NoEffect = "./ckpt_strategy.ckpt"
+    parallel_optimizer_config: NoEffect = None
+
+
+class ParallelConfig(Section):
+    """``parallel_config``: the number of cards is msrun's, all of them data-parallel."""
+
+    data_parallel: NoEffect = 1
+    model_parallel: NoEffect = 1
+    pipeline_stage: NoEffect = 1
+    context_parallel: NoEffect = 1
+    context_parallel_algo: NoEffect = "colossalai_cp"
+    ulysses_degree_in_cp: NoEffect = 1
+    expert_parallel: NoEffect = 1
+    use_seq_parallel: NoEffect = False
+    micro_batch_num: NoEffect = 1
+    seq_split_num: NoEffect = 1
+    vocab_emb_dp: NoEffect = True
+    gradient_aggregation_group: NoEffect = 4
+    optimizer_shard: NoEffect = None
+
+
+class RecomputeConfig(Section):
+    """``recompute_config``: less memory, more time."""
+
+    recompute: Recompute = False  # compute each layer's activations again in the backward pass
+    select_recompute: NoEffect = False
+    select_comm_recompute: NoEffect = False
+    select_recompute_exclude: NoEffect = False
+    select_comm_recompute_exclude: NoEffect = False
+    parallel_optimizer_comm_recompute: NoEffect = False
+    mp_comm_recompute: NoEffect = True
+    recompute_slice_activation: NoEffect = False
+
+
+class Context(Section):
+    """``context``: the device."""
+
+    device_target: Literal["auto", "Ascend", "CPU"] = "auto"  # auto: Ascend where there is one (ours)
+    device_id: Whole = Field(0, ge=0)
+    max_device_memory: Memory | None = None  # such as "59GB"
+    mode: NoEffect = 0  # 0 graph, 1 PyNative
+    max_call_depth: NoEffect = 10000
+    save_graphs: NoEffect = False
+    save_graphs_path: NoEffect = "./graph"
+    enable_graph_kernel: NoEffect = False
+    graph_kernel_flags: NoEffect = None
+    jit_config: NoEffect = None
+    jit_level: NoEffect = None
+    ascend_config: NoEffect = None
+    memory_optimize_level: NoEffect = "O0"
+    runtime_num_threads: NoEffect = None
+    affinity_cpu_list: NoEffect = None
+    deterministic: NoEffect = None
+
+
+class LossScale(Section):
+    """``runner_wrapper.scale_sense`` as a mapping: loss scaling for float16."""
+
+    type: Literal["DynamicLossScaleUpdateCell", "FixedLossScaleUpdateCell"] = "DynamicLossScaleUpdateCell"
+    loss_scale_value: Number = Field(65536, gt=0)  # the first scale
+    scale_factor: Whole = Field(2, ge=1)  # multiplies or divides it
+    scale_window: Whole = Field(1000, ge=1)  # steps without overflow before it rises
+
+
+NUMBER, MAPPING = "<number>", "<mapping>"  # never keys: taken out of the places that errors name
+
+
+class RunnerWrapper(Section):
+    """``runner_wrapper``: what happens to a gradient before the optimiser sees it."""
+
+    type: Literal["MFTrainOneStepCell", "MFPipelineWithLossScaleCell"] = "MFTrainOneStepCell"
+    scale_sense: Annotated[
+        Annotated[Number, Tag(NUMBER)] | Annotated[LossScale, Tag(MAPPING)],
+        Discriminator(lambda value: MAPPING if isinstance(value, (dict, LossScale)) else NUMBER),
+    ] = 1.0  # fixed factor on the loss, or a LossScale
+    use_clip_grad: Flag = True
+    max_grad_norm: Number = Field(1.0, gt=0)  # global L2 norm of the gradient above which it is scaled down
+    local_norm: NoEffect = False
+    calculate_per_token_loss: NoEffect = True
+    print_separate_loss: NoEffect = False
+
+
+class Metric(Section):
+    """``metric``."""
+
+    type: NoEffect = "PerplexityMetric"

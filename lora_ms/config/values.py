@@ -1,0 +1,119 @@
+"""The kinds of value that a YAML key holds: read strictly, with errors that say what is wanted."""
+
+import math
+import re
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
+
+
+class Section(BaseModel):
+    """One mapping of the YAML. An unknown key is an error; an empty section (``trainer:``) means its defaults."""
+
+    # protected_namespaces: pydantic reserves names that begin with model_; MindFormers has model_name, model_parallel.
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_is_default(cls, data: Any) -> Any:
+        return {} if data is None else data
+
+
+def _flag(value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str) and value in ("True", "true", "False", "false"):
+        return value in ("True", "true")
+    raise ValueError("wants True or False")
+
+
+def _whole(value: Any) -> int:
+    if type(value) is int:  # bool is an int in Python, not in a YAML
+        return value
+    raise ValueError("wants a whole number")
+
+
+def _number(value: Any) -> int | float:
+    if isinstance(value, str):
+        try:
+            value = float(value)  # YAML 1.1 reads 1e-5 as text
+        except ValueError:
+            raise ValueError("wants a number") from None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError("wants a number")
+    return value
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    raise ValueError("wants text (put it in quotes)")
+
+
+def _path(value: Any) -> str:
+    return "" if value is None else _text(value)
+
+
+def _texts(value: Any) -> list[str]:
+    if value is None:
+        return []
+    if isinstance(value, str):
+        return [value]  # one entry; iterating it would give its characters
+    if isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
+        return list(value)
+    raise ValueError("wants a list of texts")
+
+
+def _targets(value: Any) -> str | list[str]:
+    if isinstance(value, str) and value:
+        try:
+            re.compile(value)
+        except re.error as problem:
+            raise ValueError(f"wants a regular expression ({problem})") from None
+        return value
+    if isinstance(value, (list, tuple)) and value and all(isinstance(item, str) and item for item in value):
+        return list(value)
+    raise ValueError("wants a regular expression, a list of module names, or all-linear")
+
+
+def _scaling(value: Any) -> float | dict[str, Any]:
+    return value if isinstance(value, dict) else float(_number(value))
+
+
+def _token_ids(value: Any) -> int | list[int]:
+    if type(value) is int or (isinstance(value, list) and value and all(type(item) is int for item in value)):
+        return value
+    raise ValueError("wants a token number or a list of them")
+
+
+def _memory(value: Any) -> str:
+    if isinstance(value, str) and re.fullmatch(r"\d+(\.\d+)?GB", value):
+        return value
+    raise ValueError('wants a size such as "59GB"')
+
+
+def _recompute(value: Any) -> bool:
+    # MindFormers also takes the number of layers per pipeline stage; there is one stage here, and it is all or none.
+    counts = value if isinstance(value, list) else [value]
+    if counts and all(type(count) is int for count in counts):
+        return any(count > 0 for count in counts)
+    return _flag(value)
+
+
+Flag = Annotated[bool, BeforeValidator(_flag)]
+Whole = Annotated[int, BeforeValidator(_whole)]
+Number = Annotated[float, BeforeValidator(_number)]
+WholeOrNumber = Annotated[int | float, BeforeValidator(_number)]  # 16 stays 16 and is written back as 16
+Text = Annotated[str, BeforeValidator(_text)]
+Path = Annotated[str, BeforeValidator(_path)]  # null and "" both mean "none"
+Texts = Annotated[list[str], BeforeValidator(_texts)]
+Targets = Annotated[str | list[str], BeforeValidator(_targets)]
+Scaling = Annotated[float | dict[str, Any], BeforeValidator(_scaling)]
+TokenIds = Annotated[int | list[int], BeforeValidator(_token_ids)]
+Memory = Annotated[str, BeforeValidator(_memory)]
+Recompute = Annotated[bool, BeforeValidator(_recompute)]
+
+NO_EFFECT = "no effect"
+# A key that MindFormers knows and that nothing here reads: any value is accepted, one that differs from the default is
+# reported by RunConfig.notices(). The default is what happens here, or MindFormers' own where nothing corresponds.
+NoEffect = Annotated[Any, NO_EFFECT]

@@ -1,0 +1,1 @@
+"""From a data file to fixed-shape batches: readers -> template -> collate -> loader."""

@@ -1,0 +1,112 @@
+"""The decoder of Llama, Qwen2 and Qwen3: one body, told apart by numbers. Cells bear Hugging Face's names."""
+
+from dataclasses import dataclass, field
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor, nn, ops
+
+from lora_ms.nn.attention import Attention, attention_bias
+from lora_ms.nn.layers import MLP, Embedding, RMSNorm, dense
+from lora_ms.nn.rope import RotaryTables, inverse_frequencies
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Sizes of a decoder, by Hugging Face's names."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: dict | None = None
+    max_position_embeddings: int = 2048  # tokens
+    attention_bias: bool = False  # biases on q, k and v (Qwen2)
+    qk_norm: bool = False  # normalised queries and keys (Qwen3)
+    tie_word_embeddings: bool = False
+    model_type: str = "llama"
+    eos_token_ids: tuple[int, ...] = field(default=())
+
+
+class DecoderLayer(nn.Cell):
+    """Attention and feed-forward, each behind a norm and beside a residual; x [t, h]."""
+
+    def __init__(self, config: DecoderConfig, dtype: ms.Type):
+        super().__init__()
+        c = config
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype)
+        self.self_attn = Attention(
+            c.hidden_size,
+            c.num_attention_heads,
+            c.num_key_value_heads,
+            c.head_dim,
+            c.attention_bias,
+            c.rms_norm_eps if c.qk_norm else None,
+            dtype,
+        )
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype)
+        self.mlp = MLP(c.hidden_size, c.intermediate_size, dtype)
+
+    def construct(self, x: Tensor, rope: tuple, bias: Tensor) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rope, bias)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Cell):
+    """input_ids [b, s] -> normalised hidden states [t, h]."""
+
+    def __init__(self, config: DecoderConfig, dtype: ms.Type):
+        super().__init__()
+        c = config
+        self.num_heads, self.num_kv_heads = c.num_attention_heads, c.num_key_value_heads
+        self.embed_tokens = Embedding(c.vocab_size, c.hidden_size, dtype)
+        self.layers = nn.CellList([DecoderLayer(c, dtype) for _ in range(c.num_hidden_layers)])
+        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype)
+        inv_freq = inverse_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
+        self.rotary_tables = RotaryTables(c.head_dim, c.num_attention_heads, c.num_key_value_heads, inv_freq, dtype)
+
+    def construct(self, input_ids: Tensor, position_ids: Tensor, bias: Tensor) -> Tensor:
+        rope = self.rotary_tables(position_ids.reshape((-1,)))
+        x = self.embed_tokens(input_ids.reshape((-1,)))  # [t, h]
+        for layer in self.layers:
+            x = layer(x, rope, bias)
+        return self.norm(x)
+
+
+class CausalLM(nn.Cell):
+    """A decoder with its head: ``logits = model(input_ids, attention_mask)``."""
+
+    def __init__(self, config: DecoderConfig, dtype: ms.Type = ms.float32):
+        super().__init__()
+        self.config, self.dtype = config, dtype
+        self.model = Decoder(config, dtype)
+        self.tied = config.tie_word_embeddings
+        if not self.tied:
+            self.lm_head = dense(config.hidden_size, config.vocab_size, False, dtype)
+
+    def head_weight(self) -> Tensor:
+        return self.model.embed_tokens.weight if self.tied else self.lm_head.weight
+
+    def hidden_states(self, input_ids: Tensor) -> Tensor:
+        """input_ids [b, s], right-padded -> [t, h]. Causality alone hides the padding from every real token."""
+        batch, seq = input_ids.shape
+        positions = ops.tile(ops.arange(seq), (batch,))
+        bias = attention_bias(None, batch, seq, self.model.num_heads, self.model.num_kv_heads)
+        return self.model(input_ids, positions, bias)
+
+    def construct(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """input_ids [b, s], attention_mask [b, s] of 0 and 1 -> logits [b, s, v] float32."""
+        batch, seq = input_ids.shape
+        if attention_mask is None:
+            x = self.hidden_states(input_ids)
+        else:
+            bias = attention_bias(attention_mask, batch, seq, self.model.num_heads, self.model.num_kv_heads)
+            positions = ops.maximum(ops.cumsum(attention_mask.astype(ms.int32), 1) - 1, 0)
+            x = self.model(input_ids, positions, bias)
+        logits = ops.matmul(x, self.head_weight().T)
+        return logits.astype(ms.float32).reshape((batch, seq, -1))

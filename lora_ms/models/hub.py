@@ -1,0 +1,141 @@
+"""Models from and to Hugging Face directories and MindFormers checkpoints."""
+
+import os
+import re
+from pathlib import Path
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor
+
+from lora_ms import storage
+from lora_ms.errors import LoraMsError
+from lora_ms.models.decoder import CausalLM, DecoderConfig
+from lora_ms.models.llama import llama_config
+from lora_ms.models.qwen import qwen2_config, qwen3_config
+
+FAMILIES = {
+    "LlamaForCausalLM": llama_config,
+    "Qwen2ForCausalLM": qwen2_config,
+    "Qwen3ForCausalLM": qwen3_config,
+}
+NUMPY_DTYPES = {ms.float32: np.float32, ms.float16: np.float16}
+
+# MindFormers' names of the weights -> Hugging Face's
+MINDFORMERS_NAMES = [
+    (r"^model\.tok_embeddings\.embedding_weight$", "model.embed_tokens.weight"),
+    (r"\.attention\.wq\.", ".self_attn.q_proj."),
+    (r"\.attention\.wk\.", ".self_attn.k_proj."),
+    (r"\.attention\.wv\.", ".self_attn.v_proj."),
+    (r"\.attention\.wo\.", ".self_attn.o_proj."),
+    (r"\.feed_forward\.w1\.", ".mlp.gate_proj."),
+    (r"\.feed_forward\.w2\.", ".mlp.down_proj."),
+    (r"\.feed_forward\.w3\.", ".mlp.up_proj."),
+    (r"\.attention_norm\.", ".input_layernorm."),
+    (r"\.ffn_norm\.", ".post_attention_layernorm."),
+    (r"^model\.norm_out\.", "model.norm."),
+]
+
+
+def hugging_face_name(name: str) -> str:
+    """Hugging Face's name of a weight that MindFormers calls ``name``; other names are returned as they are."""
+    for pattern, replacement in MINDFORMERS_NAMES:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def read_config(path: Path) -> tuple[DecoderConfig, dict]:
+    """The decoder's sizes and the parsed config.json of a Hugging Face directory."""
+    hf = storage.read_json(path / "config.json")
+    names = hf.get("architectures") or ["none"]
+    if names[0] not in FAMILIES:
+        raise LoraMsError(f"{path}: architecture {names[0]} is not supported; supported: {', '.join(FAMILIES)}")
+    try:
+        return FAMILIES[names[0]](hf), hf
+    except KeyError as key:
+        raise LoraMsError(f"{path / 'config.json'}: {key} is missing") from None
+
+
+def check_names(expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]], where: str) -> None:
+    """Raises one LoraMsError that lists every missing, surplus and misshaped tensor."""
+    faults = [f"missing {name} {shape}" for name, shape in expected.items() if name not in found]
+    faults += [f"surplus {name} {shape}" for name, shape in found.items() if name not in expected]
+    faults += [
+        f"{name} is {found[name]}, should be {shape}"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    ]
+    if faults:
+        raise LoraMsError(f"{where}: {len(faults)} tensors do not fit the model: " + "; ".join(faults))
+
+
+def expected_shapes(model: CausalLM) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every weight of a bare model."""
+    return {name: tuple(p.shape) for name, p in model.parameters_and_names()}
+
+
+def _skippable(name: str, tied: bool) -> bool:
+    # old Llama files carry the frequencies; tied models may carry a copy of the embedding
+    return name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight")
+
+
+def load_directory(path: Path, ms_dtype: ms.Type = ms.float32) -> CausalLM:
+    """The model of a Hugging Face directory, its weights converted one at a time to ``ms_dtype``."""
+    if ms_dtype not in NUMPY_DTYPES:
+        raise LoraMsError(f"type {ms_dtype} is not supported for weights; supported: float32, float16")
+    config, hf = read_config(path)
+    entries = {n: e for n, e in storage.open_dir(path).items() if not _skippable(n, config.tie_word_embeddings)}
+    model = CausalLM(config, ms_dtype)
+    check_names(expected_shapes(model), {n: e.shape for n, e in entries.items()}, str(path))
+    for name, parameter in model.parameters_and_names():
+        parameter.name = name
+        parameter.set_data(Tensor.from_numpy(storage.read(entries[name], NUMPY_DTYPES[ms_dtype])))
+    model.source, model.hf_config = str(path), hf
+    return model
+
+
+def load_checkpoint(path: Path, config: DecoderConfig, ms_dtype: ms.Type = ms.float32) -> CausalLM:
+    """The model of a MindSpore ``.ckpt`` or ``.safetensors`` file with MindFormers' names."""
+    form = "safetensors" if path.suffix == ".safetensors" else "ckpt"
+    try:
+        stored = ms.load_checkpoint(str(path), format=form)
+    except (ValueError, RuntimeError, OSError) as error:
+        raise LoraMsError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]})") from None
+    weights = {hugging_face_name(name): value for name, value in stored.items()}
+    weights = {n: w for n, w in weights.items() if not _skippable(n, config.tie_word_embeddings)}
+    model = CausalLM(config, ms_dtype)
+    check_names(expected_shapes(model), {n: tuple(w.shape) for n, w in weights.items()}, str(path))
+    for name, parameter in model.parameters_and_names():
+        parameter.name = name
+        parameter.set_data(Tensor.from_numpy(weights.pop(name).asnumpy().astype(NUMPY_DTYPES[ms_dtype])))
+    model.source, model.hf_config = str(path), hf_config(config, ms_dtype)
+    return model
+
+
+def hf_config(config: DecoderConfig, ms_dtype: ms.Type) -> dict:
+    """A config.json for a model that came without one."""
+    architecture = "Qwen3ForCausalLM" if config.qk_norm else "Qwen2ForCausalLM" if config.attention_bias else None
+    architecture = architecture or "LlamaForCausalLM"
+    names = ("vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
+             "head_dim rms_norm_eps rope_theta rope_scaling max_position_embeddings tie_word_embeddings").split()
+    hf = {name: getattr(config, name) for name in names}
+    eos = list(config.eos_token_ids)
+    return {
+        "architectures": [architecture],
+        "model_type": architecture.removesuffix("ForCausalLM").lower(),
+        "hidden_act": "silu",
+        "eos_token_id": (eos[0] if len(eos) == 1 else eos) if eos else None,
+        "torch_dtype": "float16" if ms_dtype == ms.float16 else "float32",
+        **hf,
+    }
+
+
+def save_directory(model: CausalLM, path: str | os.PathLike, dtype: np.dtype = np.float32) -> None:
+    """Writes ``config.json`` and ``model.safetensors``: a directory that transformers loads."""
+    path = Path(path)
+    storage.write_tensors(
+        path / "model.safetensors", {name: p.asnumpy().astype(dtype) for name, p in model.parameters_and_names()}
+    )
+    hf = {k: v for k, v in model.hf_config.items() if k not in ("torch_dtype", "dtype")}
+    key = "dtype" if "rope_parameters" in hf else "torch_dtype"
+    storage.write_json(path / "config.json", {**hf, key: np.dtype(dtype).name})

@@ -1,0 +1,78 @@
+"""Self-attention with grouped key/value heads, rotary positions and, for Qwen3, normalised queries and keys."""
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor, nn, ops
+
+from lora_ms.nn.kernels import AttentionKernel, RotaryKernel
+from lora_ms.nn.layers import RMSNorm, dense
+
+
+MASKED = -1e9  # added to a forbidden score; finite, so that a row of padding gives no NaN
+
+
+def attention_bias(attention_mask: Tensor | None, batch: int, seq: int, num_heads: int, num_kv_heads: int) -> Tensor:
+    """0 where a query may look, -1e9 where not: earlier, unmasked keys only; float32 [b * n_kv, g * s, s]."""
+    causal = Tensor(np.where(np.tri(seq, dtype=bool), 0.0, MASKED)[None], ms.float32)  # [1, s, s]
+    if attention_mask is None:
+        bias = ops.tile(causal, (batch, num_heads, 1))
+    else:
+        keys = (1.0 - attention_mask.astype(ms.float32)) * MASKED
+        bias = ops.tile(ops.minimum(causal, keys.reshape((batch, 1, seq))), (1, num_heads, 1))  # [b, n_h * s, s]
+    return bias.reshape((batch * num_kv_heads, -1, seq))
+
+
+class Attention(nn.Cell):
+    """Attention over x [t, h] with t = b * s; shape legend in ``lora_ms.nn.kernels``."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        qkv_bias: bool,
+        qk_norm_eps: float | None,
+        dtype: ms.Type,
+    ):
+        super().__init__()
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
+        self.group = num_heads // num_kv_heads
+        self.q_proj = dense(hidden_size, num_heads * head_dim, qkv_bias, dtype)
+        self.k_proj = dense(hidden_size, num_kv_heads * head_dim, qkv_bias, dtype)
+        self.v_proj = dense(hidden_size, num_kv_heads * head_dim, qkv_bias, dtype)
+        self.o_proj = dense(num_heads * head_dim, hidden_size, False, dtype)
+        self.qk_norm = qk_norm_eps is not None
+        if self.qk_norm:
+            self.q_norm = RMSNorm(head_dim, qk_norm_eps, dtype)
+            self.k_norm = RMSNorm(head_dim, qk_norm_eps, dtype)
+        self.rotary = RotaryKernel(head_dim)
+        self.kernel = AttentionKernel()
+
+    def split_heads(self, x: Tensor, batch: int, num_heads: int) -> Tensor:
+        x = x.reshape((batch, -1, num_heads, self.head_dim))  # [b, s, n, d]
+        return x.transpose((0, 2, 1, 3)).reshape((batch * self.num_kv_heads, -1, self.head_dim))
+
+    def project(self, x: Tensor, rope: tuple, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [b * n_kv, g * s, d], scaled by 1/sqrt(d), keys and values [b * n_kv, s, d]."""
+        q = self.q_proj(x).reshape((-1, self.head_dim))  # [t * n_h, d]
+        k = self.k_proj(x).reshape((-1, self.head_dim))
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = self.rotary(q, rope[0], rope[1]), self.rotary(k, rope[2], rope[3])
+        v = self.v_proj(x)
+        return (
+            self.split_heads(q, batch, self.num_heads),
+            self.split_heads(k, batch, self.num_kv_heads),
+            self.split_heads(v, batch, self.num_kv_heads),
+        )
+
+    def merge_heads(self, x: Tensor, batch: int) -> Tensor:
+        x = x.reshape((batch, self.num_heads, -1, self.head_dim)).transpose((0, 2, 1, 3))  # [b, s, n_h, d]
+        return x.reshape((-1, self.num_heads * self.head_dim))
+
+    def construct(self, x: Tensor, rope: tuple, bias: Tensor) -> Tensor:
+        batch = bias.shape[0] // self.num_kv_heads
+        q, k, v = self.project(x, rope, batch)
+        output, _ = self.kernel(q, k, v, bias)  # [b * n_kv, g * s, d]
+        return self.o_proj(self.merge_heads(output, batch))

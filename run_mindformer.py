@@ -1,0 +1,3 @@
+from lora_ms.cli import run_mindformer
+
+raise SystemExit(run_mindformer())

@@ -1,0 +1,49 @@
+"""No key is accepted and then forgotten: each is read somewhere, or declared to have no effect."""
+
+import ast
+from pathlib import Path
+
+from lora_ms.config.callbacks import CALLBACKS
+from lora_ms.config.problems import known_keys
+from lora_ms.config.schema import RunConfig, without_effect
+
+PACKAGE = Path(__file__).parents[2] / "lora_ms"
+
+# keys that only decide what a property of RunConfig or of their section says, with its name
+DECIDES = {
+    "optimizer.beta1": "betas",
+    "optimizer.beta2": "betas",
+    "lr_schedule.type": "kind",
+    "eval_dataset.batch_size": "eval_batch_size",
+    "callbacks.CheckpointMonitor.save_checkpoint_steps": "save_steps",
+    "runner_wrapper.use_clip_grad": "max_grad_norm",
+}
+# keys of which every accepted value means the same, and the one on which the command line itself decides
+CHECKED_ON_LOADING = {
+    "backend",
+    "run_mode",
+    "optimizer.type",
+    "train_dataset.data_loader.type",
+    "eval_dataset.data_loader.type",
+    "runner_wrapper.type",
+    "model.model_config.pet_config.pet_type",
+    *(f"callbacks.{kind}.type" for kind in CALLBACKS),
+}
+
+
+def attributes_read():
+    files = [path for path in PACKAGE.rglob("*.py") if path.parent.name != "config" and path.name != "cli.py"]
+    nodes = (node for path in files for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    return {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
+
+
+def test_every_key_is_read_or_declared_idle():
+    read = attributes_read()
+    unread = [
+        path
+        for path, field in known_keys(RunConfig).items()
+        if not without_effect(field)
+        and path not in CHECKED_ON_LOADING
+        and DECIDES.get(path, path.rpartition(".")[2]) not in read
+    ]
+    assert unread == []

@@ -1,0 +1,256 @@
+"""What each kind of key accepts, what it refuses and how it says so, and the values that follow from several keys."""
+
+import pytest
+
+from lora_ms.config import RunConfig, load_config
+from lora_ms.config.problems import known_keys
+from lora_ms.config.schema import without_effect
+from lora_ms.errors import LoraMsError
+
+KINDS = "CheckpointMonitor, MFLossMonitor, ObsMonitor, EvalCallBack, SummaryMonitor, ProfileMonitor"
+
+
+def options(*texts: str) -> RunConfig:
+    return load_config(None, options=texts)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        # unknown keys: beside it, elsewhere, and where nothing is near
+        ("runner_config.epoch=2", "runner_config.epoch is no known key; did you mean runner_config.epochs?"),
+        ("lora_rank=2", "lora_rank is no known key; did you mean model.model_config.pet_config.lora_rank?"),
+        (
+            "pet_config.rank=2",
+            "model.model_config.pet_config.rank is no known key; did you mean model.model_config.pet_config.lora_rank?",
+        ),
+        ("model.sizes.seq_length=2", "model.sizes is no known key; nearest here: model.model_config"),
+        (
+            "callbacks=[{type: CheckpointMonitor, prefx: a}]",
+            "callbacks.0.prefx is no known key; did you mean callbacks.0.prefix?",
+        ),
+        (
+            "runner_wrapper.scale_sense={scale_facto: 2}",
+            "runner_wrapper.scale_sense.scale_facto is no known key; "
+            "did you mean runner_wrapper.scale_sense.scale_factor?",
+        ),
+        # types
+        ("runner_config.epochs=two", "runner_config.epochs wants a whole number, got 'two'"),
+        ("runner_config.epochs=2.0", "runner_config.epochs wants a whole number, got 2.0"),
+        ("seed=True", "seed wants a whole number, got True"),
+        ("seed={a: 1}", "seed wants a whole number, got {'a': 1}"),
+        ("optimizer.eps=abc", "optimizer.eps wants a number, got 'abc'"),
+        ("optimizer.eps=.nan", "optimizer.eps wants a number, got nan"),
+        ("use_parallel=1", "use_parallel wants True or False, got 1"),
+        ("use_parallel=TRUE!", "use_parallel wants True or False, got 'TRUE!'"),
+        ("output_dir=2024", "output_dir wants text (put it in quotes), got 2024"),
+        ("runner_config=3", "runner_config wants a mapping of keys, got 3"),
+        ("callbacks=3", "callbacks wants a list, got 3"),
+        (
+            "pet_config.freeze_include=[1]",
+            "model.model_config.pet_config.freeze_include wants a list of texts, got [1]",
+        ),
+        (
+            "pet_config.target_modules='*q'",
+            "model.model_config.pet_config.target_modules wants a regular expression "
+            "(nothing to repeat at position 0), got '*q'",
+        ),
+        (
+            "pet_config.target_modules=[]",
+            "model.model_config.pet_config.target_modules wants a regular expression, "
+            "a list of module names, or all-linear, got []",
+        ),
+        ("resume_training=3", "resume_training wants True, False or the name of a checkpoint, got 3"),
+        ("data_fill=[a]", "data_fill wants a mapping of names to texts, got ['a']"),
+        ("context.max_device_memory=59", 'context.max_device_memory wants a size such as "59GB", got 59'),
+        ("runner_wrapper.scale_sense=big", "runner_wrapper.scale_sense wants a number, got 'big'"),
+        (
+            "model.model_config.eos_token_id=a",
+            "model.model_config.eos_token_id wants a token number or a list of them, got 'a'",
+        ),
+        ("optimizer.betas=[1]", "optimizer.betas.1 is missing, got [1]"),
+        ("optimizer.betas=[0.9, 2]", "optimizer: betas want two numbers from 0 to below 1, got [0.9, 2.0]"),
+        ("train_dataset.data_loader.shuffle=", "train_dataset.data_loader.shuffle wants True or False, got None"),
+        # ranges
+        ("seed=4294967296", "seed wants 4294967295 or less, got 4294967296"),
+        ("pet_config.lora_rank=0", "model.model_config.pet_config.lora_rank wants 1 or more, got 0"),
+        ("pet_config.lora_alpha=0", "model.model_config.pet_config.lora_alpha wants more than 0, got 0"),
+        ("pet_config.lora_dropout=1", "model.model_config.pet_config.lora_dropout wants less than 1, got 1"),
+        ("model.model_config.top_p=1.5", "model.model_config.top_p wants 1 or less, got 1.5"),
+        ("runner_config.max_steps=0", "runner_config: max_steps and sink_size want -1, or 1 and more; got 0"),
+        # choices
+        ("run_mode=chat", "run_mode wants 'finetune', 'train', 'eval' or 'predict', got 'chat'"),
+        ("pet_config.pet_type=p_tuning", "model.model_config.pet_config.pet_type wants 'lora', got 'p_tuning'"),
+        ("context.device_target=GPU", "context.device_target wants 'auto', 'Ascend' or 'CPU', got 'GPU'"),
+        (
+            "optimizer.type=Lion",
+            "optimizer.type wants 'AdamW', 'FP32StateAdamWeightDecay', 'AdamWeightDecay' or 'PmAdamW', got 'Lion'",
+        ),
+        (
+            "model.arch.type=GLM",
+            "model.arch.type wants 'LlamaForCausalLM', 'Qwen2ForCausalLM' or 'Qwen3ForCausalLM', got 'GLM'",
+        ),
+        (
+            "model.model_config.type=GLM",
+            "model.model_config.type wants 'LlamaConfig', 'Qwen2Config' or 'Qwen3Config', got 'GLM'",
+        ),
+        (
+            "lr_schedule.type=PolynomialWithWarmUpLR",
+            "lr_schedule.type is not supported yet; use CosineWithWarmUpLR or "
+            "LinearWithWarmUpLR, got 'PolynomialWithWarmUpLR'",
+        ),
+        (
+            "lr_schedule.type=step",
+            "lr_schedule.type wants one of ConstantWarmUpLR, LinearWithWarmUpLR, "
+            "CosineWithWarmUpLR, constant, linear, cosine, got 'step'",
+        ),
+        (
+            "callbacks=[{type: LossMonitor}]",
+            f"callbacks.0.type wants one of {KINDS}, got 'LossMonitor' (nearest: MFLossMonitor)",
+        ),
+        ("callbacks=[{prefix: a}]", f"callbacks.0.type is missing: give one of {KINDS}"),
+        # two keys that contradict each other
+        (
+            "lr_schedule={warmup_ratio: 0.1, warmup_steps: 3}",
+            "lr_schedule: warmup_ratio 0.1 and warmup_steps 3 are both given: set one of them to null",
+        ),
+        (
+            "optimizer={betas: [0.9, 0.95], beta2: 0.99}",
+            "optimizer: betas [0.9, 0.95] and beta1, beta2 [0.9, 0.99] differ: give one of the two",
+        ),
+        (
+            "callbacks=[{type: CheckpointMonitor}, {type: CheckpointMonitor}]",
+            "callbacks: CheckpointMonitor is given twice; keep one",
+        ),
+    ],
+)
+def test_refusals(text, message):
+    with pytest.raises(LoraMsError) as caught:
+        options(text)
+    assert str(caught.value) == f"configuration: {message}"
+
+
+def test_all_problems_in_one_line():
+    with pytest.raises(LoraMsError) as caught:
+        options("sed=1", "runner_config.epoch=1", "runner_config.batch_size=0")
+    assert str(caught.value) == (
+        "configuration: runner_config.batch_size wants 1 or more, got 0; runner_config.epoch is no known key; "
+        "did you mean runner_config.epochs?; sed is no known key; did you mean seed?"
+    )
+
+
+def test_betas_in_either_spelling():
+    assert options().optimizer.betas == (0.9, 0.999)
+    assert options("optimizer.beta2=0.95").optimizer.betas == (0.9, 0.95)
+    assert options("optimizer.betas=[0.8, 0.9]").optimizer.betas == (0.8, 0.9)
+    assert options("optimizer={betas: [0.8, 0.9], beta1: 0.8, beta2: 0.9}").optimizer.betas == (0.8, 0.9)
+
+
+def test_which_learning_rate():
+    assert options().learning_rate == 1e-4
+    assert options("optimizer.learning_rate=1e-3").learning_rate == 1e-3
+    both = options("optimizer.learning_rate=1e-3", "lr_schedule.learning_rate=1e-2")
+    assert both.learning_rate == 1e-2
+    assert both.notices() == ["no effect here: optimizer.learning_rate (lr_schedule.learning_rate 0.01 is used)"]
+
+
+def test_which_batch_size():
+    assert (options().batch_size, options().eval_batch_size) == (1, 1)
+    datasets = options("train_dataset.batch_size=4", "eval_dataset.batch_size=3")
+    assert (datasets.batch_size, datasets.eval_batch_size, datasets.notices()) == (4, 3, [])
+    runner = options("runner_config.batch_size=2", "train_dataset.batch_size=4", "eval_dataset.batch_size=2")
+    assert (runner.batch_size, runner.eval_batch_size) == (2, 2)
+    assert runner.notices() == ["no effect here: train_dataset.batch_size (runner_config.batch_size 2 is used)"]
+
+
+def test_clipping_and_checkpoints():
+    assert (options().max_grad_norm, options().save_steps, options().keep_checkpoint_max) == (1.0, 0, 5)
+    assert options("runner_wrapper.max_grad_norm=0.3").max_grad_norm == 0.3
+    assert options("runner_wrapper.use_clip_grad=False").max_grad_norm is None
+    monitor = options("callbacks=[{type: CheckpointMonitor, save_checkpoint_steps: 7, keep_checkpoint_max: 2}]")
+    assert (monitor.save_steps, monitor.keep_checkpoint_max) == (7, 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("ConstantWarmUpLR", "constant"),
+        ("LinearWithWarmUpLR", "linear"),
+        ("CosineWithWarmUpLR", "cosine"),
+        ("constant", "constant"),
+        ("linear", "linear"),
+        ("cosine", "cosine"),
+    ],
+)
+def test_schedules(text, kind):
+    assert options(f"lr_schedule.type={text}").lr_schedule.kind == kind
+
+
+def test_one_warmup_may_be_zero_or_null():
+    schedule = options("lr_schedule={warmup_ratio: 0, warmup_steps: 3}").lr_schedule
+    assert (schedule.warmup_ratio, schedule.warmup_steps) == (0, 3)
+    schedule = options("lr_schedule={warmup_ratio: 0.1, warmup_steps: null}").lr_schedule
+    assert (schedule.warmup_ratio, schedule.warmup_steps) == (0.1, None)
+
+
+@pytest.mark.parametrize(("text", "value"), [("True", True), ("False", False), ("[7, 7]", True), ("[0, 0]", False)])
+def test_recompute_in_either_spelling(text, value):
+    assert options(f"recompute_config.recompute={text}").recompute_config.recompute is value
+
+
+def test_one_text_is_one_entry():
+    assert options("pet_config.exclude_layers=lm_head").pet_config.exclude_layers == ["lm_head"]
+    assert options("pet_config.exclude_layers=null").pet_config.exclude_layers == []
+    assert options("pet_config.target_modules=q_proj").pet_config.target_modules == "q_proj"
+    assert options("pet_config.target_modules=[q_proj]").pet_config.target_modules == ["q_proj"]
+
+
+def test_alpha_keeps_its_kind():
+    assert type(options("pet_config.lora_alpha=16").pet_config.lora_alpha) is int
+    assert options("pet_config.lora_alpha=1.5").pet_config.lora_alpha == 1.5
+
+
+def test_empty_sections_and_paths_are_defaults():
+    assert (
+        options("trainer=null", "model=null", "callbacks=null", "load_checkpoint=null", "resume_training=''")
+        == options()
+    )
+
+
+IDLE = [path for path, field in known_keys(RunConfig).items() if without_effect(field)]
+
+
+@pytest.mark.parametrize("path", IDLE)
+def test_notice_names_a_key_without_effect(path):
+    section, _, key = path.rpartition(".")
+    if section.startswith("callbacks."):
+        kind = section.removeprefix("callbacks.")
+        config = options(f"callbacks=[{{type: {kind}, {key}: given}}]")
+        named = path if kind in ("CheckpointMonitor", "MFLossMonitor") else section  # the others are idle as a whole
+    else:
+        config, named = options(f"{path}=given"), path
+    assert config.notices() == [f"no effect here: {named}"]
+
+
+def test_notices_are_one_sorted_line():
+    config = options("profile=True", "context.mode=1", "callbacks=[{type: ObsMonitor}]", "trainer.model_name=a")
+    assert config.notices() == ["no effect here: callbacks.ObsMonitor, context.mode, profile, trainer.model_name"]
+    assert options("profile=False", "context.mode=0").notices() == []
+
+
+def test_keys_with_effect_are_not_declared_idle():
+    assert not {
+        "seed",
+        "load_checkpoint",
+        "resume_training",
+        "runner_config.sink_size",
+        "optimizer.weight_decay",
+        "lr_schedule.lr_end",
+        "train_dataset.drop_remainder",
+        "context.max_device_memory",
+        "recompute_config.recompute",
+        "processor.tokenizer.vocab_file",
+        "model.model_config.theta",
+        "callbacks.CheckpointMonitor.keep_checkpoint_max",
+        "runner_wrapper.max_grad_norm",
+    } & set(IDLE)

@@ -1,0 +1,287 @@
+"""Every flag lands on its key; faults are one line with status 2; --help imports nothing heavy."""
+
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from lora_ms import cli
+from lora_ms.config import load_config
+from lora_ms.config.schema import RunConfig
+from lora_ms.errors import LoraMsError
+
+ROOT = Path(__file__).parents[1]
+YAML = str(ROOT / "configs/tiny/lora_tiny.yaml")
+
+# flag and its words -> key -> value
+FLAGS = [
+    ("--mode 1", "context.mode", 1),
+    ("--device_id 3", "context.device_id", 3),
+    ("--device_target Ascend", "context.device_target", "Ascend"),
+    ("--run_mode train", "run_mode", "train"),
+    ("--do_eval True", "do_eval", True),
+    ("--train_dataset_dir a/b", "train_dataset.data_loader.dataset_dir", "a/b"),
+    ("--eval_dataset_dir a/c", "eval_dataset.data_loader.dataset_dir", "a/c"),
+    ("--modal_type text image", "modal_type", ["text", "image"]),
+    ("--predict_batch_size 2", "predict_batch_size", 2),
+    ("--adapter_id a b", "adapter_id", ["a", "b"]),
+    ("--load_checkpoint 2024", "load_checkpoint", "2024"),
+    ("--src_strategy_path_or_dir s", "src_strategy_path_or_dir", "s"),
+    ("--auto_trans_ckpt True", "auto_trans_ckpt", True),
+    ("--transform_process_num 4", "transform_process_num", 4),
+    ("--only_save_strategy true", "only_save_strategy", True),
+    ("--resume_training True", "resume_training", True),
+    ("--resume_training FALSE", "resume_training", False),
+    ("--resume_training step_7", "resume_training", "step_7"),
+    ("--strategy_load_checkpoint s", "strategy_load_checkpoint", "s"),
+    ("--remote_save_url u", "remote_save_url", "u"),
+    ("--seed 9", "seed", 9),
+    ("--use_parallel True", "use_parallel", True),
+    ("--use_parallel false", "use_parallel", False),
+    ("--profile True", "profile", True),
+    ("--options runner_config.epochs=5 use_parallel=True", "runner_config.epochs", 5),
+    ("--options runner_config.epochs=5 use_parallel=True", "use_parallel", True),
+    ("--options seed=1 --options seed=2", "seed", 2),
+    ("--epochs 6", "runner_config.epochs", 6),
+    ("--batch_size 7", "runner_config.batch_size", 7),
+    ("--gradient_accumulation_steps 3", "runner_config.gradient_accumulation_steps", 3),
+    ("--sink_mode False", "runner_config.sink_mode", False),
+    ("--num_samples 11", "train_dataset.num_samples", 11),
+    ("--output_dir out", "output_dir", "out"),
+    ("--register_path r", "register_path", "r"),
+    ("--do_sample True", "model.model_config.do_sample", True),
+    ("--trust_remote_code True", "trust_remote_code", True),
+    # ours
+    ("--load_adapter ad", "load_adapter", "ad"),
+    ("--max_steps -1", "runner_config.max_steps", -1),
+    ("--max_new_tokens 12", "model.model_config.max_new_tokens", 12),
+    ("--temperature 0.7", "model.model_config.temperature", 0.7),
+    ("--top_k 50", "model.model_config.top_k", 50),
+    ("--top_p 0.9", "model.model_config.top_p", 0.9),
+    ("--repetition_penalty 1.2", "model.model_config.repetition_penalty", 1.2),
+    ("--learning_rate 1e-5", "lr_schedule.learning_rate", 1e-5),
+    ("--seq_length 64", "model.model_config.seq_length", 64),
+    ("--preset large_dataset", "model.model_config.pet_config.lora_alpha", 64),
+    ("--fill NAME=小明 --fill MAKER=a=b", "data_fill", {"NAME": "小明", "MAKER": "a=b"}),
+    # any key
+    ("--optimizer.eps 1e-6", "optimizer.eps", 1e-6),
+    ("--optimizer.eps=1e-6", "optimizer.eps", 1e-6),
+    ("--runner_config.max_steps -1", "runner_config.max_steps", -1),
+    ("--callbacks.1.save_checkpoint_steps 4", "callbacks.1.save_checkpoint_steps", 4),
+    ("--pet_config.lora_rank 2 --options pet_config.lora_rank=3", "model.model_config.pet_config.lora_rank", 2),
+]
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """The tasks that the command line started: (task, its arguments)."""
+    calls = []
+    tasks = ModuleType("lora_ms.tasks")
+    for name in ("finetune", "predict", "chat", "evaluate"):
+        task = ModuleType(f"lora_ms.tasks.{name}")
+        task.run = lambda *arguments, name=name: calls.append((name, *arguments))
+        setattr(tasks, name, task)
+    monkeypatch.setitem(sys.modules, "lora_ms.tasks", tasks)
+    return calls
+
+
+def value_at(config: RunConfig, key: str):
+    here = config.model_dump(by_alias=True)
+    for part in key.split("."):
+        here = here[int(part)] if isinstance(here, list) else here[part]
+    return here
+
+
+@pytest.mark.parametrize(("flag", "key", "value"), FLAGS, ids=[flag for flag, *_ in FLAGS])
+def test_flag_lands_on_its_key(ran, flag, key, value):
+    assert cli.main(["finetune", "--config", YAML, *flag.split()]) == 0
+    [(task, config)] = ran
+    assert task == "finetune"
+    assert value_at(config, key) == value
+    assert type(value_at(config, key)) is type(value)
+
+
+def test_table_covers_every_flag():
+    given = {word[2:] for flag, *_ in FLAGS for word in flag.split() if word.startswith("--") and "." not in word}
+    assert given | {"config", "predict_data", "debug"} == {*cli.FLAG_KEYS, *cli.OTHER_FLAGS}
+
+
+def test_no_flag_keeps_the_yaml(ran):
+    assert cli.main(["finetune", "--config", YAML]) == 0
+    assert ran == [("finetune", load_config(YAML))]
+
+
+def test_idle_flags_share_one_notice(ran):
+    cli.main(["finetune", "--config", YAML, "--mode", "1", "--do_eval", "True", "--auto_trans_ckpt", "False"])
+    assert ran[0][1].notices() == ["no effect here: context.mode, do_eval"]
+
+
+@pytest.mark.parametrize(
+    ("words", "task", "run_mode"),
+    [
+        ("finetune", "finetune", "finetune"),
+        ("finetune --run_mode train", "finetune", "train"),
+        ("predict --predict_data a b", "predict", "predict"),
+        ("chat", "chat", "predict"),
+        ("eval", "evaluate", "eval"),
+    ],
+)
+def test_commands(ran, words, task, run_mode):
+    assert cli.main([*words.split(), "--config", YAML]) == 0
+    assert (ran[0][0], ran[0][1].run_mode) == (task, run_mode)
+    assert ran[0][2:] == ((["a", "b"],) if task == "predict" else ())
+
+
+def test_without_a_yaml(ran):
+    assert cli.main(["finetune", "--load_checkpoint", "model"]) == 0
+    assert ran == [("finetune", load_config(None, flags={"load_checkpoint": "model", "run_mode": "finetune"}))]
+
+
+@pytest.mark.parametrize(
+    ("run_mode", "task"),
+    [(None, "finetune"), ("train", "finetune"), ("finetune", "finetune"), ("eval", "evaluate"), ("predict", "predict")],
+)
+def test_run_mindformer_follows_run_mode(ran, run_mode, task):
+    words = ["--config", YAML, "--predict_data", "a"]
+    assert cli.run_mindformer(words if run_mode is None else [*words, "--run_mode", run_mode]) == 0
+    assert ran[0][0] == task
+
+
+def test_the_articles_command(ran):
+    config = str(ROOT / "configs/llama2/lora_llama2_7b.yaml")
+    assert (
+        cli.run_mindformer(
+            [
+                "--config",
+                config,
+                "--train_dataset_dir",
+                "/path/to/alpaca-fastchat4096.mindrecord",
+                "--load_checkpoint",
+                "/path/to/llama2_7b.ckpt",
+                "--auto_trans_ckpt",
+                "False",
+                "--use_parallel",
+                "False",
+                "--run_mode",
+                "finetune",
+            ]
+        )
+        == 0
+    )
+    expected = load_config(
+        config,
+        options=[
+            "load_checkpoint=/path/to/llama2_7b.ckpt",
+            "train_dataset.data_loader.dataset_dir=/path/to/alpaca-fastchat4096.mindrecord",
+        ],
+    )
+    assert ran == [("finetune", expected)]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "the following arguments are required: COMMAND (see lora-ms --help)"),
+        (["finetune"], "what model? give --config FILE.yaml, or --load_checkpoint with a model's folder"),
+        (
+            ["finetune", "--config", YAML, "--epoch", "3"],
+            "unknown flag --epoch; the nearest is --epochs (keys of the YAML: --section.key VALUE)",
+        ),
+        (["finetune", YAML], f"unexpected argument {YAML!r}: quote a value that contains spaces"),
+        (
+            ["finetune", "--config", YAML, "--epochs", "x"],
+            "argument --epochs: wants a whole number, got 'x' (see lora-ms finetune --help)",
+        ),
+        (
+            ["finetune", "--config", YAML, "--learning_rate", "x"],
+            "argument --learning_rate: wants a number, got 'x' (see lora-ms finetune --help)",
+        ),
+        (
+            ["finetune", "--config", YAML, "--use_parallel", "yes"],
+            "argument --use_parallel: wants True or False, got 'yes' (see lora-ms finetune --help)",
+        ),
+        (
+            ["finetune", "--config", YAML, "--fill", "a.b=c"],
+            "argument --fill: wants NAME=text with a word as NAME, got 'a.b=c' (see lora-ms finetune --help)",
+        ),
+        (
+            ["finetune", "--config", YAML, "--optimizer.eps"],
+            "--optimizer.eps has no value: write --optimizer.eps VALUE",
+        ),
+        (
+            ["finetune", "--config", YAML, "--optimizer.eps", "--seed", "1"],
+            "--optimizer.eps has no value: write --optimizer.eps VALUE",
+        ),
+        (
+            ["finetune", "--config", YAML, "--optimizer.epss", "1"],
+            f"{YAML} with the command line: optimizer.epss is no known key; did you mean optimizer.eps?",
+        ),
+        (["finetune", "--config", YAML, "--options", "seed"], "override 'seed' wants the form section.key=value"),
+        (["predict", "--config", YAML], 'nothing to predict: give --predict_data "a prompt" "another"'),
+        (
+            ["eval", "--config", YAML, "--run_mode", "predict"],
+            "--run_mode predict contradicts the command eval: leave the flag out",
+        ),
+        (["finetune", "--config", "none.yaml"], "cannot read config none.yaml: No such file or directory"),
+    ],
+)
+def test_faults_are_one_line_and_status_2(ran, capsys, words, message):
+    assert cli.main(words) == 2
+    assert capsys.readouterr() == ("", f"error: {message}\n")
+    assert ran == []
+
+
+def test_run_mindformer_needs_a_config(ran, capsys):
+    assert cli.run_mindformer(["--load_checkpoint", "model"]) == 2
+    assert capsys.readouterr().err == (
+        "error: --config is missing: give a YAML, such as configs/llama2/lora_llama2_7b.yaml\n"
+    )
+
+
+def test_debug_raises(ran):
+    with pytest.raises(LoraMsError, match="^cannot read config none.yaml: No such file or directory$"):
+        cli.main(["finetune", "--config", "none.yaml", "--debug"])
+
+
+def test_interrupt_is_quiet(ran, capsys):
+    def interrupted(config):
+        raise KeyboardInterrupt
+
+    sys.modules["lora_ms.tasks"].finetune.run = interrupted
+    assert cli.main(["finetune", "--config", YAML]) == 130
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("words", [["--help"], ["finetune", "--help"], ["--version"]])
+def test_help_imports_nothing_heavy(words):
+    script = (
+        "import sys; from lora_ms.cli import main; status = main(sys.argv[1:]); "
+        "heavy = {'mindspore', 'pydantic', 'yaml', 'numpy', 'transformers'} & set(sys.modules); "
+        "sys.exit(f'{status} {heavy}' if status or heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", script, *words], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_help_fits_80_columns(capsys):
+    assert cli.main(["finetune", "--help"]) == 0
+    assert max(len(line) for line in capsys.readouterr().out.splitlines()) <= 80
+
+
+def test_run_mindformer_script_returns_the_status():
+    done = subprocess.run([sys.executable, "run_mindformer.py"], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (
+        2,
+        "error: --config is missing: give a YAML, such as configs/llama2/lora_llama2_7b.yaml\n",
+    )
+
+
+def test_configuration_loads_without_mindspore():
+    script = (
+        "import sys; import lora_ms.config; "
+        "heavy = {'mindspore', 'numpy', 'transformers'} & set(sys.modules); sys.exit(str(heavy) if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
