@@ -26,10 +26,8 @@ class InjectReport:
     def line(self) -> str:
         """One line for the user."""
         share = 100 * self.trainable / self.total
-        return (
-            f"LoRA on {len(self.modules)} modules: "
-            f"{self.trainable:,} of {self.total:,} parameters train ({share:.2f}%)"
-        )
+        what = f"LoRA on {len(self.modules)} modules" if self.modules else "no adapter"
+        return f"{what}: {self.trainable:,} of {self.total:,} parameters train ({share:.2f}%)"
 
 
 def dense_layers(model: nn.Cell) -> dict[str, nn.Dense]:

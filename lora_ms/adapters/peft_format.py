@@ -1,6 +1,7 @@
 """Adapters in PEFT's format: ``adapter_config.json`` and ``adapter_model.safetensors``."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -47,8 +48,12 @@ def read_adapter_config(path: str | os.PathLike) -> LoraConfig:
     return LoraConfig.from_peft(storage.read_json(file), str(file))
 
 
-def load_adapter(model: nn.Cell, path: str | os.PathLike) -> tuple[LoraConfig, InjectReport]:
+def load_adapter(
+    model: nn.Cell, path: str | os.PathLike, lora_dropout: float | None = None
+) -> tuple[LoraConfig, InjectReport]:
     """Swaps the adapter of directory ``path`` into a bare ``model``; the layers are those that the file names.
+
+    lora_dropout: for further training; None keeps the adapter's own.
 
     Raises:
         LoraMsError: the adapter was made for another model: every tensor without a layer and every shape that
@@ -56,29 +61,51 @@ def load_adapter(model: nn.Cell, path: str | os.PathLike) -> tuple[LoraConfig, I
     """
     path = Path(path)
     config = read_adapter_config(path)
+    if lora_dropout is not None:
+        config = replace(config, lora_dropout=lora_dropout)
+    names = check_tensors(path, dense_layers(model), config.lora_rank)
+    report = inject(model, config, names)
+    restore_adapter(model, path)
+    return config, report
+
+
+def check_tensors(path: Path, layers: dict[str, nn.Dense], lora_rank: int) -> list[str]:
+    """Names of the layers that the adapter in ``path`` stands on, all of them among ``layers``.
+
+    Raises:
+        LoraMsError: see ``load_adapter``.
+    """
     entries = storage.read_header(path / WEIGHTS)
-    layers = dense_layers(model)
     faults, names = [], []
     for key, entry in entries.items():
         name, _, factor = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
         if factor not in ("lora_A", "lora_B") or name not in layers:
             faults.append(f"{key} {entry.shape} has no place in the model")
             continue
-        layer, rank = layers[name], config.lora_rank
-        shape = (rank, layer.in_channels) if factor == "lora_A" else (layer.out_channels, rank)
+        layer = layers[name]
+        shape = (lora_rank, layer.in_channels) if factor == "lora_A" else (layer.out_channels, lora_rank)
         if entry.shape != shape:
             faults.append(f"{key} is {entry.shape}, should be {shape}")
-        names += [name] if name not in names else []
-    faults += [
-        f"{PREFIX}{name}.{factor}.weight is missing"
-        for name in names
-        for factor in ("lora_A", "lora_B")
-        if f"{PREFIX}{name}.{factor}.weight" not in entries
-    ]
+        if name not in names:
+            names.append(name)
+    wanted = [f"{PREFIX}{name}.{factor}.weight" for name in names for factor in ("lora_A", "lora_B")]
+    faults += [f"{key} is missing" for key in wanted if key not in entries]
     if faults or not names:
         raise LoraMsError(f"{path}: made for another model: {'; '.join(faults) or 'it holds no LoRA tensor'}")
-    report = inject(model, config, names)
+    return names
+
+
+def restore_adapter(model: nn.Cell, path: str | os.PathLike) -> None:
+    """Reads the adapter weights of directory ``path`` into the adapters that stand in ``model``.
+
+    Raises:
+        LoraMsError: the file holds NaN or infinity.
+    """
+    entries = storage.read_header(Path(path) / WEIGHTS)
     for name, layer in lora_layers(model).items():
-        layer.lora_a.set_data(Tensor.from_numpy(storage.read(entries[f"{PREFIX}{name}.lora_A.weight"], np.float32)))
-        layer.lora_b.set_data(Tensor.from_numpy(storage.read(entries[f"{PREFIX}{name}.lora_B.weight"], np.float32)))
-    return config, report
+        for factor, parameter in (("lora_A", layer.lora_a), ("lora_B", layer.lora_b)):
+            key = f"{PREFIX}{name}.{factor}.weight"
+            value = storage.read(entries[key], np.float32)
+            if not np.isfinite(value).all():
+                raise LoraMsError(f"{path}: {key} holds NaN or infinity")
+            parameter.set_data(Tensor.from_numpy(value))

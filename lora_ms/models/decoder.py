@@ -52,13 +52,17 @@ class DecoderLayer(nn.Cell):
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype)
         self.mlp = MLP(c.hidden_size, c.intermediate_size, dtype)
 
-    def construct(self, x: Tensor, rope: tuple, bias: Tensor) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rope, bias)
+    def construct(self, x: Tensor, rope: tuple, bias: Tensor, rows: Tensor | None = None) -> Tensor:
+        """rows [c]: the tokens whose output is wanted, all where None; only they pass the output projections."""
+        mixed = self.self_attn.mix(self.input_layernorm(x), rope, bias)
+        if rows is not None:
+            x, mixed = ops.gather(x, rows, 0), ops.gather(mixed, rows, 0)
+        x = x + self.self_attn.o_proj(mixed)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Decoder(nn.Cell):
-    """input_ids [b, s] -> normalised hidden states [t, h]."""
+    """input_ids [b, s] -> normalised hidden states [t, h], or those of the tokens ``rows`` [c] alone."""
 
     def __init__(self, config: DecoderConfig, dtype: ms.Type):
         super().__init__()
@@ -70,12 +74,12 @@ class Decoder(nn.Cell):
         inv_freq = inverse_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
         self.rotary_tables = RotaryTables(c.head_dim, c.num_attention_heads, c.num_key_value_heads, inv_freq, dtype)
 
-    def construct(self, input_ids: Tensor, position_ids: Tensor, bias: Tensor) -> Tensor:
+    def construct(self, input_ids: Tensor, position_ids: Tensor, bias: Tensor, rows: Tensor | None = None) -> Tensor:
         rope = self.rotary_tables(position_ids.reshape((-1,)))
         x = self.embed_tokens(input_ids.reshape((-1,)))  # [t, h]
-        for layer in self.layers:
+        for layer in self.layers[:-1]:
             x = layer(x, rope, bias)
-        return self.norm(x)
+        return self.norm(self.layers[-1](x, rope, bias, rows))
 
 
 class CausalLM(nn.Cell):
@@ -92,12 +96,15 @@ class CausalLM(nn.Cell):
     def head_weight(self) -> Tensor:
         return self.model.embed_tokens.weight if self.tied else self.lm_head.weight
 
-    def hidden_states(self, input_ids: Tensor) -> Tensor:
-        """input_ids [b, s], right-padded -> [t, h]. Causality alone hides the padding from every real token."""
+    def hidden_states(self, input_ids: Tensor, rows: Tensor | None = None) -> Tensor:
+        """input_ids [b, s], right-padded -> [t, h], or [c, h] of the flat positions ``rows`` [c].
+
+        Causality alone hides the padding from every real token.
+        """
         batch, seq = input_ids.shape
         positions = ops.tile(ops.arange(seq), (batch,))
         bias = attention_bias(None, batch, seq, self.model.num_heads, self.model.num_kv_heads)
-        return self.model(input_ids, positions, bias)
+        return self.model(input_ids, positions, bias, rows)
 
     def construct(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """input_ids [b, s], attention_mask [b, s] of 0 and 1 -> logits [b, s, v] float32."""

@@ -112,6 +112,27 @@ def load_checkpoint(path: Path, config: DecoderConfig, ms_dtype: ms.Type = ms.fl
     return model
 
 
+def new_model(config: DecoderConfig, ms_dtype: ms.Type, seed: int) -> CausalLM:
+    """A model to train from nothing: matrices normal with deviation 0.02, norms one, biases zero."""
+    model = CausalLM(config, ms_dtype)
+    rng = np.random.default_rng(seed)
+    for name, parameter in model.parameters_and_names():
+        parameter.name = name
+        if parameter.ndim == 2:
+            value = rng.standard_normal(parameter.shape, np.float32) * 0.02
+            parameter.set_data(Tensor.from_numpy(value.astype(NUMPY_DTYPES[ms_dtype])))
+    model.source, model.hf_config = None, hf_config(config, ms_dtype)
+    return model
+
+
+def restore(model: CausalLM, path: str | os.PathLike) -> None:
+    """Reads the weights of directory ``path`` into ``model``, which has the same ones."""
+    entries = storage.open_dir(Path(path))
+    check_names(expected_shapes(model), {n: e.shape for n, e in entries.items()}, str(path))
+    for name, parameter in model.parameters_and_names():
+        parameter.set_data(Tensor.from_numpy(storage.read(entries[name], NUMPY_DTYPES[parameter.dtype])))
+
+
 def hf_config(config: DecoderConfig, ms_dtype: ms.Type) -> dict:
     """A config.json for a model that came without one."""
     architecture = "Qwen3ForCausalLM" if config.qk_norm else "Qwen2ForCausalLM" if config.attention_bias else None

@@ -71,8 +71,12 @@ class Attention(nn.Cell):
         x = x.reshape((batch, self.num_heads, -1, self.head_dim)).transpose((0, 2, 1, 3))  # [b, s, n_h, d]
         return x.reshape((-1, self.num_heads * self.head_dim))
 
-    def construct(self, x: Tensor, rope: tuple, bias: Tensor) -> Tensor:
+    def mix(self, x: Tensor, rope: tuple, bias: Tensor) -> Tensor:
+        """Attention without its output projection: [t, h] -> [t, n_h * d]."""
         batch = bias.shape[0] // self.num_kv_heads
         q, k, v = self.project(x, rope, batch)
         output, _ = self.kernel(q, k, v, bias)  # [b * n_kv, g * s, d]
-        return self.o_proj(self.merge_heads(output, batch))
+        return self.merge_heads(output, batch)
+
+    def construct(self, x: Tensor, rope: tuple, bias: Tensor) -> Tensor:
+        return self.o_proj(self.mix(x, rope, bias))

@@ -9,41 +9,55 @@ IGNORE_INDEX = -100  # a label that teaches nothing
 class SummedCrossEntropy(nn.Cell):
     """Sum over c slots of ``-log softmax(hidden head^T)[target]``; slots whose target is -100 count nothing.
 
-    hidden [c, h], head [v, h], targets [c] -> (loss [] float32, d loss / d hidden [c, h]). The gradient is formed
-    with the value, chunk by chunk, so that only one chunk of logits is ever held; what is not used is pruned from
-    the graph.
+    hidden [c, h], head [v, h], targets [c] -> (loss [] float32, d loss / d hidden [c, h] float32).
+
+    The gradient is formed with the value, chunk by chunk, so that one chunk of logits [chunk_rows, v] is held at a
+    time. The gradient of ``head`` costs the logits again, in backward; where the head is frozen, and where no
+    gradient is asked for, the graph compiler prunes what nobody uses.
     """
 
     def __init__(self, chunk_rows: int):
         super().__init__()
         self.chunk_rows = chunk_rows
-        self.logits = ops.MatMul(transpose_b=True)
         self.matmul = ops.MatMul()
+        self.matmul_t = ops.MatMul(transpose_b=True)
+        self.t_matmul = ops.MatMul(transpose_a=True)
         self.softmax = ops.Softmax(-1)
         self.max = ops.ArgMaxWithValue(axis=-1, keep_dims=True)
 
     def chunk(self, hidden: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         valid = (targets >= 0).astype(ms.float32).reshape((-1, 1))  # [c, 1]
         index = ops.maximum(targets, 0)
-        logits = self.logits(hidden, head).astype(ms.float32)  # [c, v]
+        logits = self.matmul_t(hidden, head).astype(ms.float32)  # [c, v]
         probs = self.softmax(logits)
         # log-sum-exp from the largest logit, whose probability is at least 1/v and so never underflows
         top, top_logit = self.max(logits)
         log_sum = top_logit - ops.log(ops.gather_elements(probs, 1, top))  # [c, 1]
-        target_logit = ops.gather_elements(logits, 1, index.reshape((-1, 1)))
-        loss = ((log_sum - target_logit) * valid).sum()
+        loss = (log_sum - ops.gather_elements(logits, 1, index.reshape((-1, 1)))) * valid
         # (probs - onehot) head = probs head - head[target]
-        grad = self.matmul(probs.astype(head.dtype), head).astype(ms.float32) - ops.gather(head, index, 0).astype(ms.float32)
-        return loss, grad * valid
+        grad = self.matmul(probs.astype(head.dtype), head) - ops.gather(head, index, 0)
+        return loss.sum(), grad.astype(ms.float32) * valid
+
+    def head_chunk(self, hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+        valid = (targets >= 0).astype(hidden.dtype).reshape((-1, 1))
+        probs = self.softmax(self.matmul_t(hidden, head).astype(ms.float32)).astype(head.dtype)
+        weighted = hidden * valid
+        taken = ops.unsorted_segment_sum(weighted, ops.maximum(targets, 0), head.shape[0])
+        return self.t_matmul(probs, weighted) - taken  # [v, h]
 
     def construct(self, hidden: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         loss, grads = ops.zeros((), ms.float32), ()
         for start in range(0, hidden.shape[0], self.chunk_rows):
-            end = min(start + self.chunk_rows, hidden.shape[0])
+            end = start + self.chunk_rows
             part, grad = self.chunk(hidden[start:end], head, targets[start:end])
             loss, grads = loss + part, grads + (grad,)
-        return loss, ops.concat(grads, 0) if len(grads) > 1 else grads[0]
+        return loss, ops.concat(grads, 0)
 
     def bprop(self, hidden, head, targets, out, dout):
-        d_hidden = (out[1] * dout[0]).astype(hidden.dtype)
-        return d_hidden, ops.zeros_like(head), ops.zeros_like(targets)
+        d_loss = dout[0]
+        d_head = ops.zeros_like(head)
+        for start in range(0, hidden.shape[0], self.chunk_rows):
+            end = start + self.chunk_rows
+            d_head = d_head + self.head_chunk(hidden[start:end], head, targets[start:end])
+        d_hidden = (out[1] * d_loss).astype(hidden.dtype)
+        return d_hidden, d_head * d_loss.astype(head.dtype), ops.zeros_like(targets)

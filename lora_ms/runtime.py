@@ -1,0 +1,97 @@
+"""MindSpore's context, the device and its memory, rank and world, seeds. The sole importer of communication."""
+
+import os
+import resource
+from dataclasses import dataclass
+from pathlib import Path
+
+import mindspore as ms
+from mindspore import Tensor, nn, ops
+
+from lora_ms.errors import LoraMsError
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where a process runs: its device, and its place among the processes of the run."""
+
+    device: str  # CPU or Ascend
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes the files and speaks to the user."""
+        return self.rank == 0
+
+
+def ascend_is_present() -> bool:
+    """Whether the kernel driver shows an Ascend card or, as on an Orange Pi, its control device."""
+    dev = Path("/dev")
+    return any(dev.glob("davinci[0-9]*")) or (dev / "davinci_manager").exists()
+
+
+def setup(
+    device_target: str = "auto",
+    device_id: int = 0,
+    seed: int = 0,
+    use_parallel: bool = False,
+    max_device_memory: str | None = None,
+) -> tuple[Runtime, list[str]]:
+    """Prepares MindSpore once per process, in static-graph mode; returns notices for the user beside the runtime.
+
+    Raises:
+        LoraMsError: use_parallel without msrun's environment, or communication that does not come up.
+    """
+    notices = []
+    device = "Ascend" if device_target != "CPU" and ascend_is_present() else "CPU"
+    if device_target == "Ascend" and device == "CPU":
+        notices.append("context.device_target is Ascend, but there is none here: running on the CPU")
+    ms.set_context(mode=ms.GRAPH_MODE)
+    if device == "CPU":
+        ms.set_device("CPU")
+    elif not use_parallel:  # msrun gives each process its card
+        ms.set_device("Ascend", device_id)
+    if max_device_memory and device == "Ascend":
+        ms.runtime.set_memory(max_size=max_device_memory)
+    rank, world = _join() if use_parallel else (0, 1)
+    ms.set_seed(seed)
+    return Runtime(device, rank, world), notices
+
+
+def _join() -> tuple[int, int]:
+    from mindspore.communication import get_group_size, get_rank, init
+
+    if "MS_WORKER_NUM" not in os.environ:
+        raise LoraMsError(
+            "use_parallel is True, but this process was not started by msrun; "
+            'use: bash scripts/msrun_launcher.sh "run_mindformer.py … --use_parallel True" N, or --use_parallel False'
+        )
+    try:
+        init()
+        return get_rank(), get_group_size()
+    except RuntimeError as error:
+        raise LoraMsError(f"the processes of this run could not meet: {str(error).strip().splitlines()[0]}") from error
+
+
+class SumOverRanks(nn.Cell):
+    """Sum of a tensor over all ranks, on every rank."""
+
+    def __init__(self):
+        super().__init__()
+        self.all_reduce = ops.AllReduce()
+
+    def construct(self, x: Tensor) -> Tensor:
+        return self.all_reduce(x)
+
+
+def barrier() -> None:
+    """Waits for all ranks."""
+    SumOverRanks()(ops.zeros(1, ms.float32)).asnumpy()
+
+
+def peak_memory_mb(device: str) -> float:
+    """Most memory held so far, in MB: of the card on Ascend, of this process elsewhere."""
+    if device == "Ascend":
+        return ms.runtime.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

@@ -1,0 +1,179 @@
+"""What several commands begin with: the runtime, the tokenizer and the model that a configuration asks for."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import mindspore as ms
+
+from lora_ms import runtime as runtime_module
+from lora_ms.adapters.config import LoraConfig
+from lora_ms.adapters.peft_format import load_adapter
+from lora_ms.config import ModelSizes, PetConfig, RunConfig
+from lora_ms.data.tokenizer import load_tokenizer
+from lora_ms.errors import LoraMsError
+from lora_ms.models import hub
+from lora_ms.models.decoder import CausalLM, DecoderConfig
+from lora_ms.runtime import Runtime
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# YAML key -> DecoderConfig's; where both a YAML and a config.json give one, they must agree
+SIZES = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "rms_norm_eps": "rms_norm_eps",
+    "theta": "rope_theta",
+    "qkv_has_bias": "attention_bias",
+    "tie_word_embeddings": "tie_word_embeddings",
+}
+
+
+def start(config: RunConfig) -> Runtime:
+    """The runtime of ``config``; prints what the user should know of it."""
+    context = config.context
+    runtime, notices = runtime_module.setup(
+        context.device_target, context.device_id, config.seed, config.use_parallel, context.max_device_memory
+    )
+    if runtime.is_main:
+        for line in (*config.notices(), *notices):
+            print(line)
+    return runtime
+
+
+def compute_dtype(config: RunConfig, runtime: Runtime) -> ms.Type:
+    """Type of weights and activations: the YAML's, else float32 on the CPU and float16 on Ascend."""
+    default = "float32" if runtime.device == "CPU" else "float16"
+    asked = config.model.sizes.compute_dtype or default
+    if asked == "bfloat16":
+        if runtime.is_main:
+            print(f"compute_dtype bfloat16 is not supported yet: computing in {default}")
+        asked = default
+    return {"float32": ms.float32, "float16": ms.float16}[asked]
+
+
+def seq_length(config: RunConfig, longest: int) -> int:
+    """Longest row in tokens: the YAML's, else 1024 or what the model was made for."""
+    return config.model.sizes.seq_length or min(1024, longest)
+
+
+def tokenizer_for(config: RunConfig) -> "PreTrainedTokenizerBase | None":
+    """The tokenizer: ``processor.tokenizer.vocab_file``, else the adapter's or the checkpoint's; None without one."""
+    named = config.processor.tokenizer.vocab_file
+    if named:
+        return load_tokenizer(named)
+    for folder in (config.load_adapter, config.load_checkpoint):
+        if folder and (Path(folder) / "tokenizer_config.json").is_file():
+            return load_tokenizer(folder)
+    return None
+
+
+def decoder_config(sizes: ModelSizes) -> DecoderConfig:
+    """Sizes of a model that has no config.json, by MindFormers' conventions.
+
+    Raises:
+        LoraMsError: sizes that nothing can stand in for are missing; all are listed.
+    """
+    needed = ("hidden_size", "num_layers", "num_heads", "vocab_size")
+    missing = [f"model.model_config.{name}" for name in needed if getattr(sizes, name) is None]
+    if missing:
+        raise LoraMsError(f"without a Hugging Face directory in load_checkpoint these are needed: {', '.join(missing)}")
+    scaling = sizes.scaling_factor
+    if sizes.extend_method not in ("None", "PI", "linear", "LLAMA3"):
+        raise LoraMsError(f"extend_method {sizes.extend_method} is not supported; supported: PI, LLAMA3")
+    rope_scaling = None
+    if sizes.extend_method in ("PI", "linear"):
+        rope_scaling = {"rope_type": "linear", "factor": scaling or 1.0}
+    elif sizes.extend_method == "LLAMA3":
+        names = {"original_max_position_embedding": "original_max_position_embeddings"}
+        rope_scaling = {"rope_type": "llama3", **{names.get(k, k): v for k, v in dict(scaling or {}).items()}}
+    qwen3 = sizes.type == "Qwen3Config"
+    eos = sizes.eos_token_id
+    return DecoderConfig(
+        vocab_size=sizes.vocab_size,
+        hidden_size=sizes.hidden_size,
+        intermediate_size=sizes.intermediate_size or _llama_width(sizes),
+        num_hidden_layers=sizes.num_layers,
+        num_attention_heads=sizes.num_heads,
+        num_key_value_heads=sizes.n_kv_heads or sizes.num_heads,
+        head_dim=sizes.head_dim or (128 if qwen3 else sizes.hidden_size // sizes.num_heads),
+        rms_norm_eps=sizes.rms_norm_eps or 1e-5,
+        rope_theta=sizes.theta or 10000.0,
+        rope_scaling=rope_scaling,
+        max_position_embeddings=sizes.max_position_embedding or sizes.seq_length or 2048,
+        attention_bias=bool(sizes.qkv_has_bias) or sizes.type == "Qwen2Config",
+        qk_norm=qwen3,
+        tie_word_embeddings=bool(sizes.tie_word_embeddings),
+        eos_token_ids=() if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
+    )
+
+
+def _llama_width(sizes: ModelSizes) -> int:
+    # Llama's own rule: two thirds of four times the hidden size, perhaps widened, rounded up
+    width = int(8 * sizes.hidden_size / 3)
+    if sizes.ffn_dim_multiplier is not None:
+        width = int(sizes.ffn_dim_multiplier * width)
+    unit = sizes.multiple_of or 256
+    return -(-width // unit) * unit
+
+
+def check_sizes(sizes: ModelSizes, found: DecoderConfig, where: Path) -> None:
+    """Raises LoraMsError where the YAML gives sizes other than config.json's; all are listed with both values."""
+    given = sizes.model_dump()
+    faults = [
+        f"{key}: {given[key]} in the YAML, {getattr(found, name)} in config.json"
+        for key, name in SIZES.items()
+        if given[key] is not None and given[key] != getattr(found, name)
+    ]
+    if faults:
+        raise LoraMsError(f"{where}: the YAML's model_config describes another model: {'; '.join(faults)}")
+
+
+def read_sizes(config: RunConfig) -> DecoderConfig:
+    """The model's sizes, before any weight is read: from the Hugging Face directory, else from the YAML.
+
+    Raises:
+        LoraMsError: the checkpoint does not exist, is unsupported or contradicts the YAML.
+    """
+    sizes, path = config.model.sizes, Path(config.load_checkpoint)
+    if not config.load_checkpoint:
+        return decoder_config(sizes)
+    if not path.exists():
+        raise LoraMsError(f"load_checkpoint: {path} does not exist; give a Hugging Face directory or a .ckpt file")
+    if path.is_dir():
+        found, _ = hub.read_config(path)
+        check_sizes(sizes, found, path)
+        return found
+    return decoder_config(sizes)
+
+
+def build_model(config: RunConfig, sizes: DecoderConfig, dtype: ms.Type) -> CausalLM:
+    """The bare model with its weights; with ``load_checkpoint: ''`` freshly initialised from ``seed``."""
+    path = Path(config.load_checkpoint)
+    if not config.load_checkpoint:
+        return hub.new_model(sizes, dtype, config.seed)
+    if path.is_dir():
+        return hub.load_directory(path, dtype)
+    return hub.load_checkpoint(path, sizes, dtype)
+
+
+def lora_config(pet: PetConfig) -> LoraConfig:
+    """``pet_config`` as the adapters take it."""
+    targets = pet.target_modules if isinstance(pet.target_modules, str) else tuple(pet.target_modules)
+    return LoraConfig(pet.lora_rank, pet.lora_alpha, pet.lora_dropout, targets, tuple(pet.exclude_layers))
+
+
+def model_for_use(config: RunConfig, runtime: Runtime) -> CausalLM:
+    """A model to predict with, ``load_adapter`` swapped in."""
+    sizes = read_sizes(config)
+    if not config.load_checkpoint:
+        raise LoraMsError("load_checkpoint is missing: give the Hugging Face directory of the model")
+    model = build_model(config, sizes, compute_dtype(config, runtime))
+    if config.load_adapter:
+        load_adapter(model, config.load_adapter)
+    return model.set_train(False)

@@ -1,0 +1,168 @@
+"""``lora-ms finetune``: from a model and a file of rows to an adapter."""
+
+import sys
+from pathlib import Path
+
+from lora_ms.adapters import inject as injection
+from lora_ms.adapters.config import LoraConfig
+from lora_ms.adapters.peft_format import load_adapter, read_adapter_config, restore_adapter, save_adapter
+from lora_ms.config import RunConfig, dump_config
+from lora_ms.data.readers import read_rows
+from lora_ms.errors import LoraMsError
+from lora_ms.models import hub
+from lora_ms.models.decoder import CausalLM
+from lora_ms.tasks import common
+from lora_ms.train.fit import Weights, fit, plan_rows
+from lora_ms.train.log import Tee
+from lora_ms.train.settings import TrainSettings
+
+
+def settings_of(config: RunConfig, longest: int) -> TrainSettings:
+    """The settings of a run that a configuration holds; ``longest``: the model's own limit in tokens."""
+    runner, schedule, scale = config.runner_config, config.lr_schedule, config.runner_wrapper.scale_sense
+    fixed_scale = isinstance(scale, float | int)
+    return TrainSettings(
+        output_dir=Path(config.output_dir),
+        epochs=runner.epochs,
+        batch_size=config.batch_size,
+        accumulation=runner.gradient_accumulation_steps,
+        max_steps=runner.max_steps,
+        seq_length=common.seq_length(config, longest),
+        shuffle=config.train_dataset.data_loader.shuffle,
+        drop_remainder=config.train_dataset.drop_remainder,
+        seed=config.seed,
+        learning_rate=config.learning_rate,
+        lr_kind=schedule.kind,
+        lr_end=schedule.lr_end,
+        warmup_ratio=schedule.warmup_ratio or 0.0,
+        warmup_steps=schedule.warmup_steps,
+        schedule_steps=schedule.total_steps,
+        betas=config.optimizer.betas,
+        eps=config.optimizer.eps,
+        weight_decay=config.optimizer.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        loss_scale=65536.0 if fixed_scale else scale.loss_scale_value,
+        scale_window=1000 if fixed_scale else scale.scale_window,
+        logging_steps=runner.logging_steps,
+        save_steps=config.save_steps,
+        keep_checkpoint_max=config.keep_checkpoint_max,
+        sink_size=runner.sink_size if runner.sink_mode else 1,
+        recompute=config.recompute_config.recompute,
+        resume=config.resume_training,
+    )
+
+
+def data_source(config: RunConfig) -> str:
+    """Where the training rows are.
+
+    Raises:
+        LoraMsError: the configuration names no place.
+    """
+    loader = config.train_dataset.data_loader
+    source = loader.dataset_dir or (loader.data_files[0] if loader.data_files else loader.path)
+    if not source:
+        raise LoraMsError(
+            "no training data: give --train_dataset_dir FILE, or train_dataset.data_loader.dataset_dir in the YAML"
+        )
+    return source
+
+
+def prepare_output(output_dir: Path) -> None:
+    """Makes the folder and writes a byte into it, so that a run does not train for hours and then fail.
+
+    Raises:
+        LoraMsError: it cannot be written.
+    """
+    probe = output_dir / ".writable"
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise LoraMsError(f"output_dir {output_dir} cannot be written: {error.strerror}") from None
+
+
+def attach_adapter(config: RunConfig, model: CausalLM) -> LoraConfig | None:
+    """Swaps in what ``pet_config`` or ``load_adapter`` asks for; None where all parameters train.
+
+    Raises:
+        LoraMsError: the two disagree, or match nothing.
+    """
+    if config.pet_config is None:
+        if config.load_adapter:
+            raise LoraMsError("load_adapter is given and pet_config is null: remove one of them")
+        return None
+    wanted = common.lora_config(config.pet_config)
+    if not config.load_adapter:
+        injection.inject(model, wanted)
+    else:
+        stored = read_adapter_config(config.load_adapter)
+        faults = [
+            f"{key}: {getattr(wanted, key)} in pet_config, {getattr(stored, key)} in the adapter"
+            for key in ("lora_rank", "lora_alpha")
+            if getattr(wanted, key) != getattr(stored, key)
+        ]
+        chosen = set(injection.select(model, wanted))
+        load_adapter(model, config.load_adapter, wanted.lora_dropout)
+        there = set(injection.lora_layers(model))
+        if chosen != there:
+            faults.append(f"target_modules: {len(chosen)} modules by pet_config, {len(there)} in the adapter")
+        if faults:
+            raise LoraMsError(f"load_adapter {config.load_adapter}: {'; '.join(faults)}")
+    injection.freeze(model, config.pet_config.freeze_include, config.pet_config.freeze_exclude)
+    return wanted
+
+
+def weights_of(model: CausalLM, adapter: LoraConfig | None, tokenizer) -> Weights:
+    """How what was trained is written and read."""
+
+    def write(path: Path) -> None:
+        if adapter is None:
+            hub.save_directory(model, path)
+        else:
+            save_adapter(model, path, adapter, model.source)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(path)
+
+    def read(path: Path) -> None:
+        if adapter is None:
+            hub.restore(model, path)
+        else:
+            restore_adapter(model, path)
+
+    return Weights("model" if adapter is None else "adapter", write, read)
+
+
+def run(config: RunConfig) -> None:
+    """Trains as ``config`` says; outputs under ``output_dir`` as the README lists them.
+
+    Raises:
+        LoraMsError: anything that a user can mend.
+    """
+    output_dir = Path(config.output_dir)
+    source = data_source(config)
+    sizes = common.read_sizes(config)
+    rows = read_rows(source, fill=config.data_fill, num_samples=config.train_dataset.num_samples)
+    prepare_output(output_dir)
+    runtime = common.start(config)
+    with Tee(output_dir / "run.log", runtime.is_main):
+        dtype = common.compute_dtype(config, runtime)
+        tokenizer = common.tokenizer_for(config)
+        settings = settings_of(config, sizes.max_position_embeddings)
+        plan = plan_rows(rows, tokenizer, settings, runtime, sizes.vocab_size)
+        model = common.build_model(config, sizes, dtype)
+        adapter = attach_adapter(config, model)
+        report = injection.report(model)
+        if runtime.is_main:
+            print(report.line())
+            dump_config(config, output_dir / "config.yaml")
+        weights = weights_of(model, adapter, tokenizer)
+        outcome = fit(model, plan, settings, runtime, weights, sizes.vocab_size, dtype)
+        if runtime.is_main and outcome.stopped:
+            print(f"stopped after step {outcome.steps:,} of {plan.total_steps:,}; saved. To go on, give the same command with")
+            print("  --resume_training True")
+        elif runtime.is_main:
+            print(f"loss {outcome.first_loss:.4f} -> {outcome.last_loss:.4f} in {outcome.steps:,} steps")
+            print(f"{weights.folder}: {output_dir / weights.folder}   loss plot: {output_dir / 'loss.png'}")
+    if outcome.stopped:
+        sys.exit(130)

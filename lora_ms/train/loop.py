@@ -1,0 +1,225 @@
+"""The loop around the training step: feeds batches, reads losses, reports, saves, stops when asked to."""
+
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor, nn
+
+from lora_ms.data.loader import DataPlan
+from lora_ms.errors import LoraMsError
+from lora_ms.runtime import Runtime, SumOverRanks, peak_memory_mb
+from lora_ms.train import checkpoint
+from lora_ms.train.optim import FlatAdamW, learning_rate
+from lora_ms.train.report import Metrics, Progress, Record, plot_loss, read_metrics
+from lora_ms.train.settings import TrainSettings
+from lora_ms.train.step import MicroStep, SummedLoss
+
+MAX_SKIPPED = 50  # float16 steps in a row that may overflow before the run is given up
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended."""
+
+    steps: int  # optimiser steps done in all, those before a resume included
+    stopped: bool  # by Ctrl-C or SIGTERM, before its end
+    first_loss: float
+    last_loss: float
+
+
+class StopSignal:
+    """Notes Ctrl-C and SIGTERM, so that the step under way is finished and saved; a second Ctrl-C stops at once."""
+
+    def __init__(self):
+        self.seen = False
+
+    def _note(self, number, frame) -> None:
+        if self.seen:
+            raise KeyboardInterrupt
+        self.seen = True
+
+    def __enter__(self) -> "StopSignal":
+        self.previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+
+@dataclass
+class _Pending:
+    """A step whose numbers are still on the device."""
+
+    step: int
+    losses: list[Tensor]
+    norm: Tensor
+    finite: Tensor
+    tokens: int
+    label_tokens: int
+    learning_rate: float
+
+
+class Run:
+    """One training run of ``model`` on ``plan``.
+
+    Args:
+        model: a Cell with ``hidden_states(input_ids, rows)`` and ``head_weight()``; its trainable parameters train.
+        vocab_size: rows of the head.
+        half: whether the model computes in float16, and so needs a loss scale.
+        write_weights: writes what was trained into a directory.
+    """
+
+    def __init__(
+        self,
+        model: nn.Cell,
+        plan: DataPlan,
+        settings: TrainSettings,
+        runtime: Runtime,
+        vocab_size: int,
+        half: bool,
+        write_weights: Callable[[Path], None],
+    ):
+        self.plan, self.settings, self.runtime, self.write_weights = plan, settings, runtime, write_weights
+        s = settings
+        params = [p for p in model.get_parameters() if p.requires_grad]
+        if not params:
+            raise LoraMsError("no parameter is trainable: give pet_config, or set it to null to train all parameters")
+        self.optimizer = FlatAdamW(
+            params,
+            s.betas,
+            s.eps,
+            s.weight_decay,
+            s.max_grad_norm,
+            s.loss_scale if half else 1.0,
+            s.scale_window,
+            SumOverRanks() if runtime.world > 1 else None,
+        )
+        self.sum_over_ranks = SumOverRanks() if runtime.world > 1 else None
+        self.half, self.skipped = half, 0
+        model.set_train(True)
+        if s.recompute:
+            for layer in model.model.layers:
+                layer.recompute()
+        self.micro_step = MicroStep(SummedLoss(model, vocab_size), self.optimizer)
+        self.pending: list[_Pending] = []
+        self.clock = 0.0
+
+    def rate(self, step: int) -> float:
+        """Learning rate of step ``step`` (from 0)."""
+        s = self.settings
+        total = s.schedule_steps if s.schedule_steps > 0 else self.plan.total_steps
+        warmup = s.warmup_steps if s.warmup_steps is not None else int(total * s.warmup_ratio)
+        return learning_rate(step, total, s.learning_rate, s.lr_kind, warmup, s.lr_end)
+
+    def fingerprint(self) -> dict:
+        """What a checkpoint must share with the run that goes on from it."""
+        p = self.plan
+        return {
+            "rows": len(p.rows),
+            "rows_per_step": p.batch_size * p.accumulation * p.world,
+            "seed": p.seed,
+            "trainable_numbers": sum(self.optimizer.sizes),
+        }
+
+    def launch(self, step: int) -> None:
+        """Puts optimiser step ``step`` (from 0) on the device; its numbers are read by ``read``."""
+        batches, label_tokens = self.plan.step(step)
+        losses = [
+            self.micro_step(Tensor(b.input_ids), Tensor(b.target_index), Tensor(b.targets)) for b in batches
+        ]
+        rate = self.rate(step)
+        norm, finite = self.optimizer(Tensor(rate, ms.float32), Tensor(label_tokens, ms.float32))
+        tokens = sum(b.tokens for b in batches)
+        self.pending.append(_Pending(step, losses, norm, finite, tokens, label_tokens, rate))
+
+    def read(self) -> list[Record]:
+        """Waits for the pending steps and returns their records.
+
+        Raises:
+            LoraMsError: a loss or gradient that is not finite; no parameter was changed by it.
+        """
+        pending, self.pending = self.pending, []
+        sums = [sum(float(loss.asnumpy()) for loss in p.losses) for p in pending]
+        if self.sum_over_ranks is not None:
+            sums = self.sum_over_ranks(Tensor(np.array(sums, np.float32))).asnumpy().tolist()
+        norms = [float(p.norm.asnumpy()) for p in pending]
+        seconds, now = (time.perf_counter() - self.clock) / len(pending), time.perf_counter()
+        self.clock = now
+        records = []
+        for p, total, norm in zip(pending, sums, norms, strict=True):
+            self._check_finite(p, total)
+            records.append(
+                Record(
+                    step=p.step + 1,
+                    epoch=round(self.plan.epoch_of(p.step + 1), 4),
+                    loss=total / p.label_tokens,
+                    grad_norm=norm,
+                    learning_rate=p.learning_rate,
+                    tokens=p.tokens,
+                    label_tokens=p.label_tokens,
+                    tokens_per_second=round(p.tokens / seconds, 1),
+                    step_time_s=round(seconds, 4),
+                    peak_memory_mb=round(peak_memory_mb(self.runtime.device), 1),
+                )
+            )
+        return records
+
+    def _check_finite(self, p: _Pending, loss: float) -> None:
+        if bool(p.finite.asnumpy()) and np.isfinite(loss):
+            self.skipped = 0
+            return
+        rows = [self.plan.rows[i].where for i in self.plan.step_rows(p.step)]
+        named = f"step {p.step + 1} (rows {', '.join(rows[:4])}{' …' if len(rows) > 4 else ''})"
+        if not np.isfinite(loss):
+            raise LoraMsError(f"the loss of {named} is {loss}; no weight was changed by it: lower the learning rate")
+        self.skipped += 1
+        if not self.half or self.skipped > MAX_SKIPPED:
+            raise LoraMsError(f"the gradient of {named} is not finite; no weight was changed: lower the learning rate")
+
+    def save(self, step: int) -> None:
+        """Checkpoint after ``step`` steps; by the main rank."""
+        if self.runtime.is_main:
+            s = self.settings
+            checkpoint.save(
+                s.output_dir, step, self.optimizer, self.fingerprint(), self.write_weights, s.keep_checkpoint_max
+            )
+
+    def train(self, start: int = 0) -> Outcome:
+        """From optimiser step ``start`` to the end, or to the first Ctrl-C."""
+        s, total, main = self.settings, self.plan.total_steps, self.runtime.is_main
+        metrics = Metrics(s.output_dir / "metrics.jsonl", start) if main else None
+        progress = Progress(start, total) if main else None
+        losses, done = [], start
+        sink = s.sink_size if s.sink_size > 0 else self.plan.steps_per_epoch
+        self.clock = time.perf_counter()
+        try:
+            with StopSignal() as stop:
+                while done < total and not stop.seen:
+                    self.launch(done)
+                    done += 1
+                    due = bool(s.save_steps) and done % s.save_steps == 0
+                    if len(self.pending) >= sink or due or done == total or stop.seen:
+                        for record in self.read():
+                            losses.append(record.loss)
+                            logged = record.step % s.logging_steps == 0 or record.step == total
+                            if main:
+                                progress.show(record, logged)
+                            if main and logged:
+                                metrics.write(record)
+                    if due or (stop.seen and done < total):
+                        self.save(done)
+        finally:
+            if main:
+                progress.close()
+                metrics.close()
+        if main:
+            records = read_metrics(s.output_dir / "metrics.jsonl")
+            if records:
+                plot_loss(records, s.output_dir / "loss.png")
+        return Outcome(done, done < total, losses[0] if losses else np.nan, losses[-1] if losses else np.nan)

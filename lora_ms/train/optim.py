@@ -1,0 +1,125 @@
+"""Learning-rate schedules, and AdamW on one flat vector."""
+
+import math
+
+import mindspore as ms
+import numpy as np
+from mindspore import Parameter, Tensor, nn, ops
+
+
+def learning_rate(
+    step: int, total_steps: int, peak: float, kind: str = "cosine", warmup_steps: int = 0, end: float = 0.0
+) -> float:
+    """Learning rate of optimiser step ``step`` (from 0), as transformers' schedules have it.
+
+    Rises linearly from 0 over ``warmup_steps``; then stays (``constant``) or falls from ``peak`` to ``end`` by
+    ``total_steps``, linearly or along half a cosine.
+    """
+    if step < warmup_steps:
+        return peak * step / warmup_steps
+    if kind == "constant":
+        return peak
+    done = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+    return end + (peak - end) * (1.0 - done if kind == "linear" else 0.5 * (1.0 + math.cos(math.pi * done)))
+
+
+class FlatAdamW(nn.Cell):
+    """AdamW (Loshchilov and Hutter, 2019) with clipping by global norm, over all trainable parameters at once.
+
+    Gradients, both moments and the update are vectors of n numbers, one slice a parameter: a few operators instead
+    of a few hundred, and one ``AllReduce``. A step whose gradient is not finite changes nothing but the loss scale.
+
+    Args:
+        params: trainable parameters, float32.
+        betas, eps, weight_decay: as in ``torch.optim.AdamW``; tensors of fewer than two dimensions are not decayed.
+        max_grad_norm: norm above which gradients are scaled down; None for never.
+        loss_scale: first loss scale; 1 keeps it fixed at 1 (float32), above 1 it is dynamic (float16).
+        scale_window: steps without overflow after which the loss scale doubles.
+        all_reduce: sums a vector over the ranks; None for one rank.
+    """
+
+    def __init__(
+        self,
+        params: list[Parameter],
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        max_grad_norm: float | None = 1.0,
+        loss_scale: float = 1.0,
+        scale_window: int = 1000,
+        all_reduce: nn.Cell | None = None,
+    ):
+        super().__init__()
+        self.params = ms.ParameterTuple(params)
+        self.sizes = [p.size for p in params]
+        self.shapes = [tuple(p.shape) for p in params]
+        n = sum(self.sizes)
+        self.beta1, self.beta2 = betas
+        self.eps, self.weight_decay, self.max_grad_norm = eps, weight_decay, max_grad_norm
+        self.dynamic, self.scale_window = loss_scale != 1, scale_window
+        self.all_reduce = all_reduce
+        self.grad = Parameter(ops.zeros(n, ms.float32), name="grad", requires_grad=False)
+        self.exp_avg = Parameter(ops.zeros(n, ms.float32), name="exp_avg", requires_grad=False)
+        self.exp_avg_sq = Parameter(ops.zeros(n, ms.float32), name="exp_avg_sq", requires_grad=False)
+        self.count = Parameter(Tensor(0.0, ms.float32), name="count", requires_grad=False)
+        self.loss_scale = Parameter(Tensor(loss_scale, ms.float32), name="loss_scale", requires_grad=False)
+        self.good_steps = Parameter(Tensor(0.0, ms.float32), name="good_steps", requires_grad=False)
+        decays = [len(shape) >= 2 for shape in self.shapes]
+        # a vector only where some tensors decay and others do not
+        self.decay = weight_decay
+        if weight_decay and not all(decays):
+            self.decay = Tensor(np.repeat(np.float32(weight_decay) * np.array(decays), self.sizes).astype(np.float32))
+
+    def state(self) -> dict[str, Parameter]:
+        """What a checkpoint must hold for the next step to be the same."""
+        return {
+            "exp_avg": self.exp_avg,
+            "exp_avg_sq": self.exp_avg_sq,
+            "count": self.count,
+            "loss_scale": self.loss_scale,
+            "good_steps": self.good_steps,
+        }
+
+    def flatten(self, tensors: tuple) -> Tensor:
+        """One vector [n] of tensors in the order of ``params``."""
+        return ops.concat([t.reshape((-1,)).astype(ms.float32) for t in tensors])
+
+    def construct(self, lr: Tensor, label_tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """One step from the summed gradients in ``grad``, which is then emptied.
+
+        lr [], label_tokens [] (of all ranks) -> (gradient norm before clipping [], whether it was finite []).
+        """
+        grad = self.grad if self.all_reduce is None else self.all_reduce(self.grad)
+        grad = grad / (self.loss_scale * label_tokens)
+        norm = ops.sqrt(ops.reduce_sum(ops.square(grad)))
+        finite = ops.isfinite(norm)
+        taken = finite.astype(ms.float32)  # 0: this step changes no parameter and no moment
+        grad = ops.select(ops.isfinite(grad), grad, ops.zeros_like(grad))
+        if self.max_grad_norm is not None:
+            clip = ops.minimum(self.max_grad_norm / (norm + 1e-6), Tensor(1.0, ms.float32))
+            grad = grad * ops.select(finite, clip, ops.zeros_like(clip))
+        count = self.count + taken
+        exp_avg = self.exp_avg + taken * (1.0 - self.beta1) * (grad - self.exp_avg)
+        exp_avg_sq = self.exp_avg_sq + taken * (1.0 - self.beta2) * (ops.square(grad) - self.exp_avg_sq)
+        steps = ops.maximum(count, Tensor(1.0, ms.float32))
+        correction1 = 1.0 - ops.pow(Tensor(self.beta1, ms.float32), steps)
+        correction2 = 1.0 - ops.pow(Tensor(self.beta2, ms.float32), steps)
+        old = self.flatten(self.params)
+        rate = taken * lr
+        update = exp_avg / (ops.sqrt(exp_avg_sq) / ops.sqrt(correction2) + self.eps)
+        new = old - rate * self.decay * old - rate / correction1 * update
+        start = 0
+        for i in range(len(self.sizes)):
+            ops.assign(self.params[i], new[start : start + self.sizes[i]].reshape(self.shapes[i]))
+            start += self.sizes[i]
+        ops.assign(self.exp_avg, exp_avg)
+        ops.assign(self.exp_avg_sq, exp_avg_sq)
+        ops.assign(self.count, count)
+        ops.assign(self.grad, ops.zeros_like(grad))
+        if self.dynamic:
+            good = (self.good_steps + 1.0) * taken
+            full = (good >= self.scale_window).astype(ms.float32)
+            grown = self.loss_scale * (1.0 + full)
+            ops.assign(self.loss_scale, ops.maximum(taken * grown + (1.0 - taken) * self.loss_scale * 0.5, 1.0))
+            ops.assign(self.good_steps, good * (1.0 - full))
+        return norm, finite

@@ -1,0 +1,99 @@
+"""What a run shows and leaves behind: progress, ``metrics.jsonl`` and ``loss.png``."""
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from lora_ms import storage
+
+
+@dataclass(frozen=True)
+class Record:
+    """One optimiser step."""
+
+    step: int  # from 1
+    epoch: float
+    loss: float  # nats per label token
+    grad_norm: float  # before clipping
+    learning_rate: float
+    tokens: int  # without padding, on this rank
+    label_tokens: int  # on all ranks
+    tokens_per_second: float
+    step_time_s: float
+    peak_memory_mb: float
+
+
+class Metrics:
+    """``metrics.jsonl``: one record a line, in order; the lines after ``start`` of a resumed run are dropped."""
+
+    def __init__(self, path: Path, start: int):
+        self.path = path
+        kept = [r for r in read_metrics(path) if r["step"] <= start] if start and path.is_file() else []
+        with storage.whole(path) as part:
+            part.write_text("".join(json.dumps(r) + "\n" for r in kept))
+        self.stream = open(path, "a", buffering=1)  # a line at a time, so that a stopped run has its records
+
+    def write(self, record: Record) -> None:
+        """Appends one record."""
+        self.stream.write(json.dumps(asdict(record)) + "\n")
+
+    def close(self) -> None:
+        """No more records."""
+        self.stream.close()
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """Records of a ``metrics.jsonl``."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+class Progress:
+    """A bar with loss, rate and time left on a terminal; a line per logged step elsewhere."""
+
+    def __init__(self, start: int, total: int):
+        self.total, self.bar = total, None
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            layout = "{n_fmt}/{total_fmt} |{bar}| {postfix} [{elapsed}<{remaining}]"
+            self.bar = tqdm(initial=start, total=total, bar_format=layout, dynamic_ncols=True)
+
+    def show(self, record: Record, logged: bool) -> None:
+        """One step is done; ``logged``: it is among those to print where there is no bar."""
+        numbers = f"loss {record.loss:.4f}  {record.tokens_per_second:,.0f} tok/s"
+        if self.bar is not None:
+            self.bar.set_postfix_str(numbers, refresh=False)
+            self.bar.update(record.step - self.bar.n)
+        elif logged:
+            width = len(str(self.total))
+            rest = f"lr {record.learning_rate:.2e}  norm {record.grad_norm:.2f}"
+            print(f"step {record.step:{width}}/{self.total}  epoch {record.epoch:.2f}  {numbers}  {rest}", flush=True)
+
+    def close(self) -> None:
+        """Leaves the terminal on a new line."""
+        if self.bar is not None:
+            self.bar.close()
+
+
+def plot_loss(records: list[dict], path: Path) -> None:
+    """Draws the loss of every logged step, and its running mean, into a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    steps, losses = [r["step"] for r in records], [r["loss"] for r in records]
+    mean, smooth = losses[0], []
+    for loss in losses:
+        mean = 0.9 * mean + 0.1 * loss
+        smooth.append(mean)
+    figure, axes = pyplot.subplots(figsize=(7, 4), dpi=120, layout="constrained")
+    axes.plot(steps, losses, color="#9bb8d3", linewidth=1, label="step", marker="." if len(steps) < 3 else None)
+    axes.plot(steps, smooth, color="#1f4e79", linewidth=2, label="running mean")
+    axes.set(xlabel="optimiser step", ylabel="loss (nats per label token)", ylim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    with storage.whole(path) as part:
+        figure.savefig(part, format="png")
+    pyplot.close(figure)

@@ -1,0 +1,37 @@
+"""What a run is told, whichever door it came in by."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """Settings of one run; the command line and the Python API both end here."""
+
+    output_dir: Path
+    epochs: int = 1
+    batch_size: int = 1  # rows per rank and micro-batch
+    accumulation: int = 1  # micro-batches per optimiser step
+    max_steps: int = -1  # optimiser steps; -1: as many as the epochs make
+    seq_length: int = 1024  # tokens of the longest row kept
+    shuffle: bool = True
+    drop_remainder: bool = False
+    seed: int = 0
+    learning_rate: float = 1e-4  # the highest
+    lr_kind: str = "cosine"  # constant, linear or cosine
+    lr_end: float = 0.0
+    warmup_ratio: float = 0.0  # share of the schedule's steps
+    warmup_steps: int | None = None  # optimiser steps; overrides the ratio
+    schedule_steps: int = -1  # optimiser steps of the whole schedule; -1: those of the run
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    max_grad_norm: float | None = 1.0
+    loss_scale: float = 65536.0  # first loss scale; used in float16 only
+    scale_window: int = 1000  # steps without overflow before it doubles
+    logging_steps: int = 1
+    save_steps: int = 0  # optimiser steps between checkpoints; 0: none before the end
+    keep_checkpoint_max: int = 5
+    sink_size: int = 1  # optimiser steps between two reads of the loss from the device
+    recompute: bool = False
+    resume: bool | str = False  # True: from the newest checkpoint; or a checkpoint's name

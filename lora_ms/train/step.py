@@ -1,0 +1,52 @@
+"""The two graphs of training: a micro-batch's gradient, and the optimiser's update (``FlatAdamW``)."""
+
+import mindspore as ms
+from mindspore import Tensor, nn, ops
+
+from lora_ms.nn.loss import SummedCrossEntropy
+from lora_ms.train.optim import FlatAdamW
+
+CHUNK_NUMBERS = 1 << 22  # logits held at once in the loss: 16 MB in float32
+
+
+class SummedLoss(nn.Cell):
+    """Summed cross-entropy of a batch's label tokens; head and logits are computed for these alone.
+
+    input_ids [b, s], target_index [c], targets [c] -> [] float32.
+    """
+
+    def __init__(self, model: nn.Cell, vocab_size: int):
+        super().__init__()
+        self.model = model
+        self.cross_entropy = SummedCrossEntropy(max(16, CHUNK_NUMBERS // vocab_size))
+
+    def construct(self, input_ids: Tensor, target_index: Tensor, targets: Tensor) -> Tensor:
+        hidden = self.model.hidden_states(input_ids, target_index)  # [c, h]
+        return self.cross_entropy(hidden, self.model.head_weight(), targets)[0]
+
+
+class MicroStep(nn.Cell):
+    """Adds the gradient of one micro-batch's summed loss to the optimiser's ``grad``; returns that loss []."""
+
+    def __init__(self, loss: SummedLoss, optimizer: FlatAdamW):
+        super().__init__()
+        self.optimizer = optimizer
+        self.scaled = _Scaled(loss, optimizer)
+        self.grad_fn = ops.value_and_grad(self.scaled, None, optimizer.params, has_aux=True)
+
+    def construct(self, input_ids: Tensor, target_index: Tensor, targets: Tensor) -> Tensor:
+        (_, loss), grads = self.grad_fn(input_ids, target_index, targets)
+        ops.assign_add(self.optimizer.grad, self.optimizer.flatten(grads))
+        return loss
+
+
+class _Scaled(nn.Cell):
+    """The loss times the loss scale, to differentiate, and the loss itself."""
+
+    def __init__(self, loss: SummedLoss, optimizer: FlatAdamW):
+        super().__init__()
+        self.loss, self.optimizer = loss, optimizer
+
+    def construct(self, input_ids: Tensor, target_index: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        loss = self.loss(input_ids, target_index, targets)
+        return loss * self.optimizer.loss_scale.astype(ms.float32), loss
