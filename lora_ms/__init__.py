@@ -1,0 +1,30 @@
+"""LoRA fine-tuning of Llama and Qwen models on MindSpore."""
+
+__all__ = [
+    "AutoModelForCausalLM",
+    "AutoTokenizer",
+    "LoRADense",
+    "LoraConfig",
+    "LoraMsError",
+    "PeftModel",
+    "Trainer",
+    "TrainingArguments",
+    "get_peft_model",
+]
+
+
+def __getattr__(name: str):
+    # MindSpore takes seconds to import: not before something of it is asked for
+    if name == "LoraMsError":
+        from lora_ms.errors import LoraMsError
+
+        return LoraMsError
+    if name == "LoRADense":
+        from lora_ms.nn.lora import LoRADense
+
+        return LoRADense
+    if name in __all__:
+        from lora_ms import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module 'lora_ms' has no attribute {name!r}")

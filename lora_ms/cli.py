@@ -5,6 +5,7 @@ Nothing heavy is imported before the flags are read, so that ``--help`` answers 
 
 import argparse
 import difflib
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -200,6 +201,10 @@ def _run_mindformer(argv: list[str]) -> int:
 
 def _dispatch(command: str | None, args: argparse.Namespace, free_form: list[str]) -> int:
     from lora_ms.config import load_config
+
+    # before the libraries are imported: MindSpore logs errors only, transformers does not advise to install torch
+    os.environ.setdefault("GLOG_v", "3")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
     config = load_config(
         args.config, preset=args.preset, flags=flags_of(args), options=args.options, free_form=free_form

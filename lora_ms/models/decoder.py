@@ -3,7 +3,6 @@
 from dataclasses import dataclass, field
 
 import mindspore as ms
-import numpy as np
 from mindspore import Tensor, nn, ops
 
 from lora_ms.nn.attention import Attention, attention_bias
@@ -57,8 +56,15 @@ class DecoderLayer(nn.Cell):
         mixed = self.self_attn.mix(self.input_layernorm(x), rope, bias)
         if rows is not None:
             x, mixed = ops.gather(x, rows, 0), ops.gather(mixed, rows, 0)
-        x = x + self.self_attn.o_proj(mixed)
+        return self.feed(x + self.self_attn.o_proj(mixed))
+
+    def feed(self, x: Tensor) -> Tensor:
         return x + self.mlp(self.post_attention_layernorm(x))
+
+    def cached(self, x: Tensor, rope: tuple, bias: Tensor, cache: nn.Cell, layer: int, rows: Tensor) -> Tensor:
+        """New tokens only; see ``Attention.mix_cached``."""
+        mixed = self.self_attn.mix_cached(self.input_layernorm(x), rope, bias, cache, layer, rows)
+        return self.feed(x + self.self_attn.o_proj(mixed))
 
 
 class Decoder(nn.Cell):
@@ -82,6 +88,16 @@ class Decoder(nn.Cell):
         return self.norm(self.layers[-1](x, rope, bias, rows))
 
 
+    def cached(self, input_ids: Tensor, cache: nn.Cell, start: Tensor, padding: Tensor) -> Tensor:
+        """New tokens input_ids [b, s], from slot ``start`` [] of ``cache`` on -> [b * s, h] (see ``KVCache``)."""
+        positions, rows, bias = cache(start, padding, input_ids.shape[1])
+        rope = self.rotary_tables(positions)
+        x = self.embed_tokens(input_ids.reshape((-1,)))
+        for i in range(len(self.layers)):
+            x = self.layers[i].cached(x, rope, bias, cache, i, rows)
+        return self.norm(x)
+
+
 class CausalLM(nn.Cell):
     """A decoder with its head: ``logits = model(input_ids, attention_mask)``."""
 
@@ -89,6 +105,7 @@ class CausalLM(nn.Cell):
         super().__init__()
         self.config, self.dtype = config, dtype
         self.model = Decoder(config, dtype)
+        self.project = ops.MatMul(transpose_b=True)
         self.tied = config.tie_word_embeddings
         if not self.tied:
             self.lm_head = dense(config.hidden_size, config.vocab_size, False, dtype)
@@ -106,6 +123,12 @@ class CausalLM(nn.Cell):
         bias = attention_bias(None, batch, seq, self.model.num_heads, self.model.num_kv_heads)
         return self.model(input_ids, positions, bias, rows)
 
+    def next_logits(self, input_ids: Tensor, cache: nn.Cell, start: Tensor, padding: Tensor) -> Tensor:
+        """input_ids [b, s], the newest tokens -> logits [b, v] float32 of the token after the last."""
+        batch, seq = input_ids.shape
+        x = self.model.cached(input_ids, cache, start, padding).reshape((batch, seq, -1))[:, -1]
+        return self.project(x, self.head_weight()).astype(ms.float32)
+
     def construct(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """input_ids [b, s], attention_mask [b, s] of 0 and 1 -> logits [b, s, v] float32."""
         batch, seq = input_ids.shape
@@ -115,5 +138,4 @@ class CausalLM(nn.Cell):
             bias = attention_bias(attention_mask, batch, seq, self.model.num_heads, self.model.num_kv_heads)
             positions = ops.maximum(ops.cumsum(attention_mask.astype(ms.int32), 1) - 1, 0)
             x = self.model(input_ids, positions, bias)
-        logits = ops.matmul(x, self.head_weight().T)
-        return logits.astype(ms.float32).reshape((batch, seq, -1))
+        return self.project(x, self.head_weight()).astype(ms.float32).reshape((batch, seq, -1))

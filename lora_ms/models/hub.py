@@ -79,13 +79,15 @@ def _skippable(name: str, tied: bool) -> bool:
     return name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight")
 
 
-def load_directory(path: Path, ms_dtype: ms.Type = ms.float32) -> CausalLM:
+def load_directory(
+    path: Path, ms_dtype: ms.Type = ms.float32, model_class: type[CausalLM] = CausalLM
+) -> CausalLM:
     """The model of a Hugging Face directory, its weights converted one at a time to ``ms_dtype``."""
     if ms_dtype not in NUMPY_DTYPES:
         raise LoraMsError(f"type {ms_dtype} is not supported for weights; supported: float32, float16")
     config, hf = read_config(path)
     entries = {n: e for n, e in storage.open_dir(path).items() if not _skippable(n, config.tie_word_embeddings)}
-    model = CausalLM(config, ms_dtype)
+    model = model_class(config, ms_dtype)
     check_names(expected_shapes(model), {n: e.shape for n, e in entries.items()}, str(path))
     for name, parameter in model.parameters_and_names():
         parameter.name = name

@@ -78,5 +78,13 @@ class Attention(nn.Cell):
         output, _ = self.kernel(q, k, v, bias)  # [b * n_kv, g * s, d]
         return self.merge_heads(output, batch)
 
+    def mix_cached(self, x: Tensor, rope: tuple, bias: Tensor, cache: nn.Cell, layer: int, rows: Tensor) -> Tensor:
+        """As ``mix``, for new tokens that also look at those in ``cache``, into which they are written."""
+        q, k, v = self.project(x, rope, cache.batch)
+        k = cache.write(cache.keys[layer], rows, k)
+        v = cache.write(cache.values[layer], rows, v)
+        output, _ = self.kernel(q, k, v, bias)
+        return self.merge_heads(output, cache.batch)
+
     def construct(self, x: Tensor, rope: tuple, bias: Tensor) -> Tensor:
         return self.o_proj(self.mix(x, rope, bias))

@@ -1,0 +1,252 @@
+"""The Python interface, with the names that Hugging Face users know."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor
+from numpy.typing import NDArray
+
+from lora_ms import runtime as runtime_module
+from lora_ms.adapters import inject as injection
+from lora_ms.adapters.config import LoraConfig
+from lora_ms.adapters.merge import merge
+from lora_ms.adapters.peft_format import load_adapter, restore_adapter, save_adapter
+from lora_ms.data.readers import read_rows
+from lora_ms.data.tokenizer import load_tokenizer
+from lora_ms.errors import LoraMsError
+from lora_ms.infer.generate import Generator, pad_rows
+from lora_ms.infer.sampling import Sampling
+from lora_ms.models import hub
+from lora_ms.models.decoder import CausalLM
+from lora_ms.train.fit import Weights, fit, plan_rows
+from lora_ms.train.loop import Outcome
+from lora_ms.train.settings import TrainSettings
+
+SAMPLING_NAMES = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "seed")
+
+
+class Model(CausalLM):
+    """A decoder that also generates and saves itself."""
+
+    def generate(
+        self,
+        input_ids: Tensor | NDArray | Sequence[Sequence[int]],
+        max_new_tokens: int = 64,
+        attention_mask: Tensor | NDArray | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
+        pad_token_id: int = 0,
+        **sampling,
+    ) -> NDArray[np.int32]:
+        """Prompts continued: [batch, prompt + new] token ids, as in transformers.
+
+        Args:
+            input_ids: [batch, prompt] ids, or a list of rows of any lengths (padded on the left in the result).
+            max_new_tokens: most new tokens of a row.
+            attention_mask: [batch, prompt] of 0 and 1; 0 marks padding.
+            eos_token_id: one or more ids that end a row; None for the model's own. Without any, rows run on.
+            pad_token_id: fills the rest of a row that has ended.
+            sampling: do_sample, temperature, top_k, top_p, repetition_penalty, seed (see ``Sampling``).
+
+        Raises:
+            LoraMsError: an empty prompt or a setting out of range.
+            TypeError: an unknown setting.
+        """
+        unknown = set(sampling) - set(SAMPLING_NAMES)
+        if unknown:
+            raise TypeError(f"generate() got unknown settings: {', '.join(sorted(unknown))}")
+        rows = _rows(input_ids, attention_mask)
+        ends = self.config.eos_token_ids if eos_token_id is None else eos_token_id
+        ends = (ends,) if isinstance(ends, int) else tuple(ends)
+        if "generator" not in self.__dict__:
+            self.__dict__["generator"] = Generator(self)  # past Cell's own attributes: the generator holds this model
+        training = self.training
+        new = self.__dict__["generator"].generate(rows, max_new_tokens, Sampling(**sampling), ends)
+        self.set_train(training)
+        return pad_rows(rows, new, pad_token_id)
+
+    def save_pretrained(self, path: str | os.PathLike) -> None:
+        """Writes a Hugging Face directory in the type of the weights; transformers and vLLM load it."""
+        hub.save_directory(self, path, hub.NUMPY_DTYPES[self.dtype])
+
+
+def _rows(input_ids, attention_mask) -> list[list[int]]:
+    ids = [np.asarray(row.asnumpy() if isinstance(row, Tensor) else row) for row in input_ids]
+    if attention_mask is None:
+        return [row.tolist() for row in ids]
+    return [row[np.asarray(mask.asnumpy() if isinstance(mask, Tensor) else mask) == 1].tolist()
+            for row, mask in zip(ids, attention_mask, strict=True)]
+
+
+class AutoModelForCausalLM:
+    """Models by directory."""
+
+    @staticmethod
+    def from_pretrained(path: str | os.PathLike, ms_dtype: ms.Type = ms.float32) -> Model:
+        """The model of a Hugging Face directory, with weights of ``ms_dtype`` (float32 or float16).
+
+        Raises:
+            LoraMsError: not such a directory, an unsupported architecture, or tensors that do not fit.
+        """
+        ms.set_context(mode=ms.GRAPH_MODE)
+        return hub.load_directory(Path(path), ms_dtype, Model)
+
+
+class AutoTokenizer:
+    """Tokenizers by directory."""
+
+    @staticmethod
+    def from_pretrained(path: str | os.PathLike):
+        """transformers' own tokenizer of a directory on disk."""
+        return load_tokenizer(path)
+
+
+class PeftModel:
+    """A model with an adapter in it.
+
+    Calling it gives the model's logits; ``model`` is the Cell itself.
+    """
+
+    def __init__(self, model: Model, config: LoraConfig):
+        self.model, self.peft_config = model, config
+
+    @classmethod
+    def from_pretrained(cls, model: Model, path: str | os.PathLike, adapter_name: str = "default") -> "PeftModel":
+        """Swaps the adapter of directory ``path`` into ``model``.
+
+        Raises:
+            LoraMsError: no adapter there, an unsupported kind, or one made for another model.
+        """
+        if adapter_name != "default":
+            raise LoraMsError(f"adapter_name {adapter_name!r}: one adapter, named 'default', is supported")
+        config, _ = load_adapter(model, path)
+        return cls(model, config)
+
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        return self.model(input_ids, attention_mask)
+
+    def generate(self, *args, **kwargs) -> NDArray[np.int32]:
+        """See ``Model.generate``."""
+        return self.model.generate(*args, **kwargs)
+
+    def print_trainable_parameters(self) -> None:
+        """One line: modules, trainable and total parameters, percentage."""
+        print(injection.report(self.model).line())
+
+    def save_pretrained(self, path: str | os.PathLike) -> None:
+        """Writes the adapter in PEFT's format."""
+        save_adapter(self.model, path, self.peft_config, self.model.source)
+
+    def merge_and_unload(self) -> Model:
+        """The model with the adapter folded into its weights; this wrapper is spent afterwards."""
+        return merge(self.model)
+
+
+def get_peft_model(model: Model, config: LoraConfig) -> PeftModel:
+    """Swaps fresh adapters into ``model``, whose own parameters are frozen.
+
+    Raises:
+        LoraMsError: ``config.target_modules`` matches nothing; what could match is listed.
+    """
+    injection.inject(model, config)
+    return PeftModel(model, config)
+
+
+@dataclass(frozen=True)
+class TrainingArguments:
+    """Settings of a ``Trainer``, by transformers' names."""
+
+    output_dir: str | os.PathLike
+    learning_rate: float = 1e-4  # the highest
+    num_train_epochs: int = 3
+    per_device_train_batch_size: int = 8  # rows
+    gradient_accumulation_steps: int = 1  # micro-batches per optimiser step
+    max_steps: int = -1  # optimiser steps; -1: as many as the epochs make
+    max_seq_length: int = 1024  # tokens; longer rows are dropped and counted
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    max_grad_norm: float | None = 1.0
+    lr_scheduler_type: str = "linear"  # constant, linear or cosine
+    warmup_ratio: float = 0.0
+    warmup_steps: int | None = None  # overrides the ratio
+    logging_steps: int = 1
+    save_steps: int = 0  # optimiser steps; 0: no checkpoint before the end
+    save_total_limit: int = 5
+    gradient_checkpointing: bool = False  # less memory, more time
+    use_parallel: bool = False  # one process per card, started by msrun
+    seed: int = 0
+    resume_from_checkpoint: bool | str = False  # True: the newest; or a name such as "step_40"
+
+    def settings(self) -> TrainSettings:
+        """The same for the training loop.
+
+        Raises:
+            LoraMsError: an unknown lr_scheduler_type.
+        """
+        if self.lr_scheduler_type not in ("constant", "linear", "cosine"):
+            raise LoraMsError(f"lr_scheduler_type {self.lr_scheduler_type!r} is none of constant, linear, cosine")
+        return TrainSettings(
+            output_dir=Path(self.output_dir),
+            epochs=self.num_train_epochs,
+            batch_size=self.per_device_train_batch_size,
+            accumulation=self.gradient_accumulation_steps,
+            max_steps=self.max_steps,
+            seq_length=self.max_seq_length,
+            seed=self.seed,
+            learning_rate=self.learning_rate,
+            lr_kind=self.lr_scheduler_type,
+            warmup_ratio=self.warmup_ratio,
+            warmup_steps=self.warmup_steps,
+            betas=(self.adam_beta1, self.adam_beta2),
+            eps=self.adam_epsilon,
+            weight_decay=self.weight_decay,
+            max_grad_norm=self.max_grad_norm,
+            logging_steps=self.logging_steps,
+            save_steps=self.save_steps,
+            keep_checkpoint_max=self.save_total_limit,
+            recompute=self.gradient_checkpointing,
+            resume=self.resume_from_checkpoint,
+        )
+
+
+class Trainer:
+    """Trains a ``PeftModel``'s adapter, or all parameters of a ``Model``.
+
+    Args:
+        train_dataset: rows (a sequence of dicts) or a path, in any format that the command line reads.
+        tokenizer: needed for rows of text; saved with the adapter.
+    """
+
+    def __init__(self, model: PeftModel | Model, args: TrainingArguments, train_dataset, tokenizer=None):
+        self.peft = model if isinstance(model, PeftModel) else None
+        self.model = model.model if isinstance(model, PeftModel) else model
+        self.args, self.train_dataset, self.tokenizer = args, train_dataset, tokenizer
+
+    def train(self) -> Outcome:
+        """Runs to the end; the adapter is then in ``output_dir/adapter`` (the model, without one, in ``/model``).
+
+        Raises:
+            LoraMsError: data that teaches nothing, or a loss that is not finite.
+        """
+        runtime, notices = runtime_module.setup(seed=self.args.seed, use_parallel=self.args.use_parallel)
+        print(*notices, sep="\n", end="\n" if notices else "")
+        settings, vocab_size = self.args.settings(), self.model.config.vocab_size
+        plan = plan_rows(read_rows(self.train_dataset), self.tokenizer, settings, runtime, vocab_size)
+        weights = Weights("adapter" if self.peft else "model", self._write, self._read)
+        return fit(self.model, plan, settings, runtime, weights, vocab_size, self.model.dtype)
+
+    def _write(self, path: Path) -> None:
+        (self.peft or self.model).save_pretrained(path)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(path)
+
+    def _read(self, path: Path) -> None:
+        if self.peft:
+            restore_adapter(self.model, path)
+        else:
+            hub.restore(self.model, path)

@@ -1,0 +1,1 @@
+"""Generation: sampling, the loop over tokens, and chat."""

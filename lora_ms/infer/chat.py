@@ -1,0 +1,62 @@
+"""Text in, text out: prompts by the chat template, answers streamed as whole characters."""
+
+from collections.abc import Callable, Sequence
+
+from lora_ms.data.example import Message
+from lora_ms.data.template import encode_prompt
+from lora_ms.infer.generate import Generator
+from lora_ms.infer.sampling import Sampling
+
+
+class Stream:
+    """Turns the tokens of one answer into text as they come; half a character waits for its other half."""
+
+    def __init__(self, tokenizer, show: Callable[[str], None]):
+        self.tokenizer, self.show, self.tokens, self.shown = tokenizer, show, [], ""
+
+    def add(self, token: int) -> None:
+        """One more token of the answer."""
+        self.tokens.append(token)
+        text = self.tokenizer.decode(self.tokens, skip_special_tokens=True)
+        if not text.endswith("\ufffd"):
+            self.show(text[len(self.shown) :])
+            self.shown = text
+
+
+class Speaker:
+    """A model that answers messages.
+
+    Args:
+        generator: around the model.
+        tokenizer: with a chat template, or the Alpaca prompt is used.
+        max_new_tokens: longest answer.
+        max_length: longest prompt and answer together, in tokens.
+    """
+
+    def __init__(
+        self, generator: Generator, tokenizer, sampling: Sampling, max_new_tokens: int, max_length: int
+    ):
+        self.generator, self.tokenizer, self.sampling = generator, tokenizer, sampling
+        self.max_new_tokens, self.max_length = max_new_tokens, max_length
+        ends = {tokenizer.eos_token_id, *generator.model.config.eos_token_ids}
+        self.eos_token_ids = tuple(sorted(end for end in ends if end is not None))
+
+    def answers(
+        self, conversations: Sequence[Sequence[Message]], show: Callable[[str], None] | None = None
+    ) -> list[str]:
+        """The assistant's next turn in each conversation, all in one batch; ``show`` streams the first of them."""
+        prompts = [encode_prompt(self.tokenizer, conversation) for conversation in conversations]
+        room = self.max_length - max(map(len, prompts))
+        stream = Stream(self.tokenizer, show) if show else None
+        new = self.generator.generate(
+            prompts,
+            max(1, min(self.max_new_tokens, room)),
+            self.sampling,
+            self.eos_token_ids,
+            (lambda row, token: stream.add(token) if row == 0 else None) if stream else None,
+        )
+        return [self.tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in new]
+
+    def prompt_length(self, conversation: Sequence[Message]) -> int:
+        """Tokens of the prompt that ``answers`` would build."""
+        return len(encode_prompt(self.tokenizer, conversation))

@@ -1,0 +1,81 @@
+"""Choosing the next token from its logits, in NumPy; the order and meaning of each step are transformers'."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lora_ms.errors import LoraMsError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to choose; the defaults take the likeliest token."""
+
+    do_sample: bool = False
+    temperature: float = 1.0  # above 0; divides the logits
+    top_k: int = 0  # keep this many likeliest tokens; 0: all
+    top_p: float = 1.0  # keep the likeliest tokens whose probabilities reach this sum
+    repetition_penalty: float = 1.0  # above 1: tokens that occurred become less likely
+    seed: int = 0
+
+    def __post_init__(self):
+        for name, value, fits in (
+            ("temperature", self.temperature, self.temperature > 0),
+            ("top_k", self.top_k, self.top_k >= 0),
+            ("top_p", self.top_p, 0 < self.top_p <= 1),
+            ("repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0),
+        ):
+            if not fits:
+                raise LoraMsError(f"{name} {value} is out of range")
+
+    @property
+    def needs_logits(self) -> bool:
+        """Whether more than the largest logit matters."""
+        return self.do_sample or self.repetition_penalty != 1
+
+
+def penalise(logits: NDArray, seen: NDArray, penalty: float) -> NDArray:
+    """Logits [v] with those of the ids ``seen`` divided by ``penalty`` where positive, multiplied where negative."""
+    out = logits.copy()
+    ids = np.unique(seen)
+    values = out[ids]
+    out[ids] = np.where(values > 0, values / penalty, values * penalty)
+    return out
+
+
+def keep_top_k(logits: NDArray, k: int) -> NDArray:
+    """Logits [v] with all below the k-th largest at -inf."""
+    if not 0 < k < len(logits):
+        return logits
+    kth = np.partition(logits, -k)[-k]
+    return np.where(logits < kth, -np.inf, logits)
+
+
+def softmax(logits: NDArray) -> NDArray:
+    """Probabilities [v], float64."""
+    exp = np.exp((logits - logits.max()).astype(np.float64))
+    return exp / exp.sum()
+
+
+def keep_top_p(logits: NDArray, p: float) -> NDArray:
+    """Logits [v] with the least likely tokens at -inf whose probabilities together are at most 1 - p."""
+    if p >= 1:
+        return logits
+    order = np.argsort(logits, kind="stable")  # least likely first
+    drop = np.cumsum(softmax(logits)[order]) <= 1 - p
+    drop[-1] = False
+    out = logits.copy()
+    out[order[drop]] = -np.inf
+    return out
+
+
+def choose(logits: NDArray, seen: NDArray, sampling: Sampling, rng: np.random.Generator) -> int:
+    """The next token of one row: logits [v], ids ``seen`` so far."""
+    s = sampling
+    if s.repetition_penalty != 1:
+        logits = penalise(logits, seen, s.repetition_penalty)
+    if not s.do_sample:
+        return int(np.argmax(logits))
+    logits = keep_top_p(keep_top_k(logits / s.temperature, s.top_k), s.top_p)
+    return int(rng.choice(len(logits), p=softmax(logits)))

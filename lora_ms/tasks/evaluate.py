@@ -1,0 +1,51 @@
+"""``lora-ms eval``: loss and perplexity on the label tokens of a file of rows."""
+
+import math
+
+from mindspore import Tensor
+
+from lora_ms.config import RunConfig
+from lora_ms.data.loader import DataPlan, prepare_rows
+from lora_ms.data.readers import read_rows
+from lora_ms.data.tokenizer import pad_id
+from lora_ms.errors import LoraMsError
+from lora_ms.tasks import common
+from lora_ms.train.step import SummedLoss
+
+
+def run(config: RunConfig) -> None:
+    """Prints the mean loss over all label tokens of ``eval_dataset``, in nats, and its exponential."""
+    dataset = config.eval_dataset
+    loader = dataset.data_loader
+    source = loader.dataset_dir or loader.path
+    if not source:
+        raise LoraMsError(
+            "no evaluation data: give --eval_dataset_dir FILE, or eval_dataset.data_loader.dataset_dir in the YAML"
+        )
+    sizes = common.read_sizes(config)
+    rows = read_rows(source, fill=config.data_fill, num_samples=dataset.num_samples)
+    runtime = common.start(config)
+    tokenizer = common.tokenizer_for(config)
+    limit = common.seq_length(config, sizes.max_position_embeddings)
+    kept, report = prepare_rows(rows, tokenizer=tokenizer, seq_length=limit, vocab_size=sizes.vocab_size)
+    plan = DataPlan.build(
+        kept,
+        batch_size=config.eval_batch_size,
+        accumulation=1,
+        epochs=1,
+        seed=0,
+        shuffle=False,
+        pad_id=pad_id(tokenizer),
+        seq_length=limit,
+    )
+    model = common.model_for_use(config, runtime)
+    loss = SummedLoss(model, sizes.vocab_size).set_train(False)
+    total = tokens = 0.0
+    for step in range(plan.total_steps):
+        (batch,), label_tokens = plan.step(step)
+        total += float(loss(Tensor(batch.input_ids), Tensor(batch.target_index), Tensor(batch.targets)).asnumpy())
+        tokens += label_tokens
+    if runtime.is_main:
+        print(*report.lines(), sep="\n")
+        mean = total / tokens
+        print(f"loss {mean:.4f}  perplexity {math.exp(min(mean, 700)):.3f}  on {int(tokens):,} label tokens")

@@ -1,0 +1,105 @@
+"""What all tests share. MindSpore is imported by the tests that need it alone, and looks at these variables then."""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+os.environ.setdefault("GLOG_v", "3")  # MindSpore's log: errors only
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # transformers without torch is what we want
+
+ROOT = Path(__file__).parent.parent
+REFERENCE = ROOT / "tests" / "reference"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "peft: asks torch and PEFT of the Python named in LORA_MS_TORCH_PYTHON")
+
+
+@pytest.fixture(scope="session")
+def graph_mode() -> None:
+    """MindSpore as training uses it: static graphs, on the CPU."""
+    from lora_ms import runtime
+
+    runtime.setup("CPU")
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The repository."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def reference() -> Path:
+    """The folder of reference models, adapters and values (see its README)."""
+    return REFERENCE
+
+
+@pytest.fixture(scope="session")
+def golden() -> Callable[[str], dict[str, np.ndarray]]:
+    """``golden("logits_qwen2")``: the arrays of that file of the reference folder."""
+
+    def load(name: str) -> dict[str, np.ndarray]:
+        with np.load(REFERENCE / f"{name}.npz") as arrays:
+            return dict(arrays)
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def raw_tensors() -> Callable[[Path], dict[str, np.ndarray]]:
+    """Tensors of a safetensors file or of a model directory, as float32, read without the code under test."""
+    return read_raw
+
+
+def read_raw(path: Path) -> dict[str, np.ndarray]:
+    if path.is_dir():
+        tensors = {}
+        for file in sorted(path.glob("*.safetensors")):
+            tensors |= read_raw(file)
+        return tensors
+    data = path.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, info in header.items():
+        begin, end = info["data_offsets"]
+        values = np.frombuffer(data[start + begin : start + end], {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}[info["dtype"]])
+        if info["dtype"] == "BF16":
+            values = np.stack((np.zeros_like(values), values), -1).reshape(-1).view("<f4")  # low half zero, high half stored
+        tensors[name] = values.astype(np.float32).reshape(info["shape"])
+    return tensors
+
+
+@pytest.fixture(scope="session")
+def numerical_gradient() -> Callable[[Callable[[np.ndarray], float], np.ndarray], np.ndarray]:
+    """``numerical_gradient(f, x)``: central differences of the number f(x) in float64."""
+
+    def gradient(f: Callable[[np.ndarray], float], x: np.ndarray, width: float = 1e-6) -> np.ndarray:
+        x, result = x.astype(np.float64), np.zeros(x.shape)
+        for place in np.ndindex(x.shape):
+            up, down = x.copy(), x.copy()
+            up[place] += width
+            down[place] -= width
+            result[place] = (f(up) - f(down)) / (2 * width)
+        return result
+
+    return gradient
+
+
+@pytest.fixture(scope="session")
+def python_env() -> dict[str, str]:
+    """Environment of a Python process of its own that imports this repository's ``lora_ms``."""
+    return {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+
+
+@pytest.fixture(scope="session")
+def python() -> str:
+    """The Python that runs the tests."""
+    return sys.executable

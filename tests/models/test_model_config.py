@@ -1,0 +1,123 @@
+"""config.json in both layouts, and what is refused in it."""
+
+import json
+import shutil
+
+import pytest
+
+from lora_ms.errors import LoraMsError
+from lora_ms.models.decoder import DecoderConfig
+from lora_ms.models.hub import load_directory, read_config
+
+ALL = {"vocab_size": 128, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+       "max_position_embeddings": 512}
+SCALING = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+           "original_max_position_embeddings": 64}
+EXPECTED = {
+    "llama2": DecoderConfig(**ALL, hidden_size=48, num_key_value_heads=4, head_dim=12, rms_norm_eps=1e-5,
+                            rope_theta=10000.0, model_type="llama", eos_token_ids=(2,)),
+    "llama3": DecoderConfig(**ALL, hidden_size=64, num_key_value_heads=2, head_dim=16, rms_norm_eps=1e-5,
+                            rope_theta=500000.0, rope_scaling=SCALING, tie_word_embeddings=True, eos_token_ids=(2, 3)),
+    "qwen2": DecoderConfig(**ALL, hidden_size=64, num_key_value_heads=2, head_dim=16, rms_norm_eps=1e-6,
+                           rope_theta=1e6, attention_bias=True, tie_word_embeddings=True, eos_token_ids=(2,)),
+    "qwen3": DecoderConfig(**ALL, hidden_size=64, num_key_value_heads=2, head_dim=24, rms_norm_eps=1e-6,
+                           rope_theta=1e6, qk_norm=True, eos_token_ids=(2,)),
+    "deepseek_r1_qwen": DecoderConfig(**ALL, hidden_size=48, num_key_value_heads=2, head_dim=12, rms_norm_eps=1e-6,
+                                      rope_theta=10000.0, attention_bias=True, eos_token_ids=(2,)),
+}
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_sizes_of_every_reference_model(reference, name):
+    config, hf = read_config(reference / "models" / name)
+    assert config == EXPECTED[name]
+    assert hf == json.loads((reference / "models" / name / "config.json").read_text())
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_both_layouts_say_the_same(reference, tmp_path, name):
+    """Rotary settings moved between the layouts of before and since transformers 5."""
+    hf = json.loads((reference / "models" / name / "config.json").read_text())
+    if "rope_parameters" in hf:
+        rope = hf.pop("rope_parameters")
+        hf["rope_theta"] = rope.pop("rope_theta")
+        hf["rope_scaling"] = None if rope["rope_type"] == "default" else rope
+    else:
+        hf["rope_parameters"] = {"rope_theta": hf.pop("rope_theta"), **(hf.pop("rope_scaling") or {"rope_type": "default"})}
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    assert read_config(tmp_path)[0] == EXPECTED[name]
+
+
+@pytest.fixture
+def edited(reference, tmp_path):
+    """A copy of a reference model whose config.json has ``changes``; None takes a key out."""
+
+    def edit(name: str, **changes):
+        path = tmp_path / name
+        shutil.copytree(reference / "models" / name, path)
+        hf = json.loads((path / "config.json").read_text()) | changes
+        (path / "config.json").write_text(json.dumps({key: value for key, value in hf.items() if value is not None}))
+        return path
+
+    return edit
+
+
+def error_of(path):
+    with pytest.raises(LoraMsError) as caught:
+        load_directory(path)
+    return str(caught.value)
+
+
+def test_an_unknown_architecture_is_refused(edited):
+    path = edited("llama2", architectures=["GPT2LMHeadModel"])
+    assert error_of(path) == (
+        f"{path}: architecture GPT2LMHeadModel is not supported; "
+        "supported: LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("llama2", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+         "config.json: rope_type 'yarn' is not supported; supported: default, linear, llama3"),
+        ("llama2", {"rope_scaling": {"type": "dynamic", "factor": 4.0}},
+         "config.json: rope_type 'dynamic' is not supported; supported: default, linear, llama3"),
+        ("qwen2", {"use_sliding_window": True},
+         "config.json: use_sliding_window true is not supported; set it to false"),
+        ("qwen3", {"use_sliding_window": True},
+         "config.json: use_sliding_window true is not supported; set it to false"),
+        ("qwen3", {"attention_bias": True}, "config.json: attention_bias true is not supported for Qwen3"),
+        ("llama2", {"attention_bias": True}, "config.json: attention_bias true is not supported for Llama"),
+        ("llama2", {"mlp_bias": True}, "config.json: mlp_bias true is not supported for Llama"),
+        ("llama2", {"hidden_act": "gelu"}, "config.json: hidden_act 'gelu' is not supported; supported: silu"),
+    ],
+)  # fmt: skip
+def test_what_is_not_computed_is_refused(edited, name, changes, message):
+    assert error_of(edited(name, **changes)) == message
+
+
+@pytest.mark.parametrize("key", ["hidden_size", "vocab_size", "num_attention_heads", "intermediate_size"])
+def test_a_missing_key_is_named(edited, key):
+    path = edited("llama2", **{key: None})
+    assert error_of(path) == f"{path / 'config.json'}: '{key}' is missing"
+
+
+@pytest.mark.parametrize(
+    ("scaling", "key"),
+    [
+        ({"rope_type": "linear"}, "factor"),
+        ({"rope_type": "llama3", "factor": 8.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64},
+         "low_freq_factor"),
+    ],
+)  # fmt: skip
+def test_a_missing_key_of_the_rope_scaling_is_named(edited, scaling, key):
+    assert key in error_of(edited("llama2", rope_scaling=scaling))
+
+
+def test_config_json_that_is_missing_or_no_json(edited):
+    path = edited("llama2")
+    (path / "config.json").write_text("{")
+    assert error_of(path).startswith(f"{path / 'config.json'}: not readable as JSON (")
+    (path / "config.json").unlink()
+    assert error_of(path) == f"{path / 'config.json'}: no such file"
