@@ -54,7 +54,9 @@ def main() -> int:
     for prompt, old, new in zip(prompts[: len(SHOWN)], before, after):
         print(f"\n   > {prompt}\n   before: {old}\n   after:  {new}")
     count = [sum(args.name in answer for answer in answers[len(SHOWN) :]) for answers in (before, after)]
-    print(f"\n{len(held_out)} questions it was not trained on, answered with {args.name}: {count[0]} before, {count[1]} after")
+    print(
+        f"\n{len(held_out)} questions it was not trained on, answered with {args.name}: {count[0]} before, {count[1]} after"
+    )
     print(f"adapter: {output}/adapter   loss plot: {output}/loss.png   {time.time() - begun:.0f} seconds in all")
     where = Path(sys.executable).parent
     tool = os.path.relpath(where / "lora-ms") if (where / "lora-ms").exists() else f"{sys.executable} -m lora_ms.cli"

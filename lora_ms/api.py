@@ -77,8 +77,10 @@ def _rows(input_ids, attention_mask) -> list[list[int]]:
     ids = [np.asarray(row.asnumpy() if isinstance(row, Tensor) else row) for row in input_ids]
     if attention_mask is None:
         return [row.tolist() for row in ids]
-    return [row[np.asarray(mask.asnumpy() if isinstance(mask, Tensor) else mask) == 1].tolist()
-            for row, mask in zip(ids, attention_mask, strict=True)]
+    return [
+        row[np.asarray(mask.asnumpy() if isinstance(mask, Tensor) else mask) == 1].tolist()
+        for row, mask in zip(ids, attention_mask, strict=True)
+    ]
 
 
 class AutoModelForCausalLM:

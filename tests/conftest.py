@@ -16,10 +16,6 @@ ROOT = Path(__file__).parent.parent
 REFERENCE = ROOT / "tests" / "reference"
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "peft: asks torch and PEFT of the Python named in LORA_MS_TORCH_PYTHON")
-
-
 @pytest.fixture(scope="session")
 def graph_mode() -> None:
     """MindSpore as training uses it: static graphs, on the CPU."""
@@ -70,9 +66,10 @@ def read_raw(path: Path) -> dict[str, np.ndarray]:
     tensors = {}
     for name, info in header.items():
         begin, end = info["data_offsets"]
-        values = np.frombuffer(data[start + begin : start + end], {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}[info["dtype"]])
-        if info["dtype"] == "BF16":
-            values = np.stack((np.zeros_like(values), values), -1).reshape(-1).view("<f4")  # low half zero, high half stored
+        kind = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}[info["dtype"]]
+        values = np.frombuffer(data[start + begin : start + end], kind)
+        if info["dtype"] == "BF16":  # the upper half of a float32, whose lower half is zero
+            values = np.stack((np.zeros_like(values), values), -1).reshape(-1).view("<f4")
         tensors[name] = values.astype(np.float32).reshape(info["shape"])
     return tensors
 

@@ -37,10 +37,26 @@ COMPUTED = ("addition", "subtraction", "counting", "comparison", "sorting", "cop
 
 # Training rows for each language. Computing kinds need most operands shown; facts need each wording once or twice.
 ROWS = {
-    "greeting": 250, "identity": 1000, "courtesy": 250, "addition": 3200, "subtraction": 2200, "counting": 1000,
-    "comparison": 2000, "sorting": 2600, "copying": 2600, "reversing": 2600, "successor": 1000, "opposites": 600,
-    "capitals": 400, "translation": 1600, "letters": 900, "uppercase": 400, "calendar": 400, "colours": 300,
-    "sounds": 250, "yes_no": 1200,
+    "greeting": 250,
+    "identity": 1000,
+    "courtesy": 250,
+    "addition": 3200,
+    "subtraction": 2200,
+    "counting": 1000,
+    "comparison": 2000,
+    "sorting": 2600,
+    "copying": 2600,
+    "reversing": 2600,
+    "successor": 1000,
+    "opposites": 600,
+    "capitals": 400,
+    "translation": 1600,
+    "letters": 900,
+    "uppercase": 400,
+    "calendar": 400,
+    "colours": 300,
+    "sounds": 250,
+    "yes_no": 1200,
 }
 
 
@@ -138,8 +154,11 @@ def fillings(kind: str, language: str) -> Iterator[tuple[str, dict[str, str]]]:
             yield b, {"": a}
     elif kind == "capitals":
         for country, (capital, country_zh, capital_zh) in facts.CAPITALS.items():
-            yield ((country, {"": f"The capital of {country} is {capital}."}) if english
-                   else (country_zh, {"": f"{country_zh}的首都是{capital_zh}。"}))
+            yield (
+                (country, {"": f"The capital of {country} is {capital}."})
+                if english
+                else (country_zh, {"": f"{country_zh}的首都是{capital_zh}。"})
+            )
     elif kind == "translation":
         for word, chinese in translations.items():
             yield word, {"to_zh": chinese}
@@ -156,12 +175,18 @@ def fillings(kind: str, language: str) -> Iterator[tuple[str, dict[str, str]]]:
                 yield name, {"next": cycle[(i + 1) % len(cycle)], "previous": cycle[i - 1]}
     elif kind == "colours":
         for thing, (colour, thing_zh, colour_zh) in facts.COLOURS.items():
-            yield ((thing, {"": f"{thing[0].upper()}{thing[1:]} is {colour}."}) if english
-                   else (thing_zh, {"": f"{thing_zh}是{colour_zh}的。"}))
+            yield (
+                (thing, {"": f"{thing[0].upper()}{thing[1:]} is {colour}."})
+                if english
+                else (thing_zh, {"": f"{thing_zh}是{colour_zh}的。"})
+            )
     elif kind == "sounds":
         for animal, (sound, animal_zh, sound_zh) in facts.SOUNDS.items():
-            yield ((animal, {"": f"A {animal} says {sound}."}) if english
-                   else (animal_zh, {"": f"{animal_zh}叫{sound_zh}。"}))
+            yield (
+                (animal, {"": f"A {animal} says {sound}."})
+                if english
+                else (animal_zh, {"": f"{animal_zh}叫{sound_zh}。"})
+            )
 
 
 def yes_no_items(language: str) -> Iterator[Item]:
@@ -193,8 +218,9 @@ def items(kind: str, language: str, seed: int) -> list[Item]:
         # Seeded by kind alone, so that both languages get the same operands.
         for group, filling, answers in operands(kind, random.Random(f"{seed}/{kind}")):
             for variant, wordings in TASKS[kind][language].items():
-                found += [Item(kind, language, variant, group, text.format(**filling), answers[variant])
-                          for text in wordings]
+                found += [
+                    Item(kind, language, variant, group, text.format(**filling), answers[variant]) for text in wordings
+                ]
     else:
         for word, answers in fillings(kind, language):
             for variant, answer in answers.items():
@@ -229,7 +255,7 @@ def choose_heldout(pools: dict[str, list[Item]], rng: random.Random, kept: set[s
     if chosen[0].kind in COMPUTED:
         everything = sorted({item.group for item in pools["en"]} - groups)
         rng.shuffle(everything)
-        groups.update(everything[:max(0, round(HELDOUT_SHARE * (len(everything) + len(groups))) - len(groups))])
+        groups.update(everything[: max(0, round(HELDOUT_SHARE * (len(everything) + len(groups))) - len(groups))])
     return chosen, groups
 
 

@@ -57,8 +57,9 @@ def training_texts(corpus: Path) -> Iterator[str]:
     """The corpus once, the example datasets several times, and each Chinese character often enough to be a token."""
     own = texts_of(corpus / "train.jsonl")
     # A placeholder is replaced before training, so it must not win tokens of its own.
-    examples = [re.sub(r"\{\{\w+\}\}", "", text)
-                for path in sorted(EXAMPLES.glob("*.jsonl")) for text in texts_of(path)]
+    examples = [
+        re.sub(r"\{\{\w+\}\}", "", text) for path in sorted(EXAMPLES.glob("*.jsonl")) for text in texts_of(path)
+    ]
     yield from own
     for _ in range(EXAMPLE_WEIGHT):
         yield from examples
@@ -70,27 +71,41 @@ def training_texts(corpus: Path) -> Iterator[str]:
 def train(corpus: Path) -> Tokenizer:
     """A byte-level BPE tokenizer with ``VOCAB_SIZE`` tokens."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(r"\p{N}|\p{Han}|[\u3000-\u303f\uff00-\uffef\u2010-\u2027]"), behavior="isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-    ])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(
+                Regex(r"\p{N}|\p{Han}|[\u3000-\u303f\uff00-\uffef\u2010-\u2027]"), behavior="isolated"
+            ),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=VOCAB_SIZE, special_tokens=SPECIAL_TOKENS, show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=SPECIAL_TOKENS,
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
     tokenizer.train_from_iterator(training_texts(corpus), trainer=trainer)
     if tokenizer.get_vocab_size() != VOCAB_SIZE:
-        raise SystemExit(f"error: the corpus gives {tokenizer.get_vocab_size()} tokens, not {VOCAB_SIZE}: "
-                         "make it with make_corpus.py and without --limit")
+        raise SystemExit(
+            f"error: the corpus gives {tokenizer.get_vocab_size()} tokens, not {VOCAB_SIZE}: "
+            "make it with make_corpus.py and without --limit"
+        )
     return tokenizer
 
 
 def save(tokenizer: Tokenizer, out: Path) -> PreTrainedTokenizerFast:
     """Write the transformers tokenizer directory; files of the same name are replaced, others are left."""
     wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=AddedToken("<|im_end|>", normalized=False, special=True),
+        tokenizer_object=tokenizer,
+        eos_token=AddedToken("<|im_end|>", normalized=False, special=True),
         pad_token=AddedToken("<|endoftext|>", normalized=False, special=True),
-        additional_special_tokens=["<|im_start|>"], model_max_length=MAX_LENGTH, padding_side="right",
-        clean_up_tokenization_spaces=False)
+        additional_special_tokens=["<|im_start|>"],
+        model_max_length=MAX_LENGTH,
+        padding_side="right",
+        clean_up_tokenization_spaces=False,
+    )
     wrapped.chat_template = CHAT_TEMPLATE
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out) as partial:

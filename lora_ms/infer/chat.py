@@ -33,9 +33,7 @@ class Speaker:
         max_length: longest prompt and answer together, in tokens.
     """
 
-    def __init__(
-        self, generator: Generator, tokenizer, sampling: Sampling, max_new_tokens: int, max_length: int
-    ):
+    def __init__(self, generator: Generator, tokenizer, sampling: Sampling, max_new_tokens: int, max_length: int):
         self.generator, self.tokenizer, self.sampling = generator, tokenizer, sampling
         self.max_new_tokens, self.max_length = max_new_tokens, max_length
         ends = {tokenizer.eos_token_id, *generator.model.config.eos_token_ids}

@@ -1,6 +1,6 @@
 """The decoder of Llama, Qwen2 and Qwen3: one body, told apart by numbers. Cells bear Hugging Face's names."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import mindspore as ms
 from mindspore import Tensor, nn, ops
@@ -28,8 +28,8 @@ class DecoderConfig:
     attention_bias: bool = False  # biases on q, k and v (Qwen2)
     qk_norm: bool = False  # normalised queries and keys (Qwen3)
     tie_word_embeddings: bool = False
-    model_type: str = "llama"
-    eos_token_ids: tuple[int, ...] = field(default=())
+    eos_token_ids: tuple[int, ...] = ()
+    flash_attention: bool = True  # the fused attention of Ascend, where there is one
 
 
 class DecoderLayer(nn.Cell):
@@ -46,6 +46,7 @@ class DecoderLayer(nn.Cell):
             c.head_dim,
             c.attention_bias,
             c.rms_norm_eps if c.qk_norm else None,
+            c.flash_attention,
             dtype,
         )
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype)
@@ -86,7 +87,6 @@ class Decoder(nn.Cell):
         for layer in self.layers[:-1]:
             x = layer(x, rope, bias)
         return self.norm(self.layers[-1](x, rope, bias, rows))
-
 
     def cached(self, input_ids: Tensor, cache: nn.Cell, start: Tensor, padding: Tensor) -> Tensor:
         """New tokens input_ids [b, s], from slot ``start`` [] of ``cache`` on -> [b * s, h] (see ``KVCache``)."""

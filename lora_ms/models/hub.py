@@ -2,6 +2,7 @@
 
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import mindspore as ms
@@ -80,14 +81,17 @@ def _skippable(name: str, tied: bool) -> bool:
 
 
 def load_directory(
-    path: Path, ms_dtype: ms.Type = ms.float32, model_class: type[CausalLM] = CausalLM
+    path: Path,
+    ms_dtype: ms.Type = ms.float32,
+    model_class: type[CausalLM] = CausalLM,
+    flash_attention: bool = True,
 ) -> CausalLM:
     """The model of a Hugging Face directory, its weights converted one at a time to ``ms_dtype``."""
     if ms_dtype not in NUMPY_DTYPES:
         raise LoraMsError(f"type {ms_dtype} is not supported for weights; supported: float32, float16")
     config, hf = read_config(path)
     entries = {n: e for n, e in storage.open_dir(path).items() if not _skippable(n, config.tie_word_embeddings)}
-    model = model_class(config, ms_dtype)
+    model = model_class(replace(config, flash_attention=flash_attention), ms_dtype)
     check_names(expected_shapes(model), {n: e.shape for n, e in entries.items()}, str(path))
     for name, parameter in model.parameters_and_names():
         parameter.name = name
@@ -139,8 +143,10 @@ def hf_config(config: DecoderConfig, ms_dtype: ms.Type) -> dict:
     """A config.json for a model that came without one."""
     architecture = "Qwen3ForCausalLM" if config.qk_norm else "Qwen2ForCausalLM" if config.attention_bias else None
     architecture = architecture or "LlamaForCausalLM"
-    names = ("vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
-             "head_dim rms_norm_eps rope_theta rope_scaling max_position_embeddings tie_word_embeddings").split()
+    names = (
+        "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
+        "head_dim rms_norm_eps rope_theta rope_scaling max_position_embeddings tie_word_embeddings"
+    ).split()
     hf = {name: getattr(config, name) for name in names}
     eos = list(config.eos_token_ids)
     return {

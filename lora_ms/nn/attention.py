@@ -4,9 +4,8 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 
-from lora_ms.nn.kernels import AttentionKernel, RotaryKernel
+from lora_ms.nn.kernels import AttentionKernel, FlashAttentionKernel, RotaryKernel, on_ascend
 from lora_ms.nn.layers import RMSNorm, dense
-
 
 MASKED = -1e9  # added to a forbidden score; finite, so that a row of padding gives no NaN
 
@@ -33,6 +32,7 @@ class Attention(nn.Cell):
         head_dim: int,
         qkv_bias: bool,
         qk_norm_eps: float | None,
+        flash_attention: bool,
         dtype: ms.Type,
     ):
         super().__init__()
@@ -47,7 +47,7 @@ class Attention(nn.Cell):
             self.q_norm = RMSNorm(head_dim, qk_norm_eps, dtype)
             self.k_norm = RMSNorm(head_dim, qk_norm_eps, dtype)
         self.rotary = RotaryKernel(head_dim)
-        self.kernel = AttentionKernel()
+        self.kernel = FlashAttentionKernel() if flash_attention and on_ascend() else AttentionKernel()
 
     def split_heads(self, x: Tensor, batch: int, num_heads: int) -> Tensor:
         x = x.reshape((batch, -1, num_heads, self.head_dim))  # [b, s, n, d]

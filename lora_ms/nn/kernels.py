@@ -19,20 +19,39 @@ def on_ascend() -> bool:
 
 
 class RMSNormKernel(nn.Cell):
-    """``x / sqrt(mean(x^2) + eps) * weight`` over the last axis; x [t, h], weight [h]; float32 inside."""
+    """``x / sqrt(mean(x^2) + eps) * weight`` over the last axis; x [t, h], weight [h]; float32 inside.
+
+    A column is spread over the row by an outer product: a matrix product with an inner size of one, which is faster
+    than a broadcast and keeps no indices (8 MB for each broadcast of 1024 x 512, in every layer).
+    """
 
     def __init__(self, eps: float):
         super().__init__()
         self.eps = eps
         self.fused = on_ascend()
         self.mean = ops.ReduceMean(keep_dims=True)
+        self.outer = ops.MatMul()
+        self.t_matmul = ops.MatMul(transpose_a=True)
+
+    def scale(self, x: Tensor) -> Tensor:
+        return ops.rsqrt(self.mean(ops.square(x), (-1,)) + self.eps)  # [t, 1]
 
     def construct(self, x: Tensor, weight: Tensor) -> Tensor:
         if self.fused:
             return ops.rms_norm(x, weight.astype(x.dtype), self.eps)[0]
         y = x.astype(ms.float32)
-        y = y * ops.rsqrt(self.mean(ops.square(y), (-1,)) + self.eps)
-        return (y * weight.astype(ms.float32)).astype(x.dtype)
+        y = y * self.outer(self.scale(y), weight.astype(ms.float32).reshape((1, -1)))
+        return y.astype(x.dtype)
+
+    def bprop(self, x, weight, out, dout):
+        # with r = scale(x), s = r weight: dx = s dy - x r^2 mean(s dy x), dweight = r^T (dy x)
+        y, grad, row = x.astype(ms.float32), dout.astype(ms.float32), weight.astype(ms.float32).reshape((1, -1))
+        scale = self.scale(y)
+        scaled = grad * self.outer(scale, row)
+        coefficient = ops.square(scale) * self.mean(scaled * y, (-1,))
+        dx = scaled - y * self.outer(coefficient, ops.ones_like(row))
+        d_weight = self.t_matmul(scale, grad * y).reshape(weight.shape)
+        return dx.astype(x.dtype), d_weight.astype(weight.dtype)
 
 
 class RotaryKernel(nn.Cell):
@@ -83,3 +102,23 @@ class AttentionKernel(nn.Cell):
         row = self.sum((grad * output).astype(ms.float32), (-1,)).astype(grad.dtype)  # [n, m, 1]
         d_scores = probs * self.matmul_t(ops.concat((grad, -row), -1), ops.concat((v, ops.ones_like(v[..., :1])), -1))
         return self.matmul(d_scores, k), self.t_matmul(d_scores, q), self.t_matmul(probs, grad), ops.zeros_like(bias)
+
+
+class FlashAttentionKernel(nn.Cell):
+    """``AttentionKernel`` by Ascend's fused operator, which keeps no [m, s] matrix; float16 or bfloat16 only.
+
+    Written from the documentation of ``ops.flash_attention_score``; it has not run on a card.
+    """
+
+    def construct(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = (bias < 0).astype(ms.uint8).expand_dims(1)  # [n, 1, m, s], 1 where a query may not look
+        output = ops.flash_attention_score(
+            q.expand_dims(1),
+            k.expand_dims(1),
+            v.expand_dims(1),
+            1,
+            attn_mask=hidden,
+            scalar_value=1.0,
+            input_layout="BNSD",
+        )
+        return output.squeeze(1), q

@@ -34,7 +34,8 @@ class KVCache(nn.Cell):
         rows = first.reshape((-1, 1)) + slots.reshape((1, new))
         keys = ops.arange(self.length)
         seen = ops.logical_and(
-            keys.reshape((1, 1, -1)) <= slots.reshape((1, new, 1)), keys.reshape((1, 1, -1)) >= padding.reshape((-1, 1, 1))
+            keys.reshape((1, 1, -1)) <= slots.reshape((1, new, 1)),
+            keys.reshape((1, 1, -1)) >= padding.reshape((-1, 1, 1)),
         )  # [b, new, length]
         bias = ops.tile((1.0 - seen.astype(ms.float32)) * MASKED, (1, self.num_kv_heads * self.group, 1))
         bias = bias.reshape((self.batch * self.num_kv_heads, -1, self.length))

@@ -1,5 +1,6 @@
 """What several commands begin with: the runtime, the tokenizer and the model that a configuration asks for."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ from lora_ms import runtime as runtime_module
 from lora_ms.adapters.config import LoraConfig
 from lora_ms.adapters.peft_format import load_adapter
 from lora_ms.config import ModelSizes, PetConfig, RunConfig
+from lora_ms.data.example import IGNORE_INDEX
 from lora_ms.data.tokenizer import load_tokenizer
 from lora_ms.errors import LoraMsError
 from lora_ms.models import hub
@@ -141,6 +143,8 @@ def read_sizes(config: RunConfig) -> DecoderConfig:
         LoraMsError: the checkpoint does not exist, is unsupported or contradicts the YAML.
     """
     sizes, path = config.model.sizes, Path(config.load_checkpoint)
+    if sizes.ignore_token_id != IGNORE_INDEX:
+        raise LoraMsError(f"ignore_token_id {sizes.ignore_token_id} is not supported: labels use {IGNORE_INDEX}")
     if not config.load_checkpoint:
         return decoder_config(sizes)
     if not path.exists():
@@ -155,10 +159,13 @@ def read_sizes(config: RunConfig) -> DecoderConfig:
 def build_model(config: RunConfig, sizes: DecoderConfig, dtype: ms.Type) -> CausalLM:
     """The bare model with its weights; with ``load_checkpoint: ''`` freshly initialised from ``seed``."""
     path = Path(config.load_checkpoint)
+    sizes = replace(sizes, flash_attention=config.model.sizes.use_flash_attention)
     if not config.load_checkpoint:
         return hub.new_model(sizes, dtype, config.seed)
     if path.is_dir():
-        return hub.load_directory(path, dtype)
+        return hub.load_directory(path, dtype, flash_attention=sizes.flash_attention)
+    if config.model.sizes.qkv_concat:
+        raise LoraMsError(f"{path}: qkv_concat is not supported yet; give the model's Hugging Face directory")
     return hub.load_checkpoint(path, sizes, dtype)
 
 

@@ -43,6 +43,7 @@ def settings_of(config: RunConfig, longest: int) -> TrainSettings:
         max_grad_norm=config.max_grad_norm,
         loss_scale=65536.0 if fixed_scale else scale.loss_scale_value,
         scale_window=1000 if fixed_scale else scale.scale_window,
+        scale_factor=2.0 if fixed_scale else scale.scale_factor,
         logging_steps=runner.logging_steps,
         save_steps=config.save_steps,
         keep_checkpoint_max=config.keep_checkpoint_max,
@@ -159,8 +160,8 @@ def run(config: RunConfig) -> None:
         weights = weights_of(model, adapter, tokenizer)
         outcome = fit(model, plan, settings, runtime, weights, sizes.vocab_size, dtype)
         if runtime.is_main and outcome.stopped:
-            print(f"stopped after step {outcome.steps:,} of {plan.total_steps:,}; saved. To go on, give the same command with")
-            print("  --resume_training True")
+            print(f"stopped after step {outcome.steps:,} of {plan.total_steps:,}, and saved")
+            print("to go on, give the same command with --resume_training True")
         elif runtime.is_main:
             print(f"loss {outcome.first_loss:.4f} -> {outcome.last_loss:.4f} in {outcome.steps:,} steps")
             print(f"{weights.folder}: {output_dir / weights.folder}   loss plot: {output_dir / 'loss.png'}")

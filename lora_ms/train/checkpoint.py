@@ -67,7 +67,7 @@ def load_optimizer(path: Path, optimizer: FlatAdamW, state: dict) -> int:
         LoraMsError: the checkpoint is of a run with other settings; each difference is listed.
     """
     stored = storage.read_json(path / STATE)
-    faults = [f"{key}: {stored.get(key)} there, {value} here" for key, value in state.items() if stored.get(key) != value]
+    faults = [f"{key}: {stored.get(key)} there, {here} here" for key, here in state.items() if stored.get(key) != here]
     if faults:
         raise LoraMsError(f"{path}: made by a run with other settings: {'; '.join(faults)}")
     entries = storage.read_header(path / OPTIMIZER)

@@ -98,6 +98,7 @@ class Run:
             s.max_grad_norm,
             s.loss_scale if half else 1.0,
             s.scale_window,
+            s.scale_factor,
             SumOverRanks() if runtime.world > 1 else None,
         )
         self.sum_over_ranks = SumOverRanks() if runtime.world > 1 else None
@@ -130,9 +131,7 @@ class Run:
     def launch(self, step: int) -> None:
         """Puts optimiser step ``step`` (from 0) on the device; its numbers are read by ``read``."""
         batches, label_tokens = self.plan.step(step)
-        losses = [
-            self.micro_step(Tensor(b.input_ids), Tensor(b.target_index), Tensor(b.targets)) for b in batches
-        ]
+        losses = [self.micro_step(Tensor(b.input_ids), Tensor(b.target_index), Tensor(b.targets)) for b in batches]
         rate = self.rate(step)
         norm, finite = self.optimizer(Tensor(rate, ms.float32), Tensor(label_tokens, ms.float32))
         tokens = sum(b.tokens for b in batches)

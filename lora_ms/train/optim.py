@@ -34,7 +34,8 @@ class FlatAdamW(nn.Cell):
         betas, eps, weight_decay: as in ``torch.optim.AdamW``; tensors of fewer than two dimensions are not decayed.
         max_grad_norm: norm above which gradients are scaled down; None for never.
         loss_scale: first loss scale; 1 keeps it fixed at 1 (float32), above 1 it is dynamic (float16).
-        scale_window: steps without overflow after which the loss scale doubles.
+        scale_window: steps without overflow after which the loss scale grows.
+        scale_factor: what it is then multiplied by, and divided by after an overflow.
         all_reduce: sums a vector over the ranks; None for one rank.
     """
 
@@ -47,6 +48,7 @@ class FlatAdamW(nn.Cell):
         max_grad_norm: float | None = 1.0,
         loss_scale: float = 1.0,
         scale_window: int = 1000,
+        scale_factor: float = 2.0,
         all_reduce: nn.Cell | None = None,
     ):
         super().__init__()
@@ -56,7 +58,7 @@ class FlatAdamW(nn.Cell):
         n = sum(self.sizes)
         self.beta1, self.beta2 = betas
         self.eps, self.weight_decay, self.max_grad_norm = eps, weight_decay, max_grad_norm
-        self.dynamic, self.scale_window = loss_scale != 1, scale_window
+        self.dynamic, self.scale_window, self.scale_factor = loss_scale != 1, scale_window, scale_factor
         self.all_reduce = all_reduce
         self.grad = Parameter(ops.zeros(n, ms.float32), name="grad", requires_grad=False)
         self.exp_avg = Parameter(ops.zeros(n, ms.float32), name="exp_avg", requires_grad=False)
@@ -119,7 +121,8 @@ class FlatAdamW(nn.Cell):
         if self.dynamic:
             good = (self.good_steps + 1.0) * taken
             full = (good >= self.scale_window).astype(ms.float32)
-            grown = self.loss_scale * (1.0 + full)
-            ops.assign(self.loss_scale, ops.maximum(taken * grown + (1.0 - taken) * self.loss_scale * 0.5, 1.0))
+            grown = self.loss_scale * (1.0 + full * (self.scale_factor - 1.0))
+            lowered = self.loss_scale / self.scale_factor
+            ops.assign(self.loss_scale, ops.maximum(taken * grown + (1.0 - taken) * lowered, 1.0))
             ops.assign(self.good_steps, good * (1.0 - full))
         return norm, finite

@@ -28,7 +28,8 @@ class TrainSettings:
     weight_decay: float = 0.0
     max_grad_norm: float | None = 1.0
     loss_scale: float = 65536.0  # first loss scale; used in float16 only
-    scale_window: int = 1000  # steps without overflow before it doubles
+    scale_window: int = 1000  # steps without overflow before it grows
+    scale_factor: float = 2.0  # by this
     logging_steps: int = 1
     save_steps: int = 0  # optimiser steps between checkpoints; 0: none before the end
     keep_checkpoint_max: int = 5

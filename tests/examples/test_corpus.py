@@ -41,11 +41,23 @@ def test_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
     """In separate processes, so that no order of a set or a dict can leak in."""
     digests = []
     for run in ("first", "second"):
-        command = [sys.executable, str(EXAMPLES / "tiny" / "make_corpus.py"), "--out", str(tmp_path / run),
-                   "--limit", "2000", "--seed", "3"]
+        command = [
+            sys.executable,
+            str(EXAMPLES / "tiny" / "make_corpus.py"),
+            "--out",
+            str(tmp_path / run),
+            "--limit",
+            "2000",
+            "--seed",
+            "3",
+        ]
         subprocess.run(command, check=True, capture_output=True)
-        digests.append([hashlib.sha256((tmp_path / run / name).read_bytes()).hexdigest()
-                        for name in ("train.jsonl", "heldout.jsonl")])
+        digests.append(
+            [
+                hashlib.sha256((tmp_path / run / name).read_bytes()).hexdigest()
+                for name in ("train.jsonl", "heldout.jsonl")
+            ]
+        )
         assert sorted(path.name for path in (tmp_path / run).iterdir()) == ["heldout.jsonl", "train.jsonl"]
     assert digests[0] == digests[1]
 
@@ -91,13 +103,16 @@ def test_training_rows_are_distinct(corpus: tuple[list[dict], list[dict]]) -> No
 
 
 # Read back from the text alone, so that the generator's own bookkeeping is not what is trusted.
-@pytest.mark.parametrize("kind, wordings", [
-    ("addition", r"\+"),
-    ("subtraction", r" - "),
-    ("comparison", r"larger|smaller|大|小"),
-    ("counting", r"numbers|Count|数"),
-    ("successor", r"after|before|follows|precedes|more than|less than|后|下一|大一|前|上一|小一"),
-])
+@pytest.mark.parametrize(
+    "kind, wordings",
+    [
+        ("addition", r"\+"),
+        ("subtraction", r" - "),
+        ("comparison", r"larger|smaller|大|小"),
+        ("counting", r"numbers|Count|数"),
+        ("successor", r"after|before|follows|precedes|more than|less than|后|下一|大一|前|上一|小一"),
+    ],
+)
 def test_heldout_numbers_are_in_no_wording(kind: str, wordings: str, corpus: tuple[list[dict], list[dict]]) -> None:
     train, heldout = corpus
 
@@ -112,13 +127,17 @@ def test_heldout_numbers_are_in_no_wording(kind: str, wordings: str, corpus: tup
     assert leaked == []
 
 
-@pytest.mark.parametrize("kind, wordings, least", [
-    ("sorting", r"Sort|排列", 5000),
-    ("copying", r"^.*(Repeat|Say|Copy|重复|说|抄写).*[:：]", 4000),
-    ("reversing", r"Reverse|backwards|倒", 5000),
-])
-def test_heldout_strings_are_in_no_wording(kind: str, wordings: str, least: int,
-                                           corpus: tuple[list[dict], list[dict]]) -> None:
+@pytest.mark.parametrize(
+    "kind, wordings, least",
+    [
+        ("sorting", r"Sort|排列", 5000),
+        ("copying", r"^.*(Repeat|Say|Copy|重复|说|抄写).*[:：]", 4000),
+        ("reversing", r"Reverse|backwards|倒", 5000),
+    ],
+)
+def test_heldout_strings_are_in_no_wording(
+    kind: str, wordings: str, least: int, corpus: tuple[list[dict], list[dict]]
+) -> None:
     train, heldout = corpus
 
     def key(row: dict) -> str:
@@ -203,7 +222,11 @@ def test_huanhuan_rows_are_alpaca_and_their_heldout_prompts_are_new() -> None:
 
 def test_pattern_expands_to_every_reading() -> None:
     assert make_corpus.expand("[Who|What] are you[|, really]?") == [
-        "Who are you?", "Who are you, really?", "What are you?", "What are you, really?"]
+        "Who are you?",
+        "Who are you, really?",
+        "What are you?",
+        "What are you, really?",
+    ]
 
 
 def test_normalise_drops_what_a_typist_varies() -> None:
@@ -235,7 +258,9 @@ def test_chat_template_is_chatml_without_a_system_prompt_of_its_own() -> None:
     options = {"chat_template": make_tokenizer.CHAT_TEMPLATE, "tokenize": False}
     assert tokenizer.apply_chat_template(talk, **options) == text
     assert tokenizer.apply_chat_template(talk, add_generation_prompt=True, **options) == (
-        text + "<|im_start|>assistant\n")
+        text + "<|im_start|>assistant\n"
+    )
     system = [{"role": "system", "content": "Be brief."}]
     assert tokenizer.apply_chat_template(system + talk, **options) == (
-        "<|im_start|>system\nBe brief.<|im_end|>\n" + text)
+        "<|im_start|>system\nBe brief.<|im_end|>\n" + text
+    )

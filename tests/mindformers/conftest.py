@@ -3,37 +3,33 @@
 import io
 import warnings
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
 import mindspore as ms
 import numpy as np
 import pytest
-from mindspore import Tensor, nn
+from mindspore import Parameter, Tensor, nn
 
 from lora_ms.adapters.config import LoraConfig
-from lora_ms.adapters.inject import inject, lora_layers
+from lora_ms.adapters.inject import inject
 from lora_ms.models.decoder import CausalLM, DecoderConfig
 from lora_ms.models.hub import hugging_face_name, load_directory
 
 REFERENCE = Path(__file__).parents[1] / "reference"
 SEQ = 12  # ids in a row; MindFormers' causal mask has one size
-RANK, ALPHA = 4, 8
 PROJECTIONS = ".*wq|.*wk|.*wv|.*wo"
 
 
 @dataclass(frozen=True)
 class Pair:
-    """The same weights twice, and what transformers makes of them."""
+    """The same weights twice; of the adapters' factors, ours and theirs by our name."""
 
     ours: CausalLM
     theirs: nn.Cell
-    golden: dict[str, np.ndarray]
-
-
-def pytest_configure(config):
-    config.addinivalue_line("markers", "mindformers: needs MindFormers and MindPet, the extra of the same name")
+    factors: dict[str, tuple[Parameter, Parameter]] = field(default_factory=dict)
 
 
 @pytest.fixture(scope="session")
@@ -43,6 +39,9 @@ def packages(tmp_path_factory):
     MindPet logs under HOME, MindFormers under LOCAL_DEFAULT_PATH, which it asks at every message; both keep the
     standard output of their import. MindFormers also replaces ``warnings.showwarning``.
     """
+    for name in ("mindformers", "mindpet"):
+        if find_spec(name) is None:
+            pytest.skip(f"{name} is not installed")
     folder = tmp_path_factory.mktemp("mindformers")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LOCAL_DEFAULT_PATH", str(folder))
@@ -50,25 +49,23 @@ def packages(tmp_path_factory):
             warnings.simplefilter("ignore")
             with patch.context() as at_home:
                 at_home.setenv("HOME", str(folder))
-                mindpet = pytest.importorskip("mindpet.delta")
-            # this folder bears the name of the package: only a module inside tells that it is installed
-            llama = pytest.importorskip("mindformers.models.llama")
+                from mindpet.delta import LoRADense
+            from mindformers.models.llama import LlamaConfig, LlamaForCausalLM
             from mindformers.pet import get_pet_model
         ms.set_context(mode=ms.GRAPH_MODE)
         ms.set_device("CPU")
         yield SimpleNamespace(
-            LlamaConfig=llama.LlamaConfig,
-            LlamaForCausalLM=llama.LlamaForCausalLM,
+            LlamaConfig=LlamaConfig,
+            LlamaForCausalLM=LlamaForCausalLM,
             get_pet_model=get_pet_model,
-            LoRADense=mindpet.LoRADense,
+            LoRADense=LoRADense,
         )
 
 
 def their_model(packages: SimpleNamespace, ours: CausalLM) -> nn.Cell:
     """MindFormers' Llama of the sizes and with the weights of ``ours``."""
     c: DecoderConfig = ours.config
-    rope = dict(c.rope_scaling or {})
-    kind = rope.pop("rope_type", "None").upper()
+    scaling = {key: value for key, value in (c.rope_scaling or {}).items() if key != "rope_type"}
     config = packages.LlamaConfig(
         batch_size=3,
         seq_length=SEQ,
@@ -81,8 +78,8 @@ def their_model(packages: SimpleNamespace, ours: CausalLM) -> nn.Cell:
         vocab_size=c.vocab_size,
         rms_norm_eps=c.rms_norm_eps,
         theta=c.rope_theta,
-        extend_method="LLAMA3" if kind == "LLAMA3" else "None",
-        scaling_factor=rope or 1.0,
+        extend_method="LLAMA3" if scaling else "None",  # of our models, llama3 alone is scaled
+        scaling_factor=scaling or 1.0,
         qkv_has_bias=c.attention_bias,
         tie_word_embeddings=c.tie_word_embeddings,
         compute_dtype="float32",
@@ -101,11 +98,6 @@ def their_model(packages: SimpleNamespace, ours: CausalLM) -> nn.Cell:
     return theirs.set_train(False)
 
 
-def factors(name: str, index: int, shape: tuple[int, ...]) -> np.ndarray:
-    """Random values of a factor, large enough that its adapter moves every logit."""
-    return np.random.default_rng([index, *name.encode()]).normal(0, 0.2, shape).astype(np.float32)
-
-
 @pytest.fixture(scope="session", params=["llama2", "llama3", "qwen2"])
 def family(request):
     return request.param
@@ -113,19 +105,36 @@ def family(request):
 
 @pytest.fixture(scope="session")
 def base(packages, family) -> Pair:
+    """Without adapters."""
     ours = load_directory(REFERENCE / "models" / family).set_train(False)
-    golden = dict(np.load(REFERENCE / f"logits_{family}.npz"))
-    return Pair(ours, their_model(packages, ours), golden)
+    return Pair(ours, their_model(packages, ours))
+
+
+@pytest.fixture(scope="session")
+def golden(family) -> dict[str, np.ndarray]:
+    """What transformers makes of the family's weights."""
+    with np.load(REFERENCE / f"logits_{family}.npz") as arrays:
+        return dict(arrays)
 
 
 @pytest.fixture(scope="session")
 def lora(packages, family, base) -> Pair:
-    """With adapters on q, k, v and o; ours injected by our rules from the expression that MindFormers matches."""
+    """With equal adapters, found by both from one expression, whose factors are all random and none zero."""
     ours = load_directory(REFERENCE / "models" / family)
-    inject(ours, LoraConfig(RANK, ALPHA, 0.0, PROJECTIONS))
-    settings = {"pet_type": "lora", "lora_rank": RANK, "lora_alpha": ALPHA, "lora_dropout": 0.0}
-    theirs = packages.get_pet_model(their_model(packages, ours_base(base)), {**settings, "target_modules": PROJECTIONS})
-    for name, layer in lora_layers(ours).items():
-        layer.lora_a.set_data(Tensor(factors(name, 0, layer.lora_a.shape)))
-        layer.lora_b.set_data(Tensor(factors(name, 1, layer.lora_b.shape)))
-    return Pair(ours, theirs, base.golden)
+    inject(ours, LoraConfig(4, 8, 0.0, PROJECTIONS))
+    settings = {"pet_type": "lora", "lora_rank": 4, "lora_alpha": 8, "lora_dropout": 0.0}
+    settings["target_modules"] = PROJECTIONS
+    theirs = packages.get_pet_model(their_model(packages, base.ours), settings)
+
+    factors = {p.name: p for p in ours.trainable_params()}
+    their_factors = {
+        hugging_face_name(p.name).replace("mindpet_delta_lora_", "lora_"): p for p in theirs.trainable_params()
+    }
+    assert set(their_factors) == set(factors)
+    rng = np.random.default_rng(0)
+    for name, parameter in factors.items():
+        value = Tensor(rng.normal(0, 0.2, parameter.shape).astype(np.float32))
+        assert their_factors[name].shape == parameter.shape
+        parameter.set_data(value)
+        their_factors[name].set_data(value.copy())
+    return Pair(ours, theirs, {name: (factors[name], their_factors[name]) for name in factors})

@@ -9,21 +9,73 @@ from lora_ms.errors import LoraMsError
 from lora_ms.models.decoder import DecoderConfig
 from lora_ms.models.hub import load_directory, read_config
 
-ALL = {"vocab_size": 128, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-       "max_position_embeddings": 512}
-SCALING = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-           "original_max_position_embeddings": 64}
+ALL = {
+    "vocab_size": 128,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+}
+SCALING = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 EXPECTED = {
-    "llama2": DecoderConfig(**ALL, hidden_size=48, num_key_value_heads=4, head_dim=12, rms_norm_eps=1e-5,
-                            rope_theta=10000.0, model_type="llama", eos_token_ids=(2,)),
-    "llama3": DecoderConfig(**ALL, hidden_size=64, num_key_value_heads=2, head_dim=16, rms_norm_eps=1e-5,
-                            rope_theta=500000.0, rope_scaling=SCALING, tie_word_embeddings=True, eos_token_ids=(2, 3)),
-    "qwen2": DecoderConfig(**ALL, hidden_size=64, num_key_value_heads=2, head_dim=16, rms_norm_eps=1e-6,
-                           rope_theta=1e6, attention_bias=True, tie_word_embeddings=True, eos_token_ids=(2,)),
-    "qwen3": DecoderConfig(**ALL, hidden_size=64, num_key_value_heads=2, head_dim=24, rms_norm_eps=1e-6,
-                           rope_theta=1e6, qk_norm=True, eos_token_ids=(2,)),
-    "deepseek_r1_qwen": DecoderConfig(**ALL, hidden_size=48, num_key_value_heads=2, head_dim=12, rms_norm_eps=1e-6,
-                                      rope_theta=10000.0, attention_bias=True, eos_token_ids=(2,)),
+    "llama2": DecoderConfig(
+        **ALL,
+        hidden_size=48,
+        num_key_value_heads=4,
+        head_dim=12,
+        rms_norm_eps=1e-5,
+        rope_theta=10000.0,
+        model_type="llama",
+        eos_token_ids=(2,),
+    ),
+    "llama3": DecoderConfig(
+        **ALL,
+        hidden_size=64,
+        num_key_value_heads=2,
+        head_dim=16,
+        rms_norm_eps=1e-5,
+        rope_theta=500000.0,
+        rope_scaling=SCALING,
+        tie_word_embeddings=True,
+        eos_token_ids=(2, 3),
+    ),
+    "qwen2": DecoderConfig(
+        **ALL,
+        hidden_size=64,
+        num_key_value_heads=2,
+        head_dim=16,
+        rms_norm_eps=1e-6,
+        rope_theta=1e6,
+        attention_bias=True,
+        tie_word_embeddings=True,
+        eos_token_ids=(2,),
+    ),
+    "qwen3": DecoderConfig(
+        **ALL,
+        hidden_size=64,
+        num_key_value_heads=2,
+        head_dim=24,
+        rms_norm_eps=1e-6,
+        rope_theta=1e6,
+        qk_norm=True,
+        eos_token_ids=(2,),
+    ),
+    "deepseek_r1_qwen": DecoderConfig(
+        **ALL,
+        hidden_size=48,
+        num_key_value_heads=2,
+        head_dim=12,
+        rms_norm_eps=1e-6,
+        rope_theta=10000.0,
+        attention_bias=True,
+        eos_token_ids=(2,),
+    ),
 }
 
 
@@ -43,7 +95,8 @@ def test_both_layouts_say_the_same(reference, tmp_path, name):
         hf["rope_theta"] = rope.pop("rope_theta")
         hf["rope_scaling"] = None if rope["rope_type"] == "default" else rope
     else:
-        hf["rope_parameters"] = {"rope_theta": hf.pop("rope_theta"), **(hf.pop("rope_scaling") or {"rope_type": "default"})}
+        scaling = hf.pop("rope_scaling", None) or {"rope_type": "default"}
+        hf["rope_parameters"] = {"rope_theta": hf.pop("rope_theta"), **scaling}
     (tmp_path / "config.json").write_text(json.dumps(hf))
     assert read_config(tmp_path)[0] == EXPECTED[name]
 

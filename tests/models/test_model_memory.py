@@ -43,7 +43,8 @@ def test_peak_memory_of_loading(tmp_path, python, python_env):
     tensors = {name: rng.standard_normal(shape, np.float32).astype(np.float16) for name, shape in shapes().items()}
     save_file(tensors, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    child = subprocess.run([python, "-c", CHILD, str(tmp_path)], env=python_env, capture_output=True, text=True, check=True)
+    command = [python, "-c", CHILD, str(tmp_path)]
+    child = subprocess.run(command, env=python_env, capture_output=True, text=True, check=True)
     before, after = map(int, child.stdout.split()[-2:])
     sizes = [4 * value.size / 2**20 for value in tensors.values()]  # MB in float32
     assert sum(sizes) > 115 and max(sizes) < 0.15 * sum(sizes)

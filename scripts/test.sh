@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Runs the tests in an environment of their own (.venv-test; LORA_MS_VENV=X: X-test), which it makes if needed.
+#   test.sh [--with-torch] [PYTEST_ARGUMENTS...]
+#   test.sh --setup [--with-torch]      only makes the environment
+# --with-torch also makes .venv-torch (X-torch), with torch and PEFT, and runs the tests against a live PEFT.
+set -euo pipefail
+. "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+VENV=${LORA_MS_VENV:-$ROOT/.venv}-test
+TORCH_VENV=${LORA_MS_VENV:-$ROOT/.venv}-torch
+run=yes
+
+while [ $# -gt 0 ]; do
+    case $1 in
+        --setup) run=no ;;
+        --with-torch) export LORA_MS_TORCH_PYTHON=$TORCH_VENV/bin/python ;;
+        *) break ;;
+    esac
+    shift
+done
+
+make_environment "$VENV" "about 1.1 GB to download, 3.5 GB on disk" "$ROOT/requirements/tested.txt" -- \
+    --constraint requirements/tested.txt --editable ".[mindformers,dev]"
+if [ "${LORA_MS_TORCH_PYTHON:-}" = "$TORCH_VENV/bin/python" ]; then
+    make_environment "$TORCH_VENV" "torch for CPU is 0.2 GB to download, with CUDA's libraries about 3 GB" \
+        "$ROOT/requirements/torch.txt" -- --requirement requirements/torch.txt
+fi
+if [ "$run" = no ]; then
+    exit 0
+fi
+# Tests start lora-ms, msrun and python by name.
+export PATH="$VENV/bin:$PATH"
+cd "$ROOT"
+exec "$VENV/bin/python" -m pytest "$@"

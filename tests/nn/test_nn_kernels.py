@@ -1,0 +1,136 @@
+"""Values and hand-written gradients of the kernels, against float64 formulas and central differences."""
+
+import mindspore as ms
+import numpy as np
+import pytest
+from mindspore import Tensor, nn
+
+from lora_ms.nn.attention import Attention, attention_bias
+from lora_ms.nn.kernels import AttentionKernel, RMSNormKernel, RotaryKernel
+
+pytestmark = pytest.mark.usefixtures("graph_mode")
+
+
+class Weighted(nn.Cell):
+    """Sum of a kernel's (first) output times fixed numbers: a number whose gradient asks for every output's."""
+
+    def __init__(self, kernel: nn.Cell, weights: np.ndarray, first: bool = False):
+        super().__init__()
+        self.kernel, self.weights, self.first = kernel, Tensor(weights), first
+
+    def construct(self, *inputs):
+        output = self.kernel(*inputs)
+        if self.first:
+            output = output[0]
+        return (output * self.weights).sum()
+
+
+def random(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng([seed, *shape]).standard_normal(shape, np.float32)
+
+
+def attend(q, k, v, bias):
+    scores = q @ k.transpose(0, 2, 1) + bias
+    probs = np.exp(scores - scores.max(-1, keepdims=True))
+    return probs / probs.sum(-1, keepdims=True) @ v
+
+
+def test_attention_and_its_gradients(gradients, numerical_gradient):
+    """Two rows of each product share a head; the bias forbids what lies ahead."""
+    q, k, v, weights = random(2, 6, 4), random(2, 3, 4, seed=1), random(2, 3, 5, seed=2), random(2, 6, 5, seed=3)
+    bias = np.tile(np.where(np.tri(3), 0, -1e9), (2, 2, 1)).astype(np.float32)
+    value, grads = gradients(Weighted(AttentionKernel(), weights, first=True), (0, 1, 2), q, k, v, bias)
+    np.testing.assert_allclose(value, (attend(q, k, v, bias) * weights).sum(), rtol=1e-5)
+    arrays = [q, k, v]
+    for place, found in enumerate(grads):
+
+        def number(x, place=place):
+            wide = [x if i == place else a.astype(np.float64) for i, a in enumerate(arrays)]
+            return (attend(*wide, bias) * weights).sum()
+
+        np.testing.assert_allclose(found, numerical_gradient(number, arrays[place]), rtol=0, atol=2e-6)
+
+
+def rotate(x, angles):
+    """Turns each pair (x[i], x[i + d/2]) counter-clockwise by its angle."""
+    half = x.shape[-1] // 2
+    first, second = x[..., :half], x[..., half:]
+    cos, sin = np.cos(angles), np.sin(angles)
+    return np.concatenate((first * cos - second * sin, second * cos + first * sin), -1)
+
+
+def test_rotation_and_its_gradient(gradients, numerical_gradient):
+    x, weights, angles = random(5, 6), random(5, 6, seed=1), random(5, 3, seed=2)
+    cos = np.concatenate((np.cos(angles), np.cos(angles)), -1)
+    sin = np.concatenate((-np.sin(angles), np.sin(angles)), -1)
+    output = RotaryKernel(6)(Tensor(x), Tensor(cos), Tensor(sin)).asnumpy()
+    np.testing.assert_allclose(output, rotate(x, angles), rtol=0, atol=1e-6)
+    _, (found,) = gradients(Weighted(RotaryKernel(6), weights), (0,), x, cos, sin)
+    wanted = numerical_gradient(lambda y: (rotate(y, angles.astype(np.float64)) * weights).sum(), x)
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-6)
+
+
+def test_norm_and_its_gradients(gradients, numerical_gradient):
+    """The small rows make eps count."""
+    eps = 1e-3
+    x, gain, weights = random(4, 6), random(6, seed=1), random(4, 6, seed=2)
+    x[0] *= 1e-2
+    x[1] = 0
+
+    def norm(y, g):
+        return y / np.sqrt((y * y).mean(-1, keepdims=True) + eps) * g
+
+    wide_x, wide_gain = x.astype(np.float64), gain.astype(np.float64)
+    output = RMSNormKernel(eps)(Tensor(x), Tensor(gain)).asnumpy()
+    np.testing.assert_allclose(output, norm(wide_x, wide_gain), rtol=0, atol=2e-6)
+    _, (d_x, d_gain) = gradients(Weighted(RMSNormKernel(eps), weights), (0, 1), x, gain)
+    want_x = numerical_gradient(lambda y: (norm(y, wide_gain) * weights).sum(), x)
+    want_gain = numerical_gradient(lambda g: (norm(wide_x, g) * weights).sum(), gain)
+    np.testing.assert_allclose(d_x, want_x, rtol=1e-5, atol=2e-5)
+    np.testing.assert_allclose(d_gain, want_gain, rtol=0, atol=2e-6)
+
+
+NO = -1e9
+
+
+def test_bias_of_full_rows():
+    """One key/value head for two query heads: the table stands twice under each other."""
+    bias = attention_bias(None, 2, 3, 2, 1)
+    row = [[0, NO, NO], [0, 0, NO], [0, 0, 0]]
+    np.testing.assert_array_equal(bias.asnumpy(), np.array([row + row, row + row], np.float32))
+
+
+def test_bias_of_padded_rows():
+    """Padding on the left, then on the right. No entry is below -1e9, so that a row of padding is finite."""
+    bias = attention_bias(Tensor(np.array([[0, 1, 1], [1, 1, 0]], np.int32)), 2, 3, 2, 2)
+    left, right = [[NO, NO, NO], [NO, 0, NO], [NO, 0, 0]], [[0, NO, NO], [0, 0, NO], [0, 0, NO]]
+    np.testing.assert_array_equal(bias.asnumpy(), np.array([left, left, right, right], np.float32))
+
+
+def test_grouped_heads():
+    """Four query heads on two key/value heads: heads 0 and 1 on the first, 2 and 3 on the second."""
+    batch, seq, heads, kv_heads, d, hidden = 2, 3, 4, 2, 4, 5
+    layer = Attention(hidden, heads, kv_heads, d, False, None, ms.float32)
+    weights = {
+        "q": random(heads * d, hidden),
+        "k": random(kv_heads * d, hidden),
+        "v": random(kv_heads * d, hidden, seed=1),
+        "o": random(hidden, heads * d),
+    }
+    for name, value in weights.items():
+        layer.parameters_dict()[f"{name}_proj.weight"].set_data(Tensor(value))
+    x = random(batch * seq, hidden, seed=9)
+    # tables that rotate by nothing; the query's carry 1/sqrt(d)
+    tables = ((heads, d**-0.5), (heads, 0), (kv_heads, 1), (kv_heads, 0))
+    rope = tuple(Tensor(np.full((batch * seq * n, d), number, np.float32)) for n, number in tables)
+    found = layer(Tensor(x), rope, attention_bias(None, batch, seq, heads, kv_heads)).asnumpy()
+    wanted = np.zeros((batch, seq, heads * d))
+    rows = x.reshape(batch, seq, hidden).astype(np.float64)
+    for row in range(batch):
+        for head in range(heads):
+            kv = slice(head // 2 * d, head // 2 * d + d)
+            own = slice(head * d, head * d + d)
+            q, k, v = rows[row] @ weights["q"][own].T, rows[row] @ weights["k"][kv].T, rows[row] @ weights["v"][kv].T
+            causal = np.where(np.tri(seq), 0, -1e9)
+            wanted[row, :, own] = attend(q[None] / np.sqrt(d), k[None], v[None], causal)[0]
+    np.testing.assert_allclose(found, wanted.reshape(-1, heads * d) @ weights["o"].T, rtol=0, atol=1e-5)

@@ -1,0 +1,79 @@
+"""Summed cross-entropy and both of its gradients, against float64."""
+
+import numpy as np
+import pytest
+from mindspore import nn
+
+from lora_ms.nn.loss import SummedCrossEntropy
+
+pytestmark = pytest.mark.usefixtures("graph_mode")
+SLOTS, HIDDEN, VOCABULARY = 7, 4, 9
+TARGETS = np.array([3, -100, 0, 8, 3, -100, -100], np.int32)
+
+
+class Value(nn.Cell):
+    """Three times the loss, so that the gradient that comes in is not 1."""
+
+    def __init__(self, chunk_rows: int):
+        super().__init__()
+        self.cross_entropy = SummedCrossEntropy(chunk_rows)
+
+    def construct(self, hidden, head, targets):
+        return 3.0 * self.cross_entropy(hidden, head, targets)[0]
+
+
+def formula(hidden: np.ndarray, head: np.ndarray, targets: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
+    """Loss, and its gradients in hidden and head: (softmax - onehot) head, and its transpose times hidden."""
+    hidden, head = hidden.astype(np.float64), head.astype(np.float64)
+    loss, d_logits = 0.0, np.zeros((len(hidden), len(head)))
+    for slot, target in enumerate(targets):
+        if target == -100:
+            continue
+        logits = head @ hidden[slot]
+        logits -= logits.max()
+        log_probs = logits - np.log(np.exp(logits).sum())
+        loss -= log_probs[target]
+        d_logits[slot] = np.exp(log_probs)
+        d_logits[slot, target] -= 1
+    return loss, d_logits @ head, d_logits.T @ hidden
+
+
+def inputs() -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(2)
+    return rng.standard_normal((SLOTS, HIDDEN), np.float32), rng.standard_normal((VOCABULARY, HIDDEN), np.float32)
+
+
+@pytest.mark.parametrize("chunk_rows", [3, 7, 100])
+def test_loss_and_gradients_in_chunks_of_any_size(gradients, chunk_rows):
+    """Chunks of 3, 3 and 1 slots, the last all ignored; one of 7; one larger than there are slots."""
+    hidden, head = inputs()
+    value, (d_hidden, d_head) = gradients(Value(chunk_rows), (0, 1), hidden, head, TARGETS)
+    loss, want_hidden, want_head = formula(hidden, head, TARGETS)
+    np.testing.assert_allclose(value, 3 * loss, rtol=1e-6)
+    np.testing.assert_allclose(d_hidden, 3 * want_hidden, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(d_head, 3 * want_head, rtol=0, atol=1e-5)
+    np.testing.assert_array_equal(d_hidden[TARGETS == -100], 0)
+
+
+def test_all_slots_ignored_is_exactly_zero(gradients):
+    hidden, head = inputs()
+    value, grads = gradients(Value(3), (0, 1), hidden, head, np.full(SLOTS, -100, np.int32))
+    assert value == 0
+    for grad in grads:
+        np.testing.assert_array_equal(grad, 0)
+
+
+def test_logits_far_apart_give_no_infinity(gradients):
+    """Gaps of 300 and 3000, with the target at the top and at the bottom; exp of either is infinite in float32."""
+    hidden = np.zeros((SLOTS, HIDDEN), np.float32)
+    hidden[:, 0] = [300, -300, 300, -3000, 3000, 300, -300]
+    hidden[:, 1] = np.linspace(-1, 1, SLOTS)
+    head = np.zeros((VOCABULARY, HIDDEN), np.float32)
+    head[3, 0], head[5, 1] = 1, 1
+    targets = np.array([3, 3, 0, 8, 3, 0, -100], np.int32)
+    value, (d_hidden, d_head) = gradients(Value(3), (0, 1), hidden, head, targets)
+    loss, want_hidden, want_head = formula(hidden, head, targets)
+    assert loss > 900
+    np.testing.assert_allclose(value, 3 * loss, rtol=1e-6)
+    np.testing.assert_allclose(d_hidden, 3 * want_hidden, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(d_head, 3 * want_head, rtol=1e-6, atol=1e-3)

@@ -1,0 +1,363 @@
+"""The shell scripts, with programs that stand for msrun, Python and pip: nothing is installed or started."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+BASH = shutil.which("bash") or "bash"
+TOOLS = ("bash", "cat", "chmod", "dirname", "grep", "ls", "mkdir", "mv", "printf", "rm", "tail", "xargs")
+NO_PYTHON = (
+    "error: no working Python 3.10, 3.11 or 3.12 with the venv module on PATH; "
+    "install one (on Debian with its python3-venv), or name it: PYTHON=/path/to/python3.11 bash {script}\n"
+)
+DEFAULTS = {
+    "worker_num": "8",
+    "local_worker_num": "8",
+    "master_addr": "127.0.0.1",
+    "master_port": "8118",
+    "node_rank": "0",
+    "log_dir": "output/msrun_log",
+    "join": "False",
+    "cluster_time_out": "7200",
+}
+# Makes environments whose Python is itself; pip and pytest write down how they were called.
+FAKE_PYTHON = f"""#!{BASH}
+case "$1 ${{2:-}}" in
+    --version*) echo Python 3.11.7 ;;
+    "-m venv") mkdir -p "$3/bin" && cat "$0" >"$3/bin/python" && chmod +x "$3/bin/python" ;;
+    "-m pip")
+        echo "$PWD: ${{@:3}}" >>"$CALLS"
+        [ "${{PIP_STATUS:-0}}" = 0 ] || echo "ERROR: no route to host" >&2
+        exit "${{PIP_STATUS:-0}}"
+        ;;
+    "-m pytest") echo "pytest in $PWD: ${{@:3}}; ${{LORA_MS_TORCH_PYTHON:-no torch}}"; exit 7 ;;
+    -c*) ;;
+    -\\ *) exec {sys.executable} "$@" ;;
+    *) echo "ran $*" ;;
+esac
+"""
+
+
+class Machine:
+    """A folder of programs that is all of PATH, and the environment that the scripts see."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.bin = folder / "bin"
+        self.bin.mkdir()
+        for tool in TOOLS:
+            (self.bin / tool).symlink_to(shutil.which(tool))
+        self.calls = folder / "calls"
+        self.env = {"PATH": str(self.bin), "CALLS": str(self.calls)}
+
+    def program(self, name: str, text: str, folder: Path | None = None) -> None:
+        path = (folder or self.bin) / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        path.chmod(0o755)
+
+    def run(self, *command: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [BASH, *map(str, command)],
+            cwd=self.folder,
+            env=self.env | env,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+        )
+
+
+@pytest.fixture
+def machine(tmp_path):
+    return Machine(tmp_path)
+
+
+@pytest.fixture
+def launcher(machine):
+    """``launcher(*arguments)`` runs msrun_launcher.sh and returns its result; its msrun prints its arguments."""
+    machine.program("msrun", f'#!{BASH}\nprintf "<%s>\\n" "$@"\n')
+    return lambda *arguments, **env: machine.run(ROOT / "scripts/msrun_launcher.sh", *arguments, **env)
+
+
+def msrun_arguments(command: tuple[str, ...], **settings: str) -> list[str]:
+    return [*(f"<--{key}={value}>" for key, value in (DEFAULTS | settings).items()), *(f"<{word}>" for word in command)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "settings"),
+    [
+        ([], {}),
+        (["4"], {"worker_num": "4", "local_worker_num": "4"}),
+        (["1"], {"worker_num": "1", "local_worker_num": "1"}),
+        (
+            ["2", "9000", "logs here", "True", "60"],
+            {
+                "worker_num": "2",
+                "local_worker_num": "2",
+                "master_port": "9000",
+                "log_dir": "logs here",
+                "join": "True",
+                "cluster_time_out": "60",
+            },
+        ),
+        (
+            ["16", "8", "10.0.0.1", "9000", "1", "logs", "false", "-1"],
+            {
+                "worker_num": "16",
+                "master_addr": "10.0.0.1",
+                "master_port": "9000",
+                "node_rank": "1",
+                "log_dir": "logs",
+                "cluster_time_out": "-1",
+            },
+        ),
+    ],
+)
+def test_launcher_forms(launcher, arguments, settings):
+    result = launcher("job.py --use_parallel True", *arguments)
+    lines = result.stdout.splitlines()
+    assert lines[2:] == msrun_arguments(("job.py", "--use_parallel", "True"), **settings)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_launcher_says_where_the_logs_are(launcher):
+    assert launcher("job.py", "2").stdout.splitlines()[:2] == [
+        "Starting 2 of 2 processes: job.py",
+        "Logs: output/msrun_log/worker_0.log … worker_1.log, scheduler.log. "
+        "Follow the run with: tail -f output/msrun_log/worker_0.log",
+    ]
+    assert launcher("job.py", "4", "1", "10.0.0.1", "9000", "3", "logs", "True", "60").stdout.splitlines()[:2] == [
+        "Starting 1 of 4 processes: job.py",
+        "Logs: logs/worker_3.log, scheduler.log. Follow the run with: tail -f logs/worker_3.log",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("python job.py", ("job.py",)),
+        ("  python3.11   job.py\n --x 1", ("job.py", "--x", "1")),
+        ("""job.py --fill 'NAME=two words' --data "a b"/*.json $HOME""", None),
+        ("run_mindformer.py --config c.yaml", (str(ROOT / "run_mindformer.py"), "--config", "c.yaml")),
+    ],
+)
+def test_launcher_splits_the_command_and_expands_nothing(launcher, command, words):
+    words = words or ("job.py", "--fill", "NAME=two words", "--data", "a b/*.json", "$HOME")
+    assert launcher(command).stdout.splitlines()[2:] == msrun_arguments(words)
+
+
+def test_launcher_prefers_the_script_of_the_current_folder(machine, launcher):
+    (machine.folder / "run_mindformer.py").touch()
+    assert launcher("run_mindformer.py").stdout.splitlines()[2:] == msrun_arguments(("run_mindformer.py",))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        ([], "1, 2, 6 or 9 arguments, not 0"),
+        (["job.py", "2", "9000"], "1, 2, 6 or 9 arguments, not 3"),
+        ([""], "CMD is empty"),
+        (["python "], "CMD is empty"),
+        (["job.py 'x"], "CMD has an unmatched quote: job.py 'x"),
+        (["job.py", "two"], "N must be a whole number, at least 1, not 'two'"),
+        (["job.py", "0"], "N must be a whole number, at least 1, not '0'"),
+        (["job.py", "2", "x", "logs", "True", "60"], "PORT must be a whole number, at least 1, not 'x'"),
+        (["job.py", "2", "9000", "logs", "yes", "60"], "JOIN must be True or False, not 'yes'"),
+        (["job.py", "2", "9000", "logs", "True", "1m"], "TIMEOUT must be a whole number, at least -1, not '1m'"),
+        (["job.py", "2", "4", "10.0.0.1", "9000", "0", "logs", "True", "60"], "LOCAL (4) is more than N (2)"),
+        (
+            ["job.py", "2", "1", "10.0.0.1", "9000", "-1", "logs", "True", "60"],
+            "NODE_RANK must be a whole number, at least 0, not '-1'",
+        ),
+    ],
+)
+def test_launcher_bad_usage(launcher, arguments, problem):
+    result = launcher(*arguments)
+    usage = (
+        f'error: {problem}; usage: bash {ROOT}/scripts/msrun_launcher.sh "CMD" [N] | '
+        '"CMD" N PORT LOG_DIR JOIN TIMEOUT | "CMD" N LOCAL ADDR PORT NODE_RANK LOG_DIR JOIN TIMEOUT'
+    )
+    assert (result.returncode, result.stdout, result.stderr.splitlines()[-1]) == (2, "", usage)
+
+
+def test_launcher_shows_the_log_of_the_process_that_failed(machine, launcher):
+    logs = {
+        "worker_0.log": "step 1\n[ERROR] lost its peer\n",
+        "worker_1.log": "step 1\n[WARNING] ME: noise\nerror: no such file\n",
+        "worker_7.log": "error: of an earlier run\n",
+    }
+    (machine.folder / "logs").mkdir()
+    for name, text in logs.items():
+        (machine.folder / "logs" / name).write_text(text)
+    machine.program("msrun", f"#!{BASH}\nexit 3\n")
+    result = launcher("job.py", "2", "9000", "logs", "True", "60")
+    assert (result.returncode, result.stderr) == (
+        3,
+        "error: the run failed, with status 3; the full logs are in logs\n"
+        "--- the last lines of logs/worker_1.log\nstep 1\nerror: no such file\n",
+    )
+
+
+def test_launcher_takes_msrun_from_the_environment(machine):
+    script = ROOT / "scripts/msrun_launcher.sh"
+    place = machine.folder / "env"
+    result = machine.run(script, "job.py", LORA_MS_VENV=str(place))
+    assert (result.returncode, result.stdout, result.stderr) == (
+        1,
+        "",
+        f"error: no msrun on PATH nor in {place}/bin; run 'bash scripts/quickstart.sh' first, it installs MindSpore\n",
+    )
+    machine.program("python", f"#!{BASH}\necho the Python of the environment\n", place / "bin")
+    machine.program("msrun", f"#!{BASH}\nexec python\n", place / "bin")
+    result = machine.run(script, "job.py", LORA_MS_VENV=str(place))
+    assert (result.returncode, result.stdout.splitlines()[2:]) == (0, ["the Python of the environment"])
+
+
+def python_that(statement: str) -> str:
+    """A program that runs Python code after `statement`."""
+    return f"#!{BASH}\nexec {sys.executable} -c 'import sys; {statement}; exec(sys.argv[1])' \"$2\"\n"
+
+
+@pytest.mark.parametrize("name", ["python3.12", "python3.10", "python3", "python"])
+@pytest.mark.parametrize("version", ["(3, 10, 0)", "(3, 12, 9)"])
+def test_finder_skips_what_does_not_work(machine, name, version):
+    machine.program("python3.11", f"#!{BASH}\necho 'python3.11: command not found' >&2\nexit 127\n")  # a shim
+    machine.program(name, python_that(f"sys.version_info = {version}"))
+    result = machine.run("-c", f". {ROOT}/scripts/common.sh && find_python")
+    assert (result.returncode, result.stdout, result.stderr) == (0, f"{name}\n", "")
+
+
+@pytest.mark.parametrize("script", ["quickstart.sh", "test.sh"])
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "sys.version_info = (3, 9, 18)",
+        "sys.version_info = (3, 13, 0)",
+        'sys.modules["ensurepip"] = None',
+        "sys.exit(127)",
+    ],
+)
+def test_no_python_fits(machine, script, statement):
+    machine.program("python3", python_that(statement))
+    result = machine.run(ROOT / "scripts" / script, LORA_MS_VENV=str(machine.folder / "env"))
+    assert (result.returncode, result.stderr) == (1, NO_PYTHON.format(script=ROOT / "scripts" / script))
+    assert sorted(path.name for path in machine.folder.iterdir()) == ["bin"]
+
+
+def test_the_named_python_must_work(machine):
+    machine.program("python3", FAKE_PYTHON)
+    result = machine.run(ROOT / "scripts/test.sh", LORA_MS_VENV=str(machine.folder / "env"), PYTHON="nosuch")
+    assert (result.returncode, result.stdout, result.stderr) == (
+        1,
+        "",
+        "error: PYTHON=nosuch is no Python 3.10 to 3.12 with the venv module; name another\n",
+    )
+
+
+@pytest.fixture
+def copy(machine):
+    """A repository with the scripts and what they read, on a machine with a Python."""
+    machine.program("python3.11", FAKE_PYTHON)
+    repository = machine.folder / "a copy"
+    for name in ("scripts", "requirements"):
+        shutil.copytree(ROOT / name, repository / name)
+    shutil.copy(ROOT / "pyproject.toml", repository)
+    return repository
+
+
+LIGHT = "install -qq --disable-pip-version-check --constraint requirements/tested.txt --editable ."
+
+
+def calls(machine: Machine) -> list[str]:
+    """What pip was asked since the last look."""
+    lines = machine.calls.read_text().splitlines() if machine.calls.exists() else []
+    machine.calls.unlink(missing_ok=True)
+    return lines
+
+
+def test_quickstart_installs_once_and_passes_its_arguments(machine, copy):
+    first = machine.run(copy / "scripts/quickstart.sh", "--steps", "2 3")
+    assert (first.returncode, first.stderr) == (0, "")
+    assert first.stdout.splitlines()[3].startswith(f"Making the environment {copy}/.venv with Python 3.11.7: ")
+    assert first.stdout.splitlines()[4:] == [f"ran {copy}/examples/quickstart.py --steps 2 3"]
+    assert calls(machine) == [f"{copy}: {LIGHT}"]
+
+    second = machine.run(copy / "scripts/quickstart.sh")
+    assert second.stdout.splitlines() == [*first.stdout.splitlines()[:3], f"ran {copy}/examples/quickstart.py"]
+    assert calls(machine) == []
+
+
+@pytest.mark.parametrize("changed", ["pyproject.toml", "requirements/tested.txt"])
+def test_a_changed_requirement_installs_again(machine, copy, changed):
+    machine.run(copy / "scripts/quickstart.sh")
+    (copy / ".venv/left over").touch()
+    with (copy / changed).open("a") as file:
+        file.write("# changed\n")
+    assert machine.run(copy / "scripts/quickstart.sh").returncode == 0
+    assert calls(machine) == [f"{copy}: {LIGHT}"] * 2
+    assert sorted(path.name for path in (copy / ".venv").iterdir()) == ["bin", "lora_ms.stamp"]
+
+
+def test_a_moved_repository_installs_again(machine, copy):
+    machine.run(copy / "scripts/quickstart.sh")
+    moved = machine.folder / "moved"
+    os.replace(copy, moved)
+    assert machine.run(moved / "scripts/quickstart.sh").returncode == 0
+    assert calls(machine) == [f"{copy}: {LIGHT}", f"{moved}: {LIGHT}"]
+
+
+def test_a_failed_install_says_so_and_starts_afresh(machine, copy):
+    failed = machine.run(copy / "scripts/quickstart.sh", PIP_STATUS="1")
+    assert (failed.returncode, failed.stderr) == (
+        1,
+        "ERROR: no route to host\n"
+        "error: pip could not install what lora_ms needs (its message is above); "
+        "check the network and the free disk space, then run this script again\n",
+    )
+    (copy / ".venv/left over").touch()
+    assert machine.run(copy / "scripts/quickstart.sh").returncode == 0
+    assert calls(machine) == [f"{copy}: {LIGHT}"] * 2
+    assert sorted(path.name for path in (copy / ".venv").iterdir()) == ["bin", "lora_ms.stamp"]
+
+
+def test_a_folder_of_someone_else_is_left_alone(machine, copy):
+    place = machine.folder / "mine"
+    place.mkdir()
+    (place / "thesis.txt").touch()
+    result = machine.run(copy / "scripts/quickstart.sh", LORA_MS_VENV="mine")
+    assert (result.returncode, result.stderr) == (
+        1,
+        f"error: {place} exists and was not made by this script; remove it, or name another place in LORA_MS_VENV\n",
+    )
+    assert [path.name for path in place.iterdir()] == ["thesis.txt"]
+
+
+def test_test_script_ends_as_pytest_does(machine, copy):
+    result = machine.run(copy / "scripts/test.sh", "-k", "loss or rope")
+    assert (result.returncode, result.stderr) == (7, "")
+    assert result.stdout.splitlines()[1:] == [f"pytest in {copy}: -k loss or rope; no torch"]
+    full = LIGHT.removesuffix(".") + ".[mindformers,dev]"
+    assert calls(machine) == [f"{copy}: {full}"]
+
+    result = machine.run(copy / "scripts/test.sh", "--with-torch", "-x")
+    assert result.stdout.splitlines()[1:] == [f"pytest in {copy}: -x; {copy}/.venv-torch/bin/python"]
+    assert calls(machine) == [f"{copy}: install -qq --disable-pip-version-check --requirement requirements/torch.txt"]
+
+
+def test_setup_alone_runs_no_test(machine, copy):
+    result = machine.run(copy / "scripts/test.sh", "--setup", LORA_MS_VENV="env")
+    assert (result.returncode, len(result.stdout.splitlines())) == (0, 1)
+    assert sorted(path.name for path in machine.folder.iterdir()) == ["a copy", "bin", "calls", "env-test"]
+
+
+@pytest.mark.parametrize(
+    "script", [*sorted((ROOT / "scripts").glob("*.sh")), ROOT / ".ci/run"], ids=lambda path: path.name
+)
+def test_scripts_parse(machine, script):
+    result = machine.run("-n", script)
+    assert (result.returncode, result.stderr) == (0, "")

@@ -1,0 +1,95 @@
+"""Short runs of the reference models on the rows of the reference traces."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+TIMES = ("tokens_per_second", "step_time_s", "peak_memory_mb")
+
+
+@dataclass
+class Finished:
+    """A run that ended: where, its records without times, and its adapter."""
+
+    path: Path
+    outcome: object
+    records: list[dict]
+    adapter: dict[str, np.ndarray]
+
+    @property
+    def losses(self) -> list[float]:
+        return [record["loss"] for record in self.records]
+
+
+def untimed(path: Path) -> list[dict]:
+    """Records of a run without the fields that depend on the clock or the machine."""
+    records = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in record.items() if key not in TIMES} for record in records]
+
+
+@pytest.fixture(scope="session")
+def rows(golden) -> list:
+    """48 rows of 5 to 16 tokens, named row 0 to row 47."""
+    from lora_ms.data.example import TokenRow
+
+    values = golden("trace_qwen2")
+    ids, labels = values["input_ids"].reshape(-1, 16), values["labels"].reshape(-1, 16)
+    return [TokenRow(f"row {i}", ids[i, :n], labels[i, :n]) for i, n in enumerate(values["lengths"].ravel()[:48])]
+
+
+@pytest.fixture(scope="session")
+def settings() -> Callable:
+    """Six steps of eight rows: ``settings(folder, batch_size=4, accumulation=2)``."""
+    from lora_ms.train.settings import TrainSettings
+
+    def make(output_dir: Path, **changes):
+        plain = {"batch_size": 8, "seq_length": 16, "seed": 7}
+        plain |= {"learning_rate": 5e-3, "warmup_steps": 2, "weight_decay": 0.1}
+        return TrainSettings(output_dir, **plain | changes)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def train(graph_mode, reference, rows, settings) -> Callable[..., Finished]:
+    """Trains LoRA on qwen2 (or ``name``): ``train(folder, dropout=…, plan={…}, prepare=…, **settings)``.
+
+    plan: fields of the DataPlan to replace. prepare: called with the model before the run.
+    """
+    import mindspore as ms
+    from safetensors.numpy import load_file
+
+    from lora_ms import runtime
+    from lora_ms.adapters.config import LoraConfig
+    from lora_ms.adapters.inject import inject
+    from lora_ms.models.hub import load_directory
+    from lora_ms.tasks.finetune import weights_of
+    from lora_ms.train.fit import fit, plan_rows
+
+    def run(path, dropout=0.0, plan=None, prepare=None, name="qwen2", dtype=ms.float32, data=rows, **changes):
+        path.mkdir(parents=True, exist_ok=True)
+        chosen = settings(path, **changes)
+        here, _ = runtime.setup("CPU", seed=chosen.seed)
+        model = load_directory(reference / "models" / name, dtype)
+        config = LoraConfig(4, 8.0, dropout, "all-linear")
+        inject(model, config)
+        if prepare is not None:
+            prepare(model)
+        data_plan = plan_rows(data, None, chosen, here, 128)
+        if plan:
+            data_plan = dataclasses.replace(data_plan, **plan)
+        outcome = fit(model, data_plan, chosen, here, weights_of(model, config, None), 128, dtype)
+        return Finished(path, outcome, untimed(path), load_file(path / "adapter" / "adapter_model.safetensors"))
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def plain_run(train, tmp_path_factory) -> Finished:
+    """Six steps of 8 x 1 rows, without dropout: what other runs are held against."""
+    return train(tmp_path_factory.mktemp("plain"))

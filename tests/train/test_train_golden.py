@@ -1,0 +1,95 @@
+"""Training step for step as torch, transformers and PEFT do it."""
+
+import mindspore as ms
+import numpy as np
+import pytest
+from mindspore import Tensor
+
+from lora_ms.adapters.config import LoraConfig
+from lora_ms.adapters.inject import inject, lora_layers
+from lora_ms.data.collate import collate
+from lora_ms.data.example import TokenRow
+from lora_ms.models.hub import load_directory
+from lora_ms.train.optim import FlatAdamW
+from lora_ms.train.step import MicroStep, SummedLoss
+
+pytestmark = pytest.mark.usefixtures("graph_mode")
+PREFIX = "base_model.model."
+# torch, which the traces come from, differs from its own float64 by up to 1e-6 here
+RELATIVE = 2e-5
+
+
+def torch_name(name: str, full: bool) -> str:
+    return name if full else PREFIX + name.replace("lora_a", "lora_A.weight").replace("lora_b", "lora_B.weight")
+
+
+def gradients(optimizer: FlatAdamW, label_tokens: int) -> list[np.ndarray]:
+    """The mean of what has been summed so far, in the order of the parameters."""
+    parts = np.split(optimizer.grad.asnumpy() / label_tokens, np.cumsum(optimizer.sizes)[:-1])
+    return [part.reshape(shape) for part, shape in zip(parts, optimizer.shapes, strict=True)]
+
+
+@pytest.fixture(scope="module", params=["qwen2", "llama3", "full_qwen2"])
+def trace(request, reference, golden):
+    """(reference values, our losses, norms, first gradients, final weights), names as torch has them."""
+    full = request.param.startswith("full_")
+    z = golden(f"trace_{request.param}")
+    model = load_directory(reference / "models" / request.param.removeprefix("full_"))
+    if not full:
+        inject(model, LoraConfig(4, 8.0, 0.0, "all-linear"))
+        for name, layer in lora_layers(model).items():
+            layer.lora_a.set_data(Tensor(z[f"initial/{PREFIX}{name}.lora_A.weight"]))
+    model.set_train()
+    params = {torch_name(name, full): p for name, p in model.parameters_and_names() if p.requires_grad}
+    optimizer = FlatAdamW(list(params.values()), weight_decay=0.1, max_grad_norm=float(z["max_grad_norm"]))
+    micro_step = MicroStep(SummedLoss(model, 128), optimizer)
+    losses, norms, first = [], [], {}
+    for step in range(len(z["loss"])):
+        label_tokens, total = int(z["label_tokens"][step].sum()), 0.0
+        for ids, labels, lengths in zip(z["input_ids"][step], z["labels"][step], z["lengths"][step], strict=True):
+            rows = [TokenRow("", ids[i, :n], labels[i, :n]) for i, n in enumerate(lengths)]
+            b = collate(rows, 3, 16, 48, 0)
+            total += float(micro_step(Tensor(b.input_ids), Tensor(b.target_index), Tensor(b.targets)).asnumpy())
+        if step == 0:
+            first = dict(zip(params, gradients(optimizer, label_tokens), strict=True))
+        rate = Tensor(float(z["learning_rate"][step]), ms.float32)
+        norm, finite = optimizer(rate, Tensor(label_tokens, ms.float32))
+        assert bool(finite.asnumpy())
+        losses.append(total / label_tokens)
+        norms.append(float(norm.asnumpy()))
+    final = {name: p.asnumpy() for name, p in params.items()}
+    return z, losses, norms, first, final
+
+
+def named(z: dict[str, np.ndarray], kind: str) -> dict[str, np.ndarray]:
+    return {key.removeprefix(f"{kind}/"): value for key, value in z.items() if key.startswith(f"{kind}/")}
+
+
+def test_losses(trace):
+    z, losses, *_ = trace
+    np.testing.assert_allclose(losses, z["loss"], rtol=RELATIVE, atol=0)
+
+
+def test_gradient_norms(trace):
+    z, _, norms, *_ = trace
+    np.testing.assert_allclose(norms, z["grad_norm"], rtol=RELATIVE, atol=0)
+
+
+def test_first_gradients(trace):
+    z, _, _, first, _ = trace
+    wanted = named(z, "first_grad")
+    assert sorted(first) == sorted(wanted)
+    for name, value in wanted.items():
+        np.testing.assert_allclose(first[name], value, rtol=1e-5, atol=5e-6, err_msg=name)
+        if "lora_A" in name:
+            np.testing.assert_array_equal(first[name], 0)
+
+
+def test_final_weights(trace):
+    z, _, _, _, final = trace
+    wanted = named(z, "final")
+    assert sorted(final) == sorted(wanted)
+    for name, value in wanted.items():
+        # a bias of k hardly moves the softmax: its gradient is mostly rounding, which Adam divides by itself
+        atol = 1e-3 if name.endswith("k_proj.bias") else 5e-5
+        np.testing.assert_allclose(final[name], value, rtol=0, atol=atol, err_msg=name)

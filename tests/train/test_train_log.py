@@ -1,0 +1,80 @@
+"""run.log, metrics.jsonl and what is printed."""
+
+import json
+import sys
+
+import pytest
+
+from lora_ms.errors import LoraMsError
+from lora_ms.train.log import Tee
+from lora_ms.train.report import Metrics, Progress, Record, plot_loss, read_metrics
+
+
+def test_what_is_printed_goes_to_the_file_too(tmp_path, capsys):
+    screen = sys.stdout
+    with Tee(tmp_path / "run.log"):
+        print("loss 1.5 …")
+        assert sys.stdout is not screen
+    print("after")
+    assert sys.stdout is screen
+    assert (tmp_path / "run.log").read_text(encoding="utf-8") == "loss 1.5 …\n"
+    assert capsys.readouterr().out == "loss 1.5 …\nafter\n"
+    with Tee(tmp_path / "run.log"):  # a resumed run adds to it
+        print("more")
+    assert (tmp_path / "run.log").read_text(encoding="utf-8") == "loss 1.5 …\nmore\n"
+
+
+def test_the_reason_of_a_failure_stands_in_the_file(tmp_path):
+    screen = sys.stdout
+    with pytest.raises(LoraMsError, match="^bad row$"), Tee(tmp_path / "run.log"):
+        raise LoraMsError("bad row")
+    assert sys.stdout is screen
+    assert (tmp_path / "run.log").read_text() == "error: bad row\n"
+
+
+def test_other_ranks_write_no_file(tmp_path, capsys):
+    with Tee(tmp_path / "run.log", active=False):
+        print("rank 1")
+    assert capsys.readouterr().out == "rank 1\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def record(step: int) -> Record:
+    return Record(step, step / 4, 2.0 / step, 0.5, 1e-3, 100, 40, 1234.56, 0.081, 300.0)
+
+
+def test_a_resumed_run_drops_the_records_after_its_checkpoint(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    for start, steps in ((0, (1, 2, 3)), (2, (3, 4))):
+        metrics = Metrics(path, start)
+        for step in steps:
+            metrics.write(record(step))
+        metrics.close()
+    assert [r["step"] for r in read_metrics(path)] == [1, 2, 3, 4]
+    assert json.loads(path.read_text().splitlines()[2]) == {
+        "step": 3, "epoch": 0.75, "loss": 2.0 / 3, "grad_norm": 0.5, "learning_rate": 1e-3, "tokens": 100,
+        "label_tokens": 40, "tokens_per_second": 1234.56, "step_time_s": 0.081, "peak_memory_mb": 300.0,
+    }  # fmt: skip
+    Metrics(path, 0).close()  # a run from its beginning keeps none
+    assert path.read_text() == ""
+
+
+def test_each_record_is_on_disk_at_once(tmp_path):
+    metrics = Metrics(tmp_path / "metrics.jsonl", 0)
+    metrics.write(record(1))
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 1
+    metrics.close()
+
+
+def test_lines_where_there_is_no_terminal(capsys):
+    progress = Progress(0, 100)
+    progress.show(record(1), logged=False)
+    progress.show(record(2), logged=True)
+    progress.close()
+    assert capsys.readouterr().out == "step   2/100  epoch 0.50  loss 1.0000  1,235 tok/s  lr 1.00e-03  norm 0.50\n"
+
+
+def test_a_plot_of_a_single_step(tmp_path):
+    plot_loss([{"step": 1, "loss": 2.0}], tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    assert [p.name for p in tmp_path.iterdir()] == ["loss.png"]

@@ -1,0 +1,143 @@
+"""Schedules by their formulas, AdamW against float64, and the loss scale of float16."""
+
+import math
+
+import mindspore as ms
+import numpy as np
+import pytest
+from mindspore import Parameter, Tensor
+
+from lora_ms.train.optim import FlatAdamW, learning_rate
+
+ROOT3 = math.sqrt(3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "warmup", "end", "rates"),
+    [
+        # eight steps; peak 8
+        ("constant", 0, 0.0, [8, 8, 8, 8, 8, 8, 8, 8]),
+        ("constant", 4, 0.0, [0, 2, 4, 6, 8, 8, 8, 8]),
+        ("linear", 0, 0.0, [8, 7, 6, 5, 4, 3, 2, 1]),
+        ("linear", 4, 0.0, [0, 2, 4, 6, 8, 6, 4, 2]),
+        ("linear", 4, 4.0, [0, 2, 4, 6, 8, 7, 6, 5]),
+        ("cosine", 2, 0.0, [0, 4, 8, 4 + 2 * ROOT3, 6, 4, 2, 4 - 2 * ROOT3]),
+        ("cosine", 2, 4.0, [0, 4, 8, 6 + ROOT3, 7, 6, 5, 6 - ROOT3]),
+        ("cosine", 0, 0.0, [4 + 4 * math.cos(math.pi * n / 8) for n in range(8)]),
+        ("linear", 8, 0.0, [0, 1, 2, 3, 4, 5, 6, 7]),
+    ],
+)
+def test_schedules(kind, warmup, end, rates):
+    found = [learning_rate(step, 8, 8.0, kind, warmup, end) for step in range(8)]
+    np.testing.assert_allclose(found, rates, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("kind", "last"), [("constant", 8.0), ("linear", 0.5), ("cosine", 0.5)])
+def test_beyond_the_schedule_the_rate_stays(kind, last):
+    assert [learning_rate(step, 8, 8.0, kind, 2, 0.5) for step in (8, 9, 1000)] == [last] * 3
+
+
+SHAPES = {"w": (3, 2), "b": (4,), "v": (2, 2)}
+
+
+def parameters() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return {name: rng.standard_normal(shape, np.float32) for name, shape in SHAPES.items()}
+
+
+def optimizer_of(values: dict[str, np.ndarray], **kwargs) -> FlatAdamW:
+    return FlatAdamW([Parameter(Tensor(value), name=name) for name, value in values.items()], **kwargs)
+
+
+def step(optimizer: FlatAdamW, grads: np.ndarray, rate: float = 0.1, label_tokens: float = 1.0) -> tuple[float, bool]:
+    optimizer.grad.set_data(Tensor(grads.astype(np.float32)))
+    norm, finite = optimizer(Tensor(rate, ms.float32), Tensor(label_tokens, ms.float32))
+    return float(norm.asnumpy()), bool(finite.asnumpy())
+
+
+def current(optimizer: FlatAdamW) -> np.ndarray:
+    return np.concatenate([p.asnumpy().ravel() for p in optimizer.params])
+
+
+@pytest.mark.parametrize(
+    ("max_grad_norm", "weight_decay"), [(None, 0.1), (None, 0.0), (1.0, 0.1)], ids=["decay", "plain", "clipped"]
+)
+def test_adamw_against_float64(graph_mode, max_grad_norm, weight_decay):
+    """Gradients of norm below and above 1; the rate changes; only w and v, of two dimensions, decay."""
+    beta1, beta2, eps = 0.8, 0.95, 1e-6
+    values = parameters()
+    optimizer = optimizer_of(values, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay,
+                             max_grad_norm=max_grad_norm)  # fmt: skip
+    x = np.concatenate([value.ravel() for value in values.values()]).astype(np.float64)
+    decay = weight_decay * np.repeat([1, 0, 1], [6, 4, 4])
+    m, v = np.zeros(14), np.zeros(14)
+    for number, rate in enumerate([0.1, 0.05, 0.2, 0.01], start=1):
+        summed = np.random.default_rng(number).standard_normal(14) * (0.3 if number % 2 else 30)
+        norm, finite = step(optimizer, summed, rate, label_tokens=5.0)
+        g = summed / 5
+        assert finite
+        np.testing.assert_allclose(norm, np.linalg.norm(g), rtol=1e-6)
+        if max_grad_norm is not None and np.linalg.norm(g) > max_grad_norm:
+            assert number % 2 == 0
+            g *= max_grad_norm / np.linalg.norm(g)
+        m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g * g
+        x = x - rate * decay * x
+        x = x - rate * (m / (1 - beta1**number)) / (np.sqrt(v / (1 - beta2**number)) + eps)
+        np.testing.assert_allclose(current(optimizer), x, rtol=0, atol=3e-6)
+        np.testing.assert_array_equal(optimizer.grad.asnumpy(), 0)
+
+
+def test_decay_acts_on_matrices_alone(graph_mode):
+    values = parameters()
+    optimizer = optimizer_of(values, weight_decay=0.5)
+    step(optimizer, np.zeros(14), rate=0.1)
+    wanted = {"w": values["w"] * 0.95, "b": values["b"], "v": values["v"] * 0.95}
+    for p in optimizer.params:
+        np.testing.assert_allclose(p.asnumpy(), wanted[p.name], rtol=1e-6)
+
+
+def test_the_loss_scale_halves_on_overflow_and_grows_after_its_window(graph_mode):
+    optimizer = optimizer_of(parameters(), loss_scale=1024.0, scale_window=2, weight_decay=0.1)
+    reference = optimizer_of(parameters(), weight_decay=0.1)
+    state = optimizer.state()
+
+    def numbers() -> tuple[float, float, float]:
+        return tuple(float(state[name].asnumpy()) for name in ("loss_scale", "good_steps", "count"))
+
+    grads = np.random.default_rng(1).standard_normal(14)
+    bad = grads.copy()
+    for value in (np.inf, np.nan):
+        bad[3] = value
+        before, scale = current(optimizer), numbers()[0]
+        assert step(optimizer, bad)[1] is False
+        np.testing.assert_array_equal(current(optimizer), before)
+        np.testing.assert_array_equal(state["exp_avg"].asnumpy(), 0)
+        np.testing.assert_array_equal(state["exp_avg_sq"].asnumpy(), 0)
+        np.testing.assert_array_equal(optimizer.grad.asnumpy(), 0)
+        assert numbers() == (scale / 2, 0.0, 0.0)
+    # gradients arrive multiplied by the scale, and the update is that of the unscaled ones
+    seen = []
+    for _ in range(5):
+        norm, finite = step(optimizer, grads * numbers()[0])
+        wanted, _ = step(reference, grads)
+        assert finite
+        np.testing.assert_allclose(norm, wanted, rtol=1e-6)
+        np.testing.assert_allclose(current(optimizer), current(reference), rtol=0, atol=1e-6)
+        seen.append(numbers())
+    assert seen == [(256.0, 1.0, 1.0), (512.0, 0.0, 2.0), (512.0, 1.0, 3.0), (1024.0, 0.0, 4.0), (1024.0, 1.0, 5.0)]
+    assert step(optimizer, bad)[1] is False  # an overflow starts the window anew
+    assert numbers() == (512.0, 0.0, 5.0)
+
+
+def test_without_a_loss_scale_it_stays_at_one(graph_mode):
+    optimizer = optimizer_of(parameters())
+    for value in (1.0, np.inf, 1.0):
+        step(optimizer, np.full(14, value))
+    assert float(optimizer.loss_scale.asnumpy()) == 1.0
+
+
+def test_the_loss_scale_never_falls_below_one(graph_mode):
+    optimizer = optimizer_of(parameters(), loss_scale=2.0)
+    for _ in range(3):
+        step(optimizer, np.full(14, np.inf))
+    assert float(optimizer.loss_scale.asnumpy()) == 1.0
