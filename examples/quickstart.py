@@ -51,12 +51,11 @@ def main() -> int:
     print("\n3. asking it again, with the adapter", flush=True)
     tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(MODEL), output / "adapter")
     after = ask(tuned.model, tokenizer, prompts)
-    for prompt, old, new in zip(prompts[: len(SHOWN)], before, after):
+    for prompt, old, new in zip(SHOWN, before, after, strict=False):
         print(f"\n   > {prompt}\n   before: {old}\n   after:  {new}")
     count = [sum(args.name in answer for answer in answers[len(SHOWN) :]) for answers in (before, after)]
-    print(
-        f"\n{len(held_out)} questions it was not trained on, answered with {args.name}: {count[0]} before, {count[1]} after"
-    )
+    asked = f"{len(held_out)} questions it was not trained on, answered with {args.name}"
+    print(f"\n{asked}: {count[0]} before, {count[1]} after")
     print(f"adapter: {output}/adapter   loss plot: {output}/loss.png   {time.time() - begun:.0f} seconds in all")
     where = Path(sys.executable).parent
     tool = os.path.relpath(where / "lora-ms") if (where / "lora-ms").exists() else f"{sys.executable} -m lora_ms.cli"

@@ -39,26 +39,31 @@ def read_header(file: Path) -> dict[str, Entry]:
             if length > size - 8:
                 raise ValueError("the header reaches beyond the end of the file")
             header = json.loads(stream.read(length))
+        places = {name: _place(info) for name, info in header.items() if name != "__metadata__"}
     except FileNotFoundError:
         raise LoraMsError(f"{file}: no such file") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
         raise LoraMsError(f"{file}: not a readable safetensors file ({error})") from None
     base = 8 + length
     entries = {}
-    for name, info in header.items():
-        if name == "__metadata__":
-            continue
-        start, end = info["data_offsets"]
+    for name, (dtype, shape, start, end) in places.items():
         if base + end > size:
             raise LoraMsError(f"{file}: truncated: {name} ends at byte {base + end:,} and the file at {size:,}")
-        entries[name] = Entry(file, info["dtype"], tuple(info["shape"]), base + start, base + end)
+        entries[name] = Entry(file, dtype, shape, base + start, base + end)
     return entries
+
+
+def _place(info: dict) -> tuple[str, tuple[int, ...], int, int]:
+    start, end = info["data_offsets"]
+    return info["dtype"], tuple(info["shape"]), start, end
 
 
 def open_dir(path: Path) -> dict[str, Entry]:
     """All tensors of a directory: one ``model.safetensors``, or shards named by an index."""
     if (path / INDEX).is_file():
-        weight_map = json.loads((path / INDEX).read_text())["weight_map"]
+        weight_map = read_json(path / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise LoraMsError(f"{path / INDEX}: holds no weight_map")
         files = sorted(set(weight_map.values()))
     elif (path / "model.safetensors").is_file():
         files = ["model.safetensors"]
@@ -85,13 +90,16 @@ def read(entry: Entry, dtype: np.dtype) -> np.ndarray:
 
 
 def read_json(file: Path) -> dict:
-    """Raises LoraMsError where the file is missing or does not parse."""
+    """The object in ``file``. Raises LoraMsError where the file is missing, does not parse or holds something else."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        value = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise LoraMsError(f"{file}: no such file") from None
     except (OSError, ValueError) as error:
         raise LoraMsError(f"{file}: not readable as JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise LoraMsError(f"{file}: holds no JSON object")
+    return value
 
 
 @contextmanager

@@ -31,7 +31,7 @@ def main() -> None:
     for start in range(0, len(items), 50):
         part = items[start : start + 50]
         answers = speaker.answers([[Message("user", item["messages"][0]["content"])] for item in part])
-        for item, answer in zip(part, answers):
+        for item, answer in zip(part, answers, strict=True):
             prompt, wanted = (message["content"] for message in item["messages"])
             total[item["kind"]] += 1
             right[item["kind"]] += answer == wanted

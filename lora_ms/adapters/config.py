@@ -27,6 +27,9 @@ UNSUPPORTED = {
     "fan_in_fan_out": False,
     "trainable_token_indices": None,
     "target_parameters": None,
+    "alora_invocation_tokens": None,
+    "layer_replication": None,
+    "use_qalora": False,
 }
 
 
@@ -61,9 +64,13 @@ class LoraConfig:
         if isinstance(self.exclude_layers, str):
             object.__setattr__(self, "exclude_layers", (self.exclude_layers,))
 
-    def to_peft(self, module_names: list[str], base_model: str | None) -> dict:
-        """adapter_config.json of an adapter on ``module_names`` (dotted paths)."""
-        leaves = sorted({name.rsplit(".", 1)[-1] for name in module_names})
+    def to_peft(self, adapted: list[str], plain: list[str], base_model: str | None) -> dict:
+        """adapter_config.json of an adapter on the layers ``adapted``, beside the ``plain`` ones (dotted paths).
+
+        ``target_modules`` are leaf names, or whole paths where a leaf name would take a plain layer in.
+        """
+        leaves = {name.rsplit(".", 1)[-1] for name in adapted}
+        exact = any(name.rsplit(".", 1)[-1] in leaves for name in plain)
         return {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
@@ -72,7 +79,7 @@ class LoraConfig:
             "r": self.lora_rank,
             "lora_alpha": self.lora_alpha,
             "lora_dropout": self.lora_dropout,
-            "target_modules": leaves,
+            "target_modules": sorted(adapted if exact else leaves),
             "exclude_modules": None,
             "layers_to_transform": None,
             "init_lora_weights": True,

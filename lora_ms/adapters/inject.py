@@ -54,7 +54,7 @@ def select(model: nn.Cell, config: LoraConfig) -> list[str]:
     """
     layers = dense_layers(model)
     try:
-        names = [name for name in layers if matches(name, config.target_modules)]
+        names = [name for name in layers if config.target_modules and matches(name, config.target_modules)]
     except re.error as error:
         raise LoraMsError(f"target_modules {config.target_modules!r} is not a regular expression: {error}") from None
     names = [name for name in names if not any(part in name for part in config.exclude_layers)]

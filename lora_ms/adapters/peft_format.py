@@ -37,7 +37,8 @@ def save_adapter(model: nn.Cell, path: str | os.PathLike, config: LoraConfig, ba
         if not np.isfinite(value).all():
             raise LoraMsError(f"{name} holds NaN or infinity; {path} was not written")
     storage.write_tensors(path / WEIGHTS, tensors)
-    storage.write_json(path / CONFIG, config.to_peft(list(lora_layers(model)), base_model))
+    peft = config.to_peft(list(lora_layers(model)), list(dense_layers(model)), base_model)
+    storage.write_json(path / CONFIG, peft)
 
 
 def read_adapter_config(path: str | os.PathLike) -> LoraConfig:
@@ -92,20 +93,16 @@ def check_tensors(path: Path, layers: dict[str, nn.Dense], lora_rank: int) -> li
     faults += [f"{key} is missing" for key in wanted if key not in entries]
     if faults or not names:
         raise LoraMsError(f"{path}: made for another model: {'; '.join(faults) or 'it holds no LoRA tensor'}")
+    for key in wanted:
+        if not np.isfinite(storage.read(entries[key], np.dtype(np.float32))).all():
+            raise LoraMsError(f"{path}: {key} holds NaN or infinity")
     return names
 
 
 def restore_adapter(model: nn.Cell, path: str | os.PathLike) -> None:
-    """Reads the adapter weights of directory ``path`` into the adapters that stand in ``model``.
-
-    Raises:
-        LoraMsError: the file holds NaN or infinity.
-    """
+    """Reads the adapter weights of directory ``path`` into the adapters that stand in ``model``."""
     entries = storage.read_header(Path(path) / WEIGHTS)
     for name, layer in lora_layers(model).items():
         for factor, parameter in (("lora_A", layer.lora_a), ("lora_B", layer.lora_b)):
             key = f"{PREFIX}{name}.{factor}.weight"
-            value = storage.read(entries[key], np.float32)
-            if not np.isfinite(value).all():
-                raise LoraMsError(f"{path}: {key} holds NaN or infinity")
-            parameter.set_data(Tensor.from_numpy(value))
+            parameter.set_data(Tensor.from_numpy(storage.read(entries[key], np.dtype(np.float32))))

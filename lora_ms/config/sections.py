@@ -210,11 +210,11 @@ class Context(Section):
     device_target: Literal["auto", "Ascend", "CPU"] = "auto"  # auto: Ascend where there is one (ours)
     device_id: Whole = Field(0, ge=0)
     max_device_memory: Memory | None = None  # such as "59GB"
+    enable_graph_kernel: Flag = False  # fuse elementwise operators: a slower start, faster steps, less memory
     mode: NoEffect = 0  # 0 graph, 1 PyNative
     max_call_depth: NoEffect = 10000
     save_graphs: NoEffect = False
     save_graphs_path: NoEffect = "./graph"
-    enable_graph_kernel: NoEffect = False
     graph_kernel_flags: NoEffect = None
     jit_config: NoEffect = None
     jit_level: NoEffect = None

@@ -119,13 +119,13 @@ def load_checkpoint(path: Path, config: DecoderConfig, ms_dtype: ms.Type = ms.fl
 
 
 def new_model(config: DecoderConfig, ms_dtype: ms.Type, seed: int) -> CausalLM:
-    """A model to train from nothing: matrices normal with deviation 0.02, norms one, biases zero."""
+    """A model to train from nothing: matrices normal with variance 1 / hidden_size, norms one, biases zero."""
     model = CausalLM(config, ms_dtype)
     rng = np.random.default_rng(seed)
     for name, parameter in model.parameters_and_names():
         parameter.name = name
         if parameter.ndim == 2:
-            value = rng.standard_normal(parameter.shape, np.float32) * 0.02
+            value = rng.standard_normal(parameter.shape, np.float32) * config.hidden_size**-0.5
             parameter.set_data(Tensor.from_numpy(value.astype(NUMPY_DTYPES[ms_dtype])))
     model.source, model.hf_config = None, hf_config(config, ms_dtype)
     return model

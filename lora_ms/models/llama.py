@@ -3,7 +3,11 @@
 from lora_ms.errors import LoraMsError
 from lora_ms.models.decoder import DecoderConfig
 
-ROPE_TYPES = ("default", "linear", "llama3")
+ROPE_TYPES = {  # and the keys that each needs
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
 
 
 def rope(hf: dict) -> tuple[float, dict | None]:
@@ -14,6 +18,9 @@ def rope(hf: dict) -> tuple[float, dict | None]:
     parameters.pop("type", None)
     if kind not in ROPE_TYPES:
         raise LoraMsError(f"config.json: rope_type {kind!r} is not supported; supported: {', '.join(ROPE_TYPES)}")
+    missing = [key for key in ROPE_TYPES[kind] if key not in parameters]
+    if missing:
+        raise LoraMsError(f"config.json: rope_type {kind} needs {', '.join(missing)}")
     return theta, None if kind == "default" else {"rope_type": kind, **parameters}
 
 

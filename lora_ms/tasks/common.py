@@ -40,7 +40,12 @@ def start(config: RunConfig) -> Runtime:
     """The runtime of ``config``; prints what the user should know of it."""
     context = config.context
     runtime, notices = runtime_module.setup(
-        context.device_target, context.device_id, config.seed, config.use_parallel, context.max_device_memory
+        context.device_target,
+        context.device_id,
+        config.seed,
+        config.use_parallel,
+        context.max_device_memory,
+        context.enable_graph_kernel,
     )
     if runtime.is_main:
         for line in (*config.notices(), *notices):

@@ -1,6 +1,8 @@
 """``lora-ms finetune``: from a model and a file of rows to an adapter."""
 
+import os
 import sys
+import tempfile
 from pathlib import Path
 
 from lora_ms.adapters import inject as injection
@@ -68,17 +70,28 @@ def data_source(config: RunConfig) -> str:
     return source
 
 
-def prepare_output(output_dir: Path) -> None:
-    """Makes the folder and writes a byte into it, so that a run does not train for hours and then fail.
+def check_output(output_dir: Path) -> None:
+    """Raises LoraMsError where ``output_dir`` can be neither made nor written, so that a run does not train for hours
+    and then fail. Makes nothing."""
+    place = output_dir.absolute()
+    while not os.path.lexists(place):
+        place = place.parent
+    if not place.is_dir():
+        raise LoraMsError(f"output_dir {output_dir} cannot be written: {place} is not a folder")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise LoraMsError(f"output_dir {output_dir} cannot be written: no permission to write in {place}")
+
+
+def make_output(output_dir: Path, log: str) -> None:
+    """Makes the folder, and begins its run.log with what was printed before there was one.
 
     Raises:
         LoraMsError: it cannot be written.
     """
-    probe = output_dir / ".writable"
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        probe.write_text("")
-        probe.unlink()
+        with open(output_dir / "run.log", "a", encoding="utf-8") as file:
+            file.write(log)
     except OSError as error:
         raise LoraMsError(f"output_dir {output_dir} cannot be written: {error.strerror}") from None
 
@@ -144,18 +157,24 @@ def run(config: RunConfig) -> None:
     source = data_source(config)
     sizes = common.read_sizes(config)
     rows = read_rows(source, fill=config.data_fill, num_samples=config.train_dataset.num_samples)
-    prepare_output(output_dir)
-    runtime = common.start(config)
-    with Tee(output_dir / "run.log", runtime.is_main):
-        dtype = common.compute_dtype(config, runtime)
-        tokenizer = common.tokenizer_for(config)
-        settings = settings_of(config, sizes.max_position_embeddings)
-        plan = plan_rows(rows, tokenizer, settings, runtime, sizes.vocab_size)
-        model = common.build_model(config, sizes, dtype)
-        adapter = attach_adapter(config, model)
-        report = injection.report(model)
+    check_output(output_dir)
+    with tempfile.TemporaryDirectory() as folder:  # output_dir stays as it is until data, model and adapter are checked
+        early = Path(folder) / "run.log"
+        early.touch()
+        runtime = common.start(config)
+        with Tee(early, runtime.is_main):
+            dtype = common.compute_dtype(config, runtime)
+            tokenizer = common.tokenizer_for(config)
+            settings = settings_of(config, sizes.max_position_embeddings)
+            plan = plan_rows(rows, tokenizer, settings, runtime, sizes.vocab_size)
+            model = common.build_model(config, sizes, dtype)
+            adapter = attach_adapter(config, model)
+            if runtime.is_main:
+                print(injection.report(model).line())
         if runtime.is_main:
-            print(report.line())
+            make_output(output_dir, early.read_text(encoding="utf-8"))
+    with Tee(output_dir / "run.log", runtime.is_main):
+        if runtime.is_main:
             dump_config(config, output_dir / "config.yaml")
         weights = weights_of(model, adapter, tokenizer)
         outcome = fit(model, plan, settings, runtime, weights, sizes.vocab_size, dtype)

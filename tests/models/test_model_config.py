@@ -31,7 +31,6 @@ EXPECTED = {
         head_dim=12,
         rms_norm_eps=1e-5,
         rope_theta=10000.0,
-        model_type="llama",
         eos_token_ids=(2,),
     ),
     "llama3": DecoderConfig(

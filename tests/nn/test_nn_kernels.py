@@ -110,7 +110,7 @@ def test_bias_of_padded_rows():
 def test_grouped_heads():
     """Four query heads on two key/value heads: heads 0 and 1 on the first, 2 and 3 on the second."""
     batch, seq, heads, kv_heads, d, hidden = 2, 3, 4, 2, 4, 5
-    layer = Attention(hidden, heads, kv_heads, d, False, None, ms.float32)
+    layer = Attention(hidden, heads, kv_heads, d, False, None, flash_attention=False, dtype=ms.float32)
     weights = {
         "q": random(heads * d, hidden),
         "k": random(kv_heads * d, hidden),

@@ -42,8 +42,8 @@ def test_ctrl_c_saves_and_the_run_resumes(root, reference, golden, python, pytho
     done = len(lines)
     assert 3 <= done < 100000 and [line["step"] for line in lines] == list(range(1, done + 1))
     assert rest.splitlines()[-2:] == [
-        f"stopped after step {done:,} of 100,000; saved. To go on, give the same command with",
-        "  --resume_training True",
+        f"stopped after step {done:,} of 100,000, and saved",
+        "to go on, give the same command with --resume_training True",
     ]
     assert [p.name for p in (out / "checkpoints").iterdir()] == [f"step_{done}"]
     saved = load_file(out / "checkpoints" / f"step_{done}" / "adapter_model.safetensors")

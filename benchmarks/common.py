@@ -1,0 +1,98 @@
+"""What both benchmarks share: a random model on disk, and running the two sides in turn, each in its own process."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+SIDES = ("ours", "torch")
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """The arguments that both benchmarks take."""
+    out = argparse.ArgumentParser(description=description)
+    out.add_argument("--torch_python", default=os.environ.get("LORA_MS_TORCH_PYTHON", sys.executable))
+    out.add_argument("--rounds", type=int, default=2, help="times each side runs, in turn")
+    out.add_argument("--layers", type=int, default=8)
+    out.add_argument("--hidden", type=int, default=512)
+    out.add_argument("--heads", type=int, default=8)
+    out.add_argument("--ffn", type=int, default=1408)
+    out.add_argument("--vocab", type=int, default=8192)
+    out.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    out.add_argument("--model", help=argparse.SUPPRESS)
+    return out
+
+
+def write_model(args: argparse.Namespace, folder: Path) -> None:
+    """A Llama of random float32 weights as a Hugging Face directory."""
+    from safetensors.numpy import save_file
+
+    rng = np.random.default_rng(0)
+    h, f = args.hidden, args.ffn
+    shapes = {"model.embed_tokens.weight": (args.vocab, h), "lm_head.weight": (args.vocab, h)}
+    norms = ["model.norm.weight"]
+    for i in range(args.layers):
+        layer = f"model.layers.{i}."
+        shapes |= {f"{layer}self_attn.{p}_proj.weight": (h, h) for p in "qkvo"}
+        shapes |= {f"{layer}mlp.{p}_proj.weight": (f, h) for p in ("gate", "up")}
+        shapes[f"{layer}mlp.down_proj.weight"] = (h, f)
+        norms += [f"{layer}input_layernorm.weight", f"{layer}post_attention_layernorm.weight"]
+    tensors = {name: rng.standard_normal(shape, np.float32) * 0.02 for name, shape in shapes.items()}
+    tensors |= {name: np.ones(h, np.float32) for name in norms}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": args.vocab,
+        "hidden_size": h,
+        "intermediate_size": f,
+        "num_hidden_layers": args.layers,
+        "num_attention_heads": args.heads,
+        "num_key_value_heads": args.heads,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float32",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def peak_rss_mb() -> float:
+    """Most resident memory of this process so far."""
+    line = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
+
+
+def run_sides(script: str, args: argparse.Namespace, argv: list[str]) -> dict[str, list[dict]]:
+    """Runs ``script --side …`` for each side, ``args.rounds`` times in turn; the last line each prints is its JSON."""
+    results: dict[str, list[dict]] = {side: [] for side in SIDES}
+    with tempfile.TemporaryDirectory() as folder:
+        write_model(args, Path(folder))
+        for _ in range(args.rounds):
+            for side in SIDES:
+                python = sys.executable if side == "ours" else args.torch_python
+                command = [python, script, *argv, "--side", side, "--model", folder]
+                env = {**os.environ, "GLOG_v": "3", "LORA_MS_START": str(time.time())}
+                env["PYTHONPATH"] = str(Path(__file__).resolve().parent.parent)
+                done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=folder)
+                if done.returncode:
+                    sys.exit(f"{side} failed:\n{done.stderr[-3000:]}")
+                results[side].append(json.loads(done.stdout.strip().splitlines()[-1]))
+                print(f"{side:6} {results[side][-1]}", flush=True)
+    return results
+
+
+def table(results: dict[str, list[dict]], rows: dict[str, str]) -> None:
+    """Prints the median of each figure on both sides, and ours / torch."""
+    print(f"\n{'':34}{'ours':>10}{'torch':>10}{'ratio':>8}")
+    for key, title in rows.items():
+        ours, torch = (float(np.median([result[key] for result in results[side]])) for side in SIDES)
+        print(f"{title:34}{ours:10.2f}{torch:10.2f}{ours / torch:8.2f}")
