@@ -82,6 +82,8 @@ def run_sides(script: str, args: argparse.Namespace, argv: list[str]) -> dict[st
                 command = [python, script, *argv, "--side", side, "--model", folder]
                 env = {**os.environ, "GLOG_v": "3", "LORA_MS_START": str(time.time())}
                 env["PYTHONPATH"] = str(Path(__file__).resolve().parent.parent)
+                if side == "ours":
+                    env["OMP_NUM_THREADS"] = "1"  # as the command line sets it; see lora_ms/cli.py
                 done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=folder)
                 if done.returncode:
                     sys.exit(f"{side} failed:\n{done.stderr[-3000:]}")

@@ -61,7 +61,7 @@ SIZES = "model.model_config"
 DATA = "data_loader.dataset_dir"
 
 # group -> (flag, key of the configuration, type, placeholder, help); a flag that is not given keeps the YAML's value
-FLAGS = {
+FLAGS: dict[str, list[tuple[str, str, Any, str, str]]] = {
     "what to train on": [
         ("load_checkpoint", "load_checkpoint", str, "PATH", "Hugging Face folder, or .ckpt, .safetensors"),
         ("load_adapter", "load_adapter", str, "DIR", "adapter folder to go on from or to use"),
@@ -103,7 +103,7 @@ FLAGS = {
     ],
 }
 # MindFormers' flags that change nothing here: accepted, reported by RunConfig.notices()
-IDLE_FLAGS = [
+IDLE_FLAGS: list[tuple[str, str, Any, str | None]] = [
     ("mode", "context.mode", flag_int, None),
     ("do_eval", "do_eval", flag_bool, None),
     ("modal_type", "modal_type", str, "+"),
@@ -119,7 +119,7 @@ IDLE_FLAGS = [
     ("register_path", "register_path", str, None),
     ("trust_remote_code", "trust_remote_code", flag_bool, None),
 ]
-FLAG_KEYS = {row[0]: row[1] for rows in (*FLAGS.values(), IDLE_FLAGS) for row in rows}
+FLAG_KEYS = {row[0]: row[1] for rows in FLAGS.values() for row in rows} | {row[0]: row[1] for row in IDLE_FLAGS}
 OTHER_FLAGS = ("config", "preset", "fill", "options", "predict_data", "debug")
 
 
@@ -202,7 +202,10 @@ def _run_mindformer(argv: list[str]) -> int:
 def _dispatch(command: str | None, args: argparse.Namespace, free_form: list[str]) -> int:
     from lora_ms.config import load_config
 
-    # before the libraries are imported: MindSpore logs errors only, transformers does not advise to install torch
+    # Before the libraries are imported: MindSpore logs errors only, transformers does not advise to install torch,
+    # and fused kernels (context.enable_graph_kernel) get no OpenMP threads, which would spin beside MindSpore's own
+    # pool: on two cores that doubles the time of a step.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("GLOG_v", "3")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 

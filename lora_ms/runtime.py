@@ -67,12 +67,10 @@ def setup(
 def _fuse_kernels(device: str) -> list[str]:
     """Turns on MindSpore's fusion of elementwise operators, where it can work; says so where it cannot."""
     if device == "CPU":
-        # AKG, which builds the fused kernels, imports decorator without depending on it and calls gcc to link.
-        # Its OpenMP threads would spin beside MindSpore's own pool: on two cores that doubles the step's time.
+        # AKG, which builds the fused kernels, imports decorator without depending on it and calls gcc to link
         missing = [name for name, found in (("decorator", find_spec("decorator")), ("gcc", which("gcc"))) if not found]
         if missing:
             return [f"context.enable_graph_kernel needs {' and '.join(missing)} on the CPU: running without"]
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
     ms.set_context(enable_graph_kernel=True)
     return []
 

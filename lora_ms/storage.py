@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from lora_ms.errors import LoraMsError
 
@@ -75,7 +76,7 @@ def open_dir(path: Path) -> dict[str, Entry]:
     return entries
 
 
-def read(entry: Entry, dtype: np.dtype) -> np.ndarray:
+def read(entry: Entry, dtype: DTypeLike) -> np.ndarray:
     """The tensor as ``dtype``; at most one copy of it is in memory besides the mapped file."""
     if entry.dtype not in DTYPES:
         raise LoraMsError(f"{entry.file}: type {entry.dtype} is not supported; supported: {', '.join(DTYPES)}")

@@ -94,7 +94,7 @@ def check_tensors(path: Path, layers: dict[str, nn.Dense], lora_rank: int) -> li
     if faults or not names:
         raise LoraMsError(f"{path}: made for another model: {'; '.join(faults) or 'it holds no LoRA tensor'}")
     for key in wanted:
-        if not np.isfinite(storage.read(entries[key], np.dtype(np.float32))).all():
+        if not np.isfinite(storage.read(entries[key], np.float32)).all():
             raise LoraMsError(f"{path}: {key} holds NaN or infinity")
     return names
 
@@ -105,4 +105,4 @@ def restore_adapter(model: nn.Cell, path: str | os.PathLike) -> None:
     for name, layer in lora_layers(model).items():
         for factor, parameter in (("lora_A", layer.lora_a), ("lora_B", layer.lora_b)):
             key = f"{PREFIX}{name}.{factor}.weight"
-            parameter.set_data(Tensor.from_numpy(storage.read(entries[key], np.dtype(np.float32))))
+            parameter.set_data(Tensor.from_numpy(storage.read(entries[key], np.float32)))

@@ -95,7 +95,7 @@ class ProfileMonitor(Section):
     config: NoEffect = None
 
 
-CALLBACKS = {
+CALLBACKS: dict[str, type[Section]] = {
     "CheckpointMonitor": CheckpointMonitor,
     "MFLossMonitor": LossMonitor,
     "ObsMonitor": ObsMonitor,

@@ -46,9 +46,9 @@ def load_config(
         for section, values in PRESETS[preset].items():
             for key, value in values.items():
                 _set(data, f"{section}.{key}", value)
-    for key, value in (flags or {}).items():
-        if value is not None:
-            _set(data, key, value)
+    for key, given in (flags or {}).items():
+        if given is not None:
+            _set(data, key, given)
     for text in (*options, *free_form):
         _set(data, *_split_override(text))
     if data.get("run_mode", "finetune") in ("finetune", "train"):
@@ -158,13 +158,14 @@ def _set(data: dict[str, Any], key: str, value: Any) -> None:
     if parts[0] == "pet_config":
         parts = [*PET_CONFIG, *parts[1:]]
     here: Any = data
-    for depth, part in enumerate(parts):
+    for depth, name in enumerate(parts):
+        part: Any = name
         last = depth == len(parts) - 1
         where = ".".join(parts[:depth])
         if isinstance(here, list):
-            if not part.isdecimal() or int(part) >= len(here):
-                raise LoraMsError(f"override {key}: {where} is a list of {len(here)}, counted from 0; got {part!r}")
-            part = int(part)
+            if not name.isdecimal() or int(name) >= len(here):
+                raise LoraMsError(f"override {key}: {where} is a list of {len(here)}, counted from 0; got {name!r}")
+            part = int(name)
         elif not isinstance(here, dict):
             raise LoraMsError(f"override {key}: {where} is {here!r}, not a section")
         if last:

@@ -1,6 +1,7 @@
 """Says in one line what is wrong with a configuration: every problem, its dotted key, the value and what is wanted."""
 
 import difflib
+from collections.abc import Mapping
 from typing import Any, get_args
 
 from pydantic import ValidationError
@@ -19,7 +20,7 @@ def describe(problem: ValidationError) -> str:
     return "; ".join(_describe_one(error) for error in problem.errors(include_url=False))
 
 
-def _describe_one(error: dict[str, Any]) -> str:
+def _describe_one(error: Mapping[str, Any]) -> str:
     place = tuple(part for part in error["loc"] if part not in TAGS)
     key, value = ".".join(str(part) for part in place), error["input"]
     shown = repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."

@@ -130,7 +130,7 @@ def _render(tokenizer: PreTrainedTokenizerBase, where: str, messages: Sequence[M
         return _render_alpaca(messages, generation, tokenizer.eos_token or "")
     turns = [{"role": message.role, "content": message.content} for message in messages]
     try:
-        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generation)
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generation))
     except Exception as error:  # the template is a program of the model's author: it may raise anything
         reason = " ".join(str(error).split())
         raise LoraMsError(f"{where}: the tokenizer's chat template refuses the messages: {reason}") from error

@@ -12,7 +12,8 @@ class Stream:
     """Turns the tokens of one answer into text as they come; half a character waits for its other half."""
 
     def __init__(self, tokenizer, show: Callable[[str], None]):
-        self.tokenizer, self.show, self.tokens, self.shown = tokenizer, show, [], ""
+        self.tokenizer, self.show, self.shown = tokenizer, show, ""
+        self.tokens: list[int] = []
 
     def add(self, token: int) -> None:
         """One more token of the answer."""

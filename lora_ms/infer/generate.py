@@ -87,22 +87,23 @@ class Generator:
                 newest = Tensor(np.array(tokens, np.int32).reshape(-1, 1))
             else:
                 newest, tokens = best, best.asnumpy()[:, 0].tolist()
-            for index, (row, token) in enumerate(zip(rows, tokens, strict=True)):
-                if row.ended:
+            for index, (state, token) in enumerate(zip(rows, tokens, strict=True)):
+                if state.ended:
                     continue
-                row.add(token, eos_token_ids)
+                state.add(token, eos_token_ids)
                 if on_token is not None:
                     on_token(index, token)
-            if all(row.ended for row in rows):
+            if all(state.ended for state in rows):
                 break
-        return [row.new for row in rows]
+        return [state.new for state in rows]
 
 
 class _Row:
     """One prompt and what has come of it."""
 
     def __init__(self, prompt: Sequence[int], rng: np.random.Generator):
-        self.all, self.new, self.ended, self.rng = list(prompt), [], False, rng
+        self.all, self.ended, self.rng = list(prompt), False, rng
+        self.new: list[int] = []
 
     def add(self, token: int, eos_token_ids: Sequence[int]) -> None:
         self.all.append(token)

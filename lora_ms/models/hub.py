@@ -8,6 +8,7 @@ from pathlib import Path
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor
+from numpy.typing import DTypeLike
 
 from lora_ms import storage
 from lora_ms.errors import LoraMsError
@@ -20,7 +21,7 @@ FAMILIES = {
     "Qwen2ForCausalLM": qwen2_config,
     "Qwen3ForCausalLM": qwen3_config,
 }
-NUMPY_DTYPES = {ms.float32: np.float32, ms.float16: np.float16}
+NUMPY_DTYPES: dict[ms.Type, DTypeLike] = {ms.float32: np.float32, ms.float16: np.float16}
 
 # MindFormers' names of the weights -> Hugging Face's
 MINDFORMERS_NAMES = [
@@ -159,7 +160,7 @@ def hf_config(config: DecoderConfig, ms_dtype: ms.Type) -> dict:
     }
 
 
-def save_directory(model: CausalLM, path: str | os.PathLike, dtype: np.dtype = np.float32) -> None:
+def save_directory(model: CausalLM, path: str | os.PathLike, dtype: DTypeLike = np.float32) -> None:
     """Writes ``config.json`` and ``model.safetensors``: a directory that transformers loads."""
     path = Path(path)
     storage.write_tensors(

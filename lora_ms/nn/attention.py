@@ -43,7 +43,7 @@ class Attention(nn.Cell):
         self.v_proj = dense(hidden_size, num_kv_heads * head_dim, qkv_bias, dtype)
         self.o_proj = dense(num_heads * head_dim, hidden_size, False, dtype)
         self.qk_norm = qk_norm_eps is not None
-        if self.qk_norm:
+        if qk_norm_eps is not None:
             self.q_norm = RMSNorm(head_dim, qk_norm_eps, dtype)
             self.k_norm = RMSNorm(head_dim, qk_norm_eps, dtype)
         self.rotary = RotaryKernel(head_dim)

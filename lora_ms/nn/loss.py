@@ -46,12 +46,13 @@ class SummedCrossEntropy(nn.Cell):
         return self.t_matmul(probs, weighted) - taken  # [v, h]
 
     def construct(self, hidden: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        loss, grads = ops.zeros((), ms.float32), ()
+        parts, grads = [], []
         for start in range(0, hidden.shape[0], self.chunk_rows):
             end = start + self.chunk_rows
             part, grad = self.chunk(hidden[start:end], head, targets[start:end])
-            loss, grads = loss + part, grads + (grad,)
-        return loss, ops.concat(grads, 0)
+            parts.append(part)
+            grads.append(grad)
+        return ops.addn(parts), ops.concat(grads, 0)
 
     def bprop(self, hidden, head, targets, out, dout):
         d_loss = dout[0]

@@ -86,9 +86,10 @@ def decoder_config(sizes: ModelSizes) -> DecoderConfig:
     Raises:
         LoraMsError: sizes that nothing can stand in for are missing; all are listed.
     """
-    needed = ("hidden_size", "num_layers", "num_heads", "vocab_size")
-    missing = [f"model.model_config.{name}" for name in needed if getattr(sizes, name) is None]
-    if missing:
+    hidden, layers, heads, vocab = sizes.hidden_size, sizes.num_layers, sizes.num_heads, sizes.vocab_size
+    if hidden is None or layers is None or heads is None or vocab is None:
+        needed = {"hidden_size": hidden, "num_layers": layers, "num_heads": heads, "vocab_size": vocab}
+        missing = [f"model.model_config.{name}" for name, value in needed.items() if value is None]
         raise LoraMsError(f"without a Hugging Face directory in load_checkpoint these are needed: {', '.join(missing)}")
     scaling = sizes.scaling_factor
     if sizes.extend_method not in ("None", "PI", "linear", "LLAMA3"):
@@ -98,17 +99,18 @@ def decoder_config(sizes: ModelSizes) -> DecoderConfig:
         rope_scaling = {"rope_type": "linear", "factor": scaling or 1.0}
     elif sizes.extend_method == "LLAMA3":
         names = {"original_max_position_embedding": "original_max_position_embeddings"}
-        rope_scaling = {"rope_type": "llama3", **{names.get(k, k): v for k, v in dict(scaling or {}).items()}}
+        given = scaling if isinstance(scaling, dict) else {}
+        rope_scaling = {"rope_type": "llama3", **{names.get(k, k): v for k, v in given.items()}}
     qwen3 = sizes.type == "Qwen3Config"
     eos = sizes.eos_token_id
     return DecoderConfig(
-        vocab_size=sizes.vocab_size,
-        hidden_size=sizes.hidden_size,
-        intermediate_size=sizes.intermediate_size or _llama_width(sizes),
-        num_hidden_layers=sizes.num_layers,
-        num_attention_heads=sizes.num_heads,
-        num_key_value_heads=sizes.n_kv_heads or sizes.num_heads,
-        head_dim=sizes.head_dim or (128 if qwen3 else sizes.hidden_size // sizes.num_heads),
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=sizes.intermediate_size or _llama_width(sizes, hidden),
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=sizes.n_kv_heads or heads,
+        head_dim=sizes.head_dim or (128 if qwen3 else hidden // heads),
         rms_norm_eps=sizes.rms_norm_eps or 1e-5,
         rope_theta=sizes.theta or 10000.0,
         rope_scaling=rope_scaling,
@@ -120,9 +122,9 @@ def decoder_config(sizes: ModelSizes) -> DecoderConfig:
     )
 
 
-def _llama_width(sizes: ModelSizes) -> int:
+def _llama_width(sizes: ModelSizes, hidden_size: int) -> int:
     # Llama's own rule: two thirds of four times the hidden size, perhaps widened, rounded up
-    width = int(8 * sizes.hidden_size / 3)
+    width = int(8 * hidden_size / 3)
     if sizes.ffn_dim_multiplier is not None:
         width = int(sizes.ffn_dim_multiplier * width)
     unit = sizes.multiple_of or 256

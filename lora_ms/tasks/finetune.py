@@ -9,6 +9,7 @@ from lora_ms.adapters import inject as injection
 from lora_ms.adapters.config import LoraConfig
 from lora_ms.adapters.peft_format import load_adapter, read_adapter_config, restore_adapter, save_adapter
 from lora_ms.config import RunConfig, dump_config
+from lora_ms.config.sections import LossScale
 from lora_ms.data.readers import read_rows
 from lora_ms.errors import LoraMsError
 from lora_ms.models import hub
@@ -22,7 +23,7 @@ from lora_ms.train.settings import TrainSettings
 def settings_of(config: RunConfig, longest: int) -> TrainSettings:
     """The settings of a run that a configuration holds; ``longest``: the model's own limit in tokens."""
     runner, schedule, scale = config.runner_config, config.lr_schedule, config.runner_wrapper.scale_sense
-    fixed_scale = isinstance(scale, float | int)
+    scale = scale if isinstance(scale, LossScale) else LossScale()
     return TrainSettings(
         output_dir=Path(config.output_dir),
         epochs=runner.epochs,
@@ -43,9 +44,9 @@ def settings_of(config: RunConfig, longest: int) -> TrainSettings:
         eps=config.optimizer.eps,
         weight_decay=config.optimizer.weight_decay,
         max_grad_norm=config.max_grad_norm,
-        loss_scale=65536.0 if fixed_scale else scale.loss_scale_value,
-        scale_window=1000 if fixed_scale else scale.scale_window,
-        scale_factor=2.0 if fixed_scale else scale.scale_factor,
+        loss_scale=scale.loss_scale_value,
+        scale_window=scale.scale_window,
+        scale_factor=scale.scale_factor,
         logging_steps=runner.logging_steps,
         save_steps=config.save_steps,
         keep_checkpoint_max=config.keep_checkpoint_max,
@@ -175,7 +176,7 @@ def run(config: RunConfig) -> None:
             make_output(output_dir, early.read_text(encoding="utf-8"))
     with Tee(output_dir / "run.log", runtime.is_main):
         if runtime.is_main:
-            dump_config(config, output_dir / "config.yaml")
+            dump_config(config, str(output_dir / "config.yaml"))
         weights = weights_of(model, adapter, tokenizer)
         outcome = fit(model, plan, settings, runtime, weights, sizes.vocab_size, dtype)
         if runtime.is_main and outcome.stopped:

@@ -15,7 +15,7 @@ from lora_ms.errors import LoraMsError
 from lora_ms.runtime import Runtime, SumOverRanks, peak_memory_mb
 from lora_ms.train import checkpoint
 from lora_ms.train.optim import FlatAdamW, learning_rate
-from lora_ms.train.report import Metrics, Progress, Record, plot_loss, read_metrics
+from lora_ms.train.report import Record, Reporter
 from lora_ms.train.settings import TrainSettings
 from lora_ms.train.step import MicroStep, SummedLoss
 
@@ -191,9 +191,8 @@ class Run:
 
     def train(self, start: int = 0) -> Outcome:
         """From optimiser step ``start`` to the end, or to the first Ctrl-C."""
-        s, total, main = self.settings, self.plan.total_steps, self.runtime.is_main
-        metrics = Metrics(s.output_dir / "metrics.jsonl", start) if main else None
-        progress = Progress(start, total) if main else None
+        s, total = self.settings, self.plan.total_steps
+        reporter = Reporter(s.output_dir, start, total, s.logging_steps, self.runtime.is_main)
         losses, done = [], start
         sink = s.sink_size if s.sink_size > 0 else self.plan.steps_per_epoch
         self.clock = time.perf_counter()
@@ -206,19 +205,9 @@ class Run:
                     if len(self.pending) >= sink or due or done == total or stop.seen:
                         for record in self.read():
                             losses.append(record.loss)
-                            logged = record.step % s.logging_steps == 0 or record.step == total
-                            if main:
-                                progress.show(record, logged)
-                            if main and logged:
-                                metrics.write(record)
+                            reporter.show(record)
                     if due or (stop.seen and done < total):
                         self.save(done)
         finally:
-            if main:
-                progress.close()
-                metrics.close()
-        if main:
-            records = read_metrics(s.output_dir / "metrics.jsonl")
-            if records:
-                plot_loss(records, s.output_dir / "loss.png")
+            reporter.close()
         return Outcome(done, done < total, losses[0] if losses else np.nan, losses[-1] if losses else np.nan)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from lora_ms import storage
 
+METRICS = "metrics.jsonl"
+
 
 @dataclass(frozen=True)
 class Record:
@@ -74,6 +76,32 @@ class Progress:
         """Leaves the terminal on a new line."""
         if self.bar is not None:
             self.bar.close()
+
+
+class Reporter:
+    """Progress and metrics of a run; does nothing where ``active`` is False (all ranks but the first)."""
+
+    def __init__(self, output_dir: Path, start: int, total: int, logging_steps: int, active: bool):
+        self.output_dir, self.total, self.logging_steps = output_dir, total, logging_steps
+        self.parts = (Metrics(output_dir / METRICS, start), Progress(start, total)) if active else None
+
+    def show(self, record: Record) -> None:
+        """One step is done."""
+        if self.parts is not None:
+            metrics, progress = self.parts
+            logged = record.step % self.logging_steps == 0 or record.step == self.total
+            progress.show(record, logged)
+            if logged:
+                metrics.write(record)
+
+    def close(self) -> None:
+        """The run has ended; draws the plot."""
+        if self.parts is not None:
+            for part in self.parts:
+                part.close()
+            records = read_metrics(self.output_dir / METRICS)
+            if records:
+                plot_loss(records, self.output_dir / "loss.png")
 
 
 def plot_loss(records: list[dict], path: Path) -> None:
