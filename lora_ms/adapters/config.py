@@ -32,6 +32,9 @@ UNSUPPORTED = {
     "use_qalora": False,
 }
 
+# of these, the ones that every PEFT of the last years knows; an older one refuses a key that it does not know
+WRITTEN = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "bias", "fan_in_fan_out")
+
 
 @dataclass(frozen=True)
 class LoraConfig:
@@ -83,7 +86,7 @@ class LoraConfig:
             "exclude_modules": None,
             "layers_to_transform": None,
             "init_lora_weights": True,
-            **UNSUPPORTED,
+            **{key: UNSUPPORTED[key] for key in WRITTEN},
         }
 
     @classmethod

@@ -4,7 +4,7 @@ import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import initializer
 
-from lora_ms.nn.kernels import RMSNormKernel
+from lora_ms.nn.kernels import GatedSiLUKernel, RMSNormKernel
 
 
 def dense(in_features: int, out_features: int, has_bias: bool, dtype: ms.Type) -> nn.Dense:
@@ -43,6 +43,7 @@ class MLP(nn.Cell):
         self.gate_proj = dense(hidden_size, intermediate_size, False, dtype)
         self.up_proj = dense(hidden_size, intermediate_size, False, dtype)
         self.down_proj = dense(intermediate_size, hidden_size, False, dtype)
+        self.gated = GatedSiLUKernel()
 
     def construct(self, x: Tensor) -> Tensor:
-        return self.down_proj(ops.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.gated(self.gate_proj(x), self.up_proj(x))[0])

@@ -6,6 +6,8 @@ import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import HeUniform, initializer
 
+from lora_ms.nn.kernels import LowRankKernel
+
 
 class LoRADense(nn.Dense):
     """A frozen ``nn.Dense`` with a trainable update of low rank beside its weight.
@@ -54,6 +56,7 @@ class LoRADense(nn.Dense):
         self.lora_a = Parameter(initializer(a_init, (lora_rank, in_channels), param_init_type), name="lora_a")
         self.lora_b = Parameter(initializer(lora_b_init, (out_channels, lora_rank), param_init_type), name="lora_b")
         self.lora_dropout = nn.Dropout(p=lora_dropout)
+        self.low_rank = LowRankKernel(self.scaling)
         self.compute_dtype = compute_dtype
         self._freeze_base()
 
@@ -107,8 +110,8 @@ class LoRADense(nn.Dense):
         y = self.matmul(x, self.weight.astype(dtype))
         if self.has_bias:
             y = self.bias_add(y, self.bias.astype(dtype))
-        low = self.matmul(self.lora_dropout(x), self.lora_a.astype(dtype)) * self.scaling  # [t, rank]
-        y = y + self.matmul(low, self.lora_b.astype(dtype))
+        update, _ = self.low_rank(self.lora_dropout(x), self.lora_a.astype(dtype), self.lora_b.astype(dtype))
+        y = y + update
         if self.activation_flag:
             y = self.activation(y)
         return ops.reshape(y, in_shape[:-1] + (-1,)).astype(in_dtype)

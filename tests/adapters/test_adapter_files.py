@@ -110,10 +110,7 @@ def test_what_is_written(bare, tmp_path):
         "alpha_pattern": {},
         "modules_to_save": None,
         "bias": "none",
-        "lora_bias": False,
         "fan_in_fan_out": False,
-        "trainable_token_indices": None,
-        "target_parameters": None,
     }
     data = (tmp_path / "adapter_model.safetensors").read_bytes()
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
