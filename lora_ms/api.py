@@ -93,7 +93,7 @@ class AutoModelForCausalLM:
         Raises:
             LoraMsError: not such a directory, an unsupported architecture, or tensors that do not fit.
         """
-        ms.set_context(mode=ms.GRAPH_MODE)
+        runtime_module.setup()
         return hub.load_directory(Path(path), ms_dtype, Model)
 
 

@@ -35,13 +35,15 @@ def ascend_is_present() -> bool:
 
 def setup(
     device_target: str = "auto",
-    device_id: int = 0,
+    device_id: int | None = None,
     seed: int = 0,
     use_parallel: bool = False,
     max_device_memory: str | None = None,
     graph_kernel: bool = False,
 ) -> tuple[Runtime, list[str]]:
-    """Prepares MindSpore once per process, in static-graph mode; returns notices for the user beside the runtime.
+    """Prepares MindSpore, in static-graph mode; returns notices for the user beside the runtime. May be repeated.
+
+    device_id: which Ascend card; None leaves the choice to the environment.
 
     Raises:
         LoraMsError: use_parallel without msrun's environment, or communication that does not come up.
@@ -51,10 +53,10 @@ def setup(
     if device_target == "Ascend" and device == "CPU":
         notices.append("context.device_target is Ascend, but there is none here: running on the CPU")
     ms.set_context(mode=ms.GRAPH_MODE)
-    if device == "CPU":
-        ms.set_device("CPU")
-    elif not use_parallel:  # msrun gives each process its card
-        ms.set_device("Ascend", device_id)
+    if device == "Ascend" and device_id is not None and not use_parallel:  # msrun gives each process its card
+        ms.set_device(device, device_id)
+    elif ms.get_context("device_target") != device:
+        ms.set_device(device)
     if max_device_memory and device == "Ascend":
         ms.runtime.set_memory(max_size=max_device_memory)
     if graph_kernel:

@@ -82,7 +82,7 @@ def _skippable(name: str, tied: bool) -> bool:
 
 
 def load_directory(
-    path: Path,
+    path: str | os.PathLike,
     ms_dtype: ms.Type = ms.float32,
     model_class: type[CausalLM] = CausalLM,
     flash_attention: bool = True,
@@ -90,6 +90,7 @@ def load_directory(
     """The model of a Hugging Face directory, its weights converted one at a time to ``ms_dtype``."""
     if ms_dtype not in NUMPY_DTYPES:
         raise LoraMsError(f"type {ms_dtype} is not supported for weights; supported: float32, float16")
+    path = Path(path)
     config, hf = read_config(path)
     entries = {n: e for n, e in storage.open_dir(path).items() if not _skippable(n, config.tie_word_embeddings)}
     model = model_class(replace(config, flash_attention=flash_attention), ms_dtype)

@@ -2,7 +2,6 @@
 
 import os
 import sys
-import tempfile
 from pathlib import Path
 
 from lora_ms.adapters import inject as injection
@@ -15,6 +14,7 @@ from lora_ms.errors import LoraMsError
 from lora_ms.models import hub
 from lora_ms.models.decoder import CausalLM
 from lora_ms.tasks import common
+from lora_ms.train import checkpoint
 from lora_ms.train.fit import Weights, fit, plan_rows
 from lora_ms.train.log import Tee
 from lora_ms.train.settings import TrainSettings
@@ -83,20 +83,6 @@ def check_output(output_dir: Path) -> None:
         raise LoraMsError(f"output_dir {output_dir} cannot be written: no permission to write in {place}")
 
 
-def make_output(output_dir: Path, log: str) -> None:
-    """Makes the folder, and begins its run.log with what was printed before there was one.
-
-    Raises:
-        LoraMsError: it cannot be written.
-    """
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        with open(output_dir / "run.log", "a", encoding="utf-8") as file:
-            file.write(log)
-    except OSError as error:
-        raise LoraMsError(f"output_dir {output_dir} cannot be written: {error.strerror}") from None
-
-
 def attach_adapter(config: RunConfig, model: CausalLM) -> LoraConfig | None:
     """Swaps in what ``pet_config`` or ``load_adapter`` asks for; None where all parameters train.
 
@@ -111,16 +97,18 @@ def attach_adapter(config: RunConfig, model: CausalLM) -> LoraConfig | None:
     if not config.load_adapter:
         injection.inject(model, wanted)
     else:
+        given = config.pet_config.model_fields_set  # what the user wrote; the rest is the adapter's to say
         stored = read_adapter_config(config.load_adapter)
         faults = [
             f"{key}: {getattr(wanted, key)} in pet_config, {getattr(stored, key)} in the adapter"
             for key in ("lora_rank", "lora_alpha")
-            if getattr(wanted, key) != getattr(stored, key)
+            if key in given and getattr(wanted, key) != getattr(stored, key)
         ]
         chosen = set(injection.select(model, wanted))
-        load_adapter(model, config.load_adapter, wanted.lora_dropout)
+        dropout = wanted.lora_dropout if "lora_dropout" in given else stored.lora_dropout
+        wanted, _ = load_adapter(model, config.load_adapter, dropout)
         there = set(injection.lora_layers(model))
-        if chosen != there:
+        if "target_modules" in given and chosen != there:
             faults.append(f"target_modules: {len(chosen)} modules by pet_config, {len(there)} in the adapter")
         if faults:
             raise LoraMsError(f"load_adapter {config.load_adapter}: {'; '.join(faults)}")
@@ -159,24 +147,21 @@ def run(config: RunConfig) -> None:
     sizes = common.read_sizes(config)
     rows = read_rows(source, fill=config.data_fill, num_samples=config.train_dataset.num_samples)
     check_output(output_dir)
-    with tempfile.TemporaryDirectory() as folder:  # output_dir stays as it is until data, model and adapter are checked
-        early = Path(folder) / "run.log"
-        early.touch()
+    with Tee() as log:
         runtime = common.start(config)
-        with Tee(early, runtime.is_main):
-            dtype = common.compute_dtype(config, runtime)
-            tokenizer = common.tokenizer_for(config)
-            settings = settings_of(config, sizes.max_position_embeddings)
-            plan = plan_rows(rows, tokenizer, settings, runtime, sizes.vocab_size)
-            model = common.build_model(config, sizes, dtype)
-            adapter = attach_adapter(config, model)
-            if runtime.is_main:
-                print(injection.report(model).line())
+        dtype = common.compute_dtype(config, runtime)
+        tokenizer = common.tokenizer_for(config)
+        settings = settings_of(config, sizes.max_position_embeddings)
+        if settings.resume:
+            checkpoint.find(output_dir, settings.resume)
+        plan = plan_rows(rows, tokenizer, settings, runtime, sizes.vocab_size)
+        model = common.build_model(config, sizes, dtype)
+        adapter = attach_adapter(config, model)
         if runtime.is_main:
-            make_output(output_dir, early.read_text(encoding="utf-8"))
-    with Tee(output_dir / "run.log", runtime.is_main):
-        if runtime.is_main:
-            dump_config(config, str(output_dir / "config.yaml"))
+            print(injection.report(model).line())
+            log.to(output_dir / "run.log")  # the first write: data, model and adapter are checked
+            if not settings.resume:
+                dump_config(config, str(output_dir / "config.yaml"))
         weights = weights_of(model, adapter, tokenizer)
         outcome = fit(model, plan, settings, runtime, weights, sizes.vocab_size, dtype)
         if runtime.is_main and outcome.stopped:

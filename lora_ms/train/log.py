@@ -1,39 +1,53 @@
 """``run.log``: a copy of what a run prints."""
 
+import io
 import sys
 from pathlib import Path
+from typing import TextIO
 
 from lora_ms.errors import LoraMsError
 
 
 class Tee:
-    """While open, what is printed goes to ``path`` as well; not so where ``active`` is False (other ranks)."""
+    """While open, what is printed is kept as well: in memory, and in a file from ``to(path)`` on."""
 
-    def __init__(self, path: Path, active: bool = True):
-        self.path, self.active = path, active
+    def __init__(self) -> None:
+        self.copy: TextIO = io.StringIO()
 
     def __enter__(self) -> "Tee":
-        if self.active:
-            self.screen, self.file = sys.stdout, open(self.path, "a", buffering=1, encoding="utf-8")
-            sys.stdout = self
+        self.screen = sys.stdout
+        sys.stdout = self  # type: ignore[assignment]
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        if not self.active:
-            return
         sys.stdout = self.screen
         if isinstance(error, LoraMsError):
-            self.file.write(f"error: {error}\n")
-        self.file.close()
+            self.copy.write(f"error: {error}\n")
+        self.copy.close()
+
+    def to(self, path: Path) -> None:
+        """Appends to ``path`` what was printed so far, and what will be.
+
+        Raises:
+            LoraMsError: it cannot be written.
+        """
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = open(path, "a", buffering=1, encoding="utf-8")
+        except OSError as error:
+            raise LoraMsError(f"output_dir {path.parent} cannot be written: {error.strerror}") from None
+        if isinstance(self.copy, io.StringIO):
+            file.write(self.copy.getvalue())
+        self.copy = file
 
     def write(self, text: str) -> int:
         """To both."""
-        self.file.write(text)
+        self.copy.write(text)
         return self.screen.write(text)
 
     def flush(self) -> None:
         """Both."""
-        self.file.flush()
+        self.copy.flush()
         self.screen.flush()
 
     def isatty(self) -> bool:

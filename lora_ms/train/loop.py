@@ -169,6 +169,12 @@ class Run:
             )
         return records
 
+    def _any_rank(self, seen: bool) -> bool:
+        # all ranks stop after the same step, or those left would wait for ever
+        if self.sum_over_ranks is None:
+            return seen
+        return bool(self.sum_over_ranks(Tensor([float(seen)], ms.float32)).asnumpy()[0])
+
     def _check_finite(self, p: _Pending, loss: float) -> None:
         if bool(p.finite.asnumpy()) and np.isfinite(loss):
             self.skipped = 0
@@ -198,15 +204,17 @@ class Run:
         self.clock = time.perf_counter()
         try:
             with StopSignal() as stop:
-                while done < total and not stop.seen:
+                stopping = False
+                while done < total and not stopping:
                     self.launch(done)
                     done += 1
+                    stopping = self._any_rank(stop.seen)
                     due = bool(s.save_steps) and done % s.save_steps == 0
-                    if len(self.pending) >= sink or due or done == total or stop.seen:
+                    if len(self.pending) >= sink or due or done == total or stopping:
                         for record in self.read():
                             losses.append(record.loss)
                             reporter.show(record)
-                    if due or (stop.seen and done < total):
+                    if due or (stopping and done < total):
                         self.save(done)
         finally:
             reporter.close()

@@ -182,7 +182,9 @@ def test_adapter_of_another_model(refused, reference):
 
 def test_adapter_that_pet_config_contradicts(refused, reference):
     adapter = reference / "adapters" / "qwen2"
-    assert refused("--load_adapter", adapter) == (
+    given = ("lora_rank", 16, "lora_alpha", 16, "target_modules", "'.*wq|.*wk|.*wv|.*wo'")
+    flags = [f"--pet_config.{word}" if isinstance(word, str) and "_" in word else word for word in given]
+    assert refused("--load_adapter", adapter, *flags) == (
         f"load_adapter {adapter}: lora_rank: 16 in pet_config, 4 in the adapter; "
         "lora_alpha: 16 in pet_config, 8 in the adapter; "
         "target_modules: 8 modules by pet_config, 6 in the adapter"

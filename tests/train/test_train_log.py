@@ -12,31 +12,38 @@ from lora_ms.train.report import Metrics, Progress, Record, plot_loss, read_metr
 
 def test_what_is_printed_goes_to_the_file_too(tmp_path, capsys):
     screen = sys.stdout
-    with Tee(tmp_path / "run.log"):
-        print("loss 1.5 …")
+    with Tee() as log:
+        print("loss", end=" ")
+        assert list(tmp_path.iterdir()) == []
+        log.to(tmp_path / "run.log")
+        print("1.5 …")
         assert sys.stdout is not screen
     print("after")
     assert sys.stdout is screen
     assert (tmp_path / "run.log").read_text(encoding="utf-8") == "loss 1.5 …\n"
     assert capsys.readouterr().out == "loss 1.5 …\nafter\n"
-    with Tee(tmp_path / "run.log"):  # a resumed run adds to it
+    with Tee() as log:  # a resumed run adds to it
+        log.to(tmp_path / "run.log")
         print("more")
     assert (tmp_path / "run.log").read_text(encoding="utf-8") == "loss 1.5 …\nmore\n"
 
 
 def test_the_reason_of_a_failure_stands_in_the_file(tmp_path):
     screen = sys.stdout
-    with pytest.raises(LoraMsError, match="^bad row$"), Tee(tmp_path / "run.log"):
+    with pytest.raises(LoraMsError, match="^bad row$"), Tee() as log:
+        log.to(tmp_path / "run.log")
         raise LoraMsError("bad row")
     assert sys.stdout is screen
     assert (tmp_path / "run.log").read_text() == "error: bad row\n"
 
 
-def test_other_ranks_write_no_file(tmp_path, capsys):
-    with Tee(tmp_path / "run.log", active=False):
-        print("rank 1")
-    assert capsys.readouterr().out == "rank 1\n"
-    assert list(tmp_path.iterdir()) == []
+def test_nothing_is_written_before_a_place_is_named(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(LoraMsError, match="cannot be written"), Tee() as log:
+        print("checked")
+        log.to(tmp_path / "file" / "sub" / "run.log")
+    assert capsys.readouterr().out == "checked\n"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
 def record(step: int) -> Record:
