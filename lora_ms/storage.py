@@ -133,3 +133,4 @@ def write_tensors(file: Path, tensors: dict[str, np.ndarray], metadata: dict[str
 
     with whole(file) as part:
         save_file(tensors, part, metadata={"format": "pt"} if metadata is None else metadata)
+        part.chmod(0o644)  # safetensors leaves it to the owner alone

@@ -1,0 +1,68 @@
+"""Streaming whole characters, and a conversation at the terminal with the bundled model."""
+
+import builtins
+
+import pytest
+
+from lora_ms import cli
+from lora_ms.data.example import Message
+from lora_ms.infer.chat import Stream
+from lora_ms.tasks.chat import fit_history
+
+MODEL = "examples/tiny/model"
+
+
+class Bytes:
+    """A tokenizer whose tokens are bytes."""
+
+    def decode(self, tokens: list[int], skip_special_tokens: bool) -> str:
+        return bytes(tokens).decode("utf-8", errors="replace")
+
+
+def test_half_a_character_waits():
+    shown: list[str] = []
+    stream = Stream(Bytes(), shown.append)
+    for token in "a你!".encode():
+        stream.add(token)
+    assert shown == ["a", "你", "!"]
+
+
+class Lengths:
+    """A speaker of which only the lengths matter: ten tokens a message."""
+
+    max_length, max_new_tokens = 100, 60
+
+    def prompt_length(self, history: list[Message]) -> int:
+        return 10 * len(history)
+
+
+def test_the_oldest_turns_make_room():
+    history = [Message("user", str(i)) for i in range(9)]
+    assert fit_history(Lengths(), history) == 4  # 50 tokens of prompt at most
+    assert [message.content for message in history] == ["4", "5", "6", "7", "8"]
+
+
+@pytest.fixture
+def typed(monkeypatch, request):
+    lines = iter(request.param)
+
+    def answer(prompt: str) -> str:
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr(builtins, "input", answer)
+
+
+@pytest.mark.parametrize(
+    "typed", [["Who are you?", "/help", "/reset", "", "Who are you?", "/exit", "never"]], indirect=True
+)
+def test_a_conversation(typed, capsys, monkeypatch, graph_mode):
+    monkeypatch.chdir(cli.__file__.rsplit("/", 2)[0])
+    assert cli.main(["chat", "--load_checkpoint", MODEL, "--max_new_tokens", "24"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    help_line = "/reset forgets the conversation, /exit leaves"
+    first, again = out[1], out[4]
+    assert out == [f"chat: {help_line}", first, help_line, "forgotten", again]
+    assert first == again and "Tiny" in first

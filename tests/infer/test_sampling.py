@@ -1,0 +1,46 @@
+"""Each step of sampling as a small table, worked out by hand."""
+
+import numpy as np
+import pytest
+
+from lora_ms.errors import LoraMsError
+from lora_ms.infer.sampling import Sampling, choose, keep_top_k, keep_top_p, penalise, softmax
+
+INF = np.inf
+
+
+def test_the_penalty_divides_what_is_positive_and_multiplies_what_is_negative():
+    logits = np.array([2.0, -1.0, 0.5, 4.0])
+    np.testing.assert_allclose(penalise(logits, np.array([0, 1, 1]), 2.0), [1.0, -2.0, 0.5, 4.0])
+    np.testing.assert_array_equal(logits, [2.0, -1.0, 0.5, 4.0])  # the input is left alone
+
+
+def test_top_k_keeps_the_largest():
+    logits = np.array([0.1, 3.0, 2.0, -1.0])
+    np.testing.assert_array_equal(keep_top_k(logits, 2), [-INF, 3.0, 2.0, -INF])
+    for every in (0, 4, 9):
+        np.testing.assert_array_equal(keep_top_k(logits, every), logits)
+
+
+def test_top_p_keeps_the_fewest_tokens_that_reach_the_sum():
+    logits = np.log(np.array([0.1, 0.5, 0.15, 0.25]))
+    for p, kept in ((0.4, [1]), (0.5, [1]), (0.6, [1, 3]), (0.8, [1, 2, 3]), (1.0, [0, 1, 2, 3]), (0.001, [1])):
+        assert np.flatnonzero(np.isfinite(keep_top_p(logits, p - 1e-9 if p < 1 else p))).tolist() == kept
+
+
+def test_draws_follow_the_probabilities():
+    logits, rng = np.log(np.array([0.1, 0.2, 0.7])), np.random.default_rng(0)
+    draws = [choose(logits, np.array([0]), Sampling(do_sample=True), rng) for _ in range(4000)]
+    np.testing.assert_allclose(np.bincount(draws) / 4000, [0.1, 0.2, 0.7], atol=0.025)
+    cold = [choose(logits, np.array([0]), Sampling(do_sample=True, temperature=0.5), rng) for _ in range(4000)]
+    np.testing.assert_allclose(np.bincount(cold) / 4000, np.array([0.01, 0.04, 0.49]) / 0.54, atol=0.025)
+
+
+def test_softmax_of_large_logits():
+    np.testing.assert_allclose(softmax(np.array([1000.0, 1000.0, 0.0])), [0.5, 0.5, 0.0])
+
+
+@pytest.mark.parametrize("wrong", [{"temperature": 0}, {"top_k": -1}, {"top_p": 0}, {"repetition_penalty": 0}])
+def test_settings_out_of_range_are_refused(wrong):
+    with pytest.raises(LoraMsError, match=f"{next(iter(wrong))} .* out of range"):
+        Sampling(**wrong)
