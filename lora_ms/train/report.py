@@ -105,20 +105,19 @@ class Reporter:
 
 
 def plot_loss(records: list[dict], path: Path) -> None:
-    """Draws the loss of every logged step, and its running mean, into a PNG."""
+    """Draws the loss of every logged step, and the mean of the steps around it, into a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     steps, losses = [r["step"] for r in records], [r["loss"] for r in records]
-    mean, smooth = losses[0], []
-    for loss in losses:
-        mean = 0.9 * mean + 0.1 * loss
-        smooth.append(mean)
+    reach = len(losses) // 40  # steps to either side that the mean takes in
+    around = [losses[max(0, i - reach) : i + reach + 1] for i in range(len(losses))]
+    smooth = [sum(part) / len(part) for part in around]
     figure, axes = pyplot.subplots(figsize=(7, 4), dpi=120, layout="constrained")
     axes.plot(steps, losses, color="#9bb8d3", linewidth=1, label="step", marker="." if len(steps) < 3 else None)
-    axes.plot(steps, smooth, color="#1f4e79", linewidth=2, label="running mean")
+    axes.plot(steps, smooth, color="#1f4e79", linewidth=2, label="mean of the steps around")
     axes.set(xlabel="optimiser step", ylabel="loss (nats per label token)", ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
