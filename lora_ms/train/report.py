@@ -58,14 +58,14 @@ class Progress:
         if sys.stderr.isatty():
             from tqdm import tqdm
 
-            layout = "{n_fmt}/{total_fmt} |{bar}| {postfix} [{elapsed}<{remaining}]"
+            layout = "{n_fmt}/{total_fmt} |{bar}| {desc} [{elapsed}<{remaining}]"
             self.bar = tqdm(initial=start, total=total, bar_format=layout, dynamic_ncols=True)
 
     def show(self, record: Record, logged: bool) -> None:
         """One step is done; ``logged``: it is among those to print where there is no bar."""
         numbers = f"loss {record.loss:.4f}  {record.tokens_per_second:,.0f} tok/s"
         if self.bar is not None:
-            self.bar.set_postfix_str(numbers, refresh=False)
+            self.bar.set_description_str(numbers, refresh=False)
             self.bar.update(record.step - self.bar.n)
         elif logged:
             width = len(str(self.total))

@@ -8,11 +8,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
-import mindspore as ms
 import numpy as np
 import pytest
 from mindspore import Parameter, Tensor, nn
 
+from lora_ms import runtime
 from lora_ms.adapters.config import LoraConfig
 from lora_ms.adapters.inject import inject
 from lora_ms.models.decoder import CausalLM, DecoderConfig
@@ -52,8 +52,7 @@ def packages(tmp_path_factory):
                 from mindpet.delta import LoRADense
             from mindformers.models.llama import LlamaConfig, LlamaForCausalLM
             from mindformers.pet import get_pet_model
-        ms.set_context(mode=ms.GRAPH_MODE)
-        ms.set_device("CPU")
+        runtime.setup("CPU")
         yield SimpleNamespace(
             LlamaConfig=LlamaConfig,
             LlamaForCausalLM=LlamaForCausalLM,
