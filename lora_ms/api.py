@@ -1,6 +1,7 @@
 """The Python interface, with the names that Hugging Face users know."""
 
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +67,11 @@ class Model(CausalLM):
         training = self.training
         new = self.__dict__["generator"].generate(rows, max_new_tokens, Sampling(**sampling), ends)
         self.set_train(training)
-        return pad_rows(rows, new, pad_token_id)
+        return pad_rows(rows, new, pad_token_id, max(map(len, input_ids)))
+
+    def cells_have_changed(self) -> None:
+        """Forgets the compiled graphs of generation: they hold the cells that stood here before."""
+        self.__dict__.pop("generator", None)
 
     def save_pretrained(self, path: str | os.PathLike) -> None:
         """Writes a Hugging Face directory in the type of the weights; transformers and vLLM load it."""
@@ -125,6 +130,7 @@ class PeftModel:
         if adapter_name != "default":
             raise LoraMsError(f"adapter_name {adapter_name!r}: one adapter, named 'default', is supported")
         config, _ = load_adapter(model, path)
+        model.cells_have_changed()
         return cls(model, config)
 
     def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -144,7 +150,9 @@ class PeftModel:
 
     def merge_and_unload(self) -> Model:
         """The model with the adapter folded into its weights; this wrapper is spent afterwards."""
-        return merge(self.model)
+        merge(self.model)
+        self.model.cells_have_changed()
+        return self.model
 
 
 def get_peft_model(model: Model, config: LoraConfig) -> PeftModel:
@@ -154,6 +162,7 @@ def get_peft_model(model: Model, config: LoraConfig) -> PeftModel:
         LoraMsError: ``config.target_modules`` matches nothing; what could match is listed.
     """
     injection.inject(model, config)
+    model.cells_have_changed()
     return PeftModel(model, config)
 
 
@@ -163,7 +172,7 @@ class TrainingArguments:
 
     output_dir: str | os.PathLike
     learning_rate: float = 1e-4  # the highest
-    num_train_epochs: int = 3
+    num_train_epochs: float = 3  # a whole number
     per_device_train_batch_size: int = 8  # rows
     gradient_accumulation_steps: int = 1  # micro-batches per optimiser step
     max_steps: int = -1  # optimiser steps; -1: as many as the epochs make
@@ -175,26 +184,41 @@ class TrainingArguments:
     max_grad_norm: float | None = 1.0
     lr_scheduler_type: str = "linear"  # constant, linear or cosine
     warmup_ratio: float = 0.0
-    warmup_steps: int | None = None  # overrides the ratio
+    warmup_steps: int = 0  # overrides the ratio where above 0
     logging_steps: int = 1
+    save_strategy: str = "steps"  # no, steps or epoch
     save_steps: int = 0  # optimiser steps; 0: no checkpoint before the end
-    save_total_limit: int = 5
+    save_total_limit: int | None = None  # newest checkpoints that are kept; None: all
     gradient_checkpointing: bool = False  # less memory, more time
     use_parallel: bool = False  # one process per card, started by msrun
     seed: int = 0
     resume_from_checkpoint: bool | str = False  # True: the newest; or a name such as "step_40"
+    auto_trans_ckpt: bool = False  # no effect: an adapter is whole on every card
+    evaluation_strategy: str = "no"  # nothing else yet
+    report_to: str | Sequence[str] = "none"  # nothing else yet; metrics.jsonl is always written
+    packing: bool = False  # not yet
 
     def settings(self) -> TrainSettings:
         """The same for the training loop.
 
         Raises:
-            LoraMsError: an unknown lr_scheduler_type.
+            LoraMsError: a setting out of range, or one that is not there yet.
         """
+        for name, value, wanted in (
+            ("save_strategy", self.save_strategy, ("no", "steps", "epoch")),
+            ("evaluation_strategy", self.evaluation_strategy, ("no",)),
+            ("report_to", self.report_to, ("none", [], ["none"])),
+            ("packing", self.packing, (False,)),
+        ):
+            if value not in wanted:
+                raise LoraMsError(f"{name} {value!r} is not supported; supported: {', '.join(map(str, wanted))}")
+        if self.num_train_epochs != int(self.num_train_epochs) or self.num_train_epochs < 1 or self.logging_steps < 1:
+            raise LoraMsError("num_train_epochs and logging_steps want whole numbers from 1 on")
         if self.lr_scheduler_type not in ("constant", "linear", "cosine"):
             raise LoraMsError(f"lr_scheduler_type {self.lr_scheduler_type!r} is none of constant, linear, cosine")
         return TrainSettings(
             output_dir=Path(self.output_dir),
-            epochs=self.num_train_epochs,
+            epochs=int(self.num_train_epochs),
             batch_size=self.per_device_train_batch_size,
             accumulation=self.gradient_accumulation_steps,
             max_steps=self.max_steps,
@@ -209,8 +233,8 @@ class TrainingArguments:
             weight_decay=self.weight_decay,
             max_grad_norm=self.max_grad_norm,
             logging_steps=self.logging_steps,
-            save_steps=self.save_steps,
-            keep_checkpoint_max=self.save_total_limit,
+            save_steps={"no": 0, "steps": self.save_steps, "epoch": -1}[self.save_strategy],
+            keep_checkpoint_max=sys.maxsize if self.save_total_limit is None else self.save_total_limit,
             recompute=self.gradient_checkpointing,
             resume=self.resume_from_checkpoint,
         )
@@ -239,7 +263,9 @@ class Trainer:
         print(*notices, sep="\n", end="\n" if notices else "")
         settings, vocab_size = self.args.settings(), self.model.config.vocab_size
         plan = plan_rows(read_rows(self.train_dataset), self.tokenizer, settings, runtime, vocab_size)
-        weights = Weights("adapter" if self.peft else "model", self._write, self._read)
+        config = self.peft.peft_config if self.peft else None
+        identity = {"lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout} if config else {}
+        weights = Weights("adapter" if config else "model", self._write, self._read, identity)
         return fit(self.model, plan, settings, runtime, weights, vocab_size, self.model.dtype)
 
     def _write(self, path: Path) -> None:

@@ -58,6 +58,7 @@ def select(model: nn.Cell, config: LoraConfig) -> list[str]:
     except re.error as error:
         raise LoraMsError(f"target_modules {config.target_modules!r} is not a regular expression: {error}") from None
     names = [name for name in names if not any(part in name for part in config.exclude_layers)]
+    check_heads(names)
     if not names:
         leaves = sorted({name.rsplit(".", 1)[-1] for name in layers})
         excluded = f" outside exclude_layers {list(config.exclude_layers)}" if config.exclude_layers else ""
@@ -66,6 +67,13 @@ def select(model: nn.Cell, config: LoraConfig) -> list[str]:
             f"could match: {', '.join(leaves)}, or {ALL_LINEAR}"
         )
     return names
+
+
+def check_heads(names: Iterable[str]) -> None:
+    """Raises LoraMsError where ``names`` holds the head: its loss is computed from the weight alone, in chunks."""
+    heads = [name for name in names if name.rsplit(".", 1)[-1] in HEADS]
+    if heads:
+        raise LoraMsError(f"an adapter on the head ({', '.join(heads)}) is not supported yet; use {ALL_LINEAR}")
 
 
 def replace_cell(model: nn.Cell, name: str, cell: nn.Cell) -> None:

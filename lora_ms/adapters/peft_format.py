@@ -9,7 +9,7 @@ from mindspore import Tensor, nn
 
 from lora_ms import storage
 from lora_ms.adapters.config import LoraConfig
-from lora_ms.adapters.inject import InjectReport, dense_layers, inject, lora_layers
+from lora_ms.adapters.inject import InjectReport, check_heads, dense_layers, inject, lora_layers
 from lora_ms.errors import LoraMsError
 
 PREFIX = "base_model.model."
@@ -93,6 +93,7 @@ def check_tensors(path: Path, layers: dict[str, nn.Dense], lora_rank: int) -> li
     faults += [f"{key} is missing" for key in wanted if key not in entries]
     if faults or not names:
         raise LoraMsError(f"{path}: made for another model: {'; '.join(faults) or 'it holds no LoRA tensor'}")
+    check_heads(names)
     for key in wanted:
         if not np.isfinite(storage.read(entries[key], np.float32)).all():
             raise LoraMsError(f"{path}: {key} holds NaN or infinity")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
+from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
@@ -201,6 +202,13 @@ class DataPlan:
         epoch, within = divmod(step, self.steps_per_epoch)
         per_step = self.batch_size * self.accumulation * self.world
         return _order(len(self.rows), self.seed, epoch, self.shuffle)[within * per_step : (within + 1) * per_step]
+
+    def checksum(self) -> int:
+        """CRC-32 of all tokens and labels in the order of the rows: tells whether the data is the same."""
+        total = 0
+        for row in self.rows:
+            total = crc32(row.labels.tobytes(), crc32(row.input_ids.tobytes(), total))
+        return total
 
     def epoch_of(self, step: int) -> float:
         """Epochs that are done once `step` optimiser steps are done."""

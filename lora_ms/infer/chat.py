@@ -1,9 +1,10 @@
 """Text in, text out: prompts by the chat template, answers streamed as whole characters."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
-from lora_ms.data.example import Message
-from lora_ms.data.template import encode_prompt
+from lora_ms.data.example import IGNORE_INDEX, Example, Message
+from lora_ms.data.template import encode, encode_prompt
 from lora_ms.infer.generate import Generator
 from lora_ms.infer.sampling import Sampling
 
@@ -24,6 +25,12 @@ class Stream:
             self.shown = text
 
 
+def turn_end(tokenizer) -> int:
+    """The token that a model trained here learns to end its turn with."""
+    turn = encode(tokenizer, Example("a turn", (Message("user", "a"), Message("assistant", "b"))))
+    return int(turn.labels[turn.labels != IGNORE_INDEX][-1])
+
+
 class Speaker:
     """A model that answers messages.
 
@@ -32,12 +39,21 @@ class Speaker:
         tokenizer: with a chat template, or the Alpaca prompt is used.
         max_new_tokens: longest answer.
         max_length: longest prompt and answer together, in tokens.
+        more_ends: ids that end an answer, besides the tokenizer's, the model's and the chat template's own.
     """
 
-    def __init__(self, generator: Generator, tokenizer, sampling: Sampling, max_new_tokens: int, max_length: int):
+    def __init__(
+        self,
+        generator: Generator,
+        tokenizer,
+        sampling: Sampling,
+        max_new_tokens: int,
+        max_length: int,
+        more_ends: Sequence[int] = (),
+    ):
         self.generator, self.tokenizer, self.sampling = generator, tokenizer, sampling
-        self.max_new_tokens, self.max_length = max_new_tokens, max_length
-        ends = {tokenizer.eos_token_id, *generator.model.config.eos_token_ids}
+        self.max_new_tokens, self.max_length, self.calls = max_new_tokens, max_length, 0
+        ends = {tokenizer.eos_token_id, *generator.model.config.eos_token_ids, *more_ends, turn_end(tokenizer)}
         self.eos_token_ids = tuple(sorted(end for end in ends if end is not None))
 
     def answers(
@@ -45,12 +61,13 @@ class Speaker:
     ) -> list[str]:
         """The assistant's next turn in each conversation, all in one batch; ``show`` streams the first of them."""
         prompts = [encode_prompt(self.tokenizer, conversation) for conversation in conversations]
+        self.calls += 1
         room = self.max_length - max(map(len, prompts))
         stream = Stream(self.tokenizer, show) if show else None
         new = self.generator.generate(
             prompts,
             max(1, min(self.max_new_tokens, room)),
-            self.sampling,
+            replace(self.sampling, seed=self.sampling.seed + self.calls),  # another answer when asked again
             self.eos_token_ids,
             (lambda row, token: stream.add(token) if row == 0 else None) if stream else None,
         )

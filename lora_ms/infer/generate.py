@@ -111,9 +111,11 @@ class _Row:
         self.ended = token in eos_token_ids
 
 
-def pad_rows(prompts: Sequence[Sequence[int]], new: Sequence[Sequence[int]], pad_id: int) -> NDArray[np.int32]:
-    """[batch, prompt + new], prompts padded on the left and answers on the right."""
-    before, after = max(map(len, prompts)), max(map(len, new))
+def pad_rows(
+    prompts: Sequence[Sequence[int]], new: Sequence[Sequence[int]], pad_id: int, width: int
+) -> NDArray[np.int32]:
+    """[batch, width + new]: prompts padded on the left to ``width``, answers on the right to the longest."""
+    before, after = width, max(map(len, new))
     out = np.full((len(prompts), before + after), pad_id, np.int32)
     for row, (prompt, answer) in enumerate(zip(prompts, new, strict=True)):
         out[row, before - len(prompt) : before] = prompt

@@ -164,6 +164,7 @@ def hf_config(config: DecoderConfig, ms_dtype: ms.Type) -> dict:
 def save_directory(model: CausalLM, path: str | os.PathLike, dtype: DTypeLike = np.float32) -> None:
     """Writes ``config.json`` and ``model.safetensors``: a directory that transformers loads."""
     path = Path(path)
+    (path / storage.INDEX).unlink(missing_ok=True)  # of shards that stood here: readers would prefer them
     storage.write_tensors(
         path / "model.safetensors", {name: p.asnumpy().astype(dtype) for name, p in model.parameters_and_names()}
     )

@@ -47,7 +47,9 @@ class Attention(nn.Cell):
             self.q_norm = RMSNorm(head_dim, qk_norm_eps, dtype)
             self.k_norm = RMSNorm(head_dim, qk_norm_eps, dtype)
         self.rotary = RotaryKernel(head_dim)
-        self.kernel = FlashAttentionKernel() if flash_attention and on_ascend() else AttentionKernel()
+        self.kernel = (
+            FlashAttentionKernel() if flash_attention and dtype == ms.float16 and on_ascend() else AttentionKernel()
+        )
 
     def split_heads(self, x: Tensor, batch: int, num_heads: int) -> Tensor:
         x = x.reshape((batch, -1, num_heads, self.head_dim))  # [b, s, n, d]

@@ -10,7 +10,9 @@ from lora_ms import runtime as runtime_module
 from lora_ms.adapters.config import LoraConfig
 from lora_ms.adapters.peft_format import load_adapter
 from lora_ms.config import ModelSizes, PetConfig, RunConfig
-from lora_ms.data.example import IGNORE_INDEX
+from lora_ms.config.sections import Dataset
+from lora_ms.data.example import IGNORE_INDEX, Example, TokenRow
+from lora_ms.data.readers import read_rows
 from lora_ms.data.tokenizer import load_tokenizer
 from lora_ms.errors import LoraMsError
 from lora_ms.models import hub
@@ -80,6 +82,29 @@ def tokenizer_for(config: RunConfig) -> "PreTrainedTokenizerBase | None":
     return None
 
 
+def data_sources(dataset: Dataset, name: str) -> list[str]:
+    """Where the rows of ``train_dataset`` or ``eval_dataset`` are: files, folders or globs.
+
+    Raises:
+        LoraMsError: the configuration names no place.
+    """
+    loader = dataset.data_loader
+    sources = [loader.dataset_dir] if loader.dataset_dir else loader.data_files or [loader.path]
+    if not sources[0]:
+        raise LoraMsError(
+            f"no {name} data: give --{name}_dataset_dir FILE, or {name}_dataset.data_loader.dataset_dir in the YAML"
+        )
+    return sources
+
+
+def rows_of(sources: list[str], config: RunConfig, dataset: Dataset) -> list[Example | TokenRow]:
+    """The rows of all ``sources``, the first ``num_samples`` of them where that is given."""
+    rows = []
+    for source in sources:
+        rows += read_rows(source, fill=config.data_fill, num_samples=dataset.num_samples)
+    return rows[: dataset.num_samples]
+
+
 def decoder_config(sizes: ModelSizes) -> DecoderConfig:
     """Sizes of a model that has no config.json, by MindFormers' conventions.
 
@@ -91,16 +116,6 @@ def decoder_config(sizes: ModelSizes) -> DecoderConfig:
         needed = {"hidden_size": hidden, "num_layers": layers, "num_heads": heads, "vocab_size": vocab}
         missing = [f"model.model_config.{name}" for name, value in needed.items() if value is None]
         raise LoraMsError(f"without a Hugging Face directory in load_checkpoint these are needed: {', '.join(missing)}")
-    scaling = sizes.scaling_factor
-    if sizes.extend_method not in ("None", "PI", "linear", "LLAMA3"):
-        raise LoraMsError(f"extend_method {sizes.extend_method} is not supported; supported: PI, LLAMA3")
-    rope_scaling = None
-    if sizes.extend_method in ("PI", "linear"):
-        rope_scaling = {"rope_type": "linear", "factor": scaling or 1.0}
-    elif sizes.extend_method == "LLAMA3":
-        names = {"original_max_position_embedding": "original_max_position_embeddings"}
-        given = scaling if isinstance(scaling, dict) else {}
-        rope_scaling = {"rope_type": "llama3", **{names.get(k, k): v for k, v in given.items()}}
     qwen3 = sizes.type == "Qwen3Config"
     eos = sizes.eos_token_id
     return DecoderConfig(
@@ -113,13 +128,31 @@ def decoder_config(sizes: ModelSizes) -> DecoderConfig:
         head_dim=sizes.head_dim or (128 if qwen3 else hidden // heads),
         rms_norm_eps=sizes.rms_norm_eps or 1e-5,
         rope_theta=sizes.theta or 10000.0,
-        rope_scaling=rope_scaling,
+        rope_scaling=rope_scaling_of(sizes),
         max_position_embeddings=sizes.max_position_embedding or sizes.seq_length or 2048,
         attention_bias=bool(sizes.qkv_has_bias) or sizes.type == "Qwen2Config",
         qk_norm=qwen3,
         tie_word_embeddings=bool(sizes.tie_word_embeddings),
         eos_token_ids=() if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
     )
+
+
+def rope_scaling_of(sizes: ModelSizes) -> dict | None:
+    """``extend_method`` and ``scaling_factor`` in config.json's words.
+
+    Raises:
+        LoraMsError: a method that is not computed here.
+    """
+    scaling = sizes.scaling_factor
+    if sizes.extend_method not in ("None", "PI", "linear", "LLAMA3"):
+        raise LoraMsError(f"extend_method {sizes.extend_method} is not supported; supported: PI, LLAMA3")
+    if sizes.extend_method in ("PI", "linear"):
+        return {"rope_type": "linear", "factor": scaling or 1.0}
+    if sizes.extend_method == "LLAMA3":
+        names = {"original_max_position_embedding": "original_max_position_embeddings"}
+        given = scaling if isinstance(scaling, dict) else {}
+        return {"rope_type": "llama3", **{names.get(k, k): v for k, v in given.items()}}
+    return None
 
 
 def _llama_width(sizes: ModelSizes, hidden_size: int) -> int:
@@ -139,6 +172,9 @@ def check_sizes(sizes: ModelSizes, found: DecoderConfig, where: Path) -> None:
         for key, name in SIZES.items()
         if given[key] is not None and given[key] != getattr(found, name)
     ]
+    scaling = rope_scaling_of(sizes)
+    if scaling is not None and scaling != found.rope_scaling:
+        faults.append(f"extend_method: {scaling} in the YAML, {found.rope_scaling} in config.json")
     if faults:
         raise LoraMsError(f"{where}: the YAML's model_config describes another model: {'; '.join(faults)}")
 

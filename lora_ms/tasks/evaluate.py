@@ -6,24 +6,16 @@ from mindspore import Tensor
 
 from lora_ms.config import RunConfig
 from lora_ms.data.loader import DataPlan, prepare_rows
-from lora_ms.data.readers import read_rows
 from lora_ms.data.tokenizer import pad_id
-from lora_ms.errors import LoraMsError
 from lora_ms.tasks import common
 from lora_ms.train.step import SummedLoss
 
 
 def run(config: RunConfig) -> None:
     """Prints the mean loss over all label tokens of ``eval_dataset``, in nats, and its exponential."""
-    dataset = config.eval_dataset
-    loader = dataset.data_loader
-    source = loader.dataset_dir or loader.path
-    if not source:
-        raise LoraMsError(
-            "no evaluation data: give --eval_dataset_dir FILE, or eval_dataset.data_loader.dataset_dir in the YAML"
-        )
+    sources = common.data_sources(config.eval_dataset, "eval")
     sizes = common.read_sizes(config)
-    rows = read_rows(source, fill=config.data_fill, num_samples=dataset.num_samples)
+    rows = common.rows_of(sources, config, config.eval_dataset)
     runtime = common.start(config)
     tokenizer = common.tokenizer_for(config)
     limit = common.seq_length(config, sizes.max_position_embeddings)

@@ -9,7 +9,6 @@ from lora_ms.adapters.config import LoraConfig
 from lora_ms.adapters.peft_format import load_adapter, read_adapter_config, restore_adapter, save_adapter
 from lora_ms.config import RunConfig, dump_config
 from lora_ms.config.sections import LossScale
-from lora_ms.data.readers import read_rows
 from lora_ms.errors import LoraMsError
 from lora_ms.models import hub
 from lora_ms.models.decoder import CausalLM
@@ -23,7 +22,11 @@ from lora_ms.train.settings import TrainSettings
 def settings_of(config: RunConfig, longest: int) -> TrainSettings:
     """The settings of a run that a configuration holds; ``longest``: the model's own limit in tokens."""
     runner, schedule, scale = config.runner_config, config.lr_schedule, config.runner_wrapper.scale_sense
-    scale = scale if isinstance(scale, LossScale) else LossScale()
+    if not isinstance(
+        scale, LossScale
+    ):  # a number is a fixed factor; 1, which float16 cannot train with, means dynamic
+        kind = "DynamicLossScaleUpdateCell" if scale == 1 else "FixedLossScaleUpdateCell"
+        scale = LossScale(type=kind, loss_scale_value=65536 if scale == 1 else scale)
     return TrainSettings(
         output_dir=Path(config.output_dir),
         epochs=runner.epochs,
@@ -38,13 +41,14 @@ def settings_of(config: RunConfig, longest: int) -> TrainSettings:
         lr_kind=schedule.kind,
         lr_end=schedule.lr_end,
         warmup_ratio=schedule.warmup_ratio or 0.0,
-        warmup_steps=schedule.warmup_steps,
+        warmup_steps=schedule.warmup_steps or 0,
         schedule_steps=schedule.total_steps,
         betas=config.optimizer.betas,
         eps=config.optimizer.eps,
         weight_decay=config.optimizer.weight_decay,
         max_grad_norm=config.max_grad_norm,
         loss_scale=scale.loss_scale_value,
+        dynamic_scale=scale.type == "DynamicLossScaleUpdateCell",
         scale_window=scale.scale_window,
         scale_factor=scale.scale_factor,
         logging_steps=runner.logging_steps,
@@ -54,21 +58,6 @@ def settings_of(config: RunConfig, longest: int) -> TrainSettings:
         recompute=config.recompute_config.recompute,
         resume=config.resume_training,
     )
-
-
-def data_source(config: RunConfig) -> str:
-    """Where the training rows are.
-
-    Raises:
-        LoraMsError: the configuration names no place.
-    """
-    loader = config.train_dataset.data_loader
-    source = loader.dataset_dir or (loader.data_files[0] if loader.data_files else loader.path)
-    if not source:
-        raise LoraMsError(
-            "no training data: give --train_dataset_dir FILE, or train_dataset.data_loader.dataset_dir in the YAML"
-        )
-    return source
 
 
 def check_output(output_dir: Path) -> None:
@@ -133,7 +122,8 @@ def weights_of(model: CausalLM, adapter: LoraConfig | None, tokenizer) -> Weight
         else:
             restore_adapter(model, path)
 
-    return Weights("model" if adapter is None else "adapter", write, read)
+    identity = {} if adapter is None else {"lora_alpha": adapter.lora_alpha, "lora_dropout": adapter.lora_dropout}
+    return Weights("model" if adapter is None else "adapter", write, read, identity)
 
 
 def run(config: RunConfig) -> None:
@@ -143,9 +133,13 @@ def run(config: RunConfig) -> None:
         LoraMsError: anything that a user can mend.
     """
     output_dir = Path(config.output_dir)
-    source = data_source(config)
+    sources = common.data_sources(config.train_dataset, "train")
+    if config.pet_config is not None and not config.load_checkpoint:
+        raise LoraMsError(
+            "load_checkpoint is missing: give the model to put the adapter on (pet_config: null trains anew)"
+        )
     sizes = common.read_sizes(config)
-    rows = read_rows(source, fill=config.data_fill, num_samples=config.train_dataset.num_samples)
+    rows = common.rows_of(sources, config, config.train_dataset)
     check_output(output_dir)
     with Tee() as log:
         runtime = common.start(config)
@@ -168,7 +162,10 @@ def run(config: RunConfig) -> None:
             print(f"stopped after step {outcome.steps:,} of {plan.total_steps:,}, and saved")
             print("to go on, give the same command with --resume_training True")
         elif runtime.is_main:
-            print(f"loss {outcome.first_loss:.4f} -> {outcome.last_loss:.4f} in {outcome.steps:,} steps")
+            done = (
+                f"loss {outcome.first_loss:.4f} -> {outcome.last_loss:.4f} in" if outcome.losses else "nothing left of"
+            )
+            print(f"{done} {outcome.steps:,} steps")
             print(f"{weights.folder}: {output_dir / weights.folder}   loss plot: {output_dir / 'loss.png'}")
     if outcome.stopped:
         sys.exit(130)

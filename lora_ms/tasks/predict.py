@@ -29,7 +29,9 @@ def speaker_for(config: RunConfig, model: CausalLM) -> Speaker:
             "or processor.tokenizer.vocab_file name one"
         )
     limit = sizes.max_decode_length or model.config.max_position_embeddings
-    return Speaker(Generator(model), tokenizer, sampling_of(config), sizes.max_new_tokens, limit)
+    end = sizes.eos_token_id
+    ends = () if end is None else (end,) if isinstance(end, int) else tuple(end)
+    return Speaker(Generator(model), tokenizer, sampling_of(config), sizes.max_new_tokens, limit, ends)
 
 
 def run(config: RunConfig, predict_data: list[str]) -> None:

@@ -45,6 +45,13 @@ def save(
     return final
 
 
+def clear(output_dir: Path) -> list[str]:
+    """Removes the checkpoints of an earlier run, among which a new one would lose its own; returns their names."""
+    old = [path.name for path in list_checkpoints(output_dir)]
+    shutil.rmtree(output_dir / "checkpoints", ignore_errors=True)
+    return old
+
+
 def find(output_dir: Path, resume: bool | str) -> Path:
     """The checkpoint that ``resume`` means: a name, or the newest where True.
 

@@ -1,7 +1,7 @@
 """From rows to a trained model on disk: what the command line and the Python API share."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,7 @@ class Weights:
     folder: str  # under output_dir: "adapter", or "model" where all parameters train
     write: Callable[[Path], None]
     read: Callable[[Path], None]
+    identity: Mapping[str, object]  # what decides how the weights are used, such as lora_alpha
 
 
 def plan_rows(
@@ -65,8 +66,12 @@ def fit(
     Raises:
         LoraMsError: nothing to train, a loss that is not finite, or a checkpoint that does not fit.
     """
-    run = Run(model, plan, settings, runtime, vocab_size, dtype == ms.float16, weights.write)
+    run = Run(model, plan, settings, runtime, vocab_size, dtype == ms.float16, weights.write, weights.identity)
     start = 0
+    if not settings.resume and runtime.is_main:
+        old = checkpoint.clear(settings.output_dir)
+        if old:
+            print(f"removed the checkpoints of an earlier run: {', '.join(old)}")
     if settings.resume:
         path = checkpoint.find(settings.output_dir, settings.resume)
         start = checkpoint.load_optimizer(path, run.optimizer, run.fingerprint())

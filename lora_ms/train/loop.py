@@ -2,7 +2,7 @@
 
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,8 +28,15 @@ class Outcome:
 
     steps: int  # optimiser steps done in all, those before a resume included
     stopped: bool  # by Ctrl-C or SIGTERM, before its end
-    first_loss: float
-    last_loss: float
+    losses: list[float]  # of the steps that this run did
+
+    @property
+    def first_loss(self) -> float:
+        return self.losses[0]
+
+    @property
+    def last_loss(self) -> float:
+        return self.losses[-1]
 
 
 class StopSignal:
@@ -73,6 +80,7 @@ class Run:
         vocab_size: rows of the head.
         half: whether the model computes in float16, and so needs a loss scale.
         write_weights: writes what was trained into a directory.
+        identity: what a checkpoint must also share with the run that goes on from it.
     """
 
     def __init__(
@@ -84,10 +92,15 @@ class Run:
         vocab_size: int,
         half: bool,
         write_weights: Callable[[Path], None],
+        identity: Mapping[str, object],
     ):
         self.plan, self.settings, self.runtime, self.write_weights = plan, settings, runtime, write_weights
         s = settings
-        params = [p for p in model.get_parameters() if p.requires_grad]
+        trainable = {name: p for name, p in model.parameters_and_names() if p.requires_grad}
+        params = list(trainable.values())
+        self.identity = {**identity, "trainable": sorted(trainable)}
+        if any(p.dtype != ms.float32 for p in params):
+            raise LoraMsError("all parameters train in float32 only: set compute_dtype to float32, or give pet_config")
         if not params:
             raise LoraMsError("no parameter is trainable: give pet_config, or set it to null to train all parameters")
         self.optimizer = FlatAdamW(
@@ -97,6 +110,7 @@ class Run:
             s.weight_decay,
             s.max_grad_norm,
             s.loss_scale if half else 1.0,
+            half and s.dynamic_scale,
             s.scale_window,
             s.scale_factor,
             SumOverRanks() if runtime.world > 1 else None,
@@ -115,7 +129,7 @@ class Run:
         """Learning rate of step ``step`` (from 0)."""
         s = self.settings
         total = s.schedule_steps if s.schedule_steps > 0 else self.plan.total_steps
-        warmup = s.warmup_steps if s.warmup_steps is not None else int(total * s.warmup_ratio)
+        warmup = s.warmup_steps or int(total * s.warmup_ratio)
         return learning_rate(step, total, s.learning_rate, s.lr_kind, warmup, s.lr_end)
 
     def fingerprint(self) -> dict:
@@ -125,7 +139,9 @@ class Run:
             "rows": len(p.rows),
             "rows_per_step": p.batch_size * p.accumulation * p.world,
             "seed": p.seed,
-            "trainable_numbers": sum(self.optimizer.sizes),
+            "shuffle": p.shuffle,
+            "tokens_crc32": p.checksum(),
+            **self.identity,
         }
 
     def launch(self, step: int) -> None:
@@ -158,7 +174,7 @@ class Run:
                     step=p.step + 1,
                     epoch=round(self.plan.epoch_of(p.step + 1), 4),
                     loss=total / p.label_tokens,
-                    grad_norm=norm,
+                    grad_norm=norm if np.isfinite(norm) else None,
                     learning_rate=p.learning_rate,
                     tokens=p.tokens,
                     label_tokens=p.label_tokens,
@@ -199,7 +215,9 @@ class Run:
         """From optimiser step ``start`` to the end, or to the first Ctrl-C."""
         s, total = self.settings, self.plan.total_steps
         reporter = Reporter(s.output_dir, start, total, s.logging_steps, self.runtime.is_main)
-        losses, done = [], start
+        save_steps = self.plan.steps_per_epoch if s.save_steps < 0 else s.save_steps
+        losses: list[float] = []
+        done = start
         sink = s.sink_size if s.sink_size > 0 else self.plan.steps_per_epoch
         self.clock = time.perf_counter()
         try:
@@ -209,7 +227,7 @@ class Run:
                     self.launch(done)
                     done += 1
                     stopping = self._any_rank(stop.seen)
-                    due = bool(s.save_steps) and done % s.save_steps == 0
+                    due = bool(save_steps) and done % save_steps == 0
                     if len(self.pending) >= sink or due or done == total or stopping:
                         for record in self.read():
                             losses.append(record.loss)
@@ -218,4 +236,4 @@ class Run:
                         self.save(done)
         finally:
             reporter.close()
-        return Outcome(done, done < total, losses[0] if losses else np.nan, losses[-1] if losses else np.nan)
+        return Outcome(done, done < total, losses)

@@ -33,7 +33,8 @@ class FlatAdamW(nn.Cell):
         params: trainable parameters, float32.
         betas, eps, weight_decay: as in ``torch.optim.AdamW``; tensors of fewer than two dimensions are not decayed.
         max_grad_norm: norm above which gradients are scaled down; None for never.
-        loss_scale: first loss scale; 1 keeps it fixed at 1 (float32), above 1 it is dynamic (float16).
+        loss_scale: factor on the loss, which is taken out of the gradient again; 1 in float32.
+        dynamic_scale: whether it falls at an overflow and grows without.
         scale_window: steps without overflow after which the loss scale grows.
         scale_factor: what it is then multiplied by, and divided by after an overflow.
         all_reduce: sums a vector over the ranks; None for one rank.
@@ -47,6 +48,7 @@ class FlatAdamW(nn.Cell):
         weight_decay: float = 0.0,
         max_grad_norm: float | None = 1.0,
         loss_scale: float = 1.0,
+        dynamic_scale: bool = False,
         scale_window: int = 1000,
         scale_factor: float = 2.0,
         all_reduce: nn.Cell | None = None,
@@ -58,7 +60,7 @@ class FlatAdamW(nn.Cell):
         n = sum(self.sizes)
         self.beta1, self.beta2 = betas
         self.eps, self.weight_decay, self.max_grad_norm = eps, weight_decay, max_grad_norm
-        self.dynamic, self.scale_window, self.scale_factor = loss_scale != 1, scale_window, scale_factor
+        self.dynamic, self.scale_window, self.scale_factor = dynamic_scale, scale_window, scale_factor
         self.all_reduce = all_reduce
         self.grad = Parameter(ops.zeros(n, ms.float32), name="grad", requires_grad=False)
         self.exp_avg = Parameter(ops.zeros(n, ms.float32), name="exp_avg", requires_grad=False)

@@ -17,7 +17,7 @@ class Record:
     step: int  # from 1
     epoch: float
     loss: float  # nats per label token
-    grad_norm: float  # before clipping
+    grad_norm: float | None  # before clipping; None where it overflowed in float16 and the step was left out
     learning_rate: float
     tokens: int  # without padding, on this rank
     label_tokens: int  # on all ranks
@@ -69,7 +69,8 @@ class Progress:
             self.bar.update(record.step - self.bar.n)
         elif logged:
             width = len(str(self.total))
-            rest = f"lr {record.learning_rate:.2e}  norm {record.grad_norm:.2f}"
+            norm = "overflow" if record.grad_norm is None else f"{record.grad_norm:.2f}"
+            rest = f"lr {record.learning_rate:.2e}  norm {norm}"
             print(f"step {record.step:{width}}/{self.total}  epoch {record.epoch:.2f}  {numbers}  {rest}", flush=True)
 
     def close(self) -> None:

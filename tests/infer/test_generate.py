@@ -66,5 +66,5 @@ def test_buckets_are_few():
 
 
 def test_rows_of_unequal_length_are_padded_on_both_sides():
-    out = pad_rows([[1, 2, 3], [4]], [[7], [8, 9]], pad_id=0)
+    out = pad_rows([[1, 2, 3], [4]], [[7], [8, 9]], pad_id=0, width=3)
     np.testing.assert_array_equal(out, [[1, 2, 3, 7, 0], [0, 0, 4, 8, 9]])

@@ -97,7 +97,7 @@ def test_decay_acts_on_matrices_alone(graph_mode):
 
 
 def test_the_loss_scale_halves_on_overflow_and_grows_after_its_window(graph_mode):
-    optimizer = optimizer_of(parameters(), loss_scale=1024.0, scale_window=2, weight_decay=0.1)
+    optimizer = optimizer_of(parameters(), loss_scale=1024.0, dynamic_scale=True, scale_window=2, weight_decay=0.1)
     reference = optimizer_of(parameters(), weight_decay=0.1)
     state = optimizer.state()
 
@@ -137,7 +137,7 @@ def test_without_a_loss_scale_it_stays_at_one(graph_mode):
 
 
 def test_the_loss_scale_never_falls_below_one(graph_mode):
-    optimizer = optimizer_of(parameters(), loss_scale=2.0)
+    optimizer = optimizer_of(parameters(), loss_scale=2.0, dynamic_scale=True)
     for _ in range(3):
         step(optimizer, np.full(14, np.inf))
     assert float(optimizer.loss_scale.asnumpy()) == 1.0
