@@ -66,7 +66,7 @@ next, for example:
   {tool} predict --load_checkpoint {model} --load_adapter {output}/adapter \\
       --predict_data "What is your name?"
   {tool} finetune --load_checkpoint {model} --preset small_dataset \\
-      --train_dataset_dir examples/huanhuan.jsonl --output_dir output/huanhuan""")
+      --train_dataset_dir {os.path.relpath(ROOT / "examples/huanhuan.jsonl")} --output_dir output/huanhuan""")
     return 0
 
 

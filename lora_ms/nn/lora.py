@@ -6,7 +6,7 @@ import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import HeUniform, initializer
 
-from lora_ms.nn.kernels import LowRankKernel
+from lora_ms.nn.kernels import DropoutKernel, LowRankKernel
 
 
 class LoRADense(nn.Dense):
@@ -55,7 +55,7 @@ class LoRADense(nn.Dense):
         self.lora_rank, self.lora_alpha, self.scaling = lora_rank, lora_alpha, lora_alpha / lora_rank
         self.lora_a = Parameter(initializer(a_init, (lora_rank, in_channels), param_init_type), name="lora_a")
         self.lora_b = Parameter(initializer(lora_b_init, (out_channels, lora_rank), param_init_type), name="lora_b")
-        self.lora_dropout = nn.Dropout(p=lora_dropout)
+        self.lora_dropout = DropoutKernel(lora_dropout)
         self.low_rank = LowRankKernel(self.scaling)
         self.compute_dtype = compute_dtype
         self._freeze_base()
