@@ -157,7 +157,8 @@ def test_settings_reach_every_layer(model):
     assert len(layers) == 14
     for layer in layers.values():
         assert type(layer) is LoRADense
-        assert (layer.lora_rank, layer.lora_alpha, layer.scaling, layer.lora_dropout.probability) == (3, 5.0, 5.0 / 3, 0.25)
+        assert (layer.lora_rank, layer.lora_alpha, layer.scaling) == (3, 5.0, 5.0 / 3)
+        assert layer.lora_dropout.probability == 0.25
 
 
 def test_merging_puts_plain_layers_and_names_back(model):
