@@ -264,7 +264,7 @@ class Trainer:
         settings, vocab_size = self.args.settings(), self.model.config.vocab_size
         plan = plan_rows(read_rows(self.train_dataset), self.tokenizer, settings, runtime, vocab_size)
         config = self.peft.peft_config if self.peft else None
-        identity = {"lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout} if config else {}
+        identity = config.identity() if config else {}
         weights = Weights("adapter" if config else "model", self._write, self._read, identity)
         return fit(self.model, plan, settings, runtime, weights, vocab_size, self.model.dtype)
 

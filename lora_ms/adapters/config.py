@@ -67,6 +67,10 @@ class LoraConfig:
         if isinstance(self.exclude_layers, str):
             object.__setattr__(self, "exclude_layers", (self.exclude_layers,))
 
+    def identity(self) -> dict[str, float]:
+        """What a resumed run must share besides the adapter's tensors."""
+        return {"lora_alpha": self.lora_alpha, "lora_dropout": self.lora_dropout}
+
     def to_peft(self, adapted: list[str], plain: list[str], base_model: str | None) -> dict:
         """adapter_config.json of an adapter on the layers ``adapted``, beside the ``plain`` ones (dotted paths).
 

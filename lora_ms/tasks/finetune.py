@@ -122,7 +122,7 @@ def weights_of(model: CausalLM, adapter: LoraConfig | None, tokenizer) -> Weight
         else:
             restore_adapter(model, path)
 
-    identity = {} if adapter is None else {"lora_alpha": adapter.lora_alpha, "lora_dropout": adapter.lora_dropout}
+    identity = {} if adapter is None else adapter.identity()
     return Weights("model" if adapter is None else "adapter", write, read, identity)
 
 
