@@ -196,7 +196,7 @@ class TrainingArguments:
     auto_trans_ckpt: bool = False  # no effect: an adapter is whole on every card
     evaluation_strategy: str = "no"  # nothing else yet
     report_to: str | Sequence[str] = "none"  # nothing else yet; metrics.jsonl is always written
-    packing: bool = False  # not yet
+    packing: bool = True  # several rows in a line, each seeing itself alone: the same numbers, less padding
 
     def settings(self) -> TrainSettings:
         """The same for the training loop.
@@ -208,7 +208,6 @@ class TrainingArguments:
             ("save_strategy", self.save_strategy, ("no", "steps", "epoch")),
             ("evaluation_strategy", self.evaluation_strategy, ("no",)),
             ("report_to", self.report_to, ("none", [], ["none"])),
-            ("packing", self.packing, (False,)),
         ):
             if value not in wanted:
                 raise LoraMsError(f"{name} {value!r} is not supported; supported: {', '.join(map(str, wanted))}")
@@ -223,6 +222,7 @@ class TrainingArguments:
             accumulation=self.gradient_accumulation_steps,
             max_steps=self.max_steps,
             seq_length=self.max_seq_length,
+            packing=self.packing,
             seed=self.seed,
             learning_rate=self.learning_rate,
             lr_kind=self.lr_scheduler_type,

@@ -129,6 +129,8 @@ class Dataset(Section):
     batch_size: Whole | None = Field(None, ge=1)  # rows; runner_config.batch_size overrides it
     drop_remainder: Flag = False  # leave out the last rows of an epoch that do not fill a batch
     num_samples: Whole | None = Field(None, ge=1)  # only the first rows (ours)
+    packing: Flag = True  # several rows in a line, each seeing itself alone: the same numbers, less padding (ours)
+    length_buckets: Whole = Field(4, ge=1)  # lengths that rows are padded to where they are not packed (ours)
     input_columns: NoEffect = ["input_ids", "labels"]
     output_columns: NoEffect = None
     num_parallel_workers: NoEffect = 8

@@ -14,7 +14,7 @@ class Report:
     tokens: int
     label_tokens: int  # next-token targets among them
     longest: int  # tokens
-    padded_length: int | None = None  # tokens of every row in a batch, once the plan has fixed it
+    layout: str = ""  # how rows share lines, once the plan has fixed it
 
     def lines(self) -> list[str]:
         """For people: one line."""
@@ -23,6 +23,6 @@ class Report:
             parts.append(f"{self.dropped_too_long:,} dropped (longer than seq_length {self.seq_length})")
         share = round(100 * self.label_tokens / max(self.tokens, 1))
         parts += [f"{self.tokens:,} tokens", f"{share}% of them labels", f"longest {self.longest:,}"]
-        if self.padded_length is not None:
-            parts.append(f"padded to {self.padded_length:,}")
+        if self.layout:
+            parts.append(self.layout)
         return [", ".join(parts)]

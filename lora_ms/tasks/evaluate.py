@@ -29,13 +29,14 @@ def run(config: RunConfig) -> None:
         shuffle=False,
         pad_id=pad_id(tokenizer),
         seq_length=limit,
+        kind="packed" if config.eval_dataset.packing else "bucketed",
     )
     model = common.model_for_use(config, runtime)
     loss = SummedLoss(model, sizes.vocab_size).set_train(False)
     total = tokens = 0.0
     for step in range(plan.total_steps):
-        (batch,), label_tokens = plan.step(step)
-        total += float(loss(Tensor(batch.input_ids), Tensor(batch.target_index), Tensor(batch.targets)).asnumpy())
+        batches, label_tokens = plan.step(step)
+        total += sum(float(loss(*map(Tensor, batch[:4])).asnumpy()) for batch in batches)
         tokens += label_tokens
     if runtime.is_main:
         print(*report.lines(), sep="\n")

@@ -34,6 +34,8 @@ def settings_of(config: RunConfig, longest: int) -> TrainSettings:
         accumulation=runner.gradient_accumulation_steps,
         max_steps=runner.max_steps,
         seq_length=common.seq_length(config, longest),
+        packing=config.train_dataset.packing,
+        length_buckets=config.train_dataset.length_buckets,
         shuffle=config.train_dataset.data_loader.shuffle,
         drop_remainder=config.train_dataset.drop_remainder,
         seed=config.seed,

@@ -46,9 +46,11 @@ def plan_rows(
         pad_id=pad_id(tokenizer),
         seq_length=s.seq_length,
         max_steps=s.max_steps,
+        kind=s.layout,
+        buckets=s.length_buckets,
     )
     if runtime.is_main:
-        print(*dataclasses.replace(report, padded_length=plan.padded_length).lines(), sep="\n")
+        print(*dataclasses.replace(report, layout=plan.describe()).lines(), sep="\n")
     return plan
 
 
@@ -78,7 +80,7 @@ def fit(
         weights.read(path)
     if runtime.is_main:
         print(
-            f"training: {plan.total_steps:,} steps of {plan.batch_size * plan.accumulation * plan.world} rows, "
+            f"training: {plan.total_steps:,} steps of {plan.per_step} rows, "
             f"{plan.steps_per_epoch:,} an epoch" + (f", from step {start:,}" if start else "")
         )
         print("compiling the training step, which takes a while the first time …", flush=True)

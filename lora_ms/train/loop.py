@@ -76,7 +76,7 @@ class Run:
     """One training run of ``model`` on ``plan``.
 
     Args:
-        model: a Cell with ``hidden_states(input_ids, rows)`` and ``head_weight()``; its trainable parameters train.
+        model: a Cell with ``hidden_states(input_ids, position_ids, rows)`` and ``head_weight()``, to be trained.
         vocab_size: rows of the head.
         half: whether the model computes in float16, and so needs a loss scale.
         write_weights: writes what was trained into a directory.
@@ -137,9 +137,10 @@ class Run:
         p = self.plan
         return {
             "rows": len(p.rows),
-            "rows_per_step": p.batch_size * p.accumulation * p.world,
-            "seed": p.seed,
-            "shuffle": p.shuffle,
+            "rows_per_step": p.per_step,
+            "layout": p.layout.kind,
+            "seed": self.settings.seed,
+            "shuffle": self.settings.shuffle,
             "tokens_crc32": p.checksum(),
             **self.identity,
         }
@@ -147,7 +148,7 @@ class Run:
     def launch(self, step: int) -> None:
         """Puts optimiser step ``step`` (from 0) on the device; its numbers are read by ``read``."""
         batches, label_tokens = self.plan.step(step)
-        losses = [self.micro_step(Tensor(b.input_ids), Tensor(b.target_index), Tensor(b.targets)) for b in batches]
+        losses = [self.micro_step(*map(Tensor, b[:4])) for b in batches]
         rate = self.rate(step)
         norm, finite = self.optimizer(Tensor(rate, ms.float32), Tensor(label_tokens, ms.float32))
         tokens = sum(b.tokens for b in batches)
@@ -195,7 +196,7 @@ class Run:
         if bool(p.finite.asnumpy()) and np.isfinite(loss):
             self.skipped = 0
             return
-        rows = [self.plan.rows[i].where for i in self.plan.step_rows(p.step)]
+        rows = [self.plan.rows.where(i) for i in self.plan.step_rows(p.step)]
         named = f"step {p.step + 1} (rows {', '.join(rows[:4])}{' …' if len(rows) > 4 else ''})"
         if not np.isfinite(loss):
             raise LoraMsError(f"the loss of {named} is {loss}; no weight was changed by it: lower the learning rate")

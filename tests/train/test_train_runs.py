@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 from lora_ms.adapters.inject import lora_layers
 from lora_ms.data.collate import label_count
 from lora_ms.data.example import TokenRow
+from lora_ms.data.packing import Layout, Shape
 from lora_ms.errors import LoraMsError
 
 
@@ -58,7 +59,8 @@ def test_gradient_accumulation_changes_nothing(train, plain_run, tmp_path, batch
 
 def test_padding_and_spare_slots_change_nothing(train, plain_run, tmp_path):
     """Rows of 32 rather than 16 tokens, and more slots for targets than any batch fills."""
-    assert_same_run(train(tmp_path, plan={"padded_length": 32, "capacity": 208}), plain_run)
+    wide = Layout("padded", 8, (Shape(8, 32, 208),))
+    assert_same_run(train(tmp_path, plan={"layout": wide}), plain_run)
 
 
 def test_reading_losses_seldom_changes_nothing(train, plain_run, tmp_path):
