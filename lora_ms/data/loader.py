@@ -163,7 +163,7 @@ class DataPlan:
             batch_size=batch_size,
             buckets=buckets,
             seq_length=seq_length,
-            total_steps=total_steps,
+            per_step=per_step,
             world=world,
         )
         return cls(store, order, layout, per_step, rank, world, pad_id, steps_per_epoch, total_steps)

@@ -19,6 +19,7 @@ SAMPLED_ROWS = 2048  # rows on which the shapes are tried out
 COMPILE_TOKENS = 30_000  # tokens that could be computed while one more shape is compiled
 ATTENTION_LENGTH = 4096  # tokens of a line at which its attention costs as much as the rest
 SLOT_COST = 0.3  # of a target slot, in tokens
+EPOCHS = 3  # that a run is thought to have
 STEP_COST = 24  # of starting a micro-batch, in tokens
 
 
@@ -125,16 +126,16 @@ def plan_layout(
     batch_size: int,
     buckets: int,
     seq_length: int,
-    total_steps: int,
+    per_step: int,
     world: int,
 ) -> Layout:
-    """The shapes of a run of which `steps` are the rows, in the order of the steps.
+    """The shapes of a run of which `steps` are the rows, `per_step` each, in the order of the steps.
 
-    Padded and bucketed shapes come from all steps and so always suffice. Packed shapes are tried out on the first
-    steps; what they cannot hold opens another line.
+    Padded and bucketed shapes come from all steps and so always suffice. Packed shapes are tried out on some of the
+    rows; what they cannot hold opens another line.
     """
     if kind == "packed":
-        return _plan_packed(fed, labels, steps, batch_size, seq_length, total_steps, world)
+        return _plan_packed(fed, labels, per_step, batch_size, seq_length, world)
     lengths, targets = [], []
     for taken in steps:
         order = taken if kind == "padded" else taken[np.argsort(fed[taken], kind="stable")]
@@ -180,18 +181,15 @@ def _edges(longest: Ints, buckets: int, top: int) -> list[int]:
 def _plan_packed(
     fed: Ints,
     labels: Ints,
-    steps: Sequence[Ints] | Iterator[Ints],
+    per_step: int,
     batch_size: int,
     seq_length: int,
-    total_steps: int,
     world: int,
 ) -> Layout:
-    sample, seen = [], 0
-    for taken in steps:
-        sample.append((fed[taken], labels[taken]))
-        seen += len(taken)
-        if seen >= SAMPLED_ROWS:
-            break
+    # of rows at random, whatever the run's steps: a run that goes on longer must find the same shapes
+    mixed = np.random.default_rng(0).permutation(len(fed))[: max(SAMPLED_ROWS, per_step)]
+    starts = range(0, max(len(mixed) - per_step + 1, 1), per_step)
+    sample = [(fed[taken], labels[taken]) for taken in (mixed[start : start + per_step] for start in starts)]
     shortest_line = padded_length(int(fed.max()), seq_length)
     room = batch_size * shortest_line  # tokens that a padded micro-batch would have
     best: tuple[float, Layout] | None = None
@@ -209,7 +207,7 @@ def _plan_packed(
                     laid = [
                         layout._grouped(*both)[::world] for both in zip(packed, *zip(*sample, strict=True), strict=True)
                     ]
-                    cost = _run_cost(laid, total_steps)
+                    cost = _run_cost(laid, EPOCHS * -(-len(fed) // per_step))
                     if best is None or cost < 0.995 * best[0]:
                         best = (cost, layout)
             lines *= 2

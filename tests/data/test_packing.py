@@ -61,7 +61,7 @@ def test_every_row_has_one_place_that_holds_it(rows, kind, batch_size, accumulat
     steps = -(-len(rows) // per_step)
     order = EpochOrder(len(rows), per_step, steps, steps, 3, True)
     taken = [order.step(step) for step in range(steps)]
-    options = dict(batch_size=batch_size, buckets=3, seq_length=96, total_steps=steps, world=world)
+    options = dict(batch_size=batch_size, buckets=3, seq_length=96, per_step=per_step, world=world)
     layout = plan_layout(kind, fed, labels, taken, **options)
     assert len(layout.shapes) <= 3
     for step in taken:
