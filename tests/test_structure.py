@@ -20,7 +20,7 @@ DIRECTIONS = {
     "storage": ("errors", "numpy safetensors"),
     "runtime": ("errors", "mindspore"),
     "config": ("config errors", "yaml pydantic"),
-    "data": ("data errors", "numpy transformers mindspore.dataset"),
+    "data": ("data errors storage", "numpy transformers mindspore.dataset mindspore.mindrecord datasets pyarrow"),
     "nn": ("nn", "mindspore numpy"),
     "models": ("models nn storage errors", "mindspore numpy"),
     "adapters": ("adapters nn storage errors", "mindspore numpy"),
@@ -34,7 +34,11 @@ DIRECTIONS = {
     "cli": ("config tasks errors", ""),
 }
 # What a part may import inside functions only: `data` and --help answer without MindSpore.
-LAZY_ONLY = {"data": "mindspore transformers", "cli": "lora_ms.config lora_ms.tasks", "__init__": "lora_ms"}
+LAZY_ONLY = {
+    "data": "mindspore transformers datasets pyarrow",
+    "cli": "lora_ms.config lora_ms.tasks",
+    "__init__": "lora_ms",
+}
 
 
 class Import(NamedTuple):

@@ -13,7 +13,7 @@ IGNORE_INDEX = -100
 class Message(NamedTuple):
     """One turn of a conversation."""
 
-    role: str  # system | user | assistant
+    role: str  # system | user | assistant | tool
     content: str
 
 
@@ -24,6 +24,15 @@ class Example:
     where: str  # for error messages: "data.jsonl:12" (line), "data.json[3]" or "row 3" (counted from 1)
     messages: tuple[Message, ...]
     input: str = ""  # Alpaca's "input": the tail of the last user message, which only the Alpaca prompt sets apart
+
+
+@dataclass(frozen=True)
+class Completion:
+    """Plain text, without a template: the prompt, perhaps empty, is read and the completion is learnt."""
+
+    where: str
+    prompt: str
+    completion: str
 
 
 # Not comparable: == on arrays has no single answer.

@@ -1,0 +1,58 @@
+"""MindRecord files: token rows as MindFormers stores them."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lora_ms.data.example import IGNORE_INDEX, TokenRow
+from lora_ms.data.fields import RowFault
+from lora_ms.data.formats import token_row
+from lora_ms.errors import LoraMsError
+
+
+def read_mindrecord(path: Path) -> Iterator[tuple[str, Any]]:
+    """(where, row) of one MindRecord file with columns input_ids [n] and, optionally, labels [n] (else: all is learnt).
+
+    Rows are stored at one length, filled up with a pad token whose label is -100: that tail is cut off here.
+    Without labels, padding cannot be told from text, and the row stays whole.
+    """
+    if not path.with_name(f"{path.name}.db").is_file():
+        raise LoraMsError(f"{path}: its index {path.name}.db is missing; copy it beside the file")
+    for number, row in enumerate(_mindrecord_rows(path), start=1):
+        where = f"{path.name}[{number}]"
+        try:
+            trimmed = trim_padding(token_row(where, row["input_ids"], row.get("labels", row["input_ids"])))
+        except RowFault as fault:
+            yield where, fault
+        else:
+            yield where, {"input_ids": trimmed.input_ids, "labels": trimmed.labels}
+
+
+def _mindrecord_rows(path: Path) -> Iterator[dict[str, NDArray[Any]]]:
+    try:
+        import mindspore.dataset as ds
+    except ImportError as error:
+        raise LoraMsError(f"{path}: MindRecord files need MindSpore; install it, or give .json or .jsonl") from error
+    try:
+        # A list, so that one shard of several is read alone; the folder or glob names the others.
+        dataset = ds.MindDataset([str(path)], shuffle=False, num_parallel_workers=1)
+        columns = dataset.get_col_names()
+        if "input_ids" not in columns:
+            names = ", ".join(columns)
+            raise LoraMsError(f'{path}: columns {names}; a column "input_ids" is needed (and may have "labels")')
+        yield from dataset.create_dict_iterator(num_epochs=1, output_numpy=True)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise LoraMsError(f"{path}: not readable as MindRecord ({reason}); write it anew") from error
+
+
+def trim_padding(row: TokenRow) -> TokenRow:
+    """Cut the tail of unlearnt tokens that repeat the row's last id. Nothing learnt comes after, so no loss changes."""
+    ids, labels = row.input_ids, row.labels
+    padding: NDArray[np.bool_] = (ids == ids[-1]) & (labels == IGNORE_INDEX)
+    kept = np.flatnonzero(~padding)
+    length = int(kept[-1]) + 1 if kept.size else 1
+    return TokenRow(row.where, ids[:length].copy(), labels[:length].copy())  # a view would keep the padding in memory
