@@ -68,6 +68,13 @@ FLAGS: dict[str, list[tuple[str, str, Any, str, str]]] = {
         ("train_dataset_dir", f"train_dataset.{DATA}", str, "PATH", "training rows: file, folder or glob"),
         ("eval_dataset_dir", f"eval_dataset.{DATA}", str, "PATH", "evaluation rows: file, folder or glob"),
         ("num_samples", "train_dataset.num_samples", flag_int, "N", "only the first N training rows"),
+        (
+            "chat_template",
+            "processor.tokenizer.chat_template",
+            str,
+            "NAME",
+            "chatml, llama2, llama3, qwen, alpaca, vicuna, deepseek, human_assistant, or a file",
+        ),
         ("output_dir", "output_dir", str, "DIR", "where results go"),
     ],
     "training": [
@@ -84,6 +91,7 @@ FLAGS: dict[str, list[tuple[str, str, Any, str, str]]] = {
         ("learning_rate", "lr_schedule.learning_rate", flag_float, "X", "highest learning rate"),
         ("seq_length", f"{SIZES}.seq_length", flag_int, "N", "longest row, in tokens"),
         ("resume_training", "resume_training", flag_bool_or_name, "True|NAME", "go on from the newest checkpoint"),
+        ("do_eval", "do_eval", flag_bool, "BOOL", "evaluate on eval_dataset after training"),
         ("seed", "seed", flag_int, "N", "of initialisation, order, dropout, sampling"),
         ("use_parallel", "use_parallel", flag_bool, "BOOL", "all cards that msrun started"),
         ("device_target", "context.device_target", str, "NAME", "auto, Ascend or CPU"),
@@ -105,7 +113,6 @@ FLAGS: dict[str, list[tuple[str, str, Any, str, str]]] = {
 # MindFormers' flags that change nothing here: accepted, reported by RunConfig.notices()
 IDLE_FLAGS: list[tuple[str, str, Any, str | None]] = [
     ("mode", "context.mode", flag_int, None),
-    ("do_eval", "do_eval", flag_bool, None),
     ("modal_type", "modal_type", str, "+"),
     ("predict_batch_size", "predict_batch_size", flag_int, None),
     ("adapter_id", "adapter_id", str, "+"),

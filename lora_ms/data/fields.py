@@ -20,6 +20,11 @@ class RowFault(Exception):
         self.text = text
         self.advice = advice
 
+    @property
+    def kind(self) -> str:
+        """What is wrong, in words that many rows share."""
+        return re.sub(r"\([^()]*\)|\d+", "…", self.text.split(":")[0])
+
 
 def text_of(row: Mapping[str, Any], key: str, fill: Mapping[str, str], name: str | None = None) -> str:
     value = row.get(key)

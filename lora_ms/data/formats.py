@@ -38,7 +38,8 @@ class Reading:
     format: str = "auto"  # or a key of PARSERS
     columns: Mapping[str, str] = field(default_factory=dict)  # our name of a column -> the file's
     fill: Mapping[str, str] = field(default_factory=dict)  # what stands for {{KEY}} in every text
-    keep: Callable[[Mapping[str, Any], Row], Row | None] | None = None  # the last word on a row; None: leave it out
+    accept: Callable[[Mapping[str, Any]], bool] | None = None  # asked before a row is parsed; False: leave it out
+    keep: Callable[[Row], Row | None] | None = None  # the last word on a parsed row; None: leave it out
     on_fault: Callable[[str, RowFault], None] | None = None  # called for a row that cannot be used; None: an error
 
 
@@ -55,13 +56,15 @@ def parse_rows(rows: Iterable[tuple[str, Any]], reading: Reading) -> Iterator[Ro
             if isinstance(row, RowFault):
                 raise row
             row = _renamed(row, reading.columns)
+            if reading.accept is not None and isinstance(row, Mapping) and not reading.accept(row):
+                continue
             name = recognise(row, reading.format)
             first = first or name
             if name != first:
                 raise RowFault(f"the format is {name}, but the first row's is {first}", "keep one format in one file")
             parsed: Row | None = PARSERS[name](where, row, reading.fill)
             if reading.keep is not None:
-                parsed = reading.keep(row, parsed)
+                parsed = reading.keep(parsed)
         except RowFault as fault:
             if reading.on_fault is not None:
                 reading.on_fault(where, fault)

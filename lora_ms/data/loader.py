@@ -3,93 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_ms.data.collate import collate, label_count
-from lora_ms.data.example import Batch, Example, TokenRow
+from lora_ms.data.collate import collate
+from lora_ms.data.example import Batch, TokenRow
 from lora_ms.data.order import EpochOrder, MixedOrder, Source
 from lora_ms.data.packing import Kind, Layout, MicroBatch, plan_layout
-from lora_ms.data.report import Report
 from lora_ms.data.store import TokenStore
-from lora_ms.data.template import encode
 from lora_ms.errors import LoraMsError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-ROWS_NAMED = 5
-
-
-def prepare_rows(
-    rows: Sequence[Example | TokenRow],
-    *,
-    tokenizer: PreTrainedTokenizerBase | None,
-    seq_length: int,
-    vocab_size: int | None = None,
-) -> tuple[list[TokenRow], Report]:
-    """Tokenise the text rows, drop rows longer than `seq_length` tokens, and check that every row teaches something.
-
-    A row that came as tokens may have seq_length + 1 of them, as MindFormers' datasets do: its last is a target only.
-    tokenizer: may be None when all rows are TokenRows.
-    vocab_size: ids must be below it; None: not checked.
-
-    Raises LoraMsError, naming rows, when nothing remains, when a row has no label, or when an id is out of range.
-    """
-    kept: list[TokenRow] = []
-    shortest: TokenRow | None = None
-    for row in rows:
-        if isinstance(row, TokenRow):
-            encoded, limit = row, seq_length + 1
-        elif tokenizer is None:
-            raise LoraMsError(f"{row.where}: a text row needs a tokenizer; give one, or rows of input_ids and labels")
-        else:
-            encoded, limit = encode(tokenizer, row), seq_length
-        if vocab_size is not None:
-            _check_vocabulary(encoded, vocab_size)
-        if shortest is None or len(encoded.input_ids) < len(shortest.input_ids):
-            shortest = encoded
-        if len(encoded.input_ids) <= limit:
-            kept.append(encoded)
-    if shortest is None:
-        raise LoraMsError("the dataset: there are no rows; give at least one")
-    if not kept:
-        subject = "the only row is" if len(rows) == 1 else f"all {len(rows)} rows are"
-        raise LoraMsError(
-            f"{subject} longer than seq_length {seq_length} "
-            f"(shortest: {len(shortest.input_ids)} tokens, {shortest.where}); raise seq_length"
-        )
-    counts = [label_count(row) for row in kept]
-    _check_labels(kept, counts)
-    lengths = [len(row.input_ids) for row in kept]
-    report = Report(len(rows), len(kept), len(rows) - len(kept), seq_length, sum(lengths), sum(counts), max(lengths))
-    return kept, report
-
-
-def _check_vocabulary(row: TokenRow, vocab_size: int) -> None:
-    largest = int(max(row.input_ids.max(), row.labels.max()))
-    if largest >= vocab_size:
-        raise LoraMsError(
-            f"{row.where}: token id {largest} does not exist in a vocabulary of {vocab_size}; "
-            "is the tokenizer, or the tokenised data, another model's?"
-        )
-
-
-def _check_labels(rows: list[TokenRow], counts: list[int]) -> None:
-    silent = [row.where for row, count in zip(rows, counts, strict=True) if count == 0]
-    if len(silent) == len(rows):
-        raise LoraMsError(
-            f"no row has a label, so nothing can be learnt (first: {silent[0]}); check labels or prompt_len"
-        )
-    if silent:
-        more = f" and {len(silent) - ROWS_NAMED} more" if len(silent) > ROWS_NAMED else ""
-        raise LoraMsError(
-            f"{len(silent)} of {len(rows)} rows have no label: {', '.join(silent[:ROWS_NAMED])}{more}; "
-            "check their labels or prompt_len, or remove them"
-        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,6 +34,8 @@ class DataPlan:
     pad_id: int
     steps_per_epoch: int
     total_steps: int  # optimiser steps of the run
+    usual_lines: int  # rows that a padded micro-batch would have
+    reports: list[dict] = field(default_factory=list)  # what became of the data, for data_report.json
 
     @classmethod
     def build(
@@ -166,7 +92,7 @@ class DataPlan:
             per_step=per_step,
             world=world,
         )
-        return cls(store, order, layout, per_step, rank, world, pad_id, steps_per_epoch, total_steps)
+        return cls(store, order, layout, per_step, rank, world, pad_id, steps_per_epoch, total_steps, batch_size)
 
     def step(self, step: int) -> tuple[list[Batch], int]:
         """This rank's micro-batches of optimiser step `step` (from 0), and the label tokens of all ranks' together.
@@ -192,6 +118,20 @@ class DataPlan:
         """The shapes, for people."""
         sizes = ", ".join(f"{shape.lines}x{shape.length:,}" for shape in self.layout.shapes)
         return f"{self.layout.kind} in lines of {sizes}"
+
+    def padding(self) -> dict[str, float]:
+        """Share of padding in the computed tokens: as laid out, and ("usual") with each batch as long as its longest
+        row. Of some dozen steps."""
+        fed = computed = usual = 0
+        for step in range(0, self.total_steps, max(1, self.total_steps // 50)):
+            taken = self.step_rows(step)
+            lengths = self.rows.fed[taken]
+            fed += int(lengths.sum())
+            laid = self.layout.lay(lengths, self.rows.label_counts[taken])
+            computed += sum(batch.shape.lines * batch.shape.length for batch in laid)
+            starts = np.arange(0, len(taken), self.usual_lines)
+            usual += int((np.maximum.reduceat(lengths, starts) * np.diff(starts, append=len(taken))).sum())
+        return {self.layout.kind: round(1 - fed / computed, 4), "usual": round(1 - fed / usual, 4)}
 
     def checksum(self) -> int:
         """Tells whether the rows are the same."""

@@ -1,6 +1,7 @@
 """MindRecord files: token rows as MindFormers stores them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from lora_ms.data.example import IGNORE_INDEX, TokenRow
 from lora_ms.data.fields import RowFault
 from lora_ms.data.formats import token_row
 from lora_ms.errors import LoraMsError
+
+ROWS_WRITTEN = 2000  # together
 
 
 def read_mindrecord(path: Path) -> Iterator[tuple[str, Any]]:
@@ -47,6 +50,32 @@ def _mindrecord_rows(path: Path) -> Iterator[dict[str, NDArray[Any]]]:
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise LoraMsError(f"{path}: not readable as MindRecord ({reason}); write it anew") from error
+
+
+def write_mindrecord(path: Path, rows: Iterable[TokenRow], width: int | None, pad_id: int) -> None:
+    """Write one file with columns input_ids and labels, unshifted.
+
+    width: tokens of every row, filled up with `pad_id` and label -100, as MindFormers wants them (seq_length + 1);
+        None keeps each row as long as it is.
+    """
+    from mindspore.mindrecord import FileWriter
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writer = FileWriter(str(path), 1, overwrite=True)
+    column = {"type": "int32", "shape": [-1 if width is None else width]}
+    writer.add_schema({"input_ids": column, "labels": column}, "token rows of lora_ms")
+    rows = iter(rows)
+    while piece := [_filled(row, width, pad_id) for row in islice(rows, ROWS_WRITTEN)]:
+        writer.write_raw_data(piece)
+    writer.commit()
+
+
+def _filled(row: TokenRow, width: int | None, pad_id: int) -> dict[str, NDArray[np.int32]]:
+    if width is None:
+        return {"input_ids": np.array(row.input_ids), "labels": np.array(row.labels)}
+    ids, labels = np.full(width, pad_id, np.int32), np.full(width, IGNORE_INDEX, np.int32)
+    ids[: len(row.input_ids)], labels[: len(row.labels)] = row.input_ids, row.labels
+    return {"input_ids": ids, "labels": labels}
 
 
 def trim_padding(row: TokenRow) -> TokenRow:

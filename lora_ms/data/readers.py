@@ -58,7 +58,7 @@ def iter_rows(
                 left = None if left is None else left - 1
             if left == 0:
                 return
-        if not count and reading.keep is None and reading.on_fault is None:
+        if not count and (reading.accept, reading.keep, reading.on_fault) == (None, None, None):
             name = os.fspath(source) if named else "the dataset"
             raise LoraMsError(f"{name}: there are no rows; give at least one")
 

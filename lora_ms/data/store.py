@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -48,6 +49,28 @@ class TokenStore(Sequence[TokenRow]):
                 np.cumsum([len(name) for name in names], dtype=np.int64),
             )
         )
+
+    @classmethod
+    def join(cls, stores: Sequence[TokenStore]) -> TokenStore:
+        """The rows of all stores, one after another."""
+        if len(stores) == 1:
+            return stores[0]
+        parts = [store.columns for store in stores]
+        tokens = np.cumsum([0, *(len(part.ids) for part in parts)])
+        letters = np.cumsum([0, *(len(part.names) for part in parts)])
+        return cls(
+            Columns(
+                np.concatenate([part.ids for part in parts]),
+                np.concatenate([part.labels for part in parts]),
+                np.concatenate([part.ends + start for part, start in zip(parts, tokens, strict=False)]),
+                np.concatenate([part.names for part in parts]),
+                np.concatenate([part.name_ends + start for part, start in zip(parts, letters, strict=False)]),
+            )
+        )
+
+    def take(self, indices: NDArray[np.int64]) -> TokenStore:
+        """The rows of these indices."""
+        return TokenStore.of([self[int(index)] for index in indices])
 
     @classmethod
     def load(cls, folder: Path) -> TokenStore:
@@ -97,7 +120,7 @@ class TokenStore(Sequence[TokenRow]):
     @cached_property
     def _targets(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         counts, fed = np.zeros(len(self), np.int64), np.zeros(len(self), np.int64)
-        for first, last in self._chunks():
+        for first, last in self.chunks():
             start = int(self.columns.ends[first - 1]) if first else 0
             learnt = self.columns.labels[start : int(self.columns.ends[last - 1])] != IGNORE_INDEX
             starts = np.concatenate([[0], self.columns.ends[first : last - 1] - start]).astype(np.int64)
@@ -105,9 +128,10 @@ class TokenStore(Sequence[TokenRow]):
             counts[first:last] = np.add.reduceat(learnt, starts, dtype=np.int64)
             places = np.where(learnt, np.arange(len(learnt)), 0)
             fed[first:last] = np.maximum(np.maximum.reduceat(places, starts) - starts, 0)
+            self.release()
         return counts, fed
 
-    def _chunks(self) -> Iterator[tuple[int, int]]:
+    def chunks(self) -> Iterator[tuple[int, int]]:
         """Ranges of rows of about ``CHUNK`` tokens."""
         first, ends = 0, self.columns.ends
         while first < len(self):
@@ -116,12 +140,19 @@ class TokenStore(Sequence[TokenRow]):
             yield first, last
             first = last
 
+    def release(self) -> None:
+        """Lets go of what was read of mapped files, so that a walk through all rows needs no memory."""
+        for array in self.columns[:2]:
+            if isinstance(array, np.memmap):
+                array._mmap.madvise(mmap.MADV_DONTNEED)
+
     def checksum(self) -> int:
         """CRC-32 of all tokens, labels and lengths: tells whether the data is the same."""
         total = crc32(np.ascontiguousarray(self.columns.ends))
         for array in (self.columns.ids, self.columns.labels):
             for start in range(0, len(array), CHUNK):
                 total = crc32(np.ascontiguousarray(array[start : start + CHUNK]), total)
+                self.release()
         return total
 
 

@@ -4,17 +4,22 @@ import os
 import sys
 from pathlib import Path
 
+import numpy as np
+
 from lora_ms.adapters import inject as injection
 from lora_ms.adapters.config import LoraConfig
 from lora_ms.adapters.peft_format import load_adapter, read_adapter_config, restore_adapter, save_adapter
 from lora_ms.config import RunConfig, dump_config
 from lora_ms.config.sections import LossScale
+from lora_ms.data.order import permutation
+from lora_ms.data.pipeline import Preparation
+from lora_ms.data.store import TokenStore
 from lora_ms.errors import LoraMsError
 from lora_ms.models import hub
 from lora_ms.models.decoder import CausalLM
-from lora_ms.tasks import common
+from lora_ms.tasks import common, data, evaluate
 from lora_ms.train import checkpoint
-from lora_ms.train.fit import Weights, fit, plan_rows
+from lora_ms.train.fit import Weights, fit, mean_loss, plan_store
 from lora_ms.train.log import Tee
 from lora_ms.train.settings import TrainSettings
 
@@ -33,7 +38,7 @@ def settings_of(config: RunConfig, longest: int) -> TrainSettings:
         batch_size=config.batch_size,
         accumulation=runner.gradient_accumulation_steps,
         max_steps=runner.max_steps,
-        seq_length=common.seq_length(config, longest),
+        seq_length=data.seq_length(config, longest),
         packing=config.train_dataset.packing,
         length_buckets=config.train_dataset.length_buckets,
         shuffle=config.train_dataset.data_loader.shuffle,
@@ -128,6 +133,32 @@ def weights_of(model: CausalLM, adapter: LoraConfig | None, tokenizer) -> Weight
     return Weights("model" if adapter is None else "adapter", write, read, identity)
 
 
+def split_off(
+    config: RunConfig, store: TokenStore, tokenizer, how: Preparation
+) -> tuple[TokenStore, TokenStore | None]:
+    """Rows to train on, and rows to evaluate on at the end: ``validation_split``'s, or, with do_eval, eval_dataset's.
+
+    Raises:
+        LoraMsError: nothing remains on one of the sides, or parts of a mixture would be torn.
+    """
+    share = config.train_dataset.validation_split
+    if not share:
+        if not config.do_eval:
+            return store, None
+        sources = data.sources_of(config.eval_dataset, "eval")
+        how = data.preparation(config, config.eval_dataset, how.seq_length, how.vocab_size)
+        return store, data.rows_of(config.eval_dataset, sources, tokenizer, how)[0]
+    if config.train_dataset.mix:
+        raise LoraMsError(
+            "validation_split and mix are both given: hold rows out in an eval_dataset, with do_eval: True"
+        )
+    count = round(share * len(store))
+    if not 0 < count < len(store):
+        raise LoraMsError(f"validation_split {share} of {len(store)} rows leaves {count} to evaluate on: change it")
+    order = permutation(len(store), config.seed, 1 << 20)
+    return store.take(np.sort(order[count:])), store.take(np.sort(order[:count]))
+
+
 def run(config: RunConfig) -> None:
     """Trains as ``config`` says; outputs under ``output_dir`` as the README lists them.
 
@@ -135,22 +166,24 @@ def run(config: RunConfig) -> None:
         LoraMsError: anything that a user can mend.
     """
     output_dir = Path(config.output_dir)
-    sources = common.data_sources(config.train_dataset, "train")
+    sources = data.sources_of(config.train_dataset, "train")
     if config.pet_config is not None and not config.load_checkpoint:
         raise LoraMsError(
             "load_checkpoint is missing: give the model to put the adapter on (pet_config: null trains anew)"
         )
     sizes = common.read_sizes(config)
-    rows = common.rows_of(sources, config, config.train_dataset)
+    tokenizer = data.tokenizer_for(config, training=True)
+    how = data.preparation(config, config.train_dataset, sizes.max_position_embeddings, sizes.vocab_size)
+    store, reports, shares = data.rows_of(config.train_dataset, sources, tokenizer, how)
+    store, held_out = split_off(config, store, tokenizer, how)
     check_output(output_dir)
     with Tee() as log:
         runtime = common.start(config)
         dtype = common.compute_dtype(config, runtime)
-        tokenizer = common.tokenizer_for(config)
         settings = settings_of(config, sizes.max_position_embeddings)
         if settings.resume:
             checkpoint.find(output_dir, settings.resume)
-        plan = plan_rows(rows, tokenizer, settings, runtime, sizes.vocab_size)
+        plan = plan_store(store, reports, shares, tokenizer, settings, runtime)
         model = common.build_model(config, sizes, dtype)
         adapter = attach_adapter(config, model)
         if runtime.is_main:
@@ -168,6 +201,9 @@ def run(config: RunConfig) -> None:
                 f"loss {outcome.first_loss:.4f} -> {outcome.last_loss:.4f} in" if outcome.losses else "nothing left of"
             )
             print(f"{done} {outcome.steps:,} steps")
+            if held_out is not None:
+                held_plan = evaluate.plan_of(config, held_out, tokenizer, how.seq_length)
+                print(f"held-out rows: {evaluate.line(*mean_loss(model, held_plan, sizes.vocab_size))}")
             print(f"{weights.folder}: {output_dir / weights.folder}   loss plot: {output_dir / 'loss.png'}")
     if outcome.stopped:
         sys.exit(130)

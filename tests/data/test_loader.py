@@ -7,8 +7,10 @@ import pytest
 
 from lora_ms.data.collate import label_count
 from lora_ms.data.example import Example, Message, TokenRow
-from lora_ms.data.loader import DataPlan, prepare_rows
+from lora_ms.data.loader import DataPlan
 from lora_ms.data.packing import round_up
+from lora_ms.data.pipeline import Preparation
+from lora_ms.data.pipeline import prepare_rows as prepare
 from lora_ms.data.report import Report
 from lora_ms.errors import LoraMsError
 
@@ -24,6 +26,10 @@ def some_rows(count: int, seed: int = 0, longest: int = 30) -> list[TokenRow]:
     rng = np.random.default_rng(seed)
     lengths = rng.integers(2, longest + 1, count)
     return [token_row(number, length, rng.integers(1, length)) for number, length in enumerate(lengths, start=1)]
+
+
+def prepare_rows(rows, *, tokenizer, **options):
+    return prepare(rows, tokenizer, Preparation(**options))
 
 
 def build(rows, **options) -> DataPlan:
@@ -160,10 +166,13 @@ def test_prepare_rows_encodes_drops_and_counts(chatml):
     assert [len(row.input_ids) for row in kept] == [23, 6]
     assert kept[0].labels.tolist() == [-100] * 19 + [65, 66, 263, -100]
     assert report == Report(
-        rows=3, kept=2, dropped_too_long=1, seq_length=32, tokens=29, label_tokens=3 + 2, longest=23
-    )
+        rows=3, kept=2, dropped_too_long=1, seq_length=32, tokens=29, label_tokens=3 + 2, longest=23,
+        answer_tokens_lost=51, percentiles={"shortest": 6, "50%": 23, "90%": 71, "99%": 71, "longest": 71},
+        scripts={"Latin": 1.0},
+    )  # fmt: skip
     assert report.lines() == [
-        "data: 3 rows, 1 dropped (longer than seq_length 32), 29 tokens, 17% of them labels, longest 23"
+        "data: 3 rows, 1 dropped (longer than seq_length 32), 29 tokens, 17% of them labels, longest 23",
+        "  answer tokens lost beyond seq_length: 51",
     ]
 
 
@@ -197,10 +206,8 @@ def fault(rows, **options) -> str:
 
 def test_rows_that_are_all_too_long():
     rows = [token_row(number, length) for number, length in enumerate((44, 40, 90), start=1)]
-    assert fault(rows) == ("all 3 rows are longer than seq_length 16 (shortest: 40 tokens, row 2); raise seq_length")
-    assert fault(rows[:1]) == (
-        "the only row is longer than seq_length 16 (shortest: 44 tokens, row 1); raise seq_length"
-    )
+    assert fault(rows) == ("all 3 rows are longer than seq_length 16 (shortest: 40 tokens); raise seq_length")
+    assert fault(rows[:1]) == ("the only row is longer than seq_length 16 (shortest: 44 tokens); raise seq_length")
 
 
 def test_rows_without_a_label():

@@ -112,7 +112,10 @@ def test_the_plot_is_a_picture(plain_run):
 
 def test_what_a_run_leaves_behind(plain_run):
     names = sorted(str(p.relative_to(plain_run.path)) for p in plain_run.path.rglob("*") if p.is_file())
-    assert names == ["adapter/adapter_config.json", "adapter/adapter_model.safetensors", "loss.png", "metrics.jsonl"]
+    assert names == [
+        "adapter/adapter_config.json", "adapter/adapter_model.safetensors", "data_report.json", "loss.png",
+        "metrics.jsonl",
+    ]  # fmt: skip
 
 
 def test_every_nth_step_is_logged_and_the_last(train, tmp_path, capsys):
