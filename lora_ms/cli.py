@@ -11,123 +11,19 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from lora_ms.errors import LoraMsError
+from lora_ms.flags import FLAG_KEYS, FLAGS, IDLE_FLAGS, OTHER_FLAGS, flag_fill, flag_int
 
 COMMANDS = {
     "finetune": "train an adapter (or, with pet_config: null, the whole model)",
     "predict": "answer the prompts of --predict_data",
     "chat": "talk with a model and its adapter",
     "eval": "loss and perplexity on eval_dataset",
+    "preview": "rows as the model sees them, labels in colour",
+    "preprocess": "rows to MindRecord files, tokenised once; or, with --report, a look at them",
 }
 RUN_MODES = {"finetune": ("finetune", "train"), "predict": ("predict",), "chat": ("predict",), "eval": ("eval",)}
-
-
-def flag_bool(text: str) -> bool:
-    """True or False, in any case."""
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"wants True or False, got {text!r}")
-    return text.lower() == "true"
-
-
-def flag_int(text: str) -> int:
-    """A whole number."""
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"wants a whole number, got {text!r}") from None
-
-
-def flag_float(text: str) -> float:
-    """A number."""
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"wants a number, got {text!r}") from None
-
-
-def flag_bool_or_name(text: str) -> bool | str:
-    """True or False in any case, else a checkpoint's name."""
-    return text.lower() == "true" if text.lower() in ("true", "false") else text
-
-
-def flag_fill(text: str) -> tuple[str, str]:
-    """``NAME=text``: the name is a word."""
-    name, equals, value = text.partition("=")
-    if not equals or not name.isidentifier():
-        raise argparse.ArgumentTypeError(f"wants NAME=text with a word as NAME, got {text!r}")
-    return name, value
-
-
-SIZES = "model.model_config"
-DATA = "data_loader.dataset_dir"
-
-# group -> (flag, key of the configuration, type, placeholder, help); a flag that is not given keeps the YAML's value
-FLAGS: dict[str, list[tuple[str, str, Any, str, str]]] = {
-    "what to train on": [
-        ("load_checkpoint", "load_checkpoint", str, "PATH", "Hugging Face folder, or .ckpt, .safetensors"),
-        ("load_adapter", "load_adapter", str, "DIR", "adapter folder to go on from or to use"),
-        ("train_dataset_dir", f"train_dataset.{DATA}", str, "PATH", "training rows: file, folder or glob"),
-        ("eval_dataset_dir", f"eval_dataset.{DATA}", str, "PATH", "evaluation rows: file, folder or glob"),
-        ("num_samples", "train_dataset.num_samples", flag_int, "N", "only the first N training rows"),
-        (
-            "chat_template",
-            "processor.tokenizer.chat_template",
-            str,
-            "NAME",
-            "chatml, llama2, llama3, qwen, alpaca, vicuna, deepseek, human_assistant, or a file",
-        ),
-        ("output_dir", "output_dir", str, "DIR", "where results go"),
-    ],
-    "training": [
-        ("epochs", "runner_config.epochs", flag_int, "N", "passes over the data"),
-        ("max_steps", "runner_config.max_steps", flag_int, "N", "optimiser steps; -1: as epochs make"),
-        ("batch_size", "runner_config.batch_size", flag_int, "N", "rows per device and micro-batch"),
-        (
-            "gradient_accumulation_steps",
-            "runner_config.gradient_accumulation_steps",
-            flag_int,
-            "N",
-            "micro-batches per optimiser step",
-        ),
-        ("learning_rate", "lr_schedule.learning_rate", flag_float, "X", "highest learning rate"),
-        ("seq_length", f"{SIZES}.seq_length", flag_int, "N", "longest row, in tokens"),
-        ("resume_training", "resume_training", flag_bool_or_name, "True|NAME", "go on from the newest checkpoint"),
-        ("do_eval", "do_eval", flag_bool, "BOOL", "evaluate on eval_dataset after training"),
-        ("seed", "seed", flag_int, "N", "of initialisation, order, dropout, sampling"),
-        ("use_parallel", "use_parallel", flag_bool, "BOOL", "all cards that msrun started"),
-        ("device_target", "context.device_target", str, "NAME", "auto, Ascend or CPU"),
-        ("device_id", "context.device_id", flag_int, "N", "which card"),
-    ],
-    "generation": [
-        ("max_new_tokens", f"{SIZES}.max_new_tokens", flag_int, "N", "longest answer, in tokens"),
-        ("do_sample", f"{SIZES}.do_sample", flag_bool, "BOOL", "False: always the likeliest token"),
-        ("temperature", f"{SIZES}.temperature", flag_float, "X", "below 1 sharpens, above 1 flattens"),
-        ("top_k", f"{SIZES}.top_k", flag_int, "N", "among the N likeliest tokens; 0: all"),
-        ("top_p", f"{SIZES}.top_p", flag_float, "X", "among tokens of total probability X"),
-        ("repetition_penalty", f"{SIZES}.repetition_penalty", flag_float, "X", "1: none"),
-    ],
-    "MindFormers compatibility": [
-        ("run_mode", "run_mode", str, "MODE", "finetune, train, eval or predict"),
-        ("sink_mode", "runner_config.sink_mode", flag_bool, "BOOL", "feed the device in one piece"),
-    ],
-}
-# MindFormers' flags that change nothing here: accepted, reported by RunConfig.notices()
-IDLE_FLAGS: list[tuple[str, str, Any, str | None]] = [
-    ("mode", "context.mode", flag_int, None),
-    ("modal_type", "modal_type", str, "+"),
-    ("predict_batch_size", "predict_batch_size", flag_int, None),
-    ("adapter_id", "adapter_id", str, "+"),
-    ("src_strategy_path_or_dir", "src_strategy_path_or_dir", str, None),
-    ("auto_trans_ckpt", "auto_trans_ckpt", flag_bool, None),
-    ("transform_process_num", "transform_process_num", flag_int, None),
-    ("only_save_strategy", "only_save_strategy", flag_bool, None),
-    ("strategy_load_checkpoint", "strategy_load_checkpoint", str, None),
-    ("remote_save_url", "remote_save_url", str, None),
-    ("profile", "profile", flag_bool, None),
-    ("register_path", "register_path", str, None),
-    ("trust_remote_code", "trust_remote_code", flag_bool, None),
-]
-FLAG_KEYS = {row[0]: row[1] for rows in FLAGS.values() for row in rows} | {row[0]: row[1] for row in IDLE_FLAGS}
-OTHER_FLAGS = ("config", "preset", "fill", "options", "predict_data", "debug")
+DATA_COMMANDS = ("preview", "preprocess")  # they need a tokenizer, and no model
+RUN_MODES |= {name: ("finetune", "train") for name in DATA_COMMANDS}
 
 
 class Parser(argparse.ArgumentParser):
@@ -169,16 +65,21 @@ def _lora_ms(argv: list[str]) -> int:
     parser.add_argument("--version", action=Version, nargs=0, help="print the version and stop")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands", required=True)
     for name, summary in COMMANDS.items():
-        add_flags(
-            commands.add_parser(
-                name,
-                help=summary,
-                description=f"lora-ms {name}: {summary}.",
-                allow_abbrev=False,
-                formatter_class=Help,
-                usage=f"lora-ms {name} [--config YAML] [flags]",
-            )
+        command = commands.add_parser(
+            name,
+            help=summary,
+            description=f"lora-ms {name}: {summary}.",
+            allow_abbrev=False,
+            formatter_class=Help,
+            usage=f"lora-ms {name} [--config YAML] [flags]",
         )
+        add_flags(command)
+        if name == "preview":
+            command.add_argument("--row", type=flag_int, metavar="N", help="only row N, counted from 1")
+        if name == "preprocess":
+            command.add_argument("--report", action="store_true", help="say what is in the data, and write no rows")
+            text = "mindformers: rows of seq_length + 1 tokens, filled up; rows: each as long as it is"
+            command.add_argument("--layout", choices=("rows", "mindformers"), default="rows", help=text)
     args = _parse(parser, known)
     if args.config is None and args.load_checkpoint is None:
         raise LoraMsError("what model? give --config FILE.yaml, or --load_checkpoint with a model's folder")
@@ -234,6 +135,14 @@ def _dispatch(command: str | None, args: argparse.Namespace, free_form: list[str
         from lora_ms.tasks import chat
 
         chat.run(config)
+    elif command == "preview":
+        from lora_ms.tasks import preview
+
+        preview.run(config, args.row)
+    elif command == "preprocess":
+        from lora_ms.tasks import preprocess
+
+        preprocess.run(config, args.report, args.layout)
     else:
         from lora_ms.tasks import evaluate
 

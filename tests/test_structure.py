@@ -31,7 +31,8 @@ DIRECTIONS = {
         "mindspore numpy transformers tqdm",
     ),
     "api": ("config models adapters train infer data nn runtime storage errors", "mindspore numpy transformers"),
-    "cli": ("config tasks errors", ""),
+    "cli": ("config tasks flags errors", ""),
+    "flags": ("", ""),
 }
 # What a part may import inside functions only: `data` and --help answer without MindSpore.
 LAZY_ONLY = {

@@ -103,17 +103,14 @@ class LrSchedule(Section):
         return self
 
 
-class Handler(Section):
-    """One of ``data_loader.handler``: MindFormers' way to say what the rows are."""
-
-    type: Literal["AlpacaInstructDataHandler"] = "AlpacaInstructDataHandler"
-    seq_length: Whole | None = Field(None, ge=2)  # tokens of the longest row, where model_config has none
-    tokenizer_name: NoEffect = None
-    prompt_key: NoEffect = None
-    output_columns: NoEffect = None
-    padding: NoEffect = True
-    is_dynamic: NoEffect = None
-    use_legacy: NoEffect = None
+def _handlers(value: Any) -> list[dict[str, Any]]:
+    handlers = [value] if isinstance(value, dict) else value or []
+    kinds = [handler.get("type") if isinstance(handler, dict) else handler for handler in handlers]
+    if any(kind != "AlpacaInstructDataHandler" for kind in kinds):
+        raise ValueError("wants a list of {type: AlpacaInstructDataHandler, …}")
+    if any(type(handler.get("seq_length", 2)) is not int for handler in handlers):
+        raise ValueError("wants a whole number as seq_length")
+    return handlers
 
 
 class Clean(Section):
@@ -144,7 +141,7 @@ class DataLoader(Section):
     data_files: Texts = []  # files
     shuffle: Flag = True  # a new order each epoch, from the seed
     split: Text | None = None  # of a Hugging Face dataset that has several; None: train
-    handler: Annotated[list[Handler], BeforeValidator(lambda value: [] if value is None else value)] = []
+    handler: Annotated[list[dict[str, Any]], BeforeValidator(_handlers)] = []  # MindFormers' word for the format
     load_func: NoEffect = None
 
 

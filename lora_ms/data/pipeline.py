@@ -111,6 +111,8 @@ def _letters(rows: Iterable[Example | Completion]) -> Iterator[str]:
 def _within(row: Row, tokens: TokenRow, how: Preparation, tally: Tally) -> list[TokenRow]:
     """The row, or what becomes of it where it is too long."""
     length, limit = len(tokens.input_ids), how.seq_length + isinstance(row, TokenRow)
+    if length < min(tally.lengths, default=length + 1):
+        tally.shortest = tokens.where
     tally.lengths[length] += 1
     if length <= limit:
         return [tokens]
@@ -168,7 +170,8 @@ def finish(store: TokenStore, how: Preparation, tally: Tally) -> Report:
         shortest = min(tally.lengths)
         subject = "the only row is" if tally.rows == 1 else f"all {tally.rows} rows are"
         raise LoraMsError(
-            f"{subject} longer than seq_length {how.seq_length} (shortest: {shortest} tokens); raise seq_length"
+            f"{subject} longer than seq_length {how.seq_length} (shortest: {shortest} tokens, {tally.shortest}); "
+            "raise seq_length"
         )
     _check_labels(store)
     return Report(

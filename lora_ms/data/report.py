@@ -46,6 +46,7 @@ class Tally:
     split: int = 0  # texts that became several rows
     lengths: Counter[int] = field(default_factory=Counter)  # tokens -> rows, before anything was cut
     scripts: Counter[str] = field(default_factory=Counter)  # script -> letters
+    shortest: str = ""  # name of the shortest row
 
     def state(self) -> dict[str, Any]:
         """For JSON; ``of`` takes it back."""

@@ -24,6 +24,7 @@ class Labelled(NamedTuple):
     text: str
     spans: list[tuple[int, int]]
     ended: bool  # the last span closes with an end token
+    silent: int = 0  # the first spans, which are not learnt after all
 
 
 def encode(
@@ -59,7 +60,7 @@ def encode_rows(
         positions = [len(head) for head in before]
         if any(head != ids[: len(head)] for head in before):
             ids, positions = _tokenise(tokenizer, labelled.text, boundaries)
-        encoded.append(_token_row(tokenizer, row, ids, positions, labelled.ended))
+        encoded.append(_token_row(tokenizer, row, ids, positions[2 * labelled.silent :], labelled.ended))
     return encoded
 
 
@@ -89,8 +90,11 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message
 
     input: the tail of the last user message that the Alpaca prompt sets apart; a chat template does not.
     """
-    text = _render(tokenizer, "the prompt", _with_input(tokenizer, messages, input), True)
-    return [*_default_bos(tokenizer), *_ids(tokenizer, [text])[0]]
+    messages = _with_input(tokenizer, messages, input)
+    text = _render(tokenizer, "the prompt", messages, True)
+    # split where training splits it, so that past turns have the tokens that they had
+    spans = _earlier(tokenizer, "the prompt", text, messages)
+    return [*_default_bos(tokenizer), *_tokenise(tokenizer, text, [edge for span in spans for edge in span])[0]]
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, instruction: str, system: str | None = None) -> list[int]:
@@ -110,18 +114,28 @@ def _labelled(tokenizer: PreTrainedTokenizerBase, row: Example | Completion, tur
     if not (text.startswith(prompt) and _shows(text[len(prompt) :], messages[-1].content)):
         closing = next((token for token in end_tokens if text.rstrip().endswith(token)), "")
         text = prompt + _continuation(prompt, messages[-1].content) + closing
-    earlier: list[tuple[int, int]] = []
-    for turn, message in enumerate(messages[:-1]):
-        if message.role != "assistant" or turns == "last":
-            continue
-        start = _render(tokenizer, row.where, messages[:turn], True)
-        end = _render(tokenizer, row.where, messages[: turn + 1], False)
-        if not (end.startswith(start) and text.startswith(end) and _shows(end[len(start) :], message.content)):
-            earlier = []
-            break
-        earlier.append((len(start), _turn_end(end, end_tokens)))
     last = (len(prompt), _turn_end(text, end_tokens))
-    return Labelled(text, [*earlier, last], text[: last[1]].endswith(end_tokens))
+    earlier = _earlier(tokenizer, row.where, text, messages[:-1])
+    return Labelled(
+        text, [*earlier, last], text[: last[1]].endswith(end_tokens), len(earlier) if turns == "last" else 0
+    )
+
+
+def _earlier(
+    tokenizer: PreTrainedTokenizerBase, where: str, text: str, messages: Sequence[Message]
+) -> list[tuple[int, int]]:
+    """Character ranges of past assistant turns; none where the text shows one otherwise than it was generated."""
+    spans = []
+    end_tokens = _end_tokens(tokenizer)
+    for turn, message in enumerate(messages):
+        if message.role != "assistant":
+            continue
+        start = _render(tokenizer, where, messages[:turn], True)
+        end = _render(tokenizer, where, messages[: turn + 1], False)
+        if not (end.startswith(start) and text.startswith(end) and _shows(end[len(start) :], message.content)):
+            return []
+        spans.append((len(start), _turn_end(end, end_tokens)))
+    return spans
 
 
 def _continuation(prompt: str, answer: str) -> str:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def seq_length(config: RunConfig, longest: int) -> int:
     """Longest row in tokens: the YAML's, else 1024 or what the model was made for."""
-    handled = next((handler.seq_length for handler in config.train_dataset.data_loader.handler), None)
+    handled = next((handler.get("seq_length") for handler in config.train_dataset.data_loader.handler), None)
     return config.model.sizes.seq_length or handled or min(1024, longest)
 
 

@@ -2,7 +2,7 @@
 
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn
 
+from lora_ms.data.feed import Step, feed
 from lora_ms.data.loader import DataPlan
 from lora_ms.errors import LoraMsError
 from lora_ms.runtime import Runtime, SumOverRanks, peak_memory_mb
@@ -123,7 +124,8 @@ class Run:
                 layer.recompute()
         self.micro_step = MicroStep(SummedLoss(model, vocab_size), self.optimizer)
         self.pending: list[_Pending] = []
-        self.clock = 0.0
+        self.clock = self.waited = 0.0
+        self.steps: Iterator[Step] = iter(())
 
     def rate(self, step: int) -> float:
         """Learning rate of step ``step`` (from 0)."""
@@ -147,11 +149,12 @@ class Run:
 
     def launch(self, step: int) -> None:
         """Puts optimiser step ``step`` (from 0) on the device; its numbers are read by ``read``."""
-        batches, label_tokens = self.plan.step(step)
-        losses = [self.micro_step(*map(Tensor, b[:4])) for b in batches]
+        begun = time.perf_counter()
+        batches, tokens, label_tokens = next(self.steps)
+        self.waited += time.perf_counter() - begun
+        losses = [self.micro_step(*batch) for batch in batches]
         rate = self.rate(step)
         norm, finite = self.optimizer(Tensor(rate, ms.float32), Tensor(label_tokens, ms.float32))
-        tokens = sum(b.tokens for b in batches)
         self.pending.append(_Pending(step, losses, norm, finite, tokens, label_tokens, rate))
 
     def read(self) -> list[Record]:
@@ -167,6 +170,7 @@ class Run:
         norms = [float(p.norm.asnumpy()) for p in pending]
         seconds, now = (time.perf_counter() - self.clock) / len(pending), time.perf_counter()
         self.clock = now
+        waited, self.waited = self.waited / len(pending), 0.0
         records = []
         for p, total, norm in zip(pending, sums, norms, strict=True):
             self._check_finite(p, total)
@@ -181,6 +185,7 @@ class Run:
                     label_tokens=p.label_tokens,
                     tokens_per_second=round(p.tokens / seconds, 1),
                     step_time_s=round(seconds, 4),
+                    wait_share=round(waited / seconds, 4),
                     peak_memory_mb=round(peak_memory_mb(self.runtime.device), 1),
                 )
             )
@@ -221,6 +226,7 @@ class Run:
         done = start
         sink = s.sink_size if s.sink_size > 0 else self.plan.steps_per_epoch
         self.clock = time.perf_counter()
+        self.steps = feed(self.plan, start)
         try:
             with StopSignal() as stop:
                 stopping = False
@@ -237,4 +243,5 @@ class Run:
                         self.save(done)
         finally:
             reporter.close()
+            self.steps = iter(())
         return Outcome(done, done < total, losses)

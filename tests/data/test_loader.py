@@ -206,8 +206,10 @@ def fault(rows, **options) -> str:
 
 def test_rows_that_are_all_too_long():
     rows = [token_row(number, length) for number, length in enumerate((44, 40, 90), start=1)]
-    assert fault(rows) == ("all 3 rows are longer than seq_length 16 (shortest: 40 tokens); raise seq_length")
-    assert fault(rows[:1]) == ("the only row is longer than seq_length 16 (shortest: 44 tokens); raise seq_length")
+    assert fault(rows) == ("all 3 rows are longer than seq_length 16 (shortest: 40 tokens, row 2); raise seq_length")
+    assert fault(rows[:1]) == (
+        "the only row is longer than seq_length 16 (shortest: 44 tokens, row 1); raise seq_length"
+    )
 
 
 def test_rows_without_a_label():

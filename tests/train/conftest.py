@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-TIMES = ("tokens_per_second", "step_time_s", "peak_memory_mb")
+TIMES = ("tokens_per_second", "step_time_s", "wait_share", "peak_memory_mb")
 
 
 @dataclass

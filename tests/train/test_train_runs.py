@@ -86,7 +86,7 @@ def test_records(plain_run, rows):
     for line in lines:
         assert list(line) == [
             "step", "epoch", "loss", "grad_norm", "learning_rate", "tokens", "label_tokens", "tokens_per_second",
-            "step_time_s", "peak_memory_mb",
+            "step_time_s", "wait_share", "peak_memory_mb",
         ]  # fmt: skip
         assert all(math.isfinite(value) and value >= 0 for value in line.values())
         assert line["peak_memory_mb"] > 50 and line["step_time_s"] > 0
