@@ -275,6 +275,6 @@ class Trainer:
 
     def _read(self, path: Path) -> None:
         if self.peft:
-            restore_adapter(self.model, path)
+            restore_adapter(self.model, path, self.peft.peft_config)
         else:
             hub.restore(self.model, path)
