@@ -23,6 +23,14 @@ def __getattr__(name: str):
         from lora_ms.nn.lora import LoRADense
 
         return LoRADense
+    if name in ("PeftModel", "get_peft_model"):
+        from lora_ms import peft_model
+
+        return getattr(peft_model, name)
+    if name == "LoraConfig":
+        from lora_ms.adapters.config import LoraConfig
+
+        return LoraConfig
     if name in __all__:
         from lora_ms import api
 

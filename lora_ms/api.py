@@ -12,10 +12,6 @@ from mindspore import Tensor
 from numpy.typing import NDArray
 
 from lora_ms import runtime as runtime_module
-from lora_ms.adapters import inject as injection
-from lora_ms.adapters.config import LoraConfig
-from lora_ms.adapters.merge import merge
-from lora_ms.adapters.peft_format import load_adapter, restore_adapter, save_adapter
 from lora_ms.data.readers import read_rows
 from lora_ms.data.tokenizer import load_tokenizer
 from lora_ms.errors import LoraMsError
@@ -23,6 +19,7 @@ from lora_ms.infer.generate import Generator, pad_rows
 from lora_ms.infer.sampling import Sampling
 from lora_ms.models import hub
 from lora_ms.models.decoder import CausalLM
+from lora_ms.peft_model import PeftModel
 from lora_ms.train.fit import Weights, fit, plan_rows
 from lora_ms.train.loop import Outcome
 from lora_ms.train.settings import TrainSettings
@@ -40,6 +37,7 @@ class Model(CausalLM):
         attention_mask: Tensor | NDArray | None = None,
         eos_token_id: int | Sequence[int] | None = None,
         pad_token_id: int = 0,
+        generator: Generator | None = None,
         **sampling,
     ) -> NDArray[np.int32]:
         """Prompts continued: [batch, prompt + new] token ids, as in transformers.
@@ -50,6 +48,7 @@ class Model(CausalLM):
             attention_mask: [batch, prompt] of 0 and 1; 0 marks padding.
             eos_token_id: one or more ids that end a row; None for the model's own. Without any, rows run on.
             pad_token_id: fills the rest of a row that has ended.
+            generator: holds the compiled graphs; None for the model's own.
             sampling: do_sample, temperature, top_k, top_p, repetition_penalty, seed (see ``Sampling``).
 
         Raises:
@@ -62,10 +61,12 @@ class Model(CausalLM):
         rows = _rows(input_ids, attention_mask)
         ends = self.config.eos_token_ids if eos_token_id is None else eos_token_id
         ends = (ends,) if isinstance(ends, int) else tuple(ends)
-        if "generator" not in self.__dict__:
-            self.__dict__["generator"] = Generator(self)  # past Cell's own attributes: the generator holds this model
+        if generator is None:
+            # past Cell's own attributes: the generator holds this model
+            generator = self.__dict__.setdefault("generator", None) or Generator(self)
+            self.__dict__["generator"] = generator
         training = self.training
-        new = self.__dict__["generator"].generate(rows, max_new_tokens, Sampling(**sampling), ends)
+        new = generator.generate(rows, max_new_tokens, Sampling(**sampling), ends)
         self.set_train(training)
         return pad_rows(rows, new, pad_token_id, max(map(len, input_ids)))
 
@@ -109,61 +110,6 @@ class AutoTokenizer:
     def from_pretrained(path: str | os.PathLike):
         """transformers' own tokenizer of a directory on disk."""
         return load_tokenizer(path)
-
-
-class PeftModel:
-    """A model with an adapter in it.
-
-    Calling it gives the model's logits; ``model`` is the Cell itself.
-    """
-
-    def __init__(self, model: Model, config: LoraConfig):
-        self.model, self.peft_config = model, config
-
-    @classmethod
-    def from_pretrained(cls, model: Model, path: str | os.PathLike, adapter_name: str = "default") -> "PeftModel":
-        """Swaps the adapter of directory ``path`` into ``model``.
-
-        Raises:
-            LoraMsError: no adapter there, an unsupported kind, or one made for another model.
-        """
-        if adapter_name != "default":
-            raise LoraMsError(f"adapter_name {adapter_name!r}: one adapter, named 'default', is supported")
-        config, _ = load_adapter(model, path)
-        model.cells_have_changed()
-        return cls(model, config)
-
-    def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        return self.model(input_ids, attention_mask)
-
-    def generate(self, *args, **kwargs) -> NDArray[np.int32]:
-        """See ``Model.generate``."""
-        return self.model.generate(*args, **kwargs)
-
-    def print_trainable_parameters(self) -> None:
-        """One line: modules, trainable and total parameters, percentage."""
-        print(injection.report(self.model).line())
-
-    def save_pretrained(self, path: str | os.PathLike) -> None:
-        """Writes the adapter in PEFT's format."""
-        save_adapter(self.model, path, self.peft_config, self.model.source)
-
-    def merge_and_unload(self) -> Model:
-        """The model with the adapter folded into its weights; this wrapper is spent afterwards."""
-        merge(self.model)
-        self.model.cells_have_changed()
-        return self.model
-
-
-def get_peft_model(model: Model, config: LoraConfig) -> PeftModel:
-    """Swaps fresh adapters into ``model``, whose own parameters are frozen.
-
-    Raises:
-        LoraMsError: ``config.target_modules`` matches nothing; what could match is listed.
-    """
-    injection.inject(model, config)
-    model.cells_have_changed()
-    return PeftModel(model, config)
 
 
 @dataclass(frozen=True)
@@ -263,7 +209,10 @@ class Trainer:
         print(*notices, sep="\n", end="\n" if notices else "")
         settings, vocab_size = self.args.settings(), self.model.config.vocab_size
         plan = plan_rows(read_rows(self.train_dataset), self.tokenizer, settings, runtime, vocab_size)
-        config = self.peft.peft_config if self.peft else None
+        config = None
+        if self.peft:
+            self.peft.unmerge_adapter()
+            config = self.peft.active_peft_config
         identity = config.identity() if config else {}
         weights = Weights("adapter" if config else "model", self._write, self._read, identity)
         return fit(self.model, plan, settings, runtime, weights, vocab_size, self.model.dtype)
@@ -275,6 +224,6 @@ class Trainer:
 
     def _read(self, path: Path) -> None:
         if self.peft:
-            restore_adapter(self.model, path)
+            self.peft.restore(path)
         else:
             hub.restore(self.model, path)

@@ -15,7 +15,7 @@ LONGEST = 320  # lines of a module
 
 # Part of the package: what of the package it may import, and which libraries besides the standard one.
 DIRECTIONS = {
-    "__init__": ("nn.lora api errors", ""),
+    "__init__": ("nn.lora adapters.config peft_model api errors", ""),
     "errors": ("", ""),
     "storage": ("errors", "numpy safetensors"),
     "runtime": ("errors", "mindspore"),
@@ -30,7 +30,11 @@ DIRECTIONS = {
         "tasks config models adapters train infer data nn runtime storage errors",
         "mindspore numpy transformers tqdm",
     ),
-    "api": ("config models adapters train infer data nn runtime storage errors", "mindspore numpy transformers"),
+    "peft_model": ("adapters infer errors", "mindspore numpy"),
+    "api": (
+        "peft_model config models adapters train infer data nn runtime storage errors",
+        "mindspore numpy transformers",
+    ),
     "cli": ("config tasks flags errors", ""),
     "flags": ("", ""),
 }

@@ -1,18 +1,23 @@
-"""Swaps ``LoRADense`` in for the dense layers that ``target_modules`` names, and freezes the rest."""
+"""Swaps adapter cells in for the layers that ``target_modules`` names, and freezes the rest."""
 
 import fnmatch
-import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from mindspore import nn
 
-from lora_ms.adapters.config import ALIASES, LoraConfig
+from lora_ms.adapters.config import AdaLoraConfig, LoraConfig
+from lora_ms.adapters.matching import Place, gaps, leaf_of, places, ranges
 from lora_ms.errors import LoraMsError
-from lora_ms.nn.lora import LoRADense
+from lora_ms.nn.layers import Embedding, Head, RMSNorm
+from lora_ms.nn.lora import AdaLoRADense, DoRADense, LoRADense
+from lora_ms.nn.lora_embedding import DoRAEmbedding, LoRAEmbedding
+from lora_ms.nn.trained import TrainedDense, TrainedEmbedding, TrainedHead, TrainedNorm
 
-HEADS = ("lm_head", "output")  # never among all-linear
-ALL_LINEAR = "all-linear"
+ADAPTERS = (LoRADense, LoRAEmbedding)
+TRAINED = (TrainedHead, TrainedDense, TrainedEmbedding, TrainedNorm)
+TARGETS = (nn.Dense, Head, Embedding)  # exactly these: their subclasses are adapters
+COPIES = {nn.Dense: TrainedDense, Head: TrainedHead, Embedding: TrainedEmbedding, RMSNorm: TrainedNorm}
 
 
 @dataclass(frozen=True)
@@ -22,104 +27,130 @@ class InjectReport:
     modules: tuple[str, ...]
     trainable: int
     total: int
+    notes: tuple[str, ...] = ()
 
     def line(self) -> str:
-        """One line for the user."""
+        """One line for the user, and one for each note."""
         share = 100 * self.trainable / self.total
         what = f"LoRA on {len(self.modules)} modules" if self.modules else "no adapter"
-        return f"{what}: {self.trainable:,} of {self.total:,} parameters train ({share:.2f}%)"
+        train = f"{what}: {self.trainable:,} of {self.total:,} parameters train ({share:.2f}%)"
+        return "\n".join((train, *self.notes))
 
 
-def dense_layers(model: nn.Cell) -> dict[str, nn.Dense]:
-    """Every plain dense layer by dotted path."""
-    return {name: cell for name, cell in model.cells_and_names() if type(cell) is nn.Dense}
+def target_layers(model: nn.Cell) -> dict[str, nn.Cell]:
+    """Every layer that can take an adapter by dotted path: dense layers, the head, the embedding."""
+    return {name: cell for name, cell in model.cells_and_names() if type(cell) in TARGETS}
 
 
-def matches(name: str, target_modules: str | Iterable[str]) -> bool:
-    """Whether the dense layer at path ``name`` is a target (rules: ``LoraConfig.target_modules``)."""
-    leaf = name.rsplit(".", 1)[-1]
-    if target_modules == ALL_LINEAR:
-        return leaf not in HEADS
-    if isinstance(target_modules, str):
-        leaf_names = (leaf, ALIASES.get(leaf, leaf))
-        return any(re.match(target_modules, n) for n in leaf_names) or bool(re.fullmatch(target_modules, name))
-    return any(name == target or name.endswith("." + target) for target in target_modules)
+def lora_layers(model: nn.Cell) -> dict[str, nn.Cell]:
+    """Every adapter by dotted path."""
+    return {name: cell for name, cell in model.cells_and_names() if isinstance(cell, ADAPTERS)}
 
 
-def select(model: nn.Cell, config: LoraConfig) -> list[str]:
-    """Paths of the dense layers that ``config`` asks for.
+def adapter_cells(model: nn.Cell) -> dict[str, nn.Cell]:
+    """Every cell that belongs to the adapter, whole trained layers included, by dotted path."""
+    return {name: cell for name, cell in model.cells_and_names() if isinstance(cell, (*ADAPTERS, *TRAINED))}
+
+
+def select(model: nn.Cell, config: LoraConfig) -> dict[str, Place]:
+    """Paths of the layers that ``config`` asks for, with rank and alpha; errors as in ``matching.places``."""
+    return places(target_layers(model), config)
+
+
+def cell_at(model: nn.Cell, name: str) -> nn.Cell:
+    """The cell at the dotted path ``name``."""
+    for part in name.split("."):
+        model = model[int(part)] if part.isdigit() else getattr(model, part)
+    return model
+
+
+def place(model: nn.Cell, cells: Mapping[str, nn.Cell]) -> None:
+    """Puts ``cells`` at their dotted paths, and gives every parameter its path as its name."""
+    for name, cell in cells.items():
+        parent, _, leaf = name.rpartition(".")
+        setattr(cell_at(model, parent) if parent else model, leaf, cell)
+    for name, parameter in model.parameters_and_names():  # what is shared keeps the first
+        parameter.name = name
+    # MindSpore finds compiled graphs by the cell that is called and its inputs: it would go on with the old cells
+    model.compile_cache.clear()
+
+
+def adapter_on(layer: nn.Cell, config: LoraConfig, where: Place) -> nn.Cell:
+    """A fresh adapter cell on ``layer``."""
+    if type(layer) is Embedding:
+        if isinstance(config, AdaLoraConfig) or config.lora_bias or not isinstance(config.init_lora_weights, bool):
+            raise LoraMsError("on the embedding LoRA, rsLoRA and DoRA are supported, without bias or init_lora_weights")
+        return (DoRAEmbedding if config.use_dora else LoRAEmbedding)(layer, *where, use_rslora=config.use_rslora)
+    if isinstance(config, AdaLoraConfig):
+        return AdaLoRADense.from_dense(layer, *where, config.lora_dropout, train_bias=config.bias != "none")
+    return (DoRADense if config.use_dora else LoRADense).from_dense(
+        layer,
+        *where,
+        config.lora_dropout,
+        config.init_lora_weights,
+        config.bias != "none",
+        use_rslora=config.use_rslora,
+        lora_bias=config.lora_bias,
+    )
+
+
+def saved_layers(model: nn.Cell, config: LoraConfig) -> dict[str, nn.Cell]:
+    """The whole layers that ``modules_to_save`` names, by path.
 
     Raises:
-        LoraMsError: an expression that does not parse, or no match; what could match is listed.
+        LoraMsError: a name that fits nothing, or nothing that can be trained whole.
     """
-    layers = dense_layers(model)
-    try:
-        names = [name for name in layers if config.target_modules and matches(name, config.target_modules)]
-    except re.error as error:
-        raise LoraMsError(f"target_modules {config.target_modules!r} is not a regular expression: {error}") from None
-    names = [name for name in names if not any(part in name for part in config.exclude_layers)]
-    check_heads(names)
-    if not names:
-        leaves = sorted({name.rsplit(".", 1)[-1] for name in layers})
-        excluded = f" outside exclude_layers {list(config.exclude_layers)}" if config.exclude_layers else ""
-        raise LoraMsError(
-            f"target_modules {config.target_modules!r} matches no dense layer{excluded}; "
-            f"could match: {', '.join(leaves)}, or {ALL_LINEAR}"
-        )
-    return names
+    found = {}
+    for wanted in config.modules_to_save:
+        # by the end of the name, even amid a word, as PEFT has it: norm is every norm
+        fitting = {name: cell for name, cell in model.cells_and_names() if name.endswith(wanted)}
+        if not fitting:
+            raise LoraMsError(f"modules_to_save {wanted!r} fits no module of the model")
+        wrong = [name for name, cell in fitting.items() if type(cell) not in COPIES]
+        if wrong:
+            raise LoraMsError(f"modules_to_save {wanted!r}: {wrong[0]} is no dense layer, norm, embedding or head")
+        found |= fitting
+    return found
 
 
-def check_heads(names: Iterable[str]) -> None:
-    """Raises LoraMsError where ``names`` holds the head: its loss is computed from the weight alone, in chunks."""
-    heads = [name for name in names if name.rsplit(".", 1)[-1] in HEADS]
-    if heads:
-        raise LoraMsError(f"an adapter on the head ({', '.join(heads)}) is not supported yet; use {ALL_LINEAR}")
+def build(model: nn.Cell, config: LoraConfig, where: Mapping[str, Place]) -> dict[str, nn.Cell]:
+    """The cells of a fresh adapter by path, not yet in ``model``."""
+    layers = target_layers(model)
+    cells = {name: COPIES[type(cell)](cell) for name, cell in saved_layers(model, config).items()}
+    cells |= {name: adapter_on(layers[name], config, place) for name, place in where.items()}
+    if config.bias == "all":
+        rest = {name: layer for name, layer in layers.items() if name not in cells and type(layer) is nn.Dense}
+        cells |= {name: TrainedDense(layer, weight=False) for name, layer in rest.items() if layer.has_bias}
+    return cells
 
 
-def replace_cell(model: nn.Cell, name: str, cell: nn.Cell) -> None:
-    """Puts ``cell`` at the dotted path ``name``."""
-    *parents, leaf = name.split(".")
-    owner = model
-    for part in parents:
-        owner = owner[int(part)] if part.isdigit() else getattr(owner, part)
-    setattr(owner, leaf, cell)
+def inject(model: nn.Cell, config: LoraConfig, where: Mapping[str, Place] | None = None) -> InjectReport:
+    """Swaps a fresh adapter in, in place; ``where`` overrides the choice of ``config.target_modules``.
 
-
-def name_parameters(model: nn.Cell) -> None:
-    """Gives every parameter its dotted path as its name; what is shared keeps the first."""
-    for name, parameter in model.parameters_and_names():
-        parameter.name = name
-
-
-def inject(model: nn.Cell, config: LoraConfig, names: Iterable[str] | None = None) -> InjectReport:
-    """Swaps adapters in, in place; ``names`` (dotted paths) overrides the choice of ``config.target_modules``.
-
-    Afterwards adapter parameters alone are trainable.
+    Afterwards the adapter's parameters alone are trainable.
     """
-    layers = dense_layers(model)
-    chosen = select(model, config) if names is None else list(names)
+    chosen = select(model, config) if where is None else where
     for parameter in model.get_parameters():
         parameter.requires_grad = False
-    for name in chosen:
-        layer = LoRADense.from_dense(layers[name], config.lora_rank, config.lora_alpha, config.lora_dropout)
-        replace_cell(model, name, layer)
-    name_parameters(model)
-    return report(model)
+    place(model, build(model, config, chosen))
+    return report(model, config)
 
 
-def report(model: nn.Cell) -> InjectReport:
+def report(model: nn.Cell, config: LoraConfig | None = None) -> InjectReport:
     """Counts what stands in ``model`` now."""
-    parameters = list(model.get_parameters())
+    parameters = [p for p in model.get_parameters() if p.ndim]  # a scalar is a setting, no weight
+    notes = []
+    if config is not None:
+        left = gaps(config, (name for name, _ in model.cells_and_names()))
+        notes += [f"layers without an adapter: {ranges(left)}"] if left else []
+        if config.lora_dropout and any(leaf_of(name) == "lm_head" for name in lora_layers(model)):
+            notes.append("lora_dropout does not reach the adapter on the head")
     return InjectReport(
         tuple(lora_layers(model)),
         sum(p.size for p in parameters if p.requires_grad),
         sum(p.size for p in parameters),
+        tuple(notes),
     )
-
-
-def lora_layers(model: nn.Cell) -> dict[str, LoRADense]:
-    """Every adapter by dotted path."""
-    return {name: cell for name, cell in model.cells_and_names() if isinstance(cell, LoRADense)}
 
 
 def freeze(model: nn.Cell, freeze_include: Iterable[str] = (), freeze_exclude: Iterable[str] = ()) -> None:

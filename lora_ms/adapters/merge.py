@@ -1,13 +1,27 @@
 """Folds adapters into the weights they stand on."""
 
+import numpy as np
 from mindspore import nn
 
-from lora_ms.adapters.inject import lora_layers, name_parameters, replace_cell
+from lora_ms.adapters.inject import adapter_cells, place
+from lora_ms.errors import LoraMsError
 
 
-def merge(model: nn.Cell) -> nn.Cell:
-    """Replaces every ``LoRADense`` of ``model`` by the plain dense layer of the merged weight, in place."""
-    for name, layer in lora_layers(model).items():
-        replace_cell(model, name, layer.merge())
-    name_parameters(model)
+def merged_cells(model: nn.Cell, safe_merge: bool = False) -> dict[str, nn.Cell]:
+    """The plain layers that compute what the adapter in ``model`` computes, by path, not yet in ``model``.
+
+    Raises:
+        LoraMsError: with ``safe_merge``, a merged weight that is not finite.
+    """
+    cells = {}
+    for name, cell in adapter_cells(model).items():
+        plain = cells[name] = cell.merge()
+        if safe_merge and not np.isfinite(plain.weight.asnumpy()).all():
+            raise LoraMsError(f"the merged weight of {name} holds NaN or infinity; nothing was merged")
+    return cells
+
+
+def merge(model: nn.Cell, safe_merge: bool = False) -> nn.Cell:
+    """Replaces every adapter cell of ``model`` by the plain layer of the merged weight, in place."""
+    place(model, merged_cells(model, safe_merge))
     return model

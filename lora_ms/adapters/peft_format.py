@@ -1,29 +1,113 @@
 """Adapters in PEFT's format: ``adapter_config.json`` and ``adapter_model.safetensors``."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-from mindspore import Tensor, nn
+from mindspore import Parameter, Tensor, nn
+from numpy.typing import NDArray
 
 from lora_ms import storage
-from lora_ms.adapters.config import LoraConfig
-from lora_ms.adapters.inject import InjectReport, check_heads, dense_layers, inject, lora_layers
+from lora_ms.adapters.config import AdaLoraConfig, LoraConfig
+from lora_ms.adapters.inject import (
+    ADAPTERS,
+    TRAINED,
+    InjectReport,
+    adapter_cells,
+    build,
+    lora_layers,
+    place,
+    report,
+    target_layers,
+)
+from lora_ms.adapters.matching import Place, by_pattern
+from lora_ms.adapters.peft_config import Adapted, from_peft, to_peft
 from lora_ms.errors import LoraMsError
+from lora_ms.nn import lowrank
 
 PREFIX = "base_model.model."
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
+# ends of a tensor's name behind the module's path, an end before those that it ends with
+FACTORS = (
+    "lora_A.weight",
+    "lora_B.weight",
+    "lora_B.bias",
+    "lora_A",
+    "lora_B",
+    "lora_E",
+    "lora_embedding_A",
+    "lora_embedding_B",
+    "lora_magnitude_vector",
+    "base_layer.bias",
+    "base_layer.weight",
+    "weight",
+    "bias",
+)
+Array = NDArray[np.float32]
 
 
-def adapter_tensors(model: nn.Cell) -> dict[str, np.ndarray]:
-    """Every adapter tensor under PEFT's name: A [rank, in] and B [out, rank], float32."""
+class Key(NamedTuple):
+    """A tensor's name taken apart: the module's dotted path, and which of its tensors."""
+
+    name: str
+    factor: str
+
+
+def split_key(key: str) -> Key | None:
+    """None where ``key`` ends as no tensor of an adapter does."""
+    path = key.removeprefix(PREFIX)
+    for factor in FACTORS:
+        if path.endswith("." + factor):
+            return Key(path[: -len(factor) - 1], factor)
+    return None
+
+
+def adapter_tensors(model: nn.Cell, config: LoraConfig) -> dict[str, Array]:
+    """Every adapter tensor under PEFT's name, float32 (shapes: ``nn.lora``)."""
     tensors = {}
-    for name, layer in lora_layers(model).items():
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_a.asnumpy()
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_b.asnumpy()
+    for name, cell in adapter_cells(model).items():
+        values = {factor: parameter.asnumpy() for factor, parameter in cell.tensors().items()}
+        tensors |= {f"{PREFIX}{name}.{factor}": value for factor, value in packed(name, cell, values, config).items()}
     return tensors
+
+
+def packed(name: str, cell: nn.Cell, values: dict[str, Array], config: LoraConfig) -> dict[str, Array]:
+    """``values`` of one cell as they are stored: the ranks that AdaLoRA kept, and what PiSSA changed."""
+    if isinstance(config, AdaLoraConfig) and name in config.kept:
+        kept = np.array(config.kept[name])
+        ranks = {"lora_A": (kept,), "lora_E": (kept,), "lora_B": (slice(None), kept)}
+        return {factor: value[ranks[factor]] if factor in ranks else value for factor, value in values.items()}
+    if isinstance(cell, ADAPTERS) and isinstance(cell, nn.Dense) and cell.start is not None:
+        a, b = lowrank.without_start(values["lora_A.weight"], values["lora_B.weight"], *cell.start)
+        return {**values, "lora_A.weight": a, "lora_B.weight": b}
+    return values
+
+
+def unpacked(name: str, values: dict[str, Array], config: LoraConfig) -> dict[str, Array]:
+    """The reverse of ``packed`` for AdaLoRA: ranks that were dropped come back as zeros."""
+    if not isinstance(config, AdaLoraConfig) or name not in config.kept:
+        return values
+    kept, full = np.array(config.kept[name]), {}
+    for factor, value in values.items():
+        axis = {"lora_A": 0, "lora_E": 0, "lora_B": 1}.get(factor)
+        if axis is not None and value.shape[axis] == kept.sum():
+            wide = np.zeros(tuple(len(kept) if i == axis else n for i, n in enumerate(value.shape)), np.float32)
+            wide[(slice(None),) * axis + (kept,)] = value
+            value = wide
+        full[factor] = value
+    return full
+
+
+def adapted(model: nn.Cell) -> Adapted:
+    """What of an adapter stands in ``model``."""
+    cells = adapter_cells(model)
+    places = {name: Place(cell.lora_rank, cell.lora_alpha) for name, cell in lora_layers(model).items()}
+    saved = tuple(name for name, cell in cells.items() if isinstance(cell, TRAINED) and "weight" in cell.tensors())
+    return Adapted(places, saved, tuple(target_layers(model)))
 
 
 def save_adapter(model: nn.Cell, path: str | os.PathLike, config: LoraConfig, base_model: str | None = None) -> None:
@@ -32,13 +116,12 @@ def save_adapter(model: nn.Cell, path: str | os.PathLike, config: LoraConfig, ba
     Raises:
         LoraMsError: an adapter weight is not finite (nothing is written then), or the directory cannot be written.
     """
-    path, tensors = Path(path), adapter_tensors(model)
+    path, tensors = Path(path), adapter_tensors(model, config)
     for name, value in tensors.items():
         if not np.isfinite(value).all():
             raise LoraMsError(f"{name} holds NaN or infinity; {path} was not written")
     storage.write_tensors(path / WEIGHTS, tensors)
-    peft = config.to_peft(list(lora_layers(model)), list(dense_layers(model)), base_model)
-    storage.write_json(path / CONFIG, peft)
+    storage.write_json(path / CONFIG, to_peft(config, adapted(model), base_model))
 
 
 def read_adapter_config(path: str | os.PathLike) -> LoraConfig:
@@ -46,7 +129,20 @@ def read_adapter_config(path: str | os.PathLike) -> LoraConfig:
     file = Path(path) / CONFIG
     if not file.is_file():
         raise LoraMsError(f"{path}: no adapter here: {CONFIG} is missing")
-    return LoraConfig.from_peft(storage.read_json(file), str(file))
+    return from_peft(storage.read_json(file), str(file))
+
+
+def read_tensors(path: Path) -> dict[str, Array]:
+    """Every tensor of the adapter in directory ``path``, float32, by PEFT's name.
+
+    Raises:
+        LoraMsError: a truncated file, or a tensor that is not finite.
+    """
+    tensors = {key: storage.read(entry, np.float32) for key, entry in storage.read_header(path / WEIGHTS).items()}
+    for key, value in tensors.items():
+        if not np.isfinite(value).all():
+            raise LoraMsError(f"{path}: {key} holds NaN or infinity")
+    return tensors
 
 
 def load_adapter(
@@ -58,52 +154,115 @@ def load_adapter(
 
     Raises:
         LoraMsError: the adapter was made for another model: every tensor without a layer and every shape that
-            differs is listed.
+            differs is listed, and the model is as it was.
     """
     path = Path(path)
     config = read_adapter_config(path)
     if lora_dropout is not None:
         config = replace(config, lora_dropout=lora_dropout)
-    names = check_tensors(path, dense_layers(model), config.lora_rank)
-    report = inject(model, config, names)
-    restore_adapter(model, path)
-    return config, report
+    cells = read_cells(model, path, config)
+    for parameter in model.get_parameters():
+        parameter.requires_grad = False
+    place(model, cells)
+    return config, report(model)
 
 
-def check_tensors(path: Path, layers: dict[str, nn.Dense], lora_rank: int) -> list[str]:
-    """Names of the layers that the adapter in ``path`` stands on, all of them among ``layers``.
+def read_cells(model: nn.Cell, path: Path, config: LoraConfig) -> dict[str, nn.Cell]:
+    """The cells of the adapter in ``path`` by dotted path, with its numbers, not yet in ``model``.
 
     Raises:
         LoraMsError: see ``load_adapter``.
     """
-    entries = storage.read_header(path / WEIGHTS)
-    faults, names = [], []
-    for key, entry in entries.items():
-        name, _, factor = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
-        if factor not in ("lora_A", "lora_B") or name not in layers:
-            faults.append(f"{key} {entry.shape} has no place in the model")
-            continue
-        layer = layers[name]
-        shape = (lora_rank, layer.in_channels) if factor == "lora_A" else (layer.out_channels, lora_rank)
-        if entry.shape != shape:
-            faults.append(f"{key} is {entry.shape}, should be {shape}")
-        if name not in names:
-            names.append(name)
-    wanted = [f"{PREFIX}{name}.{factor}.weight" for name in names for factor in ("lora_A", "lora_B")]
-    faults += [f"{key} is missing" for key in wanted if key not in entries]
-    if faults or not names:
+    tensors, layers = read_tensors(path), dict(model.cells_and_names())
+    keys = {key: split_key(key) for key in tensors}
+    faults = [
+        f"{key} {tensors[key].shape} has no place in the model"
+        for key, found in keys.items()
+        if found is None or found.name not in layers
+    ]
+    named = [found for found in keys.values() if found is not None and found.name in layers]
+    lora = [found.name for found in named if found.factor.startswith("lora_")]
+    saved = tuple(found.name for found in named if found.factor == "weight")
+    check_patterns(path, config, lora)
+    where = {
+        name: Place(
+            int(by_pattern(name, config.rank_pattern, config.lora_rank)),
+            by_pattern(name, config.alpha_pattern, config.lora_alpha),
+        )
+        for name in lora
+        if name in target_layers(model)
+    }
+    if not where or faults:
         raise LoraMsError(f"{path}: made for another model: {'; '.join(faults) or 'it holds no LoRA tensor'}")
-    check_heads(names)
-    for key in wanted:
-        if not np.isfinite(storage.read(entries[key], np.float32)).all():
-            raise LoraMsError(f"{path}: {key} holds NaN or infinity")
-    return names
+    # the fast form of PiSSA is random: what it took out is found again by the exact one
+    init = "pissa" if str(config.init_lora_weights).startswith("pissa") else config.init_lora_weights
+    cells = build(model, replace(config, modules_to_save=saved, init_lora_weights=init), where)
+    faults = fill(cells, tensors, config, layers)
+    if faults:
+        raise LoraMsError(f"{path}: made for another model: {'; '.join(faults)}")
+    return cells
 
 
-def restore_adapter(model: nn.Cell, path: str | os.PathLike) -> None:
-    """Reads the adapter weights of directory ``path`` into the adapters that stand in ``model``."""
-    entries = storage.read_header(Path(path) / WEIGHTS)
-    for name, layer in lora_layers(model).items():
-        for factor, parameter in (("lora_A", layer.lora_a), ("lora_B", layer.lora_b)):
-            key = f"{PREFIX}{name}.{factor}.weight"
-            parameter.set_data(Tensor.from_numpy(storage.read(entries[key], np.float32)))
+def check_patterns(path: Path, config: LoraConfig, names: list[str]) -> None:
+    """Raises LoraMsError where a rank or alpha pattern of the file fits none of its own modules."""
+    for key, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
+        for pattern in patterns:
+            if not any(by_pattern(name, {pattern: 1.0}, 0.0) for name in names):
+                raise LoraMsError(f"{path}: {key} {pattern!r} matches none of the adapter's modules")
+
+
+def fill(
+    cells: Mapping[str, nn.Cell], tensors: Mapping[str, Array], config: LoraConfig, base: Mapping[str, nn.Cell]
+) -> list[str]:
+    """Puts ``tensors`` (by PEFT's names) into ``cells``, all or none; returns what does not fit.
+
+    base: the bare model's cells, for copies of base weights that PEFT puts beside an adapter on the embedding.
+    """
+    wanted: list[tuple[Parameter, Array]] = []
+    faults, known = [], set()
+    for name, cell in cells.items():
+        prefix = f"{PREFIX}{name}."
+        stored = {key.removeprefix(prefix): tensors[key] for key in tensors if key.startswith(prefix)}
+        stored = {factor: value for factor, value in stored.items() if factor in FACTORS}
+        known |= {prefix + factor for factor in stored}
+        copy = stored.pop("base_layer.weight", None)
+        if copy is not None and not _same(copy, base[name].weight):
+            faults.append(f"{prefix}base_layer.weight is another than the model's")
+        values, parameters = unpacked(name, stored, config), cell.tensors()
+        values = split_start(cell, values)
+        faults += [f"{prefix}{factor} is missing" for factor in parameters if factor not in values]
+        faults += [
+            f"{prefix}{factor} {values[factor].shape} has no place" for factor in values if factor not in parameters
+        ]
+        for factor, parameter in parameters.items():
+            if factor in values and values[factor].shape != tuple(parameter.shape):
+                faults.append(f"{prefix}{factor} is {stored[factor].shape}, should be {tuple(parameter.shape)}")
+            elif factor in values:
+                wanted.append((parameter, values[factor]))
+    faults += [f"{key} {tensors[key].shape} has no place in the model" for key in tensors if key not in known]
+    if not faults:
+        for parameter, value in wanted:
+            parameter.set_data(Tensor.from_numpy(np.ascontiguousarray(value)))
+    return faults
+
+
+def _same(copy: Array, weight: Parameter) -> bool:
+    return copy.shape == tuple(weight.shape) and np.allclose(copy, weight.asnumpy(), rtol=1e-2, atol=1e-4)
+
+
+def split_start(cell: nn.Cell, values: dict[str, Array]) -> dict[str, Array]:
+    """Of a pair of twice the rank, as ``packed`` writes it: the trained half; the cell starts from the other."""
+    if not isinstance(cell, nn.Dense) or not isinstance(cell, ADAPTERS) or cell.start is None:
+        return values
+    rank, a, b = cell.lora_rank, values.get("lora_A.weight"), values.get("lora_B.weight")
+    if a is None or b is None or len(a) != 2 * rank or b.shape[1] != 2 * rank:
+        return values
+    cell.start_again(a[rank:], -b[:, rank:])
+    return {**values, "lora_A.weight": a[:rank], "lora_B.weight": b[:, :rank]}
+
+
+def restore_adapter(model: nn.Cell, path: str | os.PathLike, config: LoraConfig) -> None:
+    """Reads the adapter weights of directory ``path`` into the adapter that stands in ``model``."""
+    faults = fill(adapter_cells(model), read_tensors(Path(path)), config, dict(model.cells_and_names()))
+    if faults:
+        raise LoraMsError(f"{path}: not the adapter of this run: {'; '.join(faults)}")

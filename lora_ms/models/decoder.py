@@ -7,7 +7,7 @@ from mindspore import Tensor, nn, ops
 
 from lora_ms.nn.attention import Attention, attention_bias, uses_flash
 from lora_ms.nn.kernels import RowMask
-from lora_ms.nn.layers import MLP, Embedding, RMSNorm, dense
+from lora_ms.nn.layers import MLP, Embedding, Head, RMSNorm
 from lora_ms.nn.rope import RotaryTables, inverse_frequencies
 
 
@@ -108,12 +108,13 @@ class CausalLM(nn.Cell):
         self.config, self.dtype = config, dtype
         self.model = Decoder(config, dtype)
         self.project = ops.MatMul(transpose_b=True)
-        self.tied = config.tie_word_embeddings
-        if not self.tied:
-            self.lm_head = dense(config.hidden_size, config.vocab_size, False, dtype)
+        self.lm_head = Head(config.hidden_size, config.vocab_size, "zeros", has_bias=False, dtype=dtype)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
 
     def head_weight(self) -> Tensor:
-        return self.model.embed_tokens.weight if self.tied else self.lm_head.weight
+        """[v, h] in the model's type."""
+        return self.lm_head.whole_weight().astype(self.dtype)
 
     def hidden_states(
         self, input_ids: Tensor, position_ids: Tensor | None = None, rows: Tensor | None = None

@@ -12,6 +12,13 @@ def dense(in_features: int, out_features: int, has_bias: bool, dtype: ms.Type) -
     return nn.Dense(in_features, out_features, "zeros", "zeros", has_bias, dtype=dtype)
 
 
+class Head(nn.Dense):
+    """The projection to the vocabulary, whose weight the loss and the logits ask for and multiply themselves."""
+
+    def whole_weight(self) -> Tensor:
+        return self.weight
+
+
 class RMSNorm(nn.Cell):
     """Root-mean-square normalisation (Zhang and Sennrich, 2019) of x [t, h]."""
 

@@ -97,7 +97,7 @@ def attach_adapter(config: RunConfig, model: CausalLM) -> LoraConfig | None:
         stored = read_adapter_config(config.load_adapter)
         faults = [
             f"{key}: {getattr(wanted, key)} in pet_config, {getattr(stored, key)} in the adapter"
-            for key in ("lora_rank", "lora_alpha")
+            for key in ("lora_rank", "lora_alpha", "use_rslora", "use_dora")
             if key in given and getattr(wanted, key) != getattr(stored, key)
         ]
         chosen = set(injection.select(model, wanted))
@@ -127,7 +127,7 @@ def weights_of(model: CausalLM, adapter: LoraConfig | None, tokenizer) -> Weight
         if adapter is None:
             hub.restore(model, path)
         else:
-            restore_adapter(model, path)
+            restore_adapter(model, path, adapter)
 
     identity = {} if adapter is None else adapter.identity()
     return Weights("model" if adapter is None else "adapter", write, read, identity)

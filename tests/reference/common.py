@@ -6,11 +6,13 @@ a second run writes the same arrays.
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
+from peft import PeftModel
 
 REFERENCE_DIR = Path(__file__).resolve().parent
 MODEL_NAMES = ("llama2", "llama3", "qwen2", "qwen3", "deepseek_r1_qwen")
@@ -52,6 +54,19 @@ def save_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
     with beside.open("wb") as file:
         np.savez_compressed(file, **narrow)
     os.replace(beside, path)
+
+
+def save_adapter(model: PeftModel, target: Path, **options: str) -> None:
+    """PEFT's own files without its model card. Its sets of module names are sorted, for the same file each time."""
+    config = model.peft_config["default"]
+    for key in ("target_modules", "exclude_modules"):
+        if isinstance(getattr(config, key), set):
+            setattr(config, key, sorted(getattr(config, key)))
+    beside = target.with_name(target.name + ".tmp")
+    model.save_pretrained(beside, **options)
+    (beside / "README.md").unlink()
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(beside, target)
 
 
 def save_json(path: Path, value: dict) -> None:

@@ -1,13 +1,10 @@
 """Write adapters/<name>/ as PEFT saves them, and adapter_logits_<name>.npz with the logits they give."""
 
-import os
-import shutil
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from common import REFERENCE_DIR, load_reference_model, save_npz, text_ids
+from common import REFERENCE_DIR, load_reference_model, save_adapter, save_npz, text_ids
 from peft import LoraConfig, PeftModel, get_peft_model
 
 # Large enough that a wrong scaling or a transposed factor moves the logits far beyond any tolerance.
@@ -49,17 +46,6 @@ def random_adapter(recipe: Recipe, rng: np.random.Generator) -> PeftModel:
                 values = FACTOR_STD * rng.standard_normal(tuple(parameter.shape))
                 parameter.copy_(torch.from_numpy(values.astype(np.float32)))
     return model.eval()
-
-
-def save_adapter(model: PeftModel, target: Path) -> None:
-    """PEFT's own files without its model card. Its set of target modules is sorted, for the same file each time."""
-    config = model.peft_config["default"]
-    config.target_modules = sorted(config.target_modules)
-    beside = target.with_name(target.name + ".tmp")
-    model.save_pretrained(beside)
-    (beside / "README.md").unlink()
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(beside, target)
 
 
 @torch.no_grad()

@@ -50,13 +50,6 @@ def test_the_articles_arguments(tmp_path):
             lora_ms.TrainingArguments(output_dir=tmp_path, **wrong).settings()
 
 
-@pytest.mark.parametrize("targets", ["lm_head", ".*", ["q_proj", "lm_head"]])
-def test_an_adapter_on_the_head_is_refused(graph_mode, reference, targets):
-    net = lora_ms.AutoModelForCausalLM.from_pretrained(reference / "models" / "llama2")
-    with pytest.raises(lora_ms.LoraMsError, match="adapter on the head .lm_head. is not supported yet"):
-        lora_ms.get_peft_model(net, lora_ms.LoraConfig(target_modules=targets))
-
-
 def finetune(model, rows_file, out, *more) -> int:
     words = ["finetune", "--load_checkpoint", model, "--train_dataset_dir", rows_file, "--seq_length", 16]
     words += ["--output_dir", out, "--batch_size", 2, "--pet_config.lora_dropout", 0, *more]

@@ -1,0 +1,156 @@
+"""Which modules get an adapter, and of what rank and alpha: decided from names alone."""
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+from typing import NamedTuple
+
+from lora_ms.adapters.config import LoraConfig
+from lora_ms.errors import LoraMsError
+
+ALL_LINEAR = "all-linear"
+HEADS = ("lm_head", "output")  # never among all-linear
+EMBEDDINGS = ("embed_tokens", "tok_embeddings")
+
+# MindFormers' leaf names of the projections, accepted in target_modules
+ALIASES = {
+    "q_proj": "wq",
+    "k_proj": "wk",
+    "v_proj": "wv",
+    "o_proj": "wo",
+    "gate_proj": "w1",
+    "up_proj": "w3",
+    "down_proj": "w2",
+}
+
+
+class Place(NamedTuple):
+    """Rank and alpha of the adapter on one module."""
+
+    lora_rank: int
+    lora_alpha: float
+
+
+def leaf_of(name: str) -> str:
+    return name.rsplit(".", 1)[-1]
+
+
+def ends_with(name: str, suffixes: Iterable[str]) -> bool:
+    """Whether the dotted path ``name`` ends with one of ``suffixes``, as PEFT matches lists."""
+    return any(name == suffix or name.endswith("." + suffix) for suffix in suffixes)
+
+
+def matches(name: str, target_modules: str | Iterable[str]) -> bool:
+    """Whether the layer at path ``name`` is a target (rules: ``LoraConfig.target_modules``)."""
+    leaf = leaf_of(name)
+    if target_modules == ALL_LINEAR:
+        return leaf not in (*HEADS, *EMBEDDINGS)
+    if isinstance(target_modules, str):
+        leaf_names = (leaf, ALIASES.get(leaf, leaf))
+        return any(re.match(target_modules, n) for n in leaf_names) or bool(re.fullmatch(target_modules, name))
+    return ends_with(name, target_modules)
+
+
+def layer_index(name: str, layers_pattern: Collection[str] = ()) -> int | None:
+    """The number of the layer that ``name`` lies in, counted in the list that ``layers_pattern`` names."""
+    for pattern in layers_pattern or (r"[^.]*",):
+        found = re.match(rf".*?\.{pattern}\.(\d+)\.", "." + name)
+        if found:
+            return int(found[1])
+    return None
+
+
+def by_pattern(name: str, patterns: Mapping[str, float], default: float) -> float:
+    """The value of the first pattern that fits the end of the path, as PEFT reads its two patterns."""
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return value
+    return default
+
+
+def place_of(name: str, config: LoraConfig) -> Place | None:
+    """Rank and alpha that ``config`` gives the module ``name``; None where it gets no adapter."""
+    excluded = config.exclude_modules
+    if isinstance(excluded, str) and excluded and re.fullmatch(excluded, name):
+        return None
+    if not isinstance(excluded, str) and ends_with(name, excluded):
+        return None
+    if any(part in name for part in config.exclude_layers) or ends_with(name, config.modules_to_save):
+        return None
+    index = layer_index(name, config.layers_pattern)
+    if config.layer_groups:
+        for group in config.layer_groups:
+            targets = config.target_modules if group.target_modules is None else group.target_modules
+            if index in group.layers and matches(name, targets):
+                return Place(group.lora_rank, group.lora_alpha)
+        return None
+    if not config.target_modules or not matches(name, config.target_modules):
+        return None
+    if config.layers_to_transform is not None and index not in config.layers_to_transform:
+        return None
+    return Place(
+        int(by_pattern(name, config.rank_pattern, config.lora_rank)),
+        by_pattern(name, config.alpha_pattern, config.lora_alpha),
+    )
+
+
+def places(names: Iterable[str], config: LoraConfig) -> dict[str, Place]:
+    """The modules among ``names`` (dotted paths) that get adapters.
+
+    Raises:
+        LoraMsError: an expression that does not parse, a pattern that matches nothing, overlapping layer groups, or no
+            match at all; what could match is listed.
+    """
+    names = list(names)
+    try:
+        found = {name: place for name in names if (place := place_of(name, config)) is not None}
+    except re.error as error:
+        raise LoraMsError(f"not a regular expression in pet_config: {error.pattern!r}: {error}") from None
+    check_groups(config, {index for name in names if (index := layer_index(name)) is not None})
+    if not found:
+        leaves = sorted({leaf_of(name) for name in names})
+        excluded = [*config.exclude_layers, *([config.exclude_modules] if config.exclude_modules else [])]
+        outside = f" outside {excluded}" if excluded else ""
+        if config.layers_to_transform is not None:
+            outside += f" in layers {list(config.layers_to_transform)}"
+        raise LoraMsError(
+            f"target_modules {config.target_modules!r} matches no layer{outside}; "
+            f"could match: {', '.join(leaves)}, or {ALL_LINEAR}"
+        )
+    for key, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
+        for pattern in patterns:
+            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in found):
+                raise LoraMsError(f"{key} {pattern!r} matches none of the {len(found)} adapted modules")
+    return found
+
+
+def check_groups(config: LoraConfig, layers: set[int]) -> None:
+    """Raises LoraMsError where two layer groups hold one layer for the same targets, or a layer is not there."""
+    seen: dict[int, list] = {}
+    for group in config.layer_groups:
+        beyond = sorted(set(group.layers) - layers)
+        if beyond:
+            raise LoraMsError(f"layer_groups: layers {ranges(beyond)} are not there: the model has {ranges(layers)}")
+        for layer in group.layers:
+            seen.setdefault(layer, []).append(group.target_modules)
+    twice = sorted(layer for layer, targets in seen.items() if len(targets) != len(set(targets)))
+    if twice:
+        raise LoraMsError(f"layer_groups overlap in layers {ranges(twice)}: give each layer once")
+
+
+def gaps(config: LoraConfig, names: Iterable[str]) -> list[int]:
+    """Layers that no layer group holds."""
+    if not config.layer_groups:
+        return []
+    layers = {index for name in names if (index := layer_index(name)) is not None}
+    return sorted(layers - {layer for group in config.layer_groups for layer in group.layers})
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """``0-3, 7`` for 0, 1, 2, 3, 7."""
+    parts: list[list[int]] = []
+    for number in sorted(numbers):
+        if parts and number == parts[-1][1] + 1:
+            parts[-1][1] = number
+        else:
+            parts.append([number, number])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in parts)

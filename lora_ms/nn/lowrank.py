@@ -1,0 +1,81 @@
+"""The formulas of the LoRA family in NumPy: where factors start, and the weight that an adapter amounts to.
+
+Weights are [out, in], A [rank, in], B [out, rank], in PEFT's layout; everything is computed in float32.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float32]
+
+
+def scaling_of(lora_rank: int, lora_alpha: float, use_rslora: bool = False) -> float:
+    """alpha / rank, or alpha / sqrt(rank) for rank-stabilised LoRA (Kalajdzievski, 2023)."""
+    return lora_alpha / (lora_rank**0.5 if use_rslora else lora_rank)
+
+
+def row_norms(weight: Array) -> Array:
+    """Euclidean length of each row: [out, in] -> [out]."""
+    return np.sqrt(np.square(weight, dtype=np.float32).sum(1))
+
+
+def merged_weight(weight: NDArray, a: Array, b: Array, scaling: float, magnitude: Array | None = None) -> Array:
+    """``W + scaling B A`` [out, in]; with DoRA's ``magnitude`` [out], each row brought to that length."""
+    merged = weight.astype(np.float32) + np.float32(scaling) * (b @ a)
+    if magnitude is not None:
+        merged *= (magnitude / row_norms(merged))[:, None]
+    return merged
+
+
+def principal_factors(weight: Array, rank: int, iterations: int | None, rng: np.random.Generator) -> tuple[Array, ...]:
+    """U [out, rank], singular values [rank] and V [rank, in] of the ``rank`` largest singular values.
+
+    Exact where ``iterations`` is None; else by that many power iterations on a random subspace (Halko et al., 2011).
+    """
+    if iterations is None:
+        u, s, v = np.linalg.svd(weight, full_matrices=False)
+        return u[:, :rank], s[:rank], v[:rank]
+    basis = np.linalg.qr(weight @ rng.standard_normal((weight.shape[1], rank), np.float32))[0]
+    for _ in range(iterations):
+        basis = np.linalg.qr(weight.T @ basis)[0]
+        basis = np.linalg.qr(weight @ basis)[0]
+    u, s, v = np.linalg.svd(basis.T @ weight, full_matrices=False)
+    return basis @ u, s, v
+
+
+def starting_factors(
+    init: str, weight: NDArray, rank: int, scaling: float, rng: np.random.Generator
+) -> tuple[Array, Array]:
+    """A and B at the start of training, by the name that PEFT gives the method.
+
+    ``gaussian``: A normal with deviation 1 / rank, B zero. ``orthogonal``: A and B of orthogonal, hence cancelling,
+    halves of a random rotation. ``pissa`` (Meng et al., 2024; ``pissa_niter_N`` in its fast form) and ``olora``
+    (Büyükakyüz, 2024): the weight's own leading part, which the caller takes out of the weight.
+    """
+    out_features, in_features = weight.shape
+    if init == "gaussian":
+        a = rng.standard_normal((rank, in_features), np.float32) / np.float32(rank)
+        return a, np.zeros((out_features, rank), np.float32)
+    if init == "orthogonal":
+        rotation = np.linalg.qr(rng.standard_normal((rank, rank)))[0].astype(np.float32)
+        a = rotation[0::2].T @ rng.standard_normal((rank // 2, in_features), np.float32)
+        b = rng.standard_normal((out_features, rank // 2), np.float32) @ rotation[1::2]
+        return a / 10, b / 10
+    weight = weight.astype(np.float32)
+    if init == "olora":
+        q, r = np.linalg.qr(weight)
+        return np.ascontiguousarray(r[:rank]), np.ascontiguousarray(q[:, :rank])
+    iterations = int(init.removeprefix("pissa_niter_")) if init.startswith("pissa_niter_") else None
+    u, s, v = principal_factors(weight, rank, iterations, rng)
+    root = np.sqrt(s / np.float32(scaling))
+    return np.ascontiguousarray(root[:, None] * v), np.ascontiguousarray(u * root)
+
+
+def takes_out(init: str) -> bool:
+    """Whether the starting factors are taken out of the weight, which they change."""
+    return init.startswith("pissa") or init == "olora"
+
+
+def without_start(a: Array, b: Array, a_start: Array, b_start: Array) -> tuple[Array, Array]:
+    """``B A - B0 A0`` as one pair of twice the rank: what a trained PiSSA or OLoRA adds to the untouched weight."""
+    return np.concatenate((a, a_start)), np.concatenate((b, -b_start), 1)
