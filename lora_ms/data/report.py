@@ -50,7 +50,7 @@ class Tally:
 
     def state(self) -> dict[str, Any]:
         """For JSON; ``of`` takes it back."""
-        return asdict(self)
+        return dict(vars(self))
 
     @classmethod
     def of(cls, state: dict[str, Any]) -> Tally:

@@ -199,8 +199,13 @@ def _default_bos(tokenizer: PreTrainedTokenizerBase, row: Example | Completion |
 def _ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
     if not texts:
         return []
-    # verbose=False: rows longer than the model are counted and reported later, not warned of one by one.
-    return tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids
+    if not tokenizer.is_fast:
+        # verbose=False: rows longer than the model are counted and reported later, not warned of one by one.
+        return tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids
+    backend = tokenizer.backend_tokenizer  # in parallel over the cores, and without offsets, which nothing here needs
+    backend.no_truncation()
+    backend.no_padding()
+    return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
 
 def _tokenise(tokenizer: PreTrainedTokenizerBase, text: str, boundaries: Sequence[int]) -> tuple[list[int], list[int]]:
