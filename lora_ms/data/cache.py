@@ -9,7 +9,7 @@ import fcntl
 import json
 import os
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from hashlib import blake2b
 from itertools import islice
@@ -105,18 +105,16 @@ def _build(
     if taken:
         say(f"going on after {taken:,} rows that were tokenised before")
         next(islice(rows, taken - 1, None), None)
-    writer = StoreWriter(folder, **written)
     saved = 0
-    for more, chunk in tokenise(rows, tokenizer, how, tally):
-        for row in chunk:
-            writer.add(row)
-        if more - saved >= SAVE_EVERY:
-            saved = more
-            storage.write_json(
-                folder / STATE, {"written": writer.flush(), "taken": taken + more, "tally": tally.state()}
-            )
-            say(f"{taken + more:,} rows tokenised")
-    writer.close()
+    with closing(StoreWriter(folder, **written)) as writer:
+        for more, chunk in tokenise(rows, tokenizer, how, tally):
+            for row in chunk:
+                writer.add(row)
+            if more - saved >= SAVE_EVERY:
+                saved = more
+                position = {"written": writer.flush(), "taken": taken + more, "tally": tally.state()}
+                storage.write_json(folder / STATE, position)
+                say(f"{taken + more:,} rows tokenised")
     store = TokenStore.load(folder)
     storage.write_json(folder / REPORT, finish(store, how, tally).as_json())
     (folder / STATE).unlink(missing_ok=True)

@@ -37,7 +37,7 @@ def _is_lines(file: BinaryIO) -> bool:
 def _lines(name: str, file: BinaryIO) -> Iterator[tuple[str, Any]]:
     # by bytes: text would also be split at U+2028 and its like, which JSON strings may hold
     for number, raw in enumerate(file, start=1):
-        line = raw.removeprefix(BOM) if number == 1 else raw
+        line = (raw.removeprefix(BOM) if number == 1 else raw).rstrip(b"\r\n")
         if not line.strip():
             continue
         where = f"{name}:{number}"
@@ -75,4 +75,4 @@ def _not_utf8(raw: bytes, error: UnicodeDecodeError) -> RowFault:
 def _reason(error: json.JSONDecodeError | RecursionError) -> str:
     if isinstance(error, RecursionError):
         return "nested too deeply"
-    return f"{error.msg} at column {error.colno}"
+    return f"{error.msg.removesuffix(' at')} at column {error.colno}"
