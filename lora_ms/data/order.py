@@ -50,6 +50,10 @@ class EpochOrder:
         """Steps that differ: without shuffling, epochs are all alike."""
         return range(self.total_steps if self.shuffle else min(self.total_steps, self.steps_per_epoch))
 
+    def identity(self) -> dict[str, object]:
+        """What a run must share to go on with this order, besides rows and seed."""
+        return {}
+
 
 @dataclass(frozen=True, eq=False)
 class MixedOrder:
@@ -96,3 +100,7 @@ class MixedOrder:
     def kinds_of_step(self) -> range:
         """Steps that differ."""
         return range(self.total_steps)
+
+    def identity(self) -> dict[str, object]:
+        """What a run must share to go on with this order, besides rows and seed."""
+        return {"mix": [list(source) for source in self.sources], "mix_steps": self.total_steps}

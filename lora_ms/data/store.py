@@ -30,8 +30,9 @@ class Columns(NamedTuple):
 class TokenStore(Sequence[TokenRow]):
     """A sequence of ``TokenRow`` over flat arrays."""
 
-    def __init__(self, columns: Columns) -> None:
+    def __init__(self, columns: Columns, key: str = "") -> None:
         self.columns = columns
+        self.key = key  # name of the content; "" for a store in memory
 
     @classmethod
     def of(cls, rows: Iterable[TokenRow]) -> TokenStore:
@@ -75,7 +76,7 @@ class TokenStore(Sequence[TokenRow]):
     @classmethod
     def load(cls, folder: Path) -> TokenStore:
         """The store that ``StoreWriter`` has left in ``folder``, mapped."""
-        return cls(Columns(*(_map(folder / f"{name}.bin", dtype) for name, dtype in DTYPES.items())))
+        return cls(Columns(*(_map(folder / f"{name}.bin", dtype) for name, dtype in DTYPES.items())), folder.name)
 
     def __len__(self) -> int:
         return len(self.columns.ends)

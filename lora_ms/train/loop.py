@@ -144,6 +144,7 @@ class Run:
             "seed": self.settings.seed,
             "shuffle": self.settings.shuffle,
             "tokens_crc32": p.checksum(),
+            **p.order.identity(),
             **self.identity,
         }
 
