@@ -6,7 +6,7 @@ from mindspore import Tensor, nn, ops
 from lora_ms.nn.loss import SummedCrossEntropy
 from lora_ms.train.optim import FlatAdamW
 
-CHUNK_NUMBERS = 1 << 22  # logits held at once in the loss: 16 MB in float32
+CHUNK_NUMBERS = 1 << 24  # logits held at once in the loss: 64 MB in float32
 
 
 class SummedLoss(nn.Cell):
