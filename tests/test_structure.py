@@ -35,10 +35,15 @@ DIRECTIONS = {
         "peft_model config models adapters train infer data nn runtime storage errors",
         "mindspore numpy transformers",
     ),
-    "cli": ("config tasks errors", ""),
+    "flags": ("errors", ""),
+    "cli": ("flags config tasks adapters.combine errors", ""),
 }
 # What a part may import inside functions only: `data` and --help answer without MindSpore.
-LAZY_ONLY = {"data": "mindspore transformers", "cli": "lora_ms.config lora_ms.tasks", "__init__": "lora_ms"}
+LAZY_ONLY = {
+    "data": "mindspore transformers",
+    "cli": "lora_ms.config lora_ms.tasks lora_ms.adapters",
+    "__init__": "lora_ms",
+}
 
 
 class Import(NamedTuple):
