@@ -155,7 +155,7 @@ def read_cells(model: nn.Cell, path: Path, config: LoraConfig) -> dict[str, nn.C
     if not where:
         faults = [f"{key} {value.shape} has no place in the model" for key, value in tensors.items()]
         raise LoraMsError(f"{path}: made for another model: {'; '.join(faults) or 'it holds no LoRA tensor'}")
-    cells = build(model, replace(config, modules_to_save=saved), where)
+    cells = build(model, replace(config, modules_to_save=(*config.modules_to_save, *saved)), where)
     faults = fill(cells, tensors, config, layers)
     if faults:
         raise LoraMsError(f"{path}: made for another model: {'; '.join(faults)}")
