@@ -185,8 +185,9 @@ def test_a_start_that_nobody_can_find_again_is_refused(fresh):
     model = fresh(REFUSED)
     with pytest.raises(LoraMsError) as caught:
         load_adapter(model, VARIANTS / REFUSED)
+    file = VARIANTS / REFUSED / "adapter_config.json"
     assert str(caught.value) == (
-        f"{VARIANTS / REFUSED / 'adapter_config.json'}: what pissa_niter_4 took out of the weights was random and is not in the file; "
+        f"{file}: what pissa_niter_4 took out of the weights was random and is not in the file; "
         "save it in PEFT with path_initial_model_for_weight_conversion"
     )
     assert not adapter_cells(model)
