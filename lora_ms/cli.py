@@ -7,11 +7,21 @@ import argparse
 import difflib
 import os
 import sys
-from collections.abc import Sequence
-from typing import Any, NoReturn
+import textwrap
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from lora_ms.errors import LoraMsError
-from lora_ms.flags import FLAG_KEYS, FLAGS, IDLE_FLAGS, OTHER_FLAGS, flag_fill, flag_int
+from lora_ms.flags import (
+    TOOLS,
+    Help,
+    Parser,
+    Version,
+    add_tools,
+    flag_fill,
+    flag_int,
+)
+from lora_ms.keys import FLAG_KEYS, FLAGS, IDLE_FLAGS, OTHER_FLAGS
 
 COMMANDS = {
     "finetune": "train an adapter (or, with pet_config: null, the whole model)",
@@ -24,13 +34,6 @@ COMMANDS = {
 RUN_MODES = {"finetune": ("finetune", "train"), "predict": ("predict",), "chat": ("predict",), "eval": ("eval",)}
 DATA_COMMANDS = ("preview", "preprocess")  # they need a tokenizer, and no model
 RUN_MODES |= {name: ("finetune", "train") for name in DATA_COMMANDS}
-
-
-class Parser(argparse.ArgumentParser):
-    """Reports a wrong flag as every other fault of the user's is reported: one line, status 2."""
-
-    def error(self, message: str) -> NoReturn:
-        raise LoraMsError(f"{message} (see {self.prog} --help)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -80,7 +83,12 @@ def _lora_ms(argv: list[str]) -> int:
             command.add_argument("--report", action="store_true", help="say what is in the data, and write no rows")
             text = "mindformers: rows of seq_length + 1 tokens, filled up; rows: each as long as it is"
             command.add_argument("--layout", choices=("rows", "mindformers"), default="rows", help=text)
-    args = _parse(parser, known)
+    tools = add_tools(commands)
+    if known[:2] == ["adapters", "combine"] and {"-h", "--help"} & {*known}:
+        tools["adapters combine"].epilog = _methods()
+    args = _parse(parser, known, free_form)
+    if args.tool is not None:
+        return _run_tool(args)
     if args.config is None and args.load_checkpoint is None:
         raise LoraMsError("what model? give --config FILE.yaml, or --load_checkpoint with a model's folder")
     allowed = RUN_MODES[args.command]
@@ -101,15 +109,38 @@ def _run_mindformer(argv: list[str]) -> int:
         usage="run_mindformer.py --config YAML [flags]",
     )
     add_flags(parser)
-    args = _parse(parser, known)
+    args = _parse(parser, known, free_form)
     if args.config is None:
         raise LoraMsError("--config is missing: give a YAML, such as configs/llama2/lora_llama2_7b.yaml")
     return _dispatch(None, args, free_form)
 
 
-def _dispatch(command: str | None, args: argparse.Namespace, free_form: list[str]) -> int:
-    from lora_ms.config import load_config
+def _run_tool(args: argparse.Namespace) -> int:
+    _quiet_libraries()
+    given = {flag.name: getattr(args, flag.name) for flag in TOOLS[args.tool].flags}
+    if args.tool == "merge":
+        from lora_ms.tasks import merge
 
+        merge.run(**given)
+    elif args.tool == "check-adapter":
+        from lora_ms.tasks import check_adapter
+
+        return 2 if check_adapter.run(**given) else 0
+    else:
+        from lora_ms.tasks import combine
+
+        combine.run(**given)
+    return 0
+
+
+def _methods() -> str:
+    from lora_ms.adapters.combine import METHODS
+
+    lines = [textwrap.fill(f"  {name:22}{text}", 79, subsequent_indent=" " * 24) for name, text in METHODS.items()]
+    return "\n".join(("methods:", *lines))
+
+
+def _quiet_libraries() -> None:
     # Before the libraries are imported: MindSpore logs errors only, transformers does not advise to install torch,
     # and fused kernels (context.enable_graph_kernel) get no OpenMP threads, which would spin beside MindSpore's own
     # pool: on two cores that doubles the time of a step.
@@ -117,6 +148,11 @@ def _dispatch(command: str | None, args: argparse.Namespace, free_form: list[str
     os.environ.setdefault("GLOG_v", "3")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
+
+def _dispatch(command: str | None, args: argparse.Namespace, free_form: list[str]) -> int:
+    from lora_ms.config import load_config
+
+    _quiet_libraries()
     config = load_config(
         args.config, preset=args.preset, flags=flags_of(args), options=args.options, free_form=free_form
     )
@@ -175,35 +211,25 @@ def split_free_form(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return rest, free_form
 
 
-def _parse(parser: Parser, argv: list[str]) -> argparse.Namespace:
+def _parse(parser: Parser, argv: list[str], free_form: list[str]) -> argparse.Namespace:
+    parser.set_defaults(tool=None)
     args, unknown = parser.parse_known_args(argv)
+    names: Iterable[str] = (*FLAG_KEYS, *OTHER_FLAGS)
+    if args.tool is not None:
+        names = (*(flag.name for flag in TOOLS[args.tool].flags), "debug")
+        unknown += [f"--{pair}" for pair in free_form]
     if unknown:
         flag = unknown[0].partition("=")[0]
         if not flag.startswith("-"):
             raise LoraMsError(f"unexpected argument {flag!r}: quote a value that contains spaces")
-        near = difflib.get_close_matches(flag, [f"--{name}" for name in (*FLAG_KEYS, *OTHER_FLAGS)], 1, 0.0)[0]
-        raise LoraMsError(f"unknown flag {flag}; the nearest is {near} (keys of the YAML: --section.key VALUE)")
+        near = difflib.get_close_matches(flag, [f"--{name}" for name in names], 1, 0.0)[0]
+        more = " (keys of the YAML: --section.key VALUE)" if args.tool is None else ""
+        raise LoraMsError(f"unknown flag {flag}; the nearest is {near}{more}")
+    required = [] if args.tool is None else [flag.name for flag in TOOLS[args.tool].flags if flag.required]
+    missing = [f"--{name}" for name in required if getattr(args, name) is None]
+    if missing:
+        raise LoraMsError(f"{', '.join(missing)}: missing (see lora-ms {args.tool} --help)")
     return args
-
-
-class Help(argparse.HelpFormatter):
-    """Flags in a narrow left column, so that the text fits 80 columns."""
-
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=30, width=79)
-
-
-class Version(argparse.Action):
-    """``--version``; the package's metadata is read only when asked for."""
-
-    def __call__(self, *_: Any) -> None:
-        from importlib.metadata import PackageNotFoundError, version
-
-        try:
-            print("lora-ms", version("lora_ms"))
-        except PackageNotFoundError:
-            print("lora-ms (not installed: run from its source folder)")
-        raise SystemExit(0)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

@@ -10,8 +10,9 @@ from mindspore import Tensor, nn
 from numpy.typing import NDArray
 
 from lora_ms.adapters import inject as injection
+from lora_ms.adapters.combine import Adapter, combine
 from lora_ms.adapters.config import LoraConfig
-from lora_ms.adapters.named import NamedAdapters
+from lora_ms.adapters.named import NamedAdapters, apart, together
 from lora_ms.adapters.peft_format import read_adapter_config, read_cells, restore_adapter, save_adapter
 from lora_ms.errors import LoraMsError
 from lora_ms.infer.generate import Generator
@@ -128,6 +129,34 @@ class PeftModel:
         with self._bare():
             cells = read_cells(self.model, Path(path), config)
         self._take_in(adapter_name, config, cells)
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+        seed: int = 0,
+    ) -> None:
+        """Adds the weighted combination of ``adapters`` as one more adapter (see ``adapters.combine.combine``).
+
+        Raises:
+            LoraMsError: adapters or arguments that do not go together.
+        """
+        parts = [self._apart(name) for name in adapters]
+        combined = combine(parts, weights, combination_type, density, svd_rank, seed, majority_sign_method)
+        if self.active_adapter is not None:
+            self.set_adapter(self.active_adapter)
+        with self._bare():
+            cells = together(self.model, combined)
+        self._take_in(adapter_name, combined.config, cells)
+
+    def _apart(self, name: str) -> Adapter:
+        cells = self.adapters.cells_of(name)
+        return apart(self.peft_config[name], cells)
 
     def _take_in(self, name: str, config: LoraConfig, cells: dict[str, nn.Cell]) -> None:
         active = self.adapters.active

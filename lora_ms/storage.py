@@ -2,8 +2,10 @@
 
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +16,12 @@ from lora_ms.errors import LoraMsError
 
 # safetensors names its types so; bfloat16, which NumPy lacks, is read as 16-bit words
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "F64": np.float64}
+STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 INDEX = "model.safetensors.index.json"
+MODEL_FILES = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
+SHARD_SIZE = 5 * 10**9  # bytes, as transformers has it
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+BLOCK = 2**22  # numbers of a tensor that are in memory at a time
 
 
 class Entry(NamedTuple):
@@ -90,6 +97,36 @@ def read(entry: Entry, dtype: DTypeLike) -> np.ndarray:
     return np.array(raw, dtype, copy=entry.dtype != "BF16" or raw.dtype != dtype).reshape(entry.shape)
 
 
+def rows_of(entry: Entry, start: int, stop: int) -> Entry:
+    """The rows from ``start`` to ``stop`` of a tensor, as a tensor."""
+    width = (entry.end - entry.start) // max(entry.shape[0], 1)
+    shape = (stop - start, *entry.shape[1:])
+    return entry._replace(shape=shape, start=entry.start + start * width, end=entry.start + stop * width)
+
+
+def row_blocks(shape: tuple[int, ...]) -> Iterator[slice]:
+    """Ranges of rows of at most ``BLOCK`` numbers, or of one row."""
+    height = max(1, BLOCK // max(1, int(np.prod(shape[1:]))))
+    for start in range(0, shape[0], height):
+        yield slice(start, min(start + height, shape[0]))
+
+
+def read_blocks(entry: Entry, dtype: DTypeLike = np.float32) -> Iterator[np.ndarray]:
+    """The tensor in blocks of rows, one after another."""
+    for rows in row_blocks(entry.shape) if entry.shape else ():
+        yield read(rows_of(entry, rows.start, rows.stop), dtype)
+    if not entry.shape:
+        yield read(entry, dtype)
+
+
+def read_words(entry: Entry) -> Iterator[np.ndarray]:
+    """The tensor as it is stored, in blocks."""
+    kind = np.dtype(DTYPES[entry.dtype])
+    for start in range(entry.start, entry.end, BLOCK * kind.itemsize):
+        count = (min(start + BLOCK * kind.itemsize, entry.end) - start) // kind.itemsize
+        yield np.fromfile(entry.file, kind, count, offset=start)
+
+
 def read_json(file: Path) -> dict:
     """The object in ``file``. Raises LoraMsError where the file is missing, does not parse or holds something else."""
     try:
@@ -132,5 +169,130 @@ def write_tensors(file: Path, tensors: dict[str, np.ndarray], metadata: dict[str
     from safetensors.numpy import save_file
 
     with whole(file) as part:
+        # safetensors writes the memory behind a view as it lies, in silence
+        tensors = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
         save_file(tensors, part, metadata={"format": "pt"} if metadata is None else metadata)
         part.chmod(0o644)  # safetensors leaves it to the owner alone
+
+
+def encoded(values: np.ndarray, dtype: str) -> np.ndarray:
+    """``values`` as they are stored in safetensors' ``dtype``; bfloat16 is rounded to the nearest, ties to even."""
+    if dtype != "BF16":
+        with np.errstate(over="ignore"):  # infinity then, for the caller to refuse
+            return np.ascontiguousarray(values, DTYPES[dtype])
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    words = ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
+    nan = np.isnan(values)
+    return np.where(nan, np.uint16(0x7FC0), words) if nan.any() else words
+
+
+class Planned(NamedTuple):
+    """A tensor to be written: its type in the file, its shape, and blocks of rows as they are stored."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    blocks: Callable[[], Iterable[np.ndarray]]
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return int(np.prod(self.shape)) * np.dtype(DTYPES[self.dtype]).itemsize
+
+
+def size_text(size: int) -> str:
+    """``1.54 GB``, ``12.3 MB`` or ``140 KB``."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.0f} KB"
+
+
+def parse_size(text: str) -> int:
+    """Bytes: ``5GB``, ``500MB``, ``2GiB`` or a plain number. Raises LoraMsError."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?i?B?)", text.strip(), re.IGNORECASE)
+    if found is None or found[2].upper() not in UNITS or not float(found[1]):
+        raise LoraMsError(f"max_shard_size wants a size such as 5GB or 500MB, got {text!r}")
+    return int(float(found[1]) * UNITS[found[2].upper()])
+
+
+def shards_of(planned: Mapping[str, Planned], shard_size: int) -> dict[str, list[str]]:
+    """Names of tensors by file, in order; a file is at most ``shard_size`` bytes of tensors, or one tensor."""
+    shards: list[list[str]] = []
+    room = 0
+    for name, tensor in planned.items():
+        if not shards or tensor.size > room:
+            shards.append([])
+            room = shard_size
+        shards[-1].append(name)
+        room -= tensor.size
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": names for i, names in enumerate(shards, 1)}
+
+
+def write_model(folder: Path, planned: Mapping[str, Planned], shard_size: int = SHARD_SIZE) -> Iterator[Path]:
+    """Writes ``model.safetensors``, or shards and their index, block by block; yields each file once it is written."""
+    shards = shards_of(planned, shard_size)
+    for file, names in shards.items():
+        write_blocks(folder / file, {name: planned[name] for name in names})
+        yield folder / file
+    if len(shards) > 1:
+        total = sum(tensor.size for tensor in planned.values())
+        weight_map = {name: file for file, names in shards.items() for name in names}
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def write_blocks(file: Path, planned: Mapping[str, Planned]) -> None:
+    """One safetensors file."""
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in planned.items():
+        header[name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [end, end + tensor.size]}
+        end += tensor.size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the data begin at a multiple of 8, as the format has it
+    with open(file, "wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for tensor in planned.values():
+            for block in tensor.blocks():
+                stream.write(np.ascontiguousarray(block).data.cast("B") if block.size else b"")
+
+
+@contextmanager
+def whole_folder(folder: Path, size: int) -> Iterator[Path]:
+    """A folder to fill instead of ``folder``, whose files come to stand in that when the block ends well.
+
+    size: bytes that will be written. A folder that is new or empty appears at once. From one that holds other files
+    the weights go, lest old shards be taken for new ones, and the new files are moved in, ``config.json`` last.
+
+    Raises:
+        LoraMsError: too little room, or the folder cannot be made or written; it is as it was then.
+    """
+    folder = folder.absolute()
+    part = folder.with_name(f".{folder.name}.part")
+    made = [parent for parent in folder.parents if not parent.exists()]
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if folder.exists():
+            os.listdir(folder)  # fails at once where it is a file
+        free = shutil.disk_usage(folder.parent).free
+        if free < size:
+            raise LoraMsError(f"cannot write {folder}: {size_text(size)} are needed, {size_text(free)} are free")
+        shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
+        part.mkdir()
+        yield part
+        if not folder.exists() or not any(folder.iterdir()):
+            os.replace(part, folder)
+            return
+        (folder / "config.json").unlink(missing_ok=True)
+        for file in folder.iterdir():
+            if MODEL_FILES.fullmatch(file.name):
+                file.unlink()
+        for file in sorted(part.iterdir(), key=lambda file: file.name == "config.json"):
+            os.replace(file, folder / file.name)
+    except OSError as error:
+        ours = error.filename is None or Path(error.filename).absolute().is_relative_to(folder.parent)
+        what = f"write {folder}" if ours else f"read {error.filename}"
+        raise LoraMsError(f"cannot {what}: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+        for parent in made if not folder.exists() else ():
+            with suppress(OSError):
+                parent.rmdir()

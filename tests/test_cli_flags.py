@@ -80,9 +80,9 @@ def ran(monkeypatch):
     """The tasks that the command line started: (task, its arguments)."""
     calls = []
     tasks = ModuleType("lora_ms.tasks")
-    for name in ("finetune", "predict", "chat", "evaluate"):
+    for name in ("finetune", "predict", "chat", "evaluate", "merge", "check_adapter", "combine"):
         task = ModuleType(f"lora_ms.tasks.{name}")
-        task.run = lambda *arguments, name=name: calls.append((name, *arguments))
+        task.run = lambda *arguments, name=name, **named: calls.append((name, *arguments, *([named] if named else [])))
         setattr(tasks, name, task)
     monkeypatch.setitem(sys.modules, "lora_ms.tasks", tasks)
     return calls
@@ -133,6 +133,63 @@ def test_commands(ran, words, task, run_mode):
     assert cli.main([*words.split(), "--config", YAML]) == 0
     assert (ran[0][0], ran[0][1].run_mode) == (task, run_mode)
     assert ran[0][2:] == ((["a", "b"],) if task == "predict" else ())
+
+
+MERGE = {"load_adapter": "a", "load_checkpoint": None, "output_dir": "o", "dtype": "auto", "max_shard_size": "5GB",
+         "safe_merge": True, "overwrite": False}  # fmt: skip
+COMBINE = {"adapters": ["a", "b"], "weights": [0.7, -0.3], "method": "linear", "density": None, "rank": None,
+           "seed": 0, "output_dir": "o"}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "task", "given"),
+    [
+        ("merge --load_adapter a --output_dir o", "merge", MERGE),
+        (
+            "merge --load_checkpoint b --load_adapter a --output_dir o --dtype float16 --max_shard_size 1GB "
+            "--safe_merge False --overwrite True",
+            "merge",
+            MERGE
+            | {"load_checkpoint": "b", "dtype": "float16", "max_shard_size": "1GB", "safe_merge": False}
+            | {"overwrite": True},
+        ),
+        ("check-adapter --load_adapter a", "check_adapter", {"load_adapter": "a", "load_checkpoint": None}),
+        ("check-adapter --load_adapter a --load_checkpoint b", "check_adapter",
+         {"load_adapter": "a", "load_checkpoint": "b"}),
+        ("adapters combine --adapters a b --weights 0.7 -0.3 --output_dir o", "combine", COMBINE),
+        (
+            "adapters combine --adapters a b --weights 0.7 -0.3 --method ties --density 0.5 --rank 4 --seed 7 "
+            "--output_dir o",
+            "combine",
+            COMBINE | {"method": "ties", "density": 0.5, "rank": 4, "seed": 7},
+        ),
+    ],
+)  # fmt: skip
+def test_commands_without_a_configuration(ran, words, task, given):
+    assert cli.main(words.split()) == 0
+    assert ran == [(task, given)]
+    assert all(type(ran[0][1][name]) is type(value) for name, value in given.items())
+
+
+@pytest.mark.parametrize(("faults", "status"), [(0, 0), (3, 2)])
+def test_check_adapter_says_by_its_status_whether_there_are_faults(ran, faults, status):
+    sys.modules["lora_ms.tasks"].check_adapter.run = lambda **named: faults
+    assert cli.main(["check-adapter", "--load_adapter", "a"]) == status
+
+
+def test_tools_and_their_tasks_agree_on_names():
+    """Every flag is an argument of the task, and every argument a flag; where both have defaults, they are equal."""
+    import inspect
+
+    from lora_ms.tasks import check_adapter, combine, merge
+
+    for name, task in (("merge", merge), ("check-adapter", check_adapter), ("adapters combine", combine)):
+        arguments = inspect.signature(task.run).parameters
+        flags = {flag.name: flag for flag in cli.TOOLS[name].flags}
+        assert set(arguments) == set(flags)
+        for argument in arguments.values():
+            if argument.default is not argument.empty:
+                assert argument.default == flags[argument.name].default
 
 
 def test_without_a_yaml(ran):
@@ -226,6 +283,29 @@ def test_the_articles_command(ran):
             "--run_mode predict contradicts the command eval: leave the flag out",
         ),
         (["finetune", "--config", "none.yaml"], "cannot read config none.yaml: No such file or directory"),
+        (["merge"], "--load_adapter, --output_dir: missing (see lora-ms merge --help)"),
+        (["merge", "--load_adapter", "a"], "--output_dir: missing (see lora-ms merge --help)"),
+        (["check-adapter"], "--load_adapter: missing (see lora-ms check-adapter --help)"),
+        (["merge", "--load_adaptor", "a"], "unknown flag --load_adaptor; the nearest is --load_adapter"),
+        (["merge", "--shard_size", "3"], "unknown flag --shard_size; the nearest is --max_shard_size"),
+        (
+            ["merge", "--load_adapter", "a", "--optimizer.eps", "1"],
+            "unknown flag --optimizer.eps; the nearest is --load_adapter",
+        ),
+        (["merge", "a"], "unexpected argument 'a': quote a value that contains spaces"),
+        (
+            ["merge", "--load_adapter", "a", "--output_dir", "o", "--safe_merge", "yes"],
+            "argument --safe_merge: wants True or False, got 'yes' (see lora-ms merge --help)",
+        ),
+        (
+            ["adapters", "combine", "--weights", "x"],
+            "argument --weights: wants a number, got 'x' (see lora-ms adapters combine --help)",
+        ),
+        (["adapters"], "the following arguments are required: ACTION (see lora-ms adapters --help)"),
+        (
+            ["adapters", "combine", "--adapters", "a"],
+            "--weights, --output_dir: missing (see lora-ms adapters combine --help)",
+        ),
     ],
 )
 def test_faults_are_one_line_and_status_2(ran, capsys, words, message):
@@ -255,7 +335,9 @@ def test_interrupt_is_quiet(ran, capsys):
     assert capsys.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("words", [["--help"], ["finetune", "--help"], ["--version"]])
+@pytest.mark.parametrize(
+    "words", [["--help"], ["finetune", "--help"], ["merge", "--help"], ["adapters", "--help"], ["--version"]]
+)
 def test_help_imports_nothing_heavy(words):
     script = (
         "import sys; from lora_ms.cli import main; status = main(sys.argv[1:]); "
@@ -266,9 +348,21 @@ def test_help_imports_nothing_heavy(words):
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_help_fits_80_columns(capsys):
-    assert cli.main(["finetune", "--help"]) == 0
-    assert max(len(line) for line in capsys.readouterr().out.splitlines()) <= 80
+@pytest.mark.parametrize("command", ["", "finetune", *cli.TOOLS])
+def test_help_fits_80_columns(capsys, command):
+    assert cli.main([*command.split(), "--help"]) == 0
+    text = capsys.readouterr().out
+    assert max(len(line) for line in text.splitlines()) <= 80
+    for flag in cli.TOOLS[command].flags if command in cli.TOOLS else ():
+        assert f"--{flag.name} " in text
+
+
+def test_help_lists_the_methods_of_combining(capsys):
+    from lora_ms.adapters.combine import METHODS
+
+    assert cli.main(["adapters", "combine", "--help"]) == 0
+    listed = capsys.readouterr().out.split("methods:\n")[1]
+    assert [line.split()[0] for line in listed.splitlines() if line[:3].strip()] == list(METHODS)
 
 
 def test_run_mindformer_script_returns_the_status():

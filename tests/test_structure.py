@@ -35,13 +35,14 @@ DIRECTIONS = {
         "peft_model config models adapters train infer data nn runtime storage errors",
         "mindspore numpy transformers",
     ),
-    "cli": ("config tasks flags errors", ""),
-    "flags": ("", ""),
+    "flags": ("errors", ""),
+    "keys": ("flags", ""),
+    "cli": ("flags keys config tasks adapters.combine errors", ""),
 }
 # What a part may import inside functions only: `data` and --help answer without MindSpore.
 LAZY_ONLY = {
     "data": "mindspore transformers datasets pyarrow",
-    "cli": "lora_ms.config lora_ms.tasks",
+    "cli": "lora_ms.config lora_ms.tasks lora_ms.adapters",
     "__init__": "lora_ms",
 }
 

@@ -67,10 +67,12 @@ class LoraConfig:
     init_lora_weights: bool | str = True
 
     def __post_init__(self):
-        for name, value in (("lora_rank", self.lora_rank), *self.rank_pattern.items()):
+        groups = [(f"lora_rank of layer_groups {i}", group.lora_rank) for i, group in enumerate(self.layer_groups)]
+        for name, value in (("lora_rank", self.lora_rank), *self.rank_pattern.items(), *groups):
             if value < 1:
                 raise LoraMsError(f"{name} must be at least 1, got {value}")
-        for name, value in (("lora_alpha", self.lora_alpha), *self.alpha_pattern.items()):
+        groups = [(f"lora_alpha of layer_groups {i}", group.lora_alpha) for i, group in enumerate(self.layer_groups)]
+        for name, value in (("lora_alpha", self.lora_alpha), *self.alpha_pattern.items(), *groups):
             if value <= 0:
                 raise LoraMsError(f"{name} must be above 0, got {value}")
         if not 0 <= self.lora_dropout < 1:
@@ -87,6 +89,8 @@ class LoraConfig:
         if self.bias not in BIASES:
             raise LoraMsError(f"bias {self.bias!r} is none of {', '.join(BIASES)}")
         self._check_init()
+        if self.use_dora and self.lora_bias:
+            raise LoraMsError("use_dora and lora_bias exclude each other")
         if self.layer_groups and (self.rank_pattern or self.alpha_pattern or self.layers_to_transform is not None):
             raise LoraMsError("layer_groups stands in place of rank_pattern, alpha_pattern and layers_to_transform")
 
@@ -96,7 +100,8 @@ class LoraConfig:
             return
         if init not in INITS and not re.fullmatch(r"pissa_niter_[1-9]\d*", str(init)):
             raise LoraMsError(f"init_lora_weights {init!r} is none of True, {', '.join(INITS)}, pissa_niter_N")
-        odd = [rank for rank in (self.lora_rank, *self.rank_pattern.values()) if rank % 2]
+        groups = [group.lora_rank for group in self.layer_groups]
+        odd = [rank for rank in groups or (self.lora_rank, *self.rank_pattern.values()) if rank % 2]
         if init == "orthogonal" and odd:
             raise LoraMsError(f"init_lora_weights orthogonal wants even ranks, got {odd[0]}")
         if init not in ("gaussian", "orthogonal") and (self.use_dora or self.lora_bias):

@@ -67,8 +67,12 @@ def cell_at(model: nn.Cell, name: str) -> nn.Cell:
 def place(model: nn.Cell, cells: Mapping[str, nn.Cell]) -> None:
     """Puts ``cells`` at their dotted paths, and gives every parameter its path as its name."""
     for name, cell in cells.items():
-        parent, _, leaf = name.rpartition(".")
-        setattr(cell_at(model, parent) if parent else model, leaf, cell)
+        path, _, leaf = name.rpartition(".")
+        parent = cell_at(model, path) if path else model
+        if leaf.isdigit():
+            parent[int(leaf)] = cell  # a SequentialCell runs a list of its own, which setattr leaves as it is
+        else:
+            setattr(parent, leaf, cell)
     for name, parameter in model.parameters_and_names():  # what is shared keeps the first
         parameter.name = name
     # MindSpore finds compiled graphs by the cell that is called and its inputs: it would go on with the old cells
@@ -129,10 +133,10 @@ def inject(model: nn.Cell, config: LoraConfig, where: Mapping[str, Place] | None
 
     Afterwards the adapter's parameters alone are trainable.
     """
-    chosen = select(model, config) if where is None else where
+    cells = build(model, config, select(model, config) if where is None else where)
     for parameter in model.get_parameters():
         parameter.requires_grad = False
-    place(model, build(model, config, chosen))
+    place(model, cells)
     return report(model, config)
 
 

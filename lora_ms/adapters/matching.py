@@ -4,7 +4,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
 
-from lora_ms.adapters.config import LoraConfig
+from lora_ms.adapters.config import LayerGroup, LoraConfig
 from lora_ms.errors import LoraMsError
 
 ALL_LINEAR = "all-linear"
@@ -67,6 +67,16 @@ def by_pattern(name: str, patterns: Mapping[str, float], default: float) -> floa
     return default
 
 
+def groups_of(name: str, config: LoraConfig) -> list[LayerGroup]:
+    """The layer groups that want the module ``name``; one at most, where they do not overlap."""
+    index, found = layer_index(name, config.layers_pattern), []
+    for group in config.layer_groups:
+        targets = config.target_modules if group.target_modules is None else group.target_modules
+        if index in group.layers and matches(name, targets):
+            found.append(group)
+    return found
+
+
 def place_of(name: str, config: LoraConfig) -> Place | None:
     """Rank and alpha that ``config`` gives the module ``name``; None where it gets no adapter."""
     excluded = config.exclude_modules
@@ -78,11 +88,8 @@ def place_of(name: str, config: LoraConfig) -> Place | None:
         return None
     index = layer_index(name, config.layers_pattern)
     if config.layer_groups:
-        for group in config.layer_groups:
-            targets = config.target_modules if group.target_modules is None else group.target_modules
-            if index in group.layers and matches(name, targets):
-                return Place(group.lora_rank, group.lora_alpha)
-        return None
+        group = next(iter(groups_of(name, config)), None)
+        return None if group is None else Place(group.lora_rank, group.lora_alpha)
     if not config.target_modules or not matches(name, config.target_modules):
         return None
     if config.layers_to_transform is not None and index not in config.layers_to_transform:
@@ -103,13 +110,14 @@ def places(names: Iterable[str], config: LoraConfig) -> dict[str, Place]:
     names = list(names)
     try:
         found = {name: place for name in names if (place := place_of(name, config)) is not None}
+        check_groups(config, names)
     except re.error as error:
         raise LoraMsError(f"not a regular expression in pet_config: {error.pattern!r}: {error}") from None
-    check_groups(config, {index for name in names if (index := layer_index(name)) is not None})
     if not found:
         leaves = sorted({leaf_of(name) for name in names})
-        excluded = [*config.exclude_layers, *([config.exclude_modules] if config.exclude_modules else [])]
-        outside = f" outside {excluded}" if excluded else ""
+        modules = config.exclude_modules
+        excluded = [*config.exclude_layers, *((modules,) if modules and isinstance(modules, str) else modules)]
+        outside = f" outside {', '.join(excluded)}" if excluded else ""
         if config.layers_to_transform is not None:
             outside += f" in layers {list(config.layers_to_transform)}"
         raise LoraMsError(
@@ -123,18 +131,16 @@ def places(names: Iterable[str], config: LoraConfig) -> dict[str, Place]:
     return found
 
 
-def check_groups(config: LoraConfig, layers: set[int]) -> None:
-    """Raises LoraMsError where two layer groups hold one layer for the same targets, or a layer is not there."""
-    seen: dict[int, list] = {}
-    for group in config.layer_groups:
-        beyond = sorted(set(group.layers) - layers)
-        if beyond:
-            raise LoraMsError(f"layer_groups: layers {ranges(beyond)} are not there: the model has {ranges(layers)}")
-        for layer in group.layers:
-            seen.setdefault(layer, []).append(group.target_modules)
-    twice = sorted(layer for layer, targets in seen.items() if len(targets) != len(set(targets)))
+def check_groups(config: LoraConfig, names: Iterable[str]) -> None:
+    """Raises LoraMsError where two layer groups want one module, or a group's layer is not there."""
+    names = list(names)
+    layers = {index for name in names if (index := layer_index(name)) is not None}
+    beyond = sorted({layer for group in config.layer_groups for layer in group.layers} - layers)
+    if beyond:
+        raise LoraMsError(f"layer_groups: layers {ranges(beyond)} are not there: the model has {ranges(layers)}")
+    twice = {layer_index(name) for name in names if len(groups_of(name, config)) > 1}
     if twice:
-        raise LoraMsError(f"layer_groups overlap in layers {ranges(twice)}: give each layer once")
+        raise LoraMsError(f"layer_groups overlap in layers {ranges(twice)}: give each module once")
 
 
 def gaps(config: LoraConfig, names: Iterable[str]) -> list[int]:

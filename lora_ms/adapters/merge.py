@@ -16,8 +16,10 @@ def merged_cells(model: nn.Cell, safe_merge: bool = False) -> dict[str, nn.Cell]
     cells = {}
     for name, cell in adapter_cells(model).items():
         plain = cells[name] = cell.merge()
-        if safe_merge and not np.isfinite(plain.weight.asnumpy()).all():
-            raise LoraMsError(f"the merged weight of {name} holds NaN or infinity; nothing was merged")
+        for parameter in plain.get_parameters() if safe_merge else ():
+            if not np.isfinite(parameter.asnumpy()).all():
+                kind = parameter.name.rsplit(".", 1)[-1]
+                raise LoraMsError(f"the merged {kind} of {name} holds NaN or infinity; nothing was merged")
     return cells
 
 

@@ -8,8 +8,10 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn
 from numpy.typing import NDArray
 
+from lora_ms.adapters.combine import Adapter, factor_names
 from lora_ms.adapters.config import LoraConfig
-from lora_ms.adapters.inject import cell_at, place
+from lora_ms.adapters.inject import build, cell_at, place
+from lora_ms.adapters.matching import Place
 from lora_ms.adapters.merge import merged_cells
 from lora_ms.adapters.peft_format import packed
 from lora_ms.errors import LoraMsError
@@ -195,6 +197,26 @@ class NamedAdapters:
             for path, cell in self.cells_of(name).items():
                 factors.setdefault(path, {})[index] = factors_of(name, path, cell, self.configs[name])
         return factors
+
+
+def apart(config: LoraConfig, cells: Cells) -> Adapter:
+    """The adapter that ``cells`` hold, apart from any model; errors as in ``combine.Adapter``."""
+    tensors = {}
+    for path, cell in cells.items():
+        values = {factor: parameter.asnumpy().copy() for factor, parameter in cell.tensors().items()}
+        values = packed(path, cell, values, config)
+        a, b = (values.get(factor) for factor in factor_names(path))
+        tensors[path] = (a, b, float(cell.scaling.asnumpy()) if a is not None else 0.0)
+    return Adapter(config, tensors)
+
+
+def together(model: nn.Cell, adapter: Adapter) -> Cells:
+    """Cells of ``adapter`` for the bare ``model``, not yet in it."""
+    where = {path: Place(len(a), scaling * len(a)) for path, (a, _, scaling) in adapter.tensors.items()}
+    cells = build(model, adapter.config, where)
+    for path, (a, b, scaling) in adapter.tensors.items():
+        put(cells[path], Numbers(dict(zip(factor_names(path), (a, b), strict=True)), where[path].lora_alpha, scaling))
+    return cells
 
 
 def factors_of(name: str, path: str, cell: nn.Cell, config: LoraConfig) -> Factors:

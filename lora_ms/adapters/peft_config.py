@@ -23,7 +23,7 @@ UNSUPPORTED = (
     "velora_config",
 )
 # ways to start that leave nothing behind: the file holds what came of them
-DONE = ("eva", "loftq", "lora_ga", "mica", "corda", "gaussian", "orthogonal")
+DONE = ("eva", "mica", "gaussian", "orthogonal")
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,11 @@ def from_peft(peft: Mapping, where: str) -> LoraConfig:
     init = peft.get("init_lora_weights", True)
     if faults:
         raise LoraMsError(f"{where}: not supported: {', '.join(faults)}")
+    if str(init).startswith("pissa_niter_"):
+        raise LoraMsError(
+            f"{where}: what {init} took out of the weights was random and is not in the file; "
+            "save it in PEFT with path_initial_model_for_weight_conversion"
+        )
     adalora = kind == "ADALORA"
     missing = [key for key in ("init_r" if adalora else "r", "lora_alpha", "target_modules") if key not in peft]
     if missing:

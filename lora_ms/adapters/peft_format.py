@@ -4,7 +4,6 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from mindspore import Parameter, Tensor, nn
@@ -12,6 +11,17 @@ from numpy.typing import NDArray
 
 from lora_ms import storage
 from lora_ms.adapters.config import AdaLoraConfig, LoraConfig
+from lora_ms.adapters.files import (
+    CONFIG,
+    FACTORS,
+    PREFIX,
+    WEIGHTS,
+    check_finite,
+    check_patterns,
+    read_adapter_config,
+    read_entries,
+    split_key,
+)
 from lora_ms.adapters.inject import (
     ADAPTERS,
     TRAINED,
@@ -24,46 +34,11 @@ from lora_ms.adapters.inject import (
     target_layers,
 )
 from lora_ms.adapters.matching import Place, by_pattern
-from lora_ms.adapters.peft_config import Adapted, from_peft, to_peft
+from lora_ms.adapters.peft_config import Adapted, to_peft
 from lora_ms.errors import LoraMsError
 from lora_ms.nn import lowrank
 
-PREFIX = "base_model.model."
-WEIGHTS = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
-# ends of a tensor's name behind the module's path, an end before those that it ends with
-FACTORS = (
-    "lora_A.weight",
-    "lora_B.weight",
-    "lora_B.bias",
-    "lora_A",
-    "lora_B",
-    "lora_E",
-    "lora_embedding_A",
-    "lora_embedding_B",
-    "lora_magnitude_vector",
-    "base_layer.bias",
-    "base_layer.weight",
-    "weight",
-    "bias",
-)
 Array = NDArray[np.float32]
-
-
-class Key(NamedTuple):
-    """A tensor's name taken apart: the module's dotted path, and which of its tensors."""
-
-    name: str
-    factor: str
-
-
-def split_key(key: str) -> Key | None:
-    """None where ``key`` ends as no tensor of an adapter does."""
-    path = key.removeprefix(PREFIX)
-    for factor in FACTORS:
-        if path.endswith("." + factor):
-            return Key(path[: -len(factor) - 1], factor)
-    return None
 
 
 def adapter_tensors(model: nn.Cell, config: LoraConfig) -> dict[str, Array]:
@@ -124,25 +99,15 @@ def save_adapter(model: nn.Cell, path: str | os.PathLike, config: LoraConfig, ba
     storage.write_json(path / CONFIG, to_peft(config, adapted(model), base_model))
 
 
-def read_adapter_config(path: str | os.PathLike) -> LoraConfig:
-    """The settings of the adapter in directory ``path``."""
-    file = Path(path) / CONFIG
-    if not file.is_file():
-        raise LoraMsError(f"{path}: no adapter here: {CONFIG} is missing")
-    return from_peft(storage.read_json(file), str(file))
-
-
 def read_tensors(path: Path) -> dict[str, Array]:
     """Every tensor of the adapter in directory ``path``, float32, by PEFT's name.
 
     Raises:
         LoraMsError: a truncated file, or a tensor that is not finite.
     """
-    tensors = {key: storage.read(entry, np.float32) for key, entry in storage.read_header(path / WEIGHTS).items()}
-    for key, value in tensors.items():
-        if not np.isfinite(value).all():
-            raise LoraMsError(f"{path}: {key} holds NaN or infinity")
-    return tensors
+    entries = read_entries(path)
+    check_finite(path, entries)
+    return {key: storage.read(entry, np.float32) for key, entry in entries.items()}
 
 
 def load_adapter(
@@ -174,13 +139,8 @@ def read_cells(model: nn.Cell, path: Path, config: LoraConfig) -> dict[str, nn.C
         LoraMsError: see ``load_adapter``.
     """
     tensors, layers = read_tensors(path), dict(model.cells_and_names())
-    keys = {key: split_key(key) for key in tensors}
-    faults = [
-        f"{key} {tensors[key].shape} has no place in the model"
-        for key, found in keys.items()
-        if found is None or found.name not in layers
-    ]
-    named = [found for found in keys.values() if found is not None and found.name in layers]
+    keys = [split_key(key) for key in tensors]
+    named = [found for found in keys if found is not None and found.name in layers]
     lora = [found.name for found in named if found.factor.startswith("lora_")]
     saved = tuple(found.name for found in named if found.factor == "weight")
     check_patterns(path, config, lora)
@@ -192,23 +152,14 @@ def read_cells(model: nn.Cell, path: Path, config: LoraConfig) -> dict[str, nn.C
         for name in lora
         if name in target_layers(model)
     }
-    if not where or faults:
+    if not where:
+        faults = [f"{key} {value.shape} has no place in the model" for key, value in tensors.items()]
         raise LoraMsError(f"{path}: made for another model: {'; '.join(faults) or 'it holds no LoRA tensor'}")
-    # the fast form of PiSSA is random: what it took out is found again by the exact one
-    init = "pissa" if str(config.init_lora_weights).startswith("pissa") else config.init_lora_weights
-    cells = build(model, replace(config, modules_to_save=saved, init_lora_weights=init), where)
+    cells = build(model, replace(config, modules_to_save=(*config.modules_to_save, *saved)), where)
     faults = fill(cells, tensors, config, layers)
     if faults:
         raise LoraMsError(f"{path}: made for another model: {'; '.join(faults)}")
     return cells
-
-
-def check_patterns(path: Path, config: LoraConfig, names: list[str]) -> None:
-    """Raises LoraMsError where a rank or alpha pattern of the file fits none of its own modules."""
-    for key, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
-        for pattern in patterns:
-            if not any(by_pattern(name, {pattern: 1.0}, 0.0) for name in names):
-                raise LoraMsError(f"{path}: {key} {pattern!r} matches none of the adapter's modules")
 
 
 def fill(

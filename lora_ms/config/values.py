@@ -1,10 +1,13 @@
 """The kinds of value that a YAML key holds: read strictly, with errors that say what is wanted."""
 
+import difflib
 import math
 import re
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+INITS = ("gaussian", "orthogonal", "pissa", "olora")  # ways for A and B to start besides the default
 
 
 class Section(BaseModel):
@@ -76,6 +79,45 @@ def _targets(value: Any) -> str | list[str]:
     raise ValueError("wants a regular expression, a list of module names, or all-linear")
 
 
+def _exclusions(value: Any) -> str | list[str]:
+    return [] if value in (None, [], "") else _targets(value)
+
+
+def _layers(value: Any) -> list[int]:
+    numbers: list[int] = []
+    for item in value if isinstance(value, (list, tuple)) else [value]:
+        for part in item.split(",") if isinstance(item, str) else [str(item)]:
+            found = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+            if not found or int(found[2] or found[1]) < int(found[1]):
+                raise ValueError('wants layers such as 3, [0, 1, 8] or "0-3,8", counted from 0')
+            numbers += range(int(found[1]), int(found[2] or found[1]) + 1)
+    if not numbers or len(set(numbers)) < len(numbers):
+        raise ValueError("wants at least one layer, and each once")
+    return sorted(numbers)
+
+
+def _pattern(value: Any) -> dict[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise ValueError("wants a mapping of module names, as regular expressions, to numbers")
+    for key in value:
+        try:
+            re.compile(key)
+        except re.error as problem:
+            raise ValueError(f"wants regular expressions as keys ({key!r}: {problem})") from None
+    return value
+
+
+def _init(value: Any) -> bool | str:
+    if value in ("True", "true"):
+        return True
+    if value is True or value in INITS or isinstance(value, str) and re.fullmatch(r"pissa_niter_[1-9]\d*", value):
+        return value
+    near = difflib.get_close_matches(str(value), INITS, 1)
+    raise ValueError(f"wants True, {', '.join(INITS)} or pissa_niter_N{f' ({near[0]}?)' if near else ''}")
+
+
 def _scaling(value: Any) -> float | dict[str, Any]:
     return value if isinstance(value, dict) else float(_number(value))
 
@@ -108,6 +150,11 @@ Text = Annotated[str, BeforeValidator(_text)]
 Path = Annotated[str, BeforeValidator(_path)]  # null and "" both mean "none"
 Texts = Annotated[list[str], BeforeValidator(_texts)]
 Targets = Annotated[str | list[str], BeforeValidator(_targets)]
+Exclusions = Annotated[str | list[str], BeforeValidator(_exclusions)]  # as Targets, or nothing
+Layers = Annotated[list[int], BeforeValidator(_layers)]  # indices, or texts such as "0-10"
+RankPattern = Annotated[dict[str, Annotated[Whole, Field(ge=1)]], BeforeValidator(_pattern)]
+AlphaPattern = Annotated[dict[str, Annotated[WholeOrNumber, Field(gt=0)]], BeforeValidator(_pattern)]
+Init = Annotated[bool | str, BeforeValidator(_init)]
 Scaling = Annotated[float | dict[str, Any], BeforeValidator(_scaling)]
 TokenIds = Annotated[int | list[int], BeforeValidator(_token_ids)]
 Memory = Annotated[str, BeforeValidator(_memory)]

@@ -2,12 +2,14 @@
 
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import mindspore as ms
 import numpy as np
-from mindspore import Tensor
+from mindspore import Parameter, Tensor
 from numpy.typing import DTypeLike
 
 from lora_ms import storage
@@ -161,13 +163,42 @@ def hf_config(config: DecoderConfig, ms_dtype: ms.Type) -> dict:
     }
 
 
-def save_directory(model: CausalLM, path: str | os.PathLike, dtype: DTypeLike = np.float32) -> None:
-    """Writes ``config.json`` and ``model.safetensors``: a directory that transformers loads."""
-    path = Path(path)
-    (path / storage.INDEX).unlink(missing_ok=True)  # of shards that stood here: readers would prefer them
-    storage.write_tensors(
-        path / "model.safetensors", {name: p.asnumpy().astype(dtype) for name, p in model.parameters_and_names()}
-    )
+def check_plain(model: CausalLM) -> None:
+    """Raises LoraMsError where ``model`` has parameters that a Hugging Face directory of its kind has no place for."""
+    biased = ("q_proj.bias", "k_proj.bias", "v_proj.bias") if model.config.attention_bias else ()
+    odd = [name for name, _ in model.parameters_and_names() if not name.endswith((".weight", *biased))]
+    if odd:
+        why = "a bias that config.json cannot ask for" if odd[0].endswith(".bias") else "of an adapter: merge it first"
+        raise LoraMsError(f"the model cannot be saved as it is: {odd[0]} is {why}")
+
+
+def stored_blocks(parameter: Parameter, dtype: str) -> Iterator[np.ndarray]:
+    """The parameter's values as they are written."""
+    yield storage.encoded(parameter.asnumpy(), dtype)
+
+
+def save_directory(
+    model: CausalLM, path: str | os.PathLike, dtype: DTypeLike = np.float32, shard_size: int = storage.SHARD_SIZE
+) -> None:
+    """Writes ``config.json`` and the weights, in files of at most ``shard_size`` bytes: transformers loads the result.
+
+    A head that has come apart from the embedding is written beside it.
+
+    Raises:
+        LoraMsError: an adapter stands in the model, or the directory cannot be written.
+    """
+    check_plain(model)
+    name_of_type = np.dtype(dtype).name
+    stored = storage.STORED[name_of_type]
+    planned = {
+        name: storage.Planned(stored, tuple(p.shape), partial(stored_blocks, p, stored))
+        for name, p in model.parameters_and_names()
+    }
     hf = {k: v for k, v in model.hf_config.items() if k not in ("torch_dtype", "dtype")}
-    key = "dtype" if "rope_parameters" in hf else "torch_dtype"
-    storage.write_json(path / "config.json", {**hf, key: np.dtype(dtype).name})
+    hf["dtype" if "rope_parameters" in hf else "torch_dtype"] = name_of_type
+    if model.config.tie_word_embeddings and "lm_head.weight" in planned:
+        hf["tie_word_embeddings"] = False
+    with storage.whole_folder(Path(path), sum(tensor.size for tensor in planned.values())) as folder:
+        for _ in storage.write_model(folder, planned, shard_size):
+            pass
+        storage.write_json(folder / "config.json", hf)

@@ -33,7 +33,7 @@ class TrainedDense(nn.Dense):
     """A dense layer whose weight [out, in], bias [out] or both are its own."""
 
     def __init__(self, dense: nn.Dense, weight: bool = True, bias: bool = True):
-        super().__init__(1, 1, has_bias=dense.has_bias)
+        super().__init__(1, 1, has_bias=dense.has_bias, activation=dense.activation)
         self.in_channels, self.out_channels = dense.in_channels, dense.out_channels
         self.base_dtype = dense.weight.dtype
         self.weight = copied(dense.weight, "weight") if weight else dense.weight
@@ -49,11 +49,15 @@ class TrainedDense(nn.Dense):
         weight = Tensor(self.weight.asnumpy(), self.base_dtype)
         bias = Tensor(self.bias.asnumpy(), self.base_dtype) if self.has_bias else None
         shape = (self.in_channels, self.out_channels)
-        return nn.Dense(*shape, weight, bias, self.has_bias, dtype=self.base_dtype)
+        return nn.Dense(*shape, weight, bias, self.has_bias, self.activation, self.base_dtype)
 
     def construct(self, x: Tensor) -> Tensor:
-        y = self.matmul(x, self.weight.astype(x.dtype))
-        return self.bias_add(y, self.bias.astype(x.dtype)) if self.has_bias else y
+        y = self.matmul(x.reshape((-1, x.shape[-1])), self.weight.astype(x.dtype))
+        if self.has_bias:
+            y = self.bias_add(y, self.bias.astype(x.dtype))
+        if self.activation_flag:
+            y = self.activation(y)
+        return y.reshape(x.shape[:-1] + (-1,))
 
 
 class TrainedEmbedding(Embedding):

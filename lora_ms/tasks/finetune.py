@@ -2,14 +2,17 @@
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from lora_ms.adapters import inject as injection
-from lora_ms.adapters.config import LoraConfig
-from lora_ms.adapters.peft_format import load_adapter, read_adapter_config, restore_adapter, save_adapter
-from lora_ms.config import RunConfig, dump_config
+from lora_ms.adapters.adalora import RankAllocator, save_plain_lora, scheduled
+from lora_ms.adapters.config import AdaLoraConfig, LoraConfig
+from lora_ms.adapters.matching import places
+from lora_ms.adapters.peft_format import adapted, load_adapter, read_adapter_config, restore_adapter, save_adapter
+from lora_ms.config import PetConfig, RunConfig, dump_config
 from lora_ms.config.sections import LossScale
 from lora_ms.data.order import permutation
 from lora_ms.data.pipeline import Preparation
@@ -23,6 +26,23 @@ from lora_ms.train.fit import Weights, fit, mean_loss, plan_store
 from lora_ms.train.log import Tee
 from lora_ms.train.settings import TrainSettings
 
+PLAIN = "adapter_lora"  # beside adapter/: what an AdaLoRA run reached, as LoRA
+SCHEDULE = ("target_rank", "tinit", "tfinal", "delta_t", "beta1", "beta2", "orth_reg_weight", "total_steps")
+# keys in which load_adapter and pet_config must agree where the user gave them; those of ranks, by the place they fill
+AGREEING = ("use_rslora", "use_dora", "lora_bias", "bias")
+RANKED = {
+    "lora_rank": {"lora_rank", "init_rank", "rank_pattern", "layer_groups"},
+    "lora_alpha": {"lora_alpha", "alpha_pattern", "layer_groups"},
+}
+PLACING = {
+    "target_modules",
+    "exclude_layers",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "layer_groups",
+}
+
 
 def settings_of(config: RunConfig, longest: int) -> TrainSettings:
     """The settings of a run that a configuration holds; ``longest``: the model's own limit in tokens."""
@@ -32,6 +52,7 @@ def settings_of(config: RunConfig, longest: int) -> TrainSettings:
     ):  # a number is a fixed factor; 1, which float16 cannot train with, means dynamic
         kind = "DynamicLossScaleUpdateCell" if scale == 1 else "FixedLossScaleUpdateCell"
         scale = LossScale(type=kind, loss_scale_value=65536 if scale == 1 else scale)
+    pet = config.pet_config or PetConfig()
     return TrainSettings(
         output_dir=Path(config.output_dir),
         epochs=runner.epochs,
@@ -54,6 +75,9 @@ def settings_of(config: RunConfig, longest: int) -> TrainSettings:
         eps=config.optimizer.eps,
         weight_decay=config.optimizer.weight_decay,
         max_grad_norm=config.max_grad_norm,
+        loraplus_lr_ratio=pet.loraplus_lr_ratio,
+        loraplus_lr_embedding=pet.loraplus_lr_embedding,
+        neftune_noise_alpha=pet.neftune_noise_alpha,
         loss_scale=scale.loss_scale_value,
         dynamic_scale=scale.type == "DynamicLossScaleUpdateCell",
         scale_window=scale.scale_window,
@@ -79,47 +103,72 @@ def check_output(output_dir: Path) -> None:
         raise LoraMsError(f"output_dir {output_dir} cannot be written: no permission to write in {place}")
 
 
-def attach_adapter(config: RunConfig, model: CausalLM) -> LoraConfig | None:
+def attach_adapter(config: RunConfig, model: CausalLM, total_steps: int) -> LoraConfig | None:
     """Swaps in what ``pet_config`` or ``load_adapter`` asks for; None where all parameters train.
 
     Raises:
         LoraMsError: the two disagree, or match nothing.
     """
-    if config.pet_config is None:
+    pet = config.pet_config
+    if pet is None:
         if config.load_adapter:
             raise LoraMsError("load_adapter is given and pet_config is null: remove one of them")
         return None
-    wanted = common.lora_config(config.pet_config)
-    if not config.load_adapter:
-        injection.inject(model, wanted)
+    wanted = common.lora_config(pet)
+    if config.load_adapter:
+        wanted = load_agreeing(config.load_adapter, pet, wanted, model)
     else:
-        given = config.pet_config.model_fields_set  # what the user wrote; the rest is the adapter's to say
-        stored = read_adapter_config(config.load_adapter)
-        faults = [
-            f"{key}: {getattr(wanted, key)} in pet_config, {getattr(stored, key)} in the adapter"
-            for key in ("lora_rank", "lora_alpha", "use_rslora", "use_dora")
-            if key in given and getattr(wanted, key) != getattr(stored, key)
-        ]
-        chosen = set(injection.select(model, wanted))
-        dropout = wanted.lora_dropout if "lora_dropout" in given else stored.lora_dropout
-        wanted, _ = load_adapter(model, config.load_adapter, dropout)
-        there = set(injection.lora_layers(model))
-        if "target_modules" in given and chosen != there:
-            faults.append(f"target_modules: {len(chosen)} modules by pet_config, {len(there)} in the adapter")
-        if faults:
-            raise LoraMsError(f"load_adapter {config.load_adapter}: {'; '.join(faults)}")
-    injection.freeze(model, config.pet_config.freeze_include, config.pet_config.freeze_exclude)
+        injection.inject(model, wanted)
+    injection.freeze(model, pet.freeze_include, pet.freeze_exclude)
+    if isinstance(wanted, AdaLoraConfig) and not wanted.kept:
+        return scheduled(wanted, total_steps, pet.tinit, pet.tfinal)
     return wanted
 
 
-def weights_of(model: CausalLM, adapter: LoraConfig | None, tokenizer) -> Weights:
-    """How what was trained is written and read."""
+def load_agreeing(path: str, pet: PetConfig, wanted: LoraConfig, model: CausalLM) -> LoraConfig:
+    """Swaps the adapter in ``path`` in for further training; returns its settings.
 
-    def write(path: Path) -> None:
-        if adapter is None:
+    Raises:
+        LoraMsError: it is another than ``pet_config`` says, in keys that the user gave; all are listed.
+    """
+    given, stored = pet.model_fields_set, read_adapter_config(path)
+    layers, saved = list(injection.target_layers(model)), set(injection.saved_layers(model, wanted))
+    loaded, _ = load_adapter(model, path, wanted.lora_dropout if "lora_dropout" in given else stored.lora_dropout)
+    there = adapted(model)
+    faults = []
+
+    def compare(key: str, others: set[str], here: object, stored: object, where: str = "") -> None:
+        if here != stored and not given.isdisjoint(others):
+            faults.append(f"{key}{where}: {here} in pet_config, {stored} in the adapter")
+
+    kinds = ["adalora" if isinstance(c, AdaLoraConfig) else "lora" for c in (wanted, stored)]
+    compare("pet_type", {"pet_type"}, *kinds)
+    free = given.isdisjoint(PLACING)  # where the adapter alone says which modules it stands on
+    chosen = places(layers, replace(wanted, target_modules=tuple(there.places)) if free else wanted)
+    for index, (key, others) in enumerate(RANKED.items()):
+        both = [name for name in chosen if name in there.places]
+        odd = [name for name in both if chosen[name][index] != there.places[name][index]]
+        if odd:
+            here, stored_value = chosen[odd[0]][index], there.places[odd[0]][index]
+            compare(key, others, here, stored_value, "" if len(odd) == len(both) else f" of {odd[0]}")
+    for key in AGREEING:
+        compare(key, {key}, getattr(wanted, key), getattr(stored, key))
+    if not free and chosen.keys() != there.places.keys():
+        faults.append(f"target_modules: {len(chosen)} modules by pet_config, {len(there.places)} in the adapter")
+    compare("modules_to_save", {"modules_to_save"}, sorted(saved), sorted(there.saved))
+    if faults:
+        raise LoraMsError(f"load_adapter {path}: {'; '.join(faults)}")
+    return loaded
+
+
+def weights_of(model: CausalLM, adapter: LoraConfig | None, tokenizer, ranks: RankAllocator | None = None) -> Weights:
+    """How what was trained is written and read; ``ranks`` are those of an AdaLoRA run."""
+
+    def save(path: Path, config: LoraConfig | None) -> None:
+        if config is None:
             hub.save_directory(model, path)
         else:
-            save_adapter(model, path, adapter, model.source)
+            save_adapter(model, path, config, model.source)
         if tokenizer is not None:
             tokenizer.save_pretrained(path)
 
@@ -129,8 +178,25 @@ def weights_of(model: CausalLM, adapter: LoraConfig | None, tokenizer) -> Weight
         else:
             restore_adapter(model, path, adapter)
 
+    def finish(path: Path) -> None:
+        # what a checkpoint does not leave out: until the last cut every rank may come back
+        config, plain = ranks.config(), path.with_name(PLAIN)
+        save(path, config)
+        save_plain_lora(model, plain, config, model.source)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(plain)
+        print(f"{ranks.line()}; as plain LoRA in {plain}")
+
     identity = {} if adapter is None else adapter.identity()
-    return Weights("model" if adapter is None else "adapter", write, read, identity)
+    if ranks is not None:
+        identity |= {key: getattr(adapter, key) for key in SCHEDULE}
+    return Weights(
+        "model" if adapter is None else "adapter",
+        lambda path: save(path, adapter),
+        read,
+        identity,
+        None if ranks is None else finish,
+    )
 
 
 def split_off(
@@ -171,6 +237,8 @@ def run(config: RunConfig) -> None:
         raise LoraMsError(
             "load_checkpoint is missing: give the model to put the adapter on (pet_config: null trains anew)"
         )
+    if config.pet_config is not None:
+        common.lora_config(config.pet_config)  # what is wrong with it shows before anything is read
     sizes = common.read_sizes(config)
     tokenizer = data.tokenizer_for(config, training=True)
     how = data.preparation(config, config.train_dataset, sizes.max_position_embeddings, sizes.vocab_size)
@@ -185,14 +253,18 @@ def run(config: RunConfig) -> None:
             checkpoint.find(output_dir, settings.resume)
         plan = plan_store(store, reports, shares, tokenizer, settings, runtime)
         model = common.build_model(config, sizes, dtype)
-        adapter = attach_adapter(config, model)
+        schedule_steps = settings.schedule_steps if settings.schedule_steps > 0 else plan.total_steps
+        adapter = attach_adapter(config, model, schedule_steps)
+        ranks = RankAllocator(model, adapter) if isinstance(adapter, AdaLoraConfig) else None
         if runtime.is_main:
-            print(injection.report(model).line())
+            print(injection.report(model, adapter).line())
+            if ranks is not None:
+                print(ranks.describe())
             log.to(output_dir / "run.log")  # the first write: data, model and adapter are checked
             if not settings.resume:
                 dump_config(config, str(output_dir / "config.yaml"))
-        weights = weights_of(model, adapter, tokenizer)
-        outcome = fit(model, plan, settings, runtime, weights, sizes.vocab_size, dtype)
+        weights = weights_of(model, adapter, tokenizer, ranks)
+        outcome = fit(model, plan, settings, runtime, weights, sizes.vocab_size, dtype, ranks)
         if runtime.is_main and outcome.stopped:
             print(f"stopped after step {outcome.steps:,} of {plan.total_steps:,}, and saved")
             print("to go on, give the same command with --resume_training True")

@@ -18,7 +18,7 @@ from lora_ms.data.store import TokenStore
 from lora_ms.data.tokenizer import pad_id
 from lora_ms.runtime import Runtime, barrier
 from lora_ms.train import checkpoint
-from lora_ms.train.loop import Outcome, Run
+from lora_ms.train.loop import Companion, Outcome, Run
 from lora_ms.train.settings import TrainSettings
 from lora_ms.train.step import SummedLoss
 
@@ -33,6 +33,9 @@ class Weights:
     write: Callable[[Path], None]
     read: Callable[[Path], None]
     identity: Mapping[str, object]  # what decides how the weights are used, such as lora_alpha
+    finish: Callable[[Path], None] | None = (
+        None  # writes them at the end of the run, where that is not as in a checkpoint
+    )
 
 
 def plan_rows(rows: Iterable[Row], tokenizer, settings: TrainSettings, runtime: Runtime, vocab_size: int) -> DataPlan:
@@ -102,13 +105,15 @@ def fit(
     weights: Weights,
     vocab_size: int,
     dtype: ms.Type,
+    companion: Companion | None = None,
 ) -> Outcome:
     """Trains the trainable parameters of ``model`` and writes them; prints what it does.
 
     Raises:
         LoraMsError: nothing to train, a loss that is not finite, or a checkpoint that does not fit.
     """
-    run = Run(model, plan, settings, runtime, vocab_size, dtype == ms.float16, weights.write, weights.identity)
+    half = dtype == ms.float16
+    run = Run(model, plan, settings, runtime, vocab_size, half, weights.write, weights.identity, companion)
     start = 0
     if not settings.resume and runtime.is_main:
         old = checkpoint.clear(settings.output_dir)
@@ -127,7 +132,7 @@ def fit(
         print("compiling the training step, which takes a while the first time …", flush=True)
     outcome = run.train(start)
     if runtime.is_main and not outcome.stopped:
-        weights.write(settings.output_dir / weights.folder)
+        (weights.finish or weights.write)(settings.output_dir / weights.folder)
     if runtime.world > 1:
         barrier()
     return outcome

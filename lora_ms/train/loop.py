@@ -3,19 +3,22 @@
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import mindspore as ms
 import numpy as np
-from mindspore import Tensor, nn
+from mindspore import Parameter, Tensor, nn
 
 from lora_ms.data.feed import Step, feed
 from lora_ms.data.loader import DataPlan
 from lora_ms.errors import LoraMsError
+from lora_ms.nn.noise import EmbeddingNoise
 from lora_ms.runtime import Runtime, SumOverRanks, peak_memory_mb
 from lora_ms.train import checkpoint
-from lora_ms.train.optim import FlatAdamW, learning_rate
+from lora_ms.train.optim import FlatAdamW, learning_rate, loraplus_factors
 from lora_ms.train.report import Record, Reporter
 from lora_ms.train.settings import TrainSettings
 from lora_ms.train.step import MicroStep, SummedLoss
@@ -60,6 +63,16 @@ class StopSignal:
             signal.signal(number, handler)
 
 
+class Companion(Protocol):
+    """What goes along with the steps of a run, such as AdaLoRA's rank allocator."""
+
+    def cells(self, params: list[Parameter]) -> tuple[nn.Cell | None, nn.Cell | None]:
+        """``FlatAdamW``'s penalty and observer for the trainable parameters."""
+
+    def after_step(self, step: int) -> None:
+        """Called when optimiser step ``step`` (from 0) is on the device."""
+
+
 @dataclass
 class _Pending:
     """A step whose numbers are still on the device."""
@@ -82,6 +95,7 @@ class Run:
         half: whether the model computes in float16, and so needs a loss scale.
         write_weights: writes what was trained into a directory.
         identity: what a checkpoint must also share with the run that goes on from it.
+        companion: takes part in every step; None for most.
     """
 
     def __init__(
@@ -94,6 +108,7 @@ class Run:
         half: bool,
         write_weights: Callable[[Path], None],
         identity: Mapping[str, object],
+        companion: Companion | None = None,
     ):
         self.plan, self.settings, self.runtime, self.write_weights = plan, settings, runtime, write_weights
         s = settings
@@ -104,6 +119,12 @@ class Run:
             raise LoraMsError("all parameters train in float32 only: set compute_dtype to float32, or give pet_config")
         if not params:
             raise LoraMsError("no parameter is trainable: give pet_config, or set it to null to train all parameters")
+        factors = None
+        if s.loraplus_lr_ratio != 1:
+            embedding = s.loraplus_lr_embedding / (s.learning_rate or 1.0)
+            factors = loraplus_factors(model, params, s.loraplus_lr_ratio, embedding)
+        self.companion = companion
+        penalty, observer = (None, None) if companion is None else companion.cells(params)
         self.optimizer = FlatAdamW(
             params,
             s.betas,
@@ -115,9 +136,13 @@ class Run:
             s.scale_window,
             s.scale_factor,
             SumOverRanks() if runtime.world > 1 else None,
+            factors,
+            penalty,
+            observer,
         )
         self.sum_over_ranks = SumOverRanks() if runtime.world > 1 else None
         self.half, self.skipped = half, 0
+        self.noise = EmbeddingNoise(model.model, s.neftune_noise_alpha) if s.neftune_noise_alpha else None
         model.set_train(True)
         if s.recompute:
             for layer in model.model.layers:
@@ -145,17 +170,25 @@ class Run:
             "shuffle": self.settings.shuffle,
             "tokens_crc32": p.checksum(),
             **p.order.identity(),
+            "neftune_noise_alpha": self.settings.neftune_noise_alpha,
             **self.identity,
         }
+
+    def gradient(self, batch: tuple[Tensor, ...]) -> Tensor:
+        """Adds the gradient of a micro-batch's loss to the optimiser's; returns the loss []."""
+        with nullcontext() if self.noise is None else self.noise.on(batch[0].shape[1]):
+            return self.micro_step(*batch)
 
     def launch(self, step: int) -> None:
         """Puts optimiser step ``step`` (from 0) on the device; its numbers are read by ``read``."""
         begun = time.perf_counter()
         batches, tokens, label_tokens = next(self.steps)
         self.waited += time.perf_counter() - begun
-        losses = [self.micro_step(*batch) for batch in batches]
+        losses = [self.gradient(batch) for batch in batches]
         rate = self.rate(step)
         norm, finite = self.optimizer(Tensor(rate, ms.float32), Tensor(label_tokens, ms.float32))
+        if self.companion is not None:
+            self.companion.after_step(step)
         self.pending.append(_Pending(step, losses, norm, finite, tokens, label_tokens, rate))
 
     def read(self) -> list[Record]:

@@ -1,10 +1,13 @@
 """Learning-rate schedules, and AdamW on one flat vector."""
 
 import math
+from collections.abc import Sequence
 
 import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
+
+from lora_ms.nn.lora_embedding import LoRAEmbedding
 
 
 def learning_rate(
@@ -23,6 +26,24 @@ def learning_rate(
     return end + (peak - end) * (1.0 - done if kind == "linear" else 0.5 * (1.0 + math.cos(math.pi * done)))
 
 
+def loraplus_factors(model: nn.Cell, params: Sequence[Parameter], ratio: float, embedding: float) -> list[float]:
+    """What the learning rate of each of ``params`` is multiplied by (LoRA+, Hayou et al., 2024; groups as in PEFT).
+
+    ``ratio`` for B and all that has one dimension, ``embedding`` for A and B on the embedding, 1 for the rest.
+    """
+    cells = (cell for _, cell in model.cells_and_names() if isinstance(cell, LoRAEmbedding))
+    embeddings = {id(p) for cell in cells for p in (cell.lora_a, cell.lora_b)}
+    is_b = [p.name.endswith("lora_b") or p.ndim == 1 for p in params]
+    return [embedding if id(p) in embeddings else ratio if b else 1.0 for p, b in zip(params, is_b, strict=True)]
+
+
+def spread_out(values: Sequence[float], sizes: Sequence[int]) -> float | Tensor:
+    """One value a parameter as a vector [n] of one a number; a plain number where all are equal."""
+    if len(set(values)) == 1:
+        return values[0]
+    return Tensor(np.repeat(np.array(values, np.float32), sizes))
+
+
 class FlatAdamW(nn.Cell):
     """AdamW (Loshchilov and Hutter, 2019) with clipping by global norm, over all trainable parameters at once.
 
@@ -38,6 +59,10 @@ class FlatAdamW(nn.Cell):
         scale_window: steps without overflow after which the loss scale grows.
         scale_factor: what it is then multiplied by, and divided by after an overflow.
         all_reduce: sums a vector over the ranks; None for one rank.
+        rate_factors: what the learning rate of each parameter is multiplied by; None for 1.
+        penalty: parameters [n] -> (penalty [], its gradient [n]), added to the mean loss of a step; None for none.
+        observer: sees what a step did, (new parameters [n], gradient [n] as used, 1 or 0: taken or not []); its
+            ``state()`` is kept with the optimiser's. None for none.
     """
 
     def __init__(
@@ -52,6 +77,9 @@ class FlatAdamW(nn.Cell):
         scale_window: int = 1000,
         scale_factor: float = 2.0,
         all_reduce: nn.Cell | None = None,
+        rate_factors: Sequence[float] | None = None,
+        penalty: nn.Cell | None = None,
+        observer: nn.Cell | None = None,
     ):
         super().__init__()
         self.params = ms.ParameterTuple(params)
@@ -61,18 +89,16 @@ class FlatAdamW(nn.Cell):
         self.beta1, self.beta2 = betas
         self.eps, self.weight_decay, self.max_grad_norm = eps, weight_decay, max_grad_norm
         self.dynamic, self.scale_window, self.scale_factor = dynamic_scale, scale_window, scale_factor
-        self.all_reduce = all_reduce
+        self.all_reduce, self.penalty, self.observer = all_reduce, penalty, observer
         self.grad = Parameter(ops.zeros(n, ms.float32), name="grad", requires_grad=False)
         self.exp_avg = Parameter(ops.zeros(n, ms.float32), name="exp_avg", requires_grad=False)
         self.exp_avg_sq = Parameter(ops.zeros(n, ms.float32), name="exp_avg_sq", requires_grad=False)
         self.count = Parameter(Tensor(0.0, ms.float32), name="count", requires_grad=False)
         self.loss_scale = Parameter(Tensor(loss_scale, ms.float32), name="loss_scale", requires_grad=False)
         self.good_steps = Parameter(Tensor(0.0, ms.float32), name="good_steps", requires_grad=False)
-        decays = [len(shape) >= 2 for shape in self.shapes]
-        # a vector only where some tensors decay and others do not
-        self.decay = weight_decay
-        if weight_decay and not all(decays):
-            self.decay = Tensor(np.repeat(np.float32(weight_decay) * np.array(decays), self.sizes).astype(np.float32))
+        # vectors only where parameters differ
+        self.rates = spread_out(rate_factors or [1.0], self.sizes)
+        self.decay = spread_out([weight_decay * (len(shape) >= 2) for shape in self.shapes], self.sizes)
 
     def state(self) -> dict[str, Parameter]:
         """What a checkpoint must hold for the next step to be the same."""
@@ -82,6 +108,7 @@ class FlatAdamW(nn.Cell):
             "count": self.count,
             "loss_scale": self.loss_scale,
             "good_steps": self.good_steps,
+            **({} if self.observer is None else self.observer.state()),
         }
 
     def flatten(self, tensors: tuple) -> Tensor:
@@ -94,7 +121,10 @@ class FlatAdamW(nn.Cell):
         lr [], label_tokens [] (of all ranks) -> (gradient norm before clipping [], whether it was finite []).
         """
         grad = self.grad if self.all_reduce is None else self.all_reduce(self.grad)
+        old = self.flatten(self.params)
         grad = grad / (self.loss_scale * label_tokens)
+        if self.penalty is not None:
+            grad = grad + self.penalty(old)[1]
         norm = ops.sqrt(ops.reduce_sum(ops.square(grad)))
         finite = ops.isfinite(norm)
         taken = finite.astype(ms.float32)  # 0: this step changes no parameter and no moment
@@ -108,8 +138,7 @@ class FlatAdamW(nn.Cell):
         steps = ops.maximum(count, Tensor(1.0, ms.float32))
         correction1 = 1.0 - ops.pow(Tensor(self.beta1, ms.float32), steps)
         correction2 = 1.0 - ops.pow(Tensor(self.beta2, ms.float32), steps)
-        old = self.flatten(self.params)
-        rate = taken * lr
+        rate = taken * lr * self.rates
         update = exp_avg / (ops.sqrt(exp_avg_sq) / ops.sqrt(correction2) + self.eps)
         new = old - rate * self.decay * old - rate / correction1 * update
         start = 0
@@ -120,6 +149,8 @@ class FlatAdamW(nn.Cell):
         ops.assign(self.exp_avg_sq, exp_avg_sq)
         ops.assign(self.count, count)
         ops.assign(self.grad, ops.zeros_like(grad))
+        if self.observer is not None:
+            self.observer(new, grad, taken)
         if self.dynamic:
             good = (self.good_steps + 1.0) * taken
             full = (good >= self.scale_window).astype(ms.float32)

@@ -31,6 +31,9 @@ class TrainSettings:
     eps: float = 1e-8
     weight_decay: float = 0.0
     max_grad_norm: float | None = 1.0
+    loraplus_lr_ratio: float = 1.0  # learning rate of B over that of A
+    loraplus_lr_embedding: float = 1e-6  # the highest of an adapter on the embedding, where the ratio is not 1
+    neftune_noise_alpha: float = 0.0  # noise on the embedding's output; 0: none
     loss_scale: float = 65536.0  # first loss scale; used in float16 only
     dynamic_scale: bool = True  # it falls at an overflow and grows without
     scale_window: int = 1000  # steps without overflow before it grows

@@ -1,10 +1,12 @@
 """Which layers an adapter stands on, what it freezes, and what it counts."""
 
 import mindspore as ms
+import numpy as np
 import pytest
 
 from lora_ms.adapters.config import LoraConfig
-from lora_ms.adapters.inject import freeze, inject, lora_layers, matches, report, select
+from lora_ms.adapters.inject import freeze, inject, lora_layers, report, select
+from lora_ms.adapters.matching import matches
 from lora_ms.adapters.merge import merge
 from lora_ms.errors import LoraMsError
 from lora_ms.models.decoder import CausalLM, DecoderConfig
@@ -59,7 +61,8 @@ def model() -> CausalLM:
         (r".*\.mlp\..*", paths("gud")),
         (r"model\.layers\.1", set()),
         ("lm_head", {"lm_head"}),
-        (".*", paths("qkvogud") | {"lm_head"}),
+        (".*", paths("qkvogud") | {"lm_head", "model.embed_tokens"}),
+        (r"model\.(embed_tokens|layers\.0\.mlp\..*)", paths("gud", "0") | {"model.embed_tokens"}),
         # a list: path suffixes, whole words
         (("q_proj",), paths("q")),
         (("proj",), set()),
@@ -67,12 +70,13 @@ def model() -> CausalLM:
         (("self_attn.q_proj", "down_proj"), paths("qd")),
         (("model.layers.0.mlp.up_proj",), paths("u", "0")),
         (("layers.1.mlp.up_proj", "lm_head"), paths("u", "1") | {"lm_head"}),
-        # everything but the head
+        (("embed_tokens",), {"model.embed_tokens"}),
+        # everything but the head and the embedding
         ("all-linear", paths("qkvogud")),
     ],
 )
 def test_target_modules(target_modules, wanted):
-    names = [*sorted(paths("qkvogud")), "lm_head"]
+    names = [*sorted(paths("qkvogud")), "lm_head", "model.embed_tokens"]
     assert {name for name in names if matches(name, target_modules)} == wanted
 
 
@@ -92,18 +96,24 @@ def test_exclude_layers(model, exclude_layers, wanted):
     assert set(lora_layers(model)) == wanted
 
 
-COULD = "down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj, or all-linear"
+COULD = "down_proj, embed_tokens, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj, or all-linear"
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (LoraConfig(target_modules="query"), f"target_modules 'query' matches no dense layer; could match: {COULD}"),
-        (LoraConfig(target_modules=["wq"]), f"target_modules ('wq',) matches no dense layer; could match: {COULD}"),
+        (LoraConfig(target_modules="query"), f"target_modules 'query' matches no layer; could match: {COULD}"),
+        (LoraConfig(target_modules=["wq"]), f"target_modules ('wq',) matches no layer; could match: {COULD}"),
         (LoraConfig(target_modules="q_proj", exclude_layers="self_attn"),
-         f"target_modules 'q_proj' matches no dense layer outside exclude_layers ['self_attn']; could match: {COULD}"),
+         f"target_modules 'q_proj' matches no layer outside self_attn; could match: {COULD}"),
+        (LoraConfig(target_modules="q_proj", exclude_modules=r".*\.q_proj"),
+         f"target_modules 'q_proj' matches no layer outside .*\\.q_proj; could match: {COULD}"),
+        (LoraConfig(target_modules="q_proj", layers_to_transform=(2, 5)),
+         f"target_modules 'q_proj' matches no layer in layers [2, 5]; could match: {COULD}"),
         (LoraConfig(target_modules="q_proj("),
-         "target_modules 'q_proj(' is not a regular expression: missing ), unterminated subpattern at position 6"),
+         "not a regular expression in pet_config: 'q_proj(': missing ), unterminated subpattern at position 6"),
+        (LoraConfig(exclude_modules="*k_proj"),
+         "not a regular expression in pet_config: '*k_proj': nothing to repeat at position 0"),
     ],
 )  # fmt: skip
 def test_no_match_says_what_could_match(model, config, message):
@@ -157,7 +167,8 @@ def test_settings_reach_every_layer(model):
     assert len(layers) == 14
     for layer in layers.values():
         assert type(layer) is LoRADense
-        assert (layer.lora_rank, layer.lora_alpha, layer.scaling) == (3, 5.0, 5.0 / 3)
+        assert (layer.lora_rank, layer.lora_alpha) == (3, 5.0)
+        assert float(layer.scaling.asnumpy()) == np.float32(5.0 / 3) and not layer.scaling.requires_grad
         assert layer.lora_dropout.probability == 0.25
 
 

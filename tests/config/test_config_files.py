@@ -11,6 +11,7 @@ FILES = sorted((ROOT / "configs").rglob("*.yaml"))
 # file -> hidden, layers, heads, kv heads, head_dim, ffn, vocabulary, eps, theta, biases, tied head
 SIZES = {
     "lora_llama2_7b": (4096, 32, 32, 32, None, 11008, 32000, 1e-5, 1e4, None, False),
+    "lora_llama2_7b_layered": (4096, 32, 32, 32, None, 11008, 32000, 1e-5, 1e4, None, False),
     "lora_llama2_13b": (5120, 40, 40, 40, None, 13824, 32000, 1e-5, 1e4, None, False),
     "lora_llama3_1_8b": (4096, 32, 32, 8, None, 14336, 128256, 1e-5, 5e5, None, False),
     "lora_qwen2_0_5b_instruct": (896, 24, 14, 2, None, 4864, 151936, 1e-6, 1e6, True, True),
@@ -20,6 +21,8 @@ SIZES = {
     "lora_qwen3_8b": (4096, 36, 32, 8, 128, 12288, 151936, 1e-6, 1e6, None, False),
     "lora_deepseek_r1_distill_qwen_1_5b": (1536, 28, 12, 2, None, 8960, 151936, 1e-6, 1e4, True, False),
     "lora_tiny": (None,) * 11,
+    "adalora_tiny": (None,) * 11,
+    "dora_tiny": (None,) * 11,
 }
 
 ARTICLE = """
@@ -151,6 +154,26 @@ def test_tiny_settings():
     assert (config.runner_config.epochs, config.batch_size, config.learning_rate) == (8, 8, 2e-3)
     assert (config.lr_schedule.kind, config.lr_schedule.warmup_ratio, config.save_steps) == ("cosine", 0.03, 0)
     assert (config.model.sizes.seq_length, config.context.device_target) == (128, "CPU")
+
+
+def test_layered_settings():
+    pet = load_config(str(ROOT / "configs/llama2/lora_llama2_7b_layered.yaml")).pet_config
+    assert [(g.layers, g.lora_rank, g.lora_alpha) for g in pet.layer_groups] == [
+        (list(range(11)), 64, None),
+        (list(range(11, 32)), 16, None),
+    ]
+
+
+def test_the_other_tiny_settings_differ_in_pet_config_alone():
+    plain, adalora, dora = (
+        load_config(str(ROOT / f"configs/tiny/{name}_tiny.yaml")) for name in ("lora", "adalora", "dora")
+    )
+    changes = {"lora_alpha": 24, "pet_type": "adalora", "init_rank": 12, "target_rank": 4, "delta_t": 5}
+    assert adalora.pet_config == PetConfig(target_modules="all-linear", **changes)
+    assert dora.pet_config == plain.pet_config.model_copy(update={"use_dora": True})
+    for config in (adalora, dora):
+        config.model.sizes.pet_config = plain.pet_config
+        assert config == plain
 
 
 def test_llama3_rope_scaling():

@@ -80,7 +80,72 @@ def options(*texts: str) -> RunConfig:
         ("runner_config.max_steps=0", "runner_config: max_steps and sink_size want -1, or 1 and more; got 0"),
         # choices
         ("run_mode=chat", "run_mode wants 'finetune', 'train', 'eval' or 'predict', got 'chat'"),
-        ("pet_config.pet_type=p_tuning", "model.model_config.pet_config.pet_type wants 'lora', got 'p_tuning'"),
+        (
+            "pet_config.pet_type=p_tuning",
+            "model.model_config.pet_config.pet_type wants 'lora' or 'adalora', got 'p_tuning'",
+        ),
+        # adapters
+        (
+            "pet_config.use_dorra=True",
+            "model.model_config.pet_config.use_dorra is no known key; "
+            "did you mean model.model_config.pet_config.use_dora?",
+        ),
+        (
+            "pet_config.layer_groups=[{layers: 0-1, lora_rank: 4}, {layers: 2, lora_rank: 4, lora_alfa: 4}]",
+            "model.model_config.pet_config.layer_groups.1.lora_alfa is no known key; "
+            "did you mean model.model_config.pet_config.layer_groups.1.lora_alpha?",
+        ),
+        (
+            "pet_config.layer_groups=[{lora_rank: 4}]",
+            "model.model_config.pet_config.layer_groups.0.layers is missing, got {'lora_rank': 4}",
+        ),
+        (
+            "pet_config.layers_to_transform=3-1",
+            'model.model_config.pet_config.layers_to_transform wants layers such as 3, [0, 1, 8] or "0-3,8", '
+            "counted from 0, got '3-1'",
+        ),
+        (
+            "pet_config.layers_to_transform=[]",
+            "model.model_config.pet_config.layers_to_transform wants at least one layer, and each once, got []",
+        ),
+        (
+            "pet_config.rank_pattern={q_proj: 0}",
+            "model.model_config.pet_config.rank_pattern.q_proj wants 1 or more, got 0",
+        ),
+        (
+            "pet_config.alpha_pattern={'*q': 1}",
+            "model.model_config.pet_config.alpha_pattern wants regular expressions as keys "
+            "('*q': nothing to repeat at position 0), got {'*q': 1}",
+        ),
+        (
+            "pet_config.rank_pattern=[8]",
+            "model.model_config.pet_config.rank_pattern wants a mapping of module names, as regular expressions, "
+            "to numbers, got [8]",
+        ),
+        (
+            "pet_config.init_lora_weights=pisa",
+            "model.model_config.pet_config.init_lora_weights wants True, gaussian, orthogonal, pissa, olora or "
+            "pissa_niter_N (pissa?), got 'pisa'",
+        ),
+        ("pet_config.bias=some", "model.model_config.pet_config.bias wants 'none', 'all' or 'lora_only', got 'some'"),
+        ("pet_config.tfinal=0", "model.model_config.pet_config.tfinal wants 1 or more, got 0"),
+        ("pet_config.beta1=1", "model.model_config.pet_config.beta1 wants less than 1, got 1"),
+        (
+            "pet_config.neftune_noise_alpha=-1",
+            "model.model_config.pet_config.neftune_noise_alpha wants 0 or more, got -1",
+        ),
+        (
+            "pet_config={init_rank: 4, tinit: 2}",
+            "model.model_config.pet_config: init_rank, tinit with pet_type lora: set pet_type: adalora",
+        ),
+        (
+            "pet_config={pet_type: adalora, use_dora: True, loraplus_lr_ratio: 16}",
+            "model.model_config.pet_config: use_dora, loraplus_lr_ratio with pet_type adalora: AdaLoRA goes without",
+        ),
+        (
+            "pet_config={pet_type: adalora, lora_rank: 8, init_rank: 12}",
+            "model.model_config.pet_config: init_rank 12 and lora_rank 8 differ: give one of the two",
+        ),
         ("context.device_target=GPU", "context.device_target wants 'auto', 'Ascend' or 'CPU', got 'GPU'"),
         (
             "optimizer.type=Lion",
@@ -203,6 +268,14 @@ def test_one_text_is_one_entry():
     assert options("pet_config.exclude_layers=null").pet_config.exclude_layers == []
     assert options("pet_config.target_modules=q_proj").pet_config.target_modules == "q_proj"
     assert options("pet_config.target_modules=[q_proj]").pet_config.target_modules == ["q_proj"]
+
+
+@pytest.mark.parametrize(
+    ("text", "layers"),
+    [("3", [3]), ("0-3", [0, 1, 2, 3]), ("'8, 0-2'", [0, 1, 2, 8]), ("[1, 5]", [1, 5]), ("[0-1, 7]", [0, 1, 7])],
+)
+def test_layers_in_every_spelling(text, layers):
+    assert options(f"pet_config.layers_to_transform={text}").pet_config.layers_to_transform == layers
 
 
 def test_alpha_keeps_its_kind():

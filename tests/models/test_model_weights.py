@@ -11,6 +11,8 @@ from mindspore import Tensor
 from safetensors.numpy import load_file, save_file
 
 from lora_ms import storage
+from lora_ms.adapters.merge import merge
+from lora_ms.adapters.peft_format import load_adapter
 from lora_ms.errors import LoraMsError
 from lora_ms.models.decoder import CausalLM
 from lora_ms.models.hub import (
@@ -85,6 +87,63 @@ def test_other_types_are_read_as_numpy_converts_them(tmp_path, name, stored):
         found = storage.read(entry, target)
         assert found.dtype == target and found.flags.writeable
         np.testing.assert_array_equal(found, values.astype(target))
+
+
+def test_bfloat16_is_rounded_to_the_nearest_and_ties_to_even():
+    """Every bfloat16 comes back, and what lies between two goes to the nearer one or, halfway, to the even one."""
+    bits = np.arange(1 << 16, dtype=np.uint32)
+    finite = (bits & 0x7F80) != 0x7F80
+    words = bits[finite].astype(np.uint16)
+
+    def float_of(pattern: np.ndarray) -> np.ndarray:
+        return pattern.astype(np.uint32).view(np.float32)
+
+    low = bits[finite] << 16
+    following = (words + 1).astype(np.uint16)
+    even = np.where(words % 2 == 0, words, following)
+    for added, wanted in (
+        (0, words),
+        (1, words),
+        (0x7FFF, words),
+        (0x8000, even),
+        (0x8001, following),
+        (0xFFFF, following),
+    ):
+        np.testing.assert_array_equal(storage.encoded(float_of(low + np.uint32(added)), "BF16"), wanted)
+    special = np.array([np.inf, -np.inf, np.nan, 3.4e38], np.float32)
+    found = storage.encoded(special, "BF16")
+    assert found.tolist()[:2] == [0x7F80, 0xFF80] and found[3] == 0x7F80
+    assert found[2] & 0x7F80 == 0x7F80 and found[2] & 0x7F
+    assert storage.encoded(np.zeros((2, 3), np.float32), "BF16").shape == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("5GB", 5 * 10**9), ("500MB", 5 * 10**8), ("1.5 gb", 15 * 10**8), ("2GiB", 2**31), ("4KB", 4000), ("123", 123)],
+)
+def test_sizes(text, size):
+    assert storage.parse_size(text) == size
+
+
+def test_a_tensor_in_blocks_is_the_tensor(tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "BLOCK", 50)
+    tensors = {"x": np.arange(23 * 7, dtype=np.float32).reshape(23, 7), "row": np.arange(120, dtype=np.float32)}
+    tensors |= {"one": np.float32(3).reshape(()), "none": np.zeros((0, 4), np.float32)}
+    planned = {
+        name: storage.Planned("F32", value.shape, lambda value=value: [value]) for name, value in tensors.items()
+    }
+    storage.write_blocks(tmp_path / "x", planned)
+    assert_same(load_file(tmp_path / "x"), tensors)
+    for name, entry in storage.read_header(tmp_path / "x").items():
+        blocks = list(storage.read_blocks(entry))
+        assert (
+            all(block.size <= 50 for block in blocks) and len(blocks) == {"x": 4, "row": 3, "one": 1, "none": 0}[name]
+        )
+        words = list(storage.read_words(entry))
+        assert all(block.size <= 50 for block in words)
+        for parts in (blocks, words):
+            joined = np.concatenate([part.ravel() for part in parts]) if parts else np.zeros(0, np.float32)
+            np.testing.assert_array_equal(joined, tensors[name].ravel())
 
 
 def test_a_type_that_is_no_weight_is_refused(tmp_path):
@@ -167,6 +226,55 @@ def test_a_saved_directory_loads_as_it_was(reference, raw_tensors, tmp_path, nam
     assert_same(weights(again), stored)
     assert again.config == model.config
     assert sorted(p.name for p in (tmp_path / "m").iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_saving_in_shards_over_an_older_model(reference, raw_tensors, tmp_path):
+    """Old shards go, what else is there stays, and the folder is whole whenever it can be loaded."""
+    shutil.copytree(reference / "models" / "qwen2", tmp_path / "m")
+    (tmp_path / "m" / "tokenizer.json").write_text("{}")
+    model = load_directory(reference / "models" / "qwen2")
+    save_directory(model, tmp_path / "m", shard_size=100_000)
+    stored = raw_tensors(reference / "models" / "qwen2")
+    assert_same(raw_tensors(tmp_path / "m"), stored)
+    names = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+    assert sorted(p.name for p in tmp_path.joinpath("m").iterdir()) == sorted(
+        ["config.json", "tokenizer.json", storage.INDEX, *names]
+    )
+    index = json.loads((tmp_path / "m" / storage.INDEX).read_text())
+    assert index["metadata"]["total_size"] == sum(value.nbytes for value in stored.values())
+    assert {name: load_file(tmp_path / "m" / file)[name].shape for name, file in index["weight_map"].items()} == {
+        name: value.shape for name, value in stored.items()
+    }
+    assert_same(weights(load_directory(tmp_path / "m")), stored)
+    save_directory(model, tmp_path / "m")
+    assert sorted(p.name for p in tmp_path.joinpath("m").iterdir()) == [
+        "config.json", "model.safetensors", "tokenizer.json"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("variant", ["qwen2_lm_head", "llama3_embed"])
+def test_a_head_that_has_come_apart_from_the_embedding_is_saved(reference, golden, tmp_path, variant):
+    """Merging changes one of two tied modules: the model saved is untied, and computes the same."""
+    model = load_directory(reference / "models" / variant.split("_")[0])
+    load_adapter(model, reference / "variants" / variant)
+    save_directory(merge(model), tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["tie_word_embeddings"] is False
+    values = golden(f"variants/{variant}")
+    again = load_directory(tmp_path).set_train(False)
+    np.testing.assert_allclose(again(Tensor(values["input_ids"])).asnumpy(), values["logits"], rtol=0, atol=1e-4)
+
+
+def test_what_a_directory_has_no_place_for_is_not_saved(reference, tmp_path):
+    for variant, name, why in (
+        ("qwen2_rslora", "model.layers.0.self_attn.q_proj.lora_a", "of an adapter: merge it first"),
+        ("llama3_lora_bias", "model.layers.0.self_attn.q_proj.bias", "a bias that config.json cannot ask for"),
+    ):
+        model = load_directory(reference / "models" / variant.split("_")[0])
+        load_adapter(model, reference / "variants" / variant)
+        with pytest.raises(LoraMsError) as caught:
+            save_directory(merge(model) if variant == "llama3_lora_bias" else model, tmp_path / "m")
+        assert str(caught.value) == f"the model cannot be saved as it is: {name} is {why}"
+        assert not (tmp_path / "m").exists()
 
 
 def test_saving_in_float16(reference, raw_tensors, tmp_path):

@@ -6,7 +6,7 @@ import pytest
 from mindspore import Tensor, nn
 
 from lora_ms.nn.attention import Attention, attention_bias
-from lora_ms.nn.kernels import AttentionKernel, RMSNormKernel, RotaryKernel
+from lora_ms.nn.kernels import AttentionKernel, ColumnScaleKernel, LowRankKernel, RMSNormKernel, RotaryKernel
 
 pytestmark = pytest.mark.usefixtures("graph_mode")
 
@@ -88,6 +88,32 @@ def test_norm_and_its_gradients(gradients, numerical_gradient):
     want_gain = numerical_gradient(lambda g: (norm(wide_x, g) * weights).sum(), gain)
     np.testing.assert_allclose(d_x, want_x, rtol=1e-5, atol=2e-5)
     np.testing.assert_allclose(d_gain, want_gain, rtol=0, atol=2e-6)
+
+
+def test_low_rank_update_and_its_gradients(gradients, numerical_gradient):
+    x, a, b, weights = random(5, 6), random(2, 6, seed=1), random(4, 2, seed=2), random(5, 4, seed=3)
+    scaling = np.float32(1.5)
+    update, low = LowRankKernel()(Tensor(x), Tensor(a), Tensor(b), Tensor(scaling))
+    np.testing.assert_allclose(low.asnumpy(), 1.5 * x @ a.T, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(update.asnumpy(), 1.5 * x @ a.T @ b.T, rtol=0, atol=1e-5)
+    _, grads = gradients(Weighted(LowRankKernel(), weights, first=True), (0, 1, 2), x, a, b, scaling)
+    arrays = [x, a, b]
+    for place, found in enumerate(grads):
+
+        def number(value, place=place):
+            wide = [value if i == place else array.astype(np.float64) for i, array in enumerate(arrays)]
+            return (1.5 * wide[0] @ wide[1].T @ wide[2].T * weights).sum()
+
+        np.testing.assert_allclose(found, numerical_gradient(number, arrays[place]), rtol=0, atol=2e-5)
+
+
+def test_scaled_columns_and_their_gradients(gradients):
+    """y = x diag(s): dx = dy diag(s), ds = the columns' sums of dy * x."""
+    x, scale, weights = random(5, 3), random(3, seed=1), random(5, 3, seed=2)
+    np.testing.assert_allclose(ColumnScaleKernel()(Tensor(x), Tensor(scale)).asnumpy(), x * scale, rtol=0, atol=1e-6)
+    _, (d_x, d_scale) = gradients(Weighted(ColumnScaleKernel(), weights), (0, 1), x, scale)
+    np.testing.assert_allclose(d_x, weights * scale, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(d_scale, (weights * x).sum(0), rtol=0, atol=1e-5)
 
 
 NO = -1e9

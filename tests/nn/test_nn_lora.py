@@ -68,9 +68,11 @@ def test_from_dense_shares_and_freezes():
         "bias": False,
         "lora_a": True,
         "lora_b": True,
+        "scaling": False,
     }
     assert (layer.lora_a.shape, layer.lora_b.shape) == ((RANK, IN), (OUT, RANK))
-    assert (layer.lora_rank, layer.lora_alpha, layer.scaling) == (RANK, ALPHA, ALPHA / RANK)
+    assert (layer.lora_rank, layer.lora_alpha) == (RANK, ALPHA)
+    assert float(layer.scaling.asnumpy()) == np.float32(ALPHA / RANK)
 
 
 def test_a_starts_kaiming_uniform():
@@ -90,6 +92,7 @@ def test_factors_stay_float32_beside_a_float16_weight():
         "bias": ms.float16,
         "lora_a": ms.float32,
         "lora_b": ms.float32,
+        "scaling": ms.float32,
     }
     x = np.random.default_rng(1).standard_normal((3, IN))
     y = layer(f32(x).astype(ms.float16))

@@ -195,6 +195,19 @@ def test_a_second_adapter_trains_and_the_first_stays(loaded, values, token_rows,
     np.testing.assert_array_equal(logits(saved, ids), trained)
 
 
+@pytest.mark.parametrize(("method", "names"), [("linear", "abc"), ("cat", "abd"), ("svd", "abd"), ("ties", "abc")])
+def test_weighted_adapters(loaded, golden, method, names, tmp_path):
+    wanted, peft = golden(f"combined/qwen2_{method}"), loaded(*names)
+    more = {"density": 0.5} if method == "ties" else {}
+    peft.add_weighted_adapter(list(names), wanted["weights"].tolist(), "sum", method, **more)
+    assert peft.active_adapter == "a"
+    peft.set_adapter("sum")
+    assert_near(logits(peft, wanted["input_ids"]), wanted["logits"])
+    peft.save_pretrained(tmp_path)
+    again = lora_ms.PeftModel.from_pretrained(peft.unload(), tmp_path)
+    assert_near(logits(again, wanted["input_ids"]), wanted["logits"])
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

@@ -5,9 +5,12 @@ import math
 import mindspore as ms
 import numpy as np
 import pytest
-from mindspore import Parameter, Tensor
+from mindspore import Parameter, Tensor, nn, ops
 
-from lora_ms.train.optim import FlatAdamW, learning_rate
+from lora_ms.adapters.config import LoraConfig
+from lora_ms.adapters.inject import inject
+from lora_ms.models.hub import load_directory
+from lora_ms.train.optim import FlatAdamW, learning_rate, loraplus_factors
 
 ROOT3 = math.sqrt(3)
 
@@ -141,3 +144,79 @@ def test_the_loss_scale_never_falls_below_one(graph_mode):
     for _ in range(3):
         step(optimizer, np.full(14, np.inf))
     assert float(optimizer.loss_scale.asnumpy()) == 1.0
+
+
+class Pull(nn.Cell):
+    """Half the squared distance from 1, and its gradient."""
+
+    def construct(self, flat: Tensor) -> tuple[Tensor, Tensor]:
+        return 0.5 * ops.square(flat - 1.0).sum(), flat - 1.0
+
+
+class Witness(nn.Cell):
+    """Keeps what the last step showed it."""
+
+    def __init__(self, n: int):
+        super().__init__()
+        self.new, self.grad = (Parameter(Tensor(np.zeros(n, np.float32)), name=name) for name in ("new", "seen"))
+        self.taken = Parameter(Tensor(-1.0, ms.float32), name="taken")
+
+    def state(self) -> dict[str, Parameter]:
+        return {"seen": self.grad}
+
+    def construct(self, new: Tensor, grad: Tensor, taken: Tensor) -> Tensor:
+        ops.assign(self.new, new)
+        ops.assign(self.grad, grad)
+        ops.assign(self.taken, taken)
+        return taken
+
+
+def test_rates_penalty_and_observer_against_float64(graph_mode):
+    """Each tensor at its own rate; the penalty is added to the mean gradient, before clipping."""
+    beta1, beta2, eps, factors = 0.8, 0.95, 1e-6, np.repeat([1.0, 16.0, 0.0], [6, 4, 4])
+    values, witness = parameters(), Witness(14)
+    optimizer = optimizer_of(values, betas=(beta1, beta2), eps=eps, weight_decay=0.1, max_grad_norm=2.0,
+                             rate_factors=[1.0, 16.0, 0.0], penalty=Pull(), observer=witness)  # fmt: skip
+    x = np.concatenate([value.ravel() for value in values.values()]).astype(np.float64)
+    m, v, decay = np.zeros(14), np.zeros(14), 0.1 * np.repeat([1, 0, 1], [6, 4, 4])
+    for number, rate in enumerate([0.01, 0.005, 0.02], start=1):
+        summed = np.random.default_rng(number).standard_normal(14)
+        norm, _ = step(optimizer, summed, rate, label_tokens=5.0)
+        g = summed / 5 + x - 1
+        np.testing.assert_allclose(norm, np.linalg.norm(g), rtol=1e-6)
+        assert norm > 2
+        g *= 2 / np.linalg.norm(g)
+        m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g * g
+        update = (m / (1 - beta1**number)) / (np.sqrt(v / (1 - beta2**number)) + eps)
+        x = x - rate * factors * (decay * x + update)
+        np.testing.assert_allclose(current(optimizer), x, rtol=0, atol=3e-6)
+        np.testing.assert_allclose(witness.new.asnumpy(), current(optimizer), rtol=0, atol=0)
+        np.testing.assert_allclose(witness.grad.asnumpy(), g, rtol=0, atol=1e-6)
+        assert float(witness.taken.asnumpy()) == 1
+    assert optimizer.state()["seen"] is witness.grad
+
+
+def test_a_step_that_is_not_taken_shows_so(graph_mode):
+    witness = Witness(14)
+    optimizer = optimizer_of(parameters(), observer=witness, loss_scale=2.0, dynamic_scale=True)
+    _, finite = step(optimizer, np.full(14, np.inf))
+    assert not finite
+    assert float(witness.taken.asnumpy()) == 0
+    np.testing.assert_array_equal(witness.grad.asnumpy(), 0)
+
+
+def test_loraplus_groups_as_peft_has_them(reference):
+    """B and all of one dimension at the ratio, A and B on the embedding at a rate of their own, the rest at 1."""
+    model = load_directory(reference / "models" / "qwen3")
+    targets = ("q_proj", "embed_tokens")
+    inject(model, LoraConfig(2, 4.0, target_modules=targets, use_dora=True, modules_to_save=("lm_head", "norm")))
+    params = model.trainable_params()
+    found = {p.name: f for p, f in zip(params, loraplus_factors(model, params, 16.0, 0.25), strict=True)}
+    q = "model.layers.0.self_attn.q_proj"
+    assert {name: found[f"{q}.{name}"] for name in ("lora_a", "lora_b", "lora_magnitude")} == {
+        "lora_a": 1.0, "lora_b": 16.0, "lora_magnitude": 16.0
+    }  # fmt: skip
+    assert {name.rpartition(".")[2]: f for name, f in found.items() if "embed_tokens" in name} == {
+        "lora_a": 0.25, "lora_b": 0.25, "lora_magnitude": 16.0
+    }  # fmt: skip
+    assert (found["lm_head.weight"], found["model.norm.weight"]) == (1.0, 16.0)

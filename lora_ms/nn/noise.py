@@ -1,0 +1,63 @@
+"""NEFTune (Jain et al., 2023): noise on the embedding's output while a model is trained."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import mindspore as ms
+import numpy as np
+from mindspore import Parameter, Tensor, nn, ops
+
+
+class NoisyEmbedding(nn.Cell):
+    """``embedding(ids) + u`` for ids [t] -> [t, h], u uniform between ``-size`` and ``size`` [].
+
+    Drawn as in ``DropoutKernel``, by operators of one thread, so that the seed alone decides.
+    """
+
+    def __init__(self, embedding: nn.Cell):
+        super().__init__(auto_prefix=False)
+        self.embedding = embedding
+        self.size = Parameter(Tensor(0.0, ms.float32), name="neftune_size", requires_grad=False)
+        rows, columns = (int(seed) for seed in np.random.randint(1, 2**31 - 1, 2))
+        self.rows, self.columns = ops.UniformReal(rows, 1), ops.UniformReal(columns, 1)
+        self.outer = ops.MatMul()
+        self.floor = ops.Floor()
+
+    def construct(self, input_ids: Tensor) -> Tensor:
+        x = self.embedding(input_ids)
+        turns = self.outer(8.0 + 32.0 * self.rows((x.shape[0], 1)), 8.0 + 32.0 * self.columns((1, x.shape[1])))
+        noise = self.size * (2.0 * (turns - self.floor(turns)) - 1.0)
+        return x + ops.stop_gradient(noise).astype(x.dtype)
+
+
+class EmbeddingNoise:
+    """Lets a ``NoisyEmbedding`` stand in ``decoder`` while a gradient is taken, and at no other time.
+
+    Args:
+        decoder: a cell with ``embed_tokens``.
+        alpha: the noise is as large as ``alpha / sqrt(tokens of a line * hidden size)``.
+    """
+
+    def __init__(self, decoder: nn.Cell, alpha: float):
+        self.decoder, self.alpha = decoder, alpha
+        self.plain = decoder.embed_tokens
+        self.noisy = self._named(NoisyEmbedding, self.plain)
+
+    def _named(self, act, *args):
+        # a cell renames the parameters of one that is put into it
+        names = [(parameter, parameter.name) for parameter in self.plain.get_parameters()]
+        result = act(*args)
+        for parameter, name in names:
+            parameter.name = name
+        return result
+
+    @contextmanager
+    def on(self, line: int) -> Iterator[None]:
+        """Inside the block: noise for lines of ``line`` tokens."""
+        size = self.alpha / (line * self.plain.weight.shape[1]) ** 0.5
+        self.noisy.size.set_data(Tensor(size, ms.float32))
+        self._named(setattr, self.decoder, "embed_tokens", self.noisy)
+        try:
+            yield
+        finally:
+            self._named(setattr, self.decoder, "embed_tokens", self.plain)

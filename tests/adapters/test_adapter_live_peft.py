@@ -1,0 +1,139 @@
+"""Adapters of every kind made here, and what PEFT itself makes of them: one process for all of them."""
+
+import json
+import os
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import mindspore as ms
+import numpy as np
+import pytest
+from mindspore import Tensor
+
+from lora_ms.adapters.config import AdaLoraConfig, LayerGroup, LoraConfig
+from lora_ms.adapters.inject import adapter_cells, inject
+from lora_ms.adapters.merge import merge
+from lora_ms.adapters.peft_format import save_adapter
+from lora_ms.models.decoder import CausalLM
+from lora_ms.models.hub import load_directory
+
+pytestmark = [pytest.mark.usefixtures("graph_mode"), pytest.mark.peft, pytest.mark.slow]
+QV = ("q_proj", "v_proj")
+HEAD, EMBED = ("q_proj", "lm_head"), ("q_proj", "embed_tokens")
+GROUPS = (LayerGroup((0,), 4, 8.0), LayerGroup((1,), 2, 3.0, ("q_proj", "down_proj")))
+KEPT = {
+    "model.layers.0.self_attn.q_proj": (True, False, True, True),
+    "model.layers.0.self_attn.v_proj": (False, False, False, False),
+    "model.layers.1.self_attn.q_proj": (False, True, False, False),
+    "model.layers.1.self_attn.v_proj": (True, True, True, True),
+}
+
+
+class Made(NamedTuple):
+    """An adapter: the reference model under it, and its settings."""
+
+    model: str
+    config: LoraConfig
+
+
+def made(model: str, **settings) -> Made:
+    return Made(model, LoraConfig(**{"lora_rank": 3, "lora_alpha": 5.0, "target_modules": QV, **settings}))
+
+
+ADALORA = AdaLoraConfig(4, 6.0, target_modules=QV, target_rank=2, total_steps=12)
+KINDS = {
+    "lora": made("qwen2", target_modules=("q_proj", "k_proj", "o_proj", "up_proj"), lora_dropout=0.1),
+    "lora_llama3": made("llama3", target_modules="wq|w2"),
+    "all_linear": made("qwen3", target_modules="all-linear"),
+    "rslora": made("llama3", use_rslora=True),
+    "dora": made("qwen2", use_dora=True, target_modules=("q_proj", "down_proj")),
+    "dora_rslora": made("qwen3", use_dora=True, use_rslora=True),
+    "lora_bias": made("qwen2", lora_bias=True),
+    "bias_all": made("qwen2", bias="all"),
+    "bias_lora_only": made("qwen2", bias="lora_only"),
+    "gaussian": made("qwen2", init_lora_weights="gaussian"),
+    "orthogonal": made("qwen2", init_lora_weights="orthogonal", lora_rank=4),
+    "pissa": made("qwen2", init_lora_weights="pissa"),
+    "pissa_niter": made("llama3", init_lora_weights="pissa_niter_4"),
+    "pissa_rslora": made("qwen3", init_lora_weights="pissa", use_rslora=True),
+    "olora": made("qwen2", init_lora_weights="olora", rank_pattern={"v_proj": 2}),
+    "adalora": Made("qwen2", ADALORA),
+    "adalora_allocated": Made("qwen3", replace(ADALORA, kept=KEPT)),
+    "patterns": made("qwen3", rank_pattern={r"1\..*q_proj": 1, "q_proj": 2}, alpha_pattern={"v_proj": 7.0}),
+    "patterns_rslora": made("llama3", rank_pattern={"q_proj": 2}, alpha_pattern={"v_proj": 7.5}, use_rslora=True),
+    "layer_groups": made("qwen2", layer_groups=GROUPS),
+    "layers_to_transform": made("llama3", layers_to_transform=1),
+    "exclude_modules": made("qwen2", target_modules="all-linear", exclude_modules=r".*layers\.0\.(mlp|self_attn\.k).*"),
+    "embed": made("qwen2", target_modules=EMBED),
+    "embed_dora": made("qwen3", target_modules=EMBED, use_dora=True),
+    "lm_head": made("qwen3", target_modules=HEAD),
+    "lm_head_tied": made("qwen2", target_modules=HEAD),
+    "lm_head_dora": made("llama2", target_modules=HEAD, use_dora=True),
+    "save_head": made("qwen2", modules_to_save="lm_head"),
+    "save_embed": made("qwen2", modules_to_save="embed_tokens"),
+    "save_norms": made("qwen3", modules_to_save="norm"),
+    "save_head_and_embed": made("qwen3", modules_to_save=("lm_head", "embed_tokens"), use_rslora=True),
+}  # fmt: skip
+# PEFT adds the update to the weight that both modules of a tied model share, and refuses to merge then
+NOT_MERGED = ("embed", "lm_head_tied")
+# every adapter through live_peft.py's own function
+DRIVER = """
+import json, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from common import save_npz
+from live_peft import live_logits
+for name, model in json.loads(sys.argv[3]).items():
+    folder = Path(sys.argv[2])
+    save_npz(folder / f"{name}.npz", live_logits(str(Path(sys.argv[1]) / "models" / model), str(folder / name)))
+"""
+
+
+def moved(reference: Path, kind: str) -> CausalLM:
+    """The model with the adapter, whose every tensor is away from where it starts."""
+    model, config = load_directory(reference / "models" / KINDS[kind].model), KINDS[kind].config
+    ms.set_seed(5)
+    inject(model, config)
+    rng = np.random.default_rng(5)
+    for path, cell in adapter_cells(model).items():
+        for factor, parameter in cell.tensors().items():
+            value = parameter.asnumpy() + rng.standard_normal(parameter.shape, np.float32) * np.float32(0.2)
+            if factor == "lora_E" and path in KEPT and kind == "adalora_allocated":
+                value = value * np.array(KEPT[path])[:, None]
+            parameter.set_data(Tensor(value.astype(np.float32)))
+    return model.set_train(False)
+
+
+@pytest.fixture(scope="module")
+def theirs(reference, python_env, tmp_path_factory) -> Path:
+    """The folder of what PEFT says, one npz a kind."""
+    torch_python = os.environ.get("LORA_MS_TORCH_PYTHON")
+    if not torch_python:
+        pytest.skip("LORA_MS_TORCH_PYTHON names no Python with torch and PEFT")
+    folder = tmp_path_factory.mktemp("adapters")
+    for kind, (name, config) in KINDS.items():
+        save_adapter(moved(reference, kind), folder / kind, config, str(reference / "models" / name))
+    models = json.dumps({kind: name for kind, (name, _) in KINDS.items()})
+    command = [torch_python, "-c", DRIVER, str(reference), str(folder), models]
+    child = subprocess.run(command, env={**python_env, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr
+    assert "missing" not in child.stderr.lower() and "unexpected" not in child.stderr.lower(), child.stderr
+    return folder
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_peft_makes_the_same_of_our_adapter(reference, theirs, kind):
+    with np.load(theirs / f"{kind}.npz") as values:
+        values = dict(values)
+    assert np.abs(values["logits"] - values["base_logits"]).mean() > 0.1
+    assert ("merged_logits" in values) == (kind not in NOT_MERGED)
+    model, input_ids = moved(reference, kind), Tensor(values["input_ids"])
+    ms.set_context(mode=ms.PYNATIVE_MODE)  # models that run once; their graphs are tested elsewhere
+    try:
+        found, merged = model(input_ids).asnumpy(), merge(model)(input_ids).asnumpy()
+    finally:
+        ms.set_context(mode=ms.GRAPH_MODE)
+    np.testing.assert_allclose(found, values["logits"], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(merged, values.get("merged_logits", values["logits"]), rtol=0, atol=1e-4)
