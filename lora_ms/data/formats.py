@@ -63,7 +63,7 @@ def parse_rows(rows: Iterable[tuple[str, Any]], reading: Reading) -> Iterator[Ro
             if name != first:
                 raise RowFault(f"the format is {name}, but the first row's is {first}", "keep one format in one file")
             parsed: Row | None = PARSERS[name](where, row, reading.fill)
-            if reading.keep is not None:
+            if reading.keep is not None and parsed is not None:
                 parsed = reading.keep(parsed)
         except RowFault as fault:
             if reading.on_fault is not None:
@@ -199,10 +199,10 @@ def _check_order(messages: list[Message]) -> None:
 def _joined(turn: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     """A turn whose content is a list of text parts, with their texts as its content."""
     parts = turn.get(key)
-    texts = [part.get("text") for part in parts if isinstance(part, Mapping)] if isinstance(parts, list) else []
-    if texts and len(texts) == len(parts) and all(isinstance(text, str) for text in texts):
-        return {**turn, key: "".join(texts)}
-    return turn
+    if not isinstance(parts, list):
+        return turn
+    texts = [part["text"] for part in parts if isinstance(part, Mapping) and isinstance(part.get("text"), str)]
+    return {**turn, key: "".join(texts)} if texts and len(texts) == len(parts) else turn
 
 
 def _parse_prompt(where: str, row: Mapping[str, Any], fill: Mapping[str, str]) -> Completion | Example:
