@@ -48,7 +48,8 @@ def ours(args, ids: np.ndarray) -> dict[str, float]:
 
     setup("CPU")
     index = np.arange(ids.size).reshape(ids.shape)[:, :-1].ravel().astype(np.int32)
-    batch = [Tensor(ids), Tensor(index), Tensor(ids[:, 1:].ravel())]
+    positions = np.tile(np.arange(ids.shape[1], dtype=np.int32), (len(ids), 1))
+    batch = [Tensor(ids), Tensor(positions), Tensor(index), Tensor(ids[:, 1:].ravel())]
 
     def stepper(use_dora: bool):
         config = lora_ms.LoraConfig(RANK, ALPHA, target_modules=TARGETS, use_dora=use_dora)

@@ -58,7 +58,7 @@ def ours(args):
     )
     (batch,), count = plan.step(0)
     while True:
-        loss = micro(Tensor(batch.input_ids), Tensor(batch.target_index), Tensor(batch.targets))
+        loss = micro(*map(Tensor, batch[:4]))
         norm, _ = optimizer(Tensor(1e-4, ms.float32), Tensor(count, ms.float32))
         norm.asnumpy()
         yield float(loss.asnumpy()) / count

@@ -11,93 +11,21 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from lora_ms.commands import TOOLS, Help, Parser, Version, add_tools
 from lora_ms.errors import LoraMsError
-from lora_ms.flags import (
-    TOOLS,
-    Help,
-    Parser,
-    Version,
-    add_tools,
-    flag_bool,
-    flag_bool_or_name,
-    flag_fill,
-    flag_float,
-    flag_int,
-)
+from lora_ms.flags import FLAG_KEYS, FLAGS, IDLE_FLAGS, OTHER_FLAGS, flag_fill, flag_int
 
 COMMANDS = {
     "finetune": "train an adapter (or, with pet_config: null, the whole model)",
     "predict": "answer the prompts of --predict_data",
     "chat": "talk with a model and its adapter",
     "eval": "loss and perplexity on eval_dataset",
+    "preview": "rows as the model sees them, labels in colour",
+    "preprocess": "rows to MindRecord files, tokenised once; or, with --report, a look at them",
 }
 RUN_MODES = {"finetune": ("finetune", "train"), "predict": ("predict",), "chat": ("predict",), "eval": ("eval",)}
-
-
-SIZES = "model.model_config"
-DATA = "data_loader.dataset_dir"
-
-# group -> (flag, key of the configuration, type, placeholder, help); a flag that is not given keeps the YAML's value
-FLAGS: dict[str, list[tuple[str, str, Any, str, str]]] = {
-    "what to train on": [
-        ("load_checkpoint", "load_checkpoint", str, "PATH", "Hugging Face folder, or .ckpt, .safetensors"),
-        ("load_adapter", "load_adapter", str, "DIR", "adapter folder to go on from or to use"),
-        ("train_dataset_dir", f"train_dataset.{DATA}", str, "PATH", "training rows: file, folder or glob"),
-        ("eval_dataset_dir", f"eval_dataset.{DATA}", str, "PATH", "evaluation rows: file, folder or glob"),
-        ("num_samples", "train_dataset.num_samples", flag_int, "N", "only the first N training rows"),
-        ("output_dir", "output_dir", str, "DIR", "where results go"),
-    ],
-    "training": [
-        ("epochs", "runner_config.epochs", flag_int, "N", "passes over the data"),
-        ("max_steps", "runner_config.max_steps", flag_int, "N", "optimiser steps; -1: as epochs make"),
-        ("batch_size", "runner_config.batch_size", flag_int, "N", "rows per device and micro-batch"),
-        (
-            "gradient_accumulation_steps",
-            "runner_config.gradient_accumulation_steps",
-            flag_int,
-            "N",
-            "micro-batches per optimiser step",
-        ),
-        ("learning_rate", "lr_schedule.learning_rate", flag_float, "X", "highest learning rate"),
-        ("seq_length", f"{SIZES}.seq_length", flag_int, "N", "longest row, in tokens"),
-        ("resume_training", "resume_training", flag_bool_or_name, "True|NAME", "go on from the newest checkpoint"),
-        ("seed", "seed", flag_int, "N", "of initialisation, order, dropout, sampling"),
-        ("use_parallel", "use_parallel", flag_bool, "BOOL", "all cards that msrun started"),
-        ("device_target", "context.device_target", str, "NAME", "auto, Ascend or CPU"),
-        ("device_id", "context.device_id", flag_int, "N", "which card"),
-    ],
-    "generation": [
-        ("max_new_tokens", f"{SIZES}.max_new_tokens", flag_int, "N", "longest answer, in tokens"),
-        ("do_sample", f"{SIZES}.do_sample", flag_bool, "BOOL", "False: always the likeliest token"),
-        ("temperature", f"{SIZES}.temperature", flag_float, "X", "below 1 sharpens, above 1 flattens"),
-        ("top_k", f"{SIZES}.top_k", flag_int, "N", "among the N likeliest tokens; 0: all"),
-        ("top_p", f"{SIZES}.top_p", flag_float, "X", "among tokens of total probability X"),
-        ("repetition_penalty", f"{SIZES}.repetition_penalty", flag_float, "X", "1: none"),
-    ],
-    "MindFormers compatibility": [
-        ("run_mode", "run_mode", str, "MODE", "finetune, train, eval or predict"),
-        ("sink_mode", "runner_config.sink_mode", flag_bool, "BOOL", "feed the device in one piece"),
-    ],
-}
-# MindFormers' flags that change nothing here: accepted, reported by RunConfig.notices()
-IDLE_FLAGS: list[tuple[str, str, Any, str | None]] = [
-    ("mode", "context.mode", flag_int, None),
-    ("do_eval", "do_eval", flag_bool, None),
-    ("modal_type", "modal_type", str, "+"),
-    ("predict_batch_size", "predict_batch_size", flag_int, None),
-    ("adapter_id", "adapter_id", str, "+"),
-    ("src_strategy_path_or_dir", "src_strategy_path_or_dir", str, None),
-    ("auto_trans_ckpt", "auto_trans_ckpt", flag_bool, None),
-    ("transform_process_num", "transform_process_num", flag_int, None),
-    ("only_save_strategy", "only_save_strategy", flag_bool, None),
-    ("strategy_load_checkpoint", "strategy_load_checkpoint", str, None),
-    ("remote_save_url", "remote_save_url", str, None),
-    ("profile", "profile", flag_bool, None),
-    ("register_path", "register_path", str, None),
-    ("trust_remote_code", "trust_remote_code", flag_bool, None),
-]
-FLAG_KEYS = {row[0]: row[1] for rows in FLAGS.values() for row in rows} | {row[0]: row[1] for row in IDLE_FLAGS}
-OTHER_FLAGS = ("config", "preset", "fill", "options", "predict_data", "debug")
+DATA_COMMANDS = ("preview", "preprocess")  # they need a tokenizer, and no model
+RUN_MODES |= {name: ("finetune", "train") for name in DATA_COMMANDS}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -132,16 +60,21 @@ def _lora_ms(argv: list[str]) -> int:
     parser.add_argument("--version", action=Version, nargs=0, help="print the version and stop")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands", required=True)
     for name, summary in COMMANDS.items():
-        add_flags(
-            commands.add_parser(
-                name,
-                help=summary,
-                description=f"lora-ms {name}: {summary}.",
-                allow_abbrev=False,
-                formatter_class=Help,
-                usage=f"lora-ms {name} [--config YAML] [flags]",
-            )
+        command = commands.add_parser(
+            name,
+            help=summary,
+            description=f"lora-ms {name}: {summary}.",
+            allow_abbrev=False,
+            formatter_class=Help,
+            usage=f"lora-ms {name} [--config YAML] [flags]",
         )
+        add_flags(command)
+        if name == "preview":
+            command.add_argument("--row", type=flag_int, metavar="N", help="only row N, counted from 1")
+        if name == "preprocess":
+            command.add_argument("--report", action="store_true", help="say what is in the data, and write no rows")
+            text = "mindformers: rows of seq_length + 1 tokens, filled up; rows: each as long as it is"
+            command.add_argument("--layout", choices=("rows", "mindformers"), default="rows", help=text)
     tools = add_tools(commands)
     if known[:2] == ["adapters", "combine"] and {"-h", "--help"} & {*known}:
         tools["adapters combine"].epilog = _methods()
@@ -230,6 +163,14 @@ def _dispatch(command: str | None, args: argparse.Namespace, free_form: list[str
         from lora_ms.tasks import chat
 
         chat.run(config)
+    elif command == "preview":
+        from lora_ms.tasks import preview
+
+        preview.run(config, args.row)
+    elif command == "preprocess":
+        from lora_ms.tasks import preprocess
+
+        preprocess.run(config, args.report, args.layout)
     else:
         from lora_ms.tasks import evaluate
 

@@ -13,7 +13,7 @@ from lora_ms.adapters import inject as injection
 from lora_ms.adapters.combine import Adapter, combine
 from lora_ms.adapters.config import LoraConfig
 from lora_ms.adapters.named import NamedAdapters, apart, together
-from lora_ms.adapters.peft_format import read_adapter_config, read_cells, restore_adapter, save_adapter
+from lora_ms.adapters.peft_format import read_adapter_config, read_cells, save_adapter
 from lora_ms.errors import LoraMsError
 from lora_ms.infer.generate import Generator
 
@@ -227,10 +227,6 @@ class PeftModel:
             folder = Path(path) if selected_adapters is None or name == DEFAULT else Path(path) / name
             save_adapter(self.model, folder, self.peft_config[name], self.model.source)
         self.adapters.use(active)
-
-    def restore(self, path: str | os.PathLike) -> None:
-        """Reads the numbers of the adapter at work back from directory ``path``."""
-        restore_adapter(self.model, path, self.active_peft_config)
 
 
 def get_peft_model(model: nn.Cell, config: LoraConfig, adapter_name: str = DEFAULT) -> PeftModel:

@@ -65,6 +65,7 @@ FLAGS = [
     ("--seq_length 64", "model.model_config.seq_length", 64),
     ("--preset large_dataset", "model.model_config.pet_config.lora_alpha", 64),
     ("--fill NAME=小明 --fill MAKER=a=b", "data_fill", {"NAME": "小明", "MAKER": "a=b"}),
+    ("--chat_template vicuna", "processor.tokenizer.chat_template", "vicuna"),
     # any key
     ("--optimizer.eps 1e-6", "optimizer.eps", 1e-6),
     ("--optimizer.eps=1e-6", "optimizer.eps", 1e-6),
@@ -114,8 +115,8 @@ def test_no_flag_keeps_the_yaml(ran):
 
 
 def test_idle_flags_share_one_notice(ran):
-    cli.main(["finetune", "--config", YAML, "--mode", "1", "--do_eval", "True", "--auto_trans_ckpt", "False"])
-    assert ran[0][1].notices() == ["no effect here: context.mode, do_eval"]
+    cli.main(["finetune", "--config", YAML, "--mode", "1", "--profile", "True", "--auto_trans_ckpt", "False"])
+    assert ran[0][1].notices() == ["no effect here: context.mode, profile"]
 
 
 @pytest.mark.parametrize(

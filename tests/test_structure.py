@@ -20,7 +20,7 @@ DIRECTIONS = {
     "storage": ("errors", "numpy safetensors"),
     "runtime": ("errors", "mindspore"),
     "config": ("config errors", "yaml pydantic"),
-    "data": ("data errors", "numpy transformers mindspore.dataset"),
+    "data": ("data errors storage", "numpy transformers mindspore.dataset mindspore.mindrecord datasets pyarrow"),
     "nn": ("nn", "mindspore numpy"),
     "models": ("models nn storage errors", "mindspore numpy"),
     "adapters": ("adapters nn storage errors", "mindspore numpy"),
@@ -32,15 +32,16 @@ DIRECTIONS = {
     ),
     "peft_model": ("adapters infer errors", "mindspore numpy"),
     "api": (
-        "peft_model config models adapters train infer data nn runtime storage errors",
+        "peft_model tasks.weights config models adapters train infer data nn runtime storage errors",
         "mindspore numpy transformers",
     ),
-    "flags": ("errors", ""),
-    "cli": ("flags config tasks adapters.combine errors", ""),
+    "flags": ("", ""),
+    "commands": ("flags errors", ""),
+    "cli": ("commands flags config tasks adapters.combine errors", ""),
 }
 # What a part may import inside functions only: `data` and --help answer without MindSpore.
 LAZY_ONLY = {
-    "data": "mindspore transformers",
+    "data": "mindspore transformers datasets pyarrow",
     "cli": "lora_ms.config lora_ms.tasks lora_ms.adapters",
     "__init__": "lora_ms",
 }

@@ -182,6 +182,7 @@ class Tokenizer(Section):
     """``processor.tokenizer``."""
 
     vocab_file: Text | None = None  # tokenizer file or folder; None: the one beside the checkpoint
+    chat_template: Text = ""  # a name (see README) or a file of Jinja; "": the tokenizer's own, else alpaca (ours)
     type: NoEffect = "LlamaTokenizer"
     unk_token: NoEffect = None
     bos_token: NoEffect = None

@@ -89,6 +89,8 @@ class RunConfig(Section):
     load_adapter: Path = ""  # PEFT adapter folder to go on from, or to predict with (ours)
     resume_training: Annotated[bool | str, BeforeValidator(_resume)] = False  # True: the newest; or a checkpoint's name
     use_parallel: Flag = False  # one process per card, started by msrun
+    do_eval: Flag = False  # evaluate on eval_dataset after training
+    allow_other_template: Flag = False  # use an adapter with another chat template than it was trained with (ours)
     data_fill: Annotated[dict[str, str], BeforeValidator(_fill)] = {}  # {{NAME}} in the data -> text (ours)
 
     trainer: Trainer = Field(default_factory=Trainer)
@@ -117,7 +119,6 @@ class RunConfig(Section):
     load_ckpt_format: NoEffect = "ckpt"  # seen from the file
     load_ckpt_async: NoEffect = False
     use_legacy: NoEffect = True
-    do_eval: NoEffect = False
     eval_step_interval: NoEffect = 100
     eval_epoch_interval: NoEffect = -1
     eval_callbacks: NoEffect = []

@@ -103,6 +103,35 @@ class LrSchedule(Section):
         return self
 
 
+def _handlers(value: Any) -> list[dict[str, Any]]:
+    handlers = [value] if isinstance(value, dict) else value or []
+    kinds = [handler.get("type") if isinstance(handler, dict) else handler for handler in handlers]
+    if any(kind != "AlpacaInstructDataHandler" for kind in kinds):
+        raise ValueError("wants a list of {type: AlpacaInstructDataHandler, …}")
+    if any(type(handler.get("seq_length", 2)) is not int for handler in handlers):
+        raise ValueError("wants a whole number as seq_length")
+    return handlers
+
+
+class Clean(Section):
+    """``train_dataset.clean`` (ours): rows to leave out before they are tokenised, each rule counted."""
+
+    required: Texts = []  # columns that must not be empty
+    min_chars: Whole = Field(0, ge=0)  # of a row's questions and answers together
+    max_chars: Whole = Field(0, ge=0)  # 0: any number
+    trim: Flag = False  # white space around every text
+    dedupe: Flag = False  # later rows with the same questions
+    skip_faulty: Flag = False  # count rows that cannot be used, and go on; False: the run stops and names them
+
+
+class Part(Section):
+    """One of ``train_dataset.mix`` (ours): a dataset and its share of every step's rows."""
+
+    dataset_dir: Text  # file, folder or glob
+    weight: Number = Field(gt=0)  # at the first step, in proportion to the others'
+    weight_end: Number | None = Field(None, ge=0)  # at the last step; None: the same
+
+
 class DataLoader(Section):
     """``train_dataset.data_loader``: where the rows are."""
 
@@ -111,9 +140,9 @@ class DataLoader(Section):
     path: Path = ""  # the same, in CommonDataLoader's and HFDataLoader's words; a format name where data_files is given
     data_files: Texts = []  # files
     shuffle: Flag = True  # a new order each epoch, from the seed
+    split: Text | None = None  # of a Hugging Face dataset that has several; None: train
+    handler: Annotated[list[dict[str, Any]], BeforeValidator(_handlers)] = []  # MindFormers' word for the format
     load_func: NoEffect = None
-    split: NoEffect = None
-    handler: NoEffect = None
 
 
 class EvalDataLoader(DataLoader):
@@ -129,6 +158,15 @@ class Dataset(Section):
     batch_size: Whole | None = Field(None, ge=1)  # rows; runner_config.batch_size overrides it
     drop_remainder: Flag = False  # leave out the last rows of an epoch that do not fill a batch
     num_samples: Whole | None = Field(None, ge=1)  # only the first rows (ours)
+    packing: Flag = True  # several rows in a line, each seeing itself alone: the same numbers, less padding (ours)
+    length_buckets: Whole = Field(4, ge=1)  # lengths that rows are padded to where they are not packed (ours)
+    format: Literal["auto", "alpaca", "sharegpt", "messages", "prompt", "text", "tokens"] = "auto"  # (ours)
+    columns: Annotated[dict[str, Text], BeforeValidator(lambda value: value or {})] = {}  # our name: the file's (ours)
+    label_turns: Literal["all", "last"] = "all"  # assistant turns that are learnt (ours)
+    truncation: Literal["error", "drop", "cut"] = "drop"  # of rows longer than seq_length (ours)
+    clean: Clean = Field(default_factory=Clean)
+    mix: Annotated[list[Part], BeforeValidator(lambda value: value or [])] = []  # datasets by weight (ours)
+    validation_split: Number = Field(0.0, ge=0, lt=1)  # share of the rows held out, and evaluated at the end (ours)
     input_columns: NoEffect = ["input_ids", "labels"]
     output_columns: NoEffect = None
     num_parallel_workers: NoEffect = 8

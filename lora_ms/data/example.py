@@ -13,7 +13,7 @@ IGNORE_INDEX = -100
 class Message(NamedTuple):
     """One turn of a conversation."""
 
-    role: str  # system | user | assistant
+    role: str  # system | user | assistant | tool
     content: str
 
 
@@ -24,6 +24,15 @@ class Example:
     where: str  # for error messages: "data.jsonl:12" (line), "data.json[3]" or "row 3" (counted from 1)
     messages: tuple[Message, ...]
     input: str = ""  # Alpaca's "input": the tail of the last user message, which only the Alpaca prompt sets apart
+
+
+@dataclass(frozen=True)
+class Completion:
+    """Plain text, without a template: the prompt, perhaps empty, is read and the completion is learnt."""
+
+    where: str
+    prompt: str
+    completion: str
 
 
 # Not comparable: == on arrays has no single answer.
@@ -37,14 +46,18 @@ class TokenRow:
 
 
 class Batch(NamedTuple):
-    """One micro-batch of b rows, right-padded to s tokens, with the next-token targets as a list of c slots.
+    """One micro-batch of b lines of s tokens, with the next-token targets as a list of c slots.
 
-    targets[i] is the token that follows flat position target_index[i] = row * s + t of input_ids.
+    A line holds one row, or several one after another; positions restart at 0 with each, and a token sees its own
+    row alone. What follows the last row is padding, at positions 0, 1, 2 … of a row of its own.
+    targets[i] is the token that follows flat position target_index[i] = line * s + t of input_ids.
     Slots past label_tokens are unused: target_index 0, targets -100.
     """
 
     input_ids: NDArray[np.int32]  # [b, s]
+    position_ids: NDArray[np.int32]  # [b, s]
     target_index: NDArray[np.int32]  # [c]
     targets: NDArray[np.int32]  # [c]
-    tokens: int  # tokens of input_ids that are not padding
+    tokens: int  # of the rows, whether computed or not
+    fed: int  # tokens of input_ids that are not padding
     label_tokens: int  # used slots

@@ -1,19 +1,18 @@
-"""What one row may look like, and what it becomes: dict -> Example or TokenRow."""
+"""What one row may look like, and what it becomes: dict -> Example, Completion or TokenRow."""
 
-import json
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from lora_ms.data.example import IGNORE_INDEX, Example, Message, TokenRow
+from lora_ms.data.example import IGNORE_INDEX, Completion, Example, Message, TokenRow
+from lora_ms.data.fields import RowFault, filled, int_array, list_of, quoted, text_of
 from lora_ms.errors import LoraMsError
 
 FORMATS = (
-    "instruction + output (optional: input, system, history), messages (a list of role + content), "
-    "input_ids + labels, input_ids + prompt_len"
+    "instruction + output (optional: input, system, history), messages (a list of role + content), conversations "
+    "(a list of from + value), prompt + completion, text, input_ids + labels, input_ids + prompt_len"
 )
 ROLES = {
     "system": "system",
@@ -22,61 +21,93 @@ ROLES = {
     "assistant": "assistant",
     "gpt": "assistant",
     "bot": "assistant",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+    "function_call": "assistant",
 }
 FAULTS_SHOWN = 5
-PLACEHOLDER = re.compile(r"\{\{(\w+)\}\}")
 NO_ANSWER_ADVICE = "write the answer or remove the row"
+Row = Example | Completion | TokenRow
 
 
-class RowFault(Exception):
-    """A row that cannot be used: `text` says what is wrong with it, `advice` what to do."""
+@dataclass(frozen=True)
+class Reading:
+    """How the rows of a file are read."""
 
-    def __init__(self, text: str, advice: str) -> None:
-        super().__init__(text)
-        self.text = text
-        self.advice = advice
+    format: str = "auto"  # or a key of PARSERS
+    columns: Mapping[str, str] = field(default_factory=dict)  # our name of a column -> the file's
+    fill: Mapping[str, str] = field(default_factory=dict)  # what stands for {{KEY}} in every text
+    accept: Callable[[Mapping[str, Any]], bool] | None = None  # asked before a row is parsed; False: leave it out
+    keep: Callable[[Row], Row | None] | None = None  # the last word on a parsed row; None: leave it out
+    on_fault: Callable[[str, RowFault], None] | None = None  # called for a row that cannot be used; None: an error
 
 
-def parse_rows(rows: Iterable[tuple[str, Any]], fill: Mapping[str, str]) -> list[Example | TokenRow]:
+def parse_rows(rows: Iterable[tuple[str, Any]], reading: Reading) -> Iterator[Row]:
     """Parse (where, row) pairs of one file. The first row decides the format, and every row must have it.
 
-    Raises LoraMsError naming up to five faulty rows in one line.
+    A RowFault in place of a row stands for one that could not even be read.
+    Raises LoraMsError naming up to five faulty rows in one line, after a look at all of them.
     """
-    parsed: list[Example | TokenRow] = []
     faults: list[tuple[str, RowFault]] = []
-    first = None
+    count, first = 0, None if reading.format == "auto" else reading.format
     for where, row in rows:
         try:
-            name = recognise(row)
+            if isinstance(row, RowFault):
+                raise row
+            row = _renamed(row, reading.columns)
+            if reading.accept is not None and isinstance(row, Mapping) and not reading.accept(row):
+                continue
+            name = recognise(row, reading.format)
             first = first or name
             if name != first:
                 raise RowFault(f"the format is {name}, but the first row's is {first}", "keep one format in one file")
-            parsed.append(_PARSERS[name](where, row, fill))
+            parsed: Row | None = PARSERS[name](where, row, reading.fill)
+            if reading.keep is not None:
+                parsed = reading.keep(parsed)
         except RowFault as fault:
-            faults.append((where, fault))
+            if reading.on_fault is not None:
+                reading.on_fault(where, fault)
+                continue
+            count += 1
+            faults = [*faults, (where, fault)][:FAULTS_SHOWN]
+        else:
+            if parsed is not None and not faults:
+                yield parsed
     if faults:
-        raise LoraMsError(_one_line(faults))
-    return parsed
+        raise LoraMsError(_one_line(faults, count))
 
 
-def recognise(row: Any) -> str:
-    """Name the format of a row: "alpaca", "messages" or "tokens"."""
+def _renamed(row: Any, columns: Mapping[str, str]) -> Any:
+    if not columns or not isinstance(row, Mapping):
+        return row
+    missing = [theirs for theirs in columns.values() if theirs not in row]
+    if missing:
+        names = ", ".join(quoted(key) for key in row)
+        raise RowFault(f"there is no column {quoted(missing[0])}, which columns asks for", f"columns here: {names}")
+    rest = {key: value for key, value in row.items() if key not in columns.values()}
+    return rest | {ours: row[theirs] for ours, theirs in columns.items()}
+
+
+def recognise(row: Any, asked: str = "auto") -> str:
+    """Name the format of a row, a key of PARSERS; `asked` is it, unless it is "auto"."""
     if not isinstance(row, Mapping):
         raise RowFault(f"a row must be an object with keys, not {type(row).__name__}", f"known formats: {FORMATS}")
-    if "messages" in row:
-        return "messages"
-    if "instruction" in row:
-        return "alpaca"
-    if "input_ids" in row and ("labels" in row or "prompt_len" in row):
-        return "tokens"
-    keys = ", ".join(_quoted(key) for key in row) or "(none)"
-    raise RowFault(f"keys {keys} fit no format", f"known formats: {FORMATS}")
+    for name, sets in KEYS.items():
+        if asked in ("auto", name) and any(all(row.get(key) is not None for key in keys) for keys in sets):
+            return name
+    for name, sets in KEYS.items():  # a null is no value, but it may show what was meant
+        if asked in ("auto", name) and any(all(key in row for key in keys) for keys in sets):
+            return name
+    keys = ", ".join(quoted(key) for key in row) or "(none)"
+    fit = "no format" if asked == "auto" else f"not the format {asked}"
+    raise RowFault(f"keys {keys} fit {fit}", f"known formats: {FORMATS}")
 
 
 def token_row(where: str, input_ids: Any, labels: Any) -> TokenRow:
     """Check token ids and unshifted labels, and make them int32."""
-    ids = _int_array("input_ids", input_ids)
-    targets = _int_array("labels", labels)
+    ids = int_array("input_ids", input_ids)
+    targets = int_array("labels", labels)
     if ids.size == 0:
         raise RowFault("input_ids is empty", "remove the row")
     if len(targets) != len(ids):
@@ -96,45 +127,100 @@ def token_row(where: str, input_ids: Any, labels: Any) -> TokenRow:
 
 
 def _parse_alpaca(where: str, row: Mapping[str, Any], fill: Mapping[str, str]) -> Example:
-    instruction, extra = _text(row, "instruction", fill), _text(row, "input", fill)
-    system, output = _text(row, "system", fill), _text(row, "output", fill)
+    instruction, extra = text_of(row, "instruction", fill), text_of(row, "input", fill)
+    system, output = text_of(row, "system", fill), text_of(row, "output", fill)
     if not output.strip():
         raise RowFault(f'no answer: "output" is {"empty" if "output" in row else "missing"}', NO_ANSWER_ADVICE)
     if not (instruction + extra).strip():
         raise RowFault('no question: "instruction" is empty', "write the question or remove the row")
     messages = [Message("system", system)] if system else []
-    for turn, pair in enumerate(_list(row, "history"), start=1):
+    for turn, pair in enumerate(list_of(row, "history"), start=1):
         if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
             raise RowFault(f'turn {turn} of "history" is no [question, answer] pair of texts', "correct the row")
         if not pair[1].strip():
             raise RowFault(f'no answer: turn {turn} of "history" is empty', NO_ANSWER_ADVICE)
-        messages += [Message("user", _filled(pair[0], fill)), Message("assistant", _filled(pair[1], fill))]
+        messages += [Message("user", filled(pair[0], fill)), Message("assistant", filled(pair[1], fill))]
     question = f"{instruction}\n{extra}" if instruction and extra else instruction or extra
     messages += [Message("user", question), Message("assistant", output)]
     return Example(where, tuple(messages), input=extra if instruction else "")
 
 
 def _parse_messages(where: str, row: Mapping[str, Any], fill: Mapping[str, str]) -> Example:
+    return _conversation(where, row, "messages", "role", "content", fill)
+
+
+def _parse_sharegpt(where: str, row: Mapping[str, Any], fill: Mapping[str, str]) -> Example:
+    return _conversation(where, row, "conversations", "from", "value", fill)
+
+
+def _conversation(
+    where: str, row: Mapping[str, Any], key: str, role_key: str, text_key: str, fill: Mapping[str, str]
+) -> Example:
     messages = []
-    for number, turn in enumerate(_list(row, "messages"), start=1):
-        if not isinstance(turn, Mapping) or "role" not in turn or "content" not in turn:
-            raise RowFault(f"message {number} is no object with role and content", "correct the row")
-        role = ROLES.get(turn["role"]) if isinstance(turn["role"], str) else None
+    for number, turn in enumerate(list_of(row, key), start=1):
+        if not isinstance(turn, Mapping) or role_key not in turn or not {text_key, "tool_calls"} & set(turn):
+            raise RowFault(f"message {number} is no object with {role_key} and {text_key}", "correct the row")
+        name = turn[role_key]
+        role = ROLES.get(name) if isinstance(name, str) else None
         if role is None:
-            raise RowFault(
-                f"message {number} has the unknown role {_quoted(turn['role'])}", f"known roles: {', '.join(ROLES)}"
-            )
-        content = _text(turn, "content", fill, name=f"content of message {number}")
+            raise RowFault(f"message {number} has the unknown role {quoted(name)}", f"known roles: {', '.join(ROLES)}")
+        content = text_of(_joined(turn, text_key), text_key, fill, name=f"{text_key} of message {number}")
+        if turn.get("tool_calls"):
+            content += quoted(turn["tool_calls"])
         if role == "assistant" and not content.strip():
-            raise RowFault(f"no answer: the content of message {number} is empty", NO_ANSWER_ADVICE)
+            raise RowFault(f"no answer: the {text_key} of message {number} is empty", NO_ANSWER_ADVICE)
         messages.append(Message(role, content))
     if not messages:
-        raise RowFault('no answer: "messages" is empty', NO_ANSWER_ADVICE)
-    if messages[-1].role != "assistant":
-        raise RowFault(f"no answer: the last message is the {messages[-1].role}'s", "end every row with an assistant")
-    if messages[0].role == "assistant":
-        raise RowFault("the first message is the assistant's", "begin every row with a system or user message")
+        raise RowFault(f'no answer: "{key}" is empty', NO_ANSWER_ADVICE)
+    if messages[0].role != "system":
+        system = text_of(row, "system", fill)
+        messages = [Message("system", system)] * bool(system) + messages
+    if row.get("tools"):
+        tools = row["tools"] if isinstance(row["tools"], str) else quoted(row["tools"])
+        system = messages.pop(0).content if messages[0].role == "system" else ""
+        messages.insert(0, Message("system", f"{system}\n\n{tools}".strip()))
+    _check_order(messages)
     return Example(where, tuple(messages))
+
+
+def _check_order(messages: list[Message]) -> None:
+    roles = [message.role for message in messages]
+    if roles[-1] != "assistant":
+        raise RowFault(f"no answer: the last message is the {roles[-1]}'s", "end every row with an assistant")
+    if roles[0] == "assistant":
+        raise RowFault("the first message is the assistant's", "begin every row with a system or user message")
+    for number, (before, role) in enumerate(zip(roles, roles[1:], strict=False), start=2):
+        if role == "system" or (role == before and role != "tool") or (before == "system" and role != "user"):
+            raise RowFault(
+                f"message {number}, the {role}'s, follows the {before}'s", "let user and assistant alternate"
+            )
+
+
+def _joined(turn: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """A turn whose content is a list of text parts, with their texts as its content."""
+    parts = turn.get(key)
+    texts = [part.get("text") for part in parts if isinstance(part, Mapping)] if isinstance(parts, list) else []
+    if texts and len(texts) == len(parts) and all(isinstance(text, str) for text in texts):
+        return {**turn, key: "".join(texts)}
+    return turn
+
+
+def _parse_prompt(where: str, row: Mapping[str, Any], fill: Mapping[str, str]) -> Completion | Example:
+    if isinstance(row["prompt"], list) and isinstance(row["completion"], list):
+        return _parse_messages(where, {**row, "messages": [*row["prompt"], *row["completion"]]}, fill)
+    prompt, completion = text_of(row, "prompt", fill), text_of(row, "completion", fill)
+    if not completion.strip():
+        raise RowFault('no answer: "completion" is empty', NO_ANSWER_ADVICE)
+    if not prompt.strip():
+        raise RowFault('no question: "prompt" is empty', 'write the question, or name the column "text"')
+    return Completion(where, prompt, completion)
+
+
+def _parse_text(where: str, row: Mapping[str, Any], fill: Mapping[str, str]) -> Completion:
+    text = text_of(row, "text", fill)
+    if not text.strip():
+        raise RowFault('"text" is empty', "remove the row")
+    return Completion(where, "", text)
 
 
 def _parse_tokens(where: str, row: Mapping[str, Any], fill: Mapping[str, str]) -> TokenRow:
@@ -143,7 +229,7 @@ def _parse_tokens(where: str, row: Mapping[str, Any], fill: Mapping[str, str]) -
     if "labels" in row:
         raise RowFault("both labels and prompt_len are given", "give one of them")
     prompt_len = row["prompt_len"]
-    labels = _int_array("input_ids", row["input_ids"]).copy()
+    labels = int_array("input_ids", row["input_ids"]).copy()
     if isinstance(prompt_len, bool) or not isinstance(prompt_len, int | np.integer) or prompt_len < 0:
         raise RowFault(f"prompt_len is {prompt_len!r}", "it is the number of prompt tokens, 0 or more")
     if prompt_len >= len(labels):
@@ -152,68 +238,27 @@ def _parse_tokens(where: str, row: Mapping[str, Any], fill: Mapping[str, str]) -
     return token_row(where, row["input_ids"], labels)
 
 
-_PARSERS: dict[str, Callable[[str, Mapping[str, Any], Mapping[str, str]], Example | TokenRow]] = {
+# format -> sets of keys of which a row has one
+KEYS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "messages": (("messages",),),
+    "sharegpt": (("conversations",),),
+    "alpaca": (("instruction",),),
+    "tokens": (("input_ids", "labels"), ("input_ids", "prompt_len")),
+    "prompt": (("prompt", "completion"),),
+    "text": (("text",),),
+}
+PARSERS: dict[str, Callable[[str, Mapping[str, Any], Mapping[str, str]], Row]] = {
     "alpaca": _parse_alpaca,
+    "sharegpt": _parse_sharegpt,
     "messages": _parse_messages,
+    "prompt": _parse_prompt,
+    "text": _parse_text,
     "tokens": _parse_tokens,
 }
 
 
-def _text(row: Mapping[str, Any], key: str, fill: Mapping[str, str], name: str | None = None) -> str:
-    value = row.get(key)
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise RowFault(f"{name or _quoted(key)} is {type(value).__name__}, not text", "put it in quotation marks")
-    return _filled(value, fill)
-
-
-def _list(row: Mapping[str, Any], key: str) -> list[Any]:
-    value = row.get(key)
-    if value is None:
-        return []
-    if not isinstance(value, list | tuple):
-        raise RowFault(f'"{key}" is {type(value).__name__}, not a list', "correct the row")
-    return list(value)
-
-
-def _filled(text: str, fill: Mapping[str, str]) -> str:
-    # One pass, so that a text about templates keeps its own braces with fill {"name": "{{name}}"}.
-    def replace(match: re.Match[str]) -> str:
-        key = match[1]
-        if key not in fill:
-            raise RowFault(f"the placeholder {match[0]} is not filled", f"add --fill {key}=VALUE")
-        return str(fill[key])  # an override such as AGE=5 arrives as a number
-
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:  # JSON may escape half of a surrogate pair, which no tokenizer takes
-        half = f"\\u{ord(text[error.start]):04x}"
-        raise RowFault(f"the text holds {half}, half of a character", "remove it") from error
-    return PLACEHOLDER.sub(replace, text)
-
-
-def _int_array(name: str, values: Any) -> NDArray[np.int64]:
-    try:
-        array = np.asarray(values)
-    except ValueError:  # a ragged list of lists
-        array = np.asarray([None])
-    if array.size == 0 and array.ndim == 1:
-        return array.astype(np.int64)
-    if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise RowFault(f"{name} is no list of whole numbers", "give a flat list of token ids")
-    if array.max() > np.iinfo(np.int32).max or array.min() < np.iinfo(np.int32).min:
-        raise RowFault(f"{name} holds a number beyond 32 bits", "give a flat list of token ids")
-    return array.astype(np.int64)
-
-
-def _quoted(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, default=str)
-
-
-def _one_line(faults: list[tuple[str, RowFault]]) -> str:
-    shown = faults[:FAULTS_SHOWN]
-    parts = [f"{where}: {fault.text}" for where, fault in shown]
-    if len(faults) > len(shown):
-        parts.append(f"and {len(faults) - len(shown)} more such rows")
-    return "; ".join([*parts, *dict.fromkeys(fault.advice for _, fault in shown)])
+def _one_line(faults: list[tuple[str, RowFault]], count: int) -> str:
+    parts = [f"{where}: {fault.text}" for where, fault in faults]
+    if count > len(faults):
+        parts.append(f"and {count - len(faults)} more such rows")
+    return "; ".join([*parts, *dict.fromkeys(fault.advice for _, fault in faults)])

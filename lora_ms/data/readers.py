@@ -1,21 +1,19 @@
 """From a file, a folder, a glob or a list of dicts to rows: list[Example | TokenRow]."""
 
 import glob
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from lora_ms.data.example import IGNORE_INDEX, Example, TokenRow
-from lora_ms.data.formats import RowFault, parse_rows, token_row
+from lora_ms.data.formats import Reading, Row, parse_rows
+from lora_ms.data.json_files import read_json
+from lora_ms.data.mindrecord import read_mindrecord
+from lora_ms.data.tables import read_table
 from lora_ms.errors import LoraMsError
 
-SUPPORTED = ".json, .jsonl, .mindrecord"
+SUPPORTED = ".json, .jsonl, .csv, .tsv, .parquet, .mindrecord, or a folder saved by Hugging Face datasets"
 
 
 def read_rows(
@@ -23,8 +21,8 @@ def read_rows(
     *,
     fill: Mapping[str, str] | None = None,
     num_samples: int | None = None,
-) -> list[Example | TokenRow]:
-    """Read the first `num_samples` rows (None: all) of `source`.
+) -> list[Row]:
+    """Read the first `num_samples` rows (None: all) of `source` into a list.
 
     source: a file, a folder (its supported files, sorted by name), a glob, or a sequence of dicts.
     fill: what stands for {{KEY}} in every string of a text row. A {{KEY}} that is not filled is an error;
@@ -32,57 +30,87 @@ def read_rows(
 
     Raises LoraMsError, with the file and line, for whatever cannot be read or learnt from.
     """
-    fill = fill or {}
+    return list(iter_rows([source], Reading(fill=fill or {}), num_samples))
+
+
+def iter_rows(
+    sources: Sequence[str | os.PathLike[str] | Sequence[Mapping[str, Any]]],
+    reading: Reading,
+    num_samples: int | None = None,
+    split: str = "train",
+) -> Iterator[Row]:
+    """The first `num_samples` rows of all sources, one file after another, one row in memory at a time.
+
+    split: which part of a Hugging Face dataset that has several.
+
+    Raises LoraMsError, with the file and line, for whatever cannot be read or learnt from.
+    """
     if num_samples is not None and num_samples < 1:
         raise LoraMsError(f"num_samples is {num_samples}; give 1 or more, or leave it out to read all rows")
-    if not isinstance(source, str | os.PathLike):
-        numbered = ((f"row {number}", row) for number, row in enumerate(source, start=1))
-        rows = parse_rows(islice(numbered, num_samples), fill)
-        name = "the dataset"
-    else:
-        rows = []
-        name = os.fspath(source)
-        try:
-            files = find_files(name)
-        except (OSError, RuntimeError) as error:  # a name too long, a folder not to be entered, an unknown ~user
-            reason = error.strerror if isinstance(error, OSError) else str(error).rstrip(".")
-            raise LoraMsError(f"{name:.80}: {reason}; check the path of the dataset") from error
-        for path in files:
-            limit = None if num_samples is None else num_samples - len(rows)
-            if limit == 0:
-                break
-            rows += _read_file(path, fill, limit)
-    if not rows:
-        raise LoraMsError(f"{name}: there are no rows; give at least one")
-    return rows
+    left = num_samples
+    for source in sources:
+        named = isinstance(source, str | os.PathLike)
+        count = 0
+        for pairs in _files(os.fspath(source), split) if named else [_numbered(source)]:
+            for row in parse_rows(islice(pairs, left), reading):
+                count += 1
+                yield row
+                left = None if left is None else left - 1
+            if left == 0:
+                return
+        if not count and (reading.accept, reading.keep, reading.on_fault) == (None, None, None):
+            name = os.fspath(source) if named else "the dataset"
+            raise LoraMsError(f"{name}: there are no rows; give at least one")
 
 
-def find_files(source: str) -> list[Path]:
+def _numbered(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Any]]:
+    return ((f"row {number}", row) for number, row in enumerate(rows, start=1))
+
+
+def _files(source: str, split: str) -> Iterator[Iterator[tuple[str, Any]]]:
+    try:
+        files = find_files(source, split)
+    except (OSError, RuntimeError) as error:  # a name too long, a folder not to be entered, an unknown ~user
+        reason = error.strerror if isinstance(error, OSError) else str(error).rstrip(".")
+        raise LoraMsError(f"{source:.80}: {reason}; check the path of the dataset") from error
+    return (read_file(path, split) for path in files)
+
+
+def find_files(source: str, split: str = "train") -> list[Path]:
     """The supported files that `source` (a file, a folder or a glob) names, sorted."""
     if not source.strip():
         raise LoraMsError("the path of the dataset is empty; name a file, a folder or a glob")
     path = Path(source).expanduser()
     if path.is_dir():
-        found = [entry for entry in sorted(path.iterdir()) if _kind(entry)]
+        if kind_of(path):
+            return [path]
+        found = [entry for entry in sorted(path.iterdir()) if kind_of(entry)]
+        # as Hugging Face's repositories have it: data/train-00000-of-00002.parquet
+        found = found or [entry for entry in sorted(path.glob("data/*")) if kind_of(entry)]
+        found = [entry for entry in found if entry.name.startswith(f"{split}-")] or found
         if not found:
             raise LoraMsError(f"{source}: no supported file in this folder; supported are {SUPPORTED}")
         return found
     if path.is_file():
-        if not _kind(path):
+        if not kind_of(path):
             raise LoraMsError(f"{source}: file type not supported; supported are {SUPPORTED}")
         return [path]
     if glob.has_magic(str(path)):
-        found = [entry for entry in map(Path, sorted(glob.glob(str(path), recursive=True))) if _kind(entry)]
+        found = [entry for entry in map(Path, sorted(glob.glob(str(path), recursive=True))) if kind_of(entry)]
         if not found:
             raise LoraMsError(f"{source}: no supported file matches; supported are {SUPPORTED}")
         return found
     raise LoraMsError(f"{source}: no such file or folder; check the path of the dataset")
 
 
-def _kind(path: Path) -> str | None:
+def kind_of(path: Path) -> str | None:
+    """What a file is, by its name or its beginning; None for what is not read."""
+    if path.is_dir():
+        saved = (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
+        return "datasets" if saved else None
     if path.name.startswith(".") or path.suffix == ".db" or not path.is_file():
         return None
-    if path.suffix.lower() in (".json", ".jsonl"):
+    if path.suffix.lower() in (".json", ".jsonl", ".csv", ".tsv", ".parquet"):
         return path.suffix.lower()
     if path.suffix == ".mindrecord" or _has_mindrecord_header(path):
         return ".mindrecord"
@@ -99,104 +127,11 @@ def _has_mindrecord_header(path: Path) -> bool:
     return head[8:10] == b'{"' and b'"header_size"' in head
 
 
-def _read_file(path: Path, fill: Mapping[str, str], limit: int | None) -> list[Example | TokenRow]:
-    if _kind(path) == ".mindrecord":
-        return list(read_mindrecord(path, limit))
-    text = _decode(path)
-    rows = _json_lines(path.name, text) if path.suffix.lower() == ".jsonl" else _json_document(path.name, text)
-    return parse_rows(islice(rows, limit), fill)
-
-
-def _decode(path: Path) -> str:
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise LoraMsError(f"{path}: cannot be read: {error.strerror}; check its permissions") from error
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise LoraMsError(
-            f"{path.name}:{line}: byte 0x{raw[error.start]:02x} is not UTF-8; save the file as UTF-8 "
-            f"(from GBK: iconv -f GBK -t UTF-8)"
-        ) from error
-
-
-def _json_lines(name: str, text: str) -> Iterator[tuple[str, Any]]:
-    # Not splitlines: it also splits at U+2028 and its like, which JSON strings may hold.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise LoraMsError(
-                f"{name}:{number}: not valid JSON ({_reason(error)}); write one object per line"
-            ) from error
-        yield f"{name}:{number}", row
-
-
-def _json_document(name: str, text: str) -> Iterator[tuple[str, Any]]:
-    if not text.strip():
-        return
-    try:
-        document = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        # One object per line under the name .json: "Extra data" is what follows the first complete object.
-        if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data" and text.lstrip().startswith("{"):
-            yield from _json_lines(name, text)
-            return
-        line = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
-        raise LoraMsError(f"{name}{line}: not valid JSON ({_reason(error)}); write a list of objects") from error
-    rows = document if isinstance(document, list) else [document]
-    for number, row in enumerate(rows, start=1):
-        yield f"{name}[{number}]", row
-
-
-def _reason(error: json.JSONDecodeError | RecursionError) -> str:
-    if isinstance(error, RecursionError):
-        return "nested too deeply"
-    return f"{error.msg} at column {error.colno}"
-
-
-def read_mindrecord(path: Path, limit: int | None = None) -> Iterator[TokenRow]:
-    """The rows of one MindRecord file with columns input_ids [n] and, optionally, labels [n] (else: all is learnt).
-
-    Rows are stored at one length, filled up with a pad token whose label is -100: that tail is cut off here.
-    Without labels, padding cannot be told from text, and the row stays whole.
-    """
-    if not path.with_name(f"{path.name}.db").is_file():
-        raise LoraMsError(f"{path}: its index {path.name}.db is missing; copy it beside the file")
-    for number, row in enumerate(_mindrecord_rows(path, limit), start=1):
-        where = f"{path.name}[{number}]"
-        try:
-            yield trim_padding(token_row(where, row["input_ids"], row.get("labels", row["input_ids"])))
-        except RowFault as fault:
-            raise LoraMsError(f"{where}: {fault.text}; {fault.advice}") from fault
-
-
-def _mindrecord_rows(path: Path, limit: int | None) -> Iterator[dict[str, NDArray[Any]]]:
-    try:
-        import mindspore.dataset as ds
-    except ImportError as error:
-        raise LoraMsError(f"{path}: MindRecord files need MindSpore; install it, or give .json or .jsonl") from error
-    try:
-        # A list, so that one shard of several is read alone; the folder or glob names the others.
-        dataset = ds.MindDataset([str(path)], shuffle=False, num_parallel_workers=1, num_samples=limit)
-        columns = dataset.get_col_names()
-        if "input_ids" not in columns:
-            names = ", ".join(columns)
-            raise LoraMsError(f'{path}: columns {names}; a column "input_ids" is needed (and may have "labels")')
-        yield from dataset.create_dict_iterator(num_epochs=1, output_numpy=True)
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
-        raise LoraMsError(f"{path}: not readable as MindRecord ({reason}); write it anew") from error
-
-
-def trim_padding(row: TokenRow) -> TokenRow:
-    """Cut the tail of unlearnt tokens that repeat the row's last id. Nothing learnt comes after, so no loss changes."""
-    ids, labels = row.input_ids, row.labels
-    padding: NDArray[np.bool_] = (ids == ids[-1]) & (labels == IGNORE_INDEX)
-    kept = np.flatnonzero(~padding)
-    length = int(kept[-1]) + 1 if kept.size else 1
-    return TokenRow(row.where, ids[:length].copy(), labels[:length].copy())  # a view would keep the padding in memory
+def read_file(path: Path, split: str) -> Iterator[tuple[str, Any]]:
+    """(where, row) of one file; a RowFault stands for a line that is none."""
+    kind = kind_of(path)
+    if kind == ".mindrecord":
+        return read_mindrecord(path)
+    if kind in (".csv", ".tsv", ".parquet", "datasets"):
+        return read_table(path, str(kind), split)
+    return read_json(path)

@@ -1,11 +1,68 @@
 """What became of the data, in numbers and in words."""
 
-from dataclasses import dataclass
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+PERCENTILES = (50, 90, 99)
+# first code point, script: what a text is written in says which languages it may be
+SCRIPTS = (
+    (0x0000, ""), (0x0041, "Latin"), (0x005B, ""), (0x0061, "Latin"), (0x007B, ""), (0x00C0, "Latin"),
+    (0x0250, ""), (0x0370, "Greek"), (0x0400, "Cyrillic"), (0x0530, ""), (0x0590, "Hebrew"), (0x0600, "Arabic"),
+    (0x0780, ""), (0x0900, "Devanagari"), (0x0980, "other"), (0x0E00, "Thai"), (0x0E80, "other"), (0x1E00, "Latin"),
+    (0x1F00, "Greek"), (0x2000, ""), (0x3040, "Kana"), (0x3100, ""), (0x3400, "Han"), (0xA000, "other"),
+    (0xAC00, "Hangul"), (0xD7B0, ""), (0xF900, "Han"), (0xFB00, ""), (0x10000, "other"), (0x1F000, "emoji"),
+    (0x20000, "Han"), (0x323B0, ""),
+)  # fmt: skip
+STARTS = np.array([start for start, _ in SCRIPTS])
+
+
+def scripts_of(texts: Iterable[str]) -> Counter[str]:
+    """Letters by script; digits, punctuation and white space belong to none."""
+    points = np.frombuffer("".join(texts).encode("utf-32-le", "replace"), np.uint32)
+    counts = np.bincount(np.searchsorted(STARTS, points, "right") - 1, minlength=len(SCRIPTS))
+    found: Counter[str] = Counter()
+    for (_, script), count in zip(SCRIPTS, counts, strict=True):
+        if script and count:
+            found[script] += int(count)
+    return found
+
+
+@dataclass
+class Tally:
+    """Counts that are taken while rows go by."""
+
+    rows: int = 0  # rows read, those left out included
+    skipped: Counter[str] = field(default_factory=Counter)  # reason -> rows
+    too_long: int = 0  # rows longer than seq_length
+    cut: int = 0  # of these, rows that were cut
+    answer_tokens_lost: int = 0  # label tokens beyond seq_length, whether the row was cut or dropped
+    split: int = 0  # texts that became several rows
+    lengths: Counter[int] = field(default_factory=Counter)  # tokens -> rows, before anything was cut
+    scripts: Counter[str] = field(default_factory=Counter)  # script -> letters
+    shortest: str = ""  # name of the shortest row
+
+    def state(self) -> dict[str, Any]:
+        """For JSON; ``of`` takes it back."""
+        return dict(vars(self))
+
+    @classmethod
+    def of(cls, state: dict[str, Any]) -> Tally:
+        """The tally whose ``state`` this is."""
+        counters = {key: Counter(state[key]) for key in ("skipped", "scripts")}
+        lengths = Counter({int(length): count for length, count in state["lengths"].items()})
+        return cls(**{**state, **counters, "lengths": lengths})
 
 
 @dataclass(frozen=True)
 class Report:
-    """Counts of one dataset. Tokens and lengths are of the rows kept."""
+    """Counts of one dataset. Tokens and lengths are of the rows kept, percentiles of all rows that were tokenised."""
 
     rows: int  # rows read
     kept: int  # rows to train on
@@ -14,15 +71,80 @@ class Report:
     tokens: int
     label_tokens: int  # next-token targets among them
     longest: int  # tokens
-    padded_length: int | None = None  # tokens of every row in a batch, once the plan has fixed it
+    skipped: dict[str, int] = field(default_factory=dict)  # reason -> rows left out before tokenising
+    cut: int = 0  # rows cut at seq_length
+    split: int = 0  # texts that became several rows
+    answer_tokens_lost: int = 0  # label tokens beyond seq_length, in rows cut or dropped
+    percentiles: dict[str, int] = field(default_factory=dict)  # of lengths in tokens
+    duplicates: int = 0  # rows whose tokens another row has, too
+    scripts: dict[str, float] = field(default_factory=dict)  # share of the letters
+    padding: dict[str, float] = field(default_factory=dict)  # layout -> share of the computed tokens
+    layout: str = ""  # how rows share lines, once the plan has fixed it
 
     def lines(self) -> list[str]:
-        """For people: one line."""
+        """For people: one line of what matters, then one line for each thing that is worth a look."""
         parts = [f"data: {self.rows:,} {'row' if self.rows == 1 else 'rows'}"]
         if self.dropped_too_long:
             parts.append(f"{self.dropped_too_long:,} dropped (longer than seq_length {self.seq_length})")
         share = round(100 * self.label_tokens / max(self.tokens, 1))
         parts += [f"{self.tokens:,} tokens", f"{share}% of them labels", f"longest {self.longest:,}"]
-        if self.padded_length is not None:
-            parts.append(f"padded to {self.padded_length:,}")
-        return [", ".join(parts)]
+        if self.layout:
+            parts.append(self.layout)
+        return [", ".join(parts), *(f"  {text}" for text in self._remarks())]
+
+    def _remarks(self) -> list[str]:
+        remarks = [f"left out: {count:,} rows: {reason}" for reason, count in self.skipped.items()]
+        if self.cut:
+            remarks.append(f"cut at seq_length {self.seq_length}: {self.cut:,} rows")
+        if self.answer_tokens_lost:
+            remarks.append(f"answer tokens lost beyond seq_length: {self.answer_tokens_lost:,}")
+        if self.split:
+            remarks.append(f"texts split at seq_length {self.seq_length}: {self.split:,}")
+        if self.duplicates:
+            remarks.append(f"duplicates: {self.duplicates:,} rows have the tokens of another")
+        return remarks
+
+    def table(self) -> list[str]:
+        """All counts, one a line."""
+        share = self.label_tokens / max(self.tokens, 1)
+        rows = [
+            ("rows read", f"{self.rows:,}"),
+            *((f"  left out: {reason}", f"{count:,}") for reason, count in self.skipped.items()),
+            (f"  longer than seq_length {self.seq_length}, dropped", f"{self.dropped_too_long:,}"),
+            (f"  longer than seq_length {self.seq_length}, cut", f"{self.cut:,}"),
+            (f"  texts split at seq_length {self.seq_length}", f"{self.split:,}"),
+            ("rows to train on", f"{self.kept:,}"),
+            ("  duplicates among them", f"{self.duplicates:,}"),
+            ("tokens", f"{self.tokens:,}"),
+            ("  of them labels", f"{self.label_tokens:,} ({share:.1%})"),
+            ("answer tokens lost beyond seq_length", f"{self.answer_tokens_lost:,}"),
+            ("length in tokens", ", ".join(f"{key} {value:,}" for key, value in self.percentiles.items())),
+            ("letters by script", ", ".join(f"{key} {value:.1%}" for key, value in self.scripts.items()) or "-"),
+            *((f"padding, {kind}", f"{value:.1%} of computed tokens") for kind, value in self.padding.items()),
+        ]
+        width = max(len(name) for name, _ in rows)
+        return [f"{name:{width}}  {value}" for name, value in rows]
+
+    def as_json(self) -> dict[str, Any]:
+        """What ``data_report.json`` holds."""
+        return asdict(self)
+
+
+def percentiles(lengths: Counter[int]) -> dict[str, int]:
+    """Shortest, median, … and longest of a histogram."""
+    if not lengths:
+        return {}
+    values = np.array(sorted(lengths))
+    below = np.cumsum([lengths[int(value)] for value in values])
+    places = {f"{p}%": int(values[np.searchsorted(below, p / 100 * below[-1])]) for p in PERCENTILES}
+    return {"shortest": int(values[0]), **places, "longest": int(values[-1])}
+
+
+def shares(counts: Counter[str]) -> dict[str, float]:
+    """Each count's share, the largest first."""
+    return {name: round(count / counts.total(), 4) for name, count in counts.most_common()}
+
+
+def repeated(hashes: NDArray[np.uint64]) -> int:
+    """How many of the values are there a second time."""
+    return len(hashes) - len(np.unique(hashes))

@@ -6,24 +6,16 @@ Training and chat share `encode_prompt`'s text: what a turn is trained to follow
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
-from lora_ms.data.example import IGNORE_INDEX, Example, Message, TokenRow
+from lora_ms.data.example import IGNORE_INDEX, Completion, Example, Message, TokenRow
+from lora_ms.data.templates import ALPACA_PREAMBLE_WITH_INPUT, INPUT_HEADING, begins_with_bos, template_of
 from lora_ms.errors import LoraMsError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-# The wording that models trained on Stanford Alpaca's data know.
-ALPACA_PREAMBLE = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request."
-)
-ALPACA_PREAMBLE_WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request."
-)
 
 
 class Labelled(NamedTuple):
@@ -32,10 +24,20 @@ class Labelled(NamedTuple):
     text: str
     spans: list[tuple[int, int]]
     ended: bool  # the last span closes with an end token
+    silent: int = 0  # the first spans, which are not learnt after all
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, example: Example) -> TokenRow:
-    """Tokens of a conversation, with labels on every assistant turn and the end token that closes it.
+def encode(
+    tokenizer: PreTrainedTokenizerBase, example: Example | Completion, turns: Literal["all", "last"] = "all"
+) -> TokenRow:
+    """Tokens and labels of one row; see `encode_rows`."""
+    return encode_rows(tokenizer, [example], turns)[0]
+
+
+def encode_rows(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Example | Completion], turns: Literal["all", "last"] = "all"
+) -> list[TokenRow]:
+    """Tokens of conversations, with labels on every assistant turn (or the last), and the end token that closes it.
 
     The text after that end token (ChatML's newline) has no label. A last turn that the template leaves open gets
     tokenizer.eos_token_id, with a label: a model that never learnt to stop does not stop.
@@ -43,25 +45,44 @@ def encode(tokenizer: PreTrainedTokenizerBase, example: Example) -> TokenRow:
     A template may show a past turn otherwise than it was generated: Qwen3 and DeepSeek-R1 drop the reasoning of
     earlier turns. Such a turn cannot be learnt from this text; then only the last turn has labels.
 
+    All rows are tokenised in a few calls, which the tokenizers library spreads over the cores.
     Raises LoraMsError where the template refuses the messages, or no end token exists.
     """
-    labelled = _render_labelled(tokenizer, example)
-    boundaries = [boundary for span in labelled.spans for boundary in span]
-    ids, positions = _tokenise(tokenizer, labelled.text, boundaries)
-    labels = np.full(len(ids), IGNORE_INDEX, np.int32)
-    for start, end in zip(positions[::2], positions[1::2], strict=True):
-        labels[start:end] = ids[start:end]
-    if not labelled.ended:
-        if tokenizer.eos_token_id is None:
-            raise LoraMsError("the tokenizer has no end token; set eos_token in its tokenizer_config.json")
-        ids = [*ids, tokenizer.eos_token_id]
-        labels = np.append(labels, tokenizer.eos_token_id)
-    bos = _default_bos(tokenizer)
-    return TokenRow(
-        example.where,
-        np.array([*bos, *ids], np.int32),
-        np.concatenate([np.full(len(bos), IGNORE_INDEX), labels]).astype(np.int32),
-    )
+    rendered = [_labelled(tokenizer, row, turns) for row in rows]
+    texts = [labelled.text for labelled in rendered]
+    whole = _ids(tokenizer, texts)
+    heads = [labelled.text[:end] for labelled in rendered for span in labelled.spans for end in span]
+    lengths = iter(_ids(tokenizer, [head for head in heads if head]))
+    encoded = []
+    for row, labelled, ids in zip(rows, rendered, whole, strict=True):
+        boundaries = [boundary for span in labelled.spans for boundary in span]
+        before = [next(lengths) if boundary else [] for boundary in boundaries]
+        positions = [len(head) for head in before]
+        if any(head != ids[: len(head)] for head in before):
+            ids, positions = _tokenise(tokenizer, labelled.text, boundaries)
+        encoded.append(_token_row(tokenizer, row, ids, positions[2 * labelled.silent :], labelled.ended))
+    return encoded
+
+
+def _token_row(
+    tokenizer: PreTrainedTokenizerBase,
+    row: Example | Completion,
+    ids: list[int],
+    positions: list[int],
+    ended: bool,
+) -> TokenRow:
+    end = [] if ended else [tokenizer.eos_token_id]
+    if end == [None]:
+        raise LoraMsError("the tokenizer has no end token; set eos_token in its tokenizer_config.json")
+    bos = _default_bos(tokenizer, row)
+    whole = np.array([*bos, *ids, *end], np.int32)
+    labels = np.full(len(whole), IGNORE_INDEX, np.int32)
+    for first, last in zip(positions[::2], positions[1::2], strict=True):
+        part = slice(len(bos) + first, len(bos) + last)
+        labels[part] = whole[part]
+    if end:
+        labels[-1] = whole[-1]
+    return TokenRow(row.where, whole, labels)
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], input: str = "") -> list[int]:
@@ -69,8 +90,11 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message
 
     input: the tail of the last user message that the Alpaca prompt sets apart; a chat template does not.
     """
-    text = _render(tokenizer, "the prompt", _with_preamble(tokenizer, messages, input), True)
-    return [*_default_bos(tokenizer), *_ids(tokenizer, text)]
+    messages = _with_input(tokenizer, messages, input)
+    text = _render(tokenizer, "the prompt", messages, True)
+    # split where training splits it, so that past turns have the tokens that they had
+    spans = _earlier(tokenizer, "the prompt", text, messages)
+    return [*_default_bos(tokenizer), *_tokenise(tokenizer, text, [edge for span in spans for edge in span])[0]]
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, instruction: str, system: str | None = None) -> list[int]:
@@ -79,26 +103,39 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, instruction: str, system: st
     return encode_prompt(tokenizer, [*first, Message("user", instruction)])
 
 
-def _render_labelled(tokenizer: PreTrainedTokenizerBase, example: Example) -> Labelled:
-    messages = _with_preamble(tokenizer, example.messages, example.input)
+def _labelled(tokenizer: PreTrainedTokenizerBase, row: Example | Completion, turns: str) -> Labelled:
+    if isinstance(row, Completion):
+        whole = row.prompt + row.completion
+        return Labelled(whole, [(len(row.prompt), len(whole))], False)
+    messages = _with_input(tokenizer, row.messages, row.input)
     end_tokens = _end_tokens(tokenizer)
-    text = _render(tokenizer, example.where, messages, False)
-    prompt = _render(tokenizer, example.where, messages[:-1], True)
+    text = _render(tokenizer, row.where, messages, False)
+    prompt = _render(tokenizer, row.where, messages[:-1], True)
     if not (text.startswith(prompt) and _shows(text[len(prompt) :], messages[-1].content)):
         closing = next((token for token in end_tokens if text.rstrip().endswith(token)), "")
         text = prompt + _continuation(prompt, messages[-1].content) + closing
-    earlier: list[tuple[int, int]] = []
-    for turn, message in enumerate(messages[:-1]):
+    last = (len(prompt), _turn_end(text, end_tokens))
+    earlier = _earlier(tokenizer, row.where, text, messages[:-1])
+    return Labelled(
+        text, [*earlier, last], text[: last[1]].endswith(end_tokens), len(earlier) if turns == "last" else 0
+    )
+
+
+def _earlier(
+    tokenizer: PreTrainedTokenizerBase, where: str, text: str, messages: Sequence[Message]
+) -> list[tuple[int, int]]:
+    """Character ranges of past assistant turns; none where the text shows one otherwise than it was generated."""
+    spans = []
+    end_tokens = _end_tokens(tokenizer)
+    for turn, message in enumerate(messages):
         if message.role != "assistant":
             continue
-        start = _render(tokenizer, example.where, messages[:turn], True)
-        end = _render(tokenizer, example.where, messages[: turn + 1], False)
+        start = _render(tokenizer, where, messages[:turn], True)
+        end = _render(tokenizer, where, messages[: turn + 1], False)
         if not (end.startswith(start) and text.startswith(end) and _shows(end[len(start) :], message.content)):
-            earlier = []
-            break
-        earlier.append((len(start), _turn_end(end, end_tokens)))
-    last = (len(prompt), _turn_end(text, end_tokens))
-    return Labelled(text, [*earlier, last], text[: last[1]].endswith(end_tokens))
+            return []
+        spans.append((len(start), _turn_end(end, end_tokens)))
+    return spans
 
 
 def _continuation(prompt: str, answer: str) -> str:
@@ -126,52 +163,49 @@ def _end_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, where: str, messages: Sequence[Message], generation: bool) -> str:
-    if tokenizer.chat_template is None:
-        return _render_alpaca(messages, generation, tokenizer.eos_token or "")
     turns = [{"role": message.role, "content": message.content} for message in messages]
+    template = template_of(tokenizer)
     try:
-        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generation))
+        text = tokenizer.apply_chat_template(
+            turns, chat_template=template, tokenize=False, add_generation_prompt=generation
+        )
     except Exception as error:  # the template is a program of the model's author: it may raise anything
         reason = " ".join(str(error).split())
         raise LoraMsError(f"{where}: the tokenizer's chat template refuses the messages: {reason}") from error
+    return str(text)
 
 
-def _with_preamble(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], input: str) -> list[Message]:
-    """For the Alpaca prompt: the preamble as a system message, unless there is one, and `input` under its heading."""
+def _with_input(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], input: str) -> list[Message]:
+    """For templates that know Alpaca's "input": it goes under its heading, with the preamble that announces it."""
     messages = list(messages)
-    if tokenizer.chat_template is not None:
+    template = template_of(tokenizer)
+    if not input or "### Instruction:" not in template:
         return messages
-    if input:
-        last = max(index for index, message in enumerate(messages) if message.role == "user")
-        instruction = messages[last].content.removesuffix(f"\n{input}")
-        messages[last] = Message("user", f"{instruction}\n\n### Input:\n{input}")
-    if messages[0].role == "system":
+    last = max(index for index, message in enumerate(messages) if message.role == "user")
+    instruction = messages[last].content.removesuffix(f"\n{input}")
+    messages[last] = Message("user", f"{instruction}{INPUT_HEADING}{input}")
+    if messages[0].role == "system" or "### Input:" in template:
         return messages
-    return [Message("system", ALPACA_PREAMBLE_WITH_INPUT if input else ALPACA_PREAMBLE), *messages]
+    return [Message("system", ALPACA_PREAMBLE_WITH_INPUT), *messages]
 
 
-def _render_alpaca(messages: Sequence[Message], generation: bool, end_token: str) -> str:
-    blocks = []
-    for message in messages:
-        if message.role == "system":
-            blocks.append(message.content)
-        elif message.role == "user":
-            blocks.append(f"### Instruction:\n{message.content}")
-        else:
-            blocks.append(f"### Response:\n{message.content}{end_token}")
-    return "\n\n".join([*blocks, "### Response:\n"] if generation else blocks)
-
-
-def _default_bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _default_bos(tokenizer: PreTrainedTokenizerBase, row: Example | Completion | None = None) -> list[int]:
     # A chat template writes its own BOS; elsewhere the tokenizer's habit decides.
-    if tokenizer.chat_template is not None or tokenizer.bos_token_id is None:
+    if tokenizer.chat_template is not None and not isinstance(row, Completion):
         return []
-    return [tokenizer.bos_token_id] if tokenizer("a").input_ids[0] == tokenizer.bos_token_id else []
+    return [tokenizer.bos_token_id] if begins_with_bos(tokenizer) else []
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    # verbose=False: rows longer than the model are counted and reported later, not warned of one by one.
-    return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+def _ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    if not texts:
+        return []
+    if not tokenizer.is_fast:
+        # verbose=False: rows longer than the model are counted and reported later, not warned of one by one.
+        return tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids
+    backend = tokenizer.backend_tokenizer  # in parallel over the cores, and without offsets, which nothing here needs
+    backend.no_truncation()
+    backend.no_padding()
+    return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
 
 def _tokenise(tokenizer: PreTrainedTokenizerBase, text: str, boundaries: Sequence[int]) -> tuple[list[int], list[int]]:
@@ -183,12 +217,12 @@ def _tokenise(tokenizer: PreTrainedTokenizerBase, text: str, boundaries: Sequenc
     """
     done: list[int] = []  # tokens before `start`
     start = 0
-    rest = _ids(tokenizer, text)  # tokens from `start` on
+    rest = _ids(tokenizer, [text])[0]  # tokens from `start` on
     positions = []
     for boundary in boundaries:
-        head = rest if boundary == len(text) else _ids(tokenizer, text[start:boundary])
+        head = rest if boundary == len(text) else _ids(tokenizer, [text[start:boundary]])[0]
         positions.append(len(done) + len(head))
         if head != rest[: len(head)]:
             done += head
-            start, rest = boundary, _ids(tokenizer, text[boundary:])
+            start, rest = boundary, _ids(tokenizer, [text[boundary:]])[0]
     return done + rest, positions

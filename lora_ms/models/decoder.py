@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import mindspore as ms
 from mindspore import Tensor, nn, ops
 
-from lora_ms.nn.attention import Attention, attention_bias
+from lora_ms.nn.attention import Attention, attention_bias, uses_flash
+from lora_ms.nn.kernels import RowMask
 from lora_ms.nn.layers import MLP, Embedding, Head, RMSNorm
 from lora_ms.nn.rope import RotaryTables, inverse_frequencies
 
@@ -80,6 +81,7 @@ class Decoder(nn.Cell):
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype)
         inv_freq = inverse_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
         self.rotary_tables = RotaryTables(c.head_dim, c.num_attention_heads, c.num_key_value_heads, inv_freq, dtype)
+        self.row_mask = RowMask(c.num_attention_heads, c.num_key_value_heads, uses_flash(c.flash_attention, dtype))
 
     def construct(self, input_ids: Tensor, position_ids: Tensor, bias: Tensor, rows: Tensor | None = None) -> Tensor:
         rope = self.rotary_tables(position_ids.reshape((-1,)))
@@ -114,15 +116,20 @@ class CausalLM(nn.Cell):
         """[v, h] in the model's type."""
         return self.lm_head.whole_weight().astype(self.dtype)
 
-    def hidden_states(self, input_ids: Tensor, rows: Tensor | None = None) -> Tensor:
+    def hidden_states(
+        self, input_ids: Tensor, position_ids: Tensor | None = None, rows: Tensor | None = None
+    ) -> Tensor:
         """input_ids [b, s], right-padded -> [t, h], or [c, h] of the flat positions ``rows`` [c].
 
-        Causality alone hides the padding from every real token.
+        position_ids [b, s]: where a line holds several rows, each from 0; a token sees its own row alone. None: a
+        line is a row. Causality alone hides the padding from every real token.
         """
         batch, seq = input_ids.shape
-        positions = ops.tile(ops.arange(seq), (batch,))
-        bias = attention_bias(None, batch, seq, self.model.num_heads, self.model.num_kv_heads)
-        return self.model(input_ids, positions, bias, rows)
+        if position_ids is None:
+            positions = ops.tile(ops.arange(seq), (batch,))
+            bias = attention_bias(None, batch, seq, self.model.num_heads, self.model.num_kv_heads)
+            return self.model(input_ids, positions, bias, rows)
+        return self.model(input_ids, position_ids, self.model.row_mask(position_ids), rows)
 
     def next_logits(self, input_ids: Tensor, cache: nn.Cell, start: Tensor, padding: Tensor) -> Tensor:
         """input_ids [b, s], the newest tokens -> logits [b, v] float32 of the token after the last."""

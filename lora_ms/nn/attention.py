@@ -4,10 +4,13 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 
-from lora_ms.nn.kernels import AttentionKernel, FlashAttentionKernel, RotaryKernel, on_ascend
+from lora_ms.nn.kernels import MASKED, AttentionKernel, FlashAttentionKernel, RotaryKernel, on_ascend
 from lora_ms.nn.layers import RMSNorm, dense
 
-MASKED = -1e9  # added to a forbidden score; finite, so that a row of padding gives no NaN
+
+def uses_flash(flash_attention: bool, dtype: ms.Type) -> bool:
+    """Whether attention is the fused operator's; ``flash_attention``: it is wanted."""
+    return flash_attention and dtype == ms.float16 and on_ascend()
 
 
 def attention_bias(attention_mask: Tensor | None, batch: int, seq: int, num_heads: int, num_kv_heads: int) -> Tensor:
@@ -47,9 +50,7 @@ class Attention(nn.Cell):
             self.q_norm = RMSNorm(head_dim, qk_norm_eps, dtype)
             self.k_norm = RMSNorm(head_dim, qk_norm_eps, dtype)
         self.rotary = RotaryKernel(head_dim)
-        self.kernel = (
-            FlashAttentionKernel() if flash_attention and dtype == ms.float16 and on_ascend() else AttentionKernel()
-        )
+        self.kernel = FlashAttentionKernel() if uses_flash(flash_attention, dtype) else AttentionKernel()
 
     def split_heads(self, x: Tensor, batch: int, num_heads: int) -> Tensor:
         x = x.reshape((batch, -1, num_heads, self.head_dim))  # [b, s, n, d]
@@ -75,7 +76,7 @@ class Attention(nn.Cell):
 
     def mix(self, x: Tensor, rope: tuple, bias: Tensor) -> Tensor:
         """Attention without its output projection: [t, h] -> [t, n_h * d]."""
-        batch = bias.shape[0] // self.num_kv_heads
+        batch = bias.shape[0] if bias.ndim == 4 else bias.shape[0] // self.num_kv_heads
         q, k, v = self.project(x, rope, batch)
         output, _ = self.kernel(q, k, v, bias)  # [b * n_kv, g * s, d]
         return self.merge_heads(output, batch)

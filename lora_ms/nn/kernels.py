@@ -13,6 +13,8 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 
+MASKED = -1e9  # added to a forbidden score; finite, so that a row of padding gives no NaN
+
 
 def on_ascend() -> bool:
     """Whether fused Ascend operators are used; asked once, when a cell is made."""
@@ -203,14 +205,39 @@ class FlashAttentionKernel(nn.Cell):
     """
 
     def construct(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        hidden = (bias < 0).astype(ms.uint8).expand_dims(1)  # [n, 1, m, s], 1 where a query may not look
+        if bias.dtype == ms.uint8:  # the operator's own form, [b, 1, s, s]: all heads of a line share it
+            batch, _, seq, _ = bias.shape
+            shape = (batch, -1, seq, q.shape[-1])
+            query, key, value = q.reshape(shape), k.reshape(shape), v.reshape(shape)
+            hidden, heads = bias, query.shape[1]
+        else:
+            query, key, value = q.expand_dims(1), k.expand_dims(1), v.expand_dims(1)
+            hidden, heads = (bias < 0).astype(ms.uint8).expand_dims(1), 1  # [n, 1, m, s], 1 where it may not look
         output = ops.flash_attention_score(
-            q.expand_dims(1),
-            k.expand_dims(1),
-            v.expand_dims(1),
-            1,
-            attn_mask=hidden,
-            scalar_value=1.0,
-            input_layout="BNSD",
+            query, key, value, heads, attn_mask=hidden, scalar_value=1.0, input_layout="BNSD"
         )
-        return output.squeeze(1), q
+        return output.reshape(q.shape), q
+
+
+class RowMask(nn.Cell):
+    """Which keys a query may see where a line holds several rows: those of its own row, up to itself.
+
+    position_ids [b, s], from 0 in each row -> 0 or -1e9, float32 [b * n_kv, g * s, s]; where ``fused``, the fused
+    operator's own form: 1 where a query may not look, uint8 [b, 1, s, s].
+    """
+
+    def __init__(self, num_heads: int, num_kv_heads: int, fused: bool):
+        super().__init__()
+        self.num_heads, self.num_kv_heads, self.fused = num_heads, num_kv_heads, fused
+
+    def construct(self, position_ids: Tensor) -> Tensor:
+        batch, seq = position_ids.shape
+        places = np.arange(seq, dtype=np.int32)
+        keys = ops.tile(Tensor(np.tile(places, (seq, 1))[None], ms.int32), (batch, 1, 1))  # [b, s, s]: j
+        future = ops.tile(Tensor((places[None] > places[:, None])[None]), (batch, 1, 1))  # j > i
+        starts = ops.tile(Tensor(places[None], ms.int32), (batch, 1)) - position_ids.astype(ms.int32)
+        hidden = ops.logical_or(keys < ops.tile(starts.reshape((batch, seq, 1)), (1, 1, seq)), future)
+        if self.fused:
+            return hidden.astype(ms.uint8).expand_dims(1)
+        bias = ops.tile(hidden.astype(ms.float32) * MASKED, (1, self.num_heads, 1))
+        return bias.reshape((batch * self.num_kv_heads, -1, seq))

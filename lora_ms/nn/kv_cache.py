@@ -3,7 +3,7 @@
 import mindspore as ms
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
-from lora_ms.nn.attention import MASKED
+from lora_ms.nn.kernels import MASKED
 
 
 class KVCache(nn.Cell):

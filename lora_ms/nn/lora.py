@@ -279,11 +279,8 @@ class AdaLoRADense(LoRADense):
         self.product = ops.MatMul()
 
     def tensors(self) -> dict[str, Parameter]:
-        return {
-            "lora_A": self.lora_a,
-            "lora_B": self.lora_b,
-            "lora_E": self.lora_e,
-        }
+        found = {"lora_A": self.lora_a, "lora_B": self.lora_b, "lora_E": self.lora_e}
+        return {**found, "base_layer.bias": self.bias} if self.trains_bias else found
 
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.lora_a * self.product(self.lora_e, ops.ones((1, self.in_channels), ms.float32)), self.lora_b

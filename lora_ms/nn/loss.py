@@ -49,7 +49,10 @@ class SummedCrossEntropy(nn.Cell):
         parts, grads = [], []
         for start in range(0, hidden.shape[0], self.chunk_rows):
             end = start + self.chunk_rows
-            part, grad = self.chunk(hidden[start:end], head, targets[start:end])
+            piece = hidden[start:end]
+            if grads:  # one chunk after another: left free, all their logits are computed first
+                piece = ops.depend(piece, grads[-1])
+            part, grad = self.chunk(piece, head, targets[start:end])
             parts.append(part)
             grads.append(grad)
         return ops.addn(parts), ops.concat(grads, 0)
@@ -59,6 +62,7 @@ class SummedCrossEntropy(nn.Cell):
         d_head = ops.zeros_like(head)
         for start in range(0, hidden.shape[0], self.chunk_rows):
             end = start + self.chunk_rows
-            d_head = d_head + self.head_chunk(hidden[start:end], head, targets[start:end])
+            piece = ops.depend(hidden[start:end], d_head)
+            d_head = d_head + self.head_chunk(piece, head, targets[start:end])
         d_hidden = (out[1] * d_loss).astype(hidden.dtype)
         return d_hidden, d_head * d_loss.astype(head.dtype), ops.zeros_like(targets)

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import mindspore as ms
 
@@ -11,17 +10,11 @@ from lora_ms.adapters.config import AdaLoraConfig, LayerGroup, LoraConfig
 from lora_ms.adapters.peft_format import load_adapter
 from lora_ms.config import ModelSizes, PetConfig, RunConfig
 from lora_ms.config.model import LayerGroupKeys
-from lora_ms.config.sections import Dataset
-from lora_ms.data.example import IGNORE_INDEX, Example, TokenRow
-from lora_ms.data.readers import read_rows
-from lora_ms.data.tokenizer import load_tokenizer
+from lora_ms.data.example import IGNORE_INDEX
 from lora_ms.errors import LoraMsError
 from lora_ms.models import hub
 from lora_ms.models.decoder import CausalLM, DecoderConfig
 from lora_ms.runtime import Runtime
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 # YAML key -> DecoderConfig's; where both a YAML and a config.json give one, they must agree
 SIZES = {
@@ -65,45 +58,6 @@ def compute_dtype(config: RunConfig, runtime: Runtime) -> ms.Type:
             print(f"compute_dtype bfloat16 is not supported yet: computing in {default}")
         asked = default
     return {"float32": ms.float32, "float16": ms.float16}[asked]
-
-
-def seq_length(config: RunConfig, longest: int) -> int:
-    """Longest row in tokens: the YAML's, else 1024 or what the model was made for."""
-    return config.model.sizes.seq_length or min(1024, longest)
-
-
-def tokenizer_for(config: RunConfig) -> "PreTrainedTokenizerBase | None":
-    """The tokenizer: ``processor.tokenizer.vocab_file``, else the adapter's or the checkpoint's; None without one."""
-    named = config.processor.tokenizer.vocab_file
-    if named:
-        return load_tokenizer(named)
-    for folder in (config.load_adapter, config.load_checkpoint):
-        if folder and (Path(folder) / "tokenizer_config.json").is_file():
-            return load_tokenizer(folder)
-    return None
-
-
-def data_sources(dataset: Dataset, name: str) -> list[str]:
-    """Where the rows of ``train_dataset`` or ``eval_dataset`` are: files, folders or globs.
-
-    Raises:
-        LoraMsError: the configuration names no place.
-    """
-    loader = dataset.data_loader
-    sources = [loader.dataset_dir] if loader.dataset_dir else loader.data_files or [loader.path]
-    if not sources[0]:
-        raise LoraMsError(
-            f"no {name} data: give --{name}_dataset_dir FILE, or {name}_dataset.data_loader.dataset_dir in the YAML"
-        )
-    return sources
-
-
-def rows_of(sources: list[str], config: RunConfig, dataset: Dataset) -> list[Example | TokenRow]:
-    """The rows of all ``sources``, the first ``num_samples`` of them where that is given."""
-    rows = []
-    for source in sources:
-        rows += read_rows(source, fill=config.data_fill, num_samples=dataset.num_samples)
-    return rows[: dataset.num_samples]
 
 
 def decoder_config(sizes: ModelSizes) -> DecoderConfig:

@@ -2,26 +2,18 @@
 
 import math
 
-from mindspore import Tensor
-
 from lora_ms.config import RunConfig
-from lora_ms.data.loader import DataPlan, prepare_rows
+from lora_ms.data.loader import DataPlan
+from lora_ms.data.store import TokenStore
 from lora_ms.data.tokenizer import pad_id
-from lora_ms.tasks import common
-from lora_ms.train.step import SummedLoss
+from lora_ms.tasks import common, data
+from lora_ms.train.fit import mean_loss
 
 
-def run(config: RunConfig) -> None:
-    """Prints the mean loss over all label tokens of ``eval_dataset``, in nats, and its exponential."""
-    sources = common.data_sources(config.eval_dataset, "eval")
-    sizes = common.read_sizes(config)
-    rows = common.rows_of(sources, config, config.eval_dataset)
-    runtime = common.start(config)
-    tokenizer = common.tokenizer_for(config)
-    limit = common.seq_length(config, sizes.max_position_embeddings)
-    kept, report = prepare_rows(rows, tokenizer=tokenizer, seq_length=limit, vocab_size=sizes.vocab_size)
-    plan = DataPlan.build(
-        kept,
+def plan_of(config: RunConfig, store: TokenStore, tokenizer, limit: int) -> DataPlan:
+    """One pass over the rows, without shuffling."""
+    return DataPlan.build(
+        store,
         batch_size=config.eval_batch_size,
         accumulation=1,
         epochs=1,
@@ -29,15 +21,26 @@ def run(config: RunConfig) -> None:
         shuffle=False,
         pad_id=pad_id(tokenizer),
         seq_length=limit,
+        kind="packed" if config.eval_dataset.packing else "bucketed",
+        buckets=config.eval_dataset.length_buckets,
     )
-    model = common.model_for_use(config, runtime)
-    loss = SummedLoss(model, sizes.vocab_size).set_train(False)
-    total = tokens = 0.0
-    for step in range(plan.total_steps):
-        (batch,), label_tokens = plan.step(step)
-        total += float(loss(Tensor(batch.input_ids), Tensor(batch.target_index), Tensor(batch.targets)).asnumpy())
-        tokens += label_tokens
+
+
+def line(mean: float, tokens: int) -> str:
+    """The result, for people."""
+    return f"loss {mean:.4f}  perplexity {math.exp(min(mean, 700)):.3f}  on {tokens:,} label tokens"
+
+
+def run(config: RunConfig) -> None:
+    """Prints the mean loss over all label tokens of ``eval_dataset``, in nats, and its exponential."""
+    sources = data.sources_of(config.eval_dataset, "eval")
+    sizes = common.read_sizes(config)
+    tokenizer = data.tokenizer_for(config)
+    how = data.preparation(config, config.eval_dataset, sizes.max_position_embeddings, sizes.vocab_size)
+    store, reports, _ = data.rows_of(config.eval_dataset, sources, tokenizer, how)
+    runtime = common.start(config)
+    plan = plan_of(config, store, tokenizer, how.seq_length)
+    result = mean_loss(common.model_for_use(config, runtime), plan, sizes.vocab_size)
     if runtime.is_main:
-        print(*report.lines(), sep="\n")
-        mean = total / tokens
-        print(f"loss {mean:.4f}  perplexity {math.exp(min(mean, 700)):.3f}  on {int(tokens):,} label tokens")
+        print(*(text for report in reports for text in report.lines()), sep="\n")
+        print(line(*result))

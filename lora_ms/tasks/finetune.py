@@ -5,24 +5,27 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from lora_ms.adapters import inject as injection
-from lora_ms.adapters.adalora import RankAllocator, save_plain_lora, scheduled
+from lora_ms.adapters.adalora import RankAllocator, scheduled
 from lora_ms.adapters.config import AdaLoraConfig, LoraConfig
 from lora_ms.adapters.matching import places
-from lora_ms.adapters.peft_format import adapted, load_adapter, read_adapter_config, restore_adapter, save_adapter
+from lora_ms.adapters.peft_format import adapted, load_adapter, read_adapter_config
 from lora_ms.config import PetConfig, RunConfig, dump_config
 from lora_ms.config.sections import LossScale
+from lora_ms.data.order import permutation
+from lora_ms.data.pipeline import Preparation
+from lora_ms.data.store import TokenStore
 from lora_ms.errors import LoraMsError
-from lora_ms.models import hub
 from lora_ms.models.decoder import CausalLM
-from lora_ms.tasks import common
+from lora_ms.tasks import common, data, evaluate
+from lora_ms.tasks.weights import weights_of
 from lora_ms.train import checkpoint
-from lora_ms.train.fit import Weights, fit, plan_rows
+from lora_ms.train.fit import fit, mean_loss, plan_store
 from lora_ms.train.log import Tee
 from lora_ms.train.settings import TrainSettings
 
-PLAIN = "adapter_lora"  # beside adapter/: what an AdaLoRA run reached, as LoRA
-SCHEDULE = ("target_rank", "tinit", "tfinal", "delta_t", "beta1", "beta2", "orth_reg_weight", "total_steps")
 # keys in which load_adapter and pet_config must agree where the user gave them; those of ranks, by the place they fill
 AGREEING = ("use_rslora", "use_dora", "lora_bias", "bias")
 RANKED = {
@@ -54,7 +57,9 @@ def settings_of(config: RunConfig, longest: int) -> TrainSettings:
         batch_size=config.batch_size,
         accumulation=runner.gradient_accumulation_steps,
         max_steps=runner.max_steps,
-        seq_length=common.seq_length(config, longest),
+        seq_length=data.seq_length(config, longest),
+        packing=config.train_dataset.packing,
+        length_buckets=config.train_dataset.length_buckets,
         shuffle=config.train_dataset.data_loader.shuffle,
         drop_remainder=config.train_dataset.drop_remainder,
         seed=config.seed,
@@ -154,42 +159,30 @@ def load_agreeing(path: str, pet: PetConfig, wanted: LoraConfig, model: CausalLM
     return loaded
 
 
-def weights_of(model: CausalLM, adapter: LoraConfig | None, tokenizer, ranks: RankAllocator | None = None) -> Weights:
-    """How what was trained is written and read; ``ranks`` are those of an AdaLoRA run."""
+def split_off(
+    config: RunConfig, store: TokenStore, tokenizer, how: Preparation
+) -> tuple[TokenStore, TokenStore | None]:
+    """Rows to train on, and rows to evaluate on at the end: ``validation_split``'s, or, with do_eval, eval_dataset's.
 
-    def save(path: Path, config: LoraConfig | None) -> None:
-        if config is None:
-            hub.save_directory(model, path)
-        else:
-            save_adapter(model, path, config, model.source)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(path)
-
-    def read(path: Path) -> None:
-        if adapter is None:
-            hub.restore(model, path)
-        else:
-            restore_adapter(model, path, adapter)
-
-    def finish(path: Path) -> None:
-        # what a checkpoint does not leave out: until the last cut every rank may come back
-        config, plain = ranks.config(), path.with_name(PLAIN)
-        save(path, config)
-        save_plain_lora(model, plain, config, model.source)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(plain)
-        print(f"{ranks.line()}; as plain LoRA in {plain}")
-
-    identity = {} if adapter is None else adapter.identity()
-    if ranks is not None:
-        identity |= {key: getattr(adapter, key) for key in SCHEDULE}
-    return Weights(
-        "model" if adapter is None else "adapter",
-        lambda path: save(path, adapter),
-        read,
-        identity,
-        None if ranks is None else finish,
-    )
+    Raises:
+        LoraMsError: nothing remains on one of the sides, or parts of a mixture would be torn.
+    """
+    share = config.train_dataset.validation_split
+    if not share:
+        if not config.do_eval:
+            return store, None
+        sources = data.sources_of(config.eval_dataset, "eval")
+        how = data.preparation(config, config.eval_dataset, how.seq_length, how.vocab_size)
+        return store, data.rows_of(config.eval_dataset, sources, tokenizer, how)[0]
+    if config.train_dataset.mix:
+        raise LoraMsError(
+            "validation_split and mix are both given: hold rows out in an eval_dataset, with do_eval: True"
+        )
+    count = round(share * len(store))
+    if not 0 < count < len(store):
+        raise LoraMsError(f"validation_split {share} of {len(store)} rows leaves {count} to evaluate on: change it")
+    order = permutation(len(store), config.seed, 1 << 20)
+    return store.take(np.sort(order[count:])), store.take(np.sort(order[:count]))
 
 
 def run(config: RunConfig) -> None:
@@ -199,7 +192,7 @@ def run(config: RunConfig) -> None:
         LoraMsError: anything that a user can mend.
     """
     output_dir = Path(config.output_dir)
-    sources = common.data_sources(config.train_dataset, "train")
+    sources = data.sources_of(config.train_dataset, "train")
     if config.pet_config is not None and not config.load_checkpoint:
         raise LoraMsError(
             "load_checkpoint is missing: give the model to put the adapter on (pet_config: null trains anew)"
@@ -207,16 +200,18 @@ def run(config: RunConfig) -> None:
     if config.pet_config is not None:
         common.lora_config(config.pet_config)  # what is wrong with it shows before anything is read
     sizes = common.read_sizes(config)
-    rows = common.rows_of(sources, config, config.train_dataset)
+    tokenizer = data.tokenizer_for(config, training=True)
+    how = data.preparation(config, config.train_dataset, sizes.max_position_embeddings, sizes.vocab_size)
+    store, reports, shares = data.rows_of(config.train_dataset, sources, tokenizer, how)
+    store, held_out = split_off(config, store, tokenizer, how)
     check_output(output_dir)
     with Tee() as log:
         runtime = common.start(config)
         dtype = common.compute_dtype(config, runtime)
-        tokenizer = common.tokenizer_for(config)
         settings = settings_of(config, sizes.max_position_embeddings)
         if settings.resume:
             checkpoint.find(output_dir, settings.resume)
-        plan = plan_rows(rows, tokenizer, settings, runtime, sizes.vocab_size)
+        plan = plan_store(store, reports, shares, tokenizer, settings, runtime)
         model = common.build_model(config, sizes, dtype)
         schedule_steps = settings.schedule_steps if settings.schedule_steps > 0 else plan.total_steps
         adapter = attach_adapter(config, model, schedule_steps)
@@ -238,6 +233,9 @@ def run(config: RunConfig) -> None:
                 f"loss {outcome.first_loss:.4f} -> {outcome.last_loss:.4f} in" if outcome.losses else "nothing left of"
             )
             print(f"{done} {outcome.steps:,} steps")
+            if held_out is not None:
+                held_plan = evaluate.plan_of(config, held_out, tokenizer, how.seq_length)
+                print(f"held-out rows: {evaluate.line(*mean_loss(model, held_plan, sizes.vocab_size))}")
             print(f"{weights.folder}: {output_dir / weights.folder}   loss plot: {output_dir / 'loss.png'}")
     if outcome.stopped:
         sys.exit(130)

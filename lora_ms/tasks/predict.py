@@ -7,7 +7,7 @@ from lora_ms.infer.chat import Speaker
 from lora_ms.infer.generate import Generator
 from lora_ms.infer.sampling import Sampling
 from lora_ms.models.decoder import CausalLM
-from lora_ms.tasks import common
+from lora_ms.tasks import common, data
 
 
 def sampling_of(config: RunConfig) -> Sampling:
@@ -22,7 +22,7 @@ def speaker_for(config: RunConfig, model: CausalLM) -> Speaker:
     Raises:
         LoraMsError: no tokenizer.
     """
-    tokenizer, sizes = common.tokenizer_for(config), config.model.sizes
+    tokenizer, sizes = data.tokenizer_for(config), config.model.sizes
     if tokenizer is None:
         raise LoraMsError(
             "no tokenizer: load_checkpoint must be a Hugging Face directory with one, "

@@ -1,20 +1,28 @@
 """From rows to a trained model on disk: what the command line and the Python API share."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import mindspore as ms
-from mindspore import nn
+from mindspore import Tensor, nn
 
-from lora_ms.data.example import Example, TokenRow
-from lora_ms.data.loader import DataPlan, prepare_rows
+from lora_ms import storage
+from lora_ms.data.formats import Row
+from lora_ms.data.loader import DataPlan
+from lora_ms.data.order import Source
+from lora_ms.data.pipeline import Preparation, prepare_rows
+from lora_ms.data.report import Report
+from lora_ms.data.store import TokenStore
 from lora_ms.data.tokenizer import pad_id
 from lora_ms.runtime import Runtime, barrier
 from lora_ms.train import checkpoint
 from lora_ms.train.loop import Companion, Outcome, Run
 from lora_ms.train.settings import TrainSettings
+from lora_ms.train.step import SummedLoss
+
+DATA_REPORT = "data_report.json"
 
 
 @dataclass(frozen=True)
@@ -30,14 +38,28 @@ class Weights:
     )
 
 
-def plan_rows(
-    rows: Sequence[Example | TokenRow], tokenizer, settings: TrainSettings, runtime: Runtime, vocab_size: int
-) -> DataPlan:
+def plan_rows(rows: Iterable[Row], tokenizer, settings: TrainSettings, runtime: Runtime, vocab_size: int) -> DataPlan:
     """Tokenises and checks the rows, prints what became of them, and fixes the run's steps and shapes."""
+    how = Preparation(seq_length=settings.seq_length, vocab_size=vocab_size)
+    store, report = prepare_rows(rows, tokenizer, how)
+    return plan_store(store, [report], (), tokenizer, settings, runtime)
+
+
+def plan_store(
+    store: TokenStore,
+    reports: Sequence[Report],
+    sources: Sequence[Source],
+    tokenizer,
+    settings: TrainSettings,
+    runtime: Runtime,
+) -> DataPlan:
+    """Fixes the run's steps and shapes, and prints what became of the data.
+
+    reports: one of each dataset. sources: their sizes and shares, where they are mixed.
+    """
     s = settings
-    kept, report = prepare_rows(rows, tokenizer=tokenizer, seq_length=s.seq_length, vocab_size=vocab_size)
     plan = DataPlan.build(
-        kept,
+        store,
         batch_size=s.batch_size,
         accumulation=s.accumulation,
         epochs=s.epochs,
@@ -49,10 +71,30 @@ def plan_rows(
         pad_id=pad_id(tokenizer),
         seq_length=s.seq_length,
         max_steps=s.max_steps,
+        kind=s.layout,
+        buckets=s.length_buckets,
+        sources=sources,
     )
+    waste = plan.padding()
+    finished = [dataclasses.replace(report, layout=plan.describe(), padding=waste) for report in reports]
     if runtime.is_main:
-        print(*dataclasses.replace(report, padded_length=plan.padded_length).lines(), sep="\n")
+        print(*(line for report in finished for line in report.lines()), sep="\n")
+        print(f"  padding {waste[plan.layout.kind]:.1%} of the computed tokens (unpacked: {waste['usual']:.1%})")
+    plan.reports.extend(report.as_json() for report in finished)
     return plan
+
+
+def mean_loss(model: nn.Cell, plan: DataPlan, vocab_size: int) -> tuple[float, int]:
+    """Mean cross-entropy, in nats, of all label tokens of one pass over a plan's rows, and their number."""
+    training = model.training
+    loss = SummedLoss(model, vocab_size).set_train(False)
+    total, tokens = 0.0, 0
+    for step in range(plan.steps_per_epoch):
+        batches, label_tokens = plan.step(step)
+        total += sum(float(loss(*map(Tensor, batch[:4])).asnumpy()) for batch in batches)
+        tokens += label_tokens
+    model.set_train(training)
+    return total / tokens, tokens
 
 
 def fit(
@@ -82,8 +124,9 @@ def fit(
         start = checkpoint.load_optimizer(path, run.optimizer, run.fingerprint())
         weights.read(path)
     if runtime.is_main:
+        storage.write_json(settings.output_dir / DATA_REPORT, plan.reports)
         print(
-            f"training: {plan.total_steps:,} steps of {plan.batch_size * plan.accumulation * plan.world} rows, "
+            f"training: {plan.total_steps:,} steps of {plan.per_step} rows, "
             f"{plan.steps_per_epoch:,} an epoch" + (f", from step {start:,}" if start else "")
         )
         print("compiling the training step, which takes a while the first time …", flush=True)

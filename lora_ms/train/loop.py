@@ -2,7 +2,7 @@
 
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn
 
-from lora_ms.data.example import Batch
+from lora_ms.data.feed import Step, feed
 from lora_ms.data.loader import DataPlan
 from lora_ms.errors import LoraMsError
 from lora_ms.nn.noise import EmbeddingNoise
@@ -90,7 +90,7 @@ class Run:
     """One training run of ``model`` on ``plan``.
 
     Args:
-        model: a Cell with ``hidden_states(input_ids, rows)`` and ``head_weight()``; its trainable parameters train.
+        model: a Cell with ``hidden_states(input_ids, position_ids, rows)`` and ``head_weight()``, to be trained.
         vocab_size: rows of the head.
         half: whether the model computes in float16, and so needs a loss scale.
         write_weights: writes what was trained into a directory.
@@ -149,7 +149,8 @@ class Run:
                 layer.recompute()
         self.micro_step = MicroStep(SummedLoss(model, vocab_size), self.optimizer)
         self.pending: list[_Pending] = []
-        self.clock = 0.0
+        self.clock = self.waited = 0.0
+        self.steps: Iterator[Step] = iter(())
 
     def rate(self, step: int) -> float:
         """Learning rate of step ``step`` (from 0)."""
@@ -163,28 +164,31 @@ class Run:
         p = self.plan
         return {
             "rows": len(p.rows),
-            "rows_per_step": p.batch_size * p.accumulation * p.world,
-            "seed": p.seed,
-            "shuffle": p.shuffle,
+            "rows_per_step": p.per_step,
+            "layout": p.layout.kind,
+            "seed": self.settings.seed,
+            "shuffle": self.settings.shuffle,
             "tokens_crc32": p.checksum(),
+            **p.order.identity(),
             "neftune_noise_alpha": self.settings.neftune_noise_alpha,
             **self.identity,
         }
 
-    def gradient(self, b: Batch) -> Tensor:
+    def gradient(self, batch: tuple[Tensor, ...]) -> Tensor:
         """Adds the gradient of a micro-batch's loss to the optimiser's; returns the loss []."""
-        with nullcontext() if self.noise is None else self.noise.on(b.input_ids.shape[1]):
-            return self.micro_step(Tensor(b.input_ids), Tensor(b.target_index), Tensor(b.targets))
+        with nullcontext() if self.noise is None else self.noise.on(batch[0].shape[1]):
+            return self.micro_step(*batch)
 
     def launch(self, step: int) -> None:
         """Puts optimiser step ``step`` (from 0) on the device; its numbers are read by ``read``."""
-        batches, label_tokens = self.plan.step(step)
-        losses = [self.gradient(b) for b in batches]
+        begun = time.perf_counter()
+        batches, tokens, label_tokens = next(self.steps)
+        self.waited += time.perf_counter() - begun
+        losses = [self.gradient(batch) for batch in batches]
         rate = self.rate(step)
         norm, finite = self.optimizer(Tensor(rate, ms.float32), Tensor(label_tokens, ms.float32))
         if self.companion is not None:
             self.companion.after_step(step)
-        tokens = sum(b.tokens for b in batches)
         self.pending.append(_Pending(step, losses, norm, finite, tokens, label_tokens, rate))
 
     def read(self) -> list[Record]:
@@ -200,6 +204,7 @@ class Run:
         norms = [float(p.norm.asnumpy()) for p in pending]
         seconds, now = (time.perf_counter() - self.clock) / len(pending), time.perf_counter()
         self.clock = now
+        waited, self.waited = self.waited / len(pending), 0.0
         records = []
         for p, total, norm in zip(pending, sums, norms, strict=True):
             self._check_finite(p, total)
@@ -214,6 +219,7 @@ class Run:
                     label_tokens=p.label_tokens,
                     tokens_per_second=round(p.tokens / seconds, 1),
                     step_time_s=round(seconds, 4),
+                    wait_share=round(waited / seconds, 4),
                     peak_memory_mb=round(peak_memory_mb(self.runtime.device), 1),
                 )
             )
@@ -229,7 +235,7 @@ class Run:
         if bool(p.finite.asnumpy()) and np.isfinite(loss):
             self.skipped = 0
             return
-        rows = [self.plan.rows[i].where for i in self.plan.step_rows(p.step)]
+        rows = [self.plan.rows.where(i) for i in self.plan.step_rows(p.step)]
         named = f"step {p.step + 1} (rows {', '.join(rows[:4])}{' …' if len(rows) > 4 else ''})"
         if not np.isfinite(loss):
             raise LoraMsError(f"the loss of {named} is {loss}; no weight was changed by it: lower the learning rate")
@@ -254,6 +260,7 @@ class Run:
         done = start
         sink = s.sink_size if s.sink_size > 0 else self.plan.steps_per_epoch
         self.clock = time.perf_counter()
+        self.steps = feed(self.plan, start)
         try:
             with StopSignal() as stop:
                 stopping = False
@@ -270,4 +277,5 @@ class Run:
                         self.save(done)
         finally:
             reporter.close()
+            self.steps = iter(())
         return Outcome(done, done < total, losses)

@@ -23,6 +23,7 @@ class Record:
     label_tokens: int  # on all ranks
     tokens_per_second: float
     step_time_s: float
+    wait_share: float  # of the step's time, spent waiting for data
     peak_memory_mb: float
 
 

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from lora_ms.data.packing import Kind
+
 
 @dataclass(frozen=True)
 class TrainSettings:
@@ -14,6 +16,8 @@ class TrainSettings:
     accumulation: int = 1  # micro-batches per optimiser step
     max_steps: int = -1  # optimiser steps; -1: as many as the epochs make
     seq_length: int = 1024  # tokens of the longest row kept
+    packing: bool = True  # several rows in a line
+    length_buckets: int = 4  # lengths of line where rows are not packed
     shuffle: bool = True
     drop_remainder: bool = False
     seed: int = 0
@@ -40,3 +44,8 @@ class TrainSettings:
     sink_size: int = 1  # optimiser steps between two reads of the loss from the device
     recompute: bool = False
     resume: bool | str = False  # True: from the newest checkpoint; or a checkpoint's name
+
+    @property
+    def layout(self) -> Kind:
+        """How rows share lines."""
+        return "packed" if self.packing else "bucketed" if self.length_buckets > 1 else "padded"

@@ -6,13 +6,13 @@ from mindspore import Tensor, nn, ops
 from lora_ms.nn.loss import SummedCrossEntropy
 from lora_ms.train.optim import FlatAdamW
 
-CHUNK_NUMBERS = 1 << 22  # logits held at once in the loss: 16 MB in float32
+CHUNK_NUMBERS = 1 << 24  # logits held at once in the loss: 64 MB in float32
 
 
 class SummedLoss(nn.Cell):
     """Summed cross-entropy of a batch's label tokens; head and logits are computed for these alone.
 
-    input_ids [b, s], target_index [c], targets [c] -> [] float32.
+    input_ids, position_ids [b, s], target_index [c], targets [c] -> [] float32.
     """
 
     def __init__(self, model: nn.Cell, vocab_size: int):
@@ -20,8 +20,8 @@ class SummedLoss(nn.Cell):
         self.model = model
         self.cross_entropy = SummedCrossEntropy(max(16, CHUNK_NUMBERS // vocab_size))
 
-    def construct(self, input_ids: Tensor, target_index: Tensor, targets: Tensor) -> Tensor:
-        hidden = self.model.hidden_states(input_ids, target_index)  # [c, h]
+    def construct(self, input_ids: Tensor, position_ids: Tensor, target_index: Tensor, targets: Tensor) -> Tensor:
+        hidden = self.model.hidden_states(input_ids, position_ids, target_index)  # [c, h]
         return self.cross_entropy(hidden, self.model.head_weight(), targets)[0]
 
 
@@ -34,8 +34,8 @@ class MicroStep(nn.Cell):
         self.scaled = _Scaled(loss, optimizer)
         self.grad_fn = ops.value_and_grad(self.scaled, None, optimizer.params, has_aux=True)
 
-    def construct(self, input_ids: Tensor, target_index: Tensor, targets: Tensor) -> Tensor:
-        (_, loss), grads = self.grad_fn(input_ids, target_index, targets)
+    def construct(self, input_ids: Tensor, position_ids: Tensor, target_index: Tensor, targets: Tensor) -> Tensor:
+        (_, loss), grads = self.grad_fn(input_ids, position_ids, target_index, targets)
         ops.assign_add(self.optimizer.grad, self.optimizer.flatten(grads))
         return loss
 
@@ -47,6 +47,8 @@ class _Scaled(nn.Cell):
         super().__init__()
         self.loss, self.optimizer = loss, optimizer
 
-    def construct(self, input_ids: Tensor, target_index: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        loss = self.loss(input_ids, target_index, targets)
+    def construct(
+        self, input_ids: Tensor, position_ids: Tensor, target_index: Tensor, targets: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        loss = self.loss(input_ids, position_ids, target_index, targets)
         return loss * self.optimizer.loss_scale.astype(ms.float32), loss

@@ -7,7 +7,10 @@ import pytest
 
 from lora_ms.data.collate import label_count
 from lora_ms.data.example import Example, Message, TokenRow
-from lora_ms.data.loader import DataPlan, prepare_rows, round_up
+from lora_ms.data.loader import DataPlan
+from lora_ms.data.packing import round_up
+from lora_ms.data.pipeline import Preparation
+from lora_ms.data.pipeline import prepare_rows as prepare
 from lora_ms.data.report import Report
 from lora_ms.errors import LoraMsError
 
@@ -25,6 +28,10 @@ def some_rows(count: int, seed: int = 0, longest: int = 30) -> list[TokenRow]:
     return [token_row(number, length, rng.integers(1, length)) for number, length in enumerate(lengths, start=1)]
 
 
+def prepare_rows(rows, *, tokenizer, **options):
+    return prepare(rows, tokenizer, Preparation(**options))
+
+
 def build(rows, **options) -> DataPlan:
     settings = dict(batch_size=2, accumulation=1, epochs=1, seed=0, pad_id=0, seq_length=64)
     return DataPlan.build(rows, **{**settings, **options})
@@ -39,14 +46,14 @@ def rows_in(plan: DataPlan, step: int) -> list[int]:
 def test_steps_of_a_small_plan_as_a_table():
     rows = [token_row(1, 3), token_row(2, 2), token_row(3, 2)]
     plan = build(rows, shuffle=False, epochs=2)
-    assert (plan.steps_per_epoch, plan.total_steps, plan.padded_length, plan.capacity) == (2, 4, 16, 16)
+    assert (plan.steps_per_epoch, plan.total_steps, plan.layout.shapes) == (2, 4, ((2, 16, 16),))
     (batch,), label_tokens = plan.step(0)
-    assert batch.input_ids.tolist() == [[1, 1, 1] + [0] * 13, [2, 2] + [0] * 14]
+    assert batch.input_ids.tolist() == [[1, 1] + [0] * 14, [2] + [0] * 15]
     assert batch.target_index.tolist() == [0, 1, 16] + [0] * 13
     assert batch.targets.tolist() == [1, 1, 2] + [-100] * 13
     assert (batch.tokens, batch.label_tokens, label_tokens) == (5, 3, 3)
     (batch,), label_tokens = plan.step(3)
-    assert batch.input_ids.tolist() == [[3, 3] + [0] * 14, [0] * 16]
+    assert batch.input_ids.tolist() == [[3] + [0] * 15, [0] * 16]
     assert (batch.tokens, batch.label_tokens, label_tokens) == (2, 1, 1)
     assert [plan.epoch_of(step) for step in range(5)] == [0.0, 0.5, 1.0, 1.5, 2.0]
 
@@ -76,7 +83,7 @@ def test_layouts_of_one_size_take_the_same_rows_in_the_same_step(drop_remainder)
     assert reference.total_steps == (6 if drop_remainder else 8)
     for ranks in layouts:
         assert {plan.total_steps for plan in ranks} == {reference.total_steps}
-        assert len({(plan.padded_length, plan.capacity) for plan in ranks}) == 1
+        assert len({plan.layout.shapes for plan in ranks}) == 1
         for step in range(reference.total_steps):
             taken = sorted(number for plan in ranks for number in rows_in(plan, step))
             assert taken == sorted(rows_in(reference, step))
@@ -97,7 +104,9 @@ def test_capacity_is_the_smallest_that_suffices_for_the_whole_run(seed):
         batch.label_tokens for plan in ranks for step in range(plan.total_steps) for batch in plan.step(step)[0]
     )
     capacity = -(-largest // 64) * 64 if largest > 64 else -(-largest // 16) * 16
-    assert {plan.capacity for plan in ranks} == {min(capacity, options["batch_size"] * ranks[0].padded_length)}
+    ((lines, length, found),) = ranks[0].layout.shapes
+    assert lines == options["batch_size"] and found == min(capacity, lines * length)
+    assert ranks[1].layout == ranks[0].layout
 
 
 def test_the_same_seed_gives_the_same_plan_at_any_step():
@@ -126,10 +135,10 @@ def test_max_steps_decides_whatever_the_epochs():
 
 @pytest.mark.parametrize(
     "longest, seq_length, padded",
-    [(16, 64, 16), (17, 64, 32), (60, 62, 62), (512, 4096, 512), (513, 4096, 576), (17, 16, 16)],
+    [(17, 64, 16), (18, 64, 32), (61, 62, 62), (513, 4096, 512), (514, 4096, 576), (17, 16, 16)],
 )
 def test_padded_length(longest, seq_length, padded):
-    assert build([token_row(1, 2), token_row(2, longest)], seq_length=seq_length).padded_length == padded
+    assert build([token_row(1, 2), token_row(2, longest)], seq_length=seq_length).layout.shapes[-1].length == padded
 
 
 def test_round_up():
@@ -157,10 +166,13 @@ def test_prepare_rows_encodes_drops_and_counts(chatml):
     assert [len(row.input_ids) for row in kept] == [23, 6]
     assert kept[0].labels.tolist() == [-100] * 19 + [65, 66, 263, -100]
     assert report == Report(
-        rows=3, kept=2, dropped_too_long=1, seq_length=32, tokens=29, label_tokens=3 + 2, longest=23
-    )
+        rows=3, kept=2, dropped_too_long=1, seq_length=32, tokens=29, label_tokens=3 + 2, longest=23,
+        answer_tokens_lost=51, percentiles={"shortest": 6, "50%": 23, "90%": 71, "99%": 71, "longest": 71},
+        scripts={"Latin": 1.0},
+    )  # fmt: skip
     assert report.lines() == [
-        "data: 3 rows, 1 dropped (longer than seq_length 32), 29 tokens, 17% of them labels, longest 23"
+        "data: 3 rows, 1 dropped (longer than seq_length 32), 29 tokens, 17% of them labels, longest 23",
+        "  answer tokens lost beyond seq_length: 51",
     ]
 
 
@@ -172,7 +184,7 @@ def test_the_limit_is_seq_length_for_text_and_one_more_for_tokens(chatml):
     assert [row.where for row in kept] == ["row 1", "row 2"]
     assert report.dropped_too_long == 2
     (batch,), label_tokens = build(kept, seq_length=22, shuffle=False).step(0)
-    assert batch.input_ids.tolist() == [[1] * 22, [2] * 22]
+    assert batch.input_ids.tolist() == [[1] * 21 + [0], [2] * 22]
     assert (batch.label_tokens, label_tokens) == (21 + 22, 43)
 
 
@@ -181,8 +193,8 @@ def test_report_in_words():
         rows=1200, kept=1200, dropped_too_long=0, seq_length=128, tokens=30124, label_tokens=12351, longest=57
     )
     assert report.lines() == ["data: 1,200 rows, 30,124 tokens, 41% of them labels, longest 57"]
-    assert replace(report, rows=1, padded_length=64).lines() == [
-        "data: 1 row, 30,124 tokens, 41% of them labels, longest 57, padded to 64"
+    assert replace(report, rows=1, layout="padded in lines of 2x64").lines() == [
+        "data: 1 row, 30,124 tokens, 41% of them labels, longest 57, padded in lines of 2x64"
     ]
 
 

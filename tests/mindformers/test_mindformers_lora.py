@@ -46,7 +46,8 @@ def test_loss_and_gradients(lora, rows):
     assert index.size == sum(LENGTHS) - sum(PROMPTS)
     loss = SummedLoss(lora.ours, lora.ours.config.vocab_size).set_train()
     our_step = ms.value_and_grad(loss, None, list(our_factors))
-    our_loss, our_grads = our_step(Tensor(ids[:, :-1]), Tensor(index), Tensor(targets[index]))
+    positions = np.tile(np.arange(ids.shape[1] - 1, dtype=np.int32), (len(ids), 1))
+    our_loss, our_grads = our_step(Tensor(ids[:, :-1]), Tensor(positions), Tensor(index), Tensor(targets[index]))
 
     assert_allclose(our_loss.asnumpy() / index.size, their_loss.asnumpy().item(), rtol=0, atol=1e-4)
     assert len(our_grads) == len(their_grads) == 16  # A and B of four projections in two layers

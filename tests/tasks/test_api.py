@@ -44,7 +44,8 @@ def test_the_articles_arguments(tmp_path):
     )  # fmt: skip
     settings = args.settings()
     assert (settings.epochs, settings.save_steps, settings.recompute, settings.max_grad_norm) == (3, -1, True, 0.3)
-    for wrong in ({"packing": True}, {"num_train_epochs": 1.5}, {"logging_steps": 0}, {"report_to": "wandb"}):
+    assert settings.layout == "bucketed" and lora_ms.TrainingArguments(tmp_path).settings().layout == "packed"
+    for wrong in ({"num_train_epochs": 1.5}, {"logging_steps": 0}, {"report_to": "wandb"}):
         with pytest.raises(lora_ms.LoraMsError):
             lora_ms.TrainingArguments(output_dir=tmp_path, **wrong).settings()
 

@@ -23,6 +23,7 @@ model:
     seq_length: 16
     pet_config: {lora_dropout: 0.0, target_modules: 'q_proj|v_proj'}
 """
+FILES = ["config.yaml", "data_report.json", "loss.png", "metrics.jsonl", "run.log"]
 ADAPTER = ["adapter_config.json", "adapter_model.safetensors"]
 TOKENIZER = ["chat_template.jinja", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json"]
 MINDFORMERS_NAMES = {
@@ -102,7 +103,15 @@ def done(graph_mode, words, tmp_path_factory) -> Path:
 
 
 def test_outputs(done):
-    assert names(done) == ["adapter", "checkpoints", "config.yaml", "loss.png", "metrics.jsonl", "run.log"]
+    assert names(done) == [
+        "adapter",
+        "checkpoints",
+        "config.yaml",
+        "data_report.json",
+        "loss.png",
+        "metrics.jsonl",
+        "run.log",
+    ]
     assert names(done / "adapter") == sorted([*ADAPTER, *TOKENIZER])
     assert names(done / "checkpoints") == ["step_2", "step_4"]
     state = ["optimizer.safetensors", "trainer_state.json"]
@@ -111,8 +120,8 @@ def test_outputs(done):
 
 
 def test_metrics(done):
-    keys = "step epoch loss grad_norm learning_rate tokens label_tokens tokens_per_second step_time_s peak_memory_mb"
-    assert [list(record) for record in records(done)] == [keys.split()] * 4
+    keys = "step epoch loss grad_norm learning_rate tokens label_tokens tokens_per_second step_time_s wait_share"
+    assert [list(record) for record in records(done)] == [[*keys.split(), "peak_memory_mb"]] * 4
     assert [record["step"] for record in records(done)] == [1, 2, 3, 4]
     assert [record["epoch"] for record in records(done)] == [0.25, 0.5, 0.75, 1.0]
 
@@ -134,6 +143,8 @@ def test_log_is_what_was_printed(done, token_rows):
     lines = (done / "run.log").read_text().splitlines()
     tokens = sum(len(row["input_ids"]) for row in token_rows)
     assert lines[0].startswith(f"data: 8 rows, {tokens} tokens, ")
+    assert lines[1].startswith("  padding ")
+    lines = [lines[0], *lines[2:]]
     assert lines[1:4] == [
         "LoRA on 4 modules: 3,584 of 73,792 parameters train (4.86%)",
         "training: 4 steps of 2 rows, 4 an epoch",
@@ -182,7 +193,7 @@ def test_without_pet_config_the_model_is_trained(words, text_model, raw_tensors,
     from lora_ms.models.hub import load_directory
 
     lora_ms("finetune", *words, "--options", "pet_config=null", "--max_steps", "1", "--output_dir", tmp_path)
-    assert names(tmp_path) == ["config.yaml", "loss.png", "metrics.jsonl", "model", "run.log"]
+    assert names(tmp_path) == sorted(["model", *FILES])
     before = raw_tensors(text_model)
     after = {name: p.asnumpy() for name, p in load_directory(tmp_path / "model").parameters_and_names()}
     assert {name: value.shape for name, value in after.items()} == {name: v.shape for name, v in before.items()}
@@ -241,7 +252,14 @@ def test_the_articles_command(reference, raw_tensors, token_rows, tmp_path):
     )
     assert cli.run_mindformer([*command.split(), "--output_dir", str(tmp_path / "out")]) == 0
     assert [record["step"] for record in records(tmp_path / "out")] == [1, 2]
-    assert names(tmp_path / "out") == ["adapter", "config.yaml", "loss.png", "metrics.jsonl", "run.log"]
+    assert names(tmp_path / "out") == [
+        "adapter",
+        "config.yaml",
+        "data_report.json",
+        "loss.png",
+        "metrics.jsonl",
+        "run.log",
+    ]
     projections = {name.split(".")[-3] for name in adapter_of(tmp_path / "out")}
     assert projections == {"q_proj", "k_proj", "v_proj", "o_proj"}
 

@@ -48,8 +48,8 @@ def trace(request, reference, golden):
         label_tokens, total = int(z["label_tokens"][step].sum()), 0.0
         for ids, labels, lengths in zip(z["input_ids"][step], z["labels"][step], z["lengths"][step], strict=True):
             rows = [TokenRow("", ids[i, :n], labels[i, :n]) for i, n in enumerate(lengths)]
-            b = collate(rows, 3, 16, 48, 0)
-            total += float(micro_step(Tensor(b.input_ids), Tensor(b.target_index), Tensor(b.targets)).asnumpy())
+            b = collate([[row] for row in rows], 3, 16, 48, 0)
+            total += float(micro_step(*map(Tensor, b[:4])).asnumpy())
         if step == 0:
             first = dict(zip(params, gradients(optimizer, label_tokens), strict=True))
         rate = Tensor(float(z["learning_rate"][step]), ms.float32)

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 from lora_ms.adapters.inject import lora_layers
 from lora_ms.data.collate import label_count
 from lora_ms.data.example import TokenRow
+from lora_ms.data.packing import Layout, Shape
 from lora_ms.errors import LoraMsError
 
 
@@ -58,7 +59,8 @@ def test_gradient_accumulation_changes_nothing(train, plain_run, tmp_path, batch
 
 def test_padding_and_spare_slots_change_nothing(train, plain_run, tmp_path):
     """Rows of 32 rather than 16 tokens, and more slots for targets than any batch fills."""
-    assert_same_run(train(tmp_path, plan={"padded_length": 32, "capacity": 208}), plain_run)
+    wide = Layout("padded", 8, (Shape(8, 32, 208),))
+    assert_same_run(train(tmp_path, plan={"layout": wide}), plain_run)
 
 
 def test_reading_losses_seldom_changes_nothing(train, plain_run, tmp_path):
@@ -84,7 +86,7 @@ def test_records(plain_run, rows):
     for line in lines:
         assert list(line) == [
             "step", "epoch", "loss", "grad_norm", "learning_rate", "tokens", "label_tokens", "tokens_per_second",
-            "step_time_s", "peak_memory_mb",
+            "step_time_s", "wait_share", "peak_memory_mb",
         ]  # fmt: skip
         assert all(math.isfinite(value) and value >= 0 for value in line.values())
         assert line["peak_memory_mb"] > 50 and line["step_time_s"] > 0
@@ -110,7 +112,10 @@ def test_the_plot_is_a_picture(plain_run):
 
 def test_what_a_run_leaves_behind(plain_run):
     names = sorted(str(p.relative_to(plain_run.path)) for p in plain_run.path.rglob("*") if p.is_file())
-    assert names == ["adapter/adapter_config.json", "adapter/adapter_model.safetensors", "loss.png", "metrics.jsonl"]
+    assert names == [
+        "adapter/adapter_config.json", "adapter/adapter_model.safetensors", "data_report.json", "loss.png",
+        "metrics.jsonl",
+    ]  # fmt: skip
 
 
 def test_every_nth_step_is_logged_and_the_last(train, tmp_path, capsys):

@@ -78,8 +78,7 @@ def start(model, z: dict[str, np.ndarray]) -> None:
 def batches(z: dict[str, np.ndarray], step: int):
     for ids, labels, lengths in zip(z["input_ids"][step], z["labels"][step], z["lengths"][step], strict=True):
         rows = [TokenRow("", ids[i, :n], labels[i, :n]) for i, n in enumerate(lengths)]
-        b = collate(rows, 3, 16, 48, 0)
-        yield Tensor(b.input_ids), Tensor(b.target_index), Tensor(b.targets)
+        yield tuple(map(Tensor, collate([[row] for row in rows], 3, 16, 48, 0)[:4]))
 
 
 @pytest.fixture(scope="module", params=list(CONFIGS))

@@ -1,0 +1,87 @@
+"""MindRecord files: token rows as MindFormers stores them."""
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lora_ms.data.example import IGNORE_INDEX, TokenRow
+from lora_ms.data.fields import RowFault
+from lora_ms.data.formats import token_row
+from lora_ms.errors import LoraMsError
+
+ROWS_WRITTEN = 2000  # together
+
+
+def read_mindrecord(path: Path) -> Iterator[tuple[str, Any]]:
+    """(where, row) of one MindRecord file with columns input_ids [n] and, optionally, labels [n] (else: all is learnt).
+
+    Rows are stored at one length, filled up with a pad token whose label is -100: that tail is cut off here.
+    Without labels, padding cannot be told from text, and the row stays whole.
+    """
+    if not path.with_name(f"{path.name}.db").is_file():
+        raise LoraMsError(f"{path}: its index {path.name}.db is missing; copy it beside the file")
+    for number, row in enumerate(_mindrecord_rows(path), start=1):
+        where = f"{path.name}[{number}]"
+        try:
+            trimmed = trim_padding(token_row(where, row["input_ids"], row.get("labels", row["input_ids"])))
+        except RowFault as fault:
+            yield where, fault
+        else:
+            yield where, {"input_ids": trimmed.input_ids, "labels": trimmed.labels}
+
+
+def _mindrecord_rows(path: Path) -> Iterator[dict[str, NDArray[Any]]]:
+    try:
+        import mindspore.dataset as ds
+    except ImportError as error:
+        raise LoraMsError(f"{path}: MindRecord files need MindSpore; install it, or give .json or .jsonl") from error
+    try:
+        # A list, so that one shard of several is read alone; the folder or glob names the others.
+        dataset = ds.MindDataset([str(path)], shuffle=False, num_parallel_workers=1)
+        columns = dataset.get_col_names()
+        if "input_ids" not in columns:
+            names = ", ".join(columns)
+            raise LoraMsError(f'{path}: columns {names}; a column "input_ids" is needed (and may have "labels")')
+        yield from dataset.create_dict_iterator(num_epochs=1, output_numpy=True)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise LoraMsError(f"{path}: not readable as MindRecord ({reason}); write it anew") from error
+
+
+def write_mindrecord(path: Path, rows: Iterable[TokenRow], width: int | None, pad_id: int) -> None:
+    """Write one file with columns input_ids and labels, unshifted.
+
+    width: tokens of every row, filled up with `pad_id` and label -100, as MindFormers wants them (seq_length + 1);
+        None keeps each row as long as it is.
+    """
+    from mindspore.mindrecord import FileWriter
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writer = FileWriter(str(path), 1, overwrite=True)
+    column = {"type": "int32", "shape": [-1 if width is None else width]}
+    writer.add_schema({"input_ids": column, "labels": column}, "token rows of lora_ms")
+    rows = iter(rows)
+    while piece := [_filled(row, width, pad_id) for row in islice(rows, ROWS_WRITTEN)]:
+        writer.write_raw_data(piece)
+    writer.commit()
+
+
+def _filled(row: TokenRow, width: int | None, pad_id: int) -> dict[str, NDArray[np.int32]]:
+    if width is None:
+        return {"input_ids": np.array(row.input_ids), "labels": np.array(row.labels)}
+    ids, labels = np.full(width, pad_id, np.int32), np.full(width, IGNORE_INDEX, np.int32)
+    ids[: len(row.input_ids)], labels[: len(row.labels)] = row.input_ids, row.labels
+    return {"input_ids": ids, "labels": labels}
+
+
+def trim_padding(row: TokenRow) -> TokenRow:
+    """Cut the tail of unlearnt tokens that repeat the row's last id. Nothing learnt comes after, so no loss changes."""
+    ids, labels = row.input_ids, row.labels
+    padding: NDArray[np.bool_] = (ids == ids[-1]) & (labels == IGNORE_INDEX)
+    kept = np.flatnonzero(~padding)
+    length = int(kept[-1]) + 1 if kept.size else 1
+    return TokenRow(row.where, ids[:length].copy(), labels[:length].copy())  # a view would keep the padding in memory

@@ -1,0 +1,237 @@
+"""Which rows share a line, and which lines a micro-batch: padded, in length buckets, or packed.
+
+All three lay out the rows of one optimiser step, which are the same whatever the layout: so are loss and gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Kind = Literal["padded", "bucketed", "packed"]
+Ints = NDArray[np.int64]
+
+SAMPLED_ROWS = 2048  # rows on which the shapes are tried out
+COMPILE_TOKENS = 30_000  # tokens that could be computed while one more shape is compiled
+ATTENTION_LENGTH = 4096  # tokens of a line at which its attention costs as much as the rest
+SLOT_COST = 0.3  # of a target slot, in tokens
+EPOCHS = 3  # that a run is thought to have
+STEP_COST = 24  # of starting a micro-batch, in tokens
+
+
+class Shape(NamedTuple):
+    """What one compiled graph takes."""
+
+    lines: int  # of a micro-batch
+    length: int  # tokens of a line
+    capacity: int  # target slots of a micro-batch
+
+    @property
+    def cost(self) -> float:
+        """Rough time of a micro-batch, in tokens."""
+        tokens = self.lines * self.length * (1 + self.length / ATTENTION_LENGTH)
+        return tokens + SLOT_COST * self.capacity + STEP_COST
+
+
+class MicroBatch(NamedTuple):
+    """Rows, by their number in the step, as they share the lines of one micro-batch."""
+
+    shape: Shape
+    lines: list[list[int]]
+
+
+def round_up(value: int, fine: int, coarse: int, above: int) -> int:
+    """The multiple of `fine` (beyond `above`: of `coarse`) next above `value`. Few shapes, few compilations."""
+    unit = coarse if value > above else fine
+    return -(-value // unit) * unit
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the rows of a step are laid out; `shapes` are the only ones used, in ascending order of cost."""
+
+    kind: Kind
+    batch_size: int  # rows of a micro-batch where it is not packed
+    shapes: tuple[Shape, ...]
+
+    def lay(self, fed: Ints, labels: Ints) -> list[MicroBatch]:
+        """Lay out one step: fed [rows] tokens to see, labels [rows] targets. The ranks take the results in turn."""
+        if self.kind == "packed":
+            return self._packed(fed, labels)
+        order = np.arange(len(fed)) if self.kind == "padded" else np.argsort(fed, kind="stable")
+        return [
+            MicroBatch(self._shape_for(int(fed[chunk].max()), int(labels[chunk].sum())), [[int(i)] for i in chunk])
+            for chunk in (order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size))
+        ]
+
+    def _shape_for(self, longest: int, targets: int, lines: int = 1) -> Shape:
+        return next(s for s in self.shapes if s.length >= longest and s.capacity >= targets and s.lines >= lines)
+
+    def _packed(self, fed: Ints, labels: Ints) -> list[MicroBatch]:
+        largest = self.shapes[-1]
+        packed = first_fit(fed, labels, largest.length, largest.capacity // largest.lines)
+        return self._grouped(packed, fed, labels)
+
+    def _grouped(self, packed: tuple[list[list[int]], Ints], fed: Ints, labels: Ints) -> list[MicroBatch]:
+        lines, fills = packed
+        # fullest first, so that what is left over for the smaller shapes is least
+        order = np.argsort(-fills[:, 0], kind="stable")
+        batches, size = [], self.shapes[-1].lines
+        for start in range(0, len(lines), size):
+            group = order[start : start + size]
+            shape = self._shape_for(int(fills[group, 0].max()), int(fills[group, 1].sum()), len(group))
+            batches.append(MicroBatch(shape, [lines[i] for i in group]))
+        return batches[:-1] + self._split(batches[-1], fed, labels)
+
+    def _split(self, last: MicroBatch, fed: Ints, labels: Ints) -> list[MicroBatch]:
+        """The last micro-batch, or smaller ones with its rows where they cost less."""
+        best, rows = [last], np.array([row for line in last.lines for row in line])
+        for shape in self.shapes:
+            slots = shape.capacity // shape.lines
+            if shape.cost >= last.shape.cost or fed[rows].max() > shape.length or labels[rows].max() > slots:
+                continue
+            packed, _ = first_fit(fed[rows], labels[rows], shape.length, slots)
+            lines = [[int(rows[i]) for i in line] for line in packed]
+            split = [MicroBatch(shape, lines[i : i + shape.lines]) for i in range(0, len(lines), shape.lines)]
+            best = min(best, split, key=lambda batches: sum(batch.shape.cost for batch in batches))
+        return best
+
+
+def first_fit(fed: Ints, labels: Ints, length: int, capacity: int) -> tuple[list[list[int]], Ints]:
+    """First-fit-decreasing: rows in lines of `length` tokens and `capacity` targets; [lines, 2] are their sums."""
+    lines: list[list[int]] = []
+    fills = np.zeros((len(fed), 2), np.int64)
+    for row in np.argsort(-fed, kind="stable"):
+        need = (fed[row], labels[row])
+        used = fills[: len(lines)]
+        fits = np.flatnonzero((used[:, 0] + need[0] <= length) & (used[:, 1] + need[1] <= capacity))
+        place = int(fits[0]) if fits.size else len(lines)
+        if place == len(lines):
+            lines.append([])
+        lines[place].append(int(row))
+        fills[place] += need
+    return lines, fills[: len(lines)]
+
+
+def plan_layout(
+    kind: Kind,
+    fed: Ints,
+    labels: Ints,
+    steps: Sequence[Ints] | Iterator[Ints],
+    *,
+    batch_size: int,
+    buckets: int,
+    seq_length: int,
+    per_step: int,
+    world: int,
+) -> Layout:
+    """The shapes of a run of which `steps` are the rows, `per_step` each, in the order of the steps.
+
+    Padded and bucketed shapes come from all steps and so always suffice. Packed shapes are tried out on some of the
+    rows; what they cannot hold opens another line.
+    """
+    if kind == "packed":
+        return _plan_packed(fed, labels, per_step, batch_size, seq_length, world)
+    lengths, targets = [], []
+    for taken in steps:
+        order = taken if kind == "padded" else taken[np.argsort(fed[taken], kind="stable")]
+        starts = np.arange(0, len(order), batch_size)
+        lengths.append(np.maximum.reduceat(fed[order], starts))
+        targets.append(np.add.reduceat(labels[order], starts))
+    longest, most = np.concatenate(lengths), np.concatenate(targets)
+    top = padded_length(int(fed.max()), seq_length)
+    edges = [top] if kind == "padded" else _edges(longest, buckets, top)
+    shapes, capacity = [], 0
+    for edge in edges:
+        inside = most[longest <= edge]
+        largest = round_up(max(int(inside.max(initial=0)), 1), 16, 64, above=64)
+        capacity = max(capacity, min(largest, batch_size * edge))
+        shapes.append(Shape(batch_size, edge, capacity))
+    return Layout(kind, batch_size, tuple(shapes))
+
+
+def padded_length(longest: int, seq_length: int) -> int:
+    """Tokens of a line that holds the longest row."""
+    return max(min(round_up(longest, 16, 64, above=512), seq_length), longest)
+
+
+def _edges(longest: Ints, buckets: int, top: int) -> list[int]:
+    """At most `buckets` lengths, up to `top`, that leave the least padding (by dynamic programming)."""
+    counts: dict[int, int] = {}
+    for length in longest:
+        edge = min(round_up(int(length), 16, 64, above=512), top)
+        counts[edge] = counts.get(edge, 0) + 1
+    candidates = sorted({*counts, top})
+    best: list[tuple[float, list[int]]] = []
+    for last, edge in enumerate(candidates):  # best[last]: cheapest edges for all up to this one
+        options = []
+        for before in range(-1, last):
+            cost, chosen = (0.0, []) if before < 0 else best[before]
+            if len(chosen) < buckets - (edge != top):
+                covered = sum(counts.get(c, 0) for c in candidates[before + 1 : last + 1])
+                options.append((cost + covered * edge, [*chosen, edge]))
+        best.append(min(options, key=lambda option: option[0]) if options else (np.inf, []))
+    return best[-1][1]
+
+
+def _plan_packed(
+    fed: Ints,
+    labels: Ints,
+    per_step: int,
+    batch_size: int,
+    seq_length: int,
+    world: int,
+) -> Layout:
+    # of rows at random, whatever the run's steps: a run that goes on longer must find the same shapes
+    mixed = np.random.default_rng(0).permutation(len(fed))[: max(SAMPLED_ROWS, per_step)]
+    starts = range(0, max(len(mixed) - per_step + 1, 1), per_step)
+    sample = [(fed[taken], labels[taken]) for taken in (mixed[start : start + per_step] for start in starts)]
+    shortest_line = padded_length(int(fed.max()), seq_length)
+    room = batch_size * shortest_line  # tokens that a padded micro-batch would have
+    best: tuple[float, Layout] | None = None
+    length = shortest_line
+    while length <= max(min(seq_length, room), shortest_line):
+        packed = [first_fit(*rows, length, length) for rows in sample]
+        filled = np.concatenate([fills[:, 1] for _, fills in packed])
+        most = _slots(max(int(labels.max()), int(filled.max())), length)
+        typical = _slots(int(np.quantile(filled, 0.85)), length)
+        lines = 1
+        while lines * length <= room:
+            for parts in ((), (2,), (4,), (2, 4)):
+                for slots in ((most,), (typical, most)) if typical < most else ((most,),):
+                    layout = Layout("packed", batch_size, _shapes(lines, length, slots, parts))
+                    laid = [
+                        layout._grouped(*both)[::world] for both in zip(packed, *zip(*sample, strict=True), strict=True)
+                    ]
+                    cost = _run_cost(laid, EPOCHS * -(-len(fed) // per_step))
+                    if best is None or cost < 0.995 * best[0]:
+                        best = (cost, layout)
+            lines *= 2
+        length *= 2
+    assert best is not None  # one line of the shortest length always fits
+    return best[1]
+
+
+def _slots(labels: int, length: int) -> int:
+    return min(round_up(max(labels, 1), 16, 64, above=64), length)
+
+
+def _shapes(lines: int, length: int, slots: tuple[int, ...], parts: tuple[int, ...]) -> tuple[Shape, ...]:
+    """`lines` x `length` with each of `slots` targets a line, after shapes of 1/`parts` of the tokens."""
+    shapes = {Shape(lines, length, lines * count) for count in slots}
+    for part in parts:
+        fewer = (lines // part, length) if lines >= part else (1, lines * length // part)
+        if fewer[1] >= 16:
+            shapes.add(Shape(*fewer, fewer[0] * min(slots[0], fewer[1])))
+    return tuple(sorted(shapes, key=lambda shape: shape.cost))
+
+
+def _run_cost(steps: list[list[MicroBatch]], total_steps: int) -> float:
+    """Rough time of a run of such steps, in tokens, its compilations included."""
+    used = {batch.shape for step in steps for batch in step}
+    a_step = sum(batch.shape.cost for step in steps for batch in step) / len(steps)
+    return a_step * total_steps + COMPILE_TOKENS * len(used)

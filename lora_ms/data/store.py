@@ -1,0 +1,201 @@
+"""Token rows as a few flat arrays, in memory or mapped from files: a million rows cost no million objects."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple, overload
+from zlib import crc32
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lora_ms.data.example import IGNORE_INDEX, TokenRow
+
+CHUNK = 1 << 22  # numbers looked at together
+
+
+class Columns(NamedTuple):
+    """The arrays of a store; row i is [ends[i - 1], ends[i]) of the first two, and its name likewise."""
+
+    ids: NDArray[np.int32]
+    labels: NDArray[np.int32]
+    ends: NDArray[np.int64]  # [rows]
+    names: NDArray[np.uint8]  # UTF-8
+    name_ends: NDArray[np.int64]  # [rows]
+
+
+class TokenStore(Sequence[TokenRow]):
+    """A sequence of ``TokenRow`` over flat arrays."""
+
+    def __init__(self, columns: Columns, key: str = "") -> None:
+        self.columns = columns
+        self.key = key  # name of the content; "" for a store in memory
+
+    @classmethod
+    def of(cls, rows: Iterable[TokenRow]) -> TokenStore:
+        """A store in memory; a store is returned as it is."""
+        if isinstance(rows, TokenStore):
+            return rows
+        rows = list(rows)
+        names = [row.where.encode() for row in rows]
+        return cls(
+            Columns(
+                np.concatenate([np.empty(0, np.int32), *(row.input_ids for row in rows)]),
+                np.concatenate([np.empty(0, np.int32), *(row.labels for row in rows)]),
+                np.cumsum([len(row.input_ids) for row in rows], dtype=np.int64),
+                np.frombuffer(b"".join(names), np.uint8),
+                np.cumsum([len(name) for name in names], dtype=np.int64),
+            )
+        )
+
+    @classmethod
+    def join(cls, stores: Sequence[TokenStore]) -> TokenStore:
+        """The rows of all stores, one after another."""
+        if len(stores) == 1:
+            return stores[0]
+        parts = [store.columns for store in stores]
+        tokens = np.cumsum([0, *(len(part.ids) for part in parts)])
+        letters = np.cumsum([0, *(len(part.names) for part in parts)])
+        return cls(
+            Columns(
+                np.concatenate([part.ids for part in parts]),
+                np.concatenate([part.labels for part in parts]),
+                np.concatenate([part.ends + start for part, start in zip(parts, tokens, strict=False)]),
+                np.concatenate([part.names for part in parts]),
+                np.concatenate([part.name_ends + start for part, start in zip(parts, letters, strict=False)]),
+            )
+        )
+
+    def take(self, indices: NDArray[np.int64]) -> TokenStore:
+        """The rows of these indices."""
+        return TokenStore.of([self[int(index)] for index in indices])
+
+    @classmethod
+    def load(cls, folder: Path) -> TokenStore:
+        """The store that ``StoreWriter`` has left in ``folder``, mapped."""
+        return cls(Columns(*(_map(folder / f"{name}.bin", dtype) for name, dtype in DTYPES.items())), folder.name)
+
+    def __len__(self) -> int:
+        return len(self.columns.ends)
+
+    @overload
+    def __getitem__(self, index: int) -> TokenRow: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[TokenRow]: ...
+    def __getitem__(self, index: int | slice) -> TokenRow | list[TokenRow]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if index < 0:
+            index += len(self)
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        part = self._part(self.columns.ends, index)
+        return TokenRow(self.where(index), self.columns.ids[part], self.columns.labels[part])
+
+    def where(self, index: int) -> str:
+        """Name of a row, for error messages."""
+        return self.columns.names[self._part(self.columns.name_ends, index)].tobytes().decode()
+
+    @staticmethod
+    def _part(ends: NDArray[np.int64], index: int) -> slice:
+        return slice(int(ends[index - 1]) if index else 0, int(ends[index]))
+
+    @cached_property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each row."""
+        return np.diff(self.columns.ends, prepend=0)
+
+    @cached_property
+    def label_counts(self) -> NDArray[np.int64]:
+        """Next-token targets of each row."""
+        return self._targets[0]
+
+    @cached_property
+    def fed(self) -> NDArray[np.int64]:
+        """Leading tokens of each row that the model must see: those before its last target."""
+        return self._targets[1]
+
+    @cached_property
+    def _targets(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        counts, fed = np.zeros(len(self), np.int64), np.zeros(len(self), np.int64)
+        for first, last in self.chunks():
+            start = int(self.columns.ends[first - 1]) if first else 0
+            learnt = self.columns.labels[start : int(self.columns.ends[last - 1])] != IGNORE_INDEX
+            starts = np.concatenate([[0], self.columns.ends[first : last - 1] - start]).astype(np.int64)
+            learnt[starts] = False  # nothing comes before a first token
+            counts[first:last] = np.add.reduceat(learnt, starts, dtype=np.int64)
+            places = np.where(learnt, np.arange(len(learnt)), 0)
+            fed[first:last] = np.maximum(np.maximum.reduceat(places, starts) - starts, 0)
+            self.release()
+        return counts, fed
+
+    def chunks(self) -> Iterator[tuple[int, int]]:
+        """Ranges of rows of about ``CHUNK`` tokens."""
+        first, ends = 0, self.columns.ends
+        while first < len(self):
+            start = int(ends[first - 1]) if first else 0
+            last = max(int(np.searchsorted(ends, start + CHUNK, "right")), first + 1)
+            yield first, last
+            first = last
+
+    def release(self) -> None:
+        """Lets go of what was read of mapped files, so that a walk through all rows needs no memory."""
+        for array in self.columns[:2]:
+            if isinstance(array, np.memmap):
+                array._mmap.madvise(mmap.MADV_DONTNEED)
+
+    def checksum(self) -> int:
+        """CRC-32 of all tokens, labels and lengths: tells whether the data is the same."""
+        total = crc32(np.ascontiguousarray(self.columns.ends))
+        for array in (self.columns.ids, self.columns.labels):
+            for start in range(0, len(array), CHUNK):
+                total = crc32(np.ascontiguousarray(array[start : start + CHUNK]), total)
+                self.release()
+        return total
+
+
+DTYPES = {"ids": np.int32, "labels": np.int32, "ends": np.int64, "names": np.uint8, "name_ends": np.int64}
+
+
+def _map(file: Path, dtype: type) -> NDArray:
+    return np.memmap(file, dtype, "r") if file.stat().st_size else np.empty(0, dtype)
+
+
+class StoreWriter:
+    """Appends rows to the files of a store; ``flush`` makes them last, and a later start goes on from there.
+
+    rows, tokens, letters: what an earlier start has flushed; whatever came after is cut off.
+    """
+
+    def __init__(self, folder: Path, rows: int = 0, tokens: int = 0, letters: int = 0) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.rows, self.tokens, self.letters = rows, tokens, letters
+        sizes = {"ids": tokens, "labels": tokens, "ends": rows, "names": letters, "name_ends": rows}
+        self.files = {}
+        for name, count in sizes.items():
+            file = self.files[name] = open(folder / f"{name}.bin", "ab")
+            file.truncate(count * np.dtype(DTYPES[name]).itemsize)
+
+    def add(self, row: TokenRow) -> None:
+        """One more row."""
+        name = row.where.encode()
+        self.rows, self.tokens, self.letters = self.rows + 1, self.tokens + len(row.input_ids), self.letters + len(name)
+        self.files["ids"].write(row.input_ids.tobytes())
+        self.files["labels"].write(row.labels.tobytes())
+        self.files["ends"].write(self.tokens.to_bytes(8, "little"))
+        self.files["names"].write(name)
+        self.files["name_ends"].write(self.letters.to_bytes(8, "little"))
+
+    def flush(self) -> dict[str, int]:
+        """Writes what is buffered; the counts to go on from."""
+        for file in self.files.values():
+            file.flush()
+        return {"rows": self.rows, "tokens": self.tokens, "letters": self.letters}
+
+    def close(self) -> None:
+        """No more rows."""
+        for file in self.files.values():
+            file.close()
