@@ -44,10 +44,10 @@ def rows(args) -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 def order(args, count: int) -> np.ndarray:
-    """Rows of each step, [steps, rows], the same on both sides."""
+    """Rows of each step of the epoch, [steps, rows], the same on both sides, which take the first of them."""
     per_step = args.batch * args.accumulation
-    mixed = np.random.default_rng(1).permutation(count)[: args.steps * per_step]
-    return mixed.reshape(args.steps, per_step)
+    mixed = np.random.default_rng(1).permutation(count)
+    return mixed[: count // per_step * per_step].reshape(-1, per_step)
 
 
 def ours(args):
@@ -83,6 +83,7 @@ def ours(args):
         shuffle=False,
         pad_id=0,
         seq_length=args.seq,
+        max_steps=args.steps,
         kind=args.layout,
     )
     print(plan.describe(), file=sys.stderr)
@@ -114,7 +115,7 @@ def torch(args):
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=1e-4, weight_decay=0.0)
     data = rows(args)
-    steps = [[data[i] for i in step] for step in order(args, len(data))]
+    steps = [[data[i] for i in step] for step in order(args, len(data))[: args.steps]]
 
     def run(step):
         count = sum(int((labels[1:] != -100).sum()) for _, labels in step)
@@ -158,9 +159,10 @@ def main() -> None:
     done = list(steps)
     seconds = time.perf_counter() - begun
     data = rows(args)
-    fed = sum(len(data[i][0]) for i in order(args, len(data)).ravel())
+    taken = order(args, len(data))[: args.steps].ravel()
+    fed = sum(len(data[i][0]) for i in taken)
     if args.side == "ours":
-        fed -= order(args, len(data)).size  # the last token of a row is a target only
+        fed -= len(taken)  # the last token of a row is a target only
     labels = sum(count for _, count, _ in done)
     result = {
         "label_tokens_per_second": labels / seconds,

@@ -10,14 +10,14 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_ms import storage
-from lora_ms.data.pipeline import Preparation, finish, prepare_rows, read, tokenise
+from lora_ms.data.pipeline import Preparation, check_vocabulary, finish, prepare_rows, read, tokenise
 from lora_ms.data.readers import find_files
 from lora_ms.data.report import Report, Tally
 from lora_ms.data.store import StoreWriter, TokenStore
@@ -48,11 +48,15 @@ def prepare(
     if not always and sum(file.stat().st_size for file in files) < SMALL:
         tally = Tally()
         return prepare_rows(read(sources, how, tally), tokenizer, how, tally)
+    vocab_size, how = how.vocab_size, replace(how, vocab_size=None)  # checked below: the tokens are the same for all
     folder = cache_root() / key_of(files, tokenizer, how)
     with _locked(folder):
         if not (folder / REPORT).is_file():
             _build(folder, sources, tokenizer, how, say)
-    return TokenStore.load(folder), Report(**storage.read_json(folder / REPORT))
+    store = TokenStore.load(folder)
+    if vocab_size is not None:
+        check_vocabulary(store, vocab_size)
+    return store, Report(**storage.read_json(folder / REPORT))
 
 
 def cache_root() -> Path:

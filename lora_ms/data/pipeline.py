@@ -114,6 +114,9 @@ def _within(row: Row, tokens: TokenRow, how: Preparation, tally: Tally) -> list[
     if length < min(tally.lengths, default=length + 1):
         tally.shortest = tokens.where
     tally.lengths[length] += 1
+    if how.clean.skip_faulty and not np.count_nonzero(tokens.labels[1:] != IGNORE_INDEX):
+        tally.masked += 1
+        return []
     if length <= limit:
         return [tokens]
     if isinstance(row, Completion) and not row.prompt:
@@ -166,6 +169,8 @@ def finish(store: TokenStore, how: Preparation, tally: Tally) -> Report:
     left_out = tally.skipped.total()
     if not tally.rows:
         raise LoraMsError(f"the dataset: there are no rows{' left' if left_out else ''}; give at least one")
+    if not len(store) and tally.masked:
+        raise LoraMsError(f"no row has a label, so nothing can be learnt: {tally.masked} rows left out")
     if not len(store):
         shortest = min(tally.lengths)
         subject = "the only row is" if tally.rows == 1 else f"all {tally.rows} rows are"
@@ -185,11 +190,22 @@ def finish(store: TokenStore, how: Preparation, tally: Tally) -> Report:
         skipped=dict(tally.skipped),
         cut=tally.cut,
         split=tally.split,
+        masked=tally.masked,
         answer_tokens_lost=tally.answer_tokens_lost,
         percentiles=percentiles(tally.lengths),
         duplicates=repeated(_hashes(store)),
         scripts=shares(tally.scripts),
     )
+
+
+def check_vocabulary(store: TokenStore, vocab_size: int) -> None:
+    """Raises LoraMsError where a token id is not below `vocab_size`, naming the first such row."""
+    for first, last in store.chunks():
+        start = int(store.columns.ends[first - 1]) if first else 0
+        if store.columns.ids[start : int(store.columns.ends[last - 1])].max(initial=0) >= vocab_size:
+            for index in range(first, last):
+                _check_vocabulary(store[index], vocab_size)
+        store.release()
 
 
 def _check_labels(store: TokenStore) -> None:

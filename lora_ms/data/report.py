@@ -44,6 +44,7 @@ class Tally:
     cut: int = 0  # of these, rows that were cut
     answer_tokens_lost: int = 0  # label tokens beyond seq_length, whether the row was cut or dropped
     split: int = 0  # texts that became several rows
+    masked: int = 0  # rows without a label that were left out
     lengths: Counter[int] = field(default_factory=Counter)  # tokens -> rows, before anything was cut
     scripts: Counter[str] = field(default_factory=Counter)  # script -> letters
     shortest: str = ""  # name of the shortest row
@@ -74,6 +75,7 @@ class Report:
     skipped: dict[str, int] = field(default_factory=dict)  # reason -> rows left out before tokenising
     cut: int = 0  # rows cut at seq_length
     split: int = 0  # texts that became several rows
+    masked: int = 0  # rows without a label, left out (clean.skip_faulty)
     answer_tokens_lost: int = 0  # label tokens beyond seq_length, in rows cut or dropped
     percentiles: dict[str, int] = field(default_factory=dict)  # of lengths in tokens
     duplicates: int = 0  # rows whose tokens another row has, too
@@ -98,6 +100,8 @@ class Report:
             remarks.append(f"cut at seq_length {self.seq_length}: {self.cut:,} rows")
         if self.answer_tokens_lost:
             remarks.append(f"answer tokens lost beyond seq_length: {self.answer_tokens_lost:,}")
+        if self.masked:
+            remarks.append(f"left out: {self.masked:,} rows: no label")
         if self.split:
             remarks.append(f"texts split at seq_length {self.seq_length}: {self.split:,}")
         if self.duplicates:
@@ -112,6 +116,7 @@ class Report:
             *((f"  left out: {reason}", f"{count:,}") for reason, count in self.skipped.items()),
             (f"  longer than seq_length {self.seq_length}, dropped", f"{self.dropped_too_long:,}"),
             (f"  longer than seq_length {self.seq_length}, cut", f"{self.cut:,}"),
+            ("  without a label, left out", f"{self.masked:,}"),
             (f"  texts split at seq_length {self.seq_length}", f"{self.split:,}"),
             ("rows to train on", f"{self.kept:,}"),
             ("  duplicates among them", f"{self.duplicates:,}"),

@@ -18,6 +18,8 @@ from lora_ms.errors import LoraMsError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+NO_LIMIT = 1 << 30  # tokens: of a model that is not known
+
 
 def seq_length(config: RunConfig, longest: int) -> int:
     """Longest row in tokens: the YAML's, else 1024 or what the model was made for."""

@@ -12,7 +12,7 @@ from lora_ms.data.loader import DataPlan
 from lora_ms.data.mindrecord import write_mindrecord
 from lora_ms.data.store import TokenStore
 from lora_ms.data.tokenizer import pad_id
-from lora_ms.tasks import data
+from lora_ms.tasks import common, data
 from lora_ms.tasks.finetune import check_output
 from lora_ms.train.fit import DATA_REPORT
 
@@ -30,7 +30,8 @@ def run(config: RunConfig, report_only: bool, layout: str) -> None:
     check_output(output_dir)
     sources = data.sources_of(config.train_dataset, "train")
     tokenizer = data.tokenizer_for(config, training=True)
-    how = data.preparation(config, config.train_dataset, 1 << 30, None)
+    longest = common.read_sizes(config).max_position_embeddings if config.load_checkpoint else data.NO_LIMIT
+    how = data.preparation(config, config.train_dataset, longest, None)
     store, report = prepare(sources, tokenizer, how, always=True)
     report = replace(report, padding=padding(config, store, how.seq_length))
     print(*report.table(), sep="\n")

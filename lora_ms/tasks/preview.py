@@ -28,7 +28,7 @@ def run(config: RunConfig, row: int | None) -> None:
     tokenizer = data.tokenizer_for(config, training=True)
     if tokenizer is None:
         raise LoraMsError("no tokenizer: give --load_checkpoint, or processor.tokenizer.vocab_file")
-    how = data.preparation(config, config.train_dataset, sys.maxsize, None)
+    how = data.preparation(config, config.train_dataset, data.NO_LIMIT, None)
     tally = Tally()
     rows = (kept for _, chunk in tokenise(read(sources, how, tally), tokenizer, how, tally) for kept in chunk)
     first = 0 if row is None else row - 1

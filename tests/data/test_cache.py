@@ -1,6 +1,7 @@
 """Tokens are kept by content: found again, built on after a kill, built anew when anything differs."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from lora_ms.data.pipeline import Preparation, prepare_rows, read
 from lora_ms.data.readers import read_rows
 from lora_ms.data.report import Tally
 from lora_ms.data.store import TokenStore
+from lora_ms.errors import LoraMsError
 
 HOW = Preparation(seq_length=64, clean=Clean(dedupe=True))
 
@@ -72,6 +74,15 @@ def test_a_killed_build_goes_on(rows_file, chatml, monkeypatch):
     assert said[0] == "going on after 768 rows that were tokenised before"
     same(store, wanted)
     assert report == wanted_report
+
+
+def test_tokens_are_shared_by_models_and_checked_for_each(rows_file, chatml, monkeypatch):
+    prepare([str(rows_file)], chatml, HOW, always=True)
+    monkeypatch.setattr(cache, "read", None)
+    prepare([str(rows_file)], chatml, replace(HOW, vocab_size=264), always=True)
+    with pytest.raises(LoraMsError) as error:
+        prepare([str(rows_file)], chatml, replace(HOW, vocab_size=263), always=True)
+    assert str(error.value).startswith("d.jsonl:1: token id 263 does not exist in a vocabulary of 263; ")
 
 
 def test_anything_that_changes_tokens_changes_the_name(rows_file, chatml, plain):

@@ -202,3 +202,13 @@ def test_a_template_that_fails_to_render_names_the_row(with_template, tmp_path):
     with pytest.raises(LoraMsError) as error:
         prepare_rows(read([path], how, Tally()), tokenizer, how)
     assert str(error.value) == "d.jsonl:1: the tokenizer's chat template refuses the messages: no such thing"
+
+
+def test_rows_all_masked_are_counted_where_faults_are_skipped(tmp_path):
+    rows = [{"input_ids": [1, 2, 3], "labels": [-100] * 3}, {"input_ids": [1, 2, 3], "prompt_len": 1}]
+    path = lines(tmp_path / "d.jsonl", *rows)
+    how = Preparation(seq_length=16, clean=Clean(skip_faulty=True))
+    tally = Tally()
+    store, report = prepare_rows(read([path], how, tally), None, how, tally)
+    assert (len(store), report.rows, report.masked) == (1, 2, 1)
+    assert report.lines()[1] == "  left out: 1 rows: no label"

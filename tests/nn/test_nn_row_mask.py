@@ -1,0 +1,36 @@
+"""Rows of one line do not see each other: the mask against a loop, in both of its forms."""
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor
+
+from lora_ms.nn.kernels import RowMask
+
+POSITIONS = np.array([[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 4, 5], [0, 0, 1, 0, 1, 2]], np.int32)
+
+
+def visible(positions: np.ndarray) -> np.ndarray:
+    """[s, s]: query i sees key j of its own row, up to itself."""
+    rows = np.cumsum(positions == 0)
+    return np.array([[rows[i] == rows[j] and j <= i for j in range(len(rows))] for i in range(len(rows))])
+
+
+def test_the_table_of_one_line():
+    assert visible(POSITIONS[0]).astype(int).tolist() == [
+        [1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0],
+        [0, 0, 0, 1, 0, 0], [0, 0, 0, 1, 1, 0], [0, 0, 0, 0, 0, 1],
+    ]  # fmt: skip
+
+
+def test_both_forms_say_the_same(graph_mode):
+    num_heads, num_kv_heads = 4, 2
+    wanted = np.stack([visible(line) for line in POSITIONS])
+    bias = RowMask(num_heads, num_kv_heads, fused=False)(Tensor(POSITIONS))
+    assert bias.shape == (3 * num_kv_heads, 2 * 6, 6) and bias.dtype == ms.float32
+    for line, block in zip(wanted, bias.asnumpy().reshape(3, num_heads, 6, 6), strict=True):
+        for head in block:
+            np.testing.assert_array_equal(head == 0, line)
+            assert set(np.unique(head)) <= {np.float32(-1e9), np.float32(0)}
+    fused = RowMask(num_heads, num_kv_heads, fused=True)(Tensor(POSITIONS))
+    assert fused.shape == (3, 1, 6, 6) and fused.dtype == ms.uint8
+    np.testing.assert_array_equal(fused.asnumpy()[:, 0] == 0, wanted)
