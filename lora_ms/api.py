@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from lora_ms import runtime as runtime_module
 from lora_ms.adapters.adalora import RankAllocator, scheduled
-from lora_ms.adapters.config import AdaLoraConfig
+from lora_ms.adapters.config import AdaLoraConfig, LoraConfig
 from lora_ms.data.readers import read_rows
 from lora_ms.data.tokenizer import load_tokenizer
 from lora_ms.errors import LoraMsError
@@ -216,7 +216,8 @@ class Trainer:
         print(*notices, sep="\n", end="\n" if notices else "")
         settings, vocab_size = self.args.settings(), self.model.config.vocab_size
         plan = plan_rows(read_rows(self.train_dataset), self.tokenizer, settings, runtime, vocab_size)
-        config = ranks = None
+        config: LoraConfig | None = None
+        ranks: RankAllocator | None = None
         if self.peft:
             self.peft.unmerge_adapter()
             config = self.peft.active_peft_config
@@ -226,6 +227,6 @@ class Trainer:
             ranks = RankAllocator(self.model, config)
         weights = weights_of(self.model, config, self.tokenizer, ranks)
         outcome = fit(self.model, plan, settings, runtime, weights, vocab_size, self.model.dtype, ranks)
-        if ranks is not None:
-            self.peft.peft_config[self.peft.active_adapter] = ranks.config()
+        if self.peft and ranks is not None:
+            self.peft.peft_config[str(self.peft.active_adapter)] = ranks.config()
         return outcome

@@ -1,7 +1,7 @@
 """A model with adapters in it, with PEFT's names for what can be done with them."""
 
 import os
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -158,7 +158,7 @@ class PeftModel:
         cells = self.adapters.cells_of(name)
         return apart(self.peft_config[name], cells)
 
-    def _take_in(self, name: str, config: LoraConfig, cells: dict[str, nn.Cell]) -> None:
+    def _take_in(self, name: str, config: LoraConfig, cells: Mapping[str, nn.Cell]) -> None:
         active = self.adapters.active
         self.adapters.add(name, config, cells)
         self.adapters.use(name if active is None else active)

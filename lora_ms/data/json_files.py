@@ -60,8 +60,8 @@ def _document(name: str, raw: bytes) -> Iterator[tuple[str, Any]]:
     try:
         document = json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
-        line = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
-        raise LoraMsError(f"{name}{line}: not valid JSON ({_reason(error)}); write a list of objects") from error
+        place = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise LoraMsError(f"{name}{place}: not valid JSON ({_reason(error)}); write a list of objects") from error
     rows = document if isinstance(document, list) else [document]
     for number, row in enumerate(rows, start=1):
         yield f"{name}[{number}]", row

@@ -49,9 +49,9 @@ def iter_rows(
         raise LoraMsError(f"num_samples is {num_samples}; give 1 or more, or leave it out to read all rows")
     left = num_samples
     for source in sources:
-        named = isinstance(source, str | os.PathLike)
+        name = os.fspath(source) if isinstance(source, str | os.PathLike) else "the dataset"
         count = 0
-        for pairs in _files(os.fspath(source), split) if named else [_numbered(source)]:
+        for pairs in _files(name, split) if isinstance(source, str | os.PathLike) else [_numbered(source)]:
             for row in parse_rows(islice(pairs, left), reading):
                 count += 1
                 yield row
@@ -59,7 +59,6 @@ def iter_rows(
             if left == 0:
                 return
         if not count and (reading.accept, reading.keep, reading.on_fault) == (None, None, None):
-            name = os.fspath(source) if named else "the dataset"
             raise LoraMsError(f"{name}: there are no rows; give at least one")
 
 

@@ -145,14 +145,14 @@ class TokenStore(Sequence[TokenRow]):
         """Lets go of what was read of mapped files, so that a walk through all rows needs no memory."""
         for array in self.columns[:2]:
             if isinstance(array, np.memmap):
-                array._mmap.madvise(mmap.MADV_DONTNEED)
+                array._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
 
     def checksum(self) -> int:
         """CRC-32 of all tokens, labels and lengths: tells whether the data is the same."""
-        total = crc32(np.ascontiguousarray(self.columns.ends))
+        total = crc32(self.columns.ends.tobytes())
         for array in (self.columns.ids, self.columns.labels):
             for start in range(0, len(array), CHUNK):
-                total = crc32(np.ascontiguousarray(array[start : start + CHUNK]), total)
+                total = crc32(array[start : start + CHUNK].tobytes(), total)
                 self.release()
         return total
 

@@ -46,7 +46,8 @@ class SummedCrossEntropy(nn.Cell):
         return self.t_matmul(probs, weighted) - taken  # [v, h]
 
     def construct(self, hidden: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        parts, grads = [], []
+        parts: list[Tensor] = []
+        grads: list[Tensor] = []
         for start in range(0, hidden.shape[0], self.chunk_rows):
             end = start + self.chunk_rows
             piece = hidden[start:end]

@@ -1,5 +1,6 @@
 """How a run writes and reads what it trains, by the kind of it."""
 
+from functools import partial
 from pathlib import Path
 
 from lora_ms.adapters.adalora import RankAllocator, save_plain_lora
@@ -30,7 +31,7 @@ def weights_of(model: CausalLM, adapter: LoraConfig | None, tokenizer, ranks: Ra
         else:
             restore_adapter(model, path, adapter)
 
-    def finish(path: Path) -> None:
+    def finish(ranks: RankAllocator, path: Path) -> None:
         # what a checkpoint does not leave out: until the last cut every rank may come back
         config, plain = ranks.config(), path.with_name(PLAIN)
         save(path, config)
@@ -47,5 +48,5 @@ def weights_of(model: CausalLM, adapter: LoraConfig | None, tokenizer, ranks: Ra
         lambda path: save(path, adapter),
         read,
         identity,
-        None if ranks is None else finish,
+        None if ranks is None else partial(finish, ranks),
     )
