@@ -17,7 +17,7 @@ Ints = NDArray[np.int64]
 
 SAMPLED_ROWS = 2048  # rows on which the shapes are tried out
 COMPILE_TOKENS = 30_000  # tokens that could be computed while one more shape is compiled
-ATTENTION_LENGTH = 4096  # tokens of a line at which its attention costs as much as the rest
+ATTENTION_LENGTH = 2048  # tokens of a line at which its attention costs as much as the rest
 SLOT_COST = 0.3  # of a target slot, in tokens
 EPOCHS = 3  # that a run is thought to have
 STEP_COST = 24  # of starting a micro-batch, in tokens
