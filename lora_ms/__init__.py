@@ -1,6 +1,7 @@
 """LoRA fine-tuning of Llama and Qwen models on MindSpore."""
 
 __all__ = [
+    "AdaLoraConfig",
     "AutoModelForCausalLM",
     "AutoTokenizer",
     "LoRADense",
@@ -27,10 +28,10 @@ def __getattr__(name: str):
         from lora_ms import peft_model
 
         return getattr(peft_model, name)
-    if name == "LoraConfig":
-        from lora_ms.adapters.config import LoraConfig
+    if name in ("LoraConfig", "AdaLoraConfig"):
+        from lora_ms.adapters import config
 
-        return LoraConfig
+        return getattr(config, name)
     if name in __all__:
         from lora_ms import api
 

@@ -12,6 +12,8 @@ from mindspore import Tensor
 from numpy.typing import NDArray
 
 from lora_ms import runtime as runtime_module
+from lora_ms.adapters.adalora import RankAllocator, scheduled
+from lora_ms.adapters.config import AdaLoraConfig, LoraConfig
 from lora_ms.data.readers import read_rows
 from lora_ms.data.tokenizer import load_tokenizer
 from lora_ms.errors import LoraMsError
@@ -20,7 +22,8 @@ from lora_ms.infer.sampling import Sampling
 from lora_ms.models import hub
 from lora_ms.models.decoder import CausalLM
 from lora_ms.peft_model import PeftModel
-from lora_ms.train.fit import Weights, fit, plan_rows
+from lora_ms.tasks.weights import weights_of
+from lora_ms.train.fit import fit, plan_rows
 from lora_ms.train.loop import Outcome
 from lora_ms.train.settings import TrainSettings
 
@@ -128,6 +131,8 @@ class TrainingArguments:
     adam_beta2: float = 0.999
     adam_epsilon: float = 1e-8
     max_grad_norm: float | None = 1.0
+    loraplus_lr_ratio: float = 1.0  # learning rate of B over that of A; 1: one rate for both
+    neftune_noise_alpha: float = 0.0  # noise on the embedding while training, 5 to 15; 0: none
     lr_scheduler_type: str = "linear"  # constant, linear or cosine
     warmup_ratio: float = 0.0
     warmup_steps: int = 0  # overrides the ratio where above 0
@@ -178,6 +183,8 @@ class TrainingArguments:
             eps=self.adam_epsilon,
             weight_decay=self.weight_decay,
             max_grad_norm=self.max_grad_norm,
+            loraplus_lr_ratio=self.loraplus_lr_ratio,
+            neftune_noise_alpha=self.neftune_noise_alpha,
             logging_steps=self.logging_steps,
             save_steps={"no": 0, "steps": self.save_steps, "epoch": -1}[self.save_strategy],
             keep_checkpoint_max=sys.maxsize if self.save_total_limit is None else self.save_total_limit,
@@ -209,21 +216,17 @@ class Trainer:
         print(*notices, sep="\n", end="\n" if notices else "")
         settings, vocab_size = self.args.settings(), self.model.config.vocab_size
         plan = plan_rows(read_rows(self.train_dataset), self.tokenizer, settings, runtime, vocab_size)
-        config = None
+        config: LoraConfig | None = None
+        ranks: RankAllocator | None = None
         if self.peft:
             self.peft.unmerge_adapter()
             config = self.peft.active_peft_config
-        identity = config.identity() if config else {}
-        weights = Weights("adapter" if config else "model", self._write, self._read, identity)
-        return fit(self.model, plan, settings, runtime, weights, vocab_size, self.model.dtype)
-
-    def _write(self, path: Path) -> None:
-        (self.peft or self.model).save_pretrained(path)
-        if self.tokenizer is not None:
-            self.tokenizer.save_pretrained(path)
-
-    def _read(self, path: Path) -> None:
-        if self.peft:
-            self.peft.restore(path)
-        else:
-            hub.restore(self.model, path)
+        if isinstance(config, AdaLoraConfig):
+            if not config.kept:
+                config = scheduled(config, plan.total_steps, config.tinit or None, config.tfinal or None)
+            ranks = RankAllocator(self.model, config)
+        weights = weights_of(self.model, config, self.tokenizer, ranks)
+        outcome = fit(self.model, plan, settings, runtime, weights, vocab_size, self.model.dtype, ranks)
+        if self.peft and ranks is not None:
+            self.peft.peft_config[str(self.peft.active_adapter)] = ranks.config()
+        return outcome

@@ -11,17 +11,9 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from lora_ms.commands import TOOLS, Help, Parser, Version, add_tools
 from lora_ms.errors import LoraMsError
-from lora_ms.flags import (
-    TOOLS,
-    Help,
-    Parser,
-    Version,
-    add_tools,
-    flag_fill,
-    flag_int,
-)
-from lora_ms.keys import FLAG_KEYS, FLAGS, IDLE_FLAGS, OTHER_FLAGS
+from lora_ms.flags import FLAG_KEYS, FLAGS, IDLE_FLAGS, OTHER_FLAGS, flag_fill, flag_int
 
 COMMANDS = {
     "finetune": "train an adapter (or, with pet_config: null, the whole model)",

@@ -1,9 +1,7 @@
-"""What the command line is made of: kinds of values, the parser, and the commands that need no configuration."""
+"""The command line's flags, and the keys of the configuration that they set. A new flag is one more line here."""
 
 import argparse
-from typing import Any, NamedTuple, NoReturn
-
-from lora_ms.errors import LoraMsError
+from typing import Any
 
 
 def flag_bool(text: str) -> bool:
@@ -42,119 +40,74 @@ def flag_fill(text: str) -> tuple[str, str]:
     return name, value
 
 
-class Parser(argparse.ArgumentParser):
-    """Reports a wrong flag as every other fault of the user's is reported: one line, status 2."""
+SIZES = "model.model_config"
+DATA = "data_loader.dataset_dir"
 
-    def error(self, message: str) -> NoReturn:
-        raise LoraMsError(f"{message} (see {self.prog} --help)")
-
-
-class Help(argparse.HelpFormatter):
-    """Flags in a narrow left column, so that the text fits 80 columns."""
-
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=30, width=79)
-
-
-class ListHelp(Help, argparse.RawDescriptionHelpFormatter):
-    """``Help`` that leaves the lines of the epilog as they are."""
-
-
-class Version(argparse.Action):
-    """``--version``; the package's metadata is read only when asked for."""
-
-    def __call__(self, *_: Any) -> None:
-        from importlib.metadata import PackageNotFoundError, version
-
-        try:
-            print("lora-ms", version("lora_ms"))
-        except PackageNotFoundError:
-            print("lora-ms (not installed: run from its source folder)")
-        raise SystemExit(0)
-
-
-class Flag(NamedTuple):
-    """A flag of a command that needs no configuration. What is required is checked after unknown flags
-    are named."""
-
-    name: str
-    kind: Any
-    placeholder: str
-    text: str
-    default: Any = None
-    required: bool = False
-    nargs: str | None = None
-
-
-class Tool(NamedTuple):
-    """Such a command."""
-
-    summary: str
-    flags: tuple[Flag, ...]
-
-
-BASE = "the model's Hugging Face folder; default: what the adapter names"
-TOOLS = {
-    "merge": Tool(
-        "fold an adapter into its model: a Hugging Face folder",
+# group -> (flag, key of the configuration, type, placeholder, help); a flag that is not given keeps the YAML's value
+FLAGS: dict[str, list[tuple[str, str, Any, str, str]]] = {
+    "what to train on": [
+        ("load_checkpoint", "load_checkpoint", str, "PATH", "Hugging Face folder, or .ckpt, .safetensors"),
+        ("load_adapter", "load_adapter", str, "DIR", "adapter folder to go on from or to use"),
+        ("train_dataset_dir", f"train_dataset.{DATA}", str, "PATH", "training rows: file, folder or glob"),
+        ("eval_dataset_dir", f"eval_dataset.{DATA}", str, "PATH", "evaluation rows: file, folder or glob"),
+        ("num_samples", "train_dataset.num_samples", flag_int, "N", "only the first N training rows"),
         (
-            Flag("load_adapter", str, "DIR", "adapter folder", required=True),
-            Flag("load_checkpoint", str, "DIR", BASE),
-            Flag("output_dir", str, "DIR", "where the merged model goes", required=True),
-            Flag("dtype", str, "TYPE", "float16, bfloat16, float32; auto (default): as stored", "auto"),
-            Flag("max_shard_size", str, "SIZE", "largest file, such as 500MB (default 5GB)", "5GB"),
-            Flag("safe_merge", flag_bool, "BOOL", "refuse NaN and infinity (default True)", True),
-            Flag("overwrite", flag_bool, "BOOL", "replace a model in output_dir (default False)", False),
+            "chat_template",
+            "processor.tokenizer.chat_template",
+            str,
+            "NAME",
+            "chatml, llama2, llama3, qwen, alpaca, vicuna, deepseek, human_assistant, or a file",
         ),
-    ),
-    "check-adapter": Tool(
-        "is an adapter whole, does it fit, would a server take it",
+        ("output_dir", "output_dir", str, "DIR", "where results go"),
+    ],
+    "training": [
+        ("epochs", "runner_config.epochs", flag_int, "N", "passes over the data"),
+        ("max_steps", "runner_config.max_steps", flag_int, "N", "optimiser steps; -1: as epochs make"),
+        ("batch_size", "runner_config.batch_size", flag_int, "N", "rows per device and micro-batch"),
         (
-            Flag("load_adapter", str, "DIR", "adapter folder", required=True),
-            Flag("load_checkpoint", str, "DIR", BASE),
+            "gradient_accumulation_steps",
+            "runner_config.gradient_accumulation_steps",
+            flag_int,
+            "N",
+            "micro-batches per optimiser step",
         ),
-    ),
-    "adapters combine": Tool(
-        "one adapter from several",
-        (
-            Flag("adapters", str, "DIR", "adapter folders of one model", required=True, nargs="+"),
-            Flag("weights", flag_float, "X", "a number for each of them", required=True, nargs="+"),
-            Flag("method", str, "NAME", "how, see below (default linear)", "linear"),
-            Flag("density", flag_float, "X", "share of values kept, by ties, dare and prune"),
-            Flag("rank", flag_int, "N", "rank of the result, by the svd methods"),
-            Flag("seed", flag_int, "N", "of the values that dare keeps (default 0)", 0),
-            Flag("output_dir", str, "DIR", "where the new adapter goes", required=True),
-        ),
-    ),
+        ("learning_rate", "lr_schedule.learning_rate", flag_float, "X", "highest learning rate"),
+        ("seq_length", f"{SIZES}.seq_length", flag_int, "N", "longest row, in tokens"),
+        ("resume_training", "resume_training", flag_bool_or_name, "True|NAME", "go on from the newest checkpoint"),
+        ("do_eval", "do_eval", flag_bool, "BOOL", "evaluate on eval_dataset after training"),
+        ("seed", "seed", flag_int, "N", "of initialisation, order, dropout, sampling"),
+        ("use_parallel", "use_parallel", flag_bool, "BOOL", "all cards that msrun started"),
+        ("device_target", "context.device_target", str, "NAME", "auto, Ascend or CPU"),
+        ("device_id", "context.device_id", flag_int, "N", "which card"),
+    ],
+    "generation": [
+        ("max_new_tokens", f"{SIZES}.max_new_tokens", flag_int, "N", "longest answer, in tokens"),
+        ("do_sample", f"{SIZES}.do_sample", flag_bool, "BOOL", "False: always the likeliest token"),
+        ("temperature", f"{SIZES}.temperature", flag_float, "X", "below 1 sharpens, above 1 flattens"),
+        ("top_k", f"{SIZES}.top_k", flag_int, "N", "among the N likeliest tokens; 0: all"),
+        ("top_p", f"{SIZES}.top_p", flag_float, "X", "among tokens of total probability X"),
+        ("repetition_penalty", f"{SIZES}.repetition_penalty", flag_float, "X", "1: none"),
+    ],
+    "MindFormers compatibility": [
+        ("run_mode", "run_mode", str, "MODE", "finetune, train, eval or predict"),
+        ("sink_mode", "runner_config.sink_mode", flag_bool, "BOOL", "feed the device in one piece"),
+    ],
 }
-
-
-def add_tools(commands: Any) -> dict[str, argparse.ArgumentParser]:
-    """Adds the parsers of ``TOOLS``, and returns them; ``adapters combine`` is a command of a command."""
-    groups, parsers = {}, {}
-    for name, tool in TOOLS.items():
-        group, _, leaf = name.rpartition(" ")
-        if group and group not in groups:
-            outer = commands.add_parser(group, help="work on several adapters: " + leaf, allow_abbrev=False)
-            groups[group] = outer.add_subparsers(dest="action", metavar="ACTION", title="actions", required=True)
-        needed = " ".join(f"--{flag.name} {flag.placeholder}" for flag in tool.flags if flag.required)
-        parser = parsers[name] = groups.get(group, commands).add_parser(
-            leaf,
-            help=tool.summary,
-            description=f"lora-ms {name}: {tool.summary}.",
-            allow_abbrev=False,
-            formatter_class=ListHelp,
-            usage=f"lora-ms {name} {needed} …",
-        )
-        for flag in tool.flags:
-            parser.add_argument(
-                f"--{flag.name}",
-                type=flag.kind,
-                default=flag.default,
-                nargs=flag.nargs,
-                metavar=flag.placeholder,
-                help=flag.text,
-            )
-        parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        parser.set_defaults(tool=name)
-    return parsers
+# MindFormers' flags that change nothing here: accepted, reported by RunConfig.notices()
+IDLE_FLAGS: list[tuple[str, str, Any, str | None]] = [
+    ("mode", "context.mode", flag_int, None),
+    ("modal_type", "modal_type", str, "+"),
+    ("predict_batch_size", "predict_batch_size", flag_int, None),
+    ("adapter_id", "adapter_id", str, "+"),
+    ("src_strategy_path_or_dir", "src_strategy_path_or_dir", str, None),
+    ("auto_trans_ckpt", "auto_trans_ckpt", flag_bool, None),
+    ("transform_process_num", "transform_process_num", flag_int, None),
+    ("only_save_strategy", "only_save_strategy", flag_bool, None),
+    ("strategy_load_checkpoint", "strategy_load_checkpoint", str, None),
+    ("remote_save_url", "remote_save_url", str, None),
+    ("profile", "profile", flag_bool, None),
+    ("register_path", "register_path", str, None),
+    ("trust_remote_code", "trust_remote_code", flag_bool, None),
+]
+FLAG_KEYS = {row[0]: row[1] for rows in FLAGS.values() for row in rows} | {row[0]: row[1] for row in IDLE_FLAGS}
+OTHER_FLAGS = ("config", "preset", "fill", "options", "predict_data", "debug")

@@ -1,7 +1,7 @@
 """A model with adapters in it, with PEFT's names for what can be done with them."""
 
 import os
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from lora_ms.adapters import inject as injection
 from lora_ms.adapters.combine import Adapter, combine
 from lora_ms.adapters.config import LoraConfig
 from lora_ms.adapters.named import NamedAdapters, apart, together
-from lora_ms.adapters.peft_format import read_adapter_config, read_cells, restore_adapter, save_adapter
+from lora_ms.adapters.peft_format import read_adapter_config, read_cells, save_adapter
 from lora_ms.errors import LoraMsError
 from lora_ms.infer.generate import Generator
 
@@ -158,7 +158,7 @@ class PeftModel:
         cells = self.adapters.cells_of(name)
         return apart(self.peft_config[name], cells)
 
-    def _take_in(self, name: str, config: LoraConfig, cells: dict[str, nn.Cell]) -> None:
+    def _take_in(self, name: str, config: LoraConfig, cells: Mapping[str, nn.Cell]) -> None:
         active = self.adapters.active
         self.adapters.add(name, config, cells)
         self.adapters.use(name if active is None else active)
@@ -227,10 +227,6 @@ class PeftModel:
             folder = Path(path) if selected_adapters is None or name == DEFAULT else Path(path) / name
             save_adapter(self.model, folder, self.peft_config[name], self.model.source)
         self.adapters.use(active)
-
-    def restore(self, path: str | os.PathLike) -> None:
-        """Reads the numbers of the adapter at work back from directory ``path``."""
-        restore_adapter(self.model, path, self.active_peft_config)
 
 
 def get_peft_model(model: nn.Cell, config: LoraConfig, adapter_name: str = DEFAULT) -> PeftModel:

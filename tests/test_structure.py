@@ -32,12 +32,12 @@ DIRECTIONS = {
     ),
     "peft_model": ("adapters infer errors", "mindspore numpy"),
     "api": (
-        "peft_model config models adapters train infer data nn runtime storage errors",
+        "peft_model tasks.weights config models adapters train infer data nn runtime storage errors",
         "mindspore numpy transformers",
     ),
-    "flags": ("errors", ""),
-    "keys": ("flags", ""),
-    "cli": ("flags keys config tasks adapters.combine errors", ""),
+    "flags": ("", ""),
+    "commands": ("flags errors", ""),
+    "cli": ("commands flags config tasks adapters.combine errors", ""),
 }
 # What a part may import inside functions only: `data` and --help answer without MindSpore.
 LAZY_ONLY = {

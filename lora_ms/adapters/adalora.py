@@ -98,7 +98,8 @@ class RankAllocator:
             factors = (cell.lora_a, cell.lora_b, cell.lora_e)
             if not all(id(factor) in where for factor in factors):
                 raise LoraMsError(f"AdaLoRA trains A, B and E of every module, and {name} is frozen in part")
-            self.spans.append(tuple(where[id(factor)] for factor in factors))
+            a, b, e = (where[id(factor)] for factor in factors)
+            self.spans.append((a, b, e))
         stretches = joined([span for spans in self.spans for span in spans])
         config = self.plan
         self.importance = Importance(stretches, self.ends[-1], config.beta1, config.beta2)
@@ -107,8 +108,8 @@ class RankAllocator:
         self.cut = Cut([cell.lora_e for cell in self.layers.values()], self.importance.kept)
         if not config.orth_reg_weight:
             return None, self.importance
-        a, b, _ = zip(*self.spans, strict=True)
-        return Orthogonality(a, b, sum(p.size for p in params), config.orth_reg_weight), self.importance
+        rows, columns, _ = zip(*self.spans, strict=True)
+        return Orthogonality(rows, columns, sum(p.size for p in params), config.orth_reg_weight), self.importance
 
     def after_step(self, step: int) -> None:
         """Cuts where the schedule says so; waits for the step then."""

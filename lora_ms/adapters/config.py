@@ -71,10 +71,10 @@ class LoraConfig:
         for name, value in (("lora_rank", self.lora_rank), *self.rank_pattern.items(), *groups):
             if value < 1:
                 raise LoraMsError(f"{name} must be at least 1, got {value}")
-        groups = [(f"lora_alpha of layer_groups {i}", group.lora_alpha) for i, group in enumerate(self.layer_groups)]
-        for name, value in (("lora_alpha", self.lora_alpha), *self.alpha_pattern.items(), *groups):
-            if value <= 0:
-                raise LoraMsError(f"{name} must be above 0, got {value}")
+        alphas = [(f"lora_alpha of layer_groups {i}", group.lora_alpha) for i, group in enumerate(self.layer_groups)]
+        for name, alpha in (("lora_alpha", self.lora_alpha), *self.alpha_pattern.items(), *alphas):
+            if alpha <= 0:
+                raise LoraMsError(f"{name} must be above 0, got {alpha}")
         if not 0 <= self.lora_dropout < 1:
             raise LoraMsError(f"lora_dropout must be in [0, 1), got {self.lora_dropout}")
         for name in ("exclude_layers", "layers_pattern", "modules_to_save"):  # one name for a list of one
@@ -101,7 +101,7 @@ class LoraConfig:
         if init not in INITS and not re.fullmatch(r"pissa_niter_[1-9]\d*", str(init)):
             raise LoraMsError(f"init_lora_weights {init!r} is none of True, {', '.join(INITS)}, pissa_niter_N")
         groups = [group.lora_rank for group in self.layer_groups]
-        odd = [rank for rank in groups or (self.lora_rank, *self.rank_pattern.values()) if rank % 2]
+        odd = [rank for rank in groups or [self.lora_rank, *self.rank_pattern.values()] if rank % 2]
         if init == "orthogonal" and odd:
             raise LoraMsError(f"init_lora_weights orthogonal wants even ranks, got {odd[0]}")
         if init not in ("gaussian", "orthogonal") and (self.use_dora or self.lora_bias):

@@ -104,7 +104,7 @@ def saved_layers(model: nn.Cell, config: LoraConfig) -> dict[str, nn.Cell]:
     Raises:
         LoraMsError: a name that fits nothing, or nothing that can be trained whole.
     """
-    found = {}
+    found: dict[str, nn.Cell] = {}
     for wanted in config.modules_to_save:
         # by the end of the name, even amid a word, as PEFT has it: norm is every norm
         fitting = {name: cell for name, cell in model.cells_and_names() if name.endswith(wanted)}

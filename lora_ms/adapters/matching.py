@@ -138,7 +138,7 @@ def check_groups(config: LoraConfig, names: Iterable[str]) -> None:
     beyond = sorted({layer for group in config.layer_groups for layer in group.layers} - layers)
     if beyond:
         raise LoraMsError(f"layer_groups: layers {ranges(beyond)} are not there: the model has {ranges(layers)}")
-    twice = {layer_index(name) for name in names if len(groups_of(name, config)) > 1}
+    twice = {layer_index(name) or 0 for name in names if len(groups_of(name, config)) > 1}
     if twice:
         raise LoraMsError(f"layer_groups overlap in layers {ranges(twice)}: give each module once")
 

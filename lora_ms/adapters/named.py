@@ -201,12 +201,13 @@ class NamedAdapters:
 
 def apart(config: LoraConfig, cells: Cells) -> Adapter:
     """The adapter that ``cells`` hold, apart from any model; errors as in ``combine.Adapter``."""
+    Adapter(config, {})  # kinds that have other tensors are refused first
     tensors = {}
     for path, cell in cells.items():
         values = {factor: parameter.asnumpy().copy() for factor, parameter in cell.tensors().items()}
         values = packed(path, cell, values, config)
-        a, b = (values.get(factor) for factor in factor_names(path))
-        tensors[path] = (a, b, float(cell.scaling.asnumpy()) if a is not None else 0.0)
+        a, b = (values[factor] for factor in factor_names(path))
+        tensors[path] = (a, b, float(cell.scaling.asnumpy()))
     return Adapter(config, tensors)
 
 

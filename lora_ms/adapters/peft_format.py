@@ -43,7 +43,7 @@ Array = NDArray[np.float32]
 
 def adapter_tensors(model: nn.Cell, config: LoraConfig) -> dict[str, Array]:
     """Every adapter tensor under PEFT's name, float32 (shapes: ``nn.lora``)."""
-    tensors = {}
+    tensors: dict[str, Array] = {}
     for name, cell in adapter_cells(model).items():
         values = {factor: parameter.asnumpy() for factor, parameter in cell.tensors().items()}
         tensors |= {f"{PREFIX}{name}.{factor}": value for factor, value in packed(name, cell, values, config).items()}

@@ -62,9 +62,8 @@ def parse_rows(rows: Iterable[tuple[str, Any]], reading: Reading) -> Iterator[Ro
             first = first or name
             if name != first:
                 raise RowFault(f"the format is {name}, but the first row's is {first}", "keep one format in one file")
-            parsed: Row | None = PARSERS[name](where, row, reading.fill)
-            if reading.keep is not None and parsed is not None:
-                parsed = reading.keep(parsed)
+            read = PARSERS[name](where, row, reading.fill)
+            parsed = read if reading.keep is None else reading.keep(read)
         except RowFault as fault:
             if reading.on_fault is not None:
                 reading.on_fault(where, fault)
@@ -199,10 +198,11 @@ def _check_order(messages: list[Message]) -> None:
 def _joined(turn: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     """A turn whose content is a list of text parts, with their texts as its content."""
     parts = turn.get(key)
-    if not isinstance(parts, list):
+    if not isinstance(parts, list) or not parts:
         return turn
-    texts = [part["text"] for part in parts if isinstance(part, Mapping) and isinstance(part.get("text"), str)]
-    return {**turn, key: "".join(texts)} if texts and len(texts) == len(parts) else turn
+    texts = [part.get("text") if isinstance(part, Mapping) else None for part in parts]
+    strings = [text for text in texts if isinstance(text, str)]
+    return {**turn, key: "".join(strings)} if len(strings) == len(texts) else turn
 
 
 def _parse_prompt(where: str, row: Mapping[str, Any], fill: Mapping[str, str]) -> Completion | Example:

@@ -49,12 +49,9 @@ def iter_rows(
         raise LoraMsError(f"num_samples is {num_samples}; give 1 or more, or leave it out to read all rows")
     left = num_samples
     for source in sources:
-        name, files = "the dataset", iter([_numbered(source)] if not isinstance(source, str | os.PathLike) else [])
-        if isinstance(source, str | os.PathLike):
-            name = os.fspath(source)
-            files = _files(name, split)
+        name = os.fspath(source) if isinstance(source, str | os.PathLike) else "the dataset"
         count = 0
-        for pairs in files:
+        for pairs in _files(name, split) if isinstance(source, str | os.PathLike) else [_numbered(source)]:
             for row in parse_rows(islice(pairs, left), reading):
                 count += 1
                 yield row

@@ -139,7 +139,7 @@ class LoRADense(nn.Dense):
     def take_out(self, a: NDArray, b: NDArray) -> None:
         """Makes the weight, in a copy of its own, what is left without ``scaling b a``."""
         weight = lowrank.merged_weight(self.weight.asnumpy(), a, b, -float(self.scaling.asnumpy()))
-        self.weight = Parameter(Tensor(weight, self.weight.dtype), name="weight", requires_grad=False)
+        self.weight: Parameter = Parameter(Tensor(weight, self.weight.dtype), name="weight", requires_grad=False)
         self.start = (a, b)
         self.rebase()
 
@@ -273,17 +273,14 @@ class AdaLoRADense(LoRADense):
     """
 
     def __init__(self, *args, **kwargs):
-        super().__init__(*args, lora_a_init=Normal(0.02), lora_b_init=Normal(0.02), **kwargs)
+        super().__init__(*args, **{"lora_a_init": Normal(0.02), "lora_b_init": Normal(0.02), **kwargs})
         self.lora_e = Parameter(initializer("zeros", (self.lora_rank, 1), ms.float32), name="lora_e")
         self.scaling.set_data(Tensor(self.lora_alpha / (self.lora_rank + 1e-5), ms.float32))  # PEFT's own guard
         self.product = ops.MatMul()
 
     def tensors(self) -> dict[str, Parameter]:
-        return {
-            "lora_A": self.lora_a,
-            "lora_B": self.lora_b,
-            "lora_E": self.lora_e,
-        }
+        found = {"lora_A": self.lora_a, "lora_B": self.lora_b, "lora_E": self.lora_e}
+        return {**found, "base_layer.bias": self.bias} if self.trains_bias else found
 
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.lora_a * self.product(self.lora_e, ops.ones((1, self.in_channels), ms.float32)), self.lora_b

@@ -40,7 +40,7 @@ class LoRAEmbedding(Embedding):
         return lowrank.merged_weight(self.weight.asnumpy().T, a, b, float(self.scaling.asnumpy())).T
 
     def merge(self) -> Embedding:
-        embedding = Embedding(*self.weight.shape, self.weight.dtype)
+        embedding = Embedding(self.weight.shape[0], self.weight.shape[1], self.weight.dtype)
         embedding.weight.set_data(Tensor(np.ascontiguousarray(self.merged_weight()), self.weight.dtype))
         return embedding
 

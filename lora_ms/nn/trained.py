@@ -72,7 +72,7 @@ class TrainedEmbedding(Embedding):
         return {"weight": self.weight}
 
     def merge(self) -> Embedding:
-        embedding = Embedding(*self.weight.shape, self.base_dtype)
+        embedding = Embedding(self.weight.shape[0], self.weight.shape[1], self.base_dtype)
         embedding.weight.set_data(Tensor(self.weight.asnumpy(), self.base_dtype))
         return embedding
 

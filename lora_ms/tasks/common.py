@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import mindspore as ms
 
@@ -176,7 +177,7 @@ def lora_config(pet: PetConfig) -> LoraConfig:
     targets, excluded = (
         names if isinstance(names, str) else tuple(names) for names in (pet.target_modules, pet.exclude_modules)
     )
-    common = {
+    common: dict[str, Any] = {
         "lora_alpha": pet.lora_alpha,
         "lora_dropout": pet.lora_dropout,
         "target_modules": targets,
@@ -216,9 +217,7 @@ def lora_config(pet: PetConfig) -> LoraConfig:
 def layer_group(group: LayerGroupKeys, pet: PetConfig) -> LayerGroup:
     """One entry of ``pet_config.layer_groups``; without an alpha it keeps the adapter's alpha / rank."""
     alpha = pet.lora_alpha * group.lora_rank / pet.lora_rank if group.lora_alpha is None else group.lora_alpha
-    targets = group.target_modules
-    if isinstance(targets, list):
-        targets = tuple(targets)
+    targets = tuple(group.target_modules) if isinstance(group.target_modules, list) else group.target_modules
     return LayerGroup(tuple(group.layers), group.lora_rank, alpha, targets)
 
 

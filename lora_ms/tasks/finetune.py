@@ -8,26 +8,24 @@ from pathlib import Path
 import numpy as np
 
 from lora_ms.adapters import inject as injection
-from lora_ms.adapters.adalora import RankAllocator, save_plain_lora, scheduled
+from lora_ms.adapters.adalora import RankAllocator, scheduled
 from lora_ms.adapters.config import AdaLoraConfig, LoraConfig
 from lora_ms.adapters.matching import places
-from lora_ms.adapters.peft_format import adapted, load_adapter, read_adapter_config, restore_adapter, save_adapter
+from lora_ms.adapters.peft_format import adapted, load_adapter, read_adapter_config
 from lora_ms.config import PetConfig, RunConfig, dump_config
 from lora_ms.config.sections import LossScale
 from lora_ms.data.order import permutation
 from lora_ms.data.pipeline import Preparation
 from lora_ms.data.store import TokenStore
 from lora_ms.errors import LoraMsError
-from lora_ms.models import hub
 from lora_ms.models.decoder import CausalLM
 from lora_ms.tasks import common, data, evaluate
+from lora_ms.tasks.weights import weights_of
 from lora_ms.train import checkpoint
-from lora_ms.train.fit import Weights, fit, mean_loss, plan_store
+from lora_ms.train.fit import fit, mean_loss, plan_store
 from lora_ms.train.log import Tee
 from lora_ms.train.settings import TrainSettings
 
-PLAIN = "adapter_lora"  # beside adapter/: what an AdaLoRA run reached, as LoRA
-SCHEDULE = ("target_rank", "tinit", "tfinal", "delta_t", "beta1", "beta2", "orth_reg_weight", "total_steps")
 # keys in which load_adapter and pet_config must agree where the user gave them; those of ranks, by the place they fill
 AGREEING = ("use_rslora", "use_dora", "lora_bias", "bias")
 RANKED = {
@@ -159,44 +157,6 @@ def load_agreeing(path: str, pet: PetConfig, wanted: LoraConfig, model: CausalLM
     if faults:
         raise LoraMsError(f"load_adapter {path}: {'; '.join(faults)}")
     return loaded
-
-
-def weights_of(model: CausalLM, adapter: LoraConfig | None, tokenizer, ranks: RankAllocator | None = None) -> Weights:
-    """How what was trained is written and read; ``ranks`` are those of an AdaLoRA run."""
-
-    def save(path: Path, config: LoraConfig | None) -> None:
-        if config is None:
-            hub.save_directory(model, path)
-        else:
-            save_adapter(model, path, config, model.source)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(path)
-
-    def read(path: Path) -> None:
-        if adapter is None:
-            hub.restore(model, path)
-        else:
-            restore_adapter(model, path, adapter)
-
-    def finish(path: Path) -> None:
-        # what a checkpoint does not leave out: until the last cut every rank may come back
-        config, plain = ranks.config(), path.with_name(PLAIN)
-        save(path, config)
-        save_plain_lora(model, plain, config, model.source)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(plain)
-        print(f"{ranks.line()}; as plain LoRA in {plain}")
-
-    identity = {} if adapter is None else adapter.identity()
-    if ranks is not None:
-        identity |= {key: getattr(adapter, key) for key in SCHEDULE}
-    return Weights(
-        "model" if adapter is None else "adapter",
-        lambda path: save(path, adapter),
-        read,
-        identity,
-        None if ranks is None else finish,
-    )
 
 
 def split_off(

@@ -164,13 +164,15 @@ def test_layered_settings():
     ]
 
 
-def test_the_other_tiny_settings_differ_in_pet_config_alone():
+def test_the_other_tiny_settings_differ_in_pet_config_and_adaloras_rate():
     plain, adalora, dora = (
         load_config(str(ROOT / f"configs/tiny/{name}_tiny.yaml")) for name in ("lora", "adalora", "dora")
     )
     changes = {"lora_alpha": 24, "pet_type": "adalora", "init_rank": 12, "target_rank": 4, "delta_t": 5}
     assert adalora.pet_config == PetConfig(target_modules="all-linear", **changes)
     assert dora.pet_config == plain.pet_config.model_copy(update={"use_dora": True})
+    assert adalora.learning_rate == 10 * plain.learning_rate
+    adalora.lr_schedule.learning_rate = plain.lr_schedule.learning_rate
     for config in (adalora, dora):
         config.model.sizes.pet_config = plain.pet_config
         assert config == plain

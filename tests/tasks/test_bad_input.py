@@ -82,8 +82,9 @@ def test_rank_of_zero(refused):
 
 def test_target_modules_without_a_match(refused):
     assert refused("--pet_config.target_modules", "query|value") == (
-        "target_modules 'query|value' matches no dense layer; "
-        "could match: down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj, or all-linear"
+        "target_modules 'query|value' matches no layer; "
+        "could match: down_proj, embed_tokens, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj, "
+        "or all-linear"
     )
 
 
@@ -201,4 +202,4 @@ def test_output_that_cannot_be_written(refused, tmp_path):
 def test_a_good_run_before_a_bad_one_is_left_alone(refused, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "run.log").write_text("a good run\n")
-    assert refused("--pet_config.target_modules", "none").startswith("target_modules 'none' matches no dense layer")
+    assert refused("--pet_config.target_modules", "none").startswith("target_modules 'none' matches no layer")

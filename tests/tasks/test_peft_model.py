@@ -243,3 +243,15 @@ def test_a_model_called_before_does_not_go_on_with_its_old_cells(reference, valu
     peft = lora_ms.PeftModel.from_pretrained(model, reference / "combined" / "qwen2" / "a")
     assert_near(model(ids).asnumpy(), values["logits/a"])
     assert_near(peft.unload()(ids).asnumpy(), values["logits/__base__"])
+
+
+def test_adalora_from_python_shares_its_ranks_out(reference, values, token_rows, tmp_path):
+    config = lora_ms.AdaLoraConfig(4, 8.0, target_modules=["q_proj", "v_proj"], target_rank=2, bias="lora_only")
+    peft = lora_ms.get_peft_model(base_of(reference, "qwen2"), config)
+    args = lora_ms.TrainingArguments(tmp_path, 2e-2, max_steps=6, per_device_train_batch_size=2, max_seq_length=16)
+    lora_ms.Trainer(peft, args, token_rows).train()
+    assert sum(map(sum, peft.active_peft_config.kept.values())) == 4 * 2  # modules, average rank
+    trained = logits(peft, values["input_ids"])
+    for folder in ("adapter", "adapter_lora"):
+        again = lora_ms.PeftModel.from_pretrained(base_of(reference, "qwen2"), tmp_path / folder)
+        assert_near(logits(again, values["input_ids"]), trained)

@@ -68,7 +68,7 @@ def train(graph_mode, reference, rows, settings) -> Callable[..., Finished]:
     from lora_ms.adapters.config import LoraConfig
     from lora_ms.adapters.inject import inject
     from lora_ms.models.hub import load_directory
-    from lora_ms.tasks.finetune import weights_of
+    from lora_ms.tasks.weights import weights_of
     from lora_ms.train.fit import fit, plan_rows
 
     def run(path, dropout=0.0, plan=None, prepare=None, name="qwen2", dtype=ms.float32, data=rows, **changes):

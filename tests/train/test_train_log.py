@@ -47,7 +47,7 @@ def test_nothing_is_written_before_a_place_is_named(tmp_path, capsys):
 
 
 def record(step: int) -> Record:
-    return Record(step, step / 4, 2.0 / step, 0.5, 1e-3, 100, 40, 1234.56, 0.081, 0.01, 300.0)
+    return Record(step, step / 4, 2.0 / step, 0.5, 1e-3, 100, 40, 1234.56, 0.081, 0.25, 300.0)
 
 
 def test_a_resumed_run_drops_the_records_after_its_checkpoint(tmp_path):
@@ -60,7 +60,7 @@ def test_a_resumed_run_drops_the_records_after_its_checkpoint(tmp_path):
     assert [r["step"] for r in read_metrics(path)] == [1, 2, 3, 4]
     assert json.loads(path.read_text().splitlines()[2]) == {
         "step": 3, "epoch": 0.75, "loss": 2.0 / 3, "grad_norm": 0.5, "learning_rate": 1e-3, "tokens": 100,
-        "label_tokens": 40, "tokens_per_second": 1234.56, "step_time_s": 0.081, "wait_share": 0.01,
+        "label_tokens": 40, "tokens_per_second": 1234.56, "step_time_s": 0.081, "wait_share": 0.25,
         "peak_memory_mb": 300.0,
     }  # fmt: skip
     Metrics(path, 0).close()  # a run from its beginning keeps none
