@@ -1,8 +1,7 @@
 """A model with adapters in it, with PEFT's names for what can be done with them."""
 
 import os
-from collections.abc import Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -115,7 +114,7 @@ class PeftModel:
         Raises:
             LoraMsError: the name is taken, or ``config`` matches nothing.
         """
-        with self._bare():
+        with self.adapters.disabled():
             cells = injection.build(self.model, config, injection.select(self.model, config))
         self._take_in(adapter_name, config, cells)
 
@@ -126,7 +125,7 @@ class PeftModel:
             LoraMsError: as ``from_pretrained``, or the name is taken.
         """
         config = read_adapter_config(path)
-        with self._bare():
+        with self.adapters.disabled():
             cells = read_cells(self.model, Path(path), config)
         self._take_in(adapter_name, config, cells)
 
@@ -150,7 +149,7 @@ class PeftModel:
         combined = combine(parts, weights, combination_type, density, svd_rank, seed, majority_sign_method)
         if self.active_adapter is not None:
             self.set_adapter(self.active_adapter)
-        with self._bare():
+        with self.adapters.disabled():
             cells = together(self.model, combined)
         self._take_in(adapter_name, combined.config, cells)
 
@@ -162,11 +161,6 @@ class PeftModel:
         active = self.adapters.active
         self.adapters.add(name, config, cells)
         self.adapters.use(name if active is None else active)
-
-    @contextmanager
-    def _bare(self) -> Iterator[None]:
-        with self.adapters.disabled():
-            yield
 
     def set_adapter(self, adapter_name: str) -> None:
         """Puts another adapter to work. Between adapters of equal shapes nothing is compiled."""

@@ -202,13 +202,7 @@ class NamedAdapters:
 def apart(config: LoraConfig, cells: Cells) -> Adapter:
     """The adapter that ``cells`` hold, apart from any model; errors as in ``combine.Adapter``."""
     Adapter(config, {})  # kinds that have other tensors are refused first
-    tensors = {}
-    for path, cell in cells.items():
-        values = {factor: parameter.asnumpy().copy() for factor, parameter in cell.tensors().items()}
-        values = packed(path, cell, values, config)
-        a, b = (values[factor] for factor in factor_names(path))
-        tensors[path] = (a, b, float(cell.scaling.asnumpy()))
-    return Adapter(config, tensors)
+    return Adapter(config, {path: factors_at(path, cell, config) for path, cell in cells.items()})
 
 
 def together(model: nn.Cell, adapter: Adapter) -> Cells:
@@ -231,9 +225,15 @@ def factors_of(name: str, path: str, cell: nn.Cell, config: LoraConfig) -> Facto
         raise LoraMsError(
             f"adapter {name!r} cannot share a batch with others: {path} is more than LoRA on a dense layer"
         )
-    values = {factor: parameter.asnumpy() for factor, parameter in cell.tensors().items()}
+    return factors_at(path, cell, config)
+
+
+def factors_at(path: str, cell: nn.Cell, config: LoraConfig) -> Factors:
+    """Copies of A, B and scaling of an adapter cell: ``scaling B A`` is its update of the untouched weight."""
+    values = {factor: parameter.asnumpy().copy() for factor, parameter in cell.tensors().items()}
     scaling = float(cell.scaling.asnumpy())
     if isinstance(cell, AdaLoRADense):
-        return Factors(values["lora_A"] * values["lora_E"], values["lora_B"].copy(), scaling)
+        return Factors(values["lora_A"] * values["lora_E"], values["lora_B"], scaling)
     values = packed(path, cell, values, config)
-    return Factors(values["lora_A.weight"].copy(), values["lora_B.weight"].copy(), scaling)
+    a, b = (values[factor] for factor in factor_names(path))
+    return Factors(a, b, scaling)
