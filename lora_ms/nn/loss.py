@@ -9,7 +9,8 @@ IGNORE_INDEX = -100  # a label that teaches nothing
 class SummedCrossEntropy(nn.Cell):
     """Sum over c slots of ``-log softmax(hidden head^T)[target]``; slots whose target is -100 count nothing.
 
-    hidden [c, h], head [v, h], targets [c] -> (loss [] float32, d loss / d hidden [c, h] float32).
+    hidden [c, h], head [v, h], targets [c] -> (loss [] float32, d loss / d hidden [c, h] float32, number of slots
+    whose largest logit is the target's [] float32).
 
     The gradient is formed with the value, chunk by chunk, so that one chunk of logits [chunk_rows, v] is held at a
     time. The gradient of ``head`` costs the logits again, in backward; where the head is frozen, and where no
@@ -25,7 +26,7 @@ class SummedCrossEntropy(nn.Cell):
         self.softmax = ops.Softmax(-1)
         self.max = ops.ArgMaxWithValue(axis=-1, keep_dims=True)
 
-    def chunk(self, hidden: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def chunk(self, hidden: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         valid = (targets >= 0).astype(ms.float32).reshape((-1, 1))  # [c, 1]
         index = ops.maximum(targets, 0)
         logits = self.matmul_t(hidden, head).astype(ms.float32)  # [c, v]
@@ -36,7 +37,8 @@ class SummedCrossEntropy(nn.Cell):
         loss = (log_sum - ops.gather_elements(logits, 1, index.reshape((-1, 1)))) * valid
         # (probs - onehot) head = probs head - head[target]
         grad = self.matmul(probs.astype(head.dtype), head) - ops.gather(head, index, 0)
-        return loss.sum(), grad.astype(ms.float32) * valid
+        right = (top.reshape((-1,)) == targets).astype(ms.float32)
+        return loss.sum(), grad.astype(ms.float32) * valid, right.sum()
 
     def head_chunk(self, hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
         valid = (targets >= 0).astype(hidden.dtype).reshape((-1, 1))
@@ -45,18 +47,20 @@ class SummedCrossEntropy(nn.Cell):
         taken = ops.unsorted_segment_sum(weighted, ops.maximum(targets, 0), head.shape[0])
         return self.t_matmul(probs, weighted) - taken  # [v, h]
 
-    def construct(self, hidden: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def construct(self, hidden: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         parts: list[Tensor] = []
         grads: list[Tensor] = []
+        rights: list[Tensor] = []
         for start in range(0, hidden.shape[0], self.chunk_rows):
             end = start + self.chunk_rows
             piece = hidden[start:end]
             if grads:  # one chunk after another: left free, all their logits are computed first
                 piece = ops.depend(piece, grads[-1])
-            part, grad = self.chunk(piece, head, targets[start:end])
+            part, grad, right = self.chunk(piece, head, targets[start:end])
             parts.append(part)
             grads.append(grad)
-        return ops.addn(parts), ops.concat(grads, 0)
+            rights.append(right)
+        return ops.addn(parts), ops.concat(grads, 0), ops.addn(rights)
 
     def bprop(self, hidden, head, targets, out, dout):
         d_loss = dout[0]

@@ -20,9 +20,32 @@ class SummedLoss(nn.Cell):
         self.model = model
         self.cross_entropy = SummedCrossEntropy(max(16, CHUNK_NUMBERS // vocab_size))
 
-    def construct(self, input_ids: Tensor, position_ids: Tensor, target_index: Tensor, targets: Tensor) -> Tensor:
+    def parts(
+        self, input_ids: Tensor, position_ids: Tensor, target_index: Tensor, targets: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As ``SummedCrossEntropy`` returns them."""
         hidden = self.model.hidden_states(input_ids, position_ids, target_index)  # [c, h]
-        return self.cross_entropy(hidden, self.model.head_weight(), targets)[0]
+        return self.cross_entropy(hidden, self.model.head_weight(), targets)
+
+    def construct(self, input_ids: Tensor, position_ids: Tensor, target_index: Tensor, targets: Tensor) -> Tensor:
+        return self.parts(input_ids, position_ids, target_index, targets)[0]
+
+
+class LabelScores(nn.Cell):
+    """What an evaluation counts, of the batch that ``SummedLoss`` takes.
+
+    -> (summed cross-entropy [] float32, label tokens that have the highest logit [] float32).
+    """
+
+    def __init__(self, loss: SummedLoss):
+        super().__init__()
+        self.loss = loss
+
+    def construct(
+        self, input_ids: Tensor, position_ids: Tensor, target_index: Tensor, targets: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        loss, _, right = self.loss.parts(input_ids, position_ids, target_index, targets)
+        return loss, right
 
 
 class MicroStep(nn.Cell):

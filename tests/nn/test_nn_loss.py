@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from mindspore import nn
+from mindspore import Tensor, nn
 
 from lora_ms.nn.loss import SummedCrossEntropy
 
@@ -77,3 +77,12 @@ def test_logits_far_apart_give_no_infinity(gradients):
     np.testing.assert_allclose(value, 3 * loss, rtol=1e-6)
     np.testing.assert_allclose(d_hidden, 3 * want_hidden, rtol=0, atol=1e-5)
     np.testing.assert_allclose(d_head, 3 * want_head, rtol=1e-6, atol=1e-3)
+
+
+def test_right_answers_are_counted(graph_mode):
+    hidden, head = inputs()
+    best = (hidden @ head.T).argmax(-1).astype(np.int32)
+    targets = np.where(np.arange(SLOTS) % 3 == 0, best, (best + 1) % VOCABULARY).astype(np.int32)
+    targets[3] = -100
+    right = SummedCrossEntropy(3)(*map(Tensor, (hidden, head, targets)))[2]
+    assert float(right.asnumpy()) == 2  # slots 0 and 6; 3 is ignored
