@@ -1,4 +1,4 @@
-"""The one exception that a user's input can cause."""
+"""What a user's input or machine can cause."""
 
 
 class LoraMsError(Exception):
@@ -6,3 +6,7 @@ class LoraMsError(Exception):
 
     The command line prints the text after ``error:`` and exits with status 2; ``--debug`` shows the traceback.
     """
+
+
+class WriteError(LoraMsError):
+    """A file or folder cannot be written: a full disk, or no permission. What stood there before is as it was."""

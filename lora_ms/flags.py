@@ -74,7 +74,7 @@ FLAGS: dict[str, list[tuple[str, str, Any, str, str]]] = {
         ("learning_rate", "lr_schedule.learning_rate", flag_float, "X", "highest learning rate"),
         ("seq_length", f"{SIZES}.seq_length", flag_int, "N", "longest row, in tokens"),
         ("resume_training", "resume_training", flag_bool_or_name, "True|NAME", "go on from the newest checkpoint"),
-        ("do_eval", "do_eval", flag_bool, "BOOL", "evaluate on eval_dataset after training"),
+        ("do_eval", "do_eval", flag_bool, "BOOL", "evaluate on eval_dataset while training"),
         ("seed", "seed", flag_int, "N", "of initialisation, order, dropout, sampling"),
         ("use_parallel", "use_parallel", flag_bool, "BOOL", "all cards that msrun started"),
         ("device_target", "context.device_target", str, "NAME", "auto, Ascend or CPU"),

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import DTypeLike
 
-from lora_ms.errors import LoraMsError
+from lora_ms.errors import LoraMsError, WriteError
 
 # safetensors names its types so; bfloat16, which NumPy lacks, is read as 16-bit words
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "F64": np.float64}
@@ -145,7 +145,7 @@ def whole(file: Path) -> Iterator[Path]:
     """A path to write instead of ``file``; renamed to it when the block ends well, removed when it does not.
 
     Raises:
-        LoraMsError: the folder cannot be made or written.
+        WriteError: the folder cannot be made or written.
     """
     part = file.with_name(file.name + ".part")
     try:
@@ -153,7 +153,7 @@ def whole(file: Path) -> Iterator[Path]:
         yield part
         os.replace(part, file)
     except OSError as error:
-        raise LoraMsError(f"cannot write {file}: {error.strerror or error}") from None
+        raise WriteError(f"cannot write {file}: {error.strerror or error}") from None
     finally:
         part.unlink(missing_ok=True)
 
@@ -166,12 +166,16 @@ def write_json(file: Path, value: object) -> None:
 
 def write_tensors(file: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
     """One safetensors file; metadata defaults to the ``{"format": "pt"}`` that transformers and PEFT look for."""
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     with whole(file) as part:
         # safetensors writes the memory behind a view as it lies, in silence
         tensors = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
-        save_file(tensors, part, metadata={"format": "pt"} if metadata is None else metadata)
+        try:
+            save_file(tensors, part, metadata={"format": "pt"} if metadata is None else metadata)
+        except SafetensorError as error:
+            raise OSError(f"{error}") from None
         part.chmod(0o644)  # safetensors leaves it to the owner alone
 
 

@@ -54,12 +54,12 @@ class ObsMonitor(Section):
 
 
 class EvalCallBack(Section):
-    """Evaluation while training."""
+    """Evaluation while training: as ``do_eval: True``, at these intervals."""
 
     type: Literal["EvalCallBack"] = "EvalCallBack"
+    step_interval: Whole = Field(100, ge=-1)  # optimiser steps, -1 or 0: none
+    epoch_interval: Whole = Field(-1, ge=-1)  # epochs, -1 or 0: none
     eval_func: NoEffect = None
-    step_interval: NoEffect = 100
-    epoch_interval: NoEffect = -1
 
 
 class SummaryMonitor(Section):
@@ -103,7 +103,7 @@ CALLBACKS: dict[str, type[Section]] = {
     "SummaryMonitor": SummaryMonitor,
     "ProfileMonitor": ProfileMonitor,
 }
-NO_EFFECT_CALLBACKS = (ObsMonitor, EvalCallBack, SummaryMonitor, ProfileMonitor)  # their mere presence is reported
+NO_EFFECT_CALLBACKS = (ObsMonitor, SummaryMonitor, ProfileMonitor)  # their mere presence is reported
 
 Callback = Annotated[
     CheckpointMonitor | LossMonitor | ObsMonitor | EvalCallBack | SummaryMonitor | ProfileMonitor,

@@ -5,18 +5,19 @@ and what several keys decide through the properties below.
 """
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic.fields import FieldInfo
 
-from lora_ms.config.callbacks import NO_EFFECT_CALLBACKS, Callback, CheckpointMonitor
+from lora_ms.config.callbacks import NO_EFFECT_CALLBACKS, Callback, CheckpointMonitor, EvalCallBack
 from lora_ms.config.model import Model, PetConfig, Processor
 from lora_ms.config.sections import (
     Context,
     Dataset,
     DatasetTask,
     EvalDataset,
+    Evaluation,
     LrSchedule,
     Metric,
     Optimizer,
@@ -30,6 +31,7 @@ from lora_ms.config.sections import (
 from lora_ms.config.values import NO_EFFECT, Flag, NoEffect, Path, Section, Whole
 from lora_ms.errors import LoraMsError
 
+Kind = TypeVar("Kind", bound=Section)
 RunMode = Literal["finetune", "train", "eval", "predict"]
 DEFAULT_LEARNING_RATE = 1e-4
 
@@ -89,7 +91,9 @@ class RunConfig(Section):
     load_adapter: Path = ""  # PEFT adapter folder to go on from, or to predict with (ours)
     resume_training: Annotated[bool | str, BeforeValidator(_resume)] = False  # True: the newest; or a checkpoint's name
     use_parallel: Flag = False  # one process per card, started by msrun
-    do_eval: Flag = False  # evaluate on eval_dataset after training
+    do_eval: Flag = False  # evaluate on eval_dataset while training, and at its end
+    eval_step_interval: Whole = Field(100, ge=-1)  # optimiser steps between evaluations, -1: none but the last
+    eval_epoch_interval: Whole = Field(-1, ge=-1)  # epochs between them; given alone, it stands for the steps
     allow_other_template: Flag = False  # use an adapter with another chat template than it was trained with (ours)
     data_fill: Annotated[dict[str, str], BeforeValidator(_fill)] = {}  # {{NAME}} in the data -> text (ours)
 
@@ -100,6 +104,7 @@ class RunConfig(Section):
     train_dataset: Dataset = Field(default_factory=Dataset)
     train_dataset_task: DatasetTask = Field(default_factory=DatasetTask)
     eval_dataset: EvalDataset = Field(default_factory=EvalDataset)
+    evaluation: Evaluation = Field(default_factory=Evaluation)
     eval_dataset_task: DatasetTask = Field(default_factory=DatasetTask)
     parallel: Parallel = Field(default_factory=Parallel)
     parallel_config: ParallelConfig = Field(default_factory=ParallelConfig)
@@ -119,8 +124,6 @@ class RunConfig(Section):
     load_ckpt_format: NoEffect = "ckpt"  # seen from the file
     load_ckpt_async: NoEffect = False
     use_legacy: NoEffect = True
-    eval_step_interval: NoEffect = 100
-    eval_epoch_interval: NoEffect = -1
     eval_callbacks: NoEffect = []
     ignore_data_skip: NoEffect = False
     data_skip_steps: NoEffect = None
@@ -158,9 +161,11 @@ class RunConfig(Section):
         return move_pet_config(data) if isinstance(data, dict) else data
 
     @model_validator(mode="after")
-    def _one_checkpoint_monitor(self) -> "RunConfig":
-        if sum(isinstance(callback, CheckpointMonitor) for callback in self.callbacks) > 1:
-            raise ValueError("callbacks: CheckpointMonitor is given twice; keep one")
+    def _one_of_each_callback(self) -> "RunConfig":
+        types = [callback.type for callback in self.callbacks]
+        twice = [name for name in dict.fromkeys(types) if types.count(name) > 1]
+        if twice:
+            raise ValueError(f"callbacks: {twice[0]} is given twice; keep one")
         return self
 
     @property
@@ -202,9 +207,27 @@ class RunConfig(Section):
         return self.runner_wrapper.max_grad_norm if self.runner_wrapper.use_clip_grad else None
 
     @property
+    def evaluates(self) -> bool:
+        """Whether a run evaluates held-out rows: ``do_eval``, an ``EvalCallBack``, or ``validation_split``."""
+        return self.do_eval or self._callback(EvalCallBack) is not None or self.train_dataset.validation_split > 0
+
+    @property
+    def eval_intervals(self) -> tuple[int, int]:
+        """Optimiser steps and epochs between evaluations, 0 for none: ``EvalCallBack``'s, else the top level's."""
+        found = self._callback(EvalCallBack)
+        if found is not None:
+            steps, epochs, given = found.step_interval, found.epoch_interval, "step_interval" in found.model_fields_set
+        else:
+            steps, epochs = self.eval_step_interval, self.eval_epoch_interval
+            given = "eval_step_interval" in self.model_fields_set
+        return (0 if epochs > 0 and not given else max(steps, 0)), max(epochs, 0)
+
+    def _callback(self, kind: type[Kind]) -> Kind | None:
+        return next((callback for callback in self.callbacks if isinstance(callback, kind)), None)
+
+    @property
     def _checkpoint_monitor(self) -> CheckpointMonitor:
-        found = [callback for callback in self.callbacks if isinstance(callback, CheckpointMonitor)]
-        return found[0] if found else CheckpointMonitor()
+        return self._callback(CheckpointMonitor) or CheckpointMonitor()
 
     def notices(self) -> list[str]:
         """One line with all given keys that change nothing here, sorted; no line where there are none."""

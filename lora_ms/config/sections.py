@@ -189,6 +189,15 @@ class EvalDataset(Dataset):
     input_columns: NoEffect = ["input_ids"]
 
 
+class Evaluation(Section):
+    """``evaluation`` (ours): of held-out rows while training, with ``do_eval`` or ``validation_split``."""
+
+    prompts: Texts = []  # answered by the model at each evaluation
+    max_new_tokens: Whole = Field(64, ge=1)  # of such an answer
+    keep_best: Flag = True  # the weights of the lowest evaluation loss, in output_dir/best
+    patience: Whole = Field(0, ge=0)  # evaluations without a better one before the run stops; 0: never
+
+
 class DatasetTask(Section):
     """``train_dataset_task``, ``eval_dataset_task``: a second mention of the dataset."""
 

@@ -99,37 +99,6 @@ class ColumnScaleKernel(nn.Cell):
         return dx, self.matmul(ops.ones((1, x.shape[0]), x.dtype), dout * x).reshape(scale.shape)
 
 
-class DropoutKernel(nn.Cell):
-    """Zeroes each number of x [t, h] with ``probability`` and divides the others by what is left, in training.
-
-    MindSpore's Dropout on the CPU draws in several threads and chooses their number by timing its first calls, so
-    that two runs of one seed differ after a few steps. Here t + h numbers are drawn, by an operator of one thread,
-    and the fractional part of their outer product stands for t * h draws; this is four times as fast, too.
-    """
-
-    def __init__(self, probability: float):
-        super().__init__()
-        self.probability = probability
-        self.native = nn.Dropout(p=probability) if on_ascend() else None
-        # from NumPy's stream, which mindspore.set_seed sets
-        rows, columns = (int(seed) for seed in np.random.randint(1, 2**31 - 1, 2))
-        self.rows, self.columns = ops.UniformReal(rows, 1), ops.UniformReal(columns, 1)
-        self.rows.recompute(False)  # drawn once a step: a block computed again must meet the same zeros
-        self.columns.recompute(False)
-        self.outer = ops.MatMul()
-        self.floor = ops.Floor()
-
-    def construct(self, x: Tensor) -> Tensor:
-        if not self.training or self.probability == 0:
-            return x
-        if self.native is not None:
-            return self.native(x)
-        # factors of 8 to 40: products of many turns, yet exact to 1e-4 of one in float32
-        turns = self.outer(8.0 + 32.0 * self.rows((x.shape[0], 1)), 8.0 + 32.0 * self.columns((1, x.shape[1])))
-        kept = (turns - self.floor(turns) >= self.probability).astype(x.dtype)
-        return x * ops.stop_gradient(kept * (1.0 / (1.0 - self.probability)))
-
-
 class GatedSiLUKernel(nn.Cell):
     """``silu(gate) * up``, with ``silu(z) = z sigmoid(z)``, elementwise."""
 

@@ -13,7 +13,8 @@ from mindspore.common.initializer import HeUniform, Normal, initializer
 from numpy.typing import NDArray
 
 from lora_ms.nn import lowrank
-from lora_ms.nn.kernels import ColumnScaleKernel, DropoutKernel, LowRankKernel
+from lora_ms.nn.draws import DropoutKernel
+from lora_ms.nn.kernels import ColumnScaleKernel, LowRankKernel
 
 
 class LoRADense(nn.Dense):

@@ -4,29 +4,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import mindspore as ms
-import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
+
+from lora_ms.nn.draws import Draws
 
 
 class NoisyEmbedding(nn.Cell):
-    """``embedding(ids) + u`` for ids [t] -> [t, h], u uniform between ``-size`` and ``size`` [].
-
-    Drawn as in ``DropoutKernel``, by operators of one thread, so that the seed alone decides.
-    """
+    """``embedding(ids) + u`` for ids [t] -> [t, h], u uniform between ``-size`` and ``size`` []."""
 
     def __init__(self, embedding: nn.Cell):
         super().__init__(auto_prefix=False)
         self.embedding = embedding
         self.size = Parameter(Tensor(0.0, ms.float32), name="neftune_size", requires_grad=False)
-        rows, columns = (int(seed) for seed in np.random.randint(1, 2**31 - 1, 2))
-        self.rows, self.columns = ops.UniformReal(rows, 1), ops.UniformReal(columns, 1)
-        self.outer = ops.MatMul()
-        self.floor = ops.Floor()
+        self.draws = Draws()
 
     def construct(self, input_ids: Tensor) -> Tensor:
         x = self.embedding(input_ids)
-        turns = self.outer(8.0 + 32.0 * self.rows((x.shape[0], 1)), 8.0 + 32.0 * self.columns((1, x.shape[1])))
-        noise = self.size * (2.0 * (turns - self.floor(turns)) - 1.0)
+        noise = self.size * (2.0 * self.draws(x) - 1.0)
         return x + ops.stop_gradient(noise).astype(x.dtype)
 
 

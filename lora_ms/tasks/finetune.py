@@ -22,7 +22,7 @@ from lora_ms.models.decoder import CausalLM
 from lora_ms.tasks import common, data, evaluate
 from lora_ms.tasks.weights import weights_of
 from lora_ms.train import checkpoint
-from lora_ms.train.fit import fit, mean_loss, plan_store
+from lora_ms.train.fit import fit, plan_store
 from lora_ms.train.log import Tee
 from lora_ms.train.settings import TrainSettings
 
@@ -83,6 +83,10 @@ def settings_of(config: RunConfig, longest: int) -> TrainSettings:
         logging_steps=runner.logging_steps,
         save_steps=config.save_steps,
         keep_checkpoint_max=config.keep_checkpoint_max,
+        eval_steps=config.eval_intervals[0],
+        eval_epochs=config.eval_intervals[1],
+        keep_best=config.evaluation.keep_best,
+        patience=config.evaluation.patience,
         sink_size=runner.sink_size if runner.sink_mode else 1,
         recompute=config.recompute_config.recompute,
         resume=config.resume_training,
@@ -162,14 +166,14 @@ def load_agreeing(path: str, pet: PetConfig, wanted: LoraConfig, model: CausalLM
 def split_off(
     config: RunConfig, store: TokenStore, tokenizer, how: Preparation
 ) -> tuple[TokenStore, TokenStore | None]:
-    """Rows to train on, and rows to evaluate on at the end: ``validation_split``'s, or, with do_eval, eval_dataset's.
+    """Rows to train on, and rows to evaluate on: ``validation_split``'s, or, with do_eval, eval_dataset's.
 
     Raises:
         LoraMsError: nothing remains on one of the sides, or parts of a mixture would be torn.
     """
     share = config.train_dataset.validation_split
     if not share:
-        if not config.do_eval:
+        if not config.evaluates:
             return store, None
         sources = data.sources_of(config.eval_dataset, "eval")
         how = data.preparation(config, config.eval_dataset, how.seq_length, how.vocab_size)
@@ -223,8 +227,11 @@ def run(config: RunConfig) -> None:
             log.to(output_dir / "run.log")  # the first write: data, model and adapter are checked
             if not settings.resume:
                 dump_config(config, str(output_dir / "config.yaml"))
+        evaluator = None
+        if held_out is not None:
+            evaluator = evaluate.evaluator_for(config, model, held_out, tokenizer, how.seq_length, runtime)
         weights = weights_of(model, adapter, tokenizer, ranks)
-        outcome = fit(model, plan, settings, runtime, weights, sizes.vocab_size, dtype, ranks)
+        outcome = fit(model, plan, settings, runtime, weights, sizes.vocab_size, dtype, ranks, evaluator)
         if runtime.is_main and outcome.stopped:
             print(f"stopped after step {outcome.steps:,} of {plan.total_steps:,}, and saved")
             print("to go on, give the same command with --resume_training True")
@@ -232,10 +239,11 @@ def run(config: RunConfig) -> None:
             done = (
                 f"loss {outcome.first_loss:.4f} -> {outcome.last_loss:.4f} in" if outcome.losses else "nothing left of"
             )
+            if outcome.reason:
+                print(f"stopped early: {outcome.reason}")
             print(f"{done} {outcome.steps:,} steps")
-            if held_out is not None:
-                held_plan = evaluate.plan_of(config, held_out, tokenizer, how.seq_length)
-                print(f"held-out rows: {evaluate.line(*mean_loss(model, held_plan, sizes.vocab_size))}")
+            if held_out is not None and settings.keep_best:
+                print(f"weights of the best evaluation: {output_dir / checkpoint.BEST}")
             print(f"{weights.folder}: {output_dir / weights.folder}   loss plot: {output_dir / 'loss.png'}")
     if outcome.stopped:
         sys.exit(130)

@@ -8,7 +8,7 @@ from lora_ms.adapters.config import LoraConfig
 from lora_ms.adapters.peft_format import restore_adapter, save_adapter
 from lora_ms.models import hub
 from lora_ms.models.decoder import CausalLM
-from lora_ms.train.fit import Weights
+from lora_ms.train.checkpoint import Weights
 
 PLAIN = "adapter_lora"  # beside adapter/: what an AdaLoRA run reached, as LoRA
 SCHEDULE = ("target_rank", "tinit", "tfinal", "delta_t", "beta1", "beta2", "orth_reg_weight", "total_steps")

@@ -3,17 +3,71 @@
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-from mindspore import Tensor
-
 from lora_ms import storage
-from lora_ms.errors import LoraMsError
+from lora_ms.errors import LoraMsError, WriteError
 from lora_ms.train.optim import FlatAdamW
 
 OPTIMIZER = "optimizer.safetensors"
 STATE = "trainer_state.json"
+PART, OLD = ".part", ".old"  # ends of names: a folder that is being written, one that is being replaced
+BEST = "best"  # under output_dir: the weights of the lowest evaluation loss
+
+
+FOLDERS = ("adapter", "model")  # under output_dir: what was trained, an adapter or all parameters
+
+
+@dataclass(frozen=True)
+class Weights:
+    """How the trained weights go to and come from a directory."""
+
+    folder: str  # one of FOLDERS
+    write: Callable[[Path], None]
+    read: Callable[[Path], None]
+    identity: Mapping[str, object]  # what decides how the weights are used, such as lora_alpha
+    finish: Callable[[Path], None] | None = (
+        None  # writes them at the end of the run, where that is not as in a checkpoint
+    )
+
+
+def replace_folder(part: Path, final: Path) -> None:
+    """Puts the finished folder ``part`` where ``final`` is or is not; what it holds lasts from then on.
+
+    Killed in between, ``recover_folders`` finishes it.
+    """
+    for file in part.iterdir():
+        with open(file, "rb") as stream:
+            os.fsync(stream.fileno())
+    old = final.with_name(final.name + OLD)
+    if final.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(final, old)
+    os.replace(part, final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_folder(folder: Path) -> None:
+    """Removes ``folder``, which is never seen in part."""
+    gone = folder.with_name(folder.name + PART)
+    shutil.rmtree(gone, ignore_errors=True)
+    os.replace(folder, gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def recover_folders(parent: Path, names: str) -> None:
+    """Clears up what a killed run has left half done of folders ``names`` (a glob): parts go, and a folder put aside
+    comes back."""
+    for folder in parent.glob(f"{names}{OLD}"):
+        final = folder.with_name(folder.name.removesuffix(OLD))
+        if final.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+        else:
+            os.replace(folder, final)
+    for part in parent.glob(f"{names}{PART}"):
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def _number(path: Path) -> int:
@@ -21,34 +75,69 @@ def _number(path: Path) -> int:
     return int(found.group(1)) if found else -1
 
 
+def folder_of(output_dir: Path) -> Path:
+    """Where a run's checkpoints are."""
+    return output_dir / "checkpoints"
+
+
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """Finished checkpoints of a run, oldest first."""
-    folder = output_dir / "checkpoints"
-    found = [path for path in folder.glob("step_*") if _number(path) >= 0 and (path / STATE).is_file()]
+    found = [path for path in folder_of(output_dir).glob("step_*") if _number(path) >= 0 and (path / STATE).is_file()]
     return sorted(found, key=_number)
+
+
+def recover(output_dir: Path) -> None:
+    """Clears up what a run that was killed while it saved has left half done."""
+    recover_folders(folder_of(output_dir), "step_*")
+    for name in (BEST, *FOLDERS):
+        recover_folders(output_dir, name)
+
+
+def put(final: Path, fill: Callable[[Path], None]) -> None:
+    """Makes folder ``final``, or replaces it, by what ``fill`` writes; it is never seen in part.
+
+    Raises:
+        WriteError: it cannot be written; what stood there before is as it was.
+    """
+    part = final.with_name(final.name + PART)
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        fill(part)
+        replace_folder(part, final)
+    except OSError as error:
+        raise WriteError(f"cannot write {final}: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def save(
     output_dir: Path, step: int, optimizer: FlatAdamW, state: dict, write_weights: Callable[[Path], None], keep: int
 ) -> Path:
-    """Writes ``checkpoints/step_N`` and removes the oldest beyond ``keep``; returns its path."""
-    final = output_dir / "checkpoints" / f"step_{step}"
-    part = final.with_name(final.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    write_weights(part)
-    storage.write_tensors(part / OPTIMIZER, {name: p.asnumpy().reshape(-1) for name, p in optimizer.state().items()})
-    storage.write_json(part / STATE, {"step": step, **state})
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(part, final)
+    """Writes ``checkpoints/step_N`` and removes the oldest beyond ``keep``; returns its path.
+
+    Raises:
+        WriteError: it cannot be written; the earlier ones are as they were.
+    """
+
+    def fill(part: Path) -> None:
+        write_weights(part)
+        tensors = {name: p.asnumpy().reshape(-1) for name, p in optimizer.state().items()}
+        storage.write_tensors(part / OPTIMIZER, tensors)
+        storage.write_json(part / STATE, {"step": step, **state})
+
+    final = folder_of(output_dir) / f"step_{step}"
+    put(final, fill)
     for old in list_checkpoints(output_dir)[: -max(keep, 1)]:
-        shutil.rmtree(old)
+        remove_folder(old)
     return final
 
 
 def clear(output_dir: Path) -> list[str]:
     """Removes the checkpoints of an earlier run, among which a new one would lose its own; returns their names."""
     old = [path.name for path in list_checkpoints(output_dir)]
-    shutil.rmtree(output_dir / "checkpoints", ignore_errors=True)
+    shutil.rmtree(folder_of(output_dir), ignore_errors=True)
+    shutil.rmtree(output_dir / BEST, ignore_errors=True)
     return old
 
 
@@ -63,22 +152,22 @@ def find(output_dir: Path, resume: bool | str) -> Path:
     if not chosen:
         names = ", ".join(path.name for path in checkpoints) or "none"
         wanted = "to resume from" if resume is True else f"named {resume}"
-        raise LoraMsError(f"{output_dir / 'checkpoints'}: no checkpoint {wanted}; there are: {names}")
+        raise LoraMsError(f"{folder_of(output_dir)}: no checkpoint {wanted}; there are: {names}")
     return chosen[-1]
 
 
-def load_optimizer(path: Path, optimizer: FlatAdamW, state: dict) -> int:
-    """Restores the optimiser from checkpoint ``path`` and returns the number of steps done.
+def load(path: Path, optimizer: FlatAdamW, fingerprint: dict) -> dict:
+    """Restores the optimiser from checkpoint ``path``; returns what else was saved, ``step`` among it.
 
     Raises:
         LoraMsError: the checkpoint is of a run with other settings; each difference is listed.
     """
     stored = storage.read_json(path / STATE)
-    faults = [f"{key}: {stored.get(key)} there, {here} here" for key, here in state.items() if stored.get(key) != here]
+    faults = [
+        f"{key}: {stored.get(key)} there, {here} here" for key, here in fingerprint.items() if stored.get(key) != here
+    ]
     if faults:
         raise LoraMsError(f"{path}: made by a run with other settings: {'; '.join(faults)}")
     entries = storage.read_header(path / OPTIMIZER)
-    for name, parameter in optimizer.state().items():
-        value = storage.read(entries[name], "float32").reshape(parameter.shape)
-        parameter.set_data(Tensor.from_numpy(value))
-    return stored["step"]
+    optimizer.restore({name: storage.read(entry, "float32") for name, entry in entries.items()})
+    return stored

@@ -1,12 +1,10 @@
 """From rows to a trained model on disk: what the command line and the Python API share."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 
 import mindspore as ms
-from mindspore import Tensor, nn
+from mindspore import nn
 
 from lora_ms import storage
 from lora_ms.data.formats import Row
@@ -18,24 +16,14 @@ from lora_ms.data.store import TokenStore
 from lora_ms.data.tokenizer import pad_id
 from lora_ms.runtime import Runtime, barrier
 from lora_ms.train import checkpoint
-from lora_ms.train.loop import Companion, Outcome, Run
+from lora_ms.train.callbacks import Companion, EarlyStopping, TrainerCallback
+from lora_ms.train.checkpoint import Weights
+from lora_ms.train.evaluation import Evaluator
+from lora_ms.train.loop import Outcome, Run
+from lora_ms.train.report import Reporter
 from lora_ms.train.settings import TrainSettings
-from lora_ms.train.step import SummedLoss
 
 DATA_REPORT = "data_report.json"
-
-
-@dataclass(frozen=True)
-class Weights:
-    """How the trained weights go to and come from a directory."""
-
-    folder: str  # under output_dir: "adapter", or "model" where all parameters train
-    write: Callable[[Path], None]
-    read: Callable[[Path], None]
-    identity: Mapping[str, object]  # what decides how the weights are used, such as lora_alpha
-    finish: Callable[[Path], None] | None = (
-        None  # writes them at the end of the run, where that is not as in a checkpoint
-    )
 
 
 def plan_rows(rows: Iterable[Row], tokenizer, settings: TrainSettings, runtime: Runtime, vocab_size: int) -> DataPlan:
@@ -84,19 +72,6 @@ def plan_store(
     return plan
 
 
-def mean_loss(model: nn.Cell, plan: DataPlan, vocab_size: int) -> tuple[float, int]:
-    """Mean cross-entropy, in nats, of all label tokens of one pass over a plan's rows, and their number."""
-    training = model.training
-    loss = SummedLoss(model, vocab_size).set_train(False)
-    total, tokens = 0.0, 0
-    for step in range(plan.steps_per_epoch):
-        batches, label_tokens = plan.step(step)
-        total += sum(float(loss(*map(Tensor, batch[:4])).asnumpy()) for batch in batches)
-        tokens += label_tokens
-    model.set_train(training)
-    return total / tokens, tokens
-
-
 def fit(
     model: nn.Cell,
     plan: DataPlan,
@@ -106,33 +81,41 @@ def fit(
     vocab_size: int,
     dtype: ms.Type,
     companion: Companion | None = None,
+    evaluator: Evaluator | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> Outcome:
     """Trains the trainable parameters of ``model`` and writes them; prints what it does.
 
     Raises:
         LoraMsError: nothing to train, a loss that is not finite, or a checkpoint that does not fit.
     """
-    half = dtype == ms.float16
-    run = Run(model, plan, settings, runtime, vocab_size, half, weights.write, weights.identity, companion)
-    start = 0
-    if not settings.resume and runtime.is_main:
-        old = checkpoint.clear(settings.output_dir)
+    half, output_dir = dtype == ms.float16, settings.output_dir
+    looking_on: list[TrainerCallback] = [Reporter(settings.logging_steps)]
+    if settings.patience:
+        looking_on.append(EarlyStopping(settings.patience))
+    looking_on += callbacks
+    run = Run(model, plan, settings, runtime, vocab_size, half, weights, companion, evaluator, looking_on)
+    if runtime.is_main:
+        checkpoint.recover(output_dir)
+    if runtime.world > 1:
+        barrier()
+    if settings.resume:
+        run.restore(checkpoint.find(output_dir, settings.resume))
+    elif runtime.is_main:
+        old = checkpoint.clear(output_dir)
         if old:
             print(f"removed the checkpoints of an earlier run: {', '.join(old)}")
-    if settings.resume:
-        path = checkpoint.find(settings.output_dir, settings.resume)
-        start = checkpoint.load_optimizer(path, run.optimizer, run.fingerprint())
-        weights.read(path)
+    start = run.state.step
     if runtime.is_main:
-        storage.write_json(settings.output_dir / DATA_REPORT, plan.reports)
+        storage.write_json(output_dir / DATA_REPORT, plan.reports)
         print(
             f"training: {plan.total_steps:,} steps of {plan.per_step} rows, "
             f"{plan.steps_per_epoch:,} an epoch" + (f", from step {start:,}" if start else "")
         )
         print("compiling the training step, which takes a while the first time …", flush=True)
-    outcome = run.train(start)
+    outcome = run.train()
     if runtime.is_main and not outcome.stopped:
-        (weights.finish or weights.write)(settings.output_dir / weights.folder)
+        checkpoint.put(output_dir / weights.folder, weights.finish or weights.write)
     if runtime.world > 1:
         barrier()
     return outcome

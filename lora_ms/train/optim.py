@@ -1,11 +1,12 @@
 """Learning-rate schedules, and AdamW on one flat vector."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
+from numpy.typing import NDArray
 
 from lora_ms.nn.lora_embedding import LoRAEmbedding
 
@@ -110,6 +111,11 @@ class FlatAdamW(nn.Cell):
             "good_steps": self.good_steps,
             **({} if self.observer is None else self.observer.state()),
         }
+
+    def restore(self, values: Mapping[str, NDArray[np.float32]]) -> None:
+        """Takes back what ``state`` named, flat."""
+        for name, parameter in self.state().items():
+            parameter.set_data(Tensor.from_numpy(values[name].reshape(parameter.shape)))
 
     def flatten(self, tensors: tuple) -> Tensor:
         """One vector [n] of tensors in the order of ``params``."""

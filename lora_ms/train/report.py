@@ -2,53 +2,48 @@
 
 import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from lora_ms import storage
+from lora_ms.errors import WriteError
+from lora_ms.train.callbacks import Evaluation, Record, RunState, TrainerCallback
 
 METRICS = "metrics.jsonl"
-
-
-@dataclass(frozen=True)
-class Record:
-    """One optimiser step."""
-
-    step: int  # from 1
-    epoch: float
-    loss: float  # nats per label token
-    grad_norm: float | None  # before clipping; None where it overflowed in float16 and the step was left out
-    learning_rate: float
-    tokens: int  # without padding, on this rank
-    label_tokens: int  # on all ranks
-    tokens_per_second: float
-    step_time_s: float
-    wait_share: float  # of the step's time, spent waiting for data
-    peak_memory_mb: float
 
 
 class Metrics:
     """``metrics.jsonl``: one record a line, in order; the lines after ``start`` of a resumed run are dropped."""
 
     def __init__(self, path: Path, start: int):
-        self.path = path
+        self.path, self.full = path, False
         kept = [r for r in read_metrics(path) if r["step"] <= start] if start and path.is_file() else []
         with storage.whole(path) as part:
-            part.write_text("".join(json.dumps(r) + "\n" for r in kept))
-        self.stream = open(path, "a", buffering=1)  # a line at a time, so that a stopped run has its records
+            part.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
+        # a line at a time, so that a stopped run has its records
+        self.stream = open(path, "a", buffering=1, encoding="utf-8")
 
-    def write(self, record: Record) -> None:
-        """Appends one record."""
-        self.stream.write(json.dumps(asdict(record)) + "\n")
+    def write(self, record: Record | Evaluation) -> None:
+        """Appends one record; on a full disk, says so once and goes on."""
+        try:
+            self.stream.write(json.dumps(asdict(record), ensure_ascii=False) + "\n")
+        except OSError as error:
+            if not self.full:
+                print(f"warning: cannot write {self.path}: {error.strerror}; records from here on may be missing")
+            self.full = True
 
     def close(self) -> None:
         """No more records."""
-        self.stream.close()
+        try:
+            self.stream.close()
+        except OSError:  # the same full disk
+            pass
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """Records of a ``metrics.jsonl``."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """Records of a ``metrics.jsonl``; the last line of a killed run may be cut, and is left out then."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("}\n")]
 
 
 class Progress:
@@ -64,15 +59,36 @@ class Progress:
 
     def show(self, record: Record, logged: bool) -> None:
         """One step is done; ``logged``: it is among those to print where there is no bar."""
-        numbers = f"loss {record.loss:.4f}  {record.tokens_per_second:,.0f} tok/s"
+        loss = "overflow" if record.loss is None else f"{record.loss:.4f}"
+        numbers = f"loss {loss}  {record.tokens_per_second:,.0f} tok/s"
         if self.bar is not None:
             self.bar.set_description_str(numbers, refresh=False)
             self.bar.update(record.step - self.bar.n)
         elif logged:
-            width = len(str(self.total))
             norm = "overflow" if record.grad_norm is None else f"{record.grad_norm:.2f}"
             rest = f"lr {record.learning_rate:.2e}  norm {norm}"
-            print(f"step {record.step:{width}}/{self.total}  epoch {record.epoch:.2f}  {numbers}  {rest}", flush=True)
+            print(f"{self.step(record.step)}  epoch {record.epoch:.2f}  {numbers}  {rest}", flush=True)
+
+    def step(self, step: int) -> str:
+        """``step  7/100``."""
+        return f"step {step:{len(str(self.total))}}/{self.total}"
+
+    def lines(self, *lines: str) -> None:
+        """Prints above the bar."""
+        if self.bar is None:
+            print(*lines, sep="\n", flush=True)
+        else:
+            self.bar.write("\n".join(lines))
+
+    def evaluated(self, e: Evaluation) -> None:
+        """An evaluation is done."""
+        scores = f"eval loss {e.eval_loss:.4f}  perplexity {e.eval_perplexity:.2f}  accuracy {e.eval_accuracy:.1%}"
+        answers = [
+            f"  {sign} {' '.join(text.split())}"
+            for sample in e.samples
+            for sign, text in ((">", sample["prompt"]), (" ", sample["answer"]))
+        ]
+        self.lines(f"{self.step(e.step)}  {scores}{'  (best so far)' if e.best else ''}", *answers)
 
     def close(self) -> None:
         """Leaves the terminal on a new line."""
@@ -80,30 +96,39 @@ class Progress:
             self.bar.close()
 
 
-class Reporter:
-    """Progress and metrics of a run; does nothing where ``active`` is False (all ranks but the first)."""
+class Reporter(TrainerCallback):
+    """Progress and metrics of a run, on the main rank."""
 
-    def __init__(self, output_dir: Path, start: int, total: int, logging_steps: int, active: bool):
-        self.output_dir, self.total, self.logging_steps = output_dir, total, logging_steps
-        self.parts = (Metrics(output_dir / METRICS, start), Progress(start, total)) if active else None
+    def __init__(self, logging_steps: int):
+        self.logging_steps = logging_steps
 
-    def show(self, record: Record) -> None:
-        """One step is done."""
-        if self.parts is not None:
-            metrics, progress = self.parts
-            logged = record.step % self.logging_steps == 0 or record.step == self.total
-            progress.show(record, logged)
+    def on_train_begin(self, state: RunState) -> None:
+        if state.is_main:
+            self.metrics = Metrics(state.output_dir / METRICS, state.step)
+            self.progress = Progress(state.step, state.total_steps)
+
+    def on_step_end(self, state: RunState, record: Record) -> None:
+        if state.is_main:
+            logged = record.step % self.logging_steps == 0 or record.step == state.total_steps
+            self.progress.show(record, logged)
             if logged:
-                metrics.write(record)
+                self.metrics.write(record)
 
-    def close(self) -> None:
-        """The run has ended; draws the plot."""
-        if self.parts is not None:
-            for part in self.parts:
-                part.close()
-            records = read_metrics(self.output_dir / METRICS)
-            if records:
-                plot_loss(records, self.output_dir / "loss.png")
+    def on_evaluate(self, state: RunState, evaluation: Evaluation) -> None:
+        if state.is_main:
+            self.progress.evaluated(evaluation)
+            self.metrics.write(evaluation)
+
+    def on_train_end(self, state: RunState) -> None:
+        if state.is_main:
+            self.progress.close()
+            self.metrics.close()
+            records = read_metrics(state.output_dir / METRICS)
+            if any("loss" in r for r in records):
+                try:
+                    plot_loss(records, state.output_dir / "loss.png")
+                except WriteError as error:
+                    print(f"warning: {error}")
 
 
 def plot_loss(records: list[dict], path: Path) -> None:
@@ -113,6 +138,7 @@ def plot_loss(records: list[dict], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    records = [r for r in records if r.get("loss") is not None]
     steps, losses = [r["step"] for r in records], [r["loss"] for r in records]
     reach = len(losses) // 40  # steps to either side that the mean takes in
     around = [losses[max(0, i - reach) : i + reach + 1] for i in range(len(losses))]

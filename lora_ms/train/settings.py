@@ -5,6 +5,11 @@ from pathlib import Path
 
 from lora_ms.data.packing import Kind
 
+DECIDING = (  # a run's numbers, besides the data and what follows from it
+    "seed shuffle learning_rate lr_kind lr_end betas eps weight_decay max_grad_norm loraplus_lr_ratio "
+    "loraplus_lr_embedding neftune_noise_alpha loss_scale dynamic_scale scale_window scale_factor"
+).split()
+
 
 @dataclass(frozen=True)
 class TrainSettings:
@@ -41,9 +46,18 @@ class TrainSettings:
     logging_steps: int = 1
     save_steps: int = 0  # optimiser steps between checkpoints; 0: none before the end; -1: an epoch
     keep_checkpoint_max: int = 5
+    eval_steps: int = 0  # optimiser steps between evaluations; 0: one at the end; -1: an epoch
+    eval_epochs: int = 0  # epochs between evaluations; 0: none but those of eval_steps
+    keep_best: bool = True  # the weights of the lowest evaluation loss, in output_dir/best
+    patience: int = 0  # evaluations without a better one before the run stops; 0: never
     sink_size: int = 1  # optimiser steps between two reads of the loss from the device
     recompute: bool = False
     resume: bool | str = False  # True: from the newest checkpoint; or a checkpoint's name
+
+    def identity(self) -> dict[str, object]:
+        """What a resumed run must share; tuples as lists, as JSON returns them."""
+        values = {name: getattr(self, name) for name in DECIDING}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     @property
     def layout(self) -> Kind:

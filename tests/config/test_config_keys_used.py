@@ -16,6 +16,11 @@ DECIDES = {
     "lr_schedule.type": "kind",
     "eval_dataset.batch_size": "eval_batch_size",
     "callbacks.CheckpointMonitor.save_checkpoint_steps": "save_steps",
+    "do_eval": "evaluates",
+    "eval_step_interval": "eval_intervals",
+    "eval_epoch_interval": "eval_intervals",
+    "callbacks.EvalCallBack.step_interval": "eval_intervals",
+    "callbacks.EvalCallBack.epoch_interval": "eval_intervals",
     "runner_wrapper.use_clip_grad": "max_grad_norm",
 }
 # keys of which every accepted value means the same, and the one on which the command line itself decides

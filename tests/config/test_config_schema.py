@@ -299,7 +299,9 @@ def test_notice_names_a_key_without_effect(path):
     if section.startswith("callbacks."):
         kind = section.removeprefix("callbacks.")
         config = options(f"callbacks=[{{type: {kind}, {key}: given}}]")
-        named = path if kind in ("CheckpointMonitor", "MFLossMonitor") else section  # the others are idle as a whole
+        named = (
+            path if kind in ("CheckpointMonitor", "MFLossMonitor", "EvalCallBack") else section
+        )  # the others are idle as a whole
     else:
         config, named = options(f"{path}=given"), path
     assert config.notices() == [f"no effect here: {named}"]

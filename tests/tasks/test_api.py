@@ -65,7 +65,7 @@ def test_checkpoints_of_an_earlier_run_do_not_mix_with_a_new_one(model, rows_fil
     assert [path.name for path in list_checkpoints(out)] == ["step_2"]
     assert "removed the checkpoints of an earlier run: step_4" in capsys.readouterr().out
     # a run with other targets, or with another alpha, does not go on from it
-    more = ("--resume_training", "True", "--max_steps", 4, *every)
+    more = ("--resume_training", "True", "--max_steps", 4, "--lr_schedule.total_steps", 2, *every)
     for key, value in (("target_modules", "[q_proj]"), ("lora_alpha", 3)):
         assert finetune(model, rows_file, out, *more, f"--pet_config.{key}", value) == 2
         assert "made by a run with other settings: " in capsys.readouterr().err

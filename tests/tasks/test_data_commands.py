@@ -107,7 +107,10 @@ def test_a_mixture_and_an_eval_file(words, tmp_path, text_model, rows_file, caps
     ]  # fmt: skip
     assert cli.main(arguments) == 0
     printed = capsys.readouterr().out
-    assert printed.count("data: ") == 2 and "held-out rows: loss " in printed
+    assert printed.count("data: ") == 2 and "step 4/4  eval loss " in printed
+    assert sorted(path.name for path in (out / "best").glob("adapter_*")) == [
+        "adapter_config.json", "adapter_model.safetensors",
+    ]  # fmt: skip
     reports = json.loads((out / "data_report.json").read_text())
     assert [report["rows"] for report in reports] == [8, 2]
     assert cli.main([*arguments, "--options", "train_dataset.validation_split=0.5"]) == 2
@@ -119,4 +122,4 @@ def test_held_out_rows(words, tmp_path, rows_file, capsys, graph_mode):
     arguments += ["--output_dir", str(tmp_path / "out"), "--options", "train_dataset.validation_split=0.25"]
     assert cli.main(["finetune", *arguments, "--pet_config.target_modules", "q_proj"]) == 0
     printed = capsys.readouterr().out
-    assert "training: 1 steps of 1 rows, 6 an epoch" in printed and "held-out rows: loss " in printed
+    assert "training: 1 steps of 1 rows, 6 an epoch" in printed and "step 1/1  eval loss " in printed

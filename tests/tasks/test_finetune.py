@@ -206,7 +206,9 @@ def test_eval(done, text_model, rows_file, capsys):
     words = ["--load_checkpoint", text_model, "--eval_dataset_dir", rows_file, "--seq_length", "16"]
     lora_ms("eval", *words, "--load_adapter", done / "adapter", "--batch_size", "8")
     line = capsys.readouterr().out.splitlines()[-1]
-    loss, perplexity, tokens = re.fullmatch(r"loss (\S+)  perplexity (\S+)  on (\d+) label tokens", line).groups()
+    form = r"loss (\S+)  perplexity (\S+)  accuracy (\S+)%  on (\d+) label tokens"
+    loss, perplexity, accuracy, tokens = re.fullmatch(form, line).groups()
+    assert 0 <= float(accuracy) <= 100
     assert int(tokens) == sum(record["label_tokens"] for record in records(done))
     assert float(perplexity) == pytest.approx(np.exp(float(loss)), rel=1e-4)
     seen = sum(record["loss"] * record["label_tokens"] for record in records(done)) / int(tokens)

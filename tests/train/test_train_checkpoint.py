@@ -83,7 +83,7 @@ def test_the_optimiser_comes_back_bit_for_bit(tmp_path):
     assert json.loads((path / checkpoint.STATE).read_text()) == {"step": 5, **STATE}
     assert sorted(p.name for p in path.iterdir()) == ["optimizer.safetensors", "trainer_state.json", "weights"]
     wanted, found = optimizer(seed=1).state(), optimizer()
-    assert checkpoint.load_optimizer(path, found, STATE) == 5
+    assert checkpoint.load(path, found, STATE) == {"step": 5, **STATE}
     assert sorted(found.state()) == ["count", "exp_avg", "exp_avg_sq", "good_steps", "loss_scale"]
     for name, parameter in found.state().items():
         assert parameter.shape == wanted[name].shape and parameter.dtype == ms.float32
@@ -97,7 +97,7 @@ def test_the_optimiser_comes_back_bit_for_bit(tmp_path):
 def test_every_setting_that_differs_is_listed(tmp_path):
     path = save(tmp_path, 5)
     with pytest.raises(LoraMsError) as caught:
-        checkpoint.load_optimizer(path, optimizer(), STATE | {"rows": 50, "seed": 8})
+        checkpoint.load(path, optimizer(), STATE | {"rows": 50, "seed": 8})
     differences = "rows: 48 there, 50 here; seed: 7 there, 8 here"
     assert str(caught.value) == f"{path}: made by a run with other settings: {differences}"
 

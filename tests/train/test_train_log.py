@@ -6,8 +6,9 @@ import sys
 import pytest
 
 from lora_ms.errors import LoraMsError
+from lora_ms.train.callbacks import Record
 from lora_ms.train.log import Tee
-from lora_ms.train.report import Metrics, Progress, Record, plot_loss, read_metrics
+from lora_ms.train.report import Metrics, Progress, plot_loss, read_metrics
 
 
 def test_what_is_printed_goes_to_the_file_too(tmp_path, capsys):

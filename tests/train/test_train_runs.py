@@ -161,7 +161,8 @@ def test_other_settings_do_not_resume(resumed_run, train, tmp_path):
         train(tmp_path / "run", batch_size=4, seed=8, resume=True)
     path = tmp_path / "run" / "checkpoints" / "step_6"
     assert str(caught.value) == (
-        f"{path}: made by a run with other settings: rows_per_step: 8 there, 4 here; seed: 7 there, 8 here"
+        f"{path}: made by a run with other settings: rows_per_step: 8 there, 4 here; seed: 7 there, 8 here; "
+        "schedule_steps: 6 there, 12 here"
     )
     with pytest.raises(LoraMsError) as caught:
         train(tmp_path / "run", resume="step_3")
@@ -185,7 +186,8 @@ def test_a_loss_that_is_no_number_stops_the_run(train, tmp_path, rows):
     with pytest.raises(LoraMsError) as caught:
         train(tmp_path, name="deepseek_r1_qwen", prepare=poison, data=data, batch_size=2, shuffle=False, save_steps=2)
     assert str(caught.value) == (
-        "the loss of step 2 (rows row 2, row 3) is nan; no weight was changed by it: lower the learning rate"
+        "the loss of step 2 (rows row 2, row 3) is nan; no weight was changed by it: "
+        "lower the learning rate, or look at these rows"
     )
     assert [p.name for p in adapter.iterdir()] == ["adapter_config.json"] and adapter.stat().st_mtime_ns == times
     assert (adapter / "adapter_config.json").read_text() == "the last run's"

@@ -1,0 +1,105 @@
+"""Random numbers in the graph, and dropout by them.
+
+t + h uniform numbers are drawn, and the fractional part of their outer product stands for t * h draws. MindSpore's own
+Dropout on the CPU draws in several threads and chooses their number by timing its first calls, so that two runs of one
+seed differ after a few steps; it is four times slower, too.
+"""
+
+import numpy as np
+from mindspore import Parameter, Tensor, nn, ops
+
+
+class Draws(nn.Cell):
+    """Uniform numbers in [0, 1), [t, h] for x [t, h].
+
+    By themselves they go on from call to call. A training loop, whose runs must be resumable, lets them ``follow`` a
+    table instead, which it fills anew for every micro-batch.
+    """
+
+    def __init__(self):
+        super().__init__()
+        # from NumPy's stream, which mindspore.set_seed sets
+        rows, columns = (int(seed) for seed in np.random.randint(1, 2**31 - 1, 2))
+        self.rows, self.columns = ops.UniformReal(rows, 1), ops.UniformReal(columns, 1)
+        self.rows.recompute(False)  # drawn once a step: a block computed again must meet the same zeros
+        self.columns.recompute(False)
+        self.outer = ops.MatMul()
+        self.floor = ops.Floor()
+        self.followed, self.number, self.split = False, 0, 0
+        self.first = 0  # number of the first column, where a layer holds a part of them
+
+    def follow(self, table: Parameter, number: int, split: int) -> None:
+        """Takes its numbers from row ``number`` of ``table``: those of x's rows from the first column on, those of its
+        columns from column ``split`` on."""
+        self.followed, self.number, self.split = True, number, split
+        self.table = table
+
+    def leave(self) -> None:
+        """Draws by itself again."""
+        if self.followed:
+            self.followed = False
+            del self.table
+
+    def construct(self, x: Tensor) -> Tensor:
+        if self.followed:
+            start = self.split + self.first
+            rows = self.table[self.number, : x.shape[0]].reshape((-1, 1))
+            columns = self.table[self.number, start : start + x.shape[1]].reshape((1, -1))
+        else:
+            rows, columns = self.rows((x.shape[0], 1)), self.columns((1, x.shape[1]))
+        # factors of 8 to 40: products of many turns, yet exact to 1e-4 of one in float32
+        turns = self.outer(8.0 + 32.0 * rows, 8.0 + 32.0 * columns)
+        return turns - self.floor(turns)
+
+
+class DropoutKernel(nn.Cell):
+    """Zeroes each number of x [t, h] with ``probability`` and divides the others by what is left, in training."""
+
+    def __init__(self, probability: float):
+        super().__init__()
+        self.probability = probability
+        self.draws = Draws()
+
+    def construct(self, x: Tensor) -> Tensor:
+        if not self.training or self.probability == 0:
+            return x
+        kept = (self.draws(x) >= self.probability).astype(x.dtype)
+        return x * ops.stop_gradient(kept * (1.0 / (1.0 - self.probability)))
+
+
+class DrawTable:
+    """The numbers of all ``Draws`` of a model in training, as a function of seed, step and micro-batch.
+
+    Args:
+        draws: those that take part.
+        rows: most rows of x, in tokens.
+        columns: most columns of x, all parts together.
+    """
+
+    def __init__(self, draws: list[Draws], rows: int, columns: int, seed: int):
+        self.draws, self.seed = draws, seed
+        self.table = Parameter(Tensor(np.zeros((len(draws), rows + columns), np.float32)), "draws", requires_grad=False)
+        self.put = _Put(self.table)
+        for number, one in enumerate(draws):
+            one.follow(self.table, number, rows)
+
+    def fill(self, step: int, batch: int) -> None:
+        """For micro-batch ``batch`` (of all ranks') of optimiser step ``step``."""
+        rng = np.random.default_rng((self.seed, step, batch))
+        self.put(Tensor(rng.random(self.table.shape, np.float32)))
+
+    def close(self) -> None:
+        """The draws go on by themselves."""
+        for one in self.draws:
+            one.leave()
+
+
+class _Put(nn.Cell):
+    """Assigns the table, in a graph of its own: in one with the model, some of its reads may come before."""
+
+    def __init__(self, table: Parameter):
+        super().__init__()
+        self.table = table
+
+    def construct(self, numbers: Tensor) -> Tensor:
+        return ops.assign(self.table, numbers)

@@ -1,0 +1,101 @@
+"""What may look on while a model trains, and stop it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from mindspore import Parameter, nn
+
+
+@dataclass(frozen=True)
+class Record:
+    """One optimiser step."""
+
+    step: int  # from 1
+    epoch: float
+    loss: float | None  # nats per label token; None where it overflowed in float16
+    grad_norm: float | None  # before clipping; None where it overflowed in float16 and the step was left out
+    learning_rate: float
+    tokens: int  # without padding, on this rank
+    label_tokens: int  # on all ranks
+    tokens_per_second: float
+    step_time_s: float
+    wait_share: float  # of the step's time, spent waiting for data
+    peak_memory_mb: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation, after optimiser step ``step``."""
+
+    step: int
+    epoch: float
+    eval_loss: float  # nats per label token
+    eval_perplexity: float
+    eval_accuracy: float  # share of the label tokens that have the highest logit
+    eval_label_tokens: int
+    eval_time_s: float
+    samples: list[dict[str, str]] = field(default_factory=list)  # prompt and answer of each
+    best: bool = False  # lower than every loss before
+
+
+@dataclass
+class RunState:
+    """What a run has come to; ``stop`` ends it after the step under way."""
+
+    model: nn.Cell
+    output_dir: Path
+    total_steps: int
+    is_main: bool  # whether this is the first of the run's processes
+    step: int = 0  # optimiser steps that are done
+    reason: str = ""  # why the run is to end before its last step
+    best_step: int = 0  # of the lowest evaluation loss; 0: none yet
+    best_loss: float | None = None
+    worse: int = 0  # evaluations since
+
+    def stop(self, reason: str) -> None:
+        """Ends the run as if this were its last step."""
+        self.reason = self.reason or reason
+
+
+class TrainerCallback:
+    """Called at the points of a run; all methods do nothing until overridden. Every process of a run has its own."""
+
+    def on_train_begin(self, state: RunState) -> None:
+        """Before the first step; ``state.step`` is above 0 in a resumed run."""
+
+    def on_step_end(self, state: RunState, record: Record) -> None:
+        """The numbers of an optimiser step have come from the device."""
+
+    def on_evaluate(self, state: RunState, evaluation: Evaluation) -> None:
+        """The held-out rows have been evaluated."""
+
+    def on_save(self, state: RunState, path: Path) -> None:
+        """Checkpoint ``path`` is complete."""
+
+    def on_train_end(self, state: RunState) -> None:
+        """After the last step, or when the run ends by an error or a signal."""
+
+
+class EarlyStopping(TrainerCallback):
+    """Stops a run after ``patience`` evaluations in a row that were not the best."""
+
+    def __init__(self, patience: int):
+        self.patience = patience
+
+    def on_evaluate(self, state: RunState, evaluation: Evaluation) -> None:
+        if state.worse >= self.patience:
+            best = f"{state.best_loss:.4f} at step {state.best_step}"
+            state.stop(f"no better evaluation in the last {state.worse} (best: {best})")
+
+
+class Companion(Protocol):
+    """What goes along with the steps of a run, such as AdaLoRA's rank allocator."""
+
+    def cells(self, params: list[Parameter]) -> tuple[nn.Cell | None, nn.Cell | None]:
+        """``FlatAdamW``'s penalty and observer for the trainable parameters."""
+
+    def after_step(self, step: int) -> None:
+        """Called when optimiser step ``step`` (from 0) is on the device."""

@@ -1,0 +1,225 @@
+"""The optimiser steps of a run: feeds batches to the device, and reads its numbers."""
+
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor, nn
+
+from lora_ms.data.feed import Step, feed
+from lora_ms.data.loader import DataPlan
+from lora_ms.errors import LoraMsError
+from lora_ms.nn.draws import Draws, DrawTable
+from lora_ms.nn.lora import LoRADense
+from lora_ms.nn.noise import EmbeddingNoise
+from lora_ms.runtime import Runtime, SumOverRanks, peak_memory_mb
+from lora_ms.train.callbacks import Companion, Record
+from lora_ms.train.optim import FlatAdamW, learning_rate, loraplus_factors
+from lora_ms.train.settings import TrainSettings
+from lora_ms.train.step import MicroStep, SummedLoss
+
+MAX_SKIPPED = 50  # float16 steps in a row that may overflow before the run is given up
+
+
+@dataclass
+class _Pending:
+    """A step whose numbers are still on the device."""
+
+    step: int
+    losses: list[Tensor]
+    norm: Tensor
+    finite: Tensor
+    tokens: int
+    label_tokens: int
+    learning_rate: float
+
+
+class Steps:
+    """The optimiser steps of ``model`` on ``plan``; see ``loop.Run`` for the arguments."""
+
+    def __init__(
+        self,
+        model: nn.Cell,
+        plan: DataPlan,
+        settings: TrainSettings,
+        runtime: Runtime,
+        vocab_size: int,
+        half: bool,
+        companion: Companion | None = None,
+    ):
+        self.plan, self.settings, self.runtime = plan, settings, runtime
+        self.companion, self.half, self.skipped = companion, half, 0
+        s = settings
+        trainable = {name: p for name, p in model.parameters_and_names() if p.requires_grad}
+        params = list(trainable.values())
+        self.trainable = sorted(trainable)
+        if any(p.dtype != ms.float32 for p in params):
+            raise LoraMsError("all parameters train in float32 only: set compute_dtype to float32, or give pet_config")
+        if not params:
+            raise LoraMsError("no parameter is trainable: give pet_config, or set it to null to train all parameters")
+        factors = None
+        if s.loraplus_lr_ratio != 1:
+            embedding = s.loraplus_lr_embedding / (s.learning_rate or 1.0)
+            factors = loraplus_factors(model, params, s.loraplus_lr_ratio, embedding)
+        penalty, observer = (None, None) if companion is None else companion.cells(params)
+        self.optimizer = FlatAdamW(
+            params,
+            s.betas,
+            s.eps,
+            s.weight_decay,
+            s.max_grad_norm,
+            s.loss_scale if half else 1.0,
+            half and s.dynamic_scale,
+            s.scale_window,
+            s.scale_factor,
+            SumOverRanks() if runtime.world > 1 else None,
+            factors,
+            penalty,
+            observer,
+        )
+        self.sum_over_ranks = SumOverRanks() if runtime.world > 1 else None
+        self.noise = EmbeddingNoise(model.model, s.neftune_noise_alpha) if s.neftune_noise_alpha else None
+        self.table = self._table(model)
+        model.set_train(True)
+        if s.recompute:
+            for layer in model.model.layers:
+                layer.recompute()
+        self.micro_step = MicroStep(SummedLoss(model, vocab_size), self.optimizer)
+        self.pending: list[_Pending] = []
+        self.clock = self.waited = 0.0
+        self.fed: Iterator[Step] = iter(())
+
+    def _table(self, model: nn.Cell) -> DrawTable | None:
+        """Where dropout and noise take their random numbers from, so that a resumed run meets the same ones."""
+        cells = [cell for _, cell in model.cells_and_names() if isinstance(cell, LoRADense)]
+        cells = [cell for cell in cells if cell.lora_dropout.probability > 0]
+        draws: list[Draws] = [cell.lora_dropout.draws for cell in cells]
+        columns = [cell.in_channels for cell in cells]
+        if self.noise is not None:
+            draws.append(self.noise.noisy.draws)
+            columns.append(self.noise.plain.weight.shape[1])
+        if not draws:
+            return None
+        rows = max(max(shape.lines * shape.length, shape.capacity) for shape in self.plan.layout.shapes)
+        return DrawTable(draws, rows, max(columns), self.settings.seed)
+
+    def rate(self, step: int) -> float:
+        """Learning rate of step ``step`` (from 0)."""
+        s = self.settings
+        return learning_rate(step, self._schedule_steps, s.learning_rate, s.lr_kind, self._warmup_steps, s.lr_end)
+
+    @property
+    def _schedule_steps(self) -> int:
+        s = self.settings
+        return s.schedule_steps if s.schedule_steps > 0 else self.plan.total_steps
+
+    @property
+    def _warmup_steps(self) -> int:
+        s = self.settings
+        return s.warmup_steps or int(self._schedule_steps * s.warmup_ratio)
+
+    def identity(self) -> dict:
+        """What decides the numbers of the steps."""
+        p, s = self.plan, self.settings
+        return {
+            "rows": len(p.rows),
+            "rows_per_step": p.per_step,
+            "layout": p.layout.kind,
+            "tokens_crc32": p.checksum(),
+            **p.order.identity(),
+            **s.identity(),
+            "warmup_steps": self._warmup_steps,
+            "schedule_steps": None if s.lr_kind == "constant" else self._schedule_steps,
+            "float16": self.half,
+            "trainable": self.trainable,
+        }
+
+    def begin(self, step: int) -> None:
+        """The next step to be launched is ``step`` (from 0)."""
+        self.fed = feed(self.plan, step)
+        self.clock = time.perf_counter()
+
+    def pause(self, begun: float) -> None:
+        """Leaves the time since ``begun``, which other work took, out of the steps'."""
+        self.clock += time.perf_counter() - begun
+
+    def close(self) -> None:
+        """No more steps."""
+        self.fed = iter(())
+        if self.table is not None:
+            self.table.close()
+
+    def gradient(self, batch: tuple[Tensor, ...], step: int, number: int) -> Tensor:
+        """Adds the gradient of a micro-batch's loss to the optimiser's; returns the loss [].
+
+        number: the micro-batch's, among those of this rank.
+        """
+        if self.table is not None:
+            self.table.fill(step, self.plan.rank + number * self.plan.world)
+        with nullcontext() if self.noise is None else self.noise.on(batch[0].shape[1]):
+            return self.micro_step(*batch)
+
+    def launch(self, step: int) -> None:
+        """Puts optimiser step ``step`` (from 0) on the device; its numbers are read by ``read``."""
+        begun = time.perf_counter()
+        batches, tokens, label_tokens = next(self.fed)
+        self.waited += time.perf_counter() - begun
+        losses = [self.gradient(batch, step, number) for number, batch in enumerate(batches)]
+        rate = self.rate(step)
+        norm, finite = self.optimizer(Tensor(rate, ms.float32), Tensor(label_tokens, ms.float32))
+        if self.companion is not None:
+            self.companion.after_step(step)
+        self.pending.append(_Pending(step, losses, norm, finite, tokens, label_tokens, rate))
+
+    def read(self) -> list[Record]:
+        """Waits for the pending steps, and returns their numbers.
+
+        Raises:
+            LoraMsError: a loss or gradient that is not finite; no parameter was changed by it.
+        """
+        pending, self.pending = self.pending, []
+        sums = [sum(float(loss.asnumpy()) for loss in p.losses) for p in pending]
+        if self.sum_over_ranks is not None:
+            sums = self.sum_over_ranks(Tensor(np.array(sums, np.float32))).asnumpy().tolist()
+        norms = [float(p.norm.asnumpy()) for p in pending]
+        seconds, now = (time.perf_counter() - self.clock) / len(pending), time.perf_counter()
+        self.clock = now
+        waited, self.waited = self.waited / len(pending), 0.0
+        records = []
+        for p, total, norm in zip(pending, sums, norms, strict=True):
+            self._check_finite(p, total)
+            record = Record(
+                step=p.step + 1,
+                epoch=round(self.plan.epoch_of(p.step + 1), 4),
+                loss=total / p.label_tokens if np.isfinite(total) else None,
+                grad_norm=norm if np.isfinite(norm) else None,
+                learning_rate=p.learning_rate,
+                tokens=p.tokens,
+                label_tokens=p.label_tokens,
+                tokens_per_second=round(p.tokens / seconds, 1),
+                step_time_s=round(seconds, 4),
+                wait_share=round(waited / seconds, 4),
+                peak_memory_mb=round(peak_memory_mb(self.runtime.device), 1),
+            )
+            records.append(record)
+        return records
+
+    def _check_finite(self, p: _Pending, loss: float) -> None:
+        if bool(p.finite.asnumpy()) and np.isfinite(loss):
+            self.skipped = 0
+            return
+        self.skipped += 1
+        if self.half and self.skipped <= MAX_SKIPPED:
+            return
+        rows = [self.plan.rows.where(i) for i in self.plan.step_rows(p.step)]
+        named = f"step {p.step + 1} (rows {', '.join(rows[:4])}{' …' if len(rows) > 4 else ''})"
+        what = "gradient" if np.isfinite(loss) else "loss"
+        value = "not finite" if np.isfinite(loss) else f"{loss}"
+        often = f", as in the {MAX_SKIPPED} steps before" if self.half else ""
+        raise LoraMsError(
+            f"the {what} of {named} is {value}{often}; no weight was changed by it: lower the learning rate, or look "
+            "at these rows"
+        )
