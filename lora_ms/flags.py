@@ -75,6 +75,7 @@ FLAGS: dict[str, list[tuple[str, str, Any, str, str]]] = {
         ("seq_length", f"{SIZES}.seq_length", flag_int, "N", "longest row, in tokens"),
         ("resume_training", "resume_training", flag_bool_or_name, "True|NAME", "go on from the newest checkpoint"),
         ("do_eval", "do_eval", flag_bool, "BOOL", "evaluate on eval_dataset while training"),
+        ("eval_step_interval", "eval_step_interval", flag_int, "N", "optimiser steps between evaluations (100)"),
         ("seed", "seed", flag_int, "N", "of initialisation, order, dropout, sampling"),
         ("use_parallel", "use_parallel", flag_bool, "BOOL", "all cards that msrun started"),
         ("device_target", "context.device_target", str, "NAME", "auto, Ascend or CPU"),

@@ -59,7 +59,7 @@ def settings() -> Callable:
 def train(graph_mode, reference, rows, settings) -> Callable[..., Finished]:
     """Trains LoRA on qwen2 (or ``name``): ``train(folder, dropout=…, plan={…}, prepare=…, **settings)``.
 
-    plan: fields of the DataPlan to replace. prepare: called with the model before the run.
+    plan: fields of the DataPlan to replace. prepare: called with the model before the run. callbacks: the run's.
     """
     import mindspore as ms
     from safetensors.numpy import load_file
@@ -71,7 +71,9 @@ def train(graph_mode, reference, rows, settings) -> Callable[..., Finished]:
     from lora_ms.tasks.weights import weights_of
     from lora_ms.train.fit import fit, plan_rows
 
-    def run(path, dropout=0.0, plan=None, prepare=None, name="qwen2", dtype=ms.float32, data=rows, **changes):
+    def run(
+        path, dropout=0.0, plan=None, prepare=None, name="qwen2", dtype=ms.float32, data=rows, callbacks=(), **changes
+    ):
         path.mkdir(parents=True, exist_ok=True)
         chosen = settings(path, **changes)
         here, _ = runtime.setup("CPU", seed=chosen.seed)
@@ -83,7 +85,7 @@ def train(graph_mode, reference, rows, settings) -> Callable[..., Finished]:
         data_plan = plan_rows(data, None, chosen, here, 128)
         if plan:
             data_plan = dataclasses.replace(data_plan, **plan)
-        outcome = fit(model, data_plan, chosen, here, weights_of(model, config, None), 128, dtype)
+        outcome = fit(model, data_plan, chosen, here, weights_of(model, config, None), 128, dtype, callbacks=callbacks)
         return Finished(path, outcome, untimed(path), load_file(path / "adapter" / "adapter_model.safetensors"))
 
     return run

@@ -184,14 +184,19 @@ def test_a_loss_that_is_no_number_stops_the_run(train, tmp_path, rows):
     (adapter / "adapter_config.json").write_text("the last run's")
     times = adapter.stat().st_mtime_ns
     with pytest.raises(LoraMsError) as caught:
-        train(tmp_path, name="deepseek_r1_qwen", prepare=poison, data=data, batch_size=2, shuffle=False, save_steps=2)
+        train(tmp_path, name="deepseek_r1_qwen", prepare=poison, data=data, batch_size=2, shuffle=False, save_steps=1)
     assert str(caught.value) == (
         "the loss of step 2 (rows row 2, row 3) is nan; no weight was changed by it: "
         "lower the learning rate, or look at these rows"
     )
     assert [p.name for p in adapter.iterdir()] == ["adapter_config.json"] and adapter.stat().st_mtime_ns == times
     assert (adapter / "adapter_config.json").read_text() == "the last run's"
-    assert not (tmp_path / "checkpoints").exists()
+    good = tmp_path / "checkpoints" / "step_1"
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_1"]
+    assert sorted(p.name for p in good.iterdir()) == [
+        "adapter_config.json", "adapter_model.safetensors", "optimizer.safetensors", "trainer_state.json",
+    ]  # fmt: skip
+    assert all(np.isfinite(value).all() for value in load_file(good / "adapter_model.safetensors").values())
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
 
 
