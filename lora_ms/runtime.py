@@ -116,3 +116,20 @@ def peak_memory_mb(device: str) -> float:
     if device == "Ascend":
         return ms.runtime.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def memory_share(device: str, budget_mb: float | None = None) -> float:
+    """Share of memory in use now.
+
+    budget_mb: what this process may use; None for all that the card has or, elsewhere, what is left on the machine
+    counts, other programs included.
+    """
+    if device == "Ascend":
+        budget = budget_mb or ms.hal.get_device_properties("Ascend").total_memory / 2**20
+        return ms.runtime.memory_allocated() / 2**20 / budget
+    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    free, total = (int(lines[name].split()[0]) / 2**10 for name in ("MemAvailable", "MemTotal"))
+    if budget_mb is None or budget_mb >= total:
+        return 1 - free / total
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20 / budget_mb

@@ -21,6 +21,7 @@ class RunnerConfig(Section):
     batch_size: Whole | None = Field(None, ge=1)  # rows per device and micro-batch; overrides the datasets'
     gradient_accumulation_steps: Whole = Field(1, ge=1)  # micro-batches per optimiser step
     max_steps: Whole = Field(-1, ge=-1)  # optimiser steps, -1: as many as epochs make (ours)
+    adaptive_batch: Flag = False  # smaller micro-batches above 85% of memory, larger ones below 60% (ours)
     logging_steps: Whole = Field(1, ge=1)  # optimiser steps between two logged lines (ours)
     sink_mode: Flag = True  # feed the device without returning to Python
     sink_size: Whole = Field(1, ge=-1)  # steps per sink, -1: an epoch
@@ -270,6 +271,11 @@ class Context(Section):
     runtime_num_threads: NoEffect = None
     affinity_cpu_list: NoEffect = None
     deterministic: NoEffect = None
+
+    @property
+    def max_device_memory_mb(self) -> float | None:
+        """In MB of 2^20 bytes."""
+        return None if self.max_device_memory is None else float(self.max_device_memory.removesuffix("GB")) * 1024
 
 
 class LossScale(Section):

@@ -20,13 +20,13 @@ class Step(NamedTuple):
     label_tokens: int  # on all ranks
 
 
-def feed(plan: DataPlan, start: int) -> Iterator[Step]:
-    """The steps of a plan from `start` on."""
+def feed(plan: DataPlan, start: int, level: int = 0) -> Iterator[Step]:
+    """The steps of a plan from `start` on, their micro-batches at `level`."""
     import mindspore.dataset as ds
 
     def micro_batches():
         for step in range(start, plan.total_steps):
-            batches, label_tokens = plan.step(step)
+            batches, label_tokens = plan.step(step, level)
             for left, batch in zip(range(len(batches) - 1, -1, -1), batches, strict=True):
                 yield *batch[:4], np.array([left, batch.tokens, label_tokens], np.int64)
             if not batches:  # nothing for this rank, which still takes part in the step

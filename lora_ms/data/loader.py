@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from lora_ms.data.collate import collate
 from lora_ms.data.example import Batch, TokenRow
 from lora_ms.data.order import EpochOrder, MixedOrder, Source
-from lora_ms.data.packing import Kind, Layout, MicroBatch, plan_layout
+from lora_ms.data.packing import Kind, Layout, MicroBatch, plan_layout, thinner
 from lora_ms.data.store import TokenStore
 from lora_ms.errors import LoraMsError
 
@@ -56,6 +56,7 @@ class DataPlan:
         kind: Kind = "padded",
         buckets: int = 4,
         sources: Sequence[Source] = (),
+        lines: bool = False,
     ) -> DataPlan:
         """Fix the run's steps and shapes.
 
@@ -66,6 +67,7 @@ class DataPlan:
         max_steps: number of optimiser steps, whatever `epochs` says; -1: all of `epochs`.
         buckets: most lengths of line, for kind "bucketed".
         sources: datasets to mix by weight, in the order of the rows; none: every row once per epoch.
+        lines: packed, micro-batches of many lines rather than of long ones, so that they can be made smaller.
 
         Raises LoraMsError when drop_remainder leaves no step.
         """
@@ -91,17 +93,19 @@ class DataPlan:
             seq_length=seq_length,
             per_step=per_step,
             world=world,
+            lines=lines,
         )
         return cls(store, order, layout, per_step, rank, world, pad_id, steps_per_epoch, total_steps, batch_size)
 
-    def step(self, step: int) -> tuple[list[Batch], int]:
+    def step(self, step: int, level: int = 0) -> tuple[list[Batch], int]:
         """This rank's micro-batches of optimiser step `step` (from 0), and the label tokens of all ranks' together.
 
+        level: above 0, the same rows in micro-batches of 1 / 2^level of the lines.
         Raises IndexError beyond total_steps.
         """
         taken = self.step_rows(step)
-        laid = self.layout.lay(self.rows.fed[taken], self.rows.label_counts[taken])
-        batches = [self._collate(taken, batch) for batch in laid[self.rank :: self.world]]
+        laid = self.layout.lay(self.rows.fed[taken], self.rows.label_counts[taken])[self.rank :: self.world]
+        batches = [self._collate(taken, batch) for whole in laid for batch in thinner(whole, level)]
         return batches, int(self.rows.label_counts[taken].sum())
 
     def _collate(self, taken: NDArray[np.int64], batch: MicroBatch) -> Batch:
@@ -118,6 +122,11 @@ class DataPlan:
         """The shapes, for people."""
         sizes = ", ".join(f"{shape.lines}x{shape.length:,}" for shape in self.layout.shapes)
         return f"{self.layout.kind} in lines of {sizes}"
+
+    @property
+    def levels(self) -> int:
+        """The highest level of `step`: with that, a micro-batch has one line."""
+        return max(shape.lines for shape in self.layout.shapes).bit_length() - 1
 
     def padding(self) -> dict[str, float]:
         """Share of padding in the computed tokens: as laid out, and ("usual") with each batch as long as its longest

@@ -44,6 +44,16 @@ class MicroBatch(NamedTuple):
     lines: list[list[int]]
 
 
+def thinner(batch: MicroBatch, level: int) -> list[MicroBatch]:
+    """The rows of a micro-batch in several with 1 / 2^`level` of its lines each, at least one."""
+    lines, length, capacity = batch.shape
+    fewer = max(1, lines >> level)
+    if fewer == lines:
+        return [batch]
+    shape = Shape(fewer, length, min(capacity, fewer * length))
+    return [MicroBatch(shape, batch.lines[start : start + fewer]) for start in range(0, len(batch.lines), fewer)]
+
+
 def round_up(value: int, fine: int, coarse: int, above: int) -> int:
     """The multiple of `fine` (beyond `above`: of `coarse`) next above `value`. Few shapes, few compilations."""
     unit = coarse if value > above else fine
@@ -128,14 +138,17 @@ def plan_layout(
     seq_length: int,
     per_step: int,
     world: int,
+    lines: bool = False,
 ) -> Layout:
     """The shapes of a run of which `steps` are the rows, `per_step` each, in the order of the steps.
+
+    lines: as many lines in a micro-batch as it has room for, none longer than the longest row needs.
 
     Padded and bucketed shapes come from all steps and so always suffice. Packed shapes are tried out on some of the
     rows; what they cannot hold opens another line.
     """
     if kind == "packed":
-        return _plan_packed(fed, labels, per_step, batch_size, seq_length, world)
+        return _plan_packed(fed, labels, per_step, batch_size, seq_length, world, lines)
     lengths, targets = [], []
     for taken in steps:
         order = taken if kind == "padded" else taken[np.argsort(fed[taken], kind="stable")]
@@ -185,6 +198,7 @@ def _plan_packed(
     batch_size: int,
     seq_length: int,
     world: int,
+    in_lines: bool,
 ) -> Layout:
     # of rows at random, whatever the run's steps: a run that goes on longer must find the same shapes
     mixed = np.random.default_rng(0).permutation(len(fed))[: max(SAMPLED_ROWS, per_step)]
@@ -194,12 +208,12 @@ def _plan_packed(
     room = batch_size * shortest_line  # tokens that a padded micro-batch would have
     best: tuple[float, Layout] | None = None
     length = shortest_line
-    while length <= max(min(seq_length, room), shortest_line):
+    while length <= (shortest_line if in_lines else max(min(seq_length, room), shortest_line)):
         packed = [first_fit(*rows, length, length) for rows in sample]
         filled = np.concatenate([fills[:, 1] for _, fills in packed])
         most = _slots(max(int(labels.max()), int(filled.max())), length)
         typical = _slots(int(np.quantile(filled, 0.85)), length)
-        lines = 1
+        lines = 1 << (batch_size.bit_length() - 1) if in_lines else 1
         while lines * length <= room:
             for parts in ((), (2,), (4,), (2, 4)):
                 for slots in ((most,), (typical, most)) if typical < most else ((most,),):

@@ -89,6 +89,8 @@ def settings_of(config: RunConfig, longest: int) -> TrainSettings:
         patience=config.evaluation.patience,
         sink_size=runner.sink_size if runner.sink_mode else 1,
         recompute=config.recompute_config.recompute,
+        adaptive_batch=runner.adaptive_batch,
+        memory_budget_mb=config.context.max_device_memory_mb,
         resume=config.resume_training,
     )
 

@@ -75,6 +75,9 @@ class TrainerCallback:
     def on_save(self, state: RunState, path: Path) -> None:
         """Checkpoint ``path`` is complete."""
 
+    def on_notice(self, state: RunState, text: str) -> None:
+        """Something that the user should know, in one line."""
+
     def on_train_end(self, state: RunState) -> None:
         """After the last step, or when the run ends by an error or a signal."""
 

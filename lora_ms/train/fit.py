@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 import mindspore as ms
 from mindspore import nn
@@ -14,8 +15,9 @@ from lora_ms.data.pipeline import Preparation, prepare_rows
 from lora_ms.data.report import Report
 from lora_ms.data.store import TokenStore
 from lora_ms.data.tokenizer import pad_id
-from lora_ms.runtime import Runtime, barrier
+from lora_ms.runtime import Runtime, barrier, memory_share
 from lora_ms.train import checkpoint
+from lora_ms.train.adaptive import MemoryMonitor
 from lora_ms.train.callbacks import Companion, EarlyStopping, TrainerCallback
 from lora_ms.train.checkpoint import Weights
 from lora_ms.train.evaluation import Evaluator
@@ -62,6 +64,7 @@ def plan_store(
         kind=s.layout,
         buckets=s.length_buckets,
         sources=sources,
+        lines=s.adaptive_batch,
     )
     waste = plan.padding()
     finished = [dataclasses.replace(report, layout=plan.describe(), padding=waste) for report in reports]
@@ -94,7 +97,10 @@ def fit(
     if settings.patience:
         looking_on.append(EarlyStopping(settings.patience))
     looking_on += callbacks
-    run = Run(model, plan, settings, runtime, vocab_size, half, weights, companion, evaluator, looking_on)
+    monitor = None
+    if settings.adaptive_batch:
+        monitor = MemoryMonitor(plan.levels, partial(memory_share, runtime.device, settings.memory_budget_mb))
+    run = Run(model, plan, settings, runtime, vocab_size, half, weights, companion, evaluator, looking_on, monitor)
     if runtime.is_main:
         checkpoint.recover(output_dir)
     if runtime.world > 1:

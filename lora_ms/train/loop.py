@@ -13,6 +13,7 @@ from lora_ms.data.loader import DataPlan
 from lora_ms.errors import WriteError
 from lora_ms.runtime import Runtime, SumOverRanks
 from lora_ms.train import checkpoint
+from lora_ms.train.adaptive import HIGH, LOW, MemoryMonitor
 from lora_ms.train.callbacks import Companion, RunState, TrainerCallback
 from lora_ms.train.checkpoint import Weights
 from lora_ms.train.evaluation import Evaluator
@@ -52,6 +53,7 @@ class Run:
         companion: takes part in every step; None for most.
         evaluator: of the held-out rows; None for none.
         callbacks: called at every point of the run, in this order.
+        monitor: of memory, by which micro-batches get smaller and larger; None: they stay as they are.
     """
 
     def __init__(
@@ -66,9 +68,10 @@ class Run:
         companion: Companion | None = None,
         evaluator: Evaluator | None = None,
         callbacks: Sequence[TrainerCallback] = (),
+        monitor: MemoryMonitor | None = None,
     ):
         self.plan, self.settings, self.runtime, self.weights = plan, settings, runtime, weights
-        self.evaluator, self.callbacks = evaluator, callbacks
+        self.evaluator, self.callbacks, self.monitor = evaluator, callbacks, monitor
         self.state = RunState(model, settings.output_dir, plan.total_steps, runtime.is_main)
         self.steps = Steps(model, plan, settings, runtime, vocab_size, half, companion)
         self.sum_over_ranks = SumOverRanks() if runtime.world > 1 else None
@@ -128,7 +131,8 @@ class Run:
             )
         except WriteError as error:
             last = [found.name for found in checkpoint.list_checkpoints(s.output_dir)][-1:]
-            print(f"warning: {error}; the run goes on, and its last checkpoint is {last[0] if last else 'none'}")
+            kept_one = last[0] if last else "none"
+            self.tell("on_notice", f"warning: {error}; the run goes on, and its last checkpoint is {kept_one}")
             return
         finally:
             self.steps.pause(begun)
@@ -148,9 +152,20 @@ class Run:
             try:
                 checkpoint.put(s.output_dir / checkpoint.BEST, self.weights.write)
             except WriteError as error:
-                print(f"warning: {error}; the run goes on")
+                self.tell("on_notice", f"warning: {error}; the run goes on")
         self.steps.pause(begun)
         self.tell("on_evaluate", found)
+
+    def adapt(self) -> None:
+        """Makes the micro-batches of the next steps smaller or larger, where memory asks for it."""
+        if self.monitor is None:
+            return
+        before, share = self.monitor.level, self.monitor.used()
+        little = not self._any_rank(share >= LOW)
+        level = self.monitor.next_level(self._any_rank(share > HIGH), little)
+        if level != before:
+            self.steps.begin(self.state.step, level)
+            self.tell("on_notice", f"{share:.0%} of the memory is in use: micro-batches of 1/{2**level} of their lines")
 
     def _due(self, every: int) -> bool:
         # steps between two saves or evaluations; 0: never, -1: an epoch
@@ -162,7 +177,7 @@ class Run:
         s, state, total = self.settings, self.state, self.plan.total_steps
         sink = s.sink_size if s.sink_size > 0 else self.plan.steps_per_epoch
         stopped = False
-        self.steps.begin(state.step)
+        self.steps.begin(state.step, 0 if self.monitor is None else self.monitor.level)
         self.tell("on_train_begin")
         try:
             with StopSignal() as stop:
@@ -178,6 +193,7 @@ class Run:
                             self.evaluate()
                         if self._any_rank(bool(state.reason)):
                             state.stop("another process of the run stopped it")
+                        self.adapt()
                     if (last or state.reason) and not score:
                         self.evaluate()
                     if save or (stopped and not last):

@@ -119,6 +119,10 @@ class Reporter(TrainerCallback):
             self.progress.evaluated(evaluation)
             self.metrics.write(evaluation)
 
+    def on_notice(self, state: RunState, text: str) -> None:
+        if state.is_main:
+            self.progress.lines(text)
+
     def on_train_end(self, state: RunState) -> None:
         if state.is_main:
             self.progress.close()

@@ -137,9 +137,9 @@ class Steps:
             "trainable": self.trainable,
         }
 
-    def begin(self, step: int) -> None:
-        """The next step to be launched is ``step`` (from 0)."""
-        self.fed = feed(self.plan, step)
+    def begin(self, step: int, level: int = 0) -> None:
+        """The next step to be launched is ``step`` (from 0); level: of its micro-batches, see ``DataPlan.step``."""
+        self.fed = feed(self.plan, step, level)
         self.clock = time.perf_counter()
 
     def pause(self, begun: float) -> None:
