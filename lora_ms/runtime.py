@@ -128,6 +128,7 @@ def _join(device: str, model_parallel: int) -> Runtime:
         rank, world = get_rank(), get_group_size()
     except RuntimeError as error:
         raise LoraMsError(f"the processes of this run could not meet: {str(error).strip().splitlines()[0]}") from error
+    print(f"rank {rank} is process {os.getpid()}", flush=True)  # read by scripts/msrun_launcher.sh
     if world % model_parallel:
         raise LoraMsError(
             f"parallel_config.model_parallel {model_parallel} does not divide the {world} processes of this run: "
