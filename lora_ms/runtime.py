@@ -3,6 +3,7 @@
 import os
 import resource
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from shutil import which
@@ -11,20 +12,52 @@ import mindspore as ms
 from mindspore import Tensor, nn, ops
 
 from lora_ms.errors import LoraMsError
+from lora_ms.nn.parallel import WHOLE, Shard
+
+
+class SumOverRanks(nn.Cell):
+    """Sum of a tensor over the ranks of ``group``, or over all of them, on each."""
+
+    def __init__(self, group: str = ""):
+        super().__init__()
+        self.all_reduce = ops.AllReduce(group=group) if group else ops.AllReduce()
+
+    def construct(self, x: Tensor) -> Tensor:
+        return self.all_reduce(x)
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where a process runs: its device, and its place among the processes of the run."""
+    """Where a process runs: its device, and its place among the processes of the run.
+
+    ``shard.count`` neighbouring ranks share the model and see the same rows; those that differ in their rows, and have
+    the same part of the model, form ``data_group``.
+    """
 
     device: str  # CPU or Ascend
     rank: int = 0
     world: int = 1
+    shard: Shard = WHOLE
+    data_group: str = ""
 
     @property
     def is_main(self) -> bool:
         """Whether this process writes the files and speaks to the user."""
         return self.rank == 0
+
+    @property
+    def data_rank(self) -> int:
+        """Which share of the rows this process takes."""
+        return self.rank // self.shard.count
+
+    @property
+    def data_ranks(self) -> int:
+        """Into how many shares the rows are divided."""
+        return self.world // self.shard.count
+
+    def data_sum(self) -> SumOverRanks | None:
+        """Sums over the ranks that see other rows; None where this one sees all."""
+        return SumOverRanks(self.data_group) if self.data_ranks > 1 else None
 
 
 def ascend_is_present() -> bool:
@@ -40,10 +73,12 @@ def setup(
     use_parallel: bool = False,
     max_device_memory: str | None = None,
     graph_kernel: bool = False,
+    model_parallel: int = 1,
 ) -> tuple[Runtime, list[str]]:
     """Prepares MindSpore, in static-graph mode; returns notices for the user beside the runtime. May be repeated.
 
     device_id: which Ascend card; None leaves the choice to the environment.
+    model_parallel: how many processes share one model, with use_parallel.
 
     Raises:
         LoraMsError: use_parallel without msrun's environment, or communication that does not come up.
@@ -61,9 +96,9 @@ def setup(
         ms.runtime.set_memory(max_size=max_device_memory)
     if graph_kernel:
         notices += _fuse_kernels(device)
-    rank, world = _join() if use_parallel else (0, 1)
+    runtime = _join(device, model_parallel) if use_parallel else Runtime(device)
     ms.set_seed(seed)
-    return Runtime(device, rank, world), notices
+    return runtime, notices
 
 
 def _fuse_kernels(device: str) -> list[str]:
@@ -80,7 +115,7 @@ def _fuse_kernels(device: str) -> list[str]:
     return []
 
 
-def _join() -> tuple[int, int]:
+def _join(device: str, model_parallel: int) -> Runtime:
     from mindspore.communication import get_group_size, get_rank, init
 
     if "MS_WORKER_NUM" not in os.environ:
@@ -90,20 +125,32 @@ def _join() -> tuple[int, int]:
         )
     try:
         init()
-        return get_rank(), get_group_size()
+        rank, world = get_rank(), get_group_size()
     except RuntimeError as error:
         raise LoraMsError(f"the processes of this run could not meet: {str(error).strip().splitlines()[0]}") from error
+    print(f"rank {rank} is process {os.getpid()}", flush=True)  # read by scripts/msrun_launcher.sh
+    if world % model_parallel:
+        raise LoraMsError(
+            f"parallel_config.model_parallel {model_parallel} does not divide the {world} processes of this run: "
+            "start a multiple of it"
+        )
+    first = rank - rank % model_parallel
+    shard = Shard(rank - first, model_parallel, _group(range(first, first + model_parallel)))
+    return Runtime(device, rank, world, shard, _group(range(shard.index, world, model_parallel)))
 
 
-class SumOverRanks(nn.Cell):
-    """Sum of a tensor over all ranks, on every rank."""
+@cache  # `setup` may be repeated
+def _group(ranks: range) -> str:
+    """MindSpore's name for a group of ranks, which is made where it does not exist; a rank alone needs none."""
+    from mindspore.communication import GlobalComm, create_group, get_group_size
 
-    def __init__(self):
-        super().__init__()
-        self.all_reduce = ops.AllReduce()
-
-    def construct(self, x: Tensor) -> Tensor:
-        return self.all_reduce(x)
+    if len(ranks) == 1:
+        return ""
+    if len(ranks) == get_group_size():
+        return GlobalComm.WORLD_COMM_GROUP
+    name = f"ranks_{'_'.join(map(str, ranks))}"
+    create_group(name, list(ranks))
+    return name
 
 
 def barrier() -> None:

@@ -104,6 +104,16 @@ def rows_of(entry: Entry, start: int, stop: int) -> Entry:
     return entry._replace(shape=shape, start=entry.start + start * width, end=entry.start + stop * width)
 
 
+def read_part(entry: Entry, place: tuple[slice, ...], dtype: DTypeLike) -> np.ndarray:
+    """The rows and columns ``place`` of a tensor, of which little else is in memory at a time."""
+    rows, *columns = (slice(*each.indices(n)) for each, n in zip(place, entry.shape, strict=True))
+    entry = rows_of(entry, rows.start, rows.stop)
+    part = np.empty([each.stop - each.start for each in (rows, *columns)], dtype)
+    for block in row_blocks(entry.shape):
+        part[block] = read(rows_of(entry, block.start, block.stop), dtype)[(slice(None), *columns)]
+    return part
+
+
 def row_blocks(shape: tuple[int, ...]) -> Iterator[slice]:
     """Ranges of rows of at most ``BLOCK`` numbers, or of one row."""
     height = max(1, BLOCK // max(1, int(np.prod(shape[1:]))))

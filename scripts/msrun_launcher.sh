@@ -4,6 +4,7 @@
 #   "CMD" N PORT LOG_DIR JOIN TIMEOUT                             the same, with msrun's settings
 #   "CMD" N LOCAL ADDR PORT NODE_RANK LOG_DIR JOIN TIMEOUT        LOCAL of the N processes here, the rest elsewhere
 # Defaults: N 8, PORT 8118, LOG_DIR output/msrun_log, JOIN False (return at once), TIMEOUT 7200 seconds.
+# A process that fails ends them all. Ctrl-C lets each finish the step under way and save; a second one ends them at once.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
@@ -63,27 +64,90 @@ if [ $first = $last ]; then
 else
     logs="worker_$first.log … worker_$last.log"
 fi
+if [ $first = 0 ] && (exec 4<>"/dev/tcp/$ADDR/$PORT") 2>/dev/null; then
+    die "port $PORT of $ADDR is in use, perhaps by another run; give a PORT of your own (\"CMD\" N PORT LOG_DIR JOIN TIMEOUT)"
+fi
+if [ $JOIN = False ]; then
+    mkdir -p "$LOG_DIR"
+    setsid bash "$0" "$1" "$N" "$LOCAL" "$ADDR" "$PORT" "$NODE_RANK" "$LOG_DIR" True "$TIMEOUT" \
+        </dev/null >"$LOG_DIR/launcher.log" 2>&1 &
+    echo "Starting $LOCAL of $N processes: ${command[*]}"
+    echo "Logs: $LOG_DIR/$logs, scheduler.log; launcher.log says how it ends."
+    echo "Follow the run with: tail -f $LOG_DIR/worker_$first.log. Stop it with: kill $!"
+    exit 0
+fi
 echo "Starting $LOCAL of $N processes: ${command[*]}"
 echo "Logs: $LOG_DIR/$logs, scheduler.log. Follow the run with: tail -f $LOG_DIR/worker_$first.log"
 
+# Prints what rank each process of this run has, as each writes it into its log.
+processes() {
+    for ((rank = first; rank <= last; rank++)); do
+        sed -n "s/^rank $rank is process \\([0-9]*\\)\$/$rank \\1/p" "$LOG_DIR/worker_$rank.log" 2>/dev/null
+    done
+}
+
+stops=0
+stop() {
+    stops=$((stops + 1))
+    local workers
+    mapfile -t workers < <(processes | cut -d ' ' -f 2)
+    if [ $stops = 1 ] && [ ${#workers[@]} != 0 ]; then
+        echo "Stopping after the step under way …" >&2
+        kill -INT "${workers[@]}" 2>/dev/null || true
+    else
+        kill -INT "$msrun" 2>/dev/null || true  # which ends all of them
+    fi
+}
+
+rm -f "$LOG_DIR"/worker_*.log
 # Only errors from MindSpore's own log: its warnings while the processes meet fill screens.
 export GLOG_v=${GLOG_v:-3}
-# msrun ends with status 0 at Ctrl+C.
-interrupted=no
-trap 'interrupted=yes' INT
-status=0
-msrun --worker_num="$N" --local_worker_num="$LOCAL" --master_addr="$ADDR" --master_port="$PORT" \
-    --node_rank="$NODE_RANK" --log_dir="$LOG_DIR" --join="$JOIN" --cluster_time_out="$TIMEOUT" "${command[@]}" || status=$?
+exec 3< <(exec setsid msrun --worker_num="$N" --local_worker_num="$LOCAL" --master_addr="$ADDR" --master_port="$PORT" \
+    --node_rank="$NODE_RANK" --log_dir="$LOG_DIR" --join=True --cluster_time_out="$TIMEOUT" "${command[@]}" 2>&1)
+msrun=$!
+trap stop INT TERM
 
-if [ $interrupted = yes ]; then
+# msrun sees within a second that a process has failed, and kills the others; then it would wait half a minute for its
+# scheduler, which is killed here with msrun.
+failed='' code=0
+while true; do
+    got=0
+    IFS= read -r line <&3 || got=$?
+    if [ $got -gt 128 ]; then  # a signal
+        continue
+    elif [ $got != 0 ]; then
+        break
+    elif [[ -z "$failed" && "$line" =~ Worker\ process\ ([0-9]+)\ exit\ with\ exception.*code:\ (-?[0-9]+) ]]; then
+        failed=${BASH_REMATCH[1]} code=${BASH_REMATCH[2]}
+        (sleep 2 && kill -KILL -- "-$msrun") 2>/dev/null &
+    elif [[ -z "$failed" && "$line" != '[INFO] '* ]]; then
+        printf '%s\n' "$line"
+    fi
+done
+status=0
+wait "$msrun" || status=$?
+
+if [ $stops != 0 ]; then
     exit 130
 fi
-if [ $status != 0 ]; then
+if [ -n "$failed" ]; then
+    status=$((code < 0 ? 128 - code : code))
+    rank=$(processes | sed -n "s/ $failed\$//p")
+    how="ended with status $code"
+    if [ "$code" = -9 ]; then
+        how="was killed (signal 9), by hand or for want of memory"
+    elif [ "$code" -lt 0 ]; then
+        how="was ended by signal ${code#-}"
+    fi
+    echo "error: ${rank:+rank $rank, }process $failed, $how; the others were stopped; the full logs are in $LOG_DIR" >&2
+elif [ $status != 0 ]; then
     echo "error: the run failed, with status $status; the full logs are in $LOG_DIR" >&2
-    # msrun kills the others when one fails: theirs end without an error.
-    for ((rank = first; rank <= last; rank++)); do
-        log=$LOG_DIR/worker_$rank.log
-        if grep -qsiE '^[a-z_.]*(error|exception)\b' "$log"; then
+fi
+if [ $status != 0 ]; then
+    # The others were killed: theirs end without an error.
+    for ((i = first; i <= last; i++)); do
+        log=$LOG_DIR/worker_$i.log
+        if [ "${rank:-}" = $i ] || { [ -z "${rank:-}" ] && grep -qsiE '^[a-z_.]*(error|exception)\b' "$log"; }; then
             echo "--- the last lines of $log" >&2
             grep -vE '^\[(INFO|WARNING)\]' "$log" | tail -n 20 >&2 || true
             break

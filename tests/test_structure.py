@@ -18,7 +18,7 @@ DIRECTIONS = {
     "__init__": ("nn.lora adapters.config peft_model api errors", ""),
     "errors": ("", ""),
     "storage": ("errors", "numpy safetensors"),
-    "runtime": ("errors", "mindspore"),
+    "runtime": ("errors nn.parallel", "mindspore"),
     "config": ("config errors", "yaml pydantic"),
     "data": ("data errors storage", "numpy transformers mindspore.dataset mindspore.mindrecord datasets pyarrow"),
     "nn": ("nn", "mindspore numpy"),

@@ -1,17 +1,22 @@
 """Swaps adapter cells in for the layers that ``target_modules`` names, and freezes the rest."""
 
 import fnmatch
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from mindspore import nn
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor, nn
+from mindspore.common.initializer import initializer
 
 from lora_ms.adapters.config import AdaLoraConfig, LoraConfig
 from lora_ms.adapters.matching import Place, gaps, leaf_of, places, ranges
 from lora_ms.errors import LoraMsError
 from lora_ms.nn.layers import Embedding, Head, RMSNorm
-from lora_ms.nn.lora import AdaLoRADense, DoRADense, LoRADense
+from lora_ms.nn.lora import AdaLoRADense, DoRADense, LoRADense, default_a
 from lora_ms.nn.lora_embedding import DoRAEmbedding, LoRAEmbedding
+from lora_ms.nn.parallel import WHOLE, Shard, split_axis
 from lora_ms.nn.trained import TrainedDense, TrainedEmbedding, TrainedHead, TrainedNorm
 
 ADAPTERS = (LoRADense, LoRAEmbedding)
@@ -79,8 +84,16 @@ def place(model: nn.Cell, cells: Mapping[str, nn.Cell]) -> None:
     model.compile_cache.clear()
 
 
-def adapter_on(layer: nn.Cell, config: LoraConfig, where: Place) -> nn.Cell:
-    """A fresh adapter cell on ``layer``."""
+def starting_a(name: str, layer: nn.Cell, rank: int, shard: Shard) -> Tensor | None:
+    """This rank's columns of the A that one rank would have drawn; None where it is not split."""
+    if shard.count == 1 or split_axis(f"{name}.lora_a") is None:
+        return None
+    whole = initializer(default_a(), (rank, layer.in_channels * shard.count), ms.float32).init_data()
+    return Tensor(np.ascontiguousarray(shard.part(f"{name}.lora_a", whole.asnumpy())))
+
+
+def adapter_on(layer: nn.Cell, config: LoraConfig, where: Place, a_init: Tensor | None = None) -> nn.Cell:
+    """A fresh adapter cell on ``layer``; ``a_init``: the A to start from, of plain LoRA."""
     if type(layer) is Embedding:
         if isinstance(config, AdaLoraConfig) or config.lora_bias or not isinstance(config.init_lora_weights, bool):
             raise LoraMsError("on the embedding LoRA, rsLoRA and DoRA are supported, without bias or init_lora_weights")
@@ -95,6 +108,7 @@ def adapter_on(layer: nn.Cell, config: LoraConfig, where: Place) -> nn.Cell:
         config.bias != "none",
         use_rslora=config.use_rslora,
         lora_bias=config.lora_bias,
+        lora_a_init=a_init,
     )
 
 
@@ -117,32 +131,39 @@ def saved_layers(model: nn.Cell, config: LoraConfig) -> dict[str, nn.Cell]:
     return found
 
 
-def build(model: nn.Cell, config: LoraConfig, where: Mapping[str, Place]) -> dict[str, nn.Cell]:
-    """The cells of a fresh adapter by path, not yet in ``model``."""
+def build(model: nn.Cell, config: LoraConfig, where: Mapping[str, Place], shard: Shard = WHOLE) -> dict[str, nn.Cell]:
+    """The cells of a fresh adapter by path, not yet in ``model``; ``shard``: with which ranks the layers are shared."""
     layers = target_layers(model)
     cells = {name: COPIES[type(cell)](cell) for name, cell in saved_layers(model, config).items()}
-    cells |= {name: adapter_on(layers[name], config, place) for name, place in where.items()}
+    for name, place in where.items():
+        cells[name] = adapter_on(layers[name], config, place, starting_a(name, layers[name], place.lora_rank, shard))
     if config.bias == "all":
         rest = {name: layer for name, layer in layers.items() if name not in cells and type(layer) is nn.Dense}
         cells |= {name: TrainedDense(layer, weight=False) for name, layer in rest.items() if layer.has_bias}
     return cells
 
 
-def inject(model: nn.Cell, config: LoraConfig, where: Mapping[str, Place] | None = None) -> InjectReport:
+def inject(
+    model: nn.Cell, config: LoraConfig, where: Mapping[str, Place] | None = None, shard: Shard = WHOLE
+) -> InjectReport:
     """Swaps a fresh adapter in, in place; ``where`` overrides the choice of ``config.target_modules``.
 
     Afterwards the adapter's parameters alone are trainable.
     """
-    cells = build(model, config, select(model, config) if where is None else where)
+    cells = build(model, config, select(model, config) if where is None else where, shard)
     for parameter in model.get_parameters():
         parameter.requires_grad = False
     place(model, cells)
-    return report(model, config)
+    return report(model, config, shard)
 
 
-def report(model: nn.Cell, config: LoraConfig | None = None) -> InjectReport:
-    """Counts what stands in ``model`` now."""
-    parameters = [p for p in model.get_parameters() if p.ndim]  # a scalar is a setting, no weight
+def report(model: nn.Cell, config: LoraConfig | None = None, shard: Shard = WHOLE) -> InjectReport:
+    """Counts what stands in ``model`` now, on all ranks of ``shard`` together."""
+    sizes = [
+        (math.prod(shard.whole_shape(p.name, tuple(p.shape))), p.requires_grad)
+        for p in model.get_parameters()
+        if p.ndim  # a scalar is a setting, no weight
+    ]
     notes = []
     if config is not None:
         left = gaps(config, (name for name, _ in model.cells_and_names()))
@@ -151,8 +172,8 @@ def report(model: nn.Cell, config: LoraConfig | None = None) -> InjectReport:
             notes.append("lora_dropout does not reach the adapter on the head")
     return InjectReport(
         tuple(lora_layers(model)),
-        sum(p.size for p in parameters if p.requires_grad),
-        sum(p.size for p in parameters),
+        sum(size for size, trained in sizes if trained),
+        sum(size for size, _ in sizes),
         tuple(notes),
     )
 

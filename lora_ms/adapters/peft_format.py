@@ -37,17 +37,18 @@ from lora_ms.adapters.matching import Place, by_pattern
 from lora_ms.adapters.peft_config import Adapted, to_peft
 from lora_ms.errors import LoraMsError
 from lora_ms.nn import lowrank
+from lora_ms.nn.parallel import WHOLE, Shard
 
 Array = NDArray[np.float32]
 
 
-def adapter_tensors(model: nn.Cell, config: LoraConfig) -> dict[str, Array]:
-    """Every adapter tensor under PEFT's name, float32 (shapes: ``nn.lora``)."""
+def adapter_tensors(model: nn.Cell, config: LoraConfig, shard: Shard = WHOLE) -> dict[str, Array]:
+    """Every adapter tensor under PEFT's name, float32 (shapes: ``nn.lora``), whole; all ranks of ``shard`` call it."""
     tensors: dict[str, Array] = {}
     for name, cell in adapter_cells(model).items():
         values = {factor: parameter.asnumpy() for factor, parameter in cell.tensors().items()}
         tensors |= {f"{PREFIX}{name}.{factor}": value for factor, value in packed(name, cell, values, config).items()}
-    return tensors
+    return shard.gather(tensors)
 
 
 def packed(name: str, cell: nn.Cell, values: dict[str, Array], config: LoraConfig) -> dict[str, Array]:
@@ -85,13 +86,21 @@ def adapted(model: nn.Cell) -> Adapted:
     return Adapted(places, saved, tuple(target_layers(model)))
 
 
-def save_adapter(model: nn.Cell, path: str | os.PathLike, config: LoraConfig, base_model: str | None = None) -> None:
+def save_adapter(
+    model: nn.Cell,
+    path: str | os.PathLike,
+    config: LoraConfig,
+    base_model: str | None = None,
+    tensors: dict[str, Array] | None = None,
+) -> None:
     """Writes the adapter of ``model`` into directory ``path``, each file whole or not at all.
+
+    tensors: what ``adapter_tensors`` returned, where layers are shared with other ranks.
 
     Raises:
         LoraMsError: an adapter weight is not finite (nothing is written then), or the directory cannot be written.
     """
-    path, tensors = Path(path), adapter_tensors(model, config)
+    path, tensors = Path(path), adapter_tensors(model, config) if tensors is None else tensors
     for name, value in tensors.items():
         if not np.isfinite(value).all():
             raise LoraMsError(f"{name} holds NaN or infinity; {path} was not written")
@@ -99,19 +108,19 @@ def save_adapter(model: nn.Cell, path: str | os.PathLike, config: LoraConfig, ba
     storage.write_json(path / CONFIG, to_peft(config, adapted(model), base_model))
 
 
-def read_tensors(path: Path) -> dict[str, Array]:
-    """Every tensor of the adapter in directory ``path``, float32, by PEFT's name.
+def read_tensors(path: Path, shard: Shard = WHOLE) -> dict[str, Array]:
+    """Every tensor of the adapter in directory ``path``, float32, by PEFT's name; this rank's part of each.
 
     Raises:
         LoraMsError: a truncated file, or a tensor that is not finite.
     """
     entries = read_entries(path)
     check_finite(path, entries)
-    return {key: storage.read(entry, np.float32) for key, entry in entries.items()}
+    return {key: shard.part(key, storage.read(entry, np.float32)) for key, entry in entries.items()}
 
 
 def load_adapter(
-    model: nn.Cell, path: str | os.PathLike, lora_dropout: float | None = None
+    model: nn.Cell, path: str | os.PathLike, lora_dropout: float | None = None, shard: Shard = WHOLE
 ) -> tuple[LoraConfig, InjectReport]:
     """Swaps the adapter of directory ``path`` into a bare ``model``; the layers are those that the file names.
 
@@ -125,20 +134,20 @@ def load_adapter(
     config = read_adapter_config(path)
     if lora_dropout is not None:
         config = replace(config, lora_dropout=lora_dropout)
-    cells = read_cells(model, path, config)
+    cells = read_cells(model, path, config, shard)
     for parameter in model.get_parameters():
         parameter.requires_grad = False
     place(model, cells)
-    return config, report(model)
+    return config, report(model, shard=shard)
 
 
-def read_cells(model: nn.Cell, path: Path, config: LoraConfig) -> dict[str, nn.Cell]:
+def read_cells(model: nn.Cell, path: Path, config: LoraConfig, shard: Shard = WHOLE) -> dict[str, nn.Cell]:
     """The cells of the adapter in ``path`` by dotted path, with its numbers, not yet in ``model``.
 
     Raises:
         LoraMsError: see ``load_adapter``.
     """
-    tensors, layers = read_tensors(path), dict(model.cells_and_names())
+    tensors, layers = read_tensors(path, shard), dict(model.cells_and_names())
     keys = [split_key(key) for key in tensors]
     named = [found for found in keys if found is not None and found.name in layers]
     lora = [found.name for found in named if found.factor.startswith("lora_")]
@@ -212,8 +221,8 @@ def split_start(cell: nn.Cell, values: dict[str, Array]) -> dict[str, Array]:
     return {**values, "lora_A.weight": a[:rank], "lora_B.weight": b[:, :rank]}
 
 
-def restore_adapter(model: nn.Cell, path: str | os.PathLike, config: LoraConfig) -> None:
+def restore_adapter(model: nn.Cell, path: str | os.PathLike, config: LoraConfig, shard: Shard = WHOLE) -> None:
     """Reads the adapter weights of directory ``path`` into the adapter that stands in ``model``."""
-    faults = fill(adapter_cells(model), read_tensors(Path(path)), config, dict(model.cells_and_names()))
+    faults = fill(adapter_cells(model), read_tensors(Path(path), shard), config, dict(model.cells_and_names()))
     if faults:
         raise LoraMsError(f"{path}: not the adapter of this run: {'; '.join(faults)}")

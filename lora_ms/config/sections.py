@@ -222,12 +222,12 @@ class Parallel(Section):
 
 
 class ParallelConfig(Section):
-    """``parallel_config``: the number of cards is msrun's, all of them data-parallel."""
+    """``parallel_config``: of the processes that msrun starts, how many share one model; the rest is data-parallel."""
 
-    data_parallel: NoEffect = 1
-    model_parallel: NoEffect = 1
-    pipeline_stage: NoEffect = 1
-    context_parallel: NoEffect = 1
+    data_parallel: Whole = Field(1, ge=1)  # follows from model_parallel: a notice where it differs
+    model_parallel: Whole = Field(1, ge=1)  # processes that share one model, each layer split over them
+    pipeline_stage: Whole = Field(1, ge=1)  # only 1
+    context_parallel: Whole = Field(1, ge=1)  # only 1
     context_parallel_algo: NoEffect = "colossalai_cp"
     ulysses_degree_in_cp: NoEffect = 1
     expert_parallel: NoEffect = 1

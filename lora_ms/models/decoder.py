@@ -7,7 +7,8 @@ from mindspore import Tensor, nn, ops
 
 from lora_ms.nn.attention import Attention, attention_bias, uses_flash
 from lora_ms.nn.kernels import RowMask
-from lora_ms.nn.layers import MLP, Embedding, Head, RMSNorm
+from lora_ms.nn.layers import MLP, Embedding, Head, RMSNorm, SplitEmbedding
+from lora_ms.nn.parallel import WHOLE, Shard
 from lora_ms.nn.rope import RotaryTables, inverse_frequencies
 
 
@@ -36,7 +37,7 @@ class DecoderConfig:
 class DecoderLayer(nn.Cell):
     """Attention and feed-forward, each behind a norm and beside a residual; x [t, h]."""
 
-    def __init__(self, config: DecoderConfig, dtype: ms.Type):
+    def __init__(self, config: DecoderConfig, dtype: ms.Type, shard: Shard):
         super().__init__()
         c = config
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype)
@@ -49,16 +50,17 @@ class DecoderLayer(nn.Cell):
             c.rms_norm_eps if c.qk_norm else None,
             c.flash_attention,
             dtype,
+            shard,
         )
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype)
-        self.mlp = MLP(c.hidden_size, c.intermediate_size, dtype)
+        self.mlp = MLP(c.hidden_size, c.intermediate_size, dtype, shard)
 
     def construct(self, x: Tensor, rope: tuple, bias: Tensor, rows: Tensor | None = None) -> Tensor:
         """rows [c]: the tokens whose output is wanted, all where None; only they pass the output projections."""
         mixed = self.self_attn.mix(self.input_layernorm(x), rope, bias)
         if rows is not None:
             x, mixed = ops.gather(x, rows, 0), ops.gather(mixed, rows, 0)
-        return self.feed(x + self.self_attn.o_proj(mixed))
+        return self.feed(x + self.self_attn.output(mixed))
 
     def feed(self, x: Tensor) -> Tensor:
         return x + self.mlp(self.post_attention_layernorm(x))
@@ -66,22 +68,26 @@ class DecoderLayer(nn.Cell):
     def cached(self, x: Tensor, rope: tuple, bias: Tensor, cache: nn.Cell, layer: int, rows: Tensor) -> Tensor:
         """New tokens only; see ``Attention.mix_cached``."""
         mixed = self.self_attn.mix_cached(self.input_layernorm(x), rope, bias, cache, layer, rows)
-        return self.feed(x + self.self_attn.o_proj(mixed))
+        return self.feed(x + self.self_attn.output(mixed))
 
 
 class Decoder(nn.Cell):
     """input_ids [b, s] -> normalised hidden states [t, h], or those of the tokens ``rows`` [c] alone."""
 
-    def __init__(self, config: DecoderConfig, dtype: ms.Type):
+    def __init__(self, config: DecoderConfig, dtype: ms.Type, shard: Shard):
         super().__init__()
         c = config
-        self.num_heads, self.num_kv_heads = c.num_attention_heads, c.num_key_value_heads
-        self.embed_tokens = Embedding(c.vocab_size, c.hidden_size, dtype)
-        self.layers = nn.CellList([DecoderLayer(c, dtype) for _ in range(c.num_hidden_layers)])
+        heads, kv_heads = c.num_attention_heads // shard.count, c.num_key_value_heads // shard.count
+        self.num_heads, self.num_kv_heads = heads, kv_heads
+        if shard.count > 1:
+            self.embed_tokens: Embedding = SplitEmbedding(c.vocab_size, c.hidden_size, dtype, shard)
+        else:
+            self.embed_tokens = Embedding(c.vocab_size, c.hidden_size, dtype)
+        self.layers = nn.CellList([DecoderLayer(c, dtype, shard) for _ in range(c.num_hidden_layers)])
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype)
         inv_freq = inverse_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
-        self.rotary_tables = RotaryTables(c.head_dim, c.num_attention_heads, c.num_key_value_heads, inv_freq, dtype)
-        self.row_mask = RowMask(c.num_attention_heads, c.num_key_value_heads, uses_flash(c.flash_attention, dtype))
+        self.rotary_tables = RotaryTables(c.head_dim, heads, kv_heads, inv_freq, dtype)
+        self.row_mask = RowMask(heads, kv_heads, uses_flash(c.flash_attention, dtype))
 
     def construct(self, input_ids: Tensor, position_ids: Tensor, bias: Tensor, rows: Tensor | None = None) -> Tensor:
         rope = self.rotary_tables(position_ids.reshape((-1,)))
@@ -101,19 +107,22 @@ class Decoder(nn.Cell):
 
 
 class CausalLM(nn.Cell):
-    """A decoder with its head: ``logits = model(input_ids, attention_mask)``."""
+    """A decoder with its head: ``logits = model(input_ids, attention_mask)``.
 
-    def __init__(self, config: DecoderConfig, dtype: ms.Type = ms.float32):
+    shard: with which ranks it is shared; on more than one, it is there for its loss alone, and has no logits.
+    """
+
+    def __init__(self, config: DecoderConfig, dtype: ms.Type = ms.float32, shard: Shard = WHOLE):
         super().__init__()
         self.config, self.dtype = config, dtype
-        self.model = Decoder(config, dtype)
+        self.model = Decoder(config, dtype, shard)
         self.project = ops.MatMul(transpose_b=True)
-        self.lm_head = Head(config.hidden_size, config.vocab_size, "zeros", has_bias=False, dtype=dtype)
+        self.lm_head = Head(config.hidden_size, config.vocab_size // shard.count, "zeros", has_bias=False, dtype=dtype)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def head_weight(self) -> Tensor:
-        """[v, h] in the model's type."""
+        """[v, h] in the model's type; of a shared model, this rank's rows."""
         return self.lm_head.whole_weight().astype(self.dtype)
 
     def hidden_states(

@@ -17,6 +17,7 @@ from lora_ms.errors import LoraMsError
 from lora_ms.models.decoder import CausalLM, DecoderConfig
 from lora_ms.models.llama import llama_config
 from lora_ms.models.qwen import qwen2_config, qwen3_config
+from lora_ms.nn.parallel import WHOLE, Shard, split_axis
 
 FAMILIES = {
     "LlamaForCausalLM": llama_config,
@@ -73,9 +74,9 @@ def check_names(expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int
         raise LoraMsError(f"{where}: {len(faults)} tensors do not fit the model: " + "; ".join(faults))
 
 
-def expected_shapes(model: CausalLM) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every weight of a bare model."""
-    return {name: tuple(p.shape) for name, p in model.parameters_and_names()}
+def expected_shapes(model: CausalLM, shard: Shard = WHOLE) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every weight of a bare model, as one rank would have it."""
+    return {name: shard.whole_shape(name, tuple(p.shape)) for name, p in model.parameters_and_names()}
 
 
 def _skippable(name: str, tied: bool) -> bool:
@@ -88,23 +89,33 @@ def load_directory(
     ms_dtype: ms.Type = ms.float32,
     model_class: type[CausalLM] = CausalLM,
     flash_attention: bool = True,
+    shard: Shard = WHOLE,
 ) -> CausalLM:
-    """The model of a Hugging Face directory, its weights converted one at a time to ``ms_dtype``."""
+    """The model of a Hugging Face directory, its weights converted one at a time to ``ms_dtype``.
+
+    shard: with which ranks the model is shared; each reads its own part.
+    """
     if ms_dtype not in NUMPY_DTYPES:
         raise LoraMsError(f"type {ms_dtype} is not supported for weights; supported: float32, float16")
     path = Path(path)
     config, hf = read_config(path)
     entries = {n: e for n, e in storage.open_dir(path).items() if not _skippable(n, config.tie_word_embeddings)}
-    model = model_class(replace(config, flash_attention=flash_attention), ms_dtype)
-    check_names(expected_shapes(model), {n: e.shape for n, e in entries.items()}, str(path))
+    model = model_class(replace(config, flash_attention=flash_attention), ms_dtype, shard)
+    check_names(expected_shapes(model, shard), {n: e.shape for n, e in entries.items()}, str(path))
     for name, parameter in model.parameters_and_names():
-        parameter.name = name
-        parameter.set_data(Tensor.from_numpy(storage.read(entries[name], NUMPY_DTYPES[ms_dtype])))
+        parameter.name, entry, dtype = name, entries[name], NUMPY_DTYPES[ms_dtype]
+        if shard.count > 1 and split_axis(name) is not None:
+            value = storage.read_part(entry, shard.place(name, entry.shape), dtype)
+        else:
+            value = storage.read(entry, dtype)
+        parameter.set_data(Tensor.from_numpy(value))
     model.source, model.hf_config = str(path), hf
     return model
 
 
-def load_checkpoint(path: Path, config: DecoderConfig, ms_dtype: ms.Type = ms.float32) -> CausalLM:
+def load_checkpoint(
+    path: Path, config: DecoderConfig, ms_dtype: ms.Type = ms.float32, shard: Shard = WHOLE
+) -> CausalLM:
     """The model of a MindSpore ``.ckpt`` or ``.safetensors`` file with MindFormers' names."""
     form = "safetensors" if path.suffix == ".safetensors" else "ckpt"
     try:
@@ -113,11 +124,11 @@ def load_checkpoint(path: Path, config: DecoderConfig, ms_dtype: ms.Type = ms.fl
         raise LoraMsError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]})") from None
     weights = {hugging_face_name(name): value for name, value in stored.items()}
     weights = {n: w for n, w in weights.items() if not _skippable(n, config.tie_word_embeddings)}
-    model = CausalLM(config, ms_dtype)
-    check_names(expected_shapes(model), {n: tuple(w.shape) for n, w in weights.items()}, str(path))
+    model = CausalLM(config, ms_dtype, shard)
+    check_names(expected_shapes(model, shard), {n: tuple(w.shape) for n, w in weights.items()}, str(path))
     for name, parameter in model.parameters_and_names():
-        parameter.name = name
-        parameter.set_data(Tensor.from_numpy(weights.pop(name).asnumpy().astype(NUMPY_DTYPES[ms_dtype])))
+        parameter.name, part = name, shard.part(name, weights.pop(name).asnumpy())
+        parameter.set_data(Tensor.from_numpy(np.array(part, NUMPY_DTYPES[ms_dtype], order="C")))
     model.source, model.hf_config = str(path), hf_config(config, ms_dtype)
     return model
 

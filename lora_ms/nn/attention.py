@@ -6,6 +6,7 @@ from mindspore import Tensor, nn, ops
 
 from lora_ms.nn.kernels import MASKED, AttentionKernel, FlashAttentionKernel, RotaryKernel, on_ascend
 from lora_ms.nn.layers import RMSNorm, dense
+from lora_ms.nn.parallel import WHOLE, Shard, enter, leave
 
 
 def uses_flash(flash_attention: bool, dtype: ms.Type) -> bool:
@@ -25,7 +26,7 @@ def attention_bias(attention_mask: Tensor | None, batch: int, seq: int, num_head
 
 
 class Attention(nn.Cell):
-    """Attention over x [t, h] with t = b * s; shape legend in ``lora_ms.nn.kernels``."""
+    """Attention over x [t, h] with t = b * s; shape legend in ``lora_ms.nn.kernels``; of ``shard``, its heads."""
 
     def __init__(
         self,
@@ -37,14 +38,17 @@ class Attention(nn.Cell):
         qk_norm_eps: float | None,
         flash_attention: bool,
         dtype: ms.Type,
+        shard: Shard = WHOLE,
     ):
         super().__init__()
+        num_heads, num_kv_heads = num_heads // shard.count, num_kv_heads // shard.count
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.group = num_heads // num_kv_heads
         self.q_proj = dense(hidden_size, num_heads * head_dim, qkv_bias, dtype)
         self.k_proj = dense(hidden_size, num_kv_heads * head_dim, qkv_bias, dtype)
         self.v_proj = dense(hidden_size, num_kv_heads * head_dim, qkv_bias, dtype)
         self.o_proj = dense(num_heads * head_dim, hidden_size, False, dtype)
+        self.enter, self.leave = enter(shard), leave(shard)
         self.qk_norm = qk_norm_eps is not None
         if qk_norm_eps is not None:
             self.q_norm = RMSNorm(head_dim, qk_norm_eps, dtype)
@@ -58,6 +62,7 @@ class Attention(nn.Cell):
 
     def project(self, x: Tensor, rope: tuple, batch: int) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [b * n_kv, g * s, d], scaled by 1/sqrt(d), keys and values [b * n_kv, s, d]."""
+        x = self.enter(x)
         q = self.q_proj(x).reshape((-1, self.head_dim))  # [t * n_h, d]
         k = self.k_proj(x).reshape((-1, self.head_dim))
         if self.qk_norm:
@@ -81,6 +86,10 @@ class Attention(nn.Cell):
         output, _ = self.kernel(q, k, v, bias)  # [b * n_kv, g * s, d]
         return self.merge_heads(output, batch)
 
+    def output(self, x: Tensor) -> Tensor:
+        """The output projection: [t, n_h * d] -> [t, h]."""
+        return self.leave(self.o_proj(x))
+
     def mix_cached(self, x: Tensor, rope: tuple, bias: Tensor, cache: nn.Cell, layer: int, rows: Tensor) -> Tensor:
         """As ``mix``, for new tokens that also look at those in ``cache``, into which they are written."""
         q, k, v = self.project(x, rope, cache.batch)
@@ -90,4 +99,4 @@ class Attention(nn.Cell):
         return self.merge_heads(output, cache.batch)
 
     def construct(self, x: Tensor, rope: tuple, bias: Tensor) -> Tensor:
-        return self.o_proj(self.mix(x, rope, bias))
+        return self.output(self.mix(x, rope, bias))

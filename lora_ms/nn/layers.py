@@ -5,6 +5,7 @@ from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import initializer
 
 from lora_ms.nn.kernels import GatedSiLUKernel, RMSNormKernel
+from lora_ms.nn.parallel import WHOLE, Shard, enter, leave
 
 
 def dense(in_features: int, out_features: int, has_bias: bool, dtype: ms.Type) -> nn.Dense:
@@ -42,15 +43,36 @@ class Embedding(nn.Cell):
         return ops.gather(self.weight, input_ids, 0)
 
 
-class MLP(nn.Cell):
-    """``down(silu(gate(x)) * up(x))`` (Shazeer, 2020) for x [t, h]."""
+class SplitEmbedding(Embedding):
+    """``Embedding`` of which each rank of ``shard`` has v / n rows, one rank after another; not to be trained."""
 
-    def __init__(self, hidden_size: int, intermediate_size: int, dtype: ms.Type):
+    def __init__(self, vocab_size: int, hidden_size: int, dtype: ms.Type, shard: Shard):
+        self.rows = vocab_size // shard.count
+        super().__init__(self.rows, hidden_size, dtype)
+        self.first = shard.index * self.rows
+        self.leave = leave(shard)
+        self.outer = ops.MatMul()
+
+    def construct(self, input_ids: Tensor) -> Tensor:
+        row = input_ids - self.first
+        own = ops.logical_and(row >= 0, row < self.rows)
+        x = ops.gather(self.weight, row * own.astype(row.dtype), 0)
+        spread = self.outer(own.astype(x.dtype).reshape((-1, 1)), ops.ones((1, x.shape[-1]), x.dtype))
+        return self.leave(x * spread)
+
+
+class MLP(nn.Cell):
+    """``down(silu(gate(x)) * up(x))`` (Shazeer, 2020) for x [t, h]; of ``shard``, this rank's channels."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, dtype: ms.Type, shard: Shard = WHOLE):
         super().__init__()
+        intermediate_size //= shard.count
+        self.enter, self.leave = enter(shard), leave(shard)
         self.gate_proj = dense(hidden_size, intermediate_size, False, dtype)
         self.up_proj = dense(hidden_size, intermediate_size, False, dtype)
         self.down_proj = dense(intermediate_size, hidden_size, False, dtype)
         self.gated = GatedSiLUKernel()
 
     def construct(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.gated(self.gate_proj(x), self.up_proj(x))[0])
+        x = self.enter(x)
+        return self.leave(self.down_proj(self.gated(self.gate_proj(x), self.up_proj(x))[0]))

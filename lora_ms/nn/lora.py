@@ -17,6 +17,11 @@ from lora_ms.nn.draws import DropoutKernel
 from lora_ms.nn.kernels import ColumnScaleKernel, LowRankKernel
 
 
+def default_a() -> HeUniform:
+    """How A starts: Kaiming uniform with slope sqrt(5), as in PEFT."""
+    return HeUniform(negative_slope=math.sqrt(5))
+
+
 class LoRADense(nn.Dense):
     """``y = x W^T + b + scaling x A^T B^T`` with W and b frozen.
 
@@ -63,7 +68,7 @@ class LoRADense(nn.Dense):
             raise ValueError(f"lora_alpha must be above 0, got {lora_alpha}")
         if not 0 <= lora_dropout < 1:
             raise ValueError(f"lora_dropout must be in [0, 1), got {lora_dropout}")
-        a_init = HeUniform(negative_slope=math.sqrt(5)) if lora_a_init is None else lora_a_init
+        a_init = default_a() if lora_a_init is None else lora_a_init
         self.lora_rank, self.lora_alpha = lora_rank, lora_alpha
         self.lora_a = Parameter(initializer(a_init, (lora_rank, in_channels), param_init_type), name="lora_a")
         self.lora_b = Parameter(initializer(lora_b_init, (out_channels, lora_rank), param_init_type), name="lora_b")

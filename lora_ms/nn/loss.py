@@ -1,7 +1,10 @@
 """Summed cross-entropy of chosen tokens, without the whole [tokens, vocabulary] matrix."""
 
 import mindspore as ms
+import numpy as np
 from mindspore import Tensor, nn, ops
+
+from lora_ms.nn.parallel import Shard
 
 IGNORE_INDEX = -100  # a label that teaches nothing
 
@@ -71,3 +74,52 @@ class SummedCrossEntropy(nn.Cell):
             d_head = d_head + self.head_chunk(piece, head, targets[start:end])
         d_hidden = (out[1] * d_loss).astype(hidden.dtype)
         return d_hidden, d_head * d_loss.astype(head.dtype), ops.zeros_like(targets)
+
+
+class SplitCrossEntropy(SummedCrossEntropy):
+    """The same where each rank of ``shard`` has v / n rows of the head, one rank after another; the head is frozen.
+
+    Each chunk costs a sum over the ranks of 2 n + 1 numbers a slot, the step one of the hidden states' gradient.
+    """
+
+    def __init__(self, chunk_rows: int, shard: Shard):
+        super().__init__(chunk_rows)
+        self.index, self.count = shard.index, shard.count
+        place = np.eye(shard.count, dtype=np.float32)[shard.index : shard.index + 1]
+        self.place = Tensor(place)  # [1, n]: 1 in this rank's column
+        self.all_reduce = ops.AllReduce(group=shard.group)
+        self.highest = ops.ReduceMax(keep_dims=True)
+        self.sum = ops.ReduceSum(keep_dims=True)
+
+    def chunk(self, hidden: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        valid = (targets >= 0).astype(ms.float32).reshape((-1, 1))  # [c, 1]
+        row = targets - self.index * head.shape[0]
+        here = ops.logical_and(row >= 0, row < head.shape[0])
+        index = row * here.astype(row.dtype)
+        own = here.astype(ms.float32).reshape((-1, 1))
+        logits = self.matmul_t(hidden, head).astype(ms.float32)  # [c, v / n]
+        probs = self.softmax(logits)
+        top, top_logit = self.max(logits)
+        log_sum = top_logit - ops.log(ops.gather_elements(probs, 1, top))  # of this rank's rows, [c, 1]
+        logit = ops.gather_elements(logits, 1, index.reshape((-1, 1))) * own
+        # every rank's log-sum and largest logit in a column of its own, and the logit of the target
+        table = (self.matmul(log_sum, self.place), self.matmul(top_logit, self.place), logit)
+        table = self.all_reduce(ops.concat(table, 1))
+        n = self.count
+        largest = self.highest(table[:, :n], 1)
+        whole = largest + ops.log(self.sum(ops.exp(table[:, :n] - largest), 1))  # [c, 1]
+        grad = self.matmul(probs.astype(head.dtype), head).astype(ms.float32) * ops.exp(log_sum - whole)
+        grad = grad - ops.gather(head, index, 0).astype(ms.float32) * own
+        logit = table[:, 2 * n :]
+        right = (logit >= self.highest(table[:, n : 2 * n], 1)).astype(ms.float32) * valid
+        return ((whole - logit) * valid).sum(), grad * valid, right.sum()
+
+    def bprop(self, hidden, head, targets, out, dout):
+        d_hidden = self.all_reduce(out[1] * dout[0]).astype(hidden.dtype)
+        return d_hidden, ops.zeros_like(head), ops.zeros_like(targets)
+
+
+def summed_cross_entropy(vocab_size: int, numbers: int, shard: Shard) -> SummedCrossEntropy:
+    """The loss over ``vocab_size`` entries that holds about ``numbers`` logits at a time, on one rank or several."""
+    rows = max(16, numbers // (vocab_size // shard.count))
+    return SplitCrossEntropy(rows, shard) if shard.count > 1 else SummedCrossEntropy(rows)

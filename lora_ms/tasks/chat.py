@@ -6,7 +6,7 @@ from lora_ms.config import RunConfig
 from lora_ms.data.example import Message
 from lora_ms.errors import LoraMsError
 from lora_ms.infer.chat import Speaker
-from lora_ms.tasks import common
+from lora_ms.tasks import common, parallel
 from lora_ms.tasks.predict import speaker_for
 
 HELP = "/reset forgets the conversation, /exit leaves"
@@ -36,6 +36,7 @@ def show(text: str) -> None:
 
 def run(config: RunConfig) -> None:
     """Reads messages until /exit or the end of input."""
+    parallel.check_alone(config, "chat")
     runtime = common.start(config)
     speaker = speaker_for(config, common.model_for_use(config, runtime))
     print(f"chat: {HELP}")

@@ -15,7 +15,9 @@ from lora_ms.data.example import IGNORE_INDEX
 from lora_ms.errors import LoraMsError
 from lora_ms.models import hub
 from lora_ms.models.decoder import CausalLM, DecoderConfig
+from lora_ms.nn.parallel import WHOLE, Shard
 from lora_ms.runtime import Runtime
+from lora_ms.tasks import parallel
 
 # YAML key -> DecoderConfig's; where both a YAML and a config.json give one, they must agree
 SIZES = {
@@ -43,7 +45,9 @@ def start(config: RunConfig) -> Runtime:
         config.use_parallel,
         context.max_device_memory,
         context.enable_graph_kernel,
+        config.parallel_config.model_parallel,
     )
+    notices += parallel.notices(config, runtime)
     if runtime.is_main:
         for line in (*config.notices(), *notices):
             print(line)
@@ -155,17 +159,17 @@ def read_sizes(config: RunConfig) -> DecoderConfig:
     return decoder_config(sizes)
 
 
-def build_model(config: RunConfig, sizes: DecoderConfig, dtype: ms.Type) -> CausalLM:
+def build_model(config: RunConfig, sizes: DecoderConfig, dtype: ms.Type, shard: Shard = WHOLE) -> CausalLM:
     """The bare model with its weights; with ``load_checkpoint: ''`` freshly initialised from ``seed``."""
     path = Path(config.load_checkpoint)
     sizes = replace(sizes, flash_attention=config.model.sizes.use_flash_attention)
     if not config.load_checkpoint:
         return hub.new_model(sizes, dtype, config.seed)
     if path.is_dir():
-        return hub.load_directory(path, dtype, flash_attention=sizes.flash_attention)
+        return hub.load_directory(path, dtype, flash_attention=sizes.flash_attention, shard=shard)
     if config.model.sizes.qkv_concat:
         raise LoraMsError(f"{path}: qkv_concat is not supported yet; give the model's Hugging Face directory")
-    return hub.load_checkpoint(path, sizes, dtype)
+    return hub.load_checkpoint(path, sizes, dtype, shard)
 
 
 def lora_config(pet: PetConfig) -> LoraConfig:
@@ -226,7 +230,7 @@ def model_for_use(config: RunConfig, runtime: Runtime) -> CausalLM:
     sizes = read_sizes(config)
     if not config.load_checkpoint:
         raise LoraMsError("load_checkpoint is missing: give the Hugging Face directory of the model")
-    model = build_model(config, sizes, compute_dtype(config, runtime))
+    model = build_model(config, sizes, compute_dtype(config, runtime), runtime.shard)
     if config.load_adapter:
-        load_adapter(model, config.load_adapter)
+        load_adapter(model, config.load_adapter, shard=runtime.shard)
     return model.set_train(False)

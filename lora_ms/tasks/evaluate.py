@@ -11,7 +11,7 @@ from lora_ms.infer.generate import Generator
 from lora_ms.infer.sampling import Sampling
 from lora_ms.models.decoder import CausalLM
 from lora_ms.runtime import Runtime
-from lora_ms.tasks import common, data
+from lora_ms.tasks import common, data, parallel
 from lora_ms.train.evaluation import Evaluator
 
 
@@ -24,8 +24,8 @@ def plan_of(config: RunConfig, store: TokenStore, tokenizer, limit: int, runtime
         epochs=1,
         seed=0,
         shuffle=False,
-        rank=runtime.rank,
-        world=runtime.world,
+        rank=runtime.data_rank,
+        world=runtime.data_ranks,
         pad_id=pad_id(tokenizer),
         seq_length=limit,
         kind="packed" if config.eval_dataset.packing else "bucketed",
@@ -54,19 +54,20 @@ def evaluator_for(
     """What a run evaluates with; ``limit``: tokens of the longest row."""
     samples = Samples(config, model, tokenizer) if config.evaluation.prompts else None
     plan = plan_of(config, held_out, tokenizer, limit, runtime)
-    return Evaluator(model, plan, model.config.vocab_size, samples)
+    return Evaluator(model, plan, model.config.vocab_size, runtime, samples)
 
 
 def run(config: RunConfig) -> None:
     """Prints the scores of ``eval_dataset``'s label tokens."""
     sources = data.sources_of(config.eval_dataset, "eval")
     sizes = common.read_sizes(config)
+    parallel.check(config, sizes)
     tokenizer = data.tokenizer_for(config)
     how = data.preparation(config, config.eval_dataset, sizes.max_position_embeddings, sizes.vocab_size)
     store, reports, _ = data.rows_of(config.eval_dataset, sources, tokenizer, how)
     runtime = common.start(config)
     plan = plan_of(config, store, tokenizer, how.seq_length, runtime)
-    scores = Evaluator(common.model_for_use(config, runtime), plan, sizes.vocab_size).scores()
+    scores = Evaluator(common.model_for_use(config, runtime), plan, sizes.vocab_size, runtime).scores()
     if runtime.is_main:
         print(*(text for report in reports for text in report.lines()), sep="\n")
         print(scores.line())

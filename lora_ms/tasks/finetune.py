@@ -19,7 +19,8 @@ from lora_ms.data.pipeline import Preparation
 from lora_ms.data.store import TokenStore
 from lora_ms.errors import LoraMsError
 from lora_ms.models.decoder import CausalLM
-from lora_ms.tasks import common, data, evaluate
+from lora_ms.nn.parallel import Shard
+from lora_ms.tasks import common, data, evaluate, parallel
 from lora_ms.tasks.weights import weights_of
 from lora_ms.train import checkpoint
 from lora_ms.train.fit import fit, plan_store
@@ -107,7 +108,7 @@ def check_output(output_dir: Path) -> None:
         raise LoraMsError(f"output_dir {output_dir} cannot be written: no permission to write in {place}")
 
 
-def attach_adapter(config: RunConfig, model: CausalLM, total_steps: int) -> LoraConfig | None:
+def attach_adapter(config: RunConfig, model: CausalLM, total_steps: int, shard: Shard) -> LoraConfig | None:
     """Swaps in what ``pet_config`` or ``load_adapter`` asks for; None where all parameters train.
 
     Raises:
@@ -120,16 +121,16 @@ def attach_adapter(config: RunConfig, model: CausalLM, total_steps: int) -> Lora
         return None
     wanted = common.lora_config(pet)
     if config.load_adapter:
-        wanted = load_agreeing(config.load_adapter, pet, wanted, model)
+        wanted = load_agreeing(config.load_adapter, pet, wanted, model, shard)
     else:
-        injection.inject(model, wanted)
+        injection.inject(model, wanted, shard=shard)
     injection.freeze(model, pet.freeze_include, pet.freeze_exclude)
     if isinstance(wanted, AdaLoraConfig) and not wanted.kept:
         return scheduled(wanted, total_steps, pet.tinit, pet.tfinal)
     return wanted
 
 
-def load_agreeing(path: str, pet: PetConfig, wanted: LoraConfig, model: CausalLM) -> LoraConfig:
+def load_agreeing(path: str, pet: PetConfig, wanted: LoraConfig, model: CausalLM, shard: Shard) -> LoraConfig:
     """Swaps the adapter in ``path`` in for further training; returns its settings.
 
     Raises:
@@ -137,7 +138,8 @@ def load_agreeing(path: str, pet: PetConfig, wanted: LoraConfig, model: CausalLM
     """
     given, stored = pet.model_fields_set, read_adapter_config(path)
     layers, saved = list(injection.target_layers(model)), set(injection.saved_layers(model, wanted))
-    loaded, _ = load_adapter(model, path, wanted.lora_dropout if "lora_dropout" in given else stored.lora_dropout)
+    dropout = wanted.lora_dropout if "lora_dropout" in given else stored.lora_dropout
+    loaded, _ = load_adapter(model, path, dropout, shard)
     there = adapted(model)
     faults = []
 
@@ -203,9 +205,10 @@ def run(config: RunConfig) -> None:
         raise LoraMsError(
             "load_checkpoint is missing: give the model to put the adapter on (pet_config: null trains anew)"
         )
-    if config.pet_config is not None:
-        common.lora_config(config.pet_config)  # what is wrong with it shows before anything is read
+    # what is wrong with pet_config shows before anything is read
+    parallel.check_training(config, None if config.pet_config is None else common.lora_config(config.pet_config))
     sizes = common.read_sizes(config)
+    parallel.check(config, sizes)
     tokenizer = data.tokenizer_for(config, training=True)
     how = data.preparation(config, config.train_dataset, sizes.max_position_embeddings, sizes.vocab_size)
     store, reports, shares = data.rows_of(config.train_dataset, sources, tokenizer, how)
@@ -218,12 +221,12 @@ def run(config: RunConfig) -> None:
         if settings.resume:
             checkpoint.find(output_dir, settings.resume)
         plan = plan_store(store, reports, shares, tokenizer, settings, runtime)
-        model = common.build_model(config, sizes, dtype)
+        model = common.build_model(config, sizes, dtype, runtime.shard)
         schedule_steps = settings.schedule_steps if settings.schedule_steps > 0 else plan.total_steps
-        adapter = attach_adapter(config, model, schedule_steps)
+        adapter = attach_adapter(config, model, schedule_steps, runtime.shard)
         ranks = RankAllocator(model, adapter) if isinstance(adapter, AdaLoraConfig) else None
         if runtime.is_main:
-            print(injection.report(model, adapter).line())
+            print(injection.report(model, adapter, runtime.shard).line())
             if ranks is not None:
                 print(ranks.describe())
             log.to(output_dir / "run.log")  # the first write: data, model and adapter are checked
@@ -232,7 +235,7 @@ def run(config: RunConfig) -> None:
         evaluator = None
         if held_out is not None:
             evaluator = evaluate.evaluator_for(config, model, held_out, tokenizer, how.seq_length, runtime)
-        weights = weights_of(model, adapter, tokenizer, ranks)
+        weights = weights_of(model, adapter, tokenizer, ranks, runtime.shard)
         outcome = fit(model, plan, settings, runtime, weights, sizes.vocab_size, dtype, ranks, evaluator)
         if runtime.is_main and outcome.stopped:
             print(f"stopped after step {outcome.steps:,} of {plan.total_steps:,}, and saved")

@@ -7,7 +7,7 @@ from lora_ms.infer.chat import Speaker
 from lora_ms.infer.generate import Generator
 from lora_ms.infer.sampling import Sampling
 from lora_ms.models.decoder import CausalLM
-from lora_ms.tasks import common, data
+from lora_ms.tasks import common, data, parallel
 
 
 def sampling_of(config: RunConfig) -> Sampling:
@@ -36,6 +36,7 @@ def speaker_for(config: RunConfig, model: CausalLM) -> Speaker:
 
 def run(config: RunConfig, predict_data: list[str]) -> None:
     """Prints each prompt with its answer; all prompts go in one batch."""
+    parallel.check_alone(config, "predict")
     runtime = common.start(config)
     speaker = speaker_for(config, common.model_for_use(config, runtime))
     answers = speaker.answers([[Message("user", prompt)] for prompt in predict_data])

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from numpy.typing import NDArray
+
 from lora_ms import storage
 from lora_ms.errors import LoraMsError, WriteError
 from lora_ms.train.optim import FlatAdamW
@@ -31,6 +33,7 @@ class Weights:
     finish: Callable[[Path], None] | None = (
         None  # writes them at the end of the run, where that is not as in a checkpoint
     )
+    collect: Callable[[], None] = lambda: None  # called by every process before the main one writes
 
 
 def replace_folder(part: Path, final: Path) -> None:
@@ -112,9 +115,16 @@ def put(final: Path, fill: Callable[[Path], None]) -> None:
 
 
 def save(
-    output_dir: Path, step: int, optimizer: FlatAdamW, state: dict, write_weights: Callable[[Path], None], keep: int
+    output_dir: Path,
+    step: int,
+    optimizer: Mapping[str, NDArray],
+    state: dict,
+    write_weights: Callable[[Path], None],
+    keep: int,
 ) -> Path:
     """Writes ``checkpoints/step_N`` and removes the oldest beyond ``keep``; returns its path.
+
+    optimizer: what its ``whole_state`` returned.
 
     Raises:
         WriteError: it cannot be written; the earlier ones are as they were.
@@ -122,8 +132,7 @@ def save(
 
     def fill(part: Path) -> None:
         write_weights(part)
-        tensors = {name: p.asnumpy().reshape(-1) for name, p in optimizer.state().items()}
-        storage.write_tensors(part / OPTIMIZER, tensors)
+        storage.write_tensors(part / OPTIMIZER, {name: value.reshape(-1) for name, value in optimizer.items()})
         storage.write_json(part / STATE, {"step": step, **state})
 
     final = folder_of(output_dir) / f"step_{step}"

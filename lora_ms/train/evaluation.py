@@ -9,7 +9,7 @@ import numpy as np
 from mindspore import Tensor, nn
 
 from lora_ms.data.loader import DataPlan
-from lora_ms.runtime import SumOverRanks
+from lora_ms.runtime import Runtime
 from lora_ms.train.callbacks import Evaluation
 from lora_ms.train.step import LabelScores, SummedLoss
 
@@ -43,6 +43,7 @@ class Evaluator:
         model: see ``loop.Run``.
         plan: one pass over the rows.
         vocab_size: rows of the head.
+        runtime: the processes that share the rows, and the model.
         sample: answers to fixed prompts, of the model as it is; None for none.
     """
 
@@ -51,11 +52,12 @@ class Evaluator:
         model: nn.Cell,
         plan: DataPlan,
         vocab_size: int,
+        runtime: Runtime,
         sample: Callable[[], list[dict[str, str]]] | None = None,
     ):
         self.model, self.plan, self.sample = model, plan, sample
-        self.cell = LabelScores(SummedLoss(model, vocab_size))
-        self.sum_over_ranks = SumOverRanks() if plan.world > 1 else None
+        self.cell = LabelScores(SummedLoss(model, vocab_size, runtime.shard))
+        self.sum_over_data = runtime.data_sum()
 
     def scores(self) -> Scores:
         """Of one pass; leaves the model in the mode of use."""
@@ -66,8 +68,8 @@ class Evaluator:
             for batch in batches:
                 sums += [float(value.asnumpy()) for value in self.cell(*map(Tensor, batch[:4]))]
             tokens += label_tokens
-        if self.sum_over_ranks is not None:
-            sums = self.sum_over_ranks(Tensor(sums.astype(np.float32))).asnumpy()
+        if self.sum_over_data is not None:
+            sums = self.sum_over_data(Tensor(sums.astype(np.float32))).asnumpy()
         return Scores(float(sums[0]) / tokens, float(sums[1]) / tokens, tokens)
 
     def evaluate(self, step: int, epoch: float, best_loss: float | None) -> Evaluation:

@@ -56,8 +56,8 @@ def plan_store(
         seed=s.seed,
         shuffle=s.shuffle,
         drop_remainder=s.drop_remainder,
-        rank=runtime.rank,
-        world=runtime.world,
+        rank=runtime.data_rank,
+        world=runtime.data_ranks,
         pad_id=pad_id(tokenizer),
         seq_length=s.seq_length,
         max_steps=s.max_steps,
@@ -120,6 +120,8 @@ def fit(
         )
         print("compiling the training step, which takes a while the first time …", flush=True)
     outcome = run.train()
+    if not outcome.stopped:
+        weights.collect()
     if runtime.is_main and not outcome.stopped:
         checkpoint.put(output_dir / weights.folder, weights.finish or weights.write)
     if runtime.world > 1:

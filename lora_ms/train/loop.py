@@ -119,15 +119,17 @@ class Run:
         return bool(self.sum_over_ranks(Tensor([float(seen)], ms.float32)).asnumpy()[0])
 
     def save(self) -> None:
-        """Checkpoint of the steps done; by the main rank. Where it cannot be written, says so and goes on."""
+        """Checkpoint of the steps done: all ranks call it, the main one writes; where it cannot, the run goes on."""
+        s, begun = self.settings, time.perf_counter()
+        optimizer = self.steps.optimizer.whole_state()
+        self.weights.collect()
         if not self.runtime.is_main:
             return
-        s, begun = self.settings, time.perf_counter()
         kept = {name: getattr(self.state, name) for name in KEPT_STATE}
         extra = {**self.fingerprint(), **kept, "skipped": self.steps.skipped}
         try:
             path = checkpoint.save(
-                s.output_dir, self.state.step, self.steps.optimizer, extra, self.weights.write, s.keep_checkpoint_max
+                s.output_dir, self.state.step, optimizer, extra, self.weights.write, s.keep_checkpoint_max
             )
         except WriteError as error:
             last = [found.name for found in checkpoint.list_checkpoints(s.output_dir)][-1:]
@@ -148,6 +150,8 @@ class Run:
             state.best_step, state.best_loss, state.worse = state.step, found.eval_loss, 0
         else:
             state.worse += 1
+        if found.best and s.keep_best:
+            self.weights.collect()
         if found.best and s.keep_best and self.runtime.is_main:
             try:
                 checkpoint.put(s.output_dir / checkpoint.BEST, self.weights.write)

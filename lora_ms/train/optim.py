@@ -9,6 +9,7 @@ from mindspore import Parameter, Tensor, nn, ops
 from numpy.typing import NDArray
 
 from lora_ms.nn.lora_embedding import LoRAEmbedding
+from lora_ms.nn.parallel import WHOLE, Shard, split_axis
 
 
 def learning_rate(
@@ -59,11 +60,13 @@ class FlatAdamW(nn.Cell):
         dynamic_scale: whether it falls at an overflow and grows without.
         scale_window: steps without overflow after which the loss scale grows.
         scale_factor: what it is then multiplied by, and divided by after an overflow.
-        all_reduce: sums a vector over the ranks; None for one rank.
+        all_reduce: sums a vector over the ranks that see other rows; None for one rank.
         rate_factors: what the learning rate of each parameter is multiplied by; None for 1.
         penalty: parameters [n] -> (penalty [], its gradient [n]), added to the mean loss of a step; None for none.
         observer: sees what a step did, (new parameters [n], gradient [n] as used, 1 or 0: taken or not []); its
             ``state()`` is kept with the optimiser's. None for none.
+        shard: with which ranks the layers are shared. The gradient of a parameter that is whole on each of them is
+            then summed over them, and the norm is that of the whole gradient.
     """
 
     def __init__(
@@ -81,6 +84,7 @@ class FlatAdamW(nn.Cell):
         rate_factors: Sequence[float] | None = None,
         penalty: nn.Cell | None = None,
         observer: nn.Cell | None = None,
+        shard: Shard = WHOLE,
     ):
         super().__init__()
         self.params = ms.ParameterTuple(params)
@@ -98,6 +102,9 @@ class FlatAdamW(nn.Cell):
         self.loss_scale = Parameter(Tensor(loss_scale, ms.float32), name="loss_scale", requires_grad=False)
         self.good_steps = Parameter(Tensor(0.0, ms.float32), name="good_steps", requires_grad=False)
         # vectors only where parameters differ
+        self.shard = shard
+        self.common = spread_out([float(split_axis(p.name) is None) for p in params], self.sizes)  # 1: on every rank
+        self.shard_sum = ops.AllReduce(group=shard.group) if shard.count > 1 else None
         self.rates = spread_out(rate_factors or [1.0], self.sizes)
         self.decay = spread_out([weight_decay * (len(shape) >= 2) for shape in self.shapes], self.sizes)
 
@@ -112,10 +119,36 @@ class FlatAdamW(nn.Cell):
             **({} if self.observer is None else self.observer.state()),
         }
 
-    def restore(self, values: Mapping[str, NDArray[np.float32]]) -> None:
-        """Takes back what ``state`` named, flat."""
+    def whole_state(self) -> dict[str, NDArray]:
+        """The values of ``state()``, as one rank would have them; all ranks of ``shard`` must call it."""
+        state = {name: parameter.asnumpy() for name, parameter in self.state().items()}
+        for moment in ("exp_avg", "exp_avg_sq"):
+            pieces = np.split(state[moment], np.cumsum(self.sizes)[:-1])
+            named = {p.name: piece.reshape(p.shape) for p, piece in zip(self.params, pieces, strict=True)}
+            state[moment] = np.concatenate([whole.ravel() for whole in self.shard.gather(named).values()])
+        return state
+
+    def restore(self, state: Mapping[str, NDArray]) -> None:
+        """Takes the values of ``whole_state()``, of this or another number of ranks."""
+        shapes = {p.name: self.shard.whole_shape(p.name, tuple(p.shape)) for p in self.params}
+        ends = np.cumsum([math.prod(shape) for shape in shapes.values()])[:-1]
         for name, parameter in self.state().items():
-            parameter.set_data(Tensor.from_numpy(values[name].reshape(parameter.shape)))
+            value = state[name].reshape(-1)
+            if name in ("exp_avg", "exp_avg_sq"):
+                pieces = zip(shapes.items(), np.split(value, ends), strict=True)
+                parts = [self.shard.part(path, piece.reshape(shape)) for (path, shape), piece in pieces]
+                value = np.concatenate([part.ravel() for part in parts])
+            parameter.set_data(Tensor.from_numpy(value.reshape(parameter.shape)))
+
+    def whole(self, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """grad [n], of a rank -> (grad [n] with the sum over ``shard`` of what all have, its squared norm [])."""
+        if self.shard_sum is None:
+            return grad, ops.reduce_sum(ops.square(grad))
+        mine = grad * self.common
+        grad = grad - mine + self.shard_sum(mine)
+        square = ops.square(grad)
+        apart = square * (1.0 - self.common)
+        return grad, ops.reduce_sum(square - apart) + self.shard_sum(ops.reduce_sum(apart).reshape((1,)))[0]
 
     def flatten(self, tensors: tuple) -> Tensor:
         """One vector [n] of tensors in the order of ``params``."""
@@ -131,7 +164,8 @@ class FlatAdamW(nn.Cell):
         grad = grad / (self.loss_scale * label_tokens)
         if self.penalty is not None:
             grad = grad + self.penalty(old)[1]
-        norm = ops.sqrt(ops.reduce_sum(ops.square(grad)))
+        grad, square = self.whole(grad)
+        norm = ops.sqrt(square)
         finite = ops.isfinite(norm)
         taken = finite.astype(ms.float32)  # 0: this step changes no parameter and no moment
         grad = ops.select(ops.isfinite(grad), grad, ops.zeros_like(grad))

@@ -3,7 +3,8 @@
 import mindspore as ms
 from mindspore import Tensor, nn, ops
 
-from lora_ms.nn.loss import SummedCrossEntropy
+from lora_ms.nn.loss import summed_cross_entropy
+from lora_ms.nn.parallel import WHOLE, Shard
 from lora_ms.train.optim import FlatAdamW
 
 CHUNK_NUMBERS = 1 << 24  # logits held at once in the loss: 64 MB in float32
@@ -15,10 +16,10 @@ class SummedLoss(nn.Cell):
     input_ids, position_ids [b, s], target_index [c], targets [c] -> [] float32.
     """
 
-    def __init__(self, model: nn.Cell, vocab_size: int):
+    def __init__(self, model: nn.Cell, vocab_size: int, shard: Shard = WHOLE):
         super().__init__()
         self.model = model
-        self.cross_entropy = SummedCrossEntropy(max(16, CHUNK_NUMBERS // vocab_size))
+        self.cross_entropy = summed_cross_entropy(vocab_size, CHUNK_NUMBERS, shard)
 
     def parts(
         self, input_ids: Tensor, position_ids: Tensor, target_index: Tensor, targets: Tensor

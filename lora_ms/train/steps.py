@@ -15,7 +15,7 @@ from lora_ms.errors import LoraMsError
 from lora_ms.nn.draws import Draws, DrawTable
 from lora_ms.nn.lora import LoRADense
 from lora_ms.nn.noise import EmbeddingNoise
-from lora_ms.runtime import Runtime, SumOverRanks, peak_memory_mb
+from lora_ms.runtime import Runtime, peak_memory_mb
 from lora_ms.train.callbacks import Companion, Record
 from lora_ms.train.optim import FlatAdamW, learning_rate, loraplus_factors
 from lora_ms.train.settings import TrainSettings
@@ -75,29 +75,35 @@ class Steps:
             half and s.dynamic_scale,
             s.scale_window,
             s.scale_factor,
-            SumOverRanks() if runtime.world > 1 else None,
+            runtime.data_sum(),
             factors,
             penalty,
             observer,
+            runtime.shard,
         )
-        self.sum_over_ranks = SumOverRanks() if runtime.world > 1 else None
+        self.sum_over_data = runtime.data_sum()
         self.noise = EmbeddingNoise(model.model, s.neftune_noise_alpha) if s.neftune_noise_alpha else None
         self.table = self._table(model)
         model.set_train(True)
         if s.recompute:
             for layer in model.model.layers:
                 layer.recompute()
-        self.micro_step = MicroStep(SummedLoss(model, vocab_size), self.optimizer)
+        self.micro_step = MicroStep(SummedLoss(model, vocab_size, runtime.shard), self.optimizer)
         self.pending: list[_Pending] = []
         self.clock = self.waited = 0.0
         self.fed: Iterator[Step] = iter(())
 
     def _table(self, model: nn.Cell) -> DrawTable | None:
         """Where dropout and noise take their random numbers from, so that a resumed run meets the same ones."""
-        cells = [cell for _, cell in model.cells_and_names() if isinstance(cell, LoRADense)]
-        cells = [cell for cell in cells if cell.lora_dropout.probability > 0]
-        draws: list[Draws] = [cell.lora_dropout.draws for cell in cells]
-        columns = [cell.in_channels for cell in cells]
+        shard = self.runtime.shard
+        cells = {name: cell for name, cell in model.cells_and_names() if isinstance(cell, LoRADense)}
+        cells = {name: cell for name, cell in cells.items() if cell.lora_dropout.probability > 0}
+        draws: list[Draws] = [cell.lora_dropout.draws for cell in cells.values()]
+        columns = []
+        for name, cell in cells.items():  # a rank that has some of the columns takes its part of one rank's numbers
+            width = shard.whole_shape(f"{name}.lora_a", (cell.lora_rank, cell.in_channels))[1]
+            cell.lora_dropout.draws.first = shard.place(f"{name}.lora_a", (cell.lora_rank, width))[1].start or 0
+            columns.append(width)
         if self.noise is not None:
             draws.append(self.noise.noisy.draws)
             columns.append(self.noise.plain.weight.shape[1])
@@ -182,8 +188,8 @@ class Steps:
         """
         pending, self.pending = self.pending, []
         sums = [sum(float(loss.asnumpy()) for loss in p.losses) for p in pending]
-        if self.sum_over_ranks is not None:
-            sums = self.sum_over_ranks(Tensor(np.array(sums, np.float32))).asnumpy().tolist()
+        if self.sum_over_data is not None:
+            sums = self.sum_over_data(Tensor(np.array(sums, np.float32))).asnumpy().tolist()
         norms = [float(p.norm.asnumpy()) for p in pending]
         seconds, now = (time.perf_counter() - self.clock) / len(pending), time.perf_counter()
         self.clock = now

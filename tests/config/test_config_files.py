@@ -97,7 +97,7 @@ MINDFORMERS_WITHOUT_EFFECT = (
     "no effect here: callbacks.CheckpointMonitor.prefix, callbacks.ObsMonitor, context.jit_config, eval_callbacks, "
     "model.model_config.pet_config.lora_a_init, model.model_config.rotary_dtype, "
     "parallel.enable_parallel_optimizer, parallel.parallel_optimizer_config, parallel.strategy_ckpt_config, "
-    "parallel_config.data_parallel, parallel_config.micro_batch_num, processor.tokenizer.unk_token, "
+    "parallel_config.micro_batch_num, processor.tokenizer.unk_token, "
     "recompute_config.recompute_slice_activation, remote_save_url, "
     "train_dataset.batch_size (runner_config.batch_size 2 is used), trainer.model_name"
 )

@@ -31,7 +31,7 @@ def write(path):
 
 
 def save(folder, step, keep=9, made=None):
-    return checkpoint.save(folder, step, made or optimizer(), STATE, write, keep)
+    return checkpoint.save(folder, step, (made or optimizer()).whole_state(), STATE, write, keep)
 
 
 def names(folder) -> list[str]:
@@ -110,7 +110,7 @@ def test_a_save_that_fails_leaves_the_last_checkpoint(tmp_path):
         raise LoraMsError("no room")
 
     with pytest.raises(LoraMsError):
-        checkpoint.save(tmp_path, 5, optimizer(), STATE, fail, 1)
+        checkpoint.save(tmp_path, 5, optimizer().whole_state(), STATE, fail, 1)
     assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == ["step_5"]
     assert (tmp_path / "checkpoints" / "step_5" / "weights").read_text() == "w"
     save(tmp_path, 5)  # what the failed one left is no obstacle
