@@ -2,6 +2,7 @@
 
 import os
 import resource
+import sys
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -162,7 +163,12 @@ def peak_memory_mb(device: str) -> float:
     """Most memory held so far, in MB: of the card on Ascend, of this process elsewhere."""
     if device == "Ascend":
         return ms.runtime.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    try:  # the kernel's mark of this program; getrusage's begins at that of the program that started it
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) / 2**10
+    except (OSError, IndexError):
+        unit = 1 if sys.platform == "darwin" else 2**10  # bytes there
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
 def memory_share(device: str, budget_mb: float | None = None) -> float:

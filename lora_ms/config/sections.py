@@ -242,7 +242,7 @@ class ParallelConfig(Section):
 class RecomputeConfig(Section):
     """``recompute_config``: less memory, more time."""
 
-    recompute: Recompute = False  # compute each layer's activations again in the backward pass
+    recompute: Recompute = False  # layers whose activations are computed again in the backward pass
     select_recompute: NoEffect = False
     select_comm_recompute: NoEffect = False
     select_recompute_exclude: NoEffect = False

@@ -134,12 +134,17 @@ def _memory(value: Any) -> str:
     raise ValueError('wants a size such as "59GB"')
 
 
-def _recompute(value: Any) -> bool:
-    # MindFormers also takes the number of layers per pipeline stage; there is one stage here, and it is all or none.
+def _recompute(value: Any) -> bool | int | list[int]:
+    # MindFormers also takes the number of layers of each pipeline stage; the only stage here has them all
     counts = value if isinstance(value, list) else [value]
-    if counts and all(type(count) is int for count in counts):
-        return any(count > 0 for count in counts)
-    return _flag(value)
+    if counts and all(type(count) is int and count >= 0 for count in counts):
+        return sum(counts)
+    if isinstance(value, str) and re.fullmatch(r"[\d,\s-]+", value):
+        return _layers(value)
+    try:
+        return _flag(value)
+    except ValueError:
+        raise ValueError('wants True, False, a number of layers, or layers such as "0-10,12"') from None
 
 
 Flag = Annotated[bool, BeforeValidator(_flag)]
@@ -158,7 +163,8 @@ Init = Annotated[bool | str, BeforeValidator(_init)]
 Scaling = Annotated[float | dict[str, Any], BeforeValidator(_scaling)]
 TokenIds = Annotated[int | list[int], BeforeValidator(_token_ids)]
 Memory = Annotated[str, BeforeValidator(_memory)]
-Recompute = Annotated[bool, BeforeValidator(_recompute)]
+# all or none, the first N layers, or these ones
+Recompute = Annotated[bool | int | list[int], BeforeValidator(_recompute)]
 
 NO_EFFECT = "no effect"
 # A key that MindFormers knows and that nothing here reads: any value is accepted, one that differs from the default is

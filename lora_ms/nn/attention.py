@@ -4,6 +4,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 
+from lora_ms.nn.heads import SwapKernel
 from lora_ms.nn.kernels import MASKED, AttentionKernel, FlashAttentionKernel, RotaryKernel, on_ascend
 from lora_ms.nn.layers import RMSNorm, dense
 from lora_ms.nn.parallel import WHOLE, Shard, enter, leave
@@ -54,11 +55,13 @@ class Attention(nn.Cell):
             self.q_norm = RMSNorm(head_dim, qk_norm_eps, dtype)
             self.k_norm = RMSNorm(head_dim, qk_norm_eps, dtype)
         self.rotary = RotaryKernel(head_dim)
+        self.swap = SwapKernel()
         self.kernel = FlashAttentionKernel() if uses_flash(flash_attention, dtype) else AttentionKernel()
 
     def split_heads(self, x: Tensor, batch: int, num_heads: int) -> Tensor:
-        x = x.reshape((batch, -1, num_heads, self.head_dim))  # [b, s, n, d]
-        return x.transpose((0, 2, 1, 3)).reshape((batch * self.num_kv_heads, -1, self.head_dim))
+        x = x.reshape((-1, self.head_dim))  # [b * s * n, d]
+        x = self.swap(x, batch, x.shape[0] // (batch * num_heads), num_heads)
+        return x.reshape((batch * self.num_kv_heads, -1, self.head_dim))
 
     def project(self, x: Tensor, rope: tuple, batch: int) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [b * n_kv, g * s, d], scaled by 1/sqrt(d), keys and values [b * n_kv, s, d]."""
@@ -76,7 +79,8 @@ class Attention(nn.Cell):
         )
 
     def merge_heads(self, x: Tensor, batch: int) -> Tensor:
-        x = x.reshape((batch, self.num_heads, -1, self.head_dim)).transpose((0, 2, 1, 3))  # [b, s, n_h, d]
+        x = x.reshape((-1, self.head_dim))  # [b * n_h * s, d]
+        x = self.swap(x, batch, self.num_heads, x.shape[0] // (batch * self.num_heads))
         return x.reshape((-1, self.num_heads * self.head_dim))
 
     def mix(self, x: Tensor, rope: tuple, bias: Tensor) -> Tensor:

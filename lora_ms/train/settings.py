@@ -51,7 +51,7 @@ class TrainSettings:
     keep_best: bool = True  # the weights of the lowest evaluation loss, in output_dir/best
     patience: int = 0  # evaluations without a better one before the run stops; 0: never
     sink_size: int = 1  # optimiser steps between two reads of the loss from the device
-    recompute: bool = False
+    recompute: bool | int | list[int] = False  # layers computed again in the backward pass: all, the first N, these
     adaptive_batch: bool = False  # smaller micro-batches where memory is short
     memory_budget_mb: float | None = None  # of this process, for adaptive_batch; None: what the machine has
     resume: bool | str = False  # True: from the newest checkpoint; or a checkpoint's name

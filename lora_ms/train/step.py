@@ -1,11 +1,14 @@
 """The two graphs of training: a micro-batch's gradient, and the optimiser's update (``FlatAdamW``)."""
 
+from collections.abc import Sequence
+
 import mindspore as ms
 from mindspore import Tensor, nn, ops
 
 from lora_ms.nn.loss import summed_cross_entropy
 from lora_ms.nn.parallel import WHOLE, Shard
 from lora_ms.train.optim import FlatAdamW
+from lora_ms.train.recompute import LayerGradients
 
 CHUNK_NUMBERS = 1 << 24  # logits held at once in the loss: 64 MB in float32
 
@@ -52,16 +55,35 @@ class LabelScores(nn.Cell):
 class MicroStep(nn.Cell):
     """Adds the gradient of one micro-batch's summed loss to the optimiser's ``grad``; returns that loss []."""
 
-    def __init__(self, loss: SummedLoss, optimizer: FlatAdamW):
+    def __init__(self, loss: SummedLoss, optimizer: FlatAdamW, again: Sequence[int] = ()):
+        """again: layers, from 0, whose activations are computed again instead of kept."""
         super().__init__()
         self.optimizer = optimizer
+        self.gradients: nn.Cell
+        if again:
+            self.gradients = LayerGradients(loss, optimizer.params, optimizer.loss_scale, again)
+        else:
+            self.gradients = _Gradients(loss, optimizer)
+
+    def construct(self, input_ids: Tensor, position_ids: Tensor, target_index: Tensor, targets: Tensor) -> Tensor:
+        loss, grads = self.gradients(input_ids, position_ids, target_index, targets)
+        ops.assign_add(self.optimizer.grad, self.optimizer.flatten(grads))
+        return loss
+
+
+class _Gradients(nn.Cell):
+    """Loss [] and gradients, every activation kept."""
+
+    def __init__(self, loss: SummedLoss, optimizer: FlatAdamW):
+        super().__init__()
         self.scaled = _Scaled(loss, optimizer)
         self.grad_fn = ops.value_and_grad(self.scaled, None, optimizer.params, has_aux=True)
 
-    def construct(self, input_ids: Tensor, position_ids: Tensor, target_index: Tensor, targets: Tensor) -> Tensor:
+    def construct(
+        self, input_ids: Tensor, position_ids: Tensor, target_index: Tensor, targets: Tensor
+    ) -> tuple[Tensor, tuple]:
         (_, loss), grads = self.grad_fn(input_ids, position_ids, target_index, targets)
-        ops.assign_add(self.optimizer.grad, self.optimizer.flatten(grads))
-        return loss
+        return loss, grads
 
 
 class _Scaled(nn.Cell):

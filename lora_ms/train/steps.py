@@ -18,6 +18,7 @@ from lora_ms.nn.noise import EmbeddingNoise
 from lora_ms.runtime import Runtime, peak_memory_mb
 from lora_ms.train.callbacks import Companion, Record
 from lora_ms.train.optim import FlatAdamW, learning_rate, loraplus_factors
+from lora_ms.train.recompute import recomputed_layers
 from lora_ms.train.settings import TrainSettings
 from lora_ms.train.step import MicroStep, SummedLoss
 
@@ -85,10 +86,8 @@ class Steps:
         self.noise = EmbeddingNoise(model.model, s.neftune_noise_alpha) if s.neftune_noise_alpha else None
         self.table = self._table(model)
         model.set_train(True)
-        if s.recompute:
-            for layer in model.model.layers:
-                layer.recompute()
-        self.micro_step = MicroStep(SummedLoss(model, vocab_size, runtime.shard), self.optimizer)
+        again = recomputed_layers(s.recompute, len(model.model.layers))
+        self.micro_step = MicroStep(SummedLoss(model, vocab_size, runtime.shard), self.optimizer, again)
         self.pending: list[_Pending] = []
         self.clock = self.waited = 0.0
         self.fed: Iterator[Step] = iter(())

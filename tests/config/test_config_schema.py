@@ -258,9 +258,13 @@ def test_one_warmup_may_be_zero_or_null():
     assert (schedule.warmup_ratio, schedule.warmup_steps) == (0.1, None)
 
 
-@pytest.mark.parametrize(("text", "value"), [("True", True), ("False", False), ("[7, 7]", True), ("[0, 0]", False)])
-def test_recompute_in_either_spelling(text, value):
-    assert options(f"recompute_config.recompute={text}").recompute_config.recompute is value
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("True", True), ("False", False), ("[7, 7]", 14), ("[0, 0]", 0), ("3", 3), ("0-2,5", [0, 1, 2, 5])],
+)
+def test_recompute_in_all_spellings(text, value):
+    found = options(f"recompute_config.recompute={text}").recompute_config.recompute
+    assert (type(found), found) == (type(value), value)
 
 
 def test_one_text_is_one_entry():
