@@ -61,6 +61,7 @@ class FlatAdamW(nn.Cell):
         scale_factor: what it is then multiplied by, and divided by after an overflow.
         all_reduce: sums a vector over the ranks; None for one rank.
         rate_factors: what the learning rate of each parameter is multiplied by; None for 1.
+        decays: weight decay of each parameter; None for ``weight_decay``.
         penalty: parameters [n] -> (penalty [], its gradient [n]), added to the mean loss of a step; None for none.
         observer: sees what a step did, (new parameters [n], gradient [n] as used, 1 or 0: taken or not []); its
             ``state()`` is kept with the optimiser's. None for none.
@@ -79,6 +80,7 @@ class FlatAdamW(nn.Cell):
         scale_factor: float = 2.0,
         all_reduce: nn.Cell | None = None,
         rate_factors: Sequence[float] | None = None,
+        decays: Sequence[float] | None = None,
         penalty: nn.Cell | None = None,
         observer: nn.Cell | None = None,
     ):
@@ -99,7 +101,9 @@ class FlatAdamW(nn.Cell):
         self.good_steps = Parameter(Tensor(0.0, ms.float32), name="good_steps", requires_grad=False)
         # vectors only where parameters differ
         self.rates = spread_out(rate_factors or [1.0], self.sizes)
-        self.decay = spread_out([weight_decay * (len(shape) >= 2) for shape in self.shapes], self.sizes)
+        decays = decays or [weight_decay] * len(params)
+        decays = [decay * (p.ndim >= 2) for decay, p in zip(decays, params, strict=True)]
+        self.decay = spread_out(decays, self.sizes)
 
     def state(self) -> dict[str, Parameter]:
         """What a checkpoint must hold for the next step to be the same."""
