@@ -9,6 +9,7 @@ __all__ = [
     "LoraMsError",
     "PeftModel",
     "Trainer",
+    "TrainerCallback",
     "TrainingArguments",
     "get_peft_model",
 ]

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from lora_ms import runtime as runtime_module
 from lora_ms.adapters.adalora import RankAllocator, scheduled
 from lora_ms.adapters.config import AdaLoraConfig, LoraConfig
+from lora_ms.data.pipeline import Preparation, prepare_rows
 from lora_ms.data.readers import read_rows
 from lora_ms.data.tokenizer import load_tokenizer
 from lora_ms.errors import LoraMsError
@@ -23,9 +24,12 @@ from lora_ms.models import hub
 from lora_ms.models.decoder import CausalLM
 from lora_ms.peft_model import PeftModel
 from lora_ms.tasks.weights import weights_of
-from lora_ms.train.fit import fit, plan_rows
+from lora_ms.train.callbacks import TrainerCallback
+from lora_ms.train.evaluation import Evaluator
+from lora_ms.train.fit import fit, held_out_plan, plan_rows
 from lora_ms.train.loop import Outcome
 from lora_ms.train.settings import TrainSettings
+from lora_ms.train.watch import REPORTS, check
 
 SAMPLING_NAMES = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "seed")
 
@@ -145,9 +149,26 @@ class TrainingArguments:
     seed: int = 0
     resume_from_checkpoint: bool | str = False  # True: the newest; or a name such as "step_40"
     auto_trans_ckpt: bool = False  # no effect: an adapter is whole on every card
-    evaluation_strategy: str = "no"  # nothing else yet
-    report_to: str | Sequence[str] = "none"  # nothing else yet; metrics.jsonl is always written
+    eval_strategy: str = "no"  # no, steps or epoch, of eval_dataset; and once at the end
+    evaluation_strategy: str = "no"  # its older name
+    eval_steps: int | None = None  # optimiser steps; None: logging_steps
+    per_device_eval_batch_size: int = 8  # rows
+    early_stopping_patience: int = 0  # evaluations without a better one before the run stops; 0: never
+    report_to: str | Sequence[str] = "none"  # or tensorboard; metrics.jsonl is always written
     packing: bool = True  # several rows in a line, each seeing itself alone: the same numbers, less padding
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether ``eval_dataset`` is evaluated."""
+        return bool(self._evaluations)
+
+    @property
+    def _evaluations(self) -> set[str]:
+        return {self.eval_strategy, self.evaluation_strategy} - {"no"}
+
+    @property
+    def _reports(self) -> list[str]:
+        return [self.report_to] if isinstance(self.report_to, str) else list(self.report_to)
 
     def settings(self) -> TrainSettings:
         """The same for the training loop.
@@ -157,8 +178,9 @@ class TrainingArguments:
         """
         for name, value, wanted in (
             ("save_strategy", self.save_strategy, ("no", "steps", "epoch")),
-            ("evaluation_strategy", self.evaluation_strategy, ("no",)),
-            ("report_to", self.report_to, ("none", [], ["none"])),
+            ("eval_strategy", self.eval_strategy, ("no", "steps", "epoch")),
+            ("evaluation_strategy", self.evaluation_strategy, ("no", "steps", "epoch")),
+            *(("report_to", name, ("none", *REPORTS)) for name in self._reports),
         ):
             if value not in wanted:
                 raise LoraMsError(f"{name} {value!r} is not supported; supported: {', '.join(map(str, wanted))}")
@@ -166,6 +188,12 @@ class TrainingArguments:
             raise LoraMsError("num_train_epochs and logging_steps want whole numbers from 1 on")
         if self.lr_scheduler_type not in ("constant", "linear", "cosine"):
             raise LoraMsError(f"lr_scheduler_type {self.lr_scheduler_type!r} is none of constant, linear, cosine")
+        if len(self._evaluations) > 1:
+            raise LoraMsError("eval_strategy and evaluation_strategy differ: give one of them")
+        if self.early_stopping_patience and not self.evaluates:
+            raise LoraMsError("early_stopping_patience needs evaluations: set eval_strategy to steps or epoch")
+        if self.eval_steps is not None and self.eval_steps < 1 or self.per_device_eval_batch_size < 1:
+            raise LoraMsError("eval_steps and per_device_eval_batch_size want 1 or more")
         return TrainSettings(
             output_dir=Path(self.output_dir),
             epochs=int(self.num_train_epochs),
@@ -188,6 +216,10 @@ class TrainingArguments:
             logging_steps=self.logging_steps,
             save_steps={"no": 0, "steps": self.save_steps, "epoch": -1}[self.save_strategy],
             keep_checkpoint_max=sys.maxsize if self.save_total_limit is None else self.save_total_limit,
+            eval_steps=(self.eval_steps or self.logging_steps) if "steps" in self._evaluations else 0,
+            eval_epochs=int("epoch" in self._evaluations),
+            patience=self.early_stopping_patience,
+            report_to=tuple(name for name in self._reports if name != "none"),
             recompute=self.gradient_checkpointing,
             resume=self.resume_from_checkpoint,
         )
@@ -199,9 +231,25 @@ class Trainer:
     Args:
         train_dataset: rows (a sequence of dicts) or a path, in any format that the command line reads.
         tokenizer: needed for rows of text; saved with the adapter.
+        eval_dataset: held-out rows, as ``train_dataset``; evaluated as ``args.eval_strategy`` says.
+        callbacks: called at every point of the run.
     """
 
-    def __init__(self, model: PeftModel | Model, args: TrainingArguments, train_dataset, tokenizer=None):
+    def __init__(
+        self,
+        model: PeftModel | Model,
+        args: TrainingArguments,
+        train_dataset,
+        tokenizer=None,
+        eval_dataset=None,
+        callbacks: Sequence[TrainerCallback] = (),
+    ):
+        wrong = [callback for callback in callbacks if not isinstance(callback, TrainerCallback)]
+        if wrong:
+            raise LoraMsError(f"callbacks want objects of a subclass of lora_ms.TrainerCallback, got {wrong[0]!r}")
+        if args.evaluates and eval_dataset is None:
+            raise LoraMsError("eval_strategy is given and eval_dataset is not: give Trainer the rows to evaluate")
+        self.eval_dataset, self.callbacks = eval_dataset, callbacks
         self.peft = model if isinstance(model, PeftModel) else None
         self.model = model.model if isinstance(model, PeftModel) else model
         self.args, self.train_dataset, self.tokenizer = args, train_dataset, tokenizer
@@ -215,6 +263,7 @@ class Trainer:
         runtime, notices = runtime_module.setup(seed=self.args.seed, use_parallel=self.args.use_parallel)
         print(*notices, sep="\n", end="\n" if notices else "")
         settings, vocab_size = self.args.settings(), self.model.config.vocab_size
+        check(settings.report_to)
         plan = plan_rows(read_rows(self.train_dataset), self.tokenizer, settings, runtime, vocab_size)
         config: LoraConfig | None = None
         ranks: RankAllocator | None = None
@@ -226,7 +275,18 @@ class Trainer:
                 config = scheduled(config, plan.total_steps, config.tinit or None, config.tfinal or None)
             ranks = RankAllocator(self.model, config)
         weights = weights_of(self.model, config, self.tokenizer, ranks)
-        outcome = fit(self.model, plan, settings, runtime, weights, vocab_size, self.model.dtype, ranks)
+        evaluator = self._evaluator(settings, runtime) if self.args.evaluates else None
+        sizes = (vocab_size, self.model.dtype)
+        outcome = fit(self.model, plan, settings, runtime, weights, *sizes, ranks, evaluator, self.callbacks)
         if self.peft and ranks is not None:
             self.peft.peft_config[str(self.peft.active_adapter)] = ranks.config()
         return outcome
+
+    def _evaluator(self, settings: TrainSettings, runtime: runtime_module.Runtime) -> Evaluator:
+        vocab_size, s = self.model.config.vocab_size, settings
+        how = Preparation(seq_length=s.seq_length, vocab_size=vocab_size)
+        store, _ = prepare_rows(read_rows(self.eval_dataset), self.tokenizer, how)
+        plan = held_out_plan(
+            store, self.args.per_device_eval_batch_size, self.tokenizer, s.seq_length, runtime, s.packing
+        )
+        return Evaluator(self.model, plan, vocab_size, runtime)

@@ -19,7 +19,7 @@ COMMANDS = {
     "finetune": "train an adapter (or, with pet_config: null, the whole model)",
     "predict": "answer the prompts of --predict_data",
     "chat": "talk with a model and its adapter",
-    "eval": "loss and perplexity on eval_dataset",
+    "eval": "scores on eval_dataset, and of answers to a file of questions",
     "preview": "rows as the model sees them, labels in colour",
     "preprocess": "rows to MindRecord files, tokenised once; or, with --report, a look at them",
 }

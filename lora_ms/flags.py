@@ -77,11 +77,13 @@ FLAGS: dict[str, list[tuple[str, str, Any, str, str]]] = {
         ("do_eval", "do_eval", flag_bool, "BOOL", "evaluate on eval_dataset while training"),
         ("eval_step_interval", "eval_step_interval", flag_int, "N", "optimiser steps between evaluations (100)"),
         ("seed", "seed", flag_int, "N", "of initialisation, order, dropout, sampling"),
+        ("profile", "profile", flag_bool, "BOOL", "what the first steps' time goes to"),
         ("use_parallel", "use_parallel", flag_bool, "BOOL", "all cards that msrun started"),
         ("device_target", "context.device_target", str, "NAME", "auto, Ascend or CPU"),
         ("device_id", "context.device_id", flag_int, "N", "which card"),
     ],
     "generation": [
+        ("prompts_file", "evaluation.prompts_file", str, "FILE", "rows with answers to compare with, for eval"),
         ("max_new_tokens", f"{SIZES}.max_new_tokens", flag_int, "N", "longest answer, in tokens"),
         ("do_sample", f"{SIZES}.do_sample", flag_bool, "BOOL", "False: always the likeliest token"),
         ("temperature", f"{SIZES}.temperature", flag_float, "X", "below 1 sharpens, above 1 flattens"),
@@ -106,7 +108,6 @@ IDLE_FLAGS: list[tuple[str, str, Any, str | None]] = [
     ("only_save_strategy", "only_save_strategy", flag_bool, None),
     ("strategy_load_checkpoint", "strategy_load_checkpoint", str, None),
     ("remote_save_url", "remote_save_url", str, None),
-    ("profile", "profile", flag_bool, None),
     ("register_path", "register_path", str, None),
     ("trust_remote_code", "trust_remote_code", flag_bool, None),
 ]

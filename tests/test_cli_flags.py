@@ -41,6 +41,8 @@ FLAGS = [
     ("--use_parallel True", "use_parallel", True),
     ("--use_parallel false", "use_parallel", False),
     ("--profile True", "profile", True),
+    ("--eval_step_interval 20", "eval_step_interval", 20),
+    ("--prompts_file q.jsonl", "evaluation.prompts_file", "q.jsonl"),
     ("--options runner_config.epochs=5 use_parallel=True", "runner_config.epochs", 5),
     ("--options runner_config.epochs=5 use_parallel=True", "use_parallel", True),
     ("--options seed=1 --options seed=2", "seed", 2),
@@ -115,8 +117,8 @@ def test_no_flag_keeps_the_yaml(ran):
 
 
 def test_idle_flags_share_one_notice(ran):
-    cli.main(["finetune", "--config", YAML, "--mode", "1", "--profile", "True", "--auto_trans_ckpt", "False"])
-    assert ran[0][1].notices() == ["no effect here: context.mode, profile"]
+    cli.main(["finetune", "--config", YAML, "--mode", "1", "--register_path", "a", "--auto_trans_ckpt", "False"])
+    assert ran[0][1].notices() == ["no effect here: context.mode, register_path"]
 
 
 @pytest.mark.parametrize(

@@ -24,8 +24,11 @@ DIRECTIONS = {
     "nn": ("nn", "mindspore numpy"),
     "models": ("models nn storage errors", "mindspore numpy"),
     "adapters": ("adapters nn storage errors", "mindspore numpy"),
-    "train": ("train nn data adapters.peft_format runtime storage errors", "mindspore numpy tqdm matplotlib"),
-    "infer": ("infer nn data.template data.example errors", "mindspore numpy transformers"),
+    "train": (
+        "train nn data adapters.peft_format runtime storage errors",
+        "mindspore numpy tqdm matplotlib tensorboardX",
+    ),
+    "infer": ("infer nn data.template data.example errors", "mindspore numpy transformers sacrebleu"),
     "tasks": (
         "tasks config models adapters train infer data nn runtime storage errors",
         "mindspore numpy transformers tqdm",

@@ -1,10 +1,10 @@
-"""``callbacks``: a list of mappings, told apart by ``type``. Only CheckpointMonitor is read."""
+"""``callbacks``: a list of mappings, told apart by ``type``."""
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from lora_ms.config.values import NoEffect, Section, Whole
+from lora_ms.config.values import NoEffect, Path, Section, Whole
 
 
 class CheckpointMonitor(Section):
@@ -30,10 +30,10 @@ class CheckpointMonitor(Section):
 
 
 class LossMonitor(Section):
-    """Loss lines: here always on, see ``runner_config.logging_steps``."""
+    """Loss lines: here always on."""
 
     type: Literal["MFLossMonitor"] = "MFLossMonitor"
-    per_print_times: NoEffect = 1
+    per_print_times: Whole = Field(1, ge=1)  # optimiser steps, where runner_config.logging_steps is not given
     learning_rate: NoEffect = None
     origin_epochs: NoEffect = None
     dataset_size: NoEffect = None
@@ -63,11 +63,11 @@ class EvalCallBack(Section):
 
 
 class SummaryMonitor(Section):
-    """MindInsight's summaries."""
+    """MindSpore's summary file: loss, evaluation, rate, norm, speed and memory; written as the run ends."""
 
     type: Literal["SummaryMonitor"] = "SummaryMonitor"
-    summary_dir: NoEffect = None
-    collect_freq: NoEffect = 10
+    summary_dir: Path = ""  # "": output_dir/summary
+    collect_freq: Whole = Field(10, ge=1)  # optimiser steps between two that it holds
     collect_specified_data: NoEffect = None
     keep_default_action: NoEffect = True
     custom_lineage_data: NoEffect = None
@@ -77,12 +77,12 @@ class SummaryMonitor(Section):
 
 
 class ProfileMonitor(Section):
-    """MindSpore's profiler."""
+    """MindSpore's profile of some steps: as ``profile: True``."""
 
     type: Literal["ProfileMonitor"] = "ProfileMonitor"
-    start_step: NoEffect = 1
-    stop_step: NoEffect = 10
-    output_path: NoEffect = None
+    start_step: Whole = Field(1, ge=1)  # the first, from 1
+    stop_step: Whole = Field(10, ge=1)  # the last
+    output_path: Path = ""  # "": output_dir/profile
     start_profile: NoEffect = True
     profile_rank_ids: NoEffect = None
     profile_pipeline: NoEffect = False
@@ -94,6 +94,12 @@ class ProfileMonitor(Section):
     mstx: NoEffect = False
     config: NoEffect = None
 
+    @model_validator(mode="after")
+    def _some_steps(self) -> "ProfileMonitor":
+        if self.start_step > self.stop_step:
+            raise ValueError(f"start_step {self.start_step} is after stop_step {self.stop_step}: swap them")
+        return self
+
 
 CALLBACKS: dict[str, type[Section]] = {
     "CheckpointMonitor": CheckpointMonitor,
@@ -103,7 +109,7 @@ CALLBACKS: dict[str, type[Section]] = {
     "SummaryMonitor": SummaryMonitor,
     "ProfileMonitor": ProfileMonitor,
 }
-NO_EFFECT_CALLBACKS = (ObsMonitor, SummaryMonitor, ProfileMonitor)  # their mere presence is reported
+NO_EFFECT_CALLBACKS = (ObsMonitor,)  # their mere presence is reported
 
 Callback = Annotated[
     CheckpointMonitor | LossMonitor | ObsMonitor | EvalCallBack | SummaryMonitor | ProfileMonitor,

@@ -10,17 +10,24 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic.fields import FieldInfo
 
-from lora_ms.config.callbacks import NO_EFFECT_CALLBACKS, Callback, CheckpointMonitor, EvalCallBack
+from lora_ms.config.callbacks import (
+    NO_EFFECT_CALLBACKS,
+    Callback,
+    CheckpointMonitor,
+    EvalCallBack,
+    LossMonitor,
+    ProfileMonitor,
+    SummaryMonitor,
+)
 from lora_ms.config.model import Model, PetConfig, Processor
+from lora_ms.config.optimizer import LrSchedule, Optimizer
 from lora_ms.config.sections import (
     Context,
     Dataset,
     DatasetTask,
     EvalDataset,
     Evaluation,
-    LrSchedule,
     Metric,
-    Optimizer,
     Parallel,
     ParallelConfig,
     RecomputeConfig,
@@ -28,7 +35,7 @@ from lora_ms.config.sections import (
     RunnerWrapper,
     Trainer,
 )
-from lora_ms.config.values import NO_EFFECT, Flag, NoEffect, Path, Section, Whole
+from lora_ms.config.values import NO_EFFECT, Flag, NoEffect, Path, Reports, Section, Whole
 from lora_ms.errors import LoraMsError
 
 Kind = TypeVar("Kind", bound=Section)
@@ -94,6 +101,10 @@ class RunConfig(Section):
     do_eval: Flag = False  # evaluate on eval_dataset while training, and at its end
     eval_step_interval: Whole = Field(100, ge=-1)  # optimiser steps between evaluations, -1: none but the last
     eval_epoch_interval: Whole = Field(-1, ge=-1)  # epochs between them; given alone, it stands for the steps
+    report_to: Reports = []  # [tensorboard]: event files in output_dir/tensorboard (ours)
+    profile: Flag = False  # MindSpore's profile of these steps, in output_dir/profile, and a table of what costs most
+    profile_start_step: Whole = Field(1, ge=1)
+    profile_stop_step: Whole = Field(10, ge=1)
     allow_other_template: Flag = False  # use an adapter with another chat template than it was trained with (ours)
     data_fill: Annotated[dict[str, str], BeforeValidator(_fill)] = {}  # {{NAME}} in the data -> text (ours)
 
@@ -134,9 +145,6 @@ class RunConfig(Section):
     auto_tune: NoEffect = False
     filepath_prefix: NoEffect = "./autotune"
     autotune_per_step: NoEffect = 10
-    profile: NoEffect = False
-    profile_start_step: NoEffect = 1
-    profile_stop_step: NoEffect = 10
     init_start_profile: NoEffect = False
     profile_communication: NoEffect = False
     profile_memory: NoEffect = True
@@ -161,11 +169,14 @@ class RunConfig(Section):
         return move_pet_config(data) if isinstance(data, dict) else data
 
     @model_validator(mode="after")
-    def _one_of_each_callback(self) -> "RunConfig":
+    def _one_of_each_callback_and_some_steps(self) -> "RunConfig":
         types = [callback.type for callback in self.callbacks]
         twice = [name for name in dict.fromkeys(types) if types.count(name) > 1]
         if twice:
             raise ValueError(f"callbacks: {twice[0]} is given twice; keep one")
+        first, last = self.profile_start_step, self.profile_stop_step
+        if first > last:
+            raise ValueError(f"profile_start_step {first} is after profile_stop_step {last}: swap them")
         return self
 
     @property
@@ -221,6 +232,22 @@ class RunConfig(Section):
             steps, epochs = self.eval_step_interval, self.eval_epoch_interval
             given = "eval_step_interval" in self.model_fields_set
         return (0 if epochs > 0 and not given else max(steps, 0)), max(epochs, 0)
+
+    @property
+    def logging_steps(self) -> int:
+        """Optimiser steps between two logged lines: ``runner_config``'s, else ``MFLossMonitor``'s, else 1."""
+        return self.runner_config.logging_steps or (self._callback(LossMonitor) or LossMonitor()).per_print_times
+
+    @property
+    def summary(self) -> SummaryMonitor | None:
+        """MindSpore's summary file, where it is asked for."""
+        return self._callback(SummaryMonitor)
+
+    @property
+    def profiling(self) -> ProfileMonitor | None:
+        """Which steps are profiled: ``ProfileMonitor``'s, else with ``profile: True`` the top level's; None: none."""
+        steps = {"start_step": self.profile_start_step, "stop_step": self.profile_stop_step}
+        return self._callback(ProfileMonitor) or (ProfileMonitor(**steps) if self.profile else None)
 
     def _callback(self, kind: type[Kind]) -> Kind | None:
         return next((callback for callback in self.callbacks if isinstance(callback, kind)), None)

@@ -22,7 +22,7 @@ class RunnerConfig(Section):
     gradient_accumulation_steps: Whole = Field(1, ge=1)  # micro-batches per optimiser step
     max_steps: Whole = Field(-1, ge=-1)  # optimiser steps, -1: as many as epochs make (ours)
     adaptive_batch: Flag = False  # smaller micro-batches above 85% of memory, larger ones below 60% (ours)
-    logging_steps: Whole = Field(1, ge=1)  # optimiser steps between two logged lines (ours)
+    logging_steps: Whole | None = Field(None, ge=1)  # optimiser steps between two logged lines (ours)
     sink_mode: Flag = True  # feed the device without returning to Python
     sink_size: Whole = Field(1, ge=-1)  # steps per sink, -1: an epoch
     num_classes: NoEffect = 1
@@ -32,75 +32,6 @@ class RunnerConfig(Section):
     def _zero_steps_train_nothing(self) -> "RunnerConfig":
         if self.max_steps == 0 or self.sink_size == 0:
             raise ValueError("max_steps and sink_size want -1, or 1 and more; got 0")
-        return self
-
-
-class Optimizer(Section):
-    """``optimizer``: all accepted types are AdamW with float32 state."""
-
-    type: Literal["AdamW", "FP32StateAdamWeightDecay", "AdamWeightDecay", "PmAdamW"] = "AdamW"
-    betas: tuple[Number, Number] = (0.9, 0.999)  # decay of the first and second moment; beta1, beta2 end up here
-    beta1: Number | None = Field(None, ge=0, lt=1)
-    beta2: Number | None = Field(None, ge=0, lt=1)
-    eps: Number = Field(1e-8, gt=0)
-    learning_rate: Number | None = Field(None, ge=0)  # used where lr_schedule has none
-    weight_decay: Number = Field(0.0, ge=0)
-
-    @model_validator(mode="after")
-    def _one_pair_of_betas(self) -> "Optimizer":
-        first, second = self.betas
-        pair = (first if self.beta1 is None else self.beta1, second if self.beta2 is None else self.beta2)
-        if "betas" in self.model_fields_set and pair != self.betas:
-            raise ValueError(f"betas {list(self.betas)} and beta1, beta2 {list(pair)} differ: give one of the two")
-        if not all(0 <= beta < 1 for beta in pair):
-            raise ValueError(f"betas want two numbers from 0 to below 1, got {list(pair)}")
-        self.betas, self.beta1, self.beta2 = pair, None, None
-        return self
-
-
-LR_KINDS = {
-    "ConstantWarmUpLR": "constant",
-    "LinearWithWarmUpLR": "linear",
-    "CosineWithWarmUpLR": "cosine",
-    "constant": "constant",
-    "linear": "linear",
-    "cosine": "cosine",
-}
-LR_NOT_YET = ("CosineWithRestartsAndWarmUpLR", "PolynomialWithWarmUpLR")
-
-
-def _lr_type(value: Any) -> str:
-    if value in LR_NOT_YET:
-        raise ValueError("is not supported yet; use CosineWithWarmUpLR or LinearWithWarmUpLR")
-    if value not in LR_KINDS:
-        raise ValueError(f"wants one of {', '.join(LR_KINDS)}")
-    return value
-
-
-class LrSchedule(Section):
-    """``lr_schedule``: warm-up from 0, then constant, or down to ``lr_end`` on a line or a half cosine."""
-
-    type: Annotated[str, BeforeValidator(_lr_type)] = "CosineWithWarmUpLR"
-    learning_rate: Number | None = Field(None, ge=0)  # the highest; overrides optimizer.learning_rate
-    lr_end: Number = Field(0.0, ge=0)  # the last
-    warmup_ratio: Number | None = Field(None, ge=0, le=1)  # share of total_steps
-    warmup_steps: Whole | None = Field(None, ge=0)  # optimiser steps
-    total_steps: Whole = Field(-1, ge=-1)  # optimiser steps of the whole schedule, -1: those of the run
-    warmup_lr_init: NoEffect = 0.0
-    num_cycles: NoEffect = 0.5
-
-    @property
-    def kind(self) -> str:
-        """``constant``, ``linear`` or ``cosine``."""
-        return LR_KINDS[self.type]
-
-    @model_validator(mode="after")
-    def _one_warmup(self) -> "LrSchedule":
-        if self.warmup_ratio and self.warmup_steps:
-            raise ValueError(
-                f"warmup_ratio {self.warmup_ratio} and warmup_steps {self.warmup_steps} are both given: "
-                "set one of them to null"
-            )
         return self
 
 
@@ -194,6 +125,7 @@ class Evaluation(Section):
     """``evaluation`` (ours): of held-out rows while training, with ``do_eval`` or ``validation_split``."""
 
     prompts: Texts = []  # answered by the model at each evaluation
+    prompts_file: Path = ""  # rows with answers that `lora-ms eval` compares the model's with
     max_new_tokens: Whole = Field(64, ge=1)  # of such an answer
     keep_best: Flag = True  # the weights of the lowest evaluation loss, in output_dir/best
     patience: Whole = Field(0, ge=0)  # evaluations without a better one before the run stops; 0: never

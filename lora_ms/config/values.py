@@ -67,6 +67,13 @@ def _texts(value: Any) -> list[str]:
     raise ValueError("wants a list of texts")
 
 
+def _reports(value: Any) -> list[str]:
+    names = [name for name in _texts(value) if name != "none"]
+    if any(name != "tensorboard" for name in names):
+        raise ValueError("wants none or tensorboard (MindSpore's summaries: SummaryMonitor in callbacks)")
+    return names
+
+
 def _targets(value: Any) -> str | list[str]:
     if isinstance(value, str) and value:
         try:
@@ -77,6 +84,12 @@ def _targets(value: Any) -> str | list[str]:
     if isinstance(value, (list, tuple)) and value and all(isinstance(item, str) and item for item in value):
         return list(value)
     raise ValueError("wants a regular expression, a list of module names, or all-linear")
+
+
+def _regex(value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise ValueError("wants a regular expression")
+    return str(_targets(value))
 
 
 def _exclusions(value: Any) -> str | list[str]:
@@ -154,7 +167,9 @@ WholeOrNumber = Annotated[int | float, BeforeValidator(_number)]  # 16 stays 16 
 Text = Annotated[str, BeforeValidator(_text)]
 Path = Annotated[str, BeforeValidator(_path)]  # null and "" both mean "none"
 Texts = Annotated[list[str], BeforeValidator(_texts)]
+Reports = Annotated[list[str], BeforeValidator(_reports)]
 Targets = Annotated[str | list[str], BeforeValidator(_targets)]
+Regex = Annotated[str, BeforeValidator(_regex)]
 Exclusions = Annotated[str | list[str], BeforeValidator(_exclusions)]  # as Targets, or nothing
 Layers = Annotated[list[int], BeforeValidator(_layers)]  # indices, or texts such as "0-10"
 RankPattern = Annotated[dict[str, Annotated[Whole, Field(ge=1)]], BeforeValidator(_pattern)]

@@ -60,7 +60,10 @@ class Speaker:
         self, conversations: Sequence[Sequence[Message]], show: Callable[[str], None] | None = None
     ) -> list[str]:
         """The assistant's next turn in each conversation, all in one batch; ``show`` streams the first of them."""
-        prompts = [encode_prompt(self.tokenizer, conversation) for conversation in conversations]
+        return self.continued([encode_prompt(self.tokenizer, turns) for turns in conversations], show)
+
+    def continued(self, prompts: Sequence[Sequence[int]], show: Callable[[str], None] | None = None) -> list[str]:
+        """What follows each prompt, given as tokens; see ``answers``."""
         self.calls += 1
         room = self.max_length - max(map(len, prompts))
         stream = Stream(self.tokenizer, show) if show else None

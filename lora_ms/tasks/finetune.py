@@ -24,8 +24,10 @@ from lora_ms.tasks import common, data, evaluate, parallel
 from lora_ms.tasks.weights import weights_of
 from lora_ms.train import checkpoint
 from lora_ms.train.fit import fit, plan_store
+from lora_ms.train.groups import Group
 from lora_ms.train.log import Tee
 from lora_ms.train.settings import TrainSettings
+from lora_ms.train.watch import check
 
 # keys in which load_adapter and pet_config must agree where the user gave them; those of ranks, by the place they fill
 AGREEING = ("use_rslora", "use_dora", "lora_bias", "bias")
@@ -51,7 +53,7 @@ def settings_of(config: RunConfig, longest: int) -> TrainSettings:
     ):  # a number is a fixed factor; 1, which float16 cannot train with, means dynamic
         kind = "DynamicLossScaleUpdateCell" if scale == 1 else "FixedLossScaleUpdateCell"
         scale = LossScale(type=kind, loss_scale_value=65536 if scale == 1 else scale)
-    pet = config.pet_config or PetConfig()
+    pet, summary, profiling = config.pet_config or PetConfig(), config.summary, config.profiling
     return TrainSettings(
         output_dir=Path(config.output_dir),
         epochs=runner.epochs,
@@ -73,6 +75,7 @@ def settings_of(config: RunConfig, longest: int) -> TrainSettings:
         betas=config.optimizer.betas,
         eps=config.optimizer.eps,
         weight_decay=config.optimizer.weight_decay,
+        groups=tuple(Group(g.params, g.learning_rate, g.weight_decay) for g in config.optimizer.groups),
         max_grad_norm=config.max_grad_norm,
         loraplus_lr_ratio=pet.loraplus_lr_ratio,
         loraplus_lr_embedding=pet.loraplus_lr_embedding,
@@ -81,7 +84,7 @@ def settings_of(config: RunConfig, longest: int) -> TrainSettings:
         dynamic_scale=scale.type == "DynamicLossScaleUpdateCell",
         scale_window=scale.scale_window,
         scale_factor=scale.scale_factor,
-        logging_steps=runner.logging_steps,
+        logging_steps=config.logging_steps,
         save_steps=config.save_steps,
         keep_checkpoint_max=config.keep_checkpoint_max,
         eval_steps=config.eval_intervals[0],
@@ -92,6 +95,11 @@ def settings_of(config: RunConfig, longest: int) -> TrainSettings:
         recompute=config.recompute_config.recompute,
         adaptive_batch=runner.adaptive_batch,
         memory_budget_mb=config.context.max_device_memory_mb,
+        report_to=tuple(config.report_to),
+        summary_steps=summary.collect_freq if summary else 0,
+        summary_dir=summary.summary_dir if summary else "",
+        profile_steps=(profiling.start_step, profiling.stop_step) if profiling else None,
+        profile_dir=profiling.output_path if profiling else "",
         resume=config.resume_training,
     )
 
@@ -200,6 +208,7 @@ def run(config: RunConfig) -> None:
         LoraMsError: anything that a user can mend.
     """
     output_dir = Path(config.output_dir)
+    check(config.report_to)
     sources = data.sources_of(config.train_dataset, "train")
     if config.pet_config is not None and not config.load_checkpoint:
         raise LoraMsError(

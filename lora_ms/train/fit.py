@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Iterable, Sequence
 from functools import partial
+from pathlib import Path
 
 import mindspore as ms
 from mindspore import nn
@@ -22,10 +23,38 @@ from lora_ms.train.callbacks import Companion, EarlyStopping, TrainerCallback
 from lora_ms.train.checkpoint import Weights
 from lora_ms.train.evaluation import Evaluator
 from lora_ms.train.loop import Outcome, Run
+from lora_ms.train.profile import Profiling
 from lora_ms.train.report import Reporter
 from lora_ms.train.settings import TrainSettings
+from lora_ms.train.watch import Summaries, TensorBoard
 
 DATA_REPORT = "data_report.json"
+
+
+def held_out_plan(
+    store: TokenStore,
+    batch_size: int,
+    tokenizer,
+    seq_length: int,
+    runtime: Runtime,
+    packing: bool = True,
+    length_buckets: int = 4,
+) -> DataPlan:
+    """One pass over rows to evaluate, without shuffling."""
+    return DataPlan.build(
+        store,
+        batch_size=batch_size,
+        accumulation=1,
+        epochs=1,
+        seed=0,
+        shuffle=False,
+        rank=runtime.data_rank,
+        world=runtime.data_ranks,
+        pad_id=pad_id(tokenizer),
+        seq_length=seq_length,
+        kind="packed" if packing else "bucketed",
+        buckets=length_buckets,
+    )
 
 
 def plan_rows(rows: Iterable[Row], tokenizer, settings: TrainSettings, runtime: Runtime, vocab_size: int) -> DataPlan:
@@ -75,6 +104,21 @@ def plan_store(
     return plan
 
 
+def watchers(settings: TrainSettings) -> list[TrainerCallback]:
+    """The callbacks that the settings ask for."""
+    s, out = settings, settings.output_dir
+    found: list[TrainerCallback] = [Reporter(s.logging_steps)]
+    if "tensorboard" in s.report_to:
+        found.append(TensorBoard(out / "tensorboard", s.logging_steps))
+    if s.summary_steps:
+        found.append(Summaries(Path(s.summary_dir) if s.summary_dir else out / "summary", s.summary_steps))
+    if s.profile_steps is not None:
+        found.append(Profiling(Path(s.profile_dir) if s.profile_dir else out / "profile", *s.profile_steps))
+    if s.patience:
+        found.append(EarlyStopping(s.patience))
+    return found
+
+
 def fit(
     model: nn.Cell,
     plan: DataPlan,
@@ -92,11 +136,7 @@ def fit(
     Raises:
         LoraMsError: nothing to train, a loss that is not finite, or a checkpoint that does not fit.
     """
-    half, output_dir = dtype == ms.float16, settings.output_dir
-    looking_on: list[TrainerCallback] = [Reporter(settings.logging_steps)]
-    if settings.patience:
-        looking_on.append(EarlyStopping(settings.patience))
-    looking_on += callbacks
+    half, output_dir, looking_on = dtype == ms.float16, settings.output_dir, [*watchers(settings), *callbacks]
     monitor = None
     if settings.adaptive_batch:
         monitor = MemoryMonitor(plan.levels, partial(memory_share, runtime.device, settings.memory_budget_mb))

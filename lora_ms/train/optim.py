@@ -62,6 +62,7 @@ class FlatAdamW(nn.Cell):
         scale_factor: what it is then multiplied by, and divided by after an overflow.
         all_reduce: sums a vector over the ranks that see other rows; None for one rank.
         rate_factors: what the learning rate of each parameter is multiplied by; None for 1.
+        decays: weight decay of each parameter; None for ``weight_decay``.
         penalty: parameters [n] -> (penalty [], its gradient [n]), added to the mean loss of a step; None for none.
         observer: sees what a step did, (new parameters [n], gradient [n] as used, 1 or 0: taken or not []); its
             ``state()`` is kept with the optimiser's. None for none.
@@ -82,6 +83,7 @@ class FlatAdamW(nn.Cell):
         scale_factor: float = 2.0,
         all_reduce: nn.Cell | None = None,
         rate_factors: Sequence[float] | None = None,
+        decays: Sequence[float] | None = None,
         penalty: nn.Cell | None = None,
         observer: nn.Cell | None = None,
         shard: Shard = WHOLE,
@@ -106,7 +108,9 @@ class FlatAdamW(nn.Cell):
         self.common = spread_out([float(split_axis(p.name) is None) for p in params], self.sizes)  # 1: on every rank
         self.shard_sum = ops.AllReduce(group=shard.group) if shard.count > 1 else None
         self.rates = spread_out(rate_factors or [1.0], self.sizes)
-        self.decay = spread_out([weight_decay * (len(shape) >= 2) for shape in self.shapes], self.sizes)
+        decays = decays or [weight_decay] * len(params)
+        decays = [decay * (p.ndim >= 2) for decay, p in zip(decays, params, strict=True)]
+        self.decay = spread_out(decays, self.sizes)
 
     def state(self) -> dict[str, Parameter]:
         """What a checkpoint must hold for the next step to be the same."""

@@ -135,24 +135,47 @@ class Reporter(TrainerCallback):
                     print(f"warning: {error}")
 
 
+def _mean_around(values: list[float]) -> list[float]:
+    reach = len(values) // 40  # to either side
+    around = [values[max(0, i - reach) : i + reach + 1] for i in range(len(values))]
+    return [sum(part) / len(part) for part in around]
+
+
 def plot_loss(records: list[dict], path: Path) -> None:
-    """Draws the loss of every logged step, and the mean of the steps around it, into a PNG."""
+    """Draws loss, learning rate and gradient norm over the steps of a run into a PNG.
+
+    The loss is that of every logged step, the mean of those around it, and that of the evaluations. What overflowed
+    is left out.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import MaxNLocator
 
-    records = [r for r in records if r.get("loss") is not None]
-    steps, losses = [r["step"] for r in records], [r["loss"] for r in records]
-    reach = len(losses) // 40  # steps to either side that the mean takes in
-    around = [losses[max(0, i - reach) : i + reach + 1] for i in range(len(losses))]
-    smooth = [sum(part) / len(part) for part in around]
-    figure, axes = pyplot.subplots(figsize=(7, 4), dpi=120, layout="constrained")
-    axes.plot(steps, losses, color="#9bb8d3", linewidth=1, label="step", marker="." if len(steps) < 3 else None)
-    axes.plot(steps, smooth, color="#1f4e79", linewidth=2, label="mean of the steps around")
-    axes.set(xlabel="optimiser step", ylabel="loss (nats per label token)", ylim=(0, None))
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    def draw(axes, name: str, **how) -> None:
+        found = [(r["step"], r[name]) for r in records if r.get(name) is not None]
+        steps, values = [step for step, _ in found], [value for _, value in found]
+        axes.plot(steps, values, marker="." if len(steps) < 50 else None, **how)
+        if name == "loss" and len(steps) > 40:
+            axes.plot(steps, _mean_around(values), color="#1f4e79", linewidth=2, label="mean of the steps around")
+
+    figure, (loss, rate, norm) = pyplot.subplots(
+        3, sharex=True, figsize=(7, 7), dpi=120, height_ratios=(3, 1, 1), layout="constrained"
+    )
+    draw(loss, "loss", color="#9bb8d3", linewidth=1, label="training step")
+    if any("eval_loss" in r for r in records):
+        draw(loss, "eval_loss", color="#c0504d", linewidth=2, label="evaluation")
+    loss.legend(frameon=False)
+    draw(rate, "learning_rate", color="#1f4e79", linewidth=1.5)
+    draw(norm, "grad_norm", color="#1f4e79", linewidth=1)
+    labels = ("loss (nats per label token)", "learning rate", "gradient norm")
+    for axes, label in zip((loss, rate, norm), labels, strict=True):
+        axes.set(ylabel=label, ylim=(0, None))
+        axes.grid(alpha=0.3)
+    figure.align_ylabels()
+    norm.set_xlabel("optimiser step")
+    norm.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     with storage.whole(path) as part:
         figure.savefig(part, format="png")
     pyplot.close(figure)

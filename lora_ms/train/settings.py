@@ -1,12 +1,14 @@
 """What a run is told, whichever door it came in by."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from lora_ms.data.packing import Kind
+from lora_ms.train.groups import Group
 
 DECIDING = (  # a run's numbers, besides the data and what follows from it
-    "seed shuffle learning_rate lr_kind lr_end betas eps weight_decay max_grad_norm loraplus_lr_ratio "
+    "seed shuffle learning_rate lr_kind lr_end betas eps weight_decay groups max_grad_norm loraplus_lr_ratio "
     "loraplus_lr_embedding neftune_noise_alpha loss_scale dynamic_scale scale_window scale_factor"
 ).split()
 
@@ -35,6 +37,7 @@ class TrainSettings:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.0
+    groups: tuple[Group, ...] = ()  # of parameters, with a rate and a decay of their own
     max_grad_norm: float | None = 1.0
     loraplus_lr_ratio: float = 1.0  # learning rate of B over that of A
     loraplus_lr_embedding: float = 1e-6  # the highest of an adapter on the embedding, where the ratio is not 1
@@ -54,12 +57,17 @@ class TrainSettings:
     recompute: bool | int | list[int] = False  # layers computed again in the backward pass: all, the first N, these
     adaptive_batch: bool = False  # smaller micro-batches where memory is short
     memory_budget_mb: float | None = None  # of this process, for adaptive_batch; None: what the machine has
+    report_to: tuple[str, ...] = ()  # of watch.REPORTS; besides metrics.jsonl
+    summary_steps: int = 0  # optimiser steps between two that MindSpore's summary file holds; 0: no such file
+    summary_dir: str = ""  # its folder; "": output_dir/summary
+    profile_steps: tuple[int, int] | None = None  # the first and the last step to profile, from 1
+    profile_dir: str = ""  # "": output_dir/profile
     resume: bool | str = False  # True: from the newest checkpoint; or a checkpoint's name
 
     def identity(self) -> dict[str, object]:
         """What a resumed run must share; tuples as lists, as JSON returns them."""
         values = {name: getattr(self, name) for name in DECIDING}
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        return json.loads(json.dumps(values))
 
     @property
     def layout(self) -> Kind:

@@ -16,6 +16,7 @@ from lora_ms.nn.draws import Draws, DrawTable
 from lora_ms.nn.lora import LoRADense
 from lora_ms.nn.noise import EmbeddingNoise
 from lora_ms.runtime import Runtime, peak_memory_mb
+from lora_ms.train import groups
 from lora_ms.train.callbacks import Companion, Record
 from lora_ms.train.optim import FlatAdamW, learning_rate, loraplus_factors
 from lora_ms.train.recompute import recomputed_layers
@@ -61,10 +62,13 @@ class Steps:
             raise LoraMsError("all parameters train in float32 only: set compute_dtype to float32, or give pet_config")
         if not params:
             raise LoraMsError("no parameter is trainable: give pet_config, or set it to null to train all parameters")
-        factors = None
+        factors, decays = groups.rates_and_decays(trainable, s.groups, s.learning_rate, s.weight_decay)
+        if s.groups and runtime.is_main:
+            print(*groups.describe(trainable, s.groups, s.learning_rate, s.weight_decay), sep="\n")
         if s.loraplus_lr_ratio != 1:
             embedding = s.loraplus_lr_embedding / (s.learning_rate or 1.0)
-            factors = loraplus_factors(model, params, s.loraplus_lr_ratio, embedding)
+            plus = loraplus_factors(model, params, s.loraplus_lr_ratio, embedding)
+            factors = [factor * more for factor, more in zip(factors, plus, strict=True)]
         penalty, observer = (None, None) if companion is None else companion.cells(params)
         self.optimizer = FlatAdamW(
             params,
@@ -78,6 +82,7 @@ class Steps:
             s.scale_factor,
             runtime.data_sum(),
             factors,
+            decays,
             penalty,
             observer,
             runtime.shard,

@@ -303,18 +303,16 @@ def test_notice_names_a_key_without_effect(path):
     if section.startswith("callbacks."):
         kind = section.removeprefix("callbacks.")
         config = options(f"callbacks=[{{type: {kind}, {key}: given}}]")
-        named = (
-            path if kind in ("CheckpointMonitor", "MFLossMonitor", "EvalCallBack") else section
-        )  # the others are idle as a whole
+        named = section if kind == "ObsMonitor" else path  # the one that is idle as a whole
     else:
         config, named = options(f"{path}=given"), path
     assert config.notices() == [f"no effect here: {named}"]
 
 
 def test_notices_are_one_sorted_line():
-    config = options("profile=True", "context.mode=1", "callbacks=[{type: ObsMonitor}]", "trainer.model_name=a")
-    assert config.notices() == ["no effect here: callbacks.ObsMonitor, context.mode, profile, trainer.model_name"]
-    assert options("profile=False", "context.mode=0").notices() == []
+    config = options("auto_tune=True", "context.mode=1", "callbacks=[{type: ObsMonitor}]", "trainer.model_name=a")
+    assert config.notices() == ["no effect here: auto_tune, callbacks.ObsMonitor, context.mode, trainer.model_name"]
+    assert options("auto_tune=False", "context.mode=0").notices() == []
 
 
 def test_keys_with_effect_are_not_declared_idle():

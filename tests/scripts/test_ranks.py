@@ -1,5 +1,5 @@
-"""Several processes on this machine, started by scripts/msrun_launcher.sh: their numbers are one process's, and one that
-dies ends all."""
+"""Several processes on this machine, started by scripts/msrun_launcher.sh: their numbers are one process's, and one
+that dies ends all."""
 
 import json
 import os

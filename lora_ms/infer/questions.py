@@ -1,0 +1,55 @@
+"""Questions with a known answer, and how near a model's answers come to it."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from lora_ms.data.example import IGNORE_INDEX, Completion, Example, TokenRow
+from lora_ms.data.template import encode, encode_prompt
+from lora_ms.errors import LoraMsError
+
+
+@dataclass(frozen=True)
+class Question:
+    """One row: what comes before its last answer, and that answer."""
+
+    where: str
+    tokens: list[int]
+    prompt: str
+    reference: str
+
+
+def question_of(tokenizer, row: Example | Completion | TokenRow) -> Question:
+    """The last answer of a row taken off.
+
+    Raises:
+        LoraMsError: nothing comes before the answer.
+    """
+    if isinstance(row, Example):
+        before, reference = row.messages[:-1], row.messages[-1].content
+        return Question(row.where, encode_prompt(tokenizer, before, row.input), before[-1].content, reference)
+    tokens = encode(tokenizer, row) if isinstance(row, Completion) else row
+    labelled = np.flatnonzero(tokens.labels != IGNORE_INDEX)
+    breaks = np.flatnonzero(np.diff(labelled) > 1)  # the last unbroken run of labels is the last answer
+    first = labelled[breaks[-1] + 1] if len(breaks) else labelled[0] if len(labelled) else 0
+    if first == 0:
+        raise LoraMsError(f"{row.where}: no question comes before an answer: give rows with both")
+    ids = tokens.input_ids.tolist()
+    texts = [tokenizer.decode(part, skip_special_tokens=True) for part in (ids[:first], ids[first : labelled[-1] + 1])]
+    if isinstance(row, Completion):
+        texts = [row.prompt, row.completion]
+    return Question(row.where, ids[:first], *texts)
+
+
+def is_match(answer: str, reference: str) -> bool:
+    """Whether they are equal but for white space around them."""
+    return answer.strip() == reference.strip()
+
+
+def chrf(answers: list[str], references: list[str]) -> float | None:
+    """Character F-score of all answers together (Popović, 2015), 0 to 100; None where sacrebleu is not installed."""
+    try:
+        from sacrebleu import corpus_chrf
+    except ImportError:
+        return None
+    return float(corpus_chrf(answers, [references]).score)

@@ -1,0 +1,82 @@
+"""Learning rates and weight decay of their own for adapters, head, base, or any parameters by name."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from mindspore import Parameter
+
+from lora_ms.errors import LoraMsError
+
+KINDS = ("adapters", "head", "base")
+
+
+class Group(NamedTuple):
+    """Parameters, and what holds for them in place of the run's own; None: the run's own."""
+
+    params: str  # one of KINDS, or a regular expression that fits whole dotted names
+    learning_rate: float | None = None  # the highest; rises and falls with the run's
+    weight_decay: float | None = None
+
+
+def kind_of(name: str) -> str:
+    """Which of KINDS parameter ``name`` is: an adapter's, the head's own weight, or another of the model's."""
+    if name.rpartition(".")[2].startswith("lora_"):
+        return "adapters"
+    return "head" if name.startswith("lm_head.") else "base"
+
+
+def assign(names: Sequence[str], groups: Sequence[Group]) -> list[Group | None]:
+    """The first group that each parameter fits; None for none.
+
+    Raises:
+        LoraMsError: a group that no parameter falls to; what there is to train is listed.
+    """
+
+    def fits(group: Group, name: str) -> bool:
+        return kind_of(name) == group.params if group.params in KINDS else bool(re.fullmatch(group.params, name))
+
+    found = [next((group for group in groups if fits(group, name)), None) for name in names]
+    idle = [group.params for group in groups if group not in found]
+    if idle:
+        there = ", ".join(kind for kind in KINDS if kind in map(kind_of, names))
+        raise LoraMsError(
+            f"optimizer.groups: params {idle[0]!r} fits no trainable parameter that an earlier group leaves; "
+            f"trainable: {there} (such as {names[0]})"
+        )
+    return found
+
+
+def rates_and_decays(
+    params: Mapping[str, Parameter], groups: Sequence[Group], learning_rate: float, weight_decay: float
+) -> tuple[list[float], list[float]]:
+    """Of each parameter, what the run's learning rate is multiplied by, and the weight decay.
+
+    Raises:
+        LoraMsError: a group that fits nothing, or one with a rate where the run's own is 0.
+    """
+    if learning_rate == 0 and any(group.learning_rate for group in groups):
+        raise LoraMsError("optimizer.groups give learning rates, and learning_rate is 0: set it above 0")
+    rates, decays = [], []
+    for group in assign(list(params), groups):
+        here = group or Group("")
+        rates.append(1.0 if here.learning_rate is None else here.learning_rate / (learning_rate or 1.0))
+        decays.append(weight_decay if here.weight_decay is None else here.weight_decay)
+    return rates, decays
+
+
+def describe(
+    params: Mapping[str, Parameter], groups: Sequence[Group], learning_rate: float, weight_decay: float
+) -> list[str]:
+    """A line for each group and for the rest: how many numbers, at what rate."""
+    sizes: dict[Group | None, int] = {}
+    for parameter, group in zip(params.values(), assign(list(params), groups), strict=True):
+        sizes[group] = sizes.get(group, 0) + parameter.size
+    lines = []
+    for group in [*groups, None]:
+        if group in sizes:
+            rate = learning_rate if group is None or group.learning_rate is None else group.learning_rate
+            decay = weight_decay if group is None or group.weight_decay is None else group.weight_decay
+            name = "the rest" if group is None else group.params
+            lines.append(f"optimizer: {name}: {sizes[group]:,} numbers, learning rate {rate:g}, weight decay {decay:g}")
+    return lines

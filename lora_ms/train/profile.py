@@ -1,0 +1,94 @@
+"""Where the time of some steps goes: MindSpore's profile, and its dearest operators as a table."""
+
+import csv
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+from mindspore.profiler import profile, tensorboard_trace_handler
+
+from lora_ms.train.callbacks import Record, RunState, TrainerCallback
+
+SHOWN = 10  # operators
+# the file with one line a kind of operator -> its columns of name, calls and time, and what of a ms the time is in
+TABLES = {
+    "cpu_op_type_info_*.csv": ("op_type", "type_occurrences", "total_compute_time", 1.0),
+    "op_statistic.csv": ("OP Type", "Count", "Total Time(us)", 1e-3),  # Ascend, as documented
+}
+
+
+class Cost(NamedTuple):
+    """What the operators of one kind cost."""
+
+    name: str
+    calls: int
+    milliseconds: float
+
+
+def read_costs(folder: Path) -> list[Cost]:
+    """From the profile under ``folder``, the dearest first; empty where it holds no such table."""
+    costs = []
+    for pattern, (name, calls, time, unit) in TABLES.items():
+        for file in sorted(folder.rglob(pattern)):
+            with open(file, newline="", encoding="utf-8") as stream:
+                rows = list(csv.DictReader(stream))
+            costs += [Cost(row[name], int(row[calls]), float(row[time]) * unit) for row in rows]
+    return sorted(costs, key=lambda cost: -cost.milliseconds)
+
+
+def table(costs: list[Cost]) -> list[str]:
+    """The dearest of them as lines of at most 80 columns."""
+    total = sum(cost.milliseconds for cost in costs) or 1.0
+    lines = [f"  {'operator':<44} {'calls':>8} {'total ms':>12} {'share':>7}"]
+    for cost in costs[:SHOWN]:
+        name = cost.name if len(cost.name) <= 44 else f"{cost.name[:43]}…"
+        lines.append(f"  {name:<44} {cost.calls:>8,} {cost.milliseconds:>12,.1f} {cost.milliseconds / total:>7.1%}")
+    return lines
+
+
+class Profiling(TrainerCallback):
+    """Profiles steps ``first`` to ``last`` on the main rank into ``folder``, and prints what costs most.
+
+    Where the losses of several steps are read at once, it begins and ends between two reads. An evaluation in between
+    is counted in.
+    """
+
+    def __init__(self, folder: Path, first: int, last: int):
+        self.folder, self.first, self.last = folder, first, last
+        self.profile: profile | None = None
+        self.begun = 0  # the first step that is profiled
+
+    def on_train_begin(self, state: RunState) -> None:
+        self.due = state.is_main and state.step < self.last
+        if self.due:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self._start(state)
+
+    def on_step_end(self, state: RunState, record: Record) -> None:
+        if not state.is_main or record.step < state.step:  # others that were read with it follow
+            return
+        if self.profile is not None and record.step >= self.last:
+            self._stop(record.step)
+        self._start(state)
+
+    def on_train_end(self, state: RunState) -> None:
+        if self.profile is not None:
+            self._stop(state.step)
+        elif state.is_main and not self.begun:
+            print(f"no profile: none of the steps {self.first} to {self.last} was run")
+
+    def _start(self, state: RunState) -> None:
+        if self.due and not self.begun and self.first <= state.step + 1 <= state.total_steps:
+            self.begun = state.step + 1
+            self.profile = profile(on_trace_ready=tensorboard_trace_handler(str(self.folder)))
+            self.profile.start()
+
+    def _stop(self, step: int) -> None:
+        if self.profile is not None:
+            self.profile.stop()
+        self.profile = None
+        costs = read_costs(self.folder)
+        total = sum(cost.milliseconds for cost in costs)
+        print(f"profile of steps {self.begun} to {step}: {total:,.1f} ms in operators; files in {self.folder}")
+        if costs:
+            print(*table(costs), sep="\n")
