@@ -26,8 +26,9 @@ DIRECTIONS = {
     "adapters": ("adapters nn storage errors", "mindspore numpy"),
     "train": ("train nn data adapters.peft_format runtime storage errors", "mindspore numpy tqdm matplotlib"),
     "infer": ("infer nn data.template data.example errors", "mindspore numpy transformers"),
+    "bridge": ("bridge adapters models nn storage errors", "mindspore numpy mindformers mindpet"),
     "tasks": (
-        "tasks config models adapters train infer data nn runtime storage errors",
+        "tasks config bridge models adapters train infer data nn runtime storage errors",
         "mindspore numpy transformers tqdm",
     ),
     "peft_model": ("adapters infer errors", "mindspore numpy"),
@@ -42,6 +43,7 @@ DIRECTIONS = {
 # What a part may import inside functions only: `data` and --help answer without MindSpore.
 LAZY_ONLY = {
     "data": "mindspore transformers datasets pyarrow",
+    "bridge": "mindformers mindpet",
     "cli": "lora_ms.config lora_ms.tasks lora_ms.adapters",
     "__init__": "lora_ms",
 }
