@@ -78,6 +78,18 @@ def _filled(row: TokenRow, width: int | None, pad_id: int) -> dict[str, NDArray[
     return {"input_ids": ids, "labels": labels}
 
 
+def fixed_width(path: Path, width: int) -> int:
+    """How many rows a MindRecord file has, where they have labels and its rows are of ``width`` tokens; else 0."""
+    if path.suffix != ".mindrecord" or not path.with_name(f"{path.name}.db").is_file():
+        return 0
+    count = 0
+    for row in _mindrecord_rows(path):
+        if "labels" not in row or row["input_ids"].shape != (width,):
+            return 0
+        count += 1
+    return count
+
+
 def trim_padding(row: TokenRow) -> TokenRow:
     """Cut the tail of unlearnt tokens that repeat the row's last id. Nothing learnt comes after, so no loss changes."""
     ids, labels = row.input_ids, row.labels

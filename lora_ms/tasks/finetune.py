@@ -197,6 +197,10 @@ def run(config: RunConfig) -> None:
     Raises:
         LoraMsError: anything that a user can mend.
     """
+    if config.backend == "mindformers":
+        from lora_ms.tasks import bridge
+
+        return bridge.run(config)
     output_dir = Path(config.output_dir)
     sources = data.sources_of(config.train_dataset, "train")
     if config.pet_config is not None and not config.load_checkpoint:
