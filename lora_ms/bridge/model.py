@@ -1,5 +1,6 @@
 """MindFormers' Llama with weights and a LoRA adapter, and what was trained of it under PEFT's names."""
 
+from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ from lora_ms.bridge import adapters, weights
 from lora_ms.bridge.adapters import module_parts
 from lora_ms.bridge.files import decoded, in_memory, of_entry
 from lora_ms.bridge.layout import Heads, inverse
+from lora_ms.bridge.settings import ALONE
 from lora_ms.errors import LoraMsError
 from lora_ms.models.decoder import DecoderConfig
 from lora_ms.models.hub import check_names
@@ -67,6 +69,15 @@ def llama_sizes(sizes: DecoderConfig, seq_length: int) -> dict[str, Any]:
     elif kind not in (None, "default"):
         raise LoraMsError(f"backend mindformers: rope_scaling {kind} is not supported; leave the backend native")
     return found
+
+
+def parallel_config(package: SimpleNamespace, theirs: Any) -> Any:
+    """LlamaConfig's ``parallel_config``, recomputation included, of MindFormers' configuration ``theirs``."""
+    copy = deepcopy(theirs)
+    if not copy.use_parallel:
+        copy.parallel_config.update(dict.fromkeys(ALONE, 1), use_seq_parallel=False)
+    package.build_parallel_config(copy)
+    return copy.parallel_config
 
 
 def heads_of(sizes: DecoderConfig) -> Heads:

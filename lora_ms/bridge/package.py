@@ -20,6 +20,7 @@ INSTALL = "pip install 'lora_ms[mindformers]' (mindformers 1.9.0 and mindpet 1.0
 NAMES = {
     "AdamW": "mindformers.core.optim",
     "build_context": "mindformers.core.context.build_context",
+    "build_parallel_config": "mindformers.core.parallel_config",
     "ClipGradNorm": "mindformers.core.clip_grad",
     "get_pet_model": "mindformers.pet",
     "Linear": "mindformers.modules.layers",

@@ -10,12 +10,13 @@ STEP = "PortableTrainOneStepCell"  # registered by bridge.trainer
 OUR_TOP = ("backend", "load_adapter", "allow_other_template", "data_fill", "processor", "eval_dataset_task")
 OUR_RUNNER = ("max_steps", "logging_steps")
 OUR_CONTEXT = ("enable_graph_kernel",)
-OUR_MODEL = ("type", "pet_config", "head_dim", "max_new_tokens", "temperature")
+OUR_MODEL = ("type", "pet_config", "head_dim", "max_new_tokens", "temperature", "checkpoint_name_or_path")
 DATASET = (
     "num_parallel_workers python_multiprocessing drop_remainder repeat numa_enable prefetch_size seed auto_tune "
     "filepath_prefix autotune_per_step profile"
 ).split()
 GONE = {"FP32StateAdamWeightDecay": "AdamW"}  # since MindFormers 1.6; its AdamW keeps its state in float32
+GONE_CALLBACKS = ("ObsMonitor",)
 
 # model_config: key, MindFormers' default, value on a CPU
 OPERATORS = (
@@ -32,6 +33,8 @@ TYPES = {
     "residual_dtype": "float32",
     "embedding_init_type": "float32",
 }
+# what a run of one process sets to 1, as MindFormers' trainer does
+ALONE = ("data_parallel", "model_parallel", "context_parallel", "expert_parallel", "pipeline_stage", "micro_batch_num")
 CPU_CONTEXT = ("mode", "max_call_depth")
 
 
@@ -58,7 +61,7 @@ def for_mindformers(given: dict, sections: dict, train_file: str, eval_file: str
     settings = {key: value for key, value in given.items() if key not in OUR_TOP} | plain(sections)
     runner = {key: value for key, value in given.get("runner_config", {}).items() if key not in OUR_RUNNER}
     settings["runner_config"] = {"epochs": 1, "batch_size": 1, "sink_mode": True, **runner}
-    settings["context"] = {k: v for k, v in given.get("context", {}).items() if k not in OUR_CONTEXT}
+    settings["context"] = {"mode": 0} | {k: v for k, v in given.get("context", {}).items() if k not in OUR_CONTEXT}
     settings["train_dataset"] = dataset(given.get("train_dataset", {}), train_file, True)
     settings["train_dataset_task"] = {"type": "CausalLanguageModelDataset"}
     settings.pop("eval_dataset", None)
@@ -87,13 +90,18 @@ def dataset(given: dict, file: str, train: bool) -> dict:
 
 def everywhere(settings: dict) -> list[str]:
     """Replaces what this MindFormers no longer has; returns a line for each."""
-    kind = settings["optimizer"].get("type")
-    if kind not in GONE:
-        return []
-    optimizer = settings["optimizer"] = {**settings["optimizer"], "type": GONE[kind]}
-    if "beta1" in optimizer or "beta2" in optimizer:
-        optimizer["betas"] = [optimizer.pop("beta1", 0.9), optimizer.pop("beta2", 0.999)]
-    return [f"optimizer.type {kind}, which MindFormers has dropped: its {GONE[kind]} instead"]
+    kind, lines = settings["optimizer"].get("type"), []
+    if kind in GONE:
+        optimizer = settings["optimizer"] = {**settings["optimizer"], "type": GONE[kind]}
+        if "beta1" in optimizer or "beta2" in optimizer:
+            optimizer["betas"] = [optimizer.pop("beta1", 0.9), optimizer.pop("beta2", 0.999)]
+        lines.append(f"optimizer.type {kind}, which MindFormers has dropped: its {GONE[kind]} instead")
+    for key in ("callbacks", "eval_callbacks"):
+        old = settings.get(key) or []
+        settings[key] = [callback for callback in old if callback.get("type") not in GONE_CALLBACKS]
+        names = ", ".join(callback["type"] for callback in old if callback not in settings[key])
+        lines += [f"{key} without {names}, which MindFormers has dropped"] if names else []
+    return lines
 
 
 def on_cpu(settings: dict, model: dict) -> list[str]:

@@ -104,7 +104,7 @@ def counts(labels: NDArray) -> tuple[int, int]:
 
 
 def mean_loss(network: nn.Cell, rows: NDArray, labels: NDArray, batch_size: int) -> tuple[float, int]:
-    """Mean cross-entropy, in nats, of all label tokens of rows [n, seq_length + 1], and their number.
+    """Mean cross-entropy, in nats, of all label tokens of rows [n, seq_length], and their number.
 
     Rows beyond the last whole batch are computed in one that is filled up with the first row, and counted once.
     """
@@ -114,10 +114,10 @@ def mean_loss(network: nn.Cell, rows: NDArray, labels: NDArray, batch_size: int)
         index = np.arange(start, start + batch_size)
         inside = index < len(rows)
         index = np.where(inside, index, 0)
-        logits = network(Tensor(rows[index, :-1]))[0].asnumpy().astype(np.float32)
+        logits = network(Tensor(rows[index]))[0].asnumpy().astype(np.float32)[:, :-1]
         targets = labels[index, 1:]
         learnt = (targets != IGNORED) & inside[:, None]
-        chosen, wanted = logits.reshape(targets.shape + (-1,))[learnt], targets[learnt]
+        chosen, wanted = logits[learnt], targets[learnt]
         top = chosen.max(-1, keepdims=True)
         log_sum = np.log(np.exp(chosen - top).sum(-1)) + top[:, 0]
         total += float((log_sum - chosen[np.arange(len(wanted)), wanted]).sum())

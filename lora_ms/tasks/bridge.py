@@ -14,6 +14,7 @@ from lora_ms import runtime as runtime_module
 from lora_ms import storage
 from lora_ms.adapters.matching import leaf_of, matches
 from lora_ms.bridge import model, package, settings, trainer
+from lora_ms.bridge.adapters import read_peft
 from lora_ms.config import PetConfig, RunConfig, dump_config
 from lora_ms.data.mindrecord import fixed_width, write_mindrecord
 from lora_ms.data.store import TokenStore
@@ -85,12 +86,12 @@ def start(config: RunConfig) -> Runtime:
 
 
 def rows_of(config: RunConfig, name: str, sizes: DecoderConfig, tokenizer: Any, folder: Path) -> Rows:
-    """The rows of ``train`` or ``eval`` as MindFormers reads them; those that are not yet so are written to
-    ``folder``, at their seq_length + 1 tokens."""
+    """The rows of ``train`` or ``eval`` as MindFormers reads them: of seq_length + 1 tokens in training, of seq_length
+    in evaluation. Those that are not yet so are written to ``folder``."""
     section = config.train_dataset if name == "train" else config.eval_dataset
     sources = data.sources_of(section, name)
-    length = data.seq_length(config, sizes.max_position_embeddings)
-    count = fixed_width(Path(sources[0]), length + 1) if len(sources) == 1 else 0
+    width = data.seq_length(config, sizes.max_position_embeddings) + (name == "train")
+    count = fixed_width(Path(sources[0]), width) if len(sources) == 1 else 0
     if count:
         return Rows(Path(sources[0]), count, None)
     how = data.preparation(config, section, sizes.max_position_embeddings, sizes.vocab_size)
@@ -99,7 +100,7 @@ def rows_of(config: RunConfig, name: str, sizes: DecoderConfig, tokenizer: Any, 
         raise LoraMsError("backend mindformers goes without train_dataset.mix: leave it out, or the backend native")
     print(*(line for report in reports for line in report.lines()), sep="\n")
     path = folder / f"{name}.mindrecord"
-    write_mindrecord(path, store, length + 1, pad_id(tokenizer))
+    write_mindrecord(path, store, width, pad_id(tokenizer))
     return Rows(path, len(store), store)
 
 
@@ -140,10 +141,18 @@ def explained(config_file: Path) -> Iterator[None]:
         raise LoraMsError(f"MindFormers stopped: {text[0]} (its configuration: {config_file}; see run.log)") from error
 
 
+def write_settings(asked: dict[str, Any], output_dir: Path) -> Path:
+    """MindFormers' configuration as a file, which it reads with its own defaults."""
+    file = output_dir / FOLDER / "mindformers.yaml"
+    with storage.whole(file) as part:
+        part.write_text(yaml.safe_dump(asked, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    return file
+
+
 class Run:
     """One run: the network with its adapter, and what the parts of it share."""
 
-    def __init__(self, config: RunConfig, pet: PetConfig, sizes: DecoderConfig, runtime: Runtime, log: Tee):
+    def __init__(self, config: RunConfig, pet: PetConfig | None, sizes: DecoderConfig, runtime: Runtime, log: Tee):
         self.config, self.pet, self.sizes, self.runtime, self.log = config, pet, sizes, runtime, log
         self.heads, self.output_dir = model.heads_of(sizes), Path(config.output_dir)
         with package.silenced(log):
@@ -171,6 +180,8 @@ class Run:
         )
         hugging_face = (Path(c.load_checkpoint) / "config.json").is_file()
         found |= {"output_dir": str(self.output_dir), "load_checkpoint": "" if hugging_face else c.load_checkpoint}
+        if found["load_checkpoint"].endswith(".safetensors"):
+            found.setdefault("load_ckpt_format", "safetensors")
         found["run_mode"], found["seed"] = "finetune", c.seed
         found["runner_config"]["batch_size"] = c.batch_size
         lines = settings.everywhere(found)
@@ -179,14 +190,23 @@ class Run:
         found["model"] = {"model_config": {"type": "LlamaConfig", **self.llama}, "arch": {"type": "LlamaForCausalLM"}}
         return found
 
-    def network(self) -> nn.Cell:
+    def begin(self, file: Path) -> Any:
+        """MindFormers' configuration as it reads it, its context built."""
+        theirs = self.package.MindFormerConfig(str(file))
+        self.package.build_context(theirs)
+        return theirs
+
+    def network(self, theirs: Any) -> nn.Cell:
         """MindFormers' model with its weights and its adapter."""
         checkpoint, pet = Path(self.config.load_checkpoint), self.pet
-        network = self.package.LlamaForCausalLM(self.package.LlamaConfig(**self.llama))
+        parallel = model.parallel_config(self.package, theirs)
+        network = self.package.LlamaForCausalLM(self.package.LlamaConfig(**self.llama, parallel_config=parallel))
         fused = bool(self.llama.get("qkv_concat"))
         if (checkpoint / "config.json").is_file():
             model.fill(network, checkpoint, self.heads, fused)
         self.linear = list(model.linear_layers(self.package, network))
+        if pet is None:
+            return network
         self.lora = common.lora_config(pet)
         if pet.lora_impl == "mindpet":
             asked = pet_settings(pet, self.linear, self.on_cpu)
@@ -198,12 +218,12 @@ class Run:
             model.load_factors(network, Path(self.config.load_adapter), rank, alpha, self.heads, fused)
         return network
 
-    def describe(self, network: nn.Cell) -> str:
+    def describe(self, network: nn.Cell, pet: PetConfig) -> str:
         """What trains."""
         parameters = [p for p in network.get_parameters() if p.ndim]
         trained = sum(p.size for p in parameters if p.requires_grad)
         total, modules = sum(p.size for p in parameters), len(model.factor_parameters(network))
-        whose = {"mindpet": "MindPet", "lora_ms": "lora_ms"}[self.pet.lora_impl]
+        whose = {"mindpet": "MindPet", "lora_ms": "lora_ms"}[pet.lora_impl]
         share = f"{trained:,} of {total:,} parameters train ({100 * trained / total:.2f}%)"
         return f"LoRA of {whose} on {modules} of MindFormers' modules: {share}"
 
@@ -278,16 +298,12 @@ def run(config: RunConfig) -> None:
         total = per_epoch * config.runner_config.epochs
         most = config.runner_config.max_steps
         total = min(total, most) if most > 0 else total
-        file = folder / "mindformers.yaml"
-        with storage.whole(file) as part:
-            part.write_text(yaml.safe_dump(asked, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        file = write_settings(asked, output_dir)
         dump_config(config, str(output_dir / "config.yaml"))
         with explained(file), package.silenced(log):
-            theirs = this.package.MindFormerConfig(str(file))
-            if not this.on_cpu:
-                this.package.build_context(theirs)
-            network = this.network()
-        print(this.describe(network))
+            theirs = this.begin(file)
+            network = this.network(theirs)
+        print(this.describe(network, pet))
         print(f"training with MindFormers' trainer: {total:,} steps of {batch} rows")
         print("compiling the training step, which takes a while the first time …", flush=True)
         screen = Screen(this, total, per_epoch)
@@ -302,7 +318,7 @@ def run(config: RunConfig) -> None:
         print(f"loss {callback.first_loss:.4f} -> {callback.last_loss:.4f} in {callback.steps:,} steps")
         if held_out is not None:
             with package.silenced(log):
-                found = loss_of(network, held_out, this.length, batch)
+                found = loss_of(network, held_out, batch)
             print(f"held-out rows: {evaluate.line(*found)}")
         saved = this.save(network, tokenizer)
         print(
@@ -310,7 +326,29 @@ def run(config: RunConfig) -> None:
         )
 
 
-def loss_of(network: nn.Cell, rows: Rows, length: int, batch: int) -> tuple[float, int]:
+def evaluate_model(config: RunConfig) -> None:
+    """``lora-ms eval``: the mean loss of MindFormers' model, with ``load_adapter``, on ``eval_dataset``; what the two
+    print beside it goes to ``output_dir/run.log``."""
+    package.found_version()
+    sizes, tokenizer, output_dir = common.read_sizes(config), data.tokenizer_for(config), Path(config.output_dir)
+    pet = None
+    if config.load_adapter:
+        factors, scale = read_peft(Path(config.load_adapter))
+        leaves = sorted({leaf_of(name) for name in factors})
+        pet = PetConfig(lora_rank=scale.lora_rank, lora_alpha=scale.lora_alpha, lora_dropout=0, target_modules=leaves)
+    with Tee() as log:
+        this = Run(config, pet, sizes, start(config), log)
+        rows = rows_of(config, "eval", sizes, tokenizer, output_dir / FOLDER)
+        log.to(output_dir / "run.log")
+        asked = this.prepare(rows, None)
+        file = write_settings(asked, output_dir)
+        with explained(file), package.silenced(log):
+            network = this.network(this.begin(file))
+            found = loss_of(network, rows, asked["runner_config"]["batch_size"])
+        print(evaluate.line(*found))
+
+
+def loss_of(network: nn.Cell, rows: Rows, batch: int) -> tuple[float, int]:
     """Mean loss of the rows, and their label tokens."""
     import mindspore.dataset as ds
 

@@ -59,6 +59,10 @@ def evaluator_for(
 
 def run(config: RunConfig) -> None:
     """Prints the scores of ``eval_dataset``'s label tokens."""
+    if config.backend == "mindformers":
+        from lora_ms.tasks import bridge
+
+        return bridge.evaluate_model(config)
     sources = data.sources_of(config.eval_dataset, "eval")
     sizes = common.read_sizes(config)
     tokenizer = data.tokenizer_for(config)
