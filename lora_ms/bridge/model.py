@@ -12,13 +12,14 @@ from numpy.typing import NDArray
 from lora_ms import storage
 from lora_ms.adapters import inject as injection
 from lora_ms.adapters.config import AdaLoraConfig, LoraConfig
-from lora_ms.adapters.files import CONFIG, PREFIX, WEIGHTS
-from lora_ms.adapters.matching import Place, places
+from lora_ms.adapters.files import CONFIG, PREFIX, WEIGHTS, read_adapter_config, read_entries
+from lora_ms.adapters.hf_merge import modules_of
+from lora_ms.adapters.matching import Place, by_pattern, places
 from lora_ms.adapters.peft_config import Adapted, to_peft
 from lora_ms.adapters.peft_format import packed
 from lora_ms.bridge import adapters, weights
 from lora_ms.bridge.adapters import module_parts
-from lora_ms.bridge.files import decoded, in_memory, of_entry
+from lora_ms.bridge.files import decoded, in_memory, of_entry, planned
 from lora_ms.bridge.layout import Heads, inverse
 from lora_ms.bridge.settings import ALONE
 from lora_ms.errors import LoraMsError
@@ -165,28 +166,34 @@ def _module(path: str) -> str:
     return split.module
 
 
-def load_factors(network: nn.Cell, adapter: Path, rank: int, alpha: float, heads: Heads, fused: bool) -> None:
-    """Reads the PEFT ``adapter`` into the adapter that stands in ``network``.
+def load_factors(network: nn.Cell, adapter: Path, config: LoraConfig, heads: Heads, fused: bool) -> None:
+    """Reads the PEFT ``adapter`` into the adapter of ``config`` that stands in ``network``.
 
     Raises:
-        LoraMsError: it is another than ``network``'s in rank, alpha or modules.
+        LoraMsError: it is another in its modules, ranks, alphas or kind; all differences are listed.
     """
-    factors, scale = adapters.read_peft(adapter)
-    if scale != (rank, alpha):
-        raise LoraMsError(
-            f"load_adapter {adapter}: rank and alpha are {scale.lora_rank} and {scale.lora_alpha:g}, in pet_config "
-            f"{rank} and {alpha:g}"
-        )
-    tensors = adapters.mindformers_tensors(factors, "mindpet", fused, heads, adapter)
-    found = {}
-    for name, tensor in tensors.items():
-        path, _, leaf = name.rpartition(".")
-        found[f"{_module(path)}.{MINDPET_FACTORS[leaf]}"] = tensor
+    stored = read_adapter_config(adapter)
+    modules = modules_of(read_entries(adapter))
+    found = {f"{m}.{factor}": of_entry(entry) for m, tensors in modules.items() for factor, entry in tensors.items()}
+    ours = {name: planned([tensor]) for name, tensor in found.items()}
+    if fused:
+        joint = adapters.mindformers_tensors(adapters.read_peft(adapter)[0], "mindpet", True, heads, adapter)
+        split = [(_module(name.rpartition(".")[0]), name.rpartition(".")[2], t) for name, t in joint.items()]
+        ours = {f"{module}.{MINDPET_FACTORS[leaf]}": tensor for module, leaf, tensor in split}
     wanted = {f"{m}.{factor}": p for m, ps in factor_parameters(network).items() for factor, p in ps.items()}
     expected = {name: tuple(parameter.shape) for name, parameter in wanted.items()}
-    check_names(expected, {name: tensor.shape for name, tensor in found.items()}, str(adapter))
+    check_names(expected, {name: tensor.shape for name, tensor in ours.items()}, f"load_adapter {adapter}")
+    alphas = {_module(path): cell.lora_alpha for path, cell in injection.lora_layers(network).items()}
+    for module in {name.partition(".lora_")[0] for name in wanted}:
+        here = alphas.get(module, config.lora_alpha), config.use_rslora
+        there = by_pattern(parts_of(module)[0], stored.alpha_pattern, stored.lora_alpha), stored.use_rslora
+        if here != there:
+            raise LoraMsError(
+                f"load_adapter {adapter}: {module}: lora_alpha {there[0]:g} and use_rslora {there[1]} in the adapter, "
+                f"{here[0]:g} and {here[1]} in pet_config"
+            )
     for name, parameter in wanted.items():
-        parameter.set_data(Tensor(decoded(found[name].dtype, in_memory(found[name])), parameter.dtype))
+        parameter.set_data(Tensor(decoded(ours[name].dtype, in_memory(ours[name])), parameter.dtype))
 
 
 def adapter_arrays(network: nn.Cell, config: LoraConfig, heads: Heads) -> dict[str, dict[str, Array]]:

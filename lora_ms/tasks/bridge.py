@@ -214,8 +214,7 @@ class Run:
         else:
             model.inject(self.package, network, self.lora)
         if self.config.load_adapter:
-            rank, alpha = pet.lora_rank, pet.lora_alpha
-            model.load_factors(network, Path(self.config.load_adapter), rank, alpha, self.heads, fused)
+            model.load_factors(network, Path(self.config.load_adapter), self.lora, self.heads, fused)
         return network
 
     def describe(self, network: nn.Cell, pet: PetConfig) -> str:
