@@ -7,7 +7,15 @@ from lora_ms.errors import LoraMsError
 
 STEP = "PortableTrainOneStepCell"  # registered by bridge.trainer
 # keys of ours, which MindFormers' sections do not know
-OUR_TOP = ("backend", "load_adapter", "allow_other_template", "data_fill", "processor", "eval_dataset_task")
+OUR_TOP = (
+    "backend",
+    "load_adapter",
+    "allow_other_template",
+    "data_fill",
+    "processor",
+    "eval_dataset_task",
+    "evaluation",
+)
 OUR_RUNNER = ("max_steps", "logging_steps")
 OUR_CONTEXT = ("enable_graph_kernel",)
 OUR_MODEL = ("type", "pet_config", "head_dim", "max_new_tokens", "temperature", "checkpoint_name_or_path")

@@ -103,13 +103,14 @@ def counts(labels: NDArray) -> tuple[int, int]:
     return int(ends[learnt.any(1)].sum()), int(learnt.sum())
 
 
-def mean_loss(network: nn.Cell, rows: NDArray, labels: NDArray, batch_size: int) -> tuple[float, int]:
-    """Mean cross-entropy, in nats, of all label tokens of rows [n, seq_length], and their number.
+def scores(network: nn.Cell, rows: NDArray, labels: NDArray, batch_size: int) -> tuple[float, float, int]:
+    """Of all label tokens of rows [n, seq_length]: mean cross-entropy in nats, share that has the highest logit, and
+    their number.
 
     Rows beyond the last whole batch are computed in one that is filled up with the first row, and counted once.
     """
     network.set_train(False)
-    total, tokens = 0.0, 0
+    total, right, tokens = 0.0, 0, 0
     for start in range(0, len(rows), batch_size):
         index = np.arange(start, start + batch_size)
         inside = index < len(rows)
@@ -121,6 +122,7 @@ def mean_loss(network: nn.Cell, rows: NDArray, labels: NDArray, batch_size: int)
         top = chosen.max(-1, keepdims=True)
         log_sum = np.log(np.exp(chosen - top).sum(-1)) + top[:, 0]
         total += float((log_sum - chosen[np.arange(len(wanted)), wanted]).sum())
+        right += int((chosen.argmax(-1) == wanted).sum())
         tokens += len(wanted)
     network.set_train(True)
-    return total / max(tokens, 1), tokens
+    return total / max(tokens, 1), right / max(tokens, 1), tokens
