@@ -79,15 +79,15 @@ def _filled(row: TokenRow, width: int | None, pad_id: int) -> dict[str, NDArray[
 
 
 def fixed_width(path: Path, width: int) -> int:
-    """How many rows a MindRecord file has, where they have labels and its rows are of ``width`` tokens; else 0."""
+    """How many rows a MindRecord file has, where its first has labels and ``width`` tokens; else 0."""
     if path.suffix != ".mindrecord" or not path.with_name(f"{path.name}.db").is_file():
         return 0
-    count = 0
-    for row in _mindrecord_rows(path):
-        if "labels" not in row or row["input_ids"].shape != (width,):
-            return 0
-        count += 1
-    return count
+    row = next(_mindrecord_rows(path), {})
+    if "labels" not in row or row["input_ids"].shape != (width,):
+        return 0
+    import mindspore.dataset as ds
+
+    return ds.MindDataset([str(path)], shuffle=False, num_parallel_workers=1).get_dataset_size()
 
 
 def trim_padding(row: TokenRow) -> TokenRow:

@@ -11,6 +11,7 @@ from mindspore import nn
 
 from lora_ms import runtime as runtime_module
 from lora_ms import storage
+from lora_ms.adapters import inject as injection
 from lora_ms.adapters.matching import leaf_of, matches
 from lora_ms.bridge import model, package, settings, trainer
 from lora_ms.config import PetConfig, RunConfig
@@ -43,7 +44,6 @@ class Rows:
 
     path: Path
     count: int
-    store: TokenStore | None  # None where MindFormers reads the user's own file
 
 
 def check(config: RunConfig) -> PetConfig:
@@ -90,13 +90,13 @@ def rows_of(config: RunConfig, name: str, sizes: DecoderConfig, tokenizer: Any, 
     width = data.seq_length(config, sizes.max_position_embeddings) + (name == "train")
     count = fixed_width(Path(sources[0]), width) if len(sources) == 1 else 0
     if count:
-        return Rows(Path(sources[0]), count, None)
+        return Rows(Path(sources[0]), count)
     how = data.preparation(config, section, sizes.max_position_embeddings, sizes.vocab_size)
     store, reports, _ = data.rows_of(section, sources, tokenizer, how)
     print(*(line for report in reports for line in report.lines()), sep="\n")
     path = folder / f"{name}.mindrecord"
     write_mindrecord(path, store, width, pad_id(tokenizer))
-    return Rows(path, len(store), store)
+    return Rows(path, len(store))
 
 
 def pet_settings(pet: PetConfig, layers: list[str], on_cpu: bool) -> dict[str, Any]:
@@ -208,6 +208,7 @@ class Run:
             network = self.package.get_pet_model(network, asked)
         else:
             model.inject(self.package, network, self.lora)
+            injection.freeze(network, pet.freeze_include, pet.freeze_exclude)
         if self.config.load_adapter:
             model.load_factors(network, Path(self.config.load_adapter), self.lora, self.heads, fused)
         return network

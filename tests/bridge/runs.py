@@ -8,6 +8,7 @@ on the standard output.
 
 import io
 import json
+import os
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -74,6 +75,7 @@ def runs() -> dict[str, tuple[str, ...]]:
         "native_qwen2": (*start["qwen2"], "--do_eval", "True"),
         "native_llama3": start["llama3"],
         "native_dora": (*start["dora"], *SHORT),
+        "native_bare": (*qwen2, "--pet_config.target_modules", "all-linear", *SHORT),
         "mindpet_qwen2": (*start["qwen2"], *MINDFORMERS, "--do_eval", "True", "--options", "eval_step_interval=20"),
         "mindpet_llama3": (*start["llama3"], *MINDFORMERS),
         "ours_qwen2": (*start["qwen2"], *OURS),
@@ -103,11 +105,12 @@ def tell(name: str, command, arguments: tuple[str, ...]) -> None:
 
 
 if __name__ == "__main__":
-    import os
-
     os.chdir(sys.argv[1])
     write_rows(Path("rows.jsonl"))
     Path("run.yaml").write_text(yaml.safe_dump(CONFIG))
+    adapters = {"qwen2": "adapters/qwen2", "llama3": "adapters/llama3", "dora": "variants/qwen2_dora"}
+    starts = {f"native_{name}": str(REFERENCE / path) for name, path in adapters.items()}
+    Path("starts.json").write_text(json.dumps(starts))
     for name, flags in runs().items():
         pet = () if "--load_adapter" in flags else ("--pet_config.lora_rank=4", "--pet_config.lora_alpha=8")
         tell(name, main, ("finetune", "--config", "run.yaml", *pet, "--pet_config.lora_dropout=0.0", *flags))
