@@ -26,7 +26,7 @@ DIRECTIONS = {
     "adapters": ("adapters nn storage errors", "mindspore numpy"),
     "train": ("train nn data adapters.peft_format runtime storage errors", "mindspore numpy tqdm matplotlib"),
     "infer": ("infer nn data.template data.example errors", "mindspore numpy transformers"),
-    "bridge": ("bridge adapters models nn storage errors", "mindspore numpy mindformers mindpet"),
+    "bridge": ("bridge adapters models nn storage errors", "mindspore numpy yaml mindformers mindpet"),
     "tasks": (
         "tasks config bridge models adapters train infer data nn runtime storage errors",
         "mindspore numpy transformers tqdm",

@@ -1,8 +1,12 @@
 """The configuration that MindFormers is given: the user's, without our keys, and on a CPU what has to be otherwise."""
 
 import os
+from pathlib import Path
 from typing import Any
 
+import yaml
+
+from lora_ms import storage
 from lora_ms.errors import LoraMsError
 
 STEP = "PortableTrainOneStepCell"  # registered by bridge.trainer
@@ -86,6 +90,12 @@ def for_mindformers(given: dict, sections: dict, train_file: str, eval_file: str
     if max_steps > 0 and schedule.get("total_steps") in (None, -1):
         schedule["total_steps"] = max_steps
     return settings
+
+
+def write(file: Path, asked: dict) -> None:
+    """The configuration as a file, which MindFormers reads with its own defaults."""
+    with storage.whole(file) as part:
+        part.write_text(yaml.safe_dump(asked, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
 def dataset(given: dict, file: str, train: bool) -> dict:

@@ -9,13 +9,13 @@ import numpy as np
 from mindspore import nn
 
 from lora_ms.adapters.matching import leaf_of
-from lora_ms.bridge import package, trainer
+from lora_ms.bridge import package, settings, trainer
 from lora_ms.bridge.adapters import read_peft
 from lora_ms.config import PetConfig, RunConfig, dump_config
 from lora_ms.errors import LoraMsError
 from lora_ms.runtime import peak_memory_mb
 from lora_ms.tasks import common, data
-from lora_ms.tasks.bridge_run import FOLDER, Rows, Run, check, explained, rows_of, start, write_settings
+from lora_ms.tasks.bridge_run import FOLDER, Rows, Run, check, explained, rows_of, start
 from lora_ms.tasks.finetune import check_output
 from lora_ms.train.callbacks import Record, RunState
 from lora_ms.train.evaluation import Scores
@@ -84,7 +84,8 @@ def run(config: RunConfig) -> None:
         total = per_epoch * config.runner_config.epochs
         most = config.runner_config.max_steps
         total = min(total, most) if most > 0 else total
-        file = write_settings(asked, output_dir)
+        file = folder / "mindformers.yaml"
+        settings.write(file, asked)
         dump_config(config, str(output_dir / "config.yaml"))
         with explained(file), package.silenced(log):
             theirs = this.begin(file)
@@ -127,7 +128,8 @@ def evaluate_model(config: RunConfig) -> None:
         rows = rows_of(config, "eval", sizes, tokenizer, output_dir / FOLDER)
         log.to(output_dir / "run.log")
         asked = this.prepare(rows, None)
-        file = write_settings(asked, output_dir)
+        file = output_dir / FOLDER / "mindformers.yaml"
+        settings.write(file, asked)
         with explained(file), package.silenced(log):
             network = this.network(this.begin(file))
             found = scores_of(network, rows, asked["runner_config"]["batch_size"])

@@ -6,11 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from mindspore import nn
 
 from lora_ms import runtime as runtime_module
-from lora_ms import storage
 from lora_ms.adapters import inject as injection
 from lora_ms.adapters.matching import leaf_of, matches
 from lora_ms.bridge import model, package, settings, trainer
@@ -134,14 +132,6 @@ def explained(config_file: Path) -> Iterator[None]:
     except FAULTS as error:
         text = str(error).strip().splitlines() or [type(error).__name__]
         raise LoraMsError(f"MindFormers stopped: {text[0]} (its configuration: {config_file}; see run.log)") from error
-
-
-def write_settings(asked: dict[str, Any], output_dir: Path) -> Path:
-    """MindFormers' configuration as a file, which it reads with its own defaults."""
-    file = output_dir / FOLDER / "mindformers.yaml"
-    with storage.whole(file) as part:
-        part.write_text(yaml.safe_dump(asked, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    return file
 
 
 class Run:
