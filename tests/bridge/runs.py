@@ -114,6 +114,10 @@ if __name__ == "__main__":
     for name, flags in runs().items():
         pet = () if "--load_adapter" in flags else ("--pet_config.lora_rank=4", "--pet_config.lora_alpha=8")
         tell(name, main, ("finetune", "--config", "run.yaml", *pet, "--pet_config.lora_dropout=0.0", *flags))
+    rows = ("--load_checkpoint", str(REFERENCE / "models" / "qwen2"), "--train_dataset_dir", "rows.jsonl")
+    tell("preprocess", main, ("preprocess", *rows, "--seq_length", str(SEQ), "--layout", "mindformers"))
+    own = ("--train_dataset.data_loader.dataset_dir", "preprocess/train-00000.mindrecord")
+    tell("own_file", main, ("finetune", "--config", "run.yaml", *runs()["mindpet_qwen2"], *own))
     tell("published_native", run_mindformer, PUBLISHED)
     tell("published_mindformers", run_mindformer, (*PUBLISHED, *MINDFORMERS))
     evaluated = ("eval", "--load_checkpoint", str(REFERENCE / "models" / "qwen2"), "--seq_length", str(SEQ))

@@ -64,7 +64,7 @@ def runs(tmp_path_factory, python_env) -> Runs:
 
 
 def test_every_run_ends_well(runs):
-    assert len(runs.status) == 17
+    assert len(runs.status) == 19
     assert {name: runs.printed[name] for name, status in runs.status.items() if status} == {}
 
 
@@ -89,6 +89,13 @@ def test_losses_and_adapters_are_the_native_engine_s(runs, theirs, ours):
     assert max(np.abs(tensors[name] - start[name]).max() for name in tensors) > 1e-2  # it has moved far from its start
     configs = [json.loads((runs.folder / n / "adapter" / "adapter_config.json").read_text()) for n in (theirs, ours)]
     assert configs[0] == configs[1]
+
+
+def test_a_file_in_mindformers_layout_is_read_where_it_is(runs):
+    assert runs.losses("own_file") == runs.losses("mindpet_qwen2")
+    assert not (runs.folder / "own_file" / "mindformers" / "train.mindrecord").exists()
+    asked = yaml.safe_load((runs.folder / "own_file" / "mindformers" / "mindformers.yaml").read_text())
+    assert asked["train_dataset"]["data_loader"]["dataset_dir"] == "preprocess/train-00000.mindrecord"
 
 
 def test_what_a_step_reports(runs):
