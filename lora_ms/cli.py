@@ -118,6 +118,14 @@ def _run_tool(args: argparse.Namespace) -> int:
         from lora_ms.tasks import check_adapter
 
         return 2 if check_adapter.run(**given) else 0
+    elif args.tool == "convert-adapter":
+        from lora_ms.tasks import convert_adapter
+
+        convert_adapter.run(**given)
+    elif args.tool == "convert":
+        from lora_ms.tasks import convert
+
+        convert.run(**given)
     else:
         from lora_ms.tasks import combine
 

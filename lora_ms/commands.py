@@ -59,6 +59,8 @@ class Tool(NamedTuple):
 
 
 BASE = "the model's Hugging Face folder; default: what the adapter names"
+CONCAT = "write q, k, v as one matrix, gate and up as one (default False)"
+CONTIGUOUS = "parts of such a matrix one below the other (default False: interleaved)"
 TOOLS = {
     "merge": Tool(
         "fold an adapter into its model: a Hugging Face folder",
@@ -89,6 +91,32 @@ TOOLS = {
             Flag("rank", flag_int, "N", "rank of the result, by the svd methods"),
             Flag("seed", flag_int, "N", "of the values that dare keeps (default 0)", 0),
             Flag("output_dir", str, "DIR", "where the new adapter goes", required=True),
+        ),
+    ),
+    "convert-adapter": Tool(
+        "an adapter from PEFT to MindFormers, or back",
+        (
+            Flag("input", str, "PATH", "PEFT folder, or MindFormers' .ckpt, .safetensors or folder", required=True),
+            Flag("output", str, "PATH", ".ckpt or .safetensors for MindFormers, a folder for PEFT", required=True),
+            Flag("naming", str, "NAME", "MindFormers' names to write: mindpet (default), mcore, v2", "mindpet"),
+            Flag("concat", flag_bool, "BOOL", CONCAT, False),
+            Flag("contiguous", flag_bool, "BOOL", CONTIGUOUS, False),
+            Flag("lora_alpha", flag_float, "X", "alpha of a MindFormers checkpoint, which does not hold it"),
+            Flag("load_checkpoint", str, "DIR", "the model's Hugging Face folder; needed for joint matrices"),
+        ),
+    ),
+    "convert": Tool(
+        "a model's weights from Hugging Face to MindFormers, or back",
+        (
+            Flag("input", str, "PATH", "Hugging Face folder, or .ckpt, .safetensors or a folder", required=True),
+            Flag("output", str, "PATH", "file or folder for MindFormers, a folder for Hugging Face", required=True),
+            Flag("naming", str, "NAME", "MindFormers' names to write: legacy (default) or mcore", "legacy"),
+            Flag("concat", flag_bool, "BOOL", CONCAT, False),
+            Flag("contiguous", flag_bool, "BOOL", CONTIGUOUS, False),
+            Flag("load_checkpoint", str, "DIR", "to Hugging Face: a folder with config.json and tokenizer"),
+            Flag("dtype", str, "TYPE", "float16, bfloat16, float32; auto (default): as stored", "auto"),
+            Flag("max_shard_size", str, "SIZE", "largest file, such as 500MB (default 5GB)", "5GB"),
+            Flag("overwrite", flag_bool, "BOOL", "replace what is at output (default False)", False),
         ),
     ),
 }

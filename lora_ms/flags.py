@@ -92,6 +92,7 @@ FLAGS: dict[str, list[tuple[str, str, Any, str, str]]] = {
         ("repetition_penalty", f"{SIZES}.repetition_penalty", flag_float, "X", "1: none"),
     ],
     "MindFormers compatibility": [
+        ("backend", "backend", str, "NAME", "native, or mindformers: its models and its trainer"),
         ("run_mode", "run_mode", str, "MODE", "finetune, train, eval or predict"),
         ("sink_mode", "runner_config.sink_mode", flag_bool, "BOOL", "feed the device in one piece"),
     ],

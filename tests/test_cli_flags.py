@@ -50,6 +50,7 @@ FLAGS = [
     ("--batch_size 7", "runner_config.batch_size", 7),
     ("--gradient_accumulation_steps 3", "runner_config.gradient_accumulation_steps", 3),
     ("--sink_mode False", "runner_config.sink_mode", False),
+    ("--backend mindformers", "backend", "mindformers"),
     ("--num_samples 11", "train_dataset.num_samples", 11),
     ("--output_dir out", "output_dir", "out"),
     ("--register_path r", "register_path", "r"),

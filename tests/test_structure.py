@@ -29,8 +29,9 @@ DIRECTIONS = {
         "mindspore numpy tqdm matplotlib tensorboardX",
     ),
     "infer": ("infer nn data.template data.example errors", "mindspore numpy transformers sacrebleu"),
+    "bridge": ("bridge adapters models nn storage errors", "mindspore numpy yaml mindformers mindpet"),
     "tasks": (
-        "tasks config models adapters train infer data nn runtime storage errors",
+        "tasks config bridge models adapters train infer data nn runtime storage errors",
         "mindspore numpy transformers tqdm",
     ),
     "peft_model": ("adapters infer errors", "mindspore numpy"),
@@ -45,6 +46,7 @@ DIRECTIONS = {
 # What a part may import inside functions only: `data` and --help answer without MindSpore.
 LAZY_ONLY = {
     "data": "mindspore transformers datasets pyarrow",
+    "bridge": "mindformers mindpet",
     "cli": "lora_ms.config lora_ms.tasks lora_ms.adapters",
     "__init__": "lora_ms",
 }

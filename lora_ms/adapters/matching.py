@@ -20,6 +20,8 @@ ALIASES = {
     "gate_proj": "w1",
     "up_proj": "w3",
     "down_proj": "w2",
+    "qkv_proj": "w_qkv",  # where MindFormers keeps q, k and v as one matrix, and gate and up
+    "gate_up_proj": "w_gate_hidden",
 }
 
 

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from lora_ms.config.presets import PRESETS
 from lora_ms.config.problems import describe
-from lora_ms.config.schema import RunConfig, key_of, move_pet_config, without_effect
+from lora_ms.config.schema import MINDFORMERS_SECTIONS, RunConfig, key_of, move_pet_config, without_effect
 from lora_ms.config.values import Section
 from lora_ms.errors import LoraMsError
 
@@ -53,8 +53,13 @@ def load_config(
         _set(data, *_split_override(text))
     if data.get("run_mode", "finetune") in ("finetune", "train"):
         _require_pet_config(data, path)
+    theirs = {}
+    if data.get("backend") == "mindformers":
+        theirs = {key: data.pop(key) for key in MINDFORMERS_SECTIONS if data.get(key) is not None}
     try:
-        return RunConfig.model_validate(data)
+        config = RunConfig.model_validate(data)
+        config.mindformers_sections.update(theirs)
+        return config
     except ValidationError as problem:
         overridden = preset or options or free_form or any(value is not None for value in (flags or {}).values())
         source = f"{path or 'configuration'}{' with the command line' if path and overridden else ''}"
@@ -68,7 +73,7 @@ def dump_config(config: RunConfig, path: str) -> None:
     Raises:
         LoraMsError: the file cannot be written.
     """
-    text = yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True)
+    text = yaml.safe_dump({**_plain(config), **config.mindformers_sections}, sort_keys=False, allow_unicode=True)
     try:
         with open(f"{path}.tmp", "w", encoding="utf-8") as file:
             file.write(text)

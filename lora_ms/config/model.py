@@ -39,6 +39,7 @@ class PetConfig(Section):
     """LoRA. ``pet_config: null`` in the YAML means no adapter: all parameters are trained."""
 
     pet_type: Literal["lora", "adalora"] = "lora"
+    lora_impl: Literal["mindpet", "lora_ms"] = "mindpet"  # whose cells, with backend mindformers (ours)
     lora_rank: Whole = Field(16, ge=1)  # rows of A, columns of B
     lora_alpha: WholeOrNumber = Field(16, gt=0)  # the adapter's output is scaled by lora_alpha / lora_rank
     lora_dropout: Number = Field(0.05, ge=0, lt=1)  # probability, on the adapter's input

@@ -7,7 +7,7 @@ and what several keys decide through the properties below.
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, PrivateAttr, model_validator
 from pydantic.fields import FieldInfo
 
 from lora_ms.config.callbacks import (
@@ -41,6 +41,11 @@ from lora_ms.errors import LoraMsError
 Kind = TypeVar("Kind", bound=Section)
 RunMode = Literal["finetune", "train", "eval", "predict"]
 DEFAULT_LEARNING_RATE = 1e-4
+# with backend mindformers they are not checked here: MindFormers gets them as they stand
+MINDFORMERS_SECTIONS = (
+    *("trainer", "optimizer", "lr_schedule", "runner_wrapper", "callbacks", "metric"),
+    *("parallel", "parallel_config", "recompute_config"),
+)
 
 
 def move_pet_config(data: dict[str, Any]) -> dict[str, Any]:
@@ -93,7 +98,7 @@ class RunConfig(Section):
     seed: Whole = Field(0, ge=0, le=2**32 - 1)  # of initialisation, dropout, order and sampling
     output_dir: Path = "./output"
     run_mode: RunMode = "finetune"  # finetune and train are the same: pet_config says what is trained
-    backend: Literal["native"] = "native"  # whose model is built (ours)
+    backend: Literal["native", "mindformers"] = "native"  # whose model and trainer (ours)
     load_checkpoint: Path = ""  # Hugging Face folder, or MindSpore .ckpt or .safetensors
     load_adapter: Path = ""  # PEFT adapter folder to go on from, or to predict with (ours)
     resume_training: Annotated[bool | str, BeforeValidator(_resume)] = False  # True: the newest; or a checkpoint's name
@@ -163,6 +168,8 @@ class RunConfig(Section):
     register_path: NoEffect = None
     trust_remote_code: NoEffect = False
 
+    _mindformers_sections: dict[str, Any] = PrivateAttr(default_factory=dict)
+
     @model_validator(mode="before")
     @classmethod
     def _pet_config_in_its_place(cls, data: Any) -> Any:
@@ -178,6 +185,11 @@ class RunConfig(Section):
         if first > last:
             raise ValueError(f"profile_start_step {first} is after profile_stop_step {last}: swap them")
         return self
+
+    @property
+    def mindformers_sections(self) -> dict[str, Any]:
+        """Sections that MindFormers reads itself, as they were given; empty with the native backend."""
+        return self._mindformers_sections
 
     @property
     def pet_config(self) -> PetConfig | None:

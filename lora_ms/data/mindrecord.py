@@ -78,6 +78,18 @@ def _filled(row: TokenRow, width: int | None, pad_id: int) -> dict[str, NDArray[
     return {"input_ids": ids, "labels": labels}
 
 
+def fixed_width(path: Path, width: int) -> int:
+    """How many rows a MindRecord file has, where its first has labels and ``width`` tokens; else 0."""
+    if path.suffix != ".mindrecord" or not path.with_name(f"{path.name}.db").is_file():
+        return 0
+    row = next(_mindrecord_rows(path), {})
+    if "labels" not in row or row["input_ids"].shape != (width,):
+        return 0
+    import mindspore.dataset as ds
+
+    return ds.MindDataset([str(path)], shuffle=False, num_parallel_workers=1).get_dataset_size()
+
+
 def trim_padding(row: TokenRow) -> TokenRow:
     """Cut the tail of unlearnt tokens that repeat the row's last id. Nothing learnt comes after, so no loss changes."""
     ids, labels = row.input_ids, row.labels

@@ -1,7 +1,6 @@
 """Models from and to Hugging Face directories and MindFormers checkpoints."""
 
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -16,6 +15,7 @@ from lora_ms import storage
 from lora_ms.errors import LoraMsError
 from lora_ms.models.decoder import CausalLM, DecoderConfig
 from lora_ms.models.llama import llama_config
+from lora_ms.models.mindformers_names import hugging_face_name
 from lora_ms.models.qwen import qwen2_config, qwen3_config
 from lora_ms.nn.parallel import WHOLE, Shard, split_axis
 
@@ -25,28 +25,6 @@ FAMILIES = {
     "Qwen3ForCausalLM": qwen3_config,
 }
 NUMPY_DTYPES: dict[ms.Type, DTypeLike] = {ms.float32: np.float32, ms.float16: np.float16}
-
-# MindFormers' names of the weights -> Hugging Face's
-MINDFORMERS_NAMES = [
-    (r"^model\.tok_embeddings\.embedding_weight$", "model.embed_tokens.weight"),
-    (r"\.attention\.wq\.", ".self_attn.q_proj."),
-    (r"\.attention\.wk\.", ".self_attn.k_proj."),
-    (r"\.attention\.wv\.", ".self_attn.v_proj."),
-    (r"\.attention\.wo\.", ".self_attn.o_proj."),
-    (r"\.feed_forward\.w1\.", ".mlp.gate_proj."),
-    (r"\.feed_forward\.w2\.", ".mlp.down_proj."),
-    (r"\.feed_forward\.w3\.", ".mlp.up_proj."),
-    (r"\.attention_norm\.", ".input_layernorm."),
-    (r"\.ffn_norm\.", ".post_attention_layernorm."),
-    (r"^model\.norm_out\.", "model.norm."),
-]
-
-
-def hugging_face_name(name: str) -> str:
-    """Hugging Face's name of a weight that MindFormers calls ``name``; other names are returned as they are."""
-    for pattern, replacement in MINDFORMERS_NAMES:
-        name = re.sub(pattern, replacement, name)
-    return name
 
 
 def read_config(path: Path) -> tuple[DecoderConfig, dict]:

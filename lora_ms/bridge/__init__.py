@@ -1,0 +1,1 @@
+"""MindFormers' side: its names, files and layouts, its models and its trainer."""

@@ -1,0 +1,169 @@
+"""The configuration that MindFormers is given: the user's, without our keys, and on a CPU what has to be otherwise."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lora_ms import storage
+from lora_ms.errors import LoraMsError
+
+STEP = "PortableTrainOneStepCell"  # registered by bridge.trainer
+# keys of ours, which MindFormers' sections do not know
+OUR_TOP = (
+    "backend",
+    "load_adapter",
+    "allow_other_template",
+    "data_fill",
+    "processor",
+    "eval_dataset_task",
+    "evaluation",
+)
+OUR_RUNNER = ("max_steps", "logging_steps")
+OUR_CONTEXT = ("enable_graph_kernel",)
+OUR_MODEL = ("type", "pet_config", "head_dim", "max_new_tokens", "temperature", "checkpoint_name_or_path")
+DATASET = (
+    "num_parallel_workers python_multiprocessing drop_remainder repeat numa_enable prefetch_size seed auto_tune "
+    "filepath_prefix autotune_per_step profile"
+).split()
+GONE = {"FP32StateAdamWeightDecay": "AdamW"}  # since MindFormers 1.6; its AdamW keeps its state in float32
+GONE_CALLBACKS = ("ObsMonitor",)
+
+# model_config: key, MindFormers' default, value on a CPU
+OPERATORS = (
+    ("use_flash_attention", False, False),
+    ("fused_rms_norm", True, False),
+    ("use_rope_slice", False, True),
+)
+TYPES = {
+    "compute_dtype": "float16",
+    "param_init_type": "float16",
+    "layernorm_compute_type": "float32",
+    "softmax_compute_type": "float32",
+    "rotary_dtype": "float32",
+    "residual_dtype": "float32",
+    "embedding_init_type": "float32",
+}
+# what a run of one process sets to 1, as MindFormers' trainer does
+ALONE = ("data_parallel", "model_parallel", "context_parallel", "expert_parallel", "pipeline_stage", "micro_batch_num")
+CPU_CONTEXT = ("mode", "max_call_depth")
+
+
+def plain(value: Any) -> Any:
+    """``value`` as YAML writes it; a text that is a number (``1e-4``, which YAML 1.1 leaves a text) is one."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, str) and value[:1].isdigit() and "e" in value.lower():
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def for_mindformers(given: dict, sections: dict, train_file: str, eval_file: str | None, max_steps: int) -> dict:
+    """MindFormers' configuration.
+
+    given: the keys that the user gave, by the YAML's names. sections: those that MindFormers gets as they stand.
+    train_file, eval_file: MindRecord files of rows of seq_length + 1.
+    """
+    settings = {key: value for key, value in given.items() if key not in OUR_TOP} | plain(sections)
+    runner = {key: value for key, value in given.get("runner_config", {}).items() if key not in OUR_RUNNER}
+    settings["runner_config"] = {"epochs": 1, "batch_size": 1, "sink_mode": True, **runner}
+    settings["context"] = {"mode": 0} | {k: v for k, v in given.get("context", {}).items() if k not in OUR_CONTEXT}
+    settings["train_dataset"] = dataset(given.get("train_dataset", {}), train_file, True)
+    settings["train_dataset_task"] = {"type": "CausalLanguageModelDataset"}
+    settings.pop("eval_dataset", None)
+    if eval_file is not None:
+        settings["eval_dataset"] = dataset(given.get("eval_dataset", {}), eval_file, False)
+        settings["eval_dataset_task"] = {"type": "CausalLanguageModelDataset"}
+    settings["do_eval"] = eval_file is not None
+    settings.setdefault("trainer", {"type": "CausalLanguageModelingTrainer", "model_name": "llama"})
+    settings.setdefault("metric", {"type": "PerplexityMetric"})
+    settings.setdefault("optimizer", {"type": "AdamW", "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0})
+    settings.setdefault("runner_wrapper", {"type": "MFTrainOneStepCell", "scale_sense": 1.0, "use_clip_grad": True})
+    settings.setdefault("callbacks", [{"type": "MFLossMonitor"}])
+    schedule = settings.setdefault("lr_schedule", {"type": "CosineWithWarmUpLR", "learning_rate": 1e-4})
+    if max_steps > 0 and schedule.get("total_steps") in (None, -1):
+        schedule["total_steps"] = max_steps
+    return settings
+
+
+def write(file: Path, asked: dict) -> None:
+    """The configuration as a file, which MindFormers reads with its own defaults."""
+    with storage.whole(file) as part:
+        part.write_text(yaml.safe_dump(asked, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def dataset(given: dict, file: str, train: bool) -> dict:
+    """``train_dataset`` or ``eval_dataset`` of one MindRecord file."""
+    kept = {key: given[key] for key in DATASET if key in given}
+    shuffle = given.get("data_loader", {}).get("shuffle", train)
+    loader = {"type": "MindDataset", "dataset_dir": file, "shuffle": shuffle}
+    return {"drop_remainder": train, **kept, "data_loader": loader, "input_columns": ["input_ids", "labels"]}
+
+
+def everywhere(settings: dict) -> list[str]:
+    """Replaces what this MindFormers no longer has; returns a line for each."""
+    kind, lines = settings["optimizer"].get("type"), []
+    if kind in GONE:
+        optimizer = settings["optimizer"] = {**settings["optimizer"], "type": GONE[kind]}
+        if "beta1" in optimizer or "beta2" in optimizer:
+            optimizer["betas"] = [optimizer.pop("beta1", 0.9), optimizer.pop("beta2", 0.999)]
+        lines.append(f"optimizer.type {kind}, which MindFormers has dropped: its {GONE[kind]} instead")
+    for key in ("callbacks", "eval_callbacks"):
+        old = settings.get(key) or []
+        settings[key] = [callback for callback in old if callback.get("type") not in GONE_CALLBACKS]
+        names = ", ".join(callback["type"] for callback in old if callback not in settings[key])
+        lines += [f"{key} without {names}, which MindFormers has dropped"] if names else []
+    return lines
+
+
+def on_cpu(settings: dict, model: dict) -> list[str]:
+    """Changes what cannot run on a CPU, in place; returns a line for each.
+
+    model: LlamaConfig's arguments.
+
+    Raises:
+        LoraMsError: several processes are asked for.
+    """
+    if settings.get("use_parallel"):
+        raise LoraMsError(
+            "use_parallel: MindFormers' parallel modes need Ascend; give --use_parallel False, or --backend native, "
+            "which runs several processes on a CPU, too"
+        )
+    lines = []
+    for key, default, value in OPERATORS:
+        if model.get(key, default) != value:
+            lines.append(f"model_config.{key} {value}: the other operator needs Ascend")
+        model[key] = value
+    other = [
+        f"{key} {model.get(key, default)}" for key, default in TYPES.items() if model.get(key, default) != "float32"
+    ]
+    if other:
+        lines.append(f"all types float32, in place of {', '.join(other)}")
+    model |= dict.fromkeys(TYPES, "float32")
+    runner, wrapper = settings["runner_config"], settings["runner_wrapper"]
+    if runner["sink_mode"]:
+        lines.append("runner_config.sink_mode False: there is no device to feed")
+    runner["sink_mode"] = False
+    several = runner.pop("gradient_accumulation_steps", 1)
+    if several > 1:
+        runner["batch_size"] *= several
+        lines.append(f"batch_size {runner['batch_size']}: {several} accumulated micro-batches in one")
+    for name in ("train_dataset", "eval_dataset"):
+        workers, cores = settings.get(name, {}).get("num_parallel_workers", 8), os.cpu_count() or 1
+        if name in settings and workers > cores:
+            settings[name]["num_parallel_workers"] = cores
+            lines.append(f"{name}.num_parallel_workers {cores}, in place of {workers}: as many as there are cores")
+    lines.append(f"runner_wrapper {STEP}, in place of {wrapper.get('type')}: no NPU overflow operators, no loss scale")
+    wrapper["type"], wrapper["scale_sense"] = STEP, 1.0
+    dropped = [key for key in settings["context"] if key not in (*CPU_CONTEXT, "device_target", "device_id")]
+    if dropped:
+        lines.append(f"context without {', '.join(dropped)}: settings of Ascend's")
+    kept = {key: settings["context"][key] for key in CPU_CONTEXT if key in settings["context"]}
+    settings["context"] = {"mode": 0, **kept, "device_target": "CPU"}
+    return lines
