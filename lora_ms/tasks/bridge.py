@@ -29,7 +29,7 @@ class Screen:
     def __init__(self, run: Run, network: nn.Cell, total: int, per_epoch: int):
         self.out, self.err, self.run, self.per_epoch = sys.stdout, sys.stderr, run, per_epoch
         self.state = RunState(network, run.output_dir, total, run.runtime.is_main)
-        self.reporter = Reporter(run.config.runner_config.logging_steps)
+        self.reporter = Reporter(run.config.logging_steps)
         self.reporter.on_train_begin(self.state)
         self.clock = time.perf_counter()
 
