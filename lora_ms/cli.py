@@ -157,7 +157,11 @@ def _dispatch(command: str | None, args: argparse.Namespace, free_form: list[str
         args.config, preset=args.preset, flags=flags_of(args), options=args.options, free_form=free_form
     )
     command = command or {"train": "finetune"}.get(config.run_mode, config.run_mode)
-    if command == "finetune":
+    if config.backend == "mindformers" and command in ("finetune", "eval"):
+        from lora_ms.tasks import bridge
+
+        bridge.run(config) if command == "finetune" else bridge.evaluate_model(config)
+    elif command == "finetune":
         from lora_ms.tasks import finetune
 
         finetune.run(config)

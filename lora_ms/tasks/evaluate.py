@@ -117,10 +117,6 @@ def scored(config: RunConfig) -> bool:
 
 def run(config: RunConfig) -> None:
     """Prints the scores of ``eval_dataset``'s label tokens, and of the answers to ``evaluation.prompts_file``."""
-    if config.backend == "mindformers":
-        from lora_ms.tasks import bridge
-
-        return bridge.evaluate_model(config)
     sources = data.sources_of(config.eval_dataset, "eval") if scored(config) else []
     if config.evaluation.prompts_file:
         parallel.check_alone(config, "evaluation.prompts_file")

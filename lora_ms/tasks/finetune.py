@@ -207,10 +207,6 @@ def run(config: RunConfig) -> None:
     Raises:
         LoraMsError: anything that a user can mend.
     """
-    if config.backend == "mindformers":
-        from lora_ms.tasks import bridge
-
-        return bridge.run(config)
     output_dir = Path(config.output_dir)
     check(config.report_to)
     sources = data.sources_of(config.train_dataset, "train")
