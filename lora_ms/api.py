@@ -148,7 +148,7 @@ class TrainingArguments:
     use_parallel: bool = False  # one process per card, started by msrun
     seed: int = 0
     resume_from_checkpoint: bool | str = False  # True: the newest; or a name such as "step_40"
-    auto_trans_ckpt: bool = False  # no effect: an adapter is whole on every card
+    auto_trans_ckpt: bool = False  # no effect: each process reads its part of the checkpoint either way
     eval_strategy: str = "no"  # no, steps or epoch, of eval_dataset; and once at the end
     evaluation_strategy: str = "no"  # its older name
     eval_steps: int | None = None  # optimiser steps; None: logging_steps

@@ -156,6 +156,10 @@ def _dispatch(command: str | None, args: argparse.Namespace, free_form: list[str
     config = load_config(
         args.config, preset=args.preset, flags=flags_of(args), options=args.options, free_form=free_form
     )
+    if config.use_parallel and os.environ.get("MS_ROLE") == "MS_SCHED":
+        from lora_ms.tasks import parallel
+
+        return parallel.serve()
     command = command or {"train": "finetune"}.get(config.run_mode, config.run_mode)
     if config.backend == "mindformers" and command in ("finetune", "eval"):
         from lora_ms.tasks import bridge

@@ -99,7 +99,9 @@ stop() {
     fi
 }
 
-rm -f "$LOG_DIR"/worker_*.log
+for ((i = first; i <= last; i++)); do
+    rm -f "$LOG_DIR/worker_$i.log"
+done
 # Only errors from MindSpore's own log: its warnings while the processes meet fill screens.
 export GLOG_v=${GLOG_v:-3}
 exec 3< <(exec setsid msrun --worker_num="$N" --local_worker_num="$LOCAL" --master_addr="$ADDR" --master_port="$PORT" \

@@ -133,7 +133,7 @@ class RunConfig(Section):
     runner_wrapper: RunnerWrapper = Field(default_factory=RunnerWrapper)
 
     src_strategy_path_or_dir: NoEffect = ""
-    auto_trans_ckpt: NoEffect = False  # an adapter is whole on every card: nothing to transform
+    auto_trans_ckpt: Flag = False  # either way, each process reads its part of load_checkpoint
     transform_process_num: NoEffect = 1
     only_save_strategy: NoEffect = False
     strategy_load_checkpoint: NoEffect = ""

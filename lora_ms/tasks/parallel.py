@@ -1,5 +1,6 @@
 """What a configuration asks of several processes, checked before any weight is read."""
 
+from lora_ms import runtime as runtime_module
 from lora_ms.adapters.config import AdaLoraConfig, LoraConfig
 from lora_ms.adapters.matching import place_of
 from lora_ms.adapters.peft_format import read_adapter_config
@@ -17,6 +18,12 @@ DIVIDED = {
     "vocab_size": "vocab_size",
 }
 ENDS = ("lm_head", "model.embed_tokens")
+
+
+def serve() -> int:
+    """The work of msrun's scheduler, which lets the others meet and waits for them; returns the exit status."""
+    runtime_module.setup("CPU", use_parallel=True)
+    return 0
 
 
 def sharing(config: RunConfig) -> int:

@@ -12,6 +12,8 @@ FILES = sorted((ROOT / "configs").rglob("*.yaml"))
 SIZES = {
     "lora_llama2_7b": (4096, 32, 32, 32, None, 11008, 32000, 1e-5, 1e4, None, False),
     "lora_llama2_7b_layered": (4096, 32, 32, 32, None, 11008, 32000, 1e-5, 1e4, None, False),
+    "lora_llama2_7b_8p": (4096, 32, 32, 32, None, 11008, 32000, 1e-5, 1e4, None, False),
+    "lora_llama2_70b_8p": (8192, 80, 64, 8, None, 28672, 32000, 1e-5, 1e4, None, False),
     "lora_llama2_13b": (5120, 40, 40, 40, None, 13824, 32000, 1e-5, 1e4, None, False),
     "lora_llama3_1_8b": (4096, 32, 32, 8, None, 14336, 128256, 1e-5, 5e5, None, False),
     "lora_qwen2_0_5b_instruct": (896, 24, 14, 2, None, 4864, 151936, 1e-6, 1e6, True, True),

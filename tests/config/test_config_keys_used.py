@@ -31,6 +31,7 @@ DECIDES = {
 CHECKED_ON_LOADING = {
     "backend",
     "run_mode",
+    "auto_trans_ckpt",
     "optimizer.type",
     "train_dataset.data_loader.type",
     "eval_dataset.data_loader.type",

@@ -2,15 +2,20 @@
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
 BASH = shutil.which("bash") or "bash"
-TOOLS = ("bash", "cat", "chmod", "dirname", "grep", "ls", "mkdir", "mv", "printf", "rm", "tail", "xargs")
+TOOLS = (
+    *("bash", "cat", "chmod", "cut", "dirname", "grep", "ls", "mkdir", "mv", "printf", "rm", "sed", "setsid", "sleep"),
+    *("tail", "xargs"),
+)
 NO_PYTHON = (
     "error: no working Python 3.10, 3.11 or 3.12 with the venv module on PATH; "
     "install one (on Debian with its python3-venv), or name it: PYTHON=/path/to/python3.11 bash {script}\n"
@@ -22,7 +27,7 @@ DEFAULTS = {
     "master_port": "8118",
     "node_rank": "0",
     "log_dir": "output/msrun_log",
-    "join": "False",
+    "join": "True",
     "cluster_time_out": "7200",
 }
 # Makes environments whose Python is itself; pip and pytest write down how they were called.
@@ -84,6 +89,18 @@ def launcher(machine):
     return lambda *arguments, **env: machine.run(ROOT / "scripts/msrun_launcher.sh", *arguments, **env)
 
 
+def outcome(machine: Machine, result: subprocess.CompletedProcess[str], log_dir: str = "output/msrun_log") -> list[str]:
+    """What msrun was called with; where the launcher returned at once, that is in its log."""
+    lines = result.stdout.splitlines()
+    if "Stop it with: kill " not in lines[-1]:
+        return lines[2:]
+    process, until = int(lines[-1].split()[-1]), time.monotonic() + 20
+    while Path(f"/proc/{process}/cmdline").is_file() and Path(f"/proc/{process}/cmdline").read_bytes():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    return (machine.folder / log_dir / "launcher.log").read_text().splitlines()[2:]
+
+
 def msrun_arguments(command: tuple[str, ...], **settings: str) -> list[str]:
     return [*(f"<--{key}={value}>" for key, value in (DEFAULTS | settings).items()), *(f"<{word}>" for word in command)]
 
@@ -101,7 +118,6 @@ def msrun_arguments(command: tuple[str, ...], **settings: str) -> list[str]:
                 "local_worker_num": "2",
                 "master_port": "9000",
                 "log_dir": "logs here",
-                "join": "True",
                 "cluster_time_out": "60",
             },
         ),
@@ -118,19 +134,20 @@ def msrun_arguments(command: tuple[str, ...], **settings: str) -> list[str]:
         ),
     ],
 )
-def test_launcher_forms(launcher, arguments, settings):
+def test_launcher_forms(machine, launcher, arguments, settings):
     result = launcher("job.py --use_parallel True", *arguments)
-    lines = result.stdout.splitlines()
-    assert lines[2:] == msrun_arguments(("job.py", "--use_parallel", "True"), **settings)
+    found = outcome(machine, result, settings.get("log_dir", DEFAULTS["log_dir"]))
+    assert found == msrun_arguments(("job.py", "--use_parallel", "True"), **settings)
     assert (result.returncode, result.stderr) == (0, "")
 
 
 def test_launcher_says_where_the_logs_are(launcher):
-    assert launcher("job.py", "2").stdout.splitlines()[:2] == [
+    said = launcher("job.py", "2").stdout.splitlines()
+    assert said[:2] == [
         "Starting 2 of 2 processes: job.py",
-        "Logs: output/msrun_log/worker_0.log … worker_1.log, scheduler.log. "
-        "Follow the run with: tail -f output/msrun_log/worker_0.log",
+        "Logs: output/msrun_log/worker_0.log … worker_1.log, scheduler.log; launcher.log says how it ends.",
     ]
+    assert said[2].startswith("Follow the run with: tail -f output/msrun_log/worker_0.log. Stop it with: kill ")
     assert launcher("job.py", "4", "1", "10.0.0.1", "9000", "3", "logs", "True", "60").stdout.splitlines()[:2] == [
         "Starting 1 of 4 processes: job.py",
         "Logs: logs/worker_3.log, scheduler.log. Follow the run with: tail -f logs/worker_3.log",
@@ -146,14 +163,14 @@ def test_launcher_says_where_the_logs_are(launcher):
         ("run_mindformer.py --config c.yaml", (str(ROOT / "run_mindformer.py"), "--config", "c.yaml")),
     ],
 )
-def test_launcher_splits_the_command_and_expands_nothing(launcher, command, words):
+def test_launcher_splits_the_command_and_expands_nothing(machine, launcher, command, words):
     words = words or ("job.py", "--fill", "NAME=two words", "--data", "a b/*.json", "$HOME")
-    assert launcher(command).stdout.splitlines()[2:] == msrun_arguments(words)
+    assert outcome(machine, launcher(command)) == msrun_arguments(words)
 
 
 def test_launcher_prefers_the_script_of_the_current_folder(machine, launcher):
     (machine.folder / "run_mindformer.py").touch()
-    assert launcher("run_mindformer.py").stdout.splitlines()[2:] == msrun_arguments(("run_mindformer.py",))
+    assert outcome(machine, launcher("run_mindformer.py")) == msrun_arguments(("run_mindformer.py",))
 
 
 @pytest.mark.parametrize(
@@ -185,22 +202,58 @@ def test_launcher_bad_usage(launcher, arguments, problem):
     assert (result.returncode, result.stdout, result.stderr.splitlines()[-1]) == (2, "", usage)
 
 
-def test_launcher_shows_the_log_of_the_process_that_failed(machine, launcher):
-    logs = {
-        "worker_0.log": "step 1\n[ERROR] lost its peer\n",
-        "worker_1.log": "step 1\n[WARNING] ME: noise\nerror: no such file\n",
-        "worker_7.log": "error: of an earlier run\n",
-    }
-    (machine.folder / "logs").mkdir()
+def msrun_that(machine: Machine, statement: str, **logs: str) -> None:
+    """A stand-in for msrun that finds these logs of its processes in logs/, then does ``statement``."""
+    (machine.folder / "texts").mkdir()
     for name, text in logs.items():
-        (machine.folder / "logs" / name).write_text(text)
-    machine.program("msrun", f"#!{BASH}\nexit 3\n")
+        (machine.folder / f"texts/{name}.log").write_text(text)
+    machine.program("msrun", f"#!{BASH}\nmkdir -p logs && cat texts/*.log >/dev/null\n" + "".join(
+        f"cat texts/{name}.log >logs/{name}.log\n" for name in logs
+    ) + statement)  # fmt: skip
+
+
+def test_launcher_shows_the_log_of_the_process_that_failed(machine, launcher):
+    (machine.folder / "logs").mkdir()
+    (machine.folder / "logs/worker_0.log").write_text("error: of an earlier run\n")
+    (machine.folder / "logs/worker_7.log").write_text("error: of an earlier run\n")
+    msrun_that(machine, "exit 3", worker_1="step 1\n[WARNING] ME: noise\nerror: no such file\n")
     result = launcher("job.py", "2", "9000", "logs", "True", "60")
     assert (result.returncode, result.stderr) == (
         3,
         "error: the run failed, with status 3; the full logs are in logs\n"
         "--- the last lines of logs/worker_1.log\nstep 1\nerror: no such file\n",
     )
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "how"),
+    [
+        ("1", 1, "ended with status 1"),
+        ("-9", 137, "was killed (signal 9), by hand or for want of memory"),
+        ("-11", 139, "was ended by signal 11"),
+    ],
+)
+def test_launcher_names_the_rank_that_failed_and_waits_for_no_one(machine, launcher, code, status, how):
+    line = f"[ERROR] ME(1:2,MainProcess): Worker process 4711 exit with exception. Error code: {code}."
+    logs = {"worker_0": "rank 0 is process 4710\n", "worker_1": "rank 1 is process 4711\nstep 1\n"}
+    msrun_that(machine, f"echo '{line}'; echo noise; sleep 30; touch waited", **logs)
+    result = launcher("job.py", "2", "9000", "logs", "True", "60")
+    assert (result.returncode, result.stderr) == (
+        status,
+        f"error: rank 1, process 4711, {how}; the others were stopped; the full logs are in logs\n"
+        "--- the last lines of logs/worker_1.log\nrank 1 is process 4711\nstep 1\n",
+    )
+    assert "noise" not in result.stdout and not (machine.folder / "waited").exists()
+
+
+def test_launcher_finds_a_port_in_use(launcher):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        result = launcher("job.py", "2", port, "logs", "True", "60")
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.startswith(f"error: port {port} of 127.0.0.1 is in use, perhaps by another run; give a PORT")
 
 
 def test_launcher_takes_msrun_from_the_environment(machine):
@@ -214,7 +267,7 @@ def test_launcher_takes_msrun_from_the_environment(machine):
     )
     machine.program("python", f"#!{BASH}\necho the Python of the environment\n", place / "bin")
     machine.program("msrun", f"#!{BASH}\nexec python\n", place / "bin")
-    result = machine.run(script, "job.py", LORA_MS_VENV=str(place))
+    result = machine.run(script, "job.py", "1", "9000", "logs", "True", "60", LORA_MS_VENV=str(place))
     assert (result.returncode, result.stdout.splitlines()[2:]) == (0, ["the Python of the environment"])
 
 
