@@ -82,7 +82,7 @@ TOOLS = {
         ),
     ),
     "doctor": Tool(
-        "is this machine fit for a run: versions, devices, memory, processes",
+        "is this machine fit: versions, devices, memory, processes",
         (Flag("msrun", flag_bool, "BOOL", "start two processes as a test (default True)", True),),
     ),
     "adapters combine": Tool(

@@ -18,12 +18,8 @@ DIRECTIONS = {
     "__init__": ("nn.lora adapters.config peft_model api errors", ""),
     "errors": ("", ""),
     "storage": ("errors", "numpy safetensors"),
-<<<<<<< HEAD
     "runtime": ("errors nn.parallel", "mindspore"),
-=======
-    "runtime": ("errors", "mindspore"),
     "memory": ("", ""),
->>>>>>> b363de7 (estimate: memory by arithmetic, before each run too; out of memory is one line; doctor)
     "config": ("config errors", "yaml pydantic"),
     "data": ("data errors storage", "numpy transformers mindspore.dataset mindspore.mindrecord datasets pyarrow"),
     "nn": ("nn", "mindspore numpy"),
@@ -36,11 +32,7 @@ DIRECTIONS = {
     "infer": ("infer nn data.template data.example errors", "mindspore numpy transformers sacrebleu"),
     "bridge": ("bridge adapters models nn storage errors", "mindspore numpy yaml mindformers mindpet"),
     "tasks": (
-<<<<<<< HEAD
-        "tasks config bridge models adapters train infer data nn runtime storage errors",
-=======
-        "tasks config models adapters train infer data nn runtime memory storage errors",
->>>>>>> b363de7 (estimate: memory by arithmetic, before each run too; out of memory is one line; doctor)
+        "tasks config bridge models adapters train infer data nn runtime memory storage errors",
         "mindspore numpy transformers tqdm",
     ),
     "peft_model": ("adapters infer errors", "mindspore numpy"),

@@ -19,12 +19,8 @@ from lora_ms.data.pipeline import Preparation
 from lora_ms.data.store import TokenStore
 from lora_ms.errors import LoraMsError
 from lora_ms.models.decoder import CausalLM
-<<<<<<< HEAD
 from lora_ms.nn.parallel import Shard
-from lora_ms.tasks import common, data, evaluate, parallel
-=======
-from lora_ms.tasks import common, data, estimate, evaluate
->>>>>>> b363de7 (estimate: memory by arithmetic, before each run too; out of memory is one line; doctor)
+from lora_ms.tasks import common, data, estimate, evaluate, parallel
 from lora_ms.tasks.weights import weights_of
 from lora_ms.train import checkpoint
 from lora_ms.train.fit import fit, plan_store
@@ -234,13 +230,9 @@ def run(config: RunConfig) -> None:
         if settings.resume:
             checkpoint.find(output_dir, settings.resume)
         plan = plan_store(store, reports, shares, tokenizer, settings, runtime)
-<<<<<<< HEAD
-        model = common.build_model(config, sizes, dtype, runtime.shard)
-=======
         if runtime.is_main:
             estimate.announce(config, sizes, runtime.device, plan.layout.shapes[-1])
-        model = common.build_model(config, sizes, dtype)
->>>>>>> b363de7 (estimate: memory by arithmetic, before each run too; out of memory is one line; doctor)
+        model = common.build_model(config, sizes, dtype, runtime.shard)
         schedule_steps = settings.schedule_steps if settings.schedule_steps > 0 else plan.total_steps
         adapter = attach_adapter(config, model, schedule_steps, runtime.shard)
         ranks = RankAllocator(model, adapter) if isinstance(adapter, AdaLoraConfig) else None
