@@ -20,12 +20,13 @@ COMMANDS = {
     "predict": "answer the prompts of --predict_data",
     "chat": "talk with a model and its adapter",
     "eval": "scores on eval_dataset, and of answers to a file of questions",
+    "estimate": "how much memory a run will take, and what fits where",
     "preview": "rows as the model sees them, labels in colour",
     "preprocess": "rows to MindRecord files, tokenised once; or, with --report, a look at them",
 }
 RUN_MODES = {"finetune": ("finetune", "train"), "predict": ("predict",), "chat": ("predict",), "eval": ("eval",)}
 DATA_COMMANDS = ("preview", "preprocess")  # they need a tokenizer, and no model
-RUN_MODES |= {name: ("finetune", "train") for name in DATA_COMMANDS}
+RUN_MODES |= {name: ("finetune", "train") for name in (*DATA_COMMANDS, "estimate")}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,11 +46,33 @@ def _guarded(command: Any, argv: list[str]) -> int:
         return int(stop.code or 0)
     except KeyboardInterrupt:
         return 130
-    except LoraMsError as fault:
+    except (LoraMsError, MemoryError, RuntimeError) as fault:
         if "--debug" in argv:
             raise
-        print("error:", " ".join(str(fault).split()), file=sys.stderr)
+        text = str(fault) if isinstance(fault, LoraMsError) else _out_of_memory(fault)
+        if text is None:
+            raise
+        print("error:", " ".join(text.split()), file=sys.stderr)
         return 2
+
+
+def _out_of_memory(fault: Exception) -> str | None:
+    """What to say where ``fault`` is MindSpore's or NumPy's word for it, on the CPU or on Ascend; else None."""
+    words = (
+        "allocate memory failed",
+        "memory not enough",
+        "memory isn't enough",
+        "memory is not enough",
+        "out of memory",
+        "bad_alloc",
+    )
+    if not isinstance(fault, MemoryError) and not any(word in str(fault).lower() for word in words):
+        return None
+    return (
+        "out of memory: lower runner_config.batch_size (and raise gradient_accumulation_steps as much) or "
+        "model.model_config.seq_length, set recompute_config.recompute: True or compute_dtype: float16, or give "
+        "--low_memory True; lora-ms estimate says what fits"
+    )
 
 
 def _lora_ms(argv: list[str]) -> int:
@@ -126,6 +149,10 @@ def _run_tool(args: argparse.Namespace) -> int:
         from lora_ms.tasks import convert
 
         convert.run(**given)
+    elif args.tool == "doctor":
+        from lora_ms.tasks import doctor
+
+        return 2 if doctor.run(**given) else 0
     else:
         from lora_ms.tasks import combine
 
@@ -179,6 +206,10 @@ def _dispatch(command: str | None, args: argparse.Namespace, free_form: list[str
         from lora_ms.tasks import chat
 
         chat.run(config)
+    elif command == "estimate":
+        from lora_ms.tasks import estimate
+
+        estimate.run(config)
     elif command == "preview":
         from lora_ms.tasks import preview
 

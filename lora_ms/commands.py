@@ -81,6 +81,10 @@ TOOLS = {
             Flag("load_checkpoint", str, "DIR", BASE),
         ),
     ),
+    "doctor": Tool(
+        "is this machine fit: versions, devices, memory, processes",
+        (Flag("msrun", flag_bool, "BOOL", "start two processes as a test (default True)", True),),
+    ),
     "adapters combine": Tool(
         "one adapter from several",
         (

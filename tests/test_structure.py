@@ -19,6 +19,7 @@ DIRECTIONS = {
     "errors": ("", ""),
     "storage": ("errors", "numpy safetensors"),
     "runtime": ("errors nn.parallel", "mindspore"),
+    "memory": ("", ""),
     "config": ("config errors", "yaml pydantic"),
     "data": ("data errors storage", "numpy transformers mindspore.dataset mindspore.mindrecord datasets pyarrow"),
     "nn": ("nn", "mindspore numpy"),
@@ -31,7 +32,7 @@ DIRECTIONS = {
     "infer": ("infer nn data.template data.example errors", "mindspore numpy transformers sacrebleu"),
     "bridge": ("bridge adapters models nn storage errors", "mindspore numpy yaml mindformers mindpet"),
     "tasks": (
-        "tasks config bridge models adapters train infer data nn runtime storage errors",
+        "tasks config bridge models adapters train infer data nn runtime memory storage errors",
         "mindspore numpy transformers tqdm",
     ),
     "peft_model": ("adapters infer errors", "mindspore numpy"),

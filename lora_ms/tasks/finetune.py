@@ -20,7 +20,7 @@ from lora_ms.data.store import TokenStore
 from lora_ms.errors import LoraMsError
 from lora_ms.models.decoder import CausalLM
 from lora_ms.nn.parallel import Shard
-from lora_ms.tasks import common, data, evaluate, parallel
+from lora_ms.tasks import common, data, estimate, evaluate, parallel
 from lora_ms.tasks.weights import weights_of
 from lora_ms.train import checkpoint
 from lora_ms.train.fit import fit, plan_store
@@ -230,6 +230,8 @@ def run(config: RunConfig) -> None:
         if settings.resume:
             checkpoint.find(output_dir, settings.resume)
         plan = plan_store(store, reports, shares, tokenizer, settings, runtime)
+        if runtime.is_main:
+            estimate.announce(config, sizes, runtime.device, plan.layout.shapes[-1])
         model = common.build_model(config, sizes, dtype, runtime.shard)
         schedule_steps = settings.schedule_steps if settings.schedule_steps > 0 else plan.total_steps
         adapter = attach_adapter(config, model, schedule_steps, runtime.shard)

@@ -29,8 +29,8 @@ class LayerGradients(nn.Cell):
     """Loss [] of a micro-batch, and the gradients of ``params`` of the scaled loss, in their order.
 
     Of each layer in ``layers`` only the input is kept; the layer is computed again once the gradient of its output is
-    there. Of the others the compiler sees the same work twice, and keeps what it has. Dropout meets the same zeros:
-    both computations draw from generators of one seed, once a step each.
+    there. Of the others the compiler sees the same work twice, and keeps what it has. Dropout meets the same zeros: it
+    draws from a table that does not change within a step.
 
     Args:
         loss: ``SummedLoss``.

@@ -1,0 +1,282 @@
+"""How much memory a run takes, from its sizes alone: arithmetic on what the graph keeps, and a few measured constants.
+
+Units: MB is 2^20 bytes. Constants were measured with MindSpore 2.9 on the CPU (x86-64); what is said of Ascend follows
+from the same arithmetic and was not measured on hardware.
+"""
+
+import os
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal, Protocol
+
+MB = 2**20
+LIBRARIES = 460.0  # MB of a process that has run a step: 410 Python and MindSpore's code, 25 kernels, 25 matplotlib
+TOKENIZER = 110.0  # MB of transformers and of a tokenizer of 150,000 entries
+# The graph, its compilation and its kernels, in MB of resident heap: by operators, of which a layer has some 55 forward
+# and backward, and 20 more for every adapter. Where activations are computed again, forward operators count twice.
+GRAPH = 90.0
+GRAPH_LAYER = 22.0
+GRAPH_BIASES = 4.0  # those of queries, keys and values
+GRAPH_ADAPTER = 8.0
+GRAPH_DROPOUT = 1.0  # of an adapter with dropout
+GRAPH_AGAIN = 1.5
+INDEX = 12  # bytes that kernels keep of every number of a layer's hidden states, for as long as the graph lives
+GAPS = 1.05  # of the pool: what lies between its pieces
+LOGITS = 3  # matrices [chunk, vocabulary] alive at once in the loss
+CHUNK_NUMBERS = 1 << 24  # of the loss; train.step has it
+OPTIMIZER_WORK = 8  # vectors of all trainable numbers alive at once in the optimiser's graph
+
+
+class Sizes(Protocol):
+    """A decoder's sizes, as ``DecoderConfig`` names them."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def intermediate_size(self) -> int: ...
+    @property
+    def num_hidden_layers(self) -> int: ...
+    @property
+    def num_attention_heads(self) -> int: ...
+    @property
+    def num_key_value_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def attention_bias(self) -> bool: ...
+    @property
+    def tie_word_embeddings(self) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that decides how much memory a run takes."""
+
+    sizes: Sizes
+    lines: int  # of a micro-batch
+    length: int  # tokens of a line
+    ranks: Mapping[str, int] | None  # rank of the adapter on each adapted module, by path; None: all parameters train
+    dropout: float = 0.0
+    half: bool = False  # float16 weights and activations
+    again: Collection[int] = field(default_factory=frozenset)  # layers whose activations are computed again
+    tokenizer: bool = True
+    device: Literal["CPU", "Ascend"] = "CPU"
+
+    @property
+    def width(self) -> int:
+        """Bytes of a number."""
+        return 2 if self.half else 4
+
+    @property
+    def fused(self) -> bool:
+        """Whether attention keeps no [queries, keys] matrix."""
+        return self.device == "Ascend" and self.half
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """MB by purpose."""
+
+    libraries: float
+    weights: float
+    training: float  # adapter, its gradient and AdamW's moments
+    graphs: float
+    activations: float
+    logits: float
+
+    @property
+    def total(self) -> float:
+        return self.libraries + self.weights + self.training + self.graphs + self.activations + self.logits
+
+
+def modules(sizes: Sizes) -> dict[str, tuple[int, int]]:
+    """Dense layers of the decoder: path -> (inputs, outputs)."""
+    h, f = sizes.hidden_size, sizes.intermediate_size
+    q, kv = sizes.num_attention_heads * sizes.head_dim, sizes.num_key_value_heads * sizes.head_dim
+    shapes = {
+        "self_attn.q_proj": (h, q),
+        "self_attn.k_proj": (h, kv),
+        "self_attn.v_proj": (h, kv),
+        "self_attn.o_proj": (q, h),
+        "mlp.gate_proj": (h, f),
+        "mlp.up_proj": (h, f),
+        "mlp.down_proj": (f, h),
+    }
+    found = {f"model.layers.{i}.{name}": s for i in range(sizes.num_hidden_layers) for name, s in shapes.items()}
+    return {"model.embed_tokens": (sizes.vocab_size, h), **found, "lm_head": (h, sizes.vocab_size)}
+
+
+def parameters(sizes: Sizes) -> int:
+    """Numbers of the bare model."""
+    dense = modules(sizes)
+    if sizes.tie_word_embeddings:
+        del dense["lm_head"]
+    kv = sizes.num_key_value_heads * sizes.head_dim
+    biases = sizes.num_attention_heads * sizes.head_dim + 2 * kv if sizes.attention_bias else 0
+    norms = 2 * sizes.hidden_size
+    rest = sizes.num_hidden_layers * (norms + biases) + sizes.hidden_size
+    return sum(inputs * outputs for inputs, outputs in dense.values()) + rest
+
+
+def trainable(job: Job) -> int:
+    """Numbers that train."""
+    if job.ranks is None:
+        return parameters(job.sizes)
+    dense = modules(job.sizes)
+    return sum(rank * sum(dense[name]) for name, rank in job.ranks.items())
+
+
+def kept(job: Job, layer: int) -> float:
+    """MB that the backward pass of one layer needs of its forward pass."""
+    s, tokens = job.sizes, job.lines * job.length
+    h, f = s.hidden_size, s.intermediate_size
+    q, kv = s.num_attention_heads * s.head_dim, s.num_key_value_heads * s.head_dim
+    # before both norms; queries and attention's output, keys and values; what is left of the gated product
+    numbers = tokens * (2 * h + 2 * q + 2 * kv + 3 * f)
+    if not job.fused:
+        numbers += job.lines * s.num_attention_heads * job.length**2
+    dense, prefix = modules(s), f"model.layers.{layer}."
+    adapted = [name for name in dense if name.startswith(prefix) and (job.ranks is None or name in job.ranks)]
+    # an adapter's gradient needs its input; after dropout each has its own, and its zeros
+    inputs = {name: dense[name][0] for name in adapted}
+    shared = {name.replace("k_proj", "q_proj").replace("v_proj", "q_proj").replace("up_", "gate_") for name in adapted}
+    numbers += tokens * (2 * sum(inputs.values()) if job.dropout else sum(dense[name][0] for name in shared))
+    numbers += tokens * sum((job.ranks or {}).get(name, 0) for name in adapted)
+    return numbers * job.width / MB
+
+
+def working(job: Job) -> float:
+    """MB that the backward pass of one layer holds besides, for a moment."""
+    s, tokens = job.sizes, job.lines * job.length
+    attention = 0 if job.fused else 3 * job.lines * s.num_attention_heads * job.length**2
+    return max(tokens * (4 * s.intermediate_size + 2 * s.hidden_size), attention) * job.width / MB
+
+
+def tables(job: Job) -> float:
+    """MB of the rotary tables and of the mask, which all layers share."""
+    s, tokens = job.sizes, job.lines * job.length
+    rotary = 2 * tokens * (s.num_attention_heads + s.num_key_value_heads) * s.head_dim * job.width
+    mask = job.lines * job.length**2 * (1 if job.fused else 4 * s.num_attention_heads)
+    return (rotary + mask) / MB
+
+
+def operator_mb(job: Job, layer: int) -> float:
+    """MB of one layer's part of the graph."""
+    prefix = f"model.layers.{layer}."
+    count = 7 / 4 if job.ranks is None else sum(name.startswith(prefix) for name in job.ranks)
+    adapter = GRAPH_ADAPTER + GRAPH_DROPOUT * (job.dropout > 0)
+    whole = GRAPH_LAYER + GRAPH_BIASES * job.sizes.attention_bias + adapter * count
+    return whole * (GRAPH_AGAIN if layer in job.again else 1.0)
+
+
+def estimate(job: Job) -> Estimate:
+    """The peak of a training run."""
+    s, tokens, layers = job.sizes, job.lines * job.length, range(job.sizes.num_hidden_layers)
+    count, again = trainable(job), {*job.again}
+    chunk = min(tokens, max(16, CHUNK_NUMBERS // s.vocab_size))
+    logits = chunk * s.vocab_size * (10 if job.half else 4 * LOGITS) / MB
+    inputs = len(again) * tokens * s.hidden_size * job.width / MB
+    rest = inputs + sum(kept(job, i) for i in layers if i not in again) + tables(job)
+    backward = rest + working(job) + max((kept(job, i) for i in again), default=0.0)
+    gradients = 2 * 4 * count / MB
+    peak = GAPS * max(rest + logits, backward + gradients, OPTIMIZER_WORK * 4 * count / MB)
+    operators = sum(operator_mb(job, i) for i in layers)
+    index = 0.0 if job.device == "Ascend" else INDEX * tokens * s.hidden_size * len(layers) / MB
+    of_loss = min(GAPS * logits, peak)
+    return Estimate(
+        libraries=LIBRARIES + TOKENIZER * job.tokenizer,
+        weights=parameters(s) * job.width / MB,
+        training=16 * count / MB if job.ranks is not None else 12 * count / MB,
+        graphs=GRAPH + operators + index,
+        activations=peak - of_loss,
+        logits=of_loss,
+    )
+
+
+def largest(fits: Callable[[int], bool], most: int) -> int:
+    """The largest number from 1 to ``most`` that fits, 0 for none; what is smaller fits too."""
+    low, high = 0, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def largest_batch(job: Job, room: float, most: int = 4096) -> int:
+    """Lines of ``job.length`` tokens that fit into ``room`` MB at once; 0 where not one does."""
+    return largest(lambda lines: estimate(replace(job, lines=lines)).total <= room, most)
+
+
+def largest_length(job: Job, room: float, most: int = 131_072) -> int:
+    """Tokens of a single line that fit into ``room`` MB, a multiple of 64; 0 where none do."""
+    return 64 * largest(lambda n: estimate(replace(job, lines=1, length=64 * n)).total <= room, most // 64)
+
+
+def remedies(job: Job, room: float) -> list[str]:
+    """Keys to change, one after another, until the run fits into ``room`` MB; with what it takes then, last."""
+    every = frozenset(range(job.sizes.num_hidden_layers))
+    found = []
+    steps: list[tuple[str, Job]] = []
+    if job.lines > 1:
+        lines = max(1, largest_batch(job, room))
+        text = f"runner_config.batch_size {lines} with gradient_accumulation_steps x {-(-job.lines // lines)}"
+        steps.append((text, replace(job, lines=lines)))
+    one = replace(job, lines=1)
+    if {*job.again} != every:
+        steps.append(("recompute_config.recompute True", replace(one, again=every)))
+    if not job.half and job.ranks is not None:
+        steps.append(("model.model_config.compute_dtype float16", replace(one, again=every, half=True)))
+    last = replace(one, again=every, half=job.half or job.ranks is not None)
+    length = largest_length(last, room, job.length)
+    if 0 < length < job.length:
+        steps.append((f"model.model_config.seq_length {length}", replace(last, length=length)))
+    for text, changed in steps:
+        found.append(text)
+        if estimate(changed).total <= room:
+            return found
+    return []
+
+
+def _number(path: Path) -> int | None:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):  # no such file, or "max"
+        return None
+
+
+def cgroup_limit(
+    root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
+) -> tuple[float, float] | None:
+    """The control group's limit and what is in use of it, MB; None where there is no limit."""
+    found: list[tuple[float, float]] = []
+    try:
+        lines = own.read_text().splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        _, kinds, path = line.split(":", 2)
+        if kinds == "memory":  # version 1
+            base, limit, used = root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+        elif kinds == "":
+            base, limit, used = root, "memory.max", "memory.current"
+        else:
+            continue
+        for folder in (base / path.lstrip("/"), base):
+            most, now = _number(folder / limit), _number(folder / used)
+            if most is not None and most < 1 << 60:
+                found.append((most / MB, (now or 0) / MB))
+    return min(found) if found else None
+
+
+def available() -> float:
+    """MB that a new process can have: what the system has left, or what the control group leaves."""
+    try:
+        text = Path("/proc/meminfo").read_text()
+        room = int(text.partition("MemAvailable:")[2].split()[0]) / 2**10
+    except (OSError, IndexError):
+        room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / MB
+    group = cgroup_limit()
+    return room if group is None else min(room, group[0] - group[1])
