@@ -196,6 +196,12 @@ def load_factors(network: nn.Cell, adapter: Path, config: LoraConfig, heads: Hea
         parameter.set_data(Tensor(decoded(ours[name].dtype, in_memory(ours[name])), parameter.dtype))
 
 
+def shapes(network: nn.Cell) -> dict[str, tuple[int, ...]]:
+    """Of the adapter's parameters: they shrink where MindSpore leaves each card a part."""
+    found = factor_parameters(network)
+    return {f"{m}.{factor}": tuple(p.shape) for m, parameters in found.items() for factor, p in parameters.items()}
+
+
 def adapter_arrays(network: nn.Cell, config: LoraConfig, heads: Heads) -> dict[str, dict[str, Array]]:
     """The trained adapter by Hugging Face's module path and PEFT's name, joint matrices split."""
     cells = {_module(path): cell for path, cell in injection.lora_layers(network).items()}

@@ -59,14 +59,21 @@ def register(package: SimpleNamespace) -> None:
 
 
 class StepReport(Callback):
-    """Tells ``report`` of every step, stops after ``max_steps`` of them (-1: at the end), and at a loss that is not
-    finite."""
+    """Calls ``begin`` first, and ``report`` after every step; stops after ``max_steps`` of them (-1: at the end), and
+    at a loss that is not finite.
 
-    def __init__(self, report: Report, max_steps: int, rows: int, seq_length: int):
+    tokens: of a batch, padding included; reported where the batch itself is not to be seen.
+    """
+
+    def __init__(self, begin: Callable[[], None], report: Report, max_steps: int, tokens: int):
         super().__init__()
-        self.report, self.max_steps, self.tokens = report, max_steps, rows * seq_length
+        self.begin, self.report, self.max_steps, self.tokens = begin, report, max_steps, tokens
         self.first_loss = self.last_loss = float("nan")
         self.steps = 0
+
+    def on_train_begin(self, run_context: Any) -> None:
+        """Called by MindSpore."""
+        self.begin()
 
     def on_train_step_end(self, run_context: Any) -> None:
         """Called by MindSpore; of several steps sunk into the device in one piece, the last is seen."""

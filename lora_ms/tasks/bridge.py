@@ -2,14 +2,15 @@
 
 import sys
 import time
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from mindspore import nn
 
 from lora_ms.adapters.matching import leaf_of
-from lora_ms.bridge import package, settings, trainer
+from lora_ms.bridge import model, package, settings, trainer
 from lora_ms.bridge.adapters import read_peft
 from lora_ms.config import PetConfig, RunConfig, dump_config
 from lora_ms.errors import LoraMsError
@@ -24,14 +25,33 @@ from lora_ms.train.report import Reporter
 
 
 class Screen:
-    """Reports steps on the user's terminal from inside MindFormers, whose own output goes to the log."""
+    """Reports steps on the user's terminal from inside MindFormers, whose own output goes to the log.
 
-    def __init__(self, run: Run, network: nn.Cell, total: int, per_epoch: int):
-        self.out, self.err, self.run, self.per_epoch = sys.stdout, sys.stderr, run, per_epoch
-        self.state = RunState(network, run.output_dir, total, run.runtime.is_main)
+    theirs: MindFormers' configuration, which knows the number of steps once its trainer has begun.
+    """
+
+    def __init__(self, run: Run, network: nn.Cell, theirs: Any):
+        self.out, self.err, self.run, self.theirs = sys.stdout, sys.stderr, run, theirs
         self.reporter = Reporter(run.config.logging_steps)
-        self.reporter.on_train_begin(self.state)
+        self.state = RunState(network, run.output_dir, 0, run.runtime.is_main)
+        self.per_epoch, self.clock = 0, 0.0
+
+    def begin(self) -> None:
+        """Training begins."""
+        runner, most = self.theirs.runner_config, self.run.config.runner_config.max_steps
+        self.per_epoch = self.theirs.data_size
+        total = self.per_epoch * runner.origin_epochs
+        self.state.total_steps = min(total, most) if most > 0 else total
+        with redirect_stdout(self.out), redirect_stderr(self.err):
+            print(f"training with MindFormers' trainer: {self.state.total_steps:,} steps, {self.per_epoch:,} an epoch")
+            print("compiling the training step, which takes a while the first time …", flush=True)
+            self.reporter.on_train_begin(self.state)
         self.clock = time.perf_counter()
+
+    def end(self) -> None:
+        """Training has ended, well or not."""
+        if self.per_epoch:
+            self.reporter.on_train_end(self.state)
 
     def step(self, step: int, loss: float, norm: float | None, rate: float, tokens: int, labels: int) -> None:
         """One step is done."""
@@ -69,48 +89,56 @@ def run(config: RunConfig) -> None:
     sizes = common.read_sizes(config)
     tokenizer = data.tokenizer_for(config, training=True)
     check_output(output_dir)
-    with Tee() as log:
+    with Tee() as log, ExitStack() as stack:
         runtime = start(config)
-        this = Run(config, pet, sizes, runtime, log)
         folder = output_dir / FOLDER
+        if not runtime.is_main:  # it works for itself, and in silence
+            folder /= f"rank_{runtime.rank}"
+            stack.enter_context(package.silenced(log))
+        this = Run(config, pet, sizes, runtime, log)
         train = rows_of(config, "train", sizes, tokenizer, folder)
         held_out = rows_of(config, "eval", sizes, tokenizer, folder) if config.do_eval else None
-        log.to(output_dir / "run.log")
+        log.to((output_dir if runtime.is_main else folder) / "run.log")
         asked = this.prepare(train, held_out)
         batch = asked["runner_config"]["batch_size"]
         if train.count < batch:
             raise LoraMsError(f"{train.count} rows make no batch of {batch}: lower runner_config.batch_size")
-        per_epoch = train.count // batch
-        total = per_epoch * config.runner_config.epochs
-        most = config.runner_config.max_steps
-        total = min(total, most) if most > 0 else total
         file = folder / "mindformers.yaml"
         settings.write(file, asked)
-        dump_config(config, str(output_dir / "config.yaml"))
+        if runtime.is_main:
+            dump_config(config, str(output_dir / "config.yaml"))
         with explained(file), package.silenced(log):
             theirs = this.begin(file)
             network = this.network(theirs)
         print(this.describe(network, pet))
-        print(f"training with MindFormers' trainer: {total:,} steps of {batch} rows")
-        print("compiling the training step, which takes a while the first time …", flush=True)
-        screen = Screen(this, network, total, per_epoch)
-        callback = trainer.StepReport(screen.step, total, batch, this.length)
+        screen = Screen(this, network, theirs)
+        callback = trainer.StepReport(screen.begin, screen.step, config.runner_config.max_steps, batch * this.length)
+        whole = model.shapes(network)
         try:
             with explained(file), package.silenced(log):
                 resume = asked["load_checkpoint"] or False
                 theirs_trainer = this.package.Trainer(args=theirs, model=network, callbacks=[callback])
                 theirs_trainer.finetune(finetune_checkpoint=resume, do_eval=held_out is not None)
         finally:
-            screen.reporter.on_train_end(screen.state)
+            screen.end()
         print(f"loss {callback.first_loss:.4f} -> {callback.last_loss:.4f} in {callback.steps:,} steps")
-        if held_out is not None:
-            with package.silenced(log):
-                found = scores_of(network, held_out, batch)
-            print(f"held-out rows: {found.line()}")
-        saved = this.save(network, tokenizer)
-        print(
-            f"adapter: {saved}   loss plot: {output_dir / 'loss.png'}   MindFormers' own: {output_dir / 'checkpoint'}"
-        )
+        if model.shapes(network) != whole:
+            print(
+                "no adapter was written: its matrices are in parts on the cards; merge MindFormers' checkpoint in "
+                f"{output_dir / 'checkpoint'} with its own tool, then use lora-ms convert-adapter"
+            )
+        elif runtime.is_main:
+            finish(this, network, tokenizer, held_out, batch)
+
+
+def finish(this: Run, network: nn.Cell, tokenizer: Any, held_out: Rows | None, batch: int) -> None:
+    """Evaluates on ``held_out``, and writes the adapter."""
+    if held_out is not None and this.runtime.world == 1:
+        with package.silenced(this.log):
+            found = scores_of(network, held_out, batch)
+        print(f"held-out rows: {found.line()}")
+    saved, out = this.save(network, tokenizer), this.output_dir
+    print(f"adapter: {saved}   loss plot: {out / 'loss.png'}   MindFormers' own: {out / 'checkpoint'}")
 
 
 def evaluate_model(config: RunConfig) -> None:

@@ -1,11 +1,13 @@
 """The parts of a run with MindFormers: its rows, its configuration, its model with an adapter."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import mindspore as ms
 from mindspore import nn
 
 from lora_ms import runtime as runtime_module
@@ -74,7 +76,9 @@ def start(config: RunConfig) -> Runtime:
     """The device; on Ascend MindFormers prepares it later, by its own context keys."""
     context = config.context
     if context.device_target != "CPU" and runtime_module.ascend_is_present():
-        return Runtime("Ascend")
+        started = config.use_parallel  # by msrun, which tells each process its number
+        rank, world = (int(os.environ.get(n, d)) for n, d in (("RANK_ID", 0), ("MS_WORKER_NUM", 1)))
+        return Runtime("Ascend", rank, world) if started else Runtime("Ascend")
     runtime, notices = runtime_module.setup(context.device_target, context.device_id, config.seed)
     print(*notices, sep="\n", end="\n" if notices else "")
     return runtime
@@ -179,6 +183,7 @@ class Run:
         """MindFormers' configuration as it reads it, its context built."""
         theirs = self.package.MindFormerConfig(str(file))
         self.package.build_context(theirs)
+        ms.set_seed(self.config.seed)
         return theirs
 
     def network(self, theirs: Any) -> nn.Cell:
