@@ -1,6 +1,8 @@
 """Where the time of some steps goes: MindSpore's profile, and its dearest operators as a table."""
 
+import contextlib
 import csv
+import io
 import shutil
 from pathlib import Path
 from typing import NamedTuple
@@ -85,7 +87,8 @@ class Profiling(TrainerCallback):
 
     def _stop(self, step: int) -> None:
         if self.profile is not None:
-            self.profile.stop()
+            with contextlib.redirect_stdout(io.StringIO()):  # the bars of MindSpore's own evaluation
+                self.profile.stop()
         self.profile = None
         costs = read_costs(self.folder)
         total = sum(cost.milliseconds for cost in costs)
