@@ -143,6 +143,6 @@ def test_groups_are_announced_and_kept(watched):
 def test_what_is_not_installed_is_said_before_anything_is_done(text_model, talk, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(__import__("sys").modules, "tensorboardX", None)
     words = ["finetune", "--load_checkpoint", text_model, "--train_dataset_dir", talk, "--output_dir", tmp_path / "a"]
-    assert cli.main([*map(str, words), "--options", "report_to=tensorboard"]) == 2
+    assert cli.main([*map(str, words), "--report_to", "tensorboard"]) == 2
     assert capsys.readouterr().err == ("error: report_to tensorboard needs tensorboardX: pip install tensorboardX\n")
     assert not (tmp_path / "a").exists()
