@@ -42,6 +42,7 @@ FLAGS = [
     ("--use_parallel false", "use_parallel", False),
     ("--profile True", "profile", True),
     ("--eval_step_interval 20", "eval_step_interval", 20),
+    ("--report_to tensorboard", "report_to", ["tensorboard"]),
     ("--prompts_file q.jsonl", "evaluation.prompts_file", "q.jsonl"),
     ("--options runner_config.epochs=5 use_parallel=True", "runner_config.epochs", 5),
     ("--options runner_config.epochs=5 use_parallel=True", "use_parallel", True),

@@ -145,6 +145,8 @@ def evaluate_model(config: RunConfig) -> None:
     """``lora-ms eval``: the mean loss of MindFormers' model, with ``load_adapter``, on ``eval_dataset``; what the two
     print beside it goes to ``output_dir/run.log``."""
     package.found_version()
+    if config.evaluation.prompts_file:
+        raise LoraMsError("backend mindformers answers no prompts_file: leave it out, or the backend native")
     sizes, tokenizer, output_dir = common.read_sizes(config), data.tokenizer_for(config), Path(config.output_dir)
     pet = None
     if config.load_adapter:

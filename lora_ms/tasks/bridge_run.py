@@ -59,6 +59,7 @@ def check(config: RunConfig) -> PetConfig:
     odd += ["pet_config.pet_type adalora"] if pet.pet_type == "adalora" else []
     odd += ["train_dataset.validation_split"] if config.train_dataset.validation_split else []
     odd += ["train_dataset.mix"] if config.train_dataset.mix else []
+    odd += [key for key, value in (("report_to", config.report_to), ("profile", config.profile)) if value]
     if odd:
         raise LoraMsError(f"backend mindformers goes without {', '.join(odd)}: leave them out, or the backend native")
     ours = [key for key, idle in OURS.items() if getattr(pet, key) != idle]

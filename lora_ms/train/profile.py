@@ -1,11 +1,13 @@
 """Where the time of some steps goes: MindSpore's profile, and its dearest operators as a table."""
 
+import contextlib
 import csv
-import shutil
+import io
 from pathlib import Path
 from typing import NamedTuple
 
 from mindspore.profiler import profile, tensorboard_trace_handler
+from tqdm import tqdm
 
 from lora_ms.train.callbacks import Record, RunState, TrainerCallback
 
@@ -39,10 +41,10 @@ def read_costs(folder: Path) -> list[Cost]:
 def table(costs: list[Cost]) -> list[str]:
     """The dearest of them as lines of at most 80 columns."""
     total = sum(cost.milliseconds for cost in costs) or 1.0
-    lines = [f"  {'operator':<44} {'calls':>8} {'total ms':>12} {'share':>7}"]
+    lines = [f"  {'operator':<44} {'calls':>12} {'total ms':>12} {'share':>7}"]
     for cost in costs[:SHOWN]:
         name = cost.name if len(cost.name) <= 44 else f"{cost.name[:43]}…"
-        lines.append(f"  {name:<44} {cost.calls:>8,} {cost.milliseconds:>12,.1f} {cost.milliseconds / total:>7.1%}")
+        lines.append(f"  {name:<44} {cost.calls:>12,} {cost.milliseconds:>12,.1f} {cost.milliseconds / total:>7.1%}")
     return lines
 
 
@@ -57,11 +59,11 @@ class Profiling(TrainerCallback):
         self.folder, self.first, self.last = folder, first, last
         self.profile: profile | None = None
         self.begun = 0  # the first step that is profiled
+        self.earlier: set[Path] = set()  # what stood in the folder before
 
     def on_train_begin(self, state: RunState) -> None:
         self.due = state.is_main and state.step < self.last
         if self.due:
-            shutil.rmtree(self.folder, ignore_errors=True)
             self._start(state)
 
     def on_step_end(self, state: RunState, record: Record) -> None:
@@ -75,20 +77,23 @@ class Profiling(TrainerCallback):
         if self.profile is not None:
             self._stop(state.step)
         elif state.is_main and not self.begun:
-            print(f"no profile: none of the steps {self.first} to {self.last} was run")
+            tqdm.write(f"no profile: none of the steps {self.first} to {self.last} was run")
 
     def _start(self, state: RunState) -> None:
         if self.due and not self.begun and self.first <= state.step + 1 <= state.total_steps:
-            self.begun = state.step + 1
+            self.begun, self.earlier = state.step + 1, self._profiles()
             self.profile = profile(on_trace_ready=tensorboard_trace_handler(str(self.folder)))
             self.profile.start()
 
     def _stop(self, step: int) -> None:
         if self.profile is not None:
-            self.profile.stop()
+            with contextlib.redirect_stdout(io.StringIO()):  # the bars of MindSpore's own evaluation
+                self.profile.stop()
         self.profile = None
-        costs = read_costs(self.folder)
+        costs = [cost for new in self._profiles() - self.earlier for cost in read_costs(new)]
         total = sum(cost.milliseconds for cost in costs)
-        print(f"profile of steps {self.begun} to {step}: {total:,.1f} ms in operators; files in {self.folder}")
-        if costs:
-            print(*table(costs), sep="\n")
+        head = f"profile of steps {self.begun} to {step}: {total:,.1f} ms in operators; files in {self.folder}"
+        tqdm.write("\n".join([head, *(table(costs) if costs else [])]))  # above a bar
+
+    def _profiles(self) -> set[Path]:
+        return set(self.folder.glob("*"))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import mindspore as ms
 from mindspore import SummaryRecord, Tensor
+from tqdm import tqdm
 
 from lora_ms.errors import LoraMsError
 from lora_ms.train.callbacks import Evaluation, Record, RunState, TrainerCallback
@@ -83,7 +84,7 @@ class TensorBoard(Scalars):
             self.writer.flush()
         except OSError as error:
             if not self.full:
-                print(f"warning: cannot write {self.folder}: {error.strerror}; what is missing stays missing")
+                tqdm.write(f"warning: cannot write {self.folder}: {error.strerror}; numbers there may be missing")
             self.full = True
 
     def on_train_end(self, state: RunState) -> None:
@@ -116,4 +117,4 @@ class Summaries(Scalars):
                         record.add_value("scalar", tag, Tensor(value, ms.float32))
                     record.record(step)
         except (OSError, RuntimeError) as error:
-            print(f"warning: cannot write {self.folder}: {error}")
+            tqdm.write(f"warning: cannot write {self.folder}: {error}")

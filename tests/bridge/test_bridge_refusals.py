@@ -89,6 +89,7 @@ def test_a_broken_package_is_one_line(mindformers, command, capsys, monkeypatch)
         (("--pet_config.pet_type", "adalora"), "goes without pet_config.pet_type adalora"),
         (("--pet_config.neftune_noise_alpha", "5"), "goes without pet_config.neftune_noise_alpha"),
         (("--train_dataset.validation_split", "0.1"), "goes without train_dataset.validation_split"),
+        (("--report_to", "tensorboard", "--profile", "True"), "goes without report_to, profile"),
         (("--pet_config", "null"), "unknown flag"),
         (("--options", "pet_config=null"), "backend mindformers trains adapters: give pet_config"),
         (("--resume_training", "True"), "wants MindFormers' checkpoint in load_checkpoint"),
@@ -101,6 +102,11 @@ def test_what_this_backend_goes_without(mindformers, command, capsys, tmp_path, 
     mindformers("1.9.0", *package.NAMES)
     assert said in refusal(capsys, *command, *flags)
     assert not (tmp_path / "out").exists()
+
+
+def test_its_evaluation_answers_no_questions(mindformers, command, capsys):
+    mindformers("1.9.0", *package.NAMES)
+    assert "answers no prompts_file" in refusal(capsys, "eval", *command[1:], "--prompts_file", "q.jsonl")
 
 
 def test_models_that_its_llama_cannot_be():

@@ -331,3 +331,53 @@ def test_keys_with_effect_are_not_declared_idle():
         "callbacks.CheckpointMonitor.keep_checkpoint_max",
         "runner_wrapper.max_grad_norm",
     } & set(IDLE)
+
+
+def test_logging_steps_are_the_runners_or_the_loss_monitors():
+    monitor = "callbacks=[{type: MFLossMonitor, per_print_times: 7}]"
+    assert [options(*o).logging_steps for o in ((), (monitor,), (monitor, "runner_config.logging_steps=3"))] == [
+        1,
+        7,
+        3,
+    ]
+
+
+def test_what_is_profiled():
+    monitor = "callbacks=[{type: ProfileMonitor, start_step: 3, stop_step: 4, output_path: p}]"
+    assert options().profiling is None
+    found = options("profile=True", "profile_start_step=2").profiling
+    assert (found.start_step, found.stop_step, found.output_path) == (2, 10, "")
+    found = options("profile=True", monitor).profiling
+    assert (found.start_step, found.stop_step, found.output_path) == (3, 4, "p")
+
+
+def test_what_reports_go_to():
+    given = (["none"], "none", "tensorboard", ["tensorboard"], None)
+    assert [RunConfig(report_to=value).report_to for value in given] == [[], [], ["tensorboard"], ["tensorboard"], []]
+    assert options().summary is None
+    summary = options("callbacks=[{type: SummaryMonitor, summary_dir: s}]").summary
+    assert (summary.summary_dir, summary.collect_freq) == ("s", 10)
+
+
+@pytest.mark.parametrize(
+    ("option", "reason"),
+    [
+        ("report_to=wandb", "report_to wants none or tensorboard (MindSpore's summaries: SummaryMonitor in callbacks), "
+         "got 'wandb'"),
+        ("profile_start_step=11", "profile_start_step 11 is after profile_stop_step 10: swap them"),
+        ("callbacks=[{type: ProfileMonitor, stop_step: 0}]", "callbacks.0.stop_step wants 1 or more, got 0"),
+        ("callbacks=[{type: ProfileMonitor, start_step: 20}]",
+         "callbacks.0: start_step 20 is after stop_step 10: swap them"),
+        ("optimizer.groups=[{learning_rate: 1}]", "optimizer.groups.0.params is missing, got {'learning_rate': 1}"),
+        ("optimizer.groups=[{params: '('}]", "optimizer.groups.0.params wants a regular expression (missing ), "
+         "unterminated subpattern at position 0), got '('"),
+        ("optimizer.groups=[{params: head, lr: 1}]",
+         "optimizer.groups.0.lr is no known key"),
+        ("optimizer.groups=[{params: head, weight_decay: -1}]",
+         "optimizer.groups.0.weight_decay wants 0 or more, got -1"),
+    ],
+)  # fmt: skip
+def test_wrong_reports_profiles_and_groups(option, reason):
+    with pytest.raises(LoraMsError) as caught:
+        options(option)
+    assert reason in str(caught.value)

@@ -86,3 +86,86 @@ def test_what_cannot_be_trained_is_said(model, rows_file, tmp_path, capsys):
     status = cli.main(["finetune", "--config", str(yaml), "--train_dataset_dir", str(rows_file)])
     assert status == 2
     assert "load_checkpoint is missing" in capsys.readouterr().err
+
+
+class Witness(lora_ms.TrainerCallback):
+    """Keeps what it is told, and stops the run after two steps."""
+
+    def __init__(self):
+        self.told = []
+
+    def on_train_begin(self, state):
+        self.told.append(("begin", state.total_steps))
+
+    def on_step_end(self, state, record):
+        self.told.append(("step", record.step, record.loss > 0))
+        if record.step == 2:
+            state.stop("seen enough")
+
+    def on_evaluate(self, state, evaluation):
+        self.told.append(("evaluate", evaluation.step, evaluation.eval_label_tokens))
+
+    def on_save(self, state, path):
+        self.told.append(("save", path.name))
+
+    def on_train_end(self, state):
+        self.told.append(("end", state.step))
+
+
+def test_a_callback_sees_the_run_and_stops_it(graph_mode, model, rows, tmp_path):
+    """Eight rows in steps of two, five epochs; the last evaluation follows the step that was stopped at."""
+    net = lora_ms.AutoModelForCausalLM.from_pretrained(model)
+    peft = lora_ms.get_peft_model(net, lora_ms.LoraConfig(lora_rank=2, lora_dropout=0.0, target_modules=["q_proj"]))
+    args = lora_ms.TrainingArguments(
+        tmp_path, max_steps=20, per_device_train_batch_size=2, max_seq_length=16, eval_strategy="steps", eval_steps=1,
+        per_device_eval_batch_size=4, report_to=["tensorboard"], save_steps=2, logging_steps=5,
+    )  # fmt: skip
+    witness, held_out = Witness(), rows[:3]
+    outcome = lora_ms.Trainer(peft, args, rows, eval_dataset=held_out, callbacks=[witness]).train()
+    labels = sum(label != -100 for row in held_out for label in row["labels"][1:])
+    assert witness.told == [
+        ("begin", 20), ("step", 1, True), ("evaluate", 1, labels), ("step", 2, True), ("evaluate", 2, labels),
+        ("save", "step_2"), ("end", 2),
+    ]  # fmt: skip
+    assert (outcome.steps, outcome.stopped, outcome.reason) == (2, False, "seen enough")
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ({}, (0, 0, 0, ())),
+        ({"eval_strategy": "steps", "logging_steps": 7}, (7, 0, 0, ())),
+        ({"evaluation_strategy": "steps", "eval_steps": 3, "early_stopping_patience": 2}, (3, 0, 2, ())),
+        ({"evaluation_strategy": "epoch", "eval_strategy": "epoch"}, (0, 1, 0, ())),
+        ({"report_to": "tensorboard"}, (0, 0, 0, ("tensorboard",))),
+        ({"report_to": ["none"]}, (0, 0, 0, ())),
+    ],
+)
+def test_arguments_of_evaluation(given, found, tmp_path):
+    s = lora_ms.TrainingArguments(tmp_path, **given).settings()
+    assert (s.eval_steps, s.eval_epochs, s.patience, s.report_to) == found
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"eval_strategy": "daily"}, "eval_strategy 'daily' is not supported; supported: no, steps, epoch"),
+        ({"eval_strategy": "steps", "evaluation_strategy": "epoch"}, "eval_strategy and evaluation_strategy differ"),
+        ({"early_stopping_patience": 1}, "early_stopping_patience needs evaluations: set eval_strategy"),
+        ({"eval_strategy": "steps", "eval_steps": 0}, "eval_steps and per_device_eval_batch_size want 1 or more"),
+        ({"report_to": ["tensorboard", "wandb"]}, "report_to 'wandb' is not supported; supported: none, tensorboard"),
+    ],
+)
+def test_arguments_that_contradict(given, reason, tmp_path):
+    with pytest.raises(lora_ms.LoraMsError, match=f"^{reason}"):
+        lora_ms.TrainingArguments(tmp_path, **given).settings()
+
+
+def test_what_a_trainer_does_not_take(tmp_path):
+    args = lora_ms.TrainingArguments(tmp_path, eval_strategy="epoch")
+    with pytest.raises(lora_ms.LoraMsError, match="eval_dataset is not: give Trainer the rows to evaluate"):
+        lora_ms.Trainer(None, args, [])
+    with pytest.raises(lora_ms.LoraMsError, match="callbacks want objects of a subclass of lora_ms.TrainerCallback"):
+        lora_ms.Trainer(None, lora_ms.TrainingArguments(tmp_path), [], callbacks=[Witness])

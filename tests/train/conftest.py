@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-TIMES = ("tokens_per_second", "step_time_s", "wait_share", "peak_memory_mb")
+TIMES = ("tokens_per_second", "step_time_s", "wait_share", "peak_memory_mb", "eval_time_s")
 
 
 @dataclass
@@ -23,7 +23,11 @@ class Finished:
 
     @property
     def losses(self) -> list[float]:
-        return [record["loss"] for record in self.records]
+        return [record["loss"] for record in self.records if "loss" in record]
+
+    @property
+    def evaluations(self) -> list[dict]:
+        return [record for record in self.records if "eval_loss" in record]
 
 
 def untimed(path: Path) -> list[dict]:
@@ -60,6 +64,7 @@ def train(graph_mode, reference, rows, settings) -> Callable[..., Finished]:
     """Trains LoRA on qwen2 (or ``name``): ``train(folder, dropout=…, plan={…}, prepare=…, **settings)``.
 
     plan: fields of the DataPlan to replace. prepare: called with the model before the run. callbacks: the run's.
+    held_out: rows to evaluate. sample: the Evaluator's.
     """
     import mindspore as ms
     from safetensors.numpy import load_file
@@ -67,13 +72,16 @@ def train(graph_mode, reference, rows, settings) -> Callable[..., Finished]:
     from lora_ms import runtime
     from lora_ms.adapters.config import LoraConfig
     from lora_ms.adapters.inject import inject
+    from lora_ms.data.store import TokenStore
     from lora_ms.models.hub import load_directory
     from lora_ms.tasks.weights import weights_of
-    from lora_ms.train.fit import fit, plan_rows
+    from lora_ms.train.evaluation import Evaluator
+    from lora_ms.train.fit import fit, held_out_plan, plan_rows
 
     def run(
-        path, dropout=0.0, plan=None, prepare=None, name="qwen2", dtype=ms.float32, data=rows, callbacks=(), **changes
-    ):
+        path, dropout=0.0, plan=None, prepare=None, name="qwen2", dtype=ms.float32, data=rows, callbacks=(),
+        held_out=None, sample=None, **changes,
+    ):  # fmt: skip
         path.mkdir(parents=True, exist_ok=True)
         chosen = settings(path, **changes)
         here, _ = runtime.setup("CPU", seed=chosen.seed)
@@ -85,7 +93,11 @@ def train(graph_mode, reference, rows, settings) -> Callable[..., Finished]:
         data_plan = plan_rows(data, None, chosen, here, 128)
         if plan:
             data_plan = dataclasses.replace(data_plan, **plan)
-        outcome = fit(model, data_plan, chosen, here, weights_of(model, config, None), 128, dtype, callbacks=callbacks)
+        evaluator = None
+        if held_out is not None:
+            evaluator = Evaluator(model, held_out_plan(TokenStore.of(held_out), 4, None, 16, here), 128, sample)
+        weights = weights_of(model, config, None)
+        outcome = fit(model, data_plan, chosen, here, weights, 128, dtype, None, evaluator, callbacks)
         return Finished(path, outcome, untimed(path), load_file(path / "adapter" / "adapter_model.safetensors"))
 
     return run

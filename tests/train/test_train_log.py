@@ -83,7 +83,40 @@ def test_lines_where_there_is_no_terminal(capsys):
     assert capsys.readouterr().out == "step   2/100  epoch 0.50  loss 1.0000  1,235 tok/s  lr 1.00e-03  norm 0.50\n"
 
 
-def test_a_plot_of_a_single_step(tmp_path):
-    plot_loss([{"step": 1, "loss": 2.0}], tmp_path / "loss.png")
+STEPS = [{"step": n, "loss": 4.0 / n, "grad_norm": 1.0 + n % 2, "learning_rate": 1e-3 / n} for n in range(1, 61)]
+SCORED = [{"step": n, "eval_loss": 4.4 / n} for n in (20, 40, 60)]
+OVERFLOWN = {"step": 1, "loss": None, "grad_norm": None, "learning_rate": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("records", "lines", "names"),
+    [
+        # lines in the three panels: loss (each step, their mean, evaluation), learning rate, gradient norm
+        (STEPS + SCORED, (60, 60, 3, 60, 60), ["training step", "mean of the steps around", "evaluation"]),
+        (STEPS[:5], (5, 5, 5), ["training step"]),
+        ([{"step": 1, "loss": 2.0}], (1, 0, 0), ["training step"]),
+        ([OVERFLOWN, *STEPS[1:3], SCORED[0]], (2, 1, 3, 2), ["training step", "evaluation"]),
+        ([OVERFLOWN], (0, 1, 0), ["training step"]),
+    ],
+    ids=["all", "no evaluation", "one step", "an overflow", "overflows alone"],
+)
+def test_the_plots_lines(tmp_path, monkeypatch, records, lines, names):
+    """Three panels over one x axis, each with as many points as there are numbers."""
+    from matplotlib import pyplot
+
+    figures = []
+    monkeypatch.setattr(pyplot, "close", figures.append)
+    plot_loss(records, tmp_path / "loss.png")
+    monkeypatch.undo()
+    (figure,) = figures
+    panels = figure.axes
+    found = [line for axes in panels for line in axes.get_lines()]
+    assert [len(line.get_xdata()) for line in found] == list(lines)
+    assert [axes.get_ylabel() for axes in panels] == ["loss (nats per label token)", "learning rate", "gradient norm"]
+    assert [text.get_text() for text in panels[0].get_legend().get_texts()] == names
+    assert len({axes.get_xlim() for axes in panels}) == 1
+    values = [r["loss"] for r in records if r.get("loss") is not None]
+    assert list(found[0].get_ydata()) == values
     assert (tmp_path / "loss.png").read_bytes()[:4] == b"\x89PNG"
     assert [p.name for p in tmp_path.iterdir()] == ["loss.png"]
+    pyplot.close(figure)

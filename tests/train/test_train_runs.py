@@ -106,7 +106,7 @@ def test_the_plot_is_a_picture(plain_run):
     data = (plain_run.path / "loss.png").read_bytes()
     assert data[:8] == b"\x89PNG\r\n\x1a\n" and len(data) > 5000
     picture = imread(plain_run.path / "loss.png")
-    assert picture.shape[:2] == (480, 840)
+    assert picture.shape[:2] == (840, 840)
     assert (picture[..., :3].min(-1) < 0.5).sum() > 500  # lines and letters
 
 
