@@ -25,6 +25,7 @@ INDEX = 12  # bytes that kernels keep of every number of a layer's hidden states
 GAPS = 1.05  # of the pool: what lies between its pieces
 LOGITS = 3  # matrices [chunk, vocabulary] alive at once in the loss
 CHUNK_NUMBERS = 1 << 24  # of the loss; train.step has it
+PART_NUMBERS = 1 << 24  # of the head that are widened at once; nn.product has it
 OPTIMIZER_WORK = 8  # vectors of all trainable numbers alive at once in the optimiser's graph
 
 
@@ -66,9 +67,14 @@ class Job:
     device: Literal["CPU", "Ascend"] = "CPU"
 
     @property
-    def width(self) -> int:
-        """Bytes of a number."""
+    def weight_width(self) -> int:
+        """Bytes of a weight."""
         return 2 if self.half else 4
+
+    @property
+    def width(self) -> int:
+        """Bytes of what flows between layers: float32 on the CPU, whatever the weights are."""
+        return 4 if self.device == "CPU" else self.weight_width
 
     @property
     def fused(self) -> bool:
@@ -177,7 +183,9 @@ def estimate(job: Job) -> Estimate:
     s, tokens, layers = job.sizes, job.lines * job.length, range(job.sizes.num_hidden_layers)
     count, again = trainable(job), {*job.again}
     chunk = min(tokens, max(16, CHUNK_NUMBERS // s.vocab_size))
-    logits = chunk * s.vocab_size * (10 if job.half else 4 * LOGITS) / MB
+    logits = chunk * s.vocab_size * (10 if job.width == 2 else 4 * LOGITS) / MB
+    if job.half and job.device == "CPU":  # weights widened, one matrix at a time
+        logits += 4 * PART_NUMBERS / MB
     inputs = len(again) * tokens * s.hidden_size * job.width / MB
     rest = inputs + sum(kept(job, i) for i in layers if i not in again) + tables(job)
     backward = rest + working(job) + max((kept(job, i) for i in again), default=0.0)
@@ -188,7 +196,7 @@ def estimate(job: Job) -> Estimate:
     of_loss = min(GAPS * logits, peak)
     return Estimate(
         libraries=LIBRARIES + TOKENIZER * job.tokenizer,
-        weights=parameters(s) * job.width / MB,
+        weights=parameters(s) * job.weight_width / MB,
         training=16 * count / MB if job.ranks is not None else 12 * count / MB,
         graphs=GRAPH + operators + index,
         activations=peak - of_loss,

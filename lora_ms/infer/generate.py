@@ -31,7 +31,9 @@ class _Step(nn.Cell):
         c = model.config
         group = c.num_attention_heads // c.num_key_value_heads
         self.model = model
-        self.cache = KVCache(c.num_hidden_layers, batch, c.num_key_value_heads, group, length, c.head_dim, model.dtype)
+        self.cache = KVCache(
+            c.num_hidden_layers, batch, c.num_key_value_heads, group, length, c.head_dim, model.model.stream
+        )
         self.argmax = ops.Argmax(-1, ms.int32)
 
     def construct(self, input_ids: Tensor, start: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:

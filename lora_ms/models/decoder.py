@@ -9,6 +9,7 @@ from lora_ms.nn.attention import Attention, attention_bias, uses_flash
 from lora_ms.nn.kernels import RowMask
 from lora_ms.nn.layers import MLP, Embedding, Head, RMSNorm, SplitEmbedding
 from lora_ms.nn.parallel import WHOLE, Shard
+from lora_ms.nn.product import stream_dtype
 from lora_ms.nn.rope import RotaryTables, inverse_frequencies
 
 
@@ -79,6 +80,7 @@ class Decoder(nn.Cell):
         c = config
         heads, kv_heads = c.num_attention_heads // shard.count, c.num_key_value_heads // shard.count
         self.num_heads, self.num_kv_heads = heads, kv_heads
+        self.dtype, self.stream = dtype, stream_dtype(dtype)
         if shard.count > 1:
             self.embed_tokens: Embedding = SplitEmbedding(c.vocab_size, c.hidden_size, dtype, shard)
         else:
@@ -86,24 +88,24 @@ class Decoder(nn.Cell):
         self.layers = nn.CellList([DecoderLayer(c, dtype, shard) for _ in range(c.num_hidden_layers)])
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype)
         inv_freq = inverse_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
-        self.rotary_tables = RotaryTables(c.head_dim, heads, kv_heads, inv_freq, dtype)
+        self.rotary_tables = RotaryTables(c.head_dim, heads, kv_heads, inv_freq, self.stream)
         self.row_mask = RowMask(heads, kv_heads, uses_flash(c.flash_attention, dtype))
 
     def construct(self, input_ids: Tensor, position_ids: Tensor, bias: Tensor, rows: Tensor | None = None) -> Tensor:
         rope = self.rotary_tables(position_ids.reshape((-1,)))
-        x = self.embed_tokens(input_ids.reshape((-1,)))  # [t, h]
+        x = self.embed_tokens(input_ids.reshape((-1,))).astype(self.stream)  # [t, h]
         for layer in self.layers[:-1]:
             x = layer(x, rope, bias)
-        return self.norm(self.layers[-1](x, rope, bias, rows))
+        return self.norm(self.layers[-1](x, rope, bias, rows)).astype(self.dtype)
 
     def cached(self, input_ids: Tensor, cache: nn.Cell, start: Tensor, padding: Tensor) -> Tensor:
         """New tokens input_ids [b, s], from slot ``start`` [] of ``cache`` on -> [b * s, h] (see ``KVCache``)."""
         positions, rows, bias = cache(start, padding, input_ids.shape[1])
         rope = self.rotary_tables(positions)
-        x = self.embed_tokens(input_ids.reshape((-1,)))
+        x = self.embed_tokens(input_ids.reshape((-1,))).astype(self.stream)
         for i in range(len(self.layers)):
             x = self.layers[i].cached(x, rope, bias, cache, i, rows)
-        return self.norm(x)
+        return self.norm(x).astype(self.dtype)
 
 
 class CausalLM(nn.Cell):

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from lora_ms.nn import lowrank
 from lora_ms.nn.draws import DropoutKernel
 from lora_ms.nn.kernels import ColumnScaleKernel, LowRankKernel
+from lora_ms.nn.product import WeightMatMul
 
 
 def default_a() -> HeUniform:
@@ -80,6 +81,7 @@ class LoRADense(nn.Dense):
         self.scaling = Parameter(scaling, name="scaling", requires_grad=False)
         self.lora_dropout = DropoutKernel(lora_dropout)
         self.low_rank = LowRankKernel()
+        self.weight_product = WeightMatMul()
         self.add_bias = ops.BiasAdd()
         self.compute_dtype = compute_dtype
         self.base_class, self.trains_bias = nn.Dense, False
@@ -200,7 +202,7 @@ class LoRADense(nn.Dense):
         update, _ = self.low_rank(self.lora_dropout(x), a.astype(x.dtype), b.astype(x.dtype), scaling)
         if self.has_lora_bias:
             update = self.add_bias(update, self.lora_bias.astype(x.dtype) * scaling)
-        return self.matmul(x, self.weight.astype(x.dtype)) + update
+        return self.weight_product(x, self.weight) + update
 
     def whole_weight(self) -> Tensor:
         """``W + scaling B A`` [out, in] in the graph: for the head, whose product the loss forms in chunks."""

@@ -5,6 +5,7 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 
 from lora_ms.nn.parallel import Shard
+from lora_ms.nn.product import HeadProduct
 
 IGNORE_INDEX = -100  # a label that teaches nothing
 
@@ -24,6 +25,7 @@ class SummedCrossEntropy(nn.Cell):
         super().__init__()
         self.chunk_rows = chunk_rows
         self.matmul = ops.MatMul()
+        self.head_product = HeadProduct()
         self.matmul_t = ops.MatMul(transpose_b=True)
         self.t_matmul = ops.MatMul(transpose_a=True)
         self.softmax = ops.Softmax(-1)
@@ -32,14 +34,15 @@ class SummedCrossEntropy(nn.Cell):
     def chunk(self, hidden: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         valid = (targets >= 0).astype(ms.float32).reshape((-1, 1))  # [c, 1]
         index = ops.maximum(targets, 0)
-        logits = self.matmul_t(hidden, head).astype(ms.float32)  # [c, v]
+        logits = self.head_product.logits(hidden, head)  # [c, v]
         probs = self.softmax(logits)
         # log-sum-exp from the largest logit, whose probability is at least 1/v and so never underflows
         top, top_logit = self.max(logits)
         log_sum = top_logit - ops.log(ops.gather_elements(probs, 1, top))  # [c, 1]
         loss = (log_sum - ops.gather_elements(logits, 1, index.reshape((-1, 1)))) * valid
         # (probs - onehot) head = probs head - head[target]
-        grad = self.matmul(probs.astype(head.dtype), head) - ops.gather(head, index, 0)
+        grad = self.head_product.mixed(probs, head)
+        grad = grad - ops.gather(head, index, 0).astype(grad.dtype)
         right = (top.reshape((-1,)) == targets).astype(ms.float32)
         return loss.sum(), grad.astype(ms.float32) * valid, right.sum()
 

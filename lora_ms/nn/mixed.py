@@ -7,6 +7,8 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from numpy.typing import NDArray
 
+from lora_ms.nn.product import WeightMatMul
+
 
 class Factors(NamedTuple):
     """One adapter of one layer: A [rank, in], B [out, rank] and the number that scales their product."""
@@ -45,6 +47,7 @@ class MixedLoRADense(nn.Dense):
         self.fill(factors)
         self.product = ops.MatMul()
         self.product_t = ops.MatMul(transpose_b=True)
+        self.weight_product = WeightMatMul()
 
     def fill(self, factors: dict[int, Factors]) -> None:
         """Takes over the numbers of adapters of the ranks that the cell was made for."""
@@ -62,7 +65,7 @@ class MixedLoRADense(nn.Dense):
         gate = self.product(self.choice, self.spread).astype(x.dtype).reshape((rows, 1, ranks))
         gate = ops.tile(gate, (1, x.shape[0] // rows, 1)).reshape((-1, ranks))  # [t, ranks]
         low = self.product_t(x, self.lora_a.astype(x.dtype)) * gate
-        y = self.product_t(x, self.weight) + self.product_t(low, self.lora_b.astype(x.dtype))
+        y = self.weight_product(x, self.weight) + self.product_t(low, self.lora_b.astype(x.dtype))
         return self.bias_add(y, self.bias) if self.has_bias else y
 
 

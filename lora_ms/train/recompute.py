@@ -20,7 +20,7 @@ class _Finish(nn.Cell):
         self.loss, self.loss_scale = loss, loss_scale
 
     def construct(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        hidden = self.loss.model.model.norm(x)
+        hidden = self.loss.model.model.norm(x).astype(self.loss.model.dtype)
         loss = self.loss.cross_entropy(hidden, self.loss.model.head_weight(), targets)[0]
         return loss * self.loss_scale.astype(ms.float32), loss
 
@@ -76,7 +76,8 @@ class LayerGradients(nn.Cell):
         decoder, count = self.decoder, len(self.again)
         rope, bias = decoder.rotary_tables(position_ids.reshape((-1,))), decoder.row_mask(position_ids)
         flat_ids = input_ids.reshape((-1,))
-        x = decoder.embed_tokens(flat_ids)
+        embedded = decoder.embed_tokens(flat_ids)
+        x = embedded.astype(decoder.stream)
         inputs = []
         for i in range(count):
             inputs.append(x)
@@ -92,7 +93,9 @@ class LayerGradients(nn.Cell):
             grad, own = self.backward(i, x, rope, bias, target_index, grad)
             found = own + found
         if self.lowest == 0:
-            found = self.of_weights(decoder.embed_tokens, self.weights[0])(flat_ids, grad) + found
+            found = (
+                self.of_weights(decoder.embed_tokens, self.weights[0])(flat_ids, grad.astype(embedded.dtype)) + found
+            )
         return loss, tuple([ops.addn([found[k] for k in places]) for places in self.places])
 
 
