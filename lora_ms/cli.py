@@ -176,6 +176,12 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 
+def _few_compilers() -> None:
+    # Ascend's operator compiler starts a process for each core, of some hundred MB each
+    for name in ("MAX_COMPILE_CORE_NUMBER", "TE_PARALLEL_COMPILER"):
+        os.environ.setdefault(name, "1")
+
+
 def _dispatch(command: str | None, args: argparse.Namespace, free_form: list[str]) -> int:
     from lora_ms.config import load_config
 
@@ -187,6 +193,8 @@ def _dispatch(command: str | None, args: argparse.Namespace, free_form: list[str
         from lora_ms.tasks import parallel
 
         return parallel.serve()
+    if config.context.low_memory:
+        _few_compilers()
     command = command or {"train": "finetune"}.get(config.run_mode, config.run_mode)
     if config.backend == "mindformers" and command in ("finetune", "eval"):
         from lora_ms.tasks import bridge

@@ -81,6 +81,7 @@ FLAGS: dict[str, list[tuple[str, str, Any, str, str]]] = {
         ("profile", "profile", flag_bool, "BOOL", "what the first steps' time goes to"),
         ("use_parallel", "use_parallel", flag_bool, "BOOL", "all cards that msrun started"),
         ("device_target", "context.device_target", str, "NAME", "auto, Ascend or CPU"),
+        ("low_memory", "context.low_memory", flag_bool, "BOOL", "float16 weights, row by row, recomputed layers"),
         ("device_id", "context.device_id", flag_int, "N", "which card"),
     ],
     "generation": [

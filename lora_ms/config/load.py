@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from lora_ms.config.presets import PRESETS
+from lora_ms.config.presets import LOW_MEMORY, PRESETS
 from lora_ms.config.problems import describe
 from lora_ms.config.schema import MINDFORMERS_SECTIONS, RunConfig, key_of, move_pet_config, without_effect
 from lora_ms.config.values import Section
@@ -53,6 +53,7 @@ def load_config(
         _set(data, *_split_override(text))
     if data.get("run_mode", "finetune") in ("finetune", "train"):
         _require_pet_config(data, path)
+    lower_memory(data)
     theirs = {}
     if data.get("backend") == "mindformers":
         theirs = {key: data.pop(key) for key in MINDFORMERS_SECTIONS if data.get(key) is not None}
@@ -64,6 +65,24 @@ def load_config(
         overridden = preset or options or free_form or any(value is not None for value in (flags or {}).values())
         source = f"{path or 'configuration'}{' with the command line' if path and overridden else ''}"
         raise LoraMsError(f"{source}: {describe(problem)}") from problem
+
+
+def lower_memory(data: dict[str, Any]) -> None:
+    """Fills in what ``context.low_memory`` asks for; the batch becomes micro-batches of one row, the step stays."""
+    if str((data.get("context") or {}).get("low_memory", False)) not in ("True", "true"):
+        return
+    for key, value in LOW_MEMORY.items():
+        *sections, name = key.split(".")
+        place = data
+        for section in sections:
+            place = place.get(section) or {}
+        if place.get(name) is None:
+            _set(data, key, value)
+    runner = data.get("runner_config") or {}
+    rows = runner.get("batch_size") or (data.get("train_dataset") or {}).get("batch_size") or 1
+    if type(rows) is int and rows > 1:
+        _set(data, "runner_config.gradient_accumulation_steps", rows * runner.get("gradient_accumulation_steps", 1))
+        _set(data, "runner_config.batch_size", 1)
 
 
 def dump_config(config: RunConfig, path: str) -> None:

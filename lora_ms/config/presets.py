@@ -1,5 +1,9 @@
 """Named settings for ``--preset``: they override the YAML, and flags override them."""
 
+# What context.low_memory stands for, where the YAML and the flags say nothing else. The rows of a step stay: those of a
+# micro-batch are taken one after another (load.lower_memory).
+LOW_MEMORY = {"model.model_config.compute_dtype": "float16", "recompute_config.recompute": True}
+
 PRESETS = {
     # Hundreds of rows: few adapter parameters and much dropout, against learning them by heart.
     "small_dataset": {

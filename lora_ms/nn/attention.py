@@ -5,14 +5,14 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 
 from lora_ms.nn.heads import SwapKernel
-from lora_ms.nn.kernels import MASKED, AttentionKernel, FlashAttentionKernel, RotaryKernel, on_ascend
+from lora_ms.nn.kernels import MASKED, AttentionKernel, FlashAttentionKernel, RotaryKernel, fuses
 from lora_ms.nn.layers import RMSNorm, dense
 from lora_ms.nn.parallel import WHOLE, Shard, enter, leave
 
 
 def uses_flash(flash_attention: bool, dtype: ms.Type) -> bool:
     """Whether attention is the fused operator's; ``flash_attention``: it is wanted."""
-    return flash_attention and dtype == ms.float16 and on_ascend()
+    return flash_attention and dtype == ms.float16 and fuses()
 
 
 def attention_bias(attention_mask: Tensor | None, batch: int, seq: int, num_heads: int, num_kv_heads: int) -> Tensor:

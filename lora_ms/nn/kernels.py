@@ -17,8 +17,22 @@ MASKED = -1e9  # added to a forbidden score; finite, so that a row of padding gi
 
 
 def on_ascend() -> bool:
-    """Whether fused Ascend operators are used; asked once, when a cell is made."""
+    """Whether the device is an Ascend card; asked once, when a cell is made."""
     return ms.get_context("device_target") == "Ascend"
+
+
+_plain = False
+
+
+def use_plain_operators(wanted: bool) -> None:
+    """Whether cells made from now on do without Ascend's fused operators, which the 310B lacks in training."""
+    global _plain
+    _plain = wanted
+
+
+def fuses() -> bool:
+    """Whether cells take fused operators; asked once, when a cell is made."""
+    return on_ascend() and not _plain
 
 
 class RMSNormKernel(nn.Cell):
@@ -31,7 +45,7 @@ class RMSNormKernel(nn.Cell):
     def __init__(self, eps: float):
         super().__init__()
         self.eps = eps
-        self.fused = on_ascend()
+        self.fused = fuses()
         self.mean = ops.ReduceMean(keep_dims=True)
         self.outer = ops.MatMul()
         self.t_matmul = ops.MatMul(transpose_a=True)

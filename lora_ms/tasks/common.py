@@ -15,6 +15,7 @@ from lora_ms.data.example import IGNORE_INDEX
 from lora_ms.errors import LoraMsError
 from lora_ms.models import hub
 from lora_ms.models.decoder import CausalLM, DecoderConfig
+from lora_ms.nn.kernels import use_plain_operators
 from lora_ms.nn.parallel import WHOLE, Shard
 from lora_ms.runtime import Runtime
 from lora_ms.tasks import parallel
@@ -47,6 +48,7 @@ def start(config: RunConfig) -> Runtime:
         context.enable_graph_kernel,
         config.parallel_config.model_parallel,
     )
+    use_plain_operators(context.low_memory)
     notices += parallel.notices(config, runtime)
     if runtime.is_main:
         for line in (*config.notices(), *notices):
