@@ -95,7 +95,7 @@ def train(graph_mode, reference, rows, settings) -> Callable[..., Finished]:
             data_plan = dataclasses.replace(data_plan, **plan)
         evaluator = None
         if held_out is not None:
-            evaluator = Evaluator(model, held_out_plan(TokenStore.of(held_out), 4, None, 16, here), 128, sample)
+            evaluator = Evaluator(model, held_out_plan(TokenStore.of(held_out), 4, None, 16, here), 128, here, sample)
         weights = weights_of(model, config, None)
         outcome = fit(model, data_plan, chosen, here, weights, 128, dtype, None, evaluator, callbacks)
         return Finished(path, outcome, untimed(path), load_file(path / "adapter" / "adapter_model.safetensors"))

@@ -7,9 +7,9 @@ import pytest
 
 from lora_ms.errors import LoraMsError
 from lora_ms.train import profile as profile_module
-from lora_ms.train.callbacks import Record, RunState
+from lora_ms.train.callbacks import Evaluation, Record, RunState
 from lora_ms.train.profile import Cost, Profiling, read_costs, table
-from lora_ms.train.watch import TensorBoard
+from lora_ms.train.watch import Summaries, TensorBoard
 
 
 def state_at(step: int, folder: Path, total: int = 10) -> RunState:
@@ -77,6 +77,19 @@ def test_a_folder_that_cannot_be_is_an_error(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(LoraMsError, match=f"^report_to tensorboard: cannot write {tmp_path / 'file'}: File exists$"):
         TensorBoard(tmp_path / "file", 1).on_train_begin(state_at(0, tmp_path))
+
+
+def test_other_ranks_write_and_say_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(profile_module, "profile", Fake)
+    monkeypatch.setattr(Fake, "calls", [])
+    state = RunState(None, tmp_path, 2, False)
+    for looking in (TensorBoard(tmp_path, 1), Summaries(tmp_path, 1), Profiling(tmp_path, 1, 2)):
+        looking.on_train_begin(state)
+        for state.step in (1, 2):
+            looking.on_step_end(state, record(state.step))
+        looking.on_evaluate(state, Evaluation(2, 1.0, 2.0, 7.4, 0.5, 40, 0.1))
+        looking.on_train_end(state)
+    assert list(tmp_path.iterdir()) == Fake.calls == [] and capsys.readouterr().out == ""
 
 
 CPU = "op_type,type_occurrences,execution_frequency(per-step),total_compute_time,avg_time(ms),percent\n"
