@@ -19,10 +19,16 @@ OUR_TOP = (
     "processor",
     "eval_dataset_task",
     "evaluation",
+    "report_to",
 )
-OUR_RUNNER = ("max_steps", "logging_steps")
+OUR_RUNNER = ("max_steps", "logging_steps", "adaptive_batch")
 OUR_CONTEXT = ("enable_graph_kernel",)
 OUR_MODEL = ("type", "pet_config", "head_dim", "max_new_tokens", "temperature", "checkpoint_name_or_path")
+# of ours, what changes nothing here
+IDLE = (
+    *("report_to", "evaluation", "runner_config.adaptive_batch", "context.enable_graph_kernel"),
+    *(f"{name}_dataset.{key}" for name in ("train", "eval") for key in ("packing", "length_buckets")),
+)
 DATASET = (
     "num_parallel_workers python_multiprocessing drop_remainder repeat numa_enable prefetch_size seed auto_tune "
     "filepath_prefix autotune_per_step profile"
@@ -104,6 +110,18 @@ def dataset(given: dict, file: str, train: bool) -> dict:
     shuffle = given.get("data_loader", {}).get("shuffle", train)
     loader = {"type": "MindDataset", "dataset_dir": file, "shuffle": shuffle}
     return {"drop_remainder": train, **kept, "data_loader": loader, "input_columns": ["input_ids", "labels"]}
+
+
+def idle(given: dict) -> list[str]:
+    """Of the keys that the user gave: those of ours that change nothing here, where they ask for something."""
+    found = []
+    for key in IDLE:
+        here: Any = given
+        for part in key.split("."):
+            here = here.get(part) if isinstance(here, dict) else None
+        if here is True or (here and here != 1):
+            found.append(key)
+    return found
 
 
 def everywhere(settings: dict) -> list[str]:

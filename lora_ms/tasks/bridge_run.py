@@ -174,7 +174,9 @@ class Run:
             found.setdefault("load_ckpt_format", "safetensors")
         found["run_mode"], found["seed"] = "finetune", c.seed
         found["runner_config"]["batch_size"] = c.batch_size
-        lines = settings.everywhere(found)
+        idle = settings.idle(self.given)
+        lines = [f"no effect with backend mindformers: {', '.join(idle)}"] if idle else []
+        lines += settings.everywhere(found)
         lines += [f"on the CPU: {line}" for line in settings.on_cpu(found, self.llama)] if self.on_cpu else []
         print(*lines, sep="\n", end="\n" if lines else "")
         found["model"] = {"model_config": {"type": "LlamaConfig", **self.llama}, "arch": {"type": "LlamaForCausalLM"}}

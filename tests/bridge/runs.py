@@ -44,6 +44,10 @@ MINDFORMERS = ("--backend", "mindformers")
 OURS = (*MINDFORMERS, "--pet_config.lora_impl", "lora_ms")
 SHORT = ("--max_steps", "4")
 CONCAT = ("--model.model_config.qkv_concat", "True", "--pet_config.target_modules", ".*w_qkv|.*w_gate_hidden|.*wo")
+GROUPS = (
+    *("--pet_config.layer_groups", "[{layers: 0, lora_rank: 8}, {layers: 1, lora_rank: 2}]"),
+    *("--pet_config.init_lora_weights", "pissa", "--pet_config.use_rslora", "True"),
+)
 LLAMA2 = {"hidden_size": 48, "num_layers": 2, "num_heads": 4, "vocab_size": 128, "intermediate_size": 96}
 # the published file on a tiny model: sizes from the command line alone
 PUBLISHED = (
@@ -80,6 +84,7 @@ def runs() -> dict[str, tuple[str, ...]]:
         "mindpet_llama3": (*start["llama3"], *MINDFORMERS),
         "ours_qwen2": (*start["qwen2"], *OURS),
         "ours_dora": (*start["dora"], *OURS, *SHORT),
+        "ours_groups": (*llama3, *OURS, *GROUPS, *SHORT, "--do_eval", "True"),
         "mindpet_concat": (*qwen2, *MINDFORMERS, *CONCAT, *SHORT, "--do_eval", "True"),
         "ours_concat": (*qwen2, *OURS, *CONCAT, *SHORT, "--do_eval", "True"),
     }
@@ -124,4 +129,6 @@ if __name__ == "__main__":
     evaluated = (*evaluated, "--eval_dataset_dir", "rows.jsonl", "--load_adapter")
     for name in ("mindpet_qwen2", "mindpet_concat", "ours_concat", "ours_dora"):
         tell(f"eval_{name}", main, (*evaluated, f"{name}/adapter"))
+    llama3 = tuple(str(REFERENCE / "models" / "llama3") if "qwen2" in word else word for word in evaluated)
+    tell("eval_ours_groups", main, (*llama3, "ours_groups/adapter"))
     tell("eval_mindformers", main, (*evaluated, "mindpet_qwen2/adapter", *MINDFORMERS))

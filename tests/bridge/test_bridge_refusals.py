@@ -166,6 +166,15 @@ def test_what_is_otherwise_on_a_cpu_is_said():
         settings.on_cpu(asked(use_parallel=True), {})
 
 
+def test_keys_of_ours_that_change_nothing_are_named():
+    given = {"train_dataset": {"packing": True, "length_buckets": 1}, "report_to": ["tensorboard"]}
+    given |= {"eval_dataset": {"packing": False}, "runner_config": {"batch_size": 2, "adaptive_batch": True}}
+    assert settings.idle(given) == ["report_to", "runner_config.adaptive_batch", "train_dataset.packing"]
+    found = asked(**given)
+    assert "report_to" not in found and "adaptive_batch" not in found["runner_config"]
+    assert "packing" not in found["train_dataset"]
+
+
 def test_tokens_and_labels_of_a_batch():
     labels = np.array([[-100, -100, 5, 6, -100], [-100, 7, -100, -100, -100], [-100] * 5])
     # four tokens are predicted in each row: up to the last label three, one and none

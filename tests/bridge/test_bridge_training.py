@@ -64,7 +64,7 @@ def runs(tmp_path_factory, python_env) -> Runs:
 
 
 def test_every_run_ends_well(runs):
-    assert len(runs.status) == 19
+    assert len(runs.status) == 21
     assert {name: runs.printed[name] for name, status in runs.status.items() if status} == {}
 
 
@@ -107,9 +107,9 @@ def test_what_a_step_reports(runs):
     assert (runs.folder / "mindpet_qwen2" / "loss.png").stat().st_size > 1000
 
 
-@pytest.mark.parametrize("name", ["mindpet_qwen2", "mindpet_concat", "ours_concat"])
+@pytest.mark.parametrize("name", ["mindpet_qwen2", "mindpet_concat", "ours_concat", "ours_groups"])
 def test_the_exported_adapter_says_what_mindformers_model_says(runs, name):
-    """Joint matrices, too: MindFormers' model after training, and ours with the adapter, on the same rows."""
+    """Joint matrices and ranks by layer, too: MindFormers' model after training, and ours, on the same rows."""
     assert_allclose(runs.scores(f"eval_{name}"), runs.scores(name), rtol=1e-4)
 
 
