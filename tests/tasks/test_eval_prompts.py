@@ -51,7 +51,7 @@ def asked(text_model, answers, tmp_path_factory):
     references = [f"  {answers[0]}\n", "one", "me", "two", answers[4]]
     rows = [{"instruction": q, "output": a} for q, a in zip(QUESTIONS, references, strict=True)]
     file = write(folder / "questions.jsonl", rows)
-    words = ["--prompts_file", file, "--batch_size", 2, "--output_dir", folder / "out"]
+    words = ["--prompts_file", file, "--eval_dataset_dir", file, "--batch_size", 2, "--output_dir", folder / "out"]
     lines = printed(lambda: run("eval", text_model, *words))
     return folder, references, lines
 
@@ -92,6 +92,7 @@ def character_f(answers: list[str], references: list[str]) -> float:
 def test_the_scores(asked, answers):
     pytest.importorskip("sacrebleu")
     folder, references, lines = asked
+    assert lines[-3].startswith("loss ")  # of the same rows' label tokens
     assert lines[-2:] == [
         f"exact match 40.0% (2 of 5)  chrF {character_f(answers, references):.1f}",
         f"answers: {folder / 'out' / 'predictions.jsonl'}",
@@ -132,7 +133,10 @@ def test_without_sacrebleu_exact_match_alone(asked, text_model, tmp_path, monkey
     monkeypatch.setitem(sys.modules, "sacrebleu", None)
     flags = {"load_checkpoint": str(text_model), "output_dir": str(tmp_path), "run_mode": "eval"}
     flags |= {"evaluation.prompts_file": str(asked[0] / "questions.jsonl"), "runner_config.batch_size": 2}
-    speaker, quiz = Parrot(), evaluate.Quiz(load_config(None, flags=flags))
+    config = load_config(None, flags=flags)
+    speaker, quiz = Parrot(), evaluate.Quiz(config)
+    assert not evaluate.scored(config)  # without an eval_dataset the answers alone
+    assert evaluate.scored(load_config(None, flags={**flags, "evaluation.prompts_file": ""}))
     quiz.run(speaker, True)
     assert capsys.readouterr().out.splitlines() == [
         "exact match 20.0% (1 of 5)",
