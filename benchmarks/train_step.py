@@ -51,7 +51,8 @@ def ours(args):
     inject(model, LoraConfig(RANK, ALPHA, args.dropout, TARGETS))
     model.set_train(True)
     optimizer = FlatAdamW([p for p in model.get_parameters() if p.requires_grad])
-    micro = MicroStep(SummedLoss(model, args.vocab), optimizer)
+    again = range(args.layers if args.recompute else 0)
+    micro = MicroStep(SummedLoss(model, args.vocab), optimizer, again)
     data = [TokenRow(str(i), *pair) for i, pair in enumerate(zip(*rows(args), strict=True))]
     plan = DataPlan.build(
         data, batch_size=args.batch, accumulation=1, epochs=1, seed=0, shuffle=False, pad_id=0, seq_length=args.seq
@@ -94,6 +95,7 @@ def main() -> None:
     arguments.add_argument("--steps", type=int, default=15)
     arguments.add_argument("--dropout", type=float, default=0.0)
     arguments.add_argument("--graph_kernel", action="store_true", help="our side with context.enable_graph_kernel")
+    arguments.add_argument("--recompute", action="store_true", help="our side with recompute_config.recompute")
     args = arguments.parse_args()
     if not args.side:
         table(run_sides(os.path.abspath(__file__), args, sys.argv[1:]), FIGURES)
