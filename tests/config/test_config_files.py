@@ -22,6 +22,13 @@ SIZES = {
     "lora_qwen3_0_6b": (1024, 28, 16, 8, 128, 3072, 151936, 1e-6, 1e6, None, True),
     "lora_qwen3_8b": (4096, 36, 32, 8, 128, 12288, 151936, 1e-6, 1e6, None, False),
     "lora_deepseek_r1_distill_qwen_1_5b": (1536, 28, 12, 2, None, 8960, 151936, 1e-6, 1e4, True, False),
+    **{
+        f"lora_deepseek_r1_distill_qwen_1_5b_orangepi_{gb}gb": (
+            *(1536, 28, 12, 2, None, 8960, 151936),
+            *(1e-6, 1e4, True, False),
+        )
+        for gb in (8, 16, 24)
+    },
     "lora_tiny": (None,) * 11,
     "adalora_tiny": (None,) * 11,
     "dora_tiny": (None,) * 11,
@@ -135,6 +142,16 @@ def test_shipped_yaml_has_the_published_sizes_and_no_idle_key(path, tmp_path):
 
 def test_every_expected_yaml_is_there():
     assert sorted(path.stem for path in FILES) == sorted(SIZES)
+
+
+@pytest.mark.parametrize(("gb", "length"), [(8, 64), (16, 256), (24, 512)])
+def test_orange_pi_settings(gb, length):
+    """The course's adapter, and lines that fit the board."""
+    name = f"configs/deepseek_r1_distill/lora_deepseek_r1_distill_qwen_1_5b_orangepi_{gb}gb.yaml"
+    config = load_config(str(ROOT / name))
+    assert (config.context.low_memory, config.recompute_config.recompute, config.batch_size) == (True, True, 1)
+    assert (config.pet_config.lora_rank, config.pet_config.lora_alpha, config.pet_config.lora_dropout) == (8, 32, 0.1)
+    assert (config.model.sizes.compute_dtype, config.model.sizes.seq_length) == ("float16", length)
 
 
 def test_court_drama_settings():
