@@ -63,8 +63,10 @@ if [ -w $V1 ] && [ -e $V1/memory.limit_in_bytes ]; then
     group=$V1/lora_ms_$$
     mkdir $group
     echo $((LIMIT * 1024 * 1024)) >$group/memory.limit_in_bytes
-    echo $$ >$group/cgroup.procs
-    exec "$@"
+    status=0
+    (echo $BASHPID >$group/cgroup.procs && exec "$@") || status=$?
+    rmdir $group 2>/dev/null || true
+    exit $status
 elif command -v systemd-run >/dev/null && systemd-run --user --scope true 2>/dev/null; then
     exec systemd-run --user --scope --quiet -p "MemoryMax=${LIMIT}M" "$@"
 fi
