@@ -6,6 +6,7 @@ There, what flows between products is float32, and a weight is widened when it i
 """
 
 import mindspore as ms
+import numpy as np
 from mindspore import Tensor, nn, ops
 
 from lora_ms.nn.kernels import on_ascend
@@ -48,6 +49,13 @@ class HeadProduct(nn.Cell):
         self.product = ops.MatMul()
         self.product_t = ops.MatMul(transpose_b=True)
 
+    def part(self, head: Tensor, start: int, rows: int, ready: Tensor) -> Tensor:
+        """Rows of the head in float32, once ``ready`` is there; a gather, as slices are taken in float32 alone."""
+        index = np.arange(start, min(start + rows, head.shape[0]), dtype=np.int32)
+        # no number is above infinity; ops.depend on a parameter is optimised away
+        nothing = (ready.reshape((-1,))[:1] > np.inf).astype(ms.int32)
+        return ops.gather(head, Tensor(index, ms.int32) + nothing, 0).astype(ms.float32)
+
     def logits(self, hidden: Tensor, head: Tensor) -> Tensor:
         """hidden [c, h] -> [c, v] float32."""
         if head.dtype == ms.float32 or not self.wide:
@@ -56,7 +64,7 @@ class HeadProduct(nn.Cell):
         parts: list[Tensor] = []
         for start in range(0, head.shape[0], rows):
             ready = parts[-1] if parts else x
-            parts.append(self.product_t(x, ops.depend(head, ready)[start : start + rows].astype(ms.float32)))
+            parts.append(self.product_t(x, self.part(head, start, rows, ready)))
         return ops.concat(parts, 1)
 
     def mixed(self, probs: Tensor, head: Tensor) -> Tensor:
@@ -64,10 +72,9 @@ class HeadProduct(nn.Cell):
         if head.dtype == ms.float32 or not self.wide:
             return self.product(probs.astype(head.dtype), head)
         rows = max(1, PART_NUMBERS // head.shape[1])
-        total = self.product(probs[:, :rows], ops.depend(head, probs)[:rows].astype(ms.float32))
+        total = self.product(probs[:, :rows], self.part(head, 0, rows, probs))
         for start in range(rows, head.shape[0], rows):
-            part = ops.depend(head, total)[start : start + rows].astype(ms.float32)
-            total = total + self.product(probs[:, start : start + rows], part)
+            total = total + self.product(probs[:, start : start + rows], self.part(head, start, rows, total))
         return total
 
 
