@@ -19,6 +19,7 @@ YAML = str(ROOT / "configs/tiny/lora_tiny.yaml")
 FLAGS = [
     ("--mode 1", "context.mode", 1),
     ("--device_id 3", "context.device_id", 3),
+    ("--low_memory True", "context.low_memory", True),
     ("--device_target Ascend", "context.device_target", "Ascend"),
     ("--run_mode train", "run_mode", "train"),
     ("--do_eval True", "do_eval", True),
