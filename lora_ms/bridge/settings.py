@@ -22,11 +22,11 @@ OUR_TOP = (
     "report_to",
 )
 OUR_RUNNER = ("max_steps", "logging_steps", "adaptive_batch")
-OUR_CONTEXT = ("enable_graph_kernel",)
+OUR_CONTEXT = ("enable_graph_kernel", "low_memory")
 OUR_MODEL = ("type", "pet_config", "head_dim", "max_new_tokens", "temperature", "checkpoint_name_or_path")
 # of ours, what changes nothing here
 IDLE = (
-    *("report_to", "evaluation", "runner_config.adaptive_batch", "context.enable_graph_kernel"),
+    *("report_to", "evaluation", "runner_config.adaptive_batch", "context.enable_graph_kernel", "context.low_memory"),
     *(f"{name}_dataset.{key}" for name in ("train", "eval") for key in ("packing", "length_buckets")),
 )
 DATASET = (

@@ -15,8 +15,8 @@ from lora_ms.errors import LoraMsError
 
 IGNORED = -100  # label that carries no loss
 
-# step from 1, loss, gradient norm, learning rate, tokens, label tokens
-Report = Callable[[int, float, float | None, float, int, int], None]
+# step from 1, loss, gradient norm, learning rate, tokens, label tokens -> whether the run is to end
+Report = Callable[[int, float, float | None, float, int, int], bool]
 
 
 class PortableTrainOneStepCell(nn.TrainOneStepCell):
@@ -59,15 +59,15 @@ def register(package: SimpleNamespace) -> None:
 
 
 class StepReport(Callback):
-    """Calls ``begin`` first, and ``report`` after every step; stops after ``max_steps`` of them (-1: at the end), and
-    at a loss that is not finite.
+    """Calls ``begin`` first, and ``report`` after every step; stops where that says so, and at a loss that is not
+    finite.
 
     tokens: of a batch, padding included; reported where the batch itself is not to be seen.
     """
 
-    def __init__(self, begin: Callable[[], None], report: Report, max_steps: int, tokens: int):
+    def __init__(self, begin: Callable[[], None], report: Report, tokens: int):
         super().__init__()
-        self.begin, self.report, self.max_steps, self.tokens = begin, report, max_steps, tokens
+        self.begin, self.report, self.tokens = begin, report, tokens
         self.first_loss = self.last_loss = float("nan")
         self.steps = 0
 
@@ -90,8 +90,7 @@ class StepReport(Callback):
         if not self.steps:
             self.first_loss = loss
         self.steps, self.last_loss = told.cur_step_num, loss
-        self.report(self.steps, loss, norm, rate or 0.0, tokens, labels)
-        if self.steps == self.max_steps:
+        if self.report(self.steps, loss, norm, rate or 0.0, tokens, labels):
             run_context.request_stop()
 
 

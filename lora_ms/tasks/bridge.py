@@ -16,7 +16,7 @@ from lora_ms.config import PetConfig, RunConfig, dump_config
 from lora_ms.errors import LoraMsError
 from lora_ms.runtime import peak_memory_mb
 from lora_ms.tasks import common, data
-from lora_ms.tasks.bridge_run import FOLDER, Rows, Run, check, explained, rows_of, start
+from lora_ms.tasks.bridge_run import FOLDER, Rows, Run, check, explained, rows_of, sizes_of, start
 from lora_ms.tasks.finetune import check_output
 from lora_ms.train.callbacks import Record, RunState
 from lora_ms.train.evaluation import Scores
@@ -34,13 +34,14 @@ class Screen:
         self.out, self.err, self.run, self.theirs = sys.stdout, sys.stderr, run, theirs
         self.reporter = Reporter(run.config.logging_steps)
         self.state = RunState(network, run.output_dir, 0, run.runtime.is_main)
-        self.per_epoch, self.clock = 0, 0.0
+        self.per_epoch, self.start, self.clock = 0, 0, 0.0
 
     def begin(self) -> None:
         """Training begins."""
         runner, most = self.theirs.runner_config, self.run.config.runner_config.max_steps
         self.per_epoch = self.theirs.data_size
         total = self.per_epoch * runner.origin_epochs
+        self.start = self.state.step = runner.initial_step or 0  # above 0 where a run is gone on with
         self.state.total_steps = min(total, most) if most > 0 else total
         with redirect_stdout(self.out), redirect_stderr(self.err):
             print(f"training with MindFormers' trainer: {self.state.total_steps:,} steps, {self.per_epoch:,} an epoch")
@@ -53,13 +54,13 @@ class Screen:
         if self.per_epoch:
             self.reporter.on_train_end(self.state)
 
-    def step(self, step: int, loss: float, norm: float | None, rate: float, tokens: int, labels: int) -> None:
-        """One step is done."""
+    def step(self, step: int, loss: float, norm: float | None, rate: float, tokens: int, labels: int) -> bool:
+        """One step is done; returns whether it was the last."""
         now = time.perf_counter()
         seconds, self.clock = now - self.clock, now
         record = Record(
-            step=step,
-            epoch=round(step / self.per_epoch, 4),
+            step=self.start + step,
+            epoch=round((self.start + step) / self.per_epoch, 4),
             loss=loss,
             grad_norm=norm,
             learning_rate=rate,
@@ -72,6 +73,7 @@ class Screen:
         )
         with redirect_stdout(self.out), redirect_stderr(self.err):
             self.reporter.on_step_end(self.state, record)
+        return record.step >= self.state.total_steps
 
 
 def run(config: RunConfig) -> None:
@@ -86,7 +88,7 @@ def run(config: RunConfig) -> None:
         raise LoraMsError("load_checkpoint is missing: give the model to put the adapter on")
     common.lora_config(pet)
     data.sources_of(config.train_dataset, "train")
-    sizes = common.read_sizes(config)
+    sizes = sizes_of(config)
     tokenizer = data.tokenizer_for(config, training=True)
     check_output(output_dir)
     with Tee() as log, ExitStack() as stack:
@@ -112,13 +114,13 @@ def run(config: RunConfig) -> None:
             network = this.network(theirs)
         print(this.describe(network, pet))
         screen = Screen(this, network, theirs)
-        callback = trainer.StepReport(screen.begin, screen.step, config.runner_config.max_steps, batch * this.length)
+        callback = trainer.StepReport(screen.begin, screen.step, batch * this.length)
         whole = model.shapes(network)
         try:
             with explained(file), package.silenced(log):
-                resume = asked["load_checkpoint"] or False
+                from_file = asked["load_checkpoint"] or None
                 theirs_trainer = this.package.Trainer(args=theirs, model=network, callbacks=[callback])
-                theirs_trainer.finetune(finetune_checkpoint=resume, do_eval=held_out is not None)
+                theirs_trainer.finetune(resume_from_checkpoint=from_file, do_eval=held_out is not None)
         finally:
             screen.end()
         print(f"loss {callback.first_loss:.4f} -> {callback.last_loss:.4f} in {callback.steps:,} steps")
@@ -147,7 +149,7 @@ def evaluate_model(config: RunConfig) -> None:
     package.found_version()
     if config.evaluation.prompts_file:
         raise LoraMsError("backend mindformers answers no prompts_file: leave it out, or the backend native")
-    sizes, tokenizer, output_dir = common.read_sizes(config), data.tokenizer_for(config), Path(config.output_dir)
+    sizes, tokenizer, output_dir = sizes_of(config), data.tokenizer_for(config), Path(config.output_dir)
     pet = None
     if config.load_adapter:
         factors, scale = read_peft(Path(config.load_adapter))

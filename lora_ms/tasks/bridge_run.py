@@ -24,7 +24,6 @@ from lora_ms.tasks import common, data
 from lora_ms.train.log import Tee
 
 FOLDER = "mindformers"  # below output_dir: the rows and the configuration that MindFormers is given
-FAULTS = (AttributeError, FileNotFoundError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
 # what only our own training does: key of pet_config, and the value that asks for nothing
 NATIVE_KEYS = {"loraplus_lr_ratio": 1.0, "neftune_noise_alpha": 0.0}
 # what MindPet's LoRA lacks
@@ -85,6 +84,14 @@ def start(config: RunConfig) -> Runtime:
     return runtime
 
 
+def sizes_of(config: RunConfig) -> DecoderConfig:
+    """The model's sizes; of a folder of MindFormers' checkpoints by the YAML, as of its files."""
+    path = Path(config.load_checkpoint)
+    if path.is_dir() and not (path / "config.json").is_file():
+        return common.decoder_config(config.model.sizes)
+    return common.read_sizes(config)
+
+
 def rows_of(config: RunConfig, name: str, sizes: DecoderConfig, tokenizer: Any, folder: Path) -> Rows:
     """The rows of ``train`` or ``eval`` as MindFormers reads them: of seq_length + 1 tokens in training, of seq_length
     in evaluation. Those that are not yet so are written to ``folder``."""
@@ -134,7 +141,9 @@ def explained(config_file: Path) -> Iterator[None]:
     """An error inside MindFormers as one line; its traceback is shown with --debug."""
     try:
         yield
-    except FAULTS as error:
+    except LoraMsError:
+        raise
+    except Exception as error:  # whatever another package stops at
         text = str(error).strip().splitlines() or [type(error).__name__]
         raise LoraMsError(f"MindFormers stopped: {text[0]} (its configuration: {config_file}; see run.log)") from error
 

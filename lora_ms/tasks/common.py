@@ -170,7 +170,10 @@ def build_model(config: RunConfig, sizes: DecoderConfig, dtype: ms.Type, shard: 
     if path.is_dir():
         return hub.load_directory(path, dtype, flash_attention=sizes.flash_attention, shard=shard)
     if config.model.sizes.qkv_concat:
-        raise LoraMsError(f"{path}: qkv_concat is not supported yet; give the model's Hugging Face directory")
+        raise LoraMsError(
+            f"{path}: qkv_concat is not supported; give the model's Hugging Face directory, or make one with "
+            f"lora-ms convert --input {path} --output DIR --load_checkpoint DIR_WITH_CONFIG_JSON"
+        )
     return hub.load_checkpoint(path, sizes, dtype, shard)
 
 

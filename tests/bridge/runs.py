@@ -17,6 +17,7 @@ import numpy as np
 import yaml
 
 from lora_ms.cli import main, run_mindformer
+from lora_ms.tasks import convert
 
 HERE = Path(__file__).parent
 REFERENCE = HERE.parent / "reference"
@@ -90,6 +91,17 @@ def runs() -> dict[str, tuple[str, ...]]:
     }
 
 
+def mindformers_sizes() -> tuple[str, ...]:
+    """Of the qwen2 model, as a YAML without a Hugging Face folder has to give them."""
+    hf = json.loads((REFERENCE / "models" / "qwen2" / "config.json").read_text())
+    rope = hf.get("rope_parameters") or hf
+    names = {"num_layers": "num_hidden_layers", "num_heads": "num_attention_heads", "n_kv_heads": "num_key_value_heads"}
+    same = ("hidden_size", "intermediate_size", "vocab_size", "rms_norm_eps", "tie_word_embeddings")
+    given = {key: hf[key] for key in same} | {key: hf[name] for key, name in names.items()}
+    given |= {"theta": rope["rope_theta"], "qkv_has_bias": True}
+    return tuple(f"--model.model_config.{key}={value}" for key, value in given.items())
+
+
 def write_rows(file: Path) -> None:
     """Forty rows of 7 to 13 tokens, of which the first few are not learnt."""
     rng = np.random.default_rng(0)
@@ -123,6 +135,13 @@ if __name__ == "__main__":
     tell("preprocess", main, ("preprocess", *rows, "--seq_length", str(SEQ), "--layout", "mindformers"))
     own = ("--train_dataset.data_loader.dataset_dir", "preprocess/train-00000.mindrecord")
     tell("own_file", main, ("finetune", "--config", "run.yaml", *runs()["mindpet_qwen2"], *own))
+    convert.run(rows[1], "own.safetensors")
+    started = ("finetune", "--config", "run.yaml", *runs()["mindpet_qwen2"], *mindformers_sizes())
+    tell("own_weights", main, (*started, "--load_checkpoint", "own.safetensors", *SHORT))
+    two = ("--epochs", "2", "--lr_schedule.total_steps", str(2 * STEPS))
+    tell("whole", main, ("finetune", "--config", "run.yaml", *runs()["native_qwen2"], *two))
+    tell("first", main, (*started, *two, "--max_steps", str(STEPS)))
+    tell("second", main, (*started, *two, "--load_checkpoint", "first/checkpoint", "--resume_training", "True"))
     tell("published_native", run_mindformer, PUBLISHED)
     tell("published_mindformers", run_mindformer, (*PUBLISHED, *MINDFORMERS))
     evaluated = ("eval", "--load_checkpoint", str(REFERENCE / "models" / "qwen2"), "--seq_length", str(SEQ))

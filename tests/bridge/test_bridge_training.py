@@ -64,7 +64,7 @@ def runs(tmp_path_factory, python_env) -> Runs:
 
 
 def test_every_run_ends_well(runs):
-    assert len(runs.status) == 21
+    assert len(runs.status) == 25
     assert {name: runs.printed[name] for name, status in runs.status.items() if status} == {}
 
 
@@ -96,6 +96,19 @@ def test_a_file_in_mindformers_layout_is_read_where_it_is(runs):
     assert not (runs.folder / "own_file" / "mindformers" / "train.mindrecord").exists()
     asked = yaml.safe_load((runs.folder / "own_file" / "mindformers" / "mindformers.yaml").read_text())
     assert asked["train_dataset"]["data_loader"]["dataset_dir"] == "preprocess/train-00000.mindrecord"
+
+
+def test_mindformers_own_weights(runs):
+    """A .safetensors file under MindFormers' names, read by MindFormers itself."""
+    assert len(runs.losses("own_weights")) == 4
+    assert runs.losses("own_weights")[0] == runs.losses("mindpet_qwen2")[0]
+
+
+def test_a_run_goes_on_from_mindformers_checkpoint(runs):
+    """Two halves give what our engine gives in one go: the optimiser's state came along."""
+    halves = runs.records("first") + runs.records("second")
+    assert [record["step"] for record in halves] == list(range(1, 2 * STEPS + 1))
+    assert_allclose([record["loss"] for record in halves], runs.losses("whole"), rtol=LOSS)
 
 
 def test_what_a_step_reports(runs):
