@@ -17,12 +17,19 @@ from lora_ms.nn.layers import Embedding, Head, RMSNorm
 from lora_ms.nn.lora import AdaLoRADense, DoRADense, LoRADense, default_a
 from lora_ms.nn.lora_embedding import DoRAEmbedding, LoRAEmbedding
 from lora_ms.nn.parallel import WHOLE, Shard, split_axis
+from lora_ms.nn.product import HalfDense
 from lora_ms.nn.trained import TrainedDense, TrainedEmbedding, TrainedHead, TrainedNorm
 
 ADAPTERS = (LoRADense, LoRAEmbedding)
 TRAINED = (TrainedHead, TrainedDense, TrainedEmbedding, TrainedNorm)
-TARGETS = (nn.Dense, Head, Embedding)  # exactly these: their subclasses are adapters
-COPIES = {nn.Dense: TrainedDense, Head: TrainedHead, Embedding: TrainedEmbedding, RMSNorm: TrainedNorm}
+TARGETS = (nn.Dense, HalfDense, Head, Embedding)  # exactly these: their subclasses are adapters
+COPIES = {
+    nn.Dense: TrainedDense,
+    HalfDense: TrainedDense,
+    Head: TrainedHead,
+    Embedding: TrainedEmbedding,
+    RMSNorm: TrainedNorm,
+}
 
 
 @dataclass(frozen=True)
@@ -138,7 +145,11 @@ def build(model: nn.Cell, config: LoraConfig, where: Mapping[str, Place], shard:
     for name, place in where.items():
         cells[name] = adapter_on(layers[name], config, place, starting_a(name, layers[name], place.lora_rank, shard))
     if config.bias == "all":
-        rest = {name: layer for name, layer in layers.items() if name not in cells and type(layer) is nn.Dense}
+        rest = {
+            name: layer
+            for name, layer in layers.items()
+            if name not in cells and COPIES.get(type(layer)) is TrainedDense
+        }
         cells |= {name: TrainedDense(layer, weight=False) for name, layer in rest.items() if layer.has_bias}
     return cells
 

@@ -6,15 +6,13 @@ from mindspore.common.initializer import initializer
 
 from lora_ms.nn.kernels import GatedSiLUKernel, RMSNormKernel
 from lora_ms.nn.parallel import WHOLE, Shard, enter, leave
-from lora_ms.nn.product import WeightBias, WeightMatMul, stream_dtype
+from lora_ms.nn.product import HalfDense, stream_dtype
 
 
 def dense(in_features: int, out_features: int, has_bias: bool, dtype: ms.Type) -> nn.Dense:
     """A ``nn.Dense`` whose weights are to be loaded, hence zero until then."""
-    layer = nn.Dense(in_features, out_features, "zeros", "zeros", has_bias, dtype=dtype)
-    if stream_dtype(dtype) != dtype:
-        layer.matmul, layer.bias_add = WeightMatMul(), WeightBias()
-    return layer
+    kind = nn.Dense if stream_dtype(dtype) == dtype else HalfDense
+    return kind(in_features, out_features, "zeros", "zeros", has_bias, dtype=dtype)
 
 
 class Head(nn.Dense):

@@ -87,3 +87,11 @@ class WeightBias(nn.Cell):
 
     def construct(self, x: Tensor, bias: Tensor) -> Tensor:
         return self.add(x, bias.astype(x.dtype))
+
+
+class HalfDense(nn.Dense):
+    """A dense layer whose weight and bias are in half precision, where what flows is in full."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.matmul, self.bias_add = WeightMatMul(), WeightBias()

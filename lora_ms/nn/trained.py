@@ -35,7 +35,7 @@ class TrainedDense(nn.Dense):
     def __init__(self, dense: nn.Dense, weight: bool = True, bias: bool = True):
         super().__init__(1, 1, has_bias=dense.has_bias, activation=dense.activation)
         self.in_channels, self.out_channels = dense.in_channels, dense.out_channels
-        self.base_dtype = dense.weight.dtype
+        self.base_class, self.base_dtype = type(dense), dense.weight.dtype
         self.weight = copied(dense.weight, "weight") if weight else dense.weight
         self.trains_weight, self.trains_bias = weight, bias and dense.has_bias
         if dense.has_bias:
@@ -49,7 +49,7 @@ class TrainedDense(nn.Dense):
         weight = Tensor(self.weight.asnumpy(), self.base_dtype)
         bias = Tensor(self.bias.asnumpy(), self.base_dtype) if self.has_bias else None
         shape = (self.in_channels, self.out_channels)
-        return nn.Dense(*shape, weight, bias, self.has_bias, self.activation, self.base_dtype)
+        return self.base_class(*shape, weight, bias, self.has_bias, self.activation, self.base_dtype)
 
     def construct(self, x: Tensor) -> Tensor:
         y = self.matmul(x.reshape((-1, x.shape[-1])), self.weight.astype(x.dtype))
