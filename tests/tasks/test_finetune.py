@@ -144,7 +144,8 @@ def test_log_is_what_was_printed(done, token_rows):
     tokens = sum(len(row["input_ids"]) for row in token_rows)
     assert lines[0].startswith(f"data: 8 rows, {tokens} tokens, ")
     assert lines[1].startswith("  padding ")
-    lines = [lines[0], *lines[2:]]
+    assert lines[2].startswith("memory: about ") and lines[2].endswith(" are free")
+    lines = [lines[0], *lines[3:]]
     assert lines[1:4] == [
         "LoRA on 4 modules: 3,584 of 73,792 parameters train (4.86%)",
         "training: 4 steps of 2 rows, 4 an epoch",
