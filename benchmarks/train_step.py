@@ -44,7 +44,7 @@ def ours(args):
     from lora_ms.models.hub import load_directory
     from lora_ms.runtime import setup
     from lora_ms.train.optim import FlatAdamW
-    from lora_ms.train.step import MicroStep, SummedLoss
+    from lora_ms.train.step import MicroStep, SummedLoss, compile_ahead
 
     setup("CPU", graph_kernel=args.graph_kernel)
     model = load_directory(args.model)
@@ -58,6 +58,7 @@ def ours(args):
         data, batch_size=args.batch, accumulation=1, epochs=1, seed=0, shuffle=False, pad_id=0, seq_length=args.seq
     )
     (batch,), count = plan.step(0)
+    compile_ahead(micro, *map(Tensor, batch[:4]))
     while True:
         loss = micro(*map(Tensor, batch[:4]))
         norm, _ = optimizer(Tensor(1e-4, ms.float32), Tensor(count, ms.float32))

@@ -21,7 +21,7 @@ from lora_ms.train.callbacks import Companion, Record
 from lora_ms.train.optim import FlatAdamW, learning_rate, loraplus_factors
 from lora_ms.train.recompute import recomputed_layers
 from lora_ms.train.settings import TrainSettings
-from lora_ms.train.step import MicroStep, SummedLoss
+from lora_ms.train.step import MicroStep, SummedLoss, compile_ahead
 
 MAX_SKIPPED = 50  # float16 steps in a row that may overflow before the run is given up
 
@@ -93,6 +93,7 @@ class Steps:
         model.set_train(True)
         again = recomputed_layers(s.recompute, len(model.model.layers))
         self.micro_step = MicroStep(SummedLoss(model, vocab_size, runtime.shard), self.optimizer, again)
+        self.compiled: set[tuple] = set()  # shapes of batches
         self.pending: list[_Pending] = []
         self.clock = self.waited = 0.0
         self.fed: Iterator[Step] = iter(())
@@ -169,7 +170,11 @@ class Steps:
         """
         if self.table is not None:
             self.table.fill(step, self.plan.rank + number * self.plan.world)
+        shapes = tuple(tuple(part.shape) for part in batch)
         with nullcontext() if self.noise is None else self.noise.on(batch[0].shape[1]):
+            if shapes not in self.compiled:
+                compile_ahead(self.micro_step, *batch)
+                self.compiled.add(shapes)
             return self.micro_step(*batch)
 
     def launch(self, step: int) -> None:
