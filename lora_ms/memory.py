@@ -4,10 +4,8 @@ Units: MB is 2^20 bytes. Constants were measured with MindSpore 2.9 on the CPU (
 from the same arithmetic and was not measured on hardware.
 """
 
-import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Literal, Protocol
 
 MB = 2**20
@@ -246,45 +244,3 @@ def remedies(job: Job, room: float) -> list[str]:
         if estimate(changed).total <= room:
             return found
     return []
-
-
-def _number(path: Path) -> int | None:
-    try:
-        return int(path.read_text())
-    except (OSError, ValueError):  # no such file, or "max"
-        return None
-
-
-def cgroup_limit(
-    root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
-) -> tuple[float, float] | None:
-    """The control group's limit and what is in use of it, MB; None where there is no limit."""
-    found: list[tuple[float, float]] = []
-    try:
-        lines = own.read_text().splitlines()
-    except OSError:
-        return None
-    for line in lines:
-        _, kinds, path = line.split(":", 2)
-        if kinds == "memory":  # version 1
-            base, limit, used = root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
-        elif kinds == "":
-            base, limit, used = root, "memory.max", "memory.current"
-        else:
-            continue
-        for folder in (base / path.lstrip("/"), base):
-            most, now = _number(folder / limit), _number(folder / used)
-            if most is not None and most < 1 << 60:
-                found.append((most / MB, (now or 0) / MB))
-    return min(found) if found else None
-
-
-def available() -> float:
-    """MB that a new process can have: what the system has left, or what the control group leaves."""
-    try:
-        text = Path("/proc/meminfo").read_text()
-        room = int(text.partition("MemAvailable:")[2].split()[0]) / 2**10
-    except (OSError, IndexError):
-        room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / MB
-    group = cgroup_limit()
-    return room if group is None else min(room, group[0] - group[1])

@@ -10,21 +10,11 @@ from pathlib import Path
 from shutil import which
 
 import mindspore as ms
-from mindspore import Tensor, nn, ops
+from mindspore import ops
 
+from lora_ms import machine
 from lora_ms.errors import LoraMsError
-from lora_ms.nn.parallel import WHOLE, Shard
-
-
-class SumOverRanks(nn.Cell):
-    """Sum of a tensor over the ranks of ``group``, or over all of them, on each."""
-
-    def __init__(self, group: str = ""):
-        super().__init__()
-        self.all_reduce = ops.AllReduce(group=group) if group else ops.AllReduce()
-
-    def construct(self, x: Tensor) -> Tensor:
-        return self.all_reduce(x)
+from lora_ms.nn.parallel import WHOLE, Shard, SumOverRanks
 
 
 @dataclass(frozen=True)
@@ -174,15 +164,9 @@ def peak_memory_mb(device: str) -> float:
 def memory_share(device: str, budget_mb: float | None = None) -> float:
     """Share of memory in use now.
 
-    budget_mb: what this process may use; None for all that the card has or, elsewhere, what is left on the machine
-    counts, other programs included.
+    budget_mb: what this process may use; None for all that the card has or, elsewhere, ``machine.share``.
     """
     if device == "Ascend":
         budget = budget_mb or ms.hal.get_device_properties("Ascend").total_memory / 2**20
         return ms.runtime.memory_allocated() / 2**20 / budget
-    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    free, total = (int(lines[name].split()[0]) / 2**10 for name in ("MemAvailable", "MemTotal"))
-    if budget_mb is None or budget_mb >= total:
-        return 1 - free / total
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20 / budget_mb
+    return machine.share(budget_mb)

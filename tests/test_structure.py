@@ -18,7 +18,8 @@ DIRECTIONS = {
     "__init__": ("nn.lora adapters.config peft_model api errors", ""),
     "errors": ("", ""),
     "storage": ("errors", "numpy safetensors"),
-    "runtime": ("errors nn.parallel", "mindspore"),
+    "runtime": ("errors machine nn.parallel", "mindspore"),
+    "machine": ("", ""),
     "memory": ("", ""),
     "config": ("config errors", "yaml pydantic"),
     "data": ("data errors storage", "numpy transformers mindspore.dataset mindspore.mindrecord datasets pyarrow"),
@@ -32,7 +33,7 @@ DIRECTIONS = {
     "infer": ("infer nn data.template data.example errors", "mindspore numpy transformers sacrebleu"),
     "bridge": ("bridge adapters models nn storage errors", "mindspore numpy yaml mindformers mindpet"),
     "tasks": (
-        "tasks config bridge models adapters train infer data nn runtime memory storage errors",
+        "tasks config bridge models adapters train infer data nn runtime machine memory storage errors",
         "mindspore numpy transformers tqdm",
     ),
     "peft_model": ("adapters infer errors", "mindspore numpy"),

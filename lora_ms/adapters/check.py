@@ -1,6 +1,5 @@
 """What is right and wrong with an adapter's directory, found from its files and the model's, without MindSpore."""
 
-import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -232,15 +231,6 @@ def check_vllm(
         yield Check("vLLM: numbers", WARNING, f"vLLM does not read {', '.join(ignored)} and computes wrongly; {MERGE}")
     if not faults and not ignored:
         yield Check("vLLM: kind", OK, "nothing that vLLM would refuse or ignore")
-
-
-def free_memory() -> int:
-    """Bytes that a process could take now."""
-    if Path("/proc/meminfo").exists():
-        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
-        if found:
-            return int(found[1]) * 1024
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def size_of(entries: Mapping[str, Entry]) -> int:

@@ -73,7 +73,7 @@ class Shard:
             whole = np.zeros(self.whole_shape(name, parts[name].shape), np.float32)
             whole[self.place(name, whole.shape)] = parts[name]
             known.append(whole)
-        summed = _Sum(self)(Tensor(np.concatenate([whole.ravel() for whole in known]))).asnumpy()
+        summed = SumOverRanks(self.group)(Tensor(np.concatenate([whole.ravel() for whole in known]))).asnumpy()
         pieces = np.split(summed, np.cumsum([whole.size for whole in known])[:-1])
         found = {name: piece.reshape(w.shape) for name, piece, w in zip(names, pieces, known, strict=True)}
         return {name: found.get(name, part) for name, part in parts.items()}
@@ -82,16 +82,18 @@ class Shard:
 WHOLE = Shard()
 
 
-class _Sum(nn.Cell):
-    def __init__(self, shard: Shard):
+class SumOverRanks(nn.Cell):
+    """Sum of a tensor over the ranks of ``group``, or over all of them, on each."""
+
+    def __init__(self, group: str = ""):
         super().__init__()
-        self.all_reduce = ops.AllReduce(group=shard.group)
+        self.all_reduce = ops.AllReduce(group=group) if group else ops.AllReduce()
 
     def construct(self, x: Tensor) -> Tensor:
         return self.all_reduce(x)
 
 
-class Enter(_Sum):
+class Enter(SumOverRanks):
     """Before layers that are split by rows: x as it is; its gradient is the sum of what the ranks found."""
 
     def construct(self, x: Tensor) -> Tensor:
@@ -101,7 +103,7 @@ class Enter(_Sum):
         return (self.all_reduce(dout),)
 
 
-class Leave(_Sum):
+class Leave(SumOverRanks):
     """After a layer that is split by columns: the sum of what the ranks found; the gradient passes as it is."""
 
     def bprop(self, x, out, dout):
@@ -110,9 +112,9 @@ class Leave(_Sum):
 
 def enter(shard: Shard) -> nn.Cell:
     """``Enter``, or nothing where a rank has all of every layer."""
-    return Enter(shard) if shard.count > 1 else nn.Identity()
+    return Enter(shard.group) if shard.count > 1 else nn.Identity()
 
 
 def leave(shard: Shard) -> nn.Cell:
     """``Leave``, or nothing where a rank has all of every layer."""
-    return Leave(shard) if shard.count > 1 else nn.Identity()
+    return Leave(shard.group) if shard.count > 1 else nn.Identity()

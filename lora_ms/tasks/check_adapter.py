@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lora_ms import storage
+from lora_ms import machine, storage
 from lora_ms.adapters import check, files
 from lora_ms.adapters.check import FAULT, OK, WARNING, Check
 from lora_ms.errors import LoraMsError
@@ -56,7 +56,7 @@ def prompt_ids(adapter: Path, base: Path, vocab_size: int) -> np.ndarray:
 def check_logits(adapter: Path, base: Path) -> Check:
     """Whether the model says something else with the adapter than without: both are computed."""
     entries = storage.open_dir(base)
-    needed, free = 5 * check.size_of(entries), check.free_memory()  # float32, and a quarter to work with
+    needed, free = 5 * check.size_of(entries), int(machine.available() * machine.MB)  # float32, a quarter to work with
     if needed > free:
         text = f"not compared: {storage.size_text(needed)} of memory are needed, {storage.size_text(free)} are free"
         return Check("logits", WARNING, text)

@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import NamedTuple
 
-from lora_ms import memory
+from lora_ms import machine
 
 OK, WARNING, FAULT = "ok", "warning", "fault"
 COLUMNS = (14, 9)
@@ -203,7 +203,7 @@ def run(msrun: bool = True) -> int:
     faults = 0
     for findings in (
         lambda: [python_finding(), *package_findings(found), device_finding()],
-        lambda: memory_findings(memory.available(), memory.cgroup_limit()),
+        lambda: memory_findings(machine.available(), machine.cgroup_limit()),
         lambda: [mindspore_finding()] if found["mindspore"] else [],
         lambda: [msrun_finding()] if msrun and found["mindspore"] else [],
     ):

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-from lora_ms import memory
+from lora_ms import machine, memory
 from lora_ms.adapters.matching import places
 from lora_ms.config import RunConfig
 from lora_ms.data.packing import Shape
@@ -68,7 +68,7 @@ def announce(config: RunConfig, sizes: DecoderConfig, device: str, shape: Shape)
     if device != "CPU":
         return
     job = replace(job_of(config, sizes, device), lines=shape.lines, length=shape.length)
-    total, room = memory.estimate(job).total, memory.available()
+    total, room = memory.estimate(job).total, machine.available()
     print(f"memory: about {size(total)} at the peak, {size(room)} are free")
     if total > room:
         change = ", ".join(memory.remedies(job, room)) or "a smaller model, or a larger machine"
@@ -88,7 +88,7 @@ def run(config: RunConfig) -> None:
     """
     sizes = common.read_sizes(config)
     here = "Ascend" if config.context.device_target != "CPU" and ascend_is_present() else "CPU"
-    job, room = job_of(config, sizes, here), memory.available()
+    job, room = job_of(config, sizes, here), machine.available()
     print("\n".join([*table(job, here, room), "", *fits(config, sizes, here, room)]))
     wanted = needs(job)
     if here == "CPU" and wanted > room:

@@ -26,6 +26,7 @@ from lora_ms.train.loop import Outcome, Run
 from lora_ms.train.profile import Profiling
 from lora_ms.train.report import Reporter
 from lora_ms.train.settings import TrainSettings
+from lora_ms.train.steps import Steps
 from lora_ms.train.watch import Summaries, TensorBoard
 
 DATA_REPORT = "data_report.json"
@@ -136,11 +137,12 @@ def fit(
     Raises:
         LoraMsError: nothing to train, a loss that is not finite, or a checkpoint that does not fit.
     """
-    half, output_dir, looking_on = dtype == ms.float16, settings.output_dir, [*watchers(settings), *callbacks]
+    output_dir, looking_on = settings.output_dir, [*watchers(settings), *callbacks]
     monitor = None
     if settings.adaptive_batch:
         monitor = MemoryMonitor(plan.levels, partial(memory_share, runtime.device, settings.memory_budget_mb))
-    run = Run(model, plan, settings, runtime, vocab_size, half, weights, companion, evaluator, looking_on, monitor)
+    steps = Steps(model, plan, settings, runtime, vocab_size, dtype == ms.float16, companion)
+    run = Run(steps, weights, evaluator, looking_on, monitor)
     if runtime.is_main:
         checkpoint.recover(output_dir)
     if runtime.world > 1:

@@ -7,17 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import mindspore as ms
-from mindspore import Tensor, nn
+from mindspore import Tensor
 
-from lora_ms.data.loader import DataPlan
 from lora_ms.errors import WriteError
-from lora_ms.runtime import Runtime, SumOverRanks
+from lora_ms.nn.parallel import SumOverRanks
 from lora_ms.train import checkpoint
 from lora_ms.train.adaptive import HIGH, LOW, MemoryMonitor
-from lora_ms.train.callbacks import Companion, RunState, TrainerCallback
+from lora_ms.train.callbacks import RunState, TrainerCallback
 from lora_ms.train.checkpoint import Weights
 from lora_ms.train.evaluation import Evaluator
-from lora_ms.train.settings import TrainSettings
 from lora_ms.train.signals import StopSignal
 from lora_ms.train.steps import Steps
 
@@ -43,14 +41,10 @@ class Outcome:
 
 
 class Run:
-    """One training run of ``model`` on ``plan``.
+    """One training run: the optimiser steps, and what happens between them.
 
     Args:
-        model: a Cell with ``hidden_states(input_ids, position_ids, rows)`` and ``head_weight()``, to be trained.
-        vocab_size: rows of the head.
-        half: whether the model computes in float16, and so needs a loss scale.
         weights: how what was trained goes to a directory.
-        companion: takes part in every step; None for most.
         evaluator: of the held-out rows; None for none.
         callbacks: called at every point of the run, in this order.
         monitor: of memory, by which micro-batches get smaller and larger; None: they stay as they are.
@@ -58,28 +52,23 @@ class Run:
 
     def __init__(
         self,
-        model: nn.Cell,
-        plan: DataPlan,
-        settings: TrainSettings,
-        runtime: Runtime,
-        vocab_size: int,
-        half: bool,
+        steps: Steps,
         weights: Weights,
-        companion: Companion | None = None,
         evaluator: Evaluator | None = None,
         callbacks: Sequence[TrainerCallback] = (),
         monitor: MemoryMonitor | None = None,
     ):
-        self.plan, self.settings, self.runtime, self.weights = plan, settings, runtime, weights
+        self.steps, self.weights = steps, weights
+        self.plan, self.settings, self.runtime = steps.plan, steps.settings, steps.runtime
         self.evaluator, self.callbacks, self.monitor = evaluator, callbacks, monitor
-        self.state = RunState(model, settings.output_dir, plan.total_steps, runtime.is_main)
-        self.steps = Steps(model, plan, settings, runtime, vocab_size, half, companion)
-        self.sum_over_ranks = SumOverRanks() if runtime.world > 1 else None
+        s, total, main = self.settings, self.plan.total_steps, self.runtime.is_main
+        self.state = RunState(steps.model, s.output_dir, total, main)
+        self.sum_over_ranks = SumOverRanks() if self.runtime.world > 1 else None
         self.losses: list[float] = []
 
     def fingerprint(self) -> dict:
         """What a checkpoint must share with the run that goes on from it: all that decides its numbers."""
-        return {**self.steps.identity(), **self.weights.identity}
+        return {**self.steps.identity, **self.weights.identity}
 
     def restore(self, path: Path) -> None:
         """Goes on from checkpoint ``path``.
@@ -144,21 +133,24 @@ class Run:
         """Scores the held-out rows, and keeps the weights where they are the best so far."""
         if self.evaluator is None:
             return
-        begun, state, s = time.perf_counter(), self.state, self.settings
+        begun, state = time.perf_counter(), self.state
         found = self.evaluator.evaluate(state.step, self.plan.epoch_of(state.step), state.best_loss)
         if found.best:
             state.best_step, state.best_loss, state.worse = state.step, found.eval_loss, 0
         else:
             state.worse += 1
-        if found.best and s.keep_best:
+        if found.best and self.settings.keep_best:
             self.weights.collect()
-        if found.best and s.keep_best and self.runtime.is_main:
-            try:
-                checkpoint.put(s.output_dir / checkpoint.BEST, self.weights.write)
-            except WriteError as error:
-                self.tell("on_notice", f"warning: {error}; the run goes on")
+            if self.runtime.is_main:
+                self._keep_best()
         self.steps.pause(begun)
         self.tell("on_evaluate", found)
+
+    def _keep_best(self) -> None:
+        try:
+            checkpoint.put(self.settings.output_dir / checkpoint.BEST, self.weights.write)
+        except WriteError as error:
+            self.tell("on_notice", f"warning: {error}; the run goes on")
 
     def adapt(self) -> None:
         """Makes the micro-batches of the next steps smaller or larger, where memory asks for it."""

@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 
 import mindspore as ms
 import numpy as np
@@ -40,7 +41,14 @@ class _Pending:
 
 
 class Steps:
-    """The optimiser steps of ``model`` on ``plan``; see ``loop.Run`` for the arguments."""
+    """The optimiser steps of ``model`` on ``plan``.
+
+    Args:
+        model: a Cell with ``hidden_states(input_ids, position_ids, rows)`` and ``head_weight()``, to be trained.
+        vocab_size: rows of the head.
+        half: whether the model computes in float16, and so needs a loss scale.
+        companion: takes part in every step; None for most.
+    """
 
     def __init__(
         self,
@@ -52,7 +60,7 @@ class Steps:
         half: bool,
         companion: Companion | None = None,
     ):
-        self.plan, self.settings, self.runtime = plan, settings, runtime
+        self.model, self.plan, self.settings, self.runtime = model, plan, settings, runtime
         self.companion, self.half, self.skipped = companion, half, 0
         s = settings
         trainable = {name: p for name, p in model.parameters_and_names() if p.requires_grad}
@@ -132,6 +140,7 @@ class Steps:
         s = self.settings
         return s.warmup_steps or int(self._schedule_steps * s.warmup_ratio)
 
+    @cached_property  # every checkpoint asks, and it reads all tokens
     def identity(self) -> dict:
         """What decides the numbers of the steps."""
         p, s = self.plan, self.settings

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from lora_ms import cli
+from lora_ms import cli, machine
 from lora_ms.adapters import check
 from lora_ms.tasks import check_adapter
 
@@ -115,10 +115,10 @@ def test_an_adapter_that_does_next_to_nothing(graph_mode, checked, adapter, mode
 
 
 def test_logits_are_left_out_where_memory_is_short(checked, adapter, model, monkeypatch):
-    monkeypatch.setattr(check, "free_memory", lambda: 100_000)
+    monkeypatch.setattr(machine, "available", lambda: 0.1)
     assert checked(adapter, model)["logits"] == (
         "warning",
-        "not compared: 351 KB of memory are needed, 100 KB are free",
+        "not compared: 351 KB of memory are needed, 105 KB are free",
     )
 
 
@@ -230,7 +230,7 @@ def test_a_model_that_is_broken(checked, adapter, tmp_path):
 
 
 def test_templates(checked, adapter, text_model, monkeypatch):
-    monkeypatch.setattr(check, "free_memory", lambda: 0)
+    monkeypatch.setattr(machine, "available", lambda: 0.0)
     assert checked(adapter)["chat template"] == ("warning", "none with the adapter: use the one of training")
     bare = checked(adapter, adapter.parent / "adapter")["chat template"]
     assert bare == ("warning", "none with the adapter, nor with the model: use the one of training")

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from lora_ms import memory
+from lora_ms import machine, memory
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 8192, "hidden_size": 512,
@@ -142,15 +142,28 @@ def test_keys_to_change_are_named_until_it_fits():
 def test_the_control_group_limits(tmp_path):
     own = tmp_path / "own"
     own.write_text("4:memory:/box\n0::/\n")
-    assert memory.cgroup_limit(tmp_path, own) is None
+    assert machine.cgroup_limit(tmp_path, own) is None
     (tmp_path / "memory" / "box").mkdir(parents=True)
     (tmp_path / "memory" / "box" / "memory.limit_in_bytes").write_text(f"{4 << 30}\n")
     (tmp_path / "memory" / "box" / "memory.usage_in_bytes").write_text(f"{1 << 30}\n")
-    assert memory.cgroup_limit(tmp_path, own) == (4096, 1024)
+    assert machine.cgroup_limit(tmp_path, own) == (4096, 1024)
     (tmp_path / "memory.max").write_text("max\n")
-    assert memory.cgroup_limit(tmp_path, own) == (4096, 1024)
+    assert machine.cgroup_limit(tmp_path, own) == (4096, 1024)
     (tmp_path / "memory.max").write_text(f"{2 << 30}\n")
-    assert memory.cgroup_limit(tmp_path, own) == (2048, 0)
+    assert machine.cgroup_limit(tmp_path, own) == (2048, 0)
+    (tmp_path / "memory.current").write_text(f"{768 << 20}\n")
+    (tmp_path / "memory.stat").write_text(f"anon {512 << 20}\nactive_file 0\ninactive_file {256 << 20}\n")
+    assert machine.cgroup_limit(tmp_path, own) == (2048, 512)  # files that the kernel would drop are not in use
+
+
+def test_the_share_in_use(monkeypatch):
+    monkeypatch.setattr(machine, "system", lambda: (1000.0, 750.0))
+    monkeypatch.setattr(machine, "cgroup_limit", lambda: None)
+    assert machine.share() == 0.25 and machine.available() == 750
+    assert machine.share(1000.0) == 0.25  # no budget below what there is
+    assert machine.share(100.0) > 0.25  # of this process alone: more than 25 MB
+    monkeypatch.setattr(machine, "cgroup_limit", lambda: (400.0, 300.0))
+    assert machine.share() == 0.75 and machine.available() == 100
 
 
 def test_the_command(model, capsys):

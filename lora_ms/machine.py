@@ -1,0 +1,74 @@
+"""Memory of this machine: what there is, what is left, and what a control group leaves. MB is 2^20 bytes."""
+
+import os
+from pathlib import Path
+
+MB = 2**20
+
+
+def _number(path: Path) -> int | None:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):  # no such file, or "max"
+        return None
+
+
+def _file_cache(stat: Path) -> int:
+    # bytes of files that the kernel keeps and drops first when memory is short
+    try:
+        counts = dict(line.split() for line in stat.read_text().splitlines())
+    except (OSError, ValueError):
+        return 0
+    return int(counts.get("total_inactive_file", counts.get("inactive_file", 0)))
+
+
+def cgroup_limit(
+    root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
+) -> tuple[float, float] | None:
+    """The control group's limit and what is in use of it, MB, without files' cache; None where there is no limit."""
+    found: list[tuple[float, float]] = []
+    try:
+        lines = own.read_text().splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        _, kinds, path = line.split(":", 2)
+        if kinds == "memory":  # version 1
+            base, limit, current = root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+        elif kinds == "":
+            base, limit, current = root, "memory.max", "memory.current"
+        else:
+            continue
+        for folder in (base / path.lstrip("/"), base):
+            most, now = _number(folder / limit), _number(folder / current)
+            if most is not None and most < 1 << 60:
+                used = max(0, (now or 0) - _file_cache(folder / "memory.stat"))
+                found.append((most / MB, used / MB))
+    return min(found) if found else None
+
+
+def system() -> tuple[float, float]:
+    """The machine's memory and what is left of it, MB."""
+    page = os.sysconf("SC_PAGE_SIZE") / MB
+    total = os.sysconf("SC_PHYS_PAGES") * page
+    try:
+        text = Path("/proc/meminfo").read_text()
+        return total, int(text.partition("MemAvailable:")[2].split()[0]) / 2**10
+    except (OSError, IndexError):
+        return total, total
+
+
+def available() -> float:
+    """MB that a new process can have: what the system has left, or what the control group leaves."""
+    group, room = cgroup_limit(), system()[1]
+    return room if group is None else min(room, group[0] - group[1])
+
+
+def share(budget_mb: float | None = None) -> float:
+    """Share in use now: by this process of ``budget_mb``; None: of the machine or of the control group, by all."""
+    total, free = system()
+    if budget_mb is not None and budget_mb < total:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE") / MB / budget_mb
+    group = cgroup_limit()
+    return 1 - free / total if group is None else max(1 - free / total, group[1] / group[0])
