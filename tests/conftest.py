@@ -2,6 +2,7 @@
 
 import json
 import os
+import struct
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -45,6 +46,21 @@ def golden() -> Callable[[str], dict[str, np.ndarray]]:
             return dict(arrays)
 
     return load
+
+
+@pytest.fixture(scope="session")
+def events() -> Callable[[Path, type], list]:
+    """``events(file, Event)``: what an event file holds: for each its length, a checksum, its bytes, a checksum."""
+
+    def read(file: Path, kind: type) -> list:
+        data, found = file.read_bytes(), []
+        while data:
+            (length,) = struct.unpack("<Q", data[:8])
+            found.append(kind.FromString(data[12 : 12 + length]))
+            data = data[16 + length :]
+        return found
+
+    return read
 
 
 @pytest.fixture(scope="session")

@@ -99,7 +99,13 @@ def starting_a(name: str, layer: nn.Cell, rank: int, shard: Shard) -> Tensor | N
     return Tensor(np.ascontiguousarray(shard.part(f"{name}.lora_a", whole.asnumpy())))
 
 
-def adapter_on(layer: nn.Cell, config: LoraConfig, where: Place, a_init: Tensor | None = None) -> nn.Cell:
+def adapter_on(
+    layer: nn.Cell,
+    config: LoraConfig,
+    where: Place,
+    a_init: Tensor | None = None,
+    compute_dtype: ms.Type | None = None,
+) -> nn.Cell:
     """A fresh adapter cell on ``layer``; ``a_init``: the A to start from, of plain LoRA."""
     if type(layer) is Embedding:
         if isinstance(config, AdaLoraConfig) or config.lora_bias or not isinstance(config.init_lora_weights, bool):
@@ -116,6 +122,7 @@ def adapter_on(layer: nn.Cell, config: LoraConfig, where: Place, a_init: Tensor 
         use_rslora=config.use_rslora,
         lora_bias=config.lora_bias,
         lora_a_init=a_init,
+        compute_dtype=compute_dtype,
     )
 
 

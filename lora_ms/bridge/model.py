@@ -26,7 +26,6 @@ from lora_ms.errors import LoraMsError
 from lora_ms.models.decoder import DecoderConfig
 from lora_ms.models.hub import check_names
 from lora_ms.models.mindformers_names import FUSED, mindformers_module, split_name
-from lora_ms.nn.lora import DoRADense, LoRADense
 
 Array = NDArray[np.float32]
 MINDPET_FACTORS = {"mindpet_delta_lora_a": "lora_A.weight", "mindpet_delta_lora_b": "lora_B.weight"}
@@ -125,16 +124,7 @@ def inject(package: SimpleNamespace, network: nn.Cell, config: LoraConfig) -> No
     layers, cells = linear_layers(package, network), {}
     for module, place in places(layers, config).items():
         path, linear = layers[module]
-        cell = (DoRADense if config.use_dora else LoRADense).from_dense(
-            linear,
-            *place,
-            config.lora_dropout,
-            config.init_lora_weights,
-            config.bias != "none",
-            use_rslora=config.use_rslora,
-            lora_bias=config.lora_bias,
-            compute_dtype=linear.dtype,
-        )
+        cell = injection.adapter_on(linear, config, place, compute_dtype=linear.dtype)
         cell.matmul = linear.matmul  # which MindFormers may have sharded
         cells[path] = cell
     for parameter in network.get_parameters():

@@ -103,6 +103,22 @@ def train(graph_mode, reference, rows, settings) -> Callable[..., Finished]:
     return run
 
 
+@pytest.fixture
+def poisoned(rows) -> dict:
+    """Arguments of ``train``: four rows, of which the third alone has a token whose embedding is no number."""
+    data = rows[:4]
+    token = next(t for t in data[2].input_ids if not any(t in row.input_ids for row in (data[0], data[1], data[3])))
+
+    def poison(model):
+        from mindspore import Tensor
+
+        weight = model.model.embed_tokens.weight.asnumpy().copy()
+        weight[token] = np.nan
+        model.model.embed_tokens.weight.set_data(Tensor(weight))
+
+    return {"prepare": poison, "data": data}
+
+
 @pytest.fixture(scope="session")
 def plain_run(train, tmp_path_factory) -> Finished:
     """Six steps of 8 x 1 rows, without dropout: what other runs are held against."""

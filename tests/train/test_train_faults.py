@@ -4,7 +4,6 @@ import resource
 
 import mindspore as ms
 import numpy as np
-from mindspore import Tensor
 from safetensors.numpy import load_file
 
 from lora_ms.train import checkpoint
@@ -45,18 +44,10 @@ def test_a_full_disk_costs_a_checkpoint_and_nothing_else(train, plain_run, tmp_p
         np.testing.assert_array_equal(found.adapter[name], value, err_msg=name)
 
 
-def test_a_step_that_overflows_in_float16_is_left_out(train, tmp_path, rows):
-    """One token's embedding is poisoned; it stands in the third row of four, which step 3 takes."""
-    data = rows[:4]
-    token = next(t for t in data[2].input_ids if not any(t in row.input_ids for row in (data[0], data[1], data[3])))
-
-    def poison(model):
-        weight = model.model.embed_tokens.weight.asnumpy().copy()
-        weight[token] = np.nan
-        model.model.embed_tokens.weight.set_data(Tensor(weight))
-
+def test_a_step_that_overflows_in_float16_is_left_out(train, tmp_path, poisoned):
+    """The third row of four is taken by step 3."""
     settings = {"batch_size": 1, "shuffle": False, "save_steps": 1, "warmup_steps": 0, "loss_scale": 1024.0}
-    found = train(tmp_path, name="deepseek_r1_qwen", dtype=ms.float16, prepare=poison, data=data, **settings)
+    found = train(tmp_path, name="deepseek_r1_qwen", dtype=ms.float16, **poisoned, **settings)
     assert [record["loss"] is None for record in found.records] == [False, False, True, False]
     assert [record["grad_norm"] is None for record in found.records] == [False, False, True, False]
     paths = checkpoint.list_checkpoints(tmp_path)

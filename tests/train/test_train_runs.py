@@ -169,22 +169,14 @@ def test_other_settings_do_not_resume(resumed_run, train, tmp_path):
     assert str(caught.value) == f"{path.parent}: no checkpoint named step_3; there are: step_4, step_6"
 
 
-def test_a_loss_that_is_no_number_stops_the_run(train, tmp_path, rows):
-    """One token's embedding is poisoned; it stands in the third row of four, which step 2 takes."""
-    data = rows[:4]
-    token = next(t for t in data[2].input_ids if not any(t in row.input_ids for row in (data[0], data[1], data[3])))
-
-    def poison(model):
-        weight = model.model.embed_tokens.weight.asnumpy().copy()
-        weight[token] = np.nan
-        model.model.embed_tokens.weight.set_data(Tensor(weight))
-
+def test_a_loss_that_is_no_number_stops_the_run(train, tmp_path, poisoned):
+    """The third row of four is taken by step 2."""
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text("the last run's")
     times = adapter.stat().st_mtime_ns
     with pytest.raises(LoraMsError) as caught:
-        train(tmp_path, name="deepseek_r1_qwen", prepare=poison, data=data, batch_size=2, shuffle=False, save_steps=1)
+        train(tmp_path, name="deepseek_r1_qwen", **poisoned, batch_size=2, shuffle=False, save_steps=1)
     assert str(caught.value) == (
         "the loss of step 2 (rows row 2, row 3) is nan; no weight was changed by it: "
         "lower the learning rate, or look at these rows"

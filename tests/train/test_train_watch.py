@@ -1,6 +1,6 @@
 """TensorBoard's file and the profile by themselves: what resumes, what overflows, what fails."""
 
-import struct
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,18 +20,15 @@ def record(step: int, loss: float | None = 2.0) -> Record:
     return Record(step, 1.0, loss, None if loss is None else 0.5, 1e-3, 100, 40, 1000.0, 0.1, 0.0, 300.0)
 
 
-def read(file: Path) -> list:
+@pytest.fixture
+def read(events):
+    """Events of a TensorBoard file."""
     from tensorboardX.proto.event_pb2 import Event  # after MindSpore, which chooses protobuf's implementation
 
-    data, found = file.read_bytes(), []
-    while data:
-        (length,) = struct.unpack("<Q", data[:8])
-        found.append(Event.FromString(data[12 : 12 + length]))
-        data = data[16 + length :]
-    return found
+    return partial(events, kind=Event)
 
 
-def test_a_resumed_run_takes_the_later_steps_back(tmp_path):
+def test_a_resumed_run_takes_the_later_steps_back(tmp_path, read):
     for start, steps in ((0, (1, 2, 3)), (2, (3, 4))):
         board = TensorBoard(tmp_path, 1)
         board.on_train_begin(state_at(start, tmp_path))
@@ -45,7 +42,7 @@ def test_a_resumed_run_takes_the_later_steps_back(tmp_path):
     assert [e.step for e in read(second)[2:]] == [3, 4]
 
 
-def test_every_nth_step_and_the_last_without_what_overflowed(tmp_path):
+def test_every_nth_step_and_the_last_without_what_overflowed(tmp_path, read):
     board = TensorBoard(tmp_path, 4)
     board.on_train_begin(state_at(0, tmp_path))
     for step in range(1, 11):
