@@ -133,30 +133,36 @@ def trainable(job: Job) -> int:
     return sum(rank * sum(dense[name]) for name, rank in job.ranks.items())
 
 
-def kept(job: Job, layer: int) -> float:
-    """MB that the backward pass of one layer needs of its forward pass."""
+def kept(job: Job, layer: int) -> tuple[float, float]:
+    """MB that the backward pass needs of a layer's forward pass: of its attention, and of its feed-forward block."""
     s, tokens = job.sizes, job.lines * job.length
     h, f = s.hidden_size, s.intermediate_size
     q, kv = s.num_attention_heads * s.head_dim, s.num_key_value_heads * s.head_dim
-    # before both norms; queries and attention's output, keys and values; what is left of the gated product
-    numbers = tokens * (2 * h + 2 * q + 2 * kv + 3 * f)
+    # before the norm; queries and attention's output, keys and values; what is left of the gated product
+    attention, feed = tokens * (h + 2 * q + 2 * kv), tokens * (h + 3 * f)
     if not job.fused:
-        numbers += job.lines * s.num_attention_heads * job.length**2
+        attention += job.lines * s.num_attention_heads * job.length**2
     dense, prefix = modules(s), f"model.layers.{layer}."
+    attention += tokens * _adapter_inputs(job, dense, f"{prefix}self_attn.")
+    feed += tokens * _adapter_inputs(job, dense, f"{prefix}mlp.")
+    return attention * job.width / MB, feed * job.width / MB
+
+
+def _adapter_inputs(job: Job, dense: Mapping[str, tuple[int, int]], prefix: str) -> int:
+    # numbers of a token that gradients of adapters need: their inputs and low products
     adapted = [name for name in dense if name.startswith(prefix) and (job.ranks is None or name in job.ranks)]
-    # an adapter's gradient needs its input; after dropout each has its own, and its zeros
-    inputs = {name: dense[name][0] for name in adapted}
+    low = sum((job.ranks or {}).get(name, 0) for name in adapted)
+    if job.dropout:  # each has its own input then, and its zeros
+        return low + 2 * sum(dense[name][0] for name in adapted)
     shared = {name.replace("k_proj", "q_proj").replace("v_proj", "q_proj").replace("up_", "gate_") for name in adapted}
-    numbers += tokens * (2 * sum(inputs.values()) if job.dropout else sum(dense[name][0] for name in shared))
-    numbers += tokens * sum((job.ranks or {}).get(name, 0) for name in adapted)
-    return numbers * job.width / MB
+    return low + sum(dense[name][0] for name in shared)
 
 
-def working(job: Job) -> float:
-    """MB that the backward pass of one layer holds besides, for a moment."""
+def working(job: Job) -> tuple[float, float]:
+    """MB that the backward pass of a layer holds besides, for a moment: of its attention, and of the rest."""
     s, tokens = job.sizes, job.lines * job.length
     attention = 0 if job.fused else 3 * job.lines * s.num_attention_heads * job.length**2
-    return max(tokens * (4 * s.intermediate_size + 2 * s.hidden_size), attention) * job.width / MB
+    return attention * job.width / MB, tokens * (4 * s.intermediate_size + 2 * s.hidden_size) * job.width / MB
 
 
 def tables(job: Job) -> float:
@@ -184,9 +190,11 @@ def estimate(job: Job) -> Estimate:
     logits = chunk * s.vocab_size * (10 if job.width == 2 else 4 * LOGITS) / MB
     if job.half and job.device == "CPU":  # weights widened, one matrix at a time
         logits += 4 * PART_NUMBERS / MB
-    inputs = len(again) * tokens * s.hidden_size * job.width / MB
-    rest = inputs + sum(kept(job, i) for i in layers if i not in again) + tables(job)
-    backward = rest + working(job) + max((kept(job, i) for i in again), default=0.0)
+    inputs = 2 * len(again) * tokens * s.hidden_size * job.width / MB  # of both halves of a layer
+    rest = inputs + sum(sum(kept(job, i)) for i in layers if i not in again) + tables(job)
+    # a layer that is computed again has one of its halves there at a time
+    halves = [0.0, 0.0] if not again else [max(parts) for parts in zip(*(kept(job, i) for i in again), strict=True)]
+    backward = rest + max(half + work for half, work in zip(halves, working(job), strict=True))
     gradients = 2 * 4 * count / MB
     peak = GAPS * max(rest + logits, backward + gradients, OPTIMIZER_WORK * 4 * count / MB)
     operators = sum(operator_mb(job, i) for i in layers)

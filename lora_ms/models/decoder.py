@@ -58,12 +58,17 @@ class DecoderLayer(nn.Cell):
 
     def construct(self, x: Tensor, rope: tuple, bias: Tensor, rows: Tensor | None = None) -> Tensor:
         """rows [c]: the tokens whose output is wanted, all where None; only they pass the output projections."""
+        return self.feed(self.attend(x, rope, bias, rows))
+
+    def attend(self, x: Tensor, rope: tuple, bias: Tensor, rows: Tensor | None = None) -> Tensor:
+        """The first half: x [t, h] -> [t, h], or [c, h]."""
         mixed = self.self_attn.mix(self.input_layernorm(x), rope, bias)
         if rows is not None:
             x, mixed = ops.gather(x, rows, 0), ops.gather(mixed, rows, 0)
-        return self.feed(x + self.self_attn.output(mixed))
+        return x + self.self_attn.output(mixed)
 
     def feed(self, x: Tensor) -> Tensor:
+        """The second half."""
         return x + self.mlp(self.post_attention_layernorm(x))
 
     def cached(self, x: Tensor, rope: tuple, bias: Tensor, cache: nn.Cell, layer: int, rows: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ Dropout on the CPU draws in several threads and chooses their number by timing i
 seed differ after a few steps; it is four times slower, too.
 """
 
+import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
@@ -25,26 +26,28 @@ class Draws(nn.Cell):
         self.columns.recompute(False)
         self.outer = ops.MatMul()
         self.floor = ops.Floor()
-        self.followed, self.number, self.split = False, 0, 0
+        self.followed, self.split = False, 0
         self.first = 0  # number of the first column, where a layer holds a part of them
 
     def follow(self, table: Parameter, number: int, split: int) -> None:
         """Takes its numbers from row ``number`` of ``table``: those of x's rows from the first column on, those of its
         columns from column ``split`` on."""
-        self.followed, self.number, self.split = True, number, split
+        self.followed, self.split = True, split
+        # the number is a parameter, so that layers can share a graph
+        self.number = Parameter(Tensor([number], ms.int32), f"draws.{number}", requires_grad=False)
         self.table = table
 
     def leave(self) -> None:
         """Draws by itself again."""
         if self.followed:
             self.followed = False
-            del self.table
+            del self.table, self.number
 
     def construct(self, x: Tensor) -> Tensor:
         if self.followed:
-            start = self.split + self.first
-            rows = self.table[self.number, : x.shape[0]].reshape((-1, 1))
-            columns = self.table[self.number, start : start + x.shape[1]].reshape((1, -1))
+            start, numbers = self.split + self.first, ops.gather(self.table, self.number, 0)[0]
+            rows = numbers[: x.shape[0]].reshape((-1, 1))
+            columns = numbers[start : start + x.shape[1]].reshape((1, -1))
         else:
             rows, columns = self.rows((x.shape[0], 1)), self.columns((1, x.shape[1]))
         # factors of 8 to 40: products of many turns, yet exact to 1e-4 of one in float32

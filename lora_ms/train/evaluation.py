@@ -11,7 +11,8 @@ from mindspore import Tensor, nn
 from lora_ms.data.loader import DataPlan
 from lora_ms.runtime import Runtime
 from lora_ms.train.callbacks import Evaluation
-from lora_ms.train.step import LabelScores, SummedLoss
+from lora_ms.train.layerwise import LabelScores
+from lora_ms.train.step import SummedLoss
 
 HIGHEST_LOG = 700.0  # its exponential is still a float
 
@@ -56,17 +57,17 @@ class Evaluator:
         sample: Callable[[], list[dict[str, str]]] | None = None,
     ):
         self.model, self.plan, self.sample = model, plan, sample
-        self.cell = LabelScores(SummedLoss(model, vocab_size, runtime.shard))
+        self.label_scores = LabelScores(SummedLoss(model, vocab_size, runtime.shard))
         self.sum_over_data = runtime.data_sum()
 
     def scores(self) -> Scores:
         """Of one pass; leaves the model in the mode of use."""
-        self.cell.set_train(False)
+        self.model.set_train(False)
         sums, tokens = np.zeros(2), 0
         for step in range(self.plan.steps_per_epoch):
             batches, label_tokens = self.plan.step(step)
             for batch in batches:
-                sums += [float(value.asnumpy()) for value in self.cell(*map(Tensor, batch[:4]))]
+                sums += [float(value.asnumpy()) for value in self.label_scores(*map(Tensor, batch[:4]))]
             tokens += label_tokens
         if self.sum_over_data is not None:
             sums = self.sum_over_data(Tensor(sums.astype(np.float32))).asnumpy()

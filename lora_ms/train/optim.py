@@ -46,6 +46,34 @@ def spread_out(values: Sequence[float], sizes: Sequence[int]) -> float | Tensor:
     return Tensor(np.repeat(np.array(values, np.float32), sizes))
 
 
+# A HyperMap is unrolled by the compiler itself. A loop that appends to a tuple or a list makes n^2 nodes for n tensors:
+# 26 seconds and 1.0 GB to compile an optimiser of 224 parameters, where this takes 4 seconds and 0.2 GB.
+_reshape, _slice, _assign = ops.Reshape(), ops.Slice(), ops.Assign()
+_flat = ops.MultitypeFuncGraph("flat")
+_put = ops.MultitypeFuncGraph("put")
+
+
+@_flat.register("Tensor")
+def _flat_tensor(tensor: Tensor) -> Tensor:
+    return _reshape(tensor, (-1,)).astype(ms.float32)
+
+
+@_put.register("Tensor", "Tensor", "Number", "Number")
+def _put_tensor(vector: Tensor, parameter: Parameter, start: int, size: int) -> Tensor:
+    return _assign(parameter, _reshape(_slice(vector, (start,), (size,)), parameter.shape))
+
+
+class Flatten(nn.Cell):
+    """Tensors -> their numbers, one after another, float32 [n]."""
+
+    def __init__(self):
+        super().__init__()
+        self.map, self.concat = ops.HyperMap(), ops.Concat(0)
+
+    def construct(self, tensors: tuple) -> Tensor:
+        return self.concat(self.map(_flat, tensors))
+
+
 class FlatAdamW(nn.Cell):
     """AdamW (Loshchilov and Hutter, 2019) with clipping by global norm, over all trainable parameters at once.
 
@@ -90,9 +118,10 @@ class FlatAdamW(nn.Cell):
     ):
         super().__init__()
         self.params = ms.ParameterTuple(params)
-        self.sizes = [p.size for p in params]
-        self.shapes = [tuple(p.shape) for p in params]
+        self.sizes = tuple(p.size for p in params)
         n = sum(self.sizes)
+        self.starts = (0, *np.cumsum(self.sizes).tolist()[:-1])
+        self.flatten, self.map = Flatten(), ops.HyperMap()
         self.beta1, self.beta2 = betas
         self.eps, self.weight_decay, self.max_grad_norm = eps, weight_decay, max_grad_norm
         self.dynamic, self.scale_window, self.scale_factor = dynamic_scale, scale_window, scale_factor
@@ -154,10 +183,6 @@ class FlatAdamW(nn.Cell):
         apart = square * (1.0 - self.common)
         return grad, ops.reduce_sum(square - apart) + self.shard_sum(ops.reduce_sum(apart).reshape((1,)))[0]
 
-    def flatten(self, tensors: tuple) -> Tensor:
-        """One vector [n] of tensors in the order of ``params``."""
-        return ops.concat([t.reshape((-1,)).astype(ms.float32) for t in tensors])
-
     def construct(self, lr: Tensor, label_tokens: Tensor) -> tuple[Tensor, Tensor]:
         """One step from the summed gradients in ``grad``, which is then emptied.
 
@@ -185,10 +210,7 @@ class FlatAdamW(nn.Cell):
         rate = taken * lr * self.rates
         update = exp_avg / (ops.sqrt(exp_avg_sq) / ops.sqrt(correction2) + self.eps)
         new = old - rate * self.decay * old - rate / correction1 * update
-        start = 0
-        for i in range(len(self.sizes)):
-            ops.assign(self.params[i], new[start : start + self.sizes[i]].reshape(self.shapes[i]))
-            start += self.sizes[i]
+        self.map(ops.partial(_put, new), self.params, self.starts, self.sizes)
         ops.assign(self.exp_avg, exp_avg)
         ops.assign(self.exp_avg_sq, exp_avg_sq)
         ops.assign(self.count, count)

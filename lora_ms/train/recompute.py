@@ -1,4 +1,4 @@
-"""The gradient of a micro-batch layer by layer, activations computed again: less memory, more time.
+"""The gradient of a micro-batch with some layers' activations computed again: less memory, more time.
 
 ``Cell.recompute`` is not used: MindSpore takes a gradient that a cell writes out by hand (``bprop``) for a part of
 the forward pass, so that nearly all activations would be kept.
@@ -10,9 +10,10 @@ import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 
 from lora_ms.errors import LoraMsError
+from lora_ms.train.optim import Flatten
 
 
-class _Finish(nn.Cell):
+class Finish(nn.Cell):
     """Norm, head and loss: the last layer's output [c, h] -> (scaled loss [], loss [])."""
 
     def __init__(self, loss: nn.Cell, loss_scale: Parameter):
@@ -20,17 +21,157 @@ class _Finish(nn.Cell):
         self.loss, self.loss_scale = loss, loss_scale
 
     def construct(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        hidden = self.loss.model.model.norm(x).astype(self.loss.model.dtype)
-        loss = self.loss.cross_entropy(hidden, self.loss.model.head_weight(), targets)[0]
+        loss = self.loss.of_output(x, targets)[0]
         return loss * self.loss_scale.astype(ms.float32), loss
 
 
-class LayerGradients(nn.Cell):
-    """Loss [] of a micro-batch, and the gradients of ``params`` of the scaled loss, in their order.
+class Attend(nn.Cell):
+    """The first half of a layer: x [t, h], rotary tables, mask, rows or none -> [t, h] or [c, h]."""
 
-    Of each layer in ``layers`` only the input is kept; the layer is computed again once the gradient of its output is
-    there. Of the others the compiler sees the same work twice, and keeps what it has. Dropout meets the same zeros: it
-    draws from a table that does not change within a step.
+    def __init__(self, layer: nn.Cell):
+        super().__init__(auto_prefix=False)
+        self.layer = layer
+
+    def construct(self, x, cos_q, sin_q, cos_k, sin_k, bias, rows=None) -> Tensor:
+        return self.layer.attend(x, (cos_q, sin_q, cos_k, sin_k), bias, rows)
+
+
+class Feed(nn.Cell):
+    """The second half of a layer: x [t, h] -> [t, h]."""
+
+    def __init__(self, layer: nn.Cell):
+        super().__init__(auto_prefix=False)
+        self.layer = layer
+
+    def construct(self, x: Tensor) -> Tensor:
+        return self.layer.feed(x)
+
+
+class Parts:
+    """A model in the order of its computation, and which of ``params`` each part holds: the embedding, the halves of
+    its layers, the rest.
+
+    Attributes:
+        halves: ``Attend`` and ``Feed`` in turn.
+        members: the cells that are in each half.
+        held: places in ``params`` of those that the embedding, each half and the rest hold.
+        lowest: index in ``held`` of the lowest that holds any; nothing below needs a gradient.
+        tied: for each parameter of the embedding its place among the rest's, -1 for none: a tied head has one.
+        own: places of the others among the rest's.
+
+    ``params`` must stand in that same order, which is the model's own.
+    """
+
+    def __init__(self, model: nn.Cell, params: Sequence[Parameter] = ()):
+        self.halves: list[nn.Cell] = []
+        self.members: list[tuple[nn.Cell, ...]] = []
+        for layer in model.model.layers:
+            self.halves += [Attend(layer), Feed(layer)]
+            self.members += [(layer.input_layernorm, layer.self_attn), (layer.post_attention_layernorm, layer.mlp)]
+        start, *inner = (held(params, *cells) for cells in ((model.model.embed_tokens,), *self.members))
+        below = {i for ids in inner for i in ids} | {*start} - {*held(params, model.lm_head)}
+        rest = [i for i in range(len(params)) if i not in below]
+        self.held = [start, *inner, rest]
+        self.lowest = next((i for i, ids in enumerate(self.held) if ids), len(self.held))
+        self.tied = tuple(rest.index(i) if i in rest else -1 for i in start)
+        self.own = tuple(k for k, i in enumerate(rest) if i not in start)
+        if [*start, *(i for ids in inner for i in ids), *(rest[k] for k in self.own)] != list(range(len(params))):
+            raise ValueError("params do not stand in the model's order")
+
+
+def joined(start: tuple, rest: tuple, tied: tuple[int, ...], own: tuple[int, ...]) -> tuple[tuple, tuple]:
+    """Gradients of the embedding, and of the rest without those of a tied head, which are in the embedding's then."""
+    first: tuple[Tensor, ...] = ()
+    for k in range(len(start)):
+        first = first + (start[k] + rest[tied[k]] if tied[k] >= 0 else start[k],)
+    last: tuple[Tensor, ...] = ()
+    for k in own:
+        last = last + (rest[k],)
+    return first, last
+
+
+def held(params: Sequence[Parameter], *cells: nn.Cell) -> list[int]:
+    """Places in ``params`` of those that the cells hold."""
+    ids = {id(parameter) for cell in cells for parameter in cell.get_parameters()}
+    return [i for i, parameter in enumerate(params) if id(parameter) in ids]
+
+
+class Backward(nn.Cell):
+    """A half computed again, and its gradients: (its inputs, d output) -> (d x, those of ``weights`` [n], if any)."""
+
+    def __init__(self, half: nn.Cell, weights: ms.ParameterTuple):
+        super().__init__(auto_prefix=False)
+        self.half, self.weights, self.trains = half, weights, len(weights) > 0
+        self.flatten = Flatten()
+        self.of_both = ops.GradOperation(get_all=True, get_by_list=True, sens_param=True)
+        self.of_input = ops.GradOperation(get_all=True, sens_param=True)
+
+    def construct(self, *inputs) -> tuple[Tensor, ...]:
+        if self.trains:
+            grads, own = self.of_both(self.half, self.weights)(*inputs)
+            return grads[0], self.flatten(own)
+        return (self.of_input(self.half)(*inputs)[0],)
+
+
+class FinishGradients(nn.Cell):
+    """(The last layer's output [c, h], targets [c]) -> (loss [], d x, gradients of ``weights`` …)."""
+
+    def __init__(self, loss: nn.Cell, loss_scale: Parameter, weights: ms.ParameterTuple):
+        super().__init__(auto_prefix=False)
+        self.trains = len(weights) > 0
+        finish = Finish(loss, loss_scale)
+        self.grad_fn = ops.value_and_grad(finish, 0, weights if self.trains else None, has_aux=True)
+
+    def construct(self, x: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+        if self.trains:
+            (_, loss), (grad, own) = self.grad_fn(x, targets)
+            return (loss, grad) + own
+        (_, loss), grad = self.grad_fn(x, targets)
+        return loss, grad
+
+
+class Embed(nn.Cell):
+    """ids [b, s] -> [t, h]."""
+
+    def __init__(self, decoder: nn.Cell):
+        super().__init__(auto_prefix=False)
+        self.decoder = decoder
+
+    def construct(self, input_ids: Tensor) -> Tensor:
+        return self.decoder.embed_tokens(input_ids.reshape((-1,))).astype(self.decoder.stream)
+
+
+class Start(nn.Cell):
+    """What comes before the layers: ids, positions [b, s] -> (x [t, h], rotary tables …, mask)."""
+
+    def __init__(self, decoder: nn.Cell):
+        super().__init__(auto_prefix=False)
+        self.decoder, self.embed = decoder, Embed(decoder)
+
+    def construct(self, input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, ...]:
+        tables = self.decoder.rotary_tables(position_ids.reshape((-1,)))
+        return (self.embed(input_ids),) + tables + (self.decoder.row_mask(position_ids),)
+
+
+class EmbeddingGradients(nn.Cell):
+    """(ids [b, s], d of the first layer's input [t, h]) -> the gradients of ``weights``, in the embedding."""
+
+    def __init__(self, decoder: nn.Cell, weights: ms.ParameterTuple):
+        super().__init__(auto_prefix=False)
+        self.embed, self.weights = Embed(decoder), weights
+        self.of_weights = ops.GradOperation(get_by_list=True, sens_param=True)
+
+    def construct(self, input_ids: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
+        return self.of_weights(self.embed, self.weights)(input_ids, grad)
+
+
+class LayerGradients(nn.Cell):
+    """Loss [] of a micro-batch, and the gradient [n] of the scaled loss to all ``params``; in one graph.
+
+    Of each half of a layer in ``layers`` only the input is kept; the half is computed again once the gradient of its
+    output is there, but for its last projection, whose output nothing needs. Of the others the compiler sees the same
+    work twice, and keeps what it has. Dropout meets the same zeros: it draws from a table that does not change within a
+    step.
 
     Args:
         loss: ``SummedLoss``.
@@ -41,68 +182,41 @@ class LayerGradients(nn.Cell):
 
     def __init__(self, loss: nn.Cell, params: Sequence[Parameter], loss_scale: Parameter, layers: Sequence[int]):
         super().__init__(auto_prefix=False)
-        self.finish = _Finish(loss, loss_scale)
-        self.decoder = loss.model.model
-        cells = list(self.decoder.layers)
-        self.again = tuple(i in layers for i in range(len(cells)))
-        start, *inner = (held(cell, params) for cell in (self.decoder.embed_tokens, *cells))
-        below = {i for ids in inner for i in ids} | {*start} - {*held(loss.model.lm_head, params)}
-        last = [i for i in range(len(params)) if i not in below]
-        # nothing below the lowest trainable layer needs a gradient
-        self.lowest = next((i for i, ids in enumerate((start, *inner)) if ids), len(cells) + 1)
-        parts = (start, *inner, last)
-        self.weights = tuple(ms.ParameterTuple([params[i] for i in ids]) for ids in parts)
-        # where each parameter's gradients stand among those of all parts; a tied head has two
-        found = [i for ids in parts for i in ids]
-        self.places = tuple(tuple(k for k, i in enumerate(found) if i == j) for j in range(len(params)))
-        self.of_both = ops.GradOperation(get_all=True, get_by_list=True, sens_param=True)
-        self.of_input = ops.GradOperation(get_all=True, sens_param=True)
-        self.of_weights = ops.GradOperation(get_by_list=True, sens_param=True)
-        self.of_finish = ops.value_and_grad(self.finish, 0, self.weights[-1] if last else None, has_aux=True)
-        self.trains_head = bool(last)
-
-    def backward(self, i: int, x: Tensor, rope: tuple, bias: Tensor, rows: Tensor, grad: Tensor) -> tuple:
-        """Gradients of layer i's input and of its parameters."""
-        layer, weights = self.decoder.layers[i], self.weights[i + 1]
-        inputs = (x, rope, bias, rows, grad) if i == len(self.again) - 1 else (x, rope, bias, grad)
-        if len(weights) > 0:
-            grads, own = self.of_both(layer, weights)(*inputs)
-            return grads[0], own
-        return self.of_input(layer)(*inputs)[0], ()
+        parts = Parts(loss.model, params)
+        weights = [ms.ParameterTuple([params[i] for i in ids]) for ids in parts.held]
+        self.halves = nn.CellList(parts.halves, auto_prefix=False)
+        self.backward = nn.CellList(
+            [Backward(half, own) for half, own in zip(parts.halves, weights[1:-1], strict=True)], auto_prefix=False
+        )
+        self.start, self.finish = Start(loss.model.model), FinishGradients(loss, loss_scale, weights[-1])
+        self.embedding = EmbeddingGradients(loss.model.model, weights[0])
+        self.again = tuple(i // 2 in layers for i in range(len(parts.halves)))
+        self.lowest, self.tied, self.own = parts.lowest, parts.tied, parts.own
+        self.flatten = Flatten()
 
     def construct(
         self, input_ids: Tensor, position_ids: Tensor, target_index: Tensor, targets: Tensor
-    ) -> tuple[Tensor, tuple]:
-        decoder, count = self.decoder, len(self.again)
-        rope, bias = decoder.rotary_tables(position_ids.reshape((-1,))), decoder.row_mask(position_ids)
-        flat_ids = input_ids.reshape((-1,))
-        embedded = decoder.embed_tokens(flat_ids)
-        x = embedded.astype(decoder.stream)
+    ) -> tuple[Tensor, Tensor]:
+        count = len(self.again)
+        started = self.start(input_ids, position_ids)
+        x, tables = started[0], started[1:]
         inputs = []
         for i in range(count):
-            inputs.append(x)
-            x = decoder.layers[i](x, rope, bias, target_index) if i == count - 1 else decoder.layers[i](x, rope, bias)
+            more = () if i % 2 else tables + (target_index,) if i == count - 2 else tables
+            inputs.append((x,) + more)
+            x = self.halves[i](*inputs[-1])
+        finished = self.finish(x, targets)
+        loss, grad = finished[0], finished[1]
         found: tuple[Tensor, ...] = ()
-        if self.trains_head:
-            (_, loss), (grad, found) = self.of_finish(x, targets)
-        else:
-            (_, loss), grad = self.of_finish(x, targets)
         for j in range(count - max(self.lowest - 1, 0)):
             i = count - 1 - j
-            x = ops.depend(inputs[i], grad) if self.again[i] else inputs[i]
-            grad, own = self.backward(i, x, rope, bias, target_index, grad)
-            found = own + found
-        if self.lowest == 0:
-            found = (
-                self.of_weights(decoder.embed_tokens, self.weights[0])(flat_ids, grad.astype(embedded.dtype)) + found
-            )
-        return loss, tuple([ops.addn([found[k] for k in places]) for places in self.places])
-
-
-def held(cell: nn.Cell, params: Sequence[Parameter]) -> list[int]:
-    """Places in ``params`` of those that ``cell`` holds."""
-    ids = {id(parameter) for parameter in cell.get_parameters()}
-    return [i for i, parameter in enumerate(params) if id(parameter) in ids]
+            x, more = inputs[i][0], inputs[i][1:]
+            x = ops.depend(x, grad) if self.again[i] else x
+            grads = self.backward[i](x, *more, grad)
+            grad, found = grads[0], grads[1:] + found
+        start = self.embedding(input_ids, grad) if self.lowest == 0 else ()
+        first, last = joined(start, finished[2:], self.tied, self.own)
+        return loss, self.flatten(first + found + last)
 
 
 def recomputed_layers(recompute: bool | int | Sequence[int], count: int) -> list[int]:

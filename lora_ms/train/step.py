@@ -26,32 +26,14 @@ class SummedLoss(nn.Cell):
         self.model = model
         self.cross_entropy = summed_cross_entropy(vocab_size, CHUNK_NUMBERS, shard)
 
-    def parts(
-        self, input_ids: Tensor, position_ids: Tensor, target_index: Tensor, targets: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """As ``SummedCrossEntropy`` returns them."""
-        hidden = self.model.hidden_states(input_ids, position_ids, target_index)  # [c, h]
+    def of_output(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """From the last layer's output [c, h]; as ``SummedCrossEntropy`` returns it."""
+        hidden = self.model.model.norm(x).astype(self.model.dtype)
         return self.cross_entropy(hidden, self.model.head_weight(), targets)
 
     def construct(self, input_ids: Tensor, position_ids: Tensor, target_index: Tensor, targets: Tensor) -> Tensor:
-        return self.parts(input_ids, position_ids, target_index, targets)[0]
-
-
-class LabelScores(nn.Cell):
-    """What an evaluation counts, of the batch that ``SummedLoss`` takes.
-
-    -> (summed cross-entropy [] float32, label tokens that have the highest logit [] float32).
-    """
-
-    def __init__(self, loss: SummedLoss):
-        super().__init__()
-        self.loss = loss
-
-    def construct(
-        self, input_ids: Tensor, position_ids: Tensor, target_index: Tensor, targets: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        loss, _, right = self.loss.parts(input_ids, position_ids, target_index, targets)
-        return loss, right
+        hidden = self.model.hidden_states(input_ids, position_ids, target_index)  # [c, h]
+        return self.cross_entropy(hidden, self.model.head_weight(), targets)[0]
 
 
 def compile_ahead(step: nn.Cell, *inputs: Tensor) -> None:
@@ -78,24 +60,24 @@ class MicroStep(nn.Cell):
             self.gradients = _Gradients(loss, optimizer)
 
     def construct(self, input_ids: Tensor, position_ids: Tensor, target_index: Tensor, targets: Tensor) -> Tensor:
-        loss, grads = self.gradients(input_ids, position_ids, target_index, targets)
-        ops.assign_add(self.optimizer.grad, self.optimizer.flatten(grads))
+        loss, grad = self.gradients(input_ids, position_ids, target_index, targets)
+        ops.assign_add(self.optimizer.grad, grad)
         return loss
 
 
 class _Gradients(nn.Cell):
-    """Loss [] and gradients, every activation kept."""
+    """Loss [] and gradient [n], every activation kept."""
 
     def __init__(self, loss: SummedLoss, optimizer: FlatAdamW):
         super().__init__()
-        self.scaled = _Scaled(loss, optimizer)
+        self.scaled, self.flatten = _Scaled(loss, optimizer), optimizer.flatten
         self.grad_fn = ops.value_and_grad(self.scaled, None, optimizer.params, has_aux=True)
 
     def construct(
         self, input_ids: Tensor, position_ids: Tensor, target_index: Tensor, targets: Tensor
-    ) -> tuple[Tensor, tuple]:
+    ) -> tuple[Tensor, Tensor]:
         (_, loss), grads = self.grad_fn(input_ids, position_ids, target_index, targets)
-        return loss, grads
+        return loss, self.flatten(grads)
 
 
 class _Scaled(nn.Cell):

@@ -19,6 +19,7 @@ from lora_ms.nn.noise import EmbeddingNoise
 from lora_ms.runtime import Runtime, peak_memory_mb
 from lora_ms.train import groups
 from lora_ms.train.callbacks import Companion, Record
+from lora_ms.train.layerwise import LayerwiseStep
 from lora_ms.train.optim import FlatAdamW, learning_rate, loraplus_factors
 from lora_ms.train.recompute import recomputed_layers
 from lora_ms.train.settings import TrainSettings
@@ -100,7 +101,12 @@ class Steps:
         self.table = self._table(model)
         model.set_train(True)
         again = recomputed_layers(s.recompute, len(model.model.layers))
-        self.micro_step = MicroStep(SummedLoss(model, vocab_size, runtime.shard), self.optimizer, again)
+        loss = SummedLoss(model, vocab_size, runtime.shard)
+        self.micro_step: MicroStep | LayerwiseStep
+        if len(again) == len(model.model.layers):
+            self.micro_step = LayerwiseStep(loss, self.optimizer)
+        else:
+            self.micro_step = MicroStep(loss, self.optimizer, again)
         self.compiled: set[tuple] = set()  # shapes of batches
         self.pending: list[_Pending] = []
         self.clock = self.waited = 0.0
@@ -181,7 +187,7 @@ class Steps:
             self.table.fill(step, self.plan.rank + number * self.plan.world)
         shapes = tuple(tuple(part.shape) for part in batch)
         with nullcontext() if self.noise is None else self.noise.on(batch[0].shape[1]):
-            if shapes not in self.compiled:
+            if shapes not in self.compiled and isinstance(self.micro_step, MicroStep):
                 compile_ahead(self.micro_step, *batch)
                 self.compiled.add(shapes)
             return self.micro_step(*batch)

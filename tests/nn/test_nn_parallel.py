@@ -101,6 +101,6 @@ def test_moments_are_taken_back_in_parts():
         there.restore(one.whole_state())
         assert float(there.count.asnumpy()) == 7
         pieces = np.split(there.exp_avg.asnumpy(), np.cumsum(there.sizes)[:-1])
-        parts.append([piece.reshape(shape) for piece, shape in zip(pieces, there.shapes, strict=True)])
+        parts.append([piece.reshape(p.shape) for piece, p in zip(pieces, there.params, strict=True)])
     for number, (name, value) in enumerate(values.items()):
         np.testing.assert_array_equal(joined(name, [part[number] for part in parts]), value)

@@ -10,6 +10,7 @@ from lora_ms.adapters.inject import inject, lora_layers
 from lora_ms.data.collate import collate
 from lora_ms.data.example import TokenRow
 from lora_ms.models.hub import load_directory
+from lora_ms.train.layerwise import LayerwiseStep
 from lora_ms.train.optim import FlatAdamW
 from lora_ms.train.step import MicroStep, SummedLoss
 
@@ -26,15 +27,20 @@ def torch_name(name: str, full: bool) -> str:
 def gradients(optimizer: FlatAdamW, label_tokens: int) -> list[np.ndarray]:
     """The mean of what has been summed so far, in the order of the parameters."""
     parts = np.split(optimizer.grad.asnumpy() / label_tokens, np.cumsum(optimizer.sizes)[:-1])
-    return [part.reshape(shape) for part, shape in zip(parts, optimizer.shapes, strict=True)]
+    return [part.reshape(p.shape) for part, p in zip(parts, optimizer.params, strict=True)]
 
 
-@pytest.fixture(scope="module", params=["qwen2", "llama3", "full_qwen2"])
+@pytest.fixture(
+    scope="module",
+    params=[(name, step) for name in ("qwen2", "llama3", "full_qwen2") for step in (MicroStep, LayerwiseStep)],
+    ids=lambda param: f"{param[0]}-{param[1].__name__}",
+)
 def trace(request, reference, golden):
     """(reference values, our losses, norms, first gradients, final weights), names as torch has them."""
-    full = request.param.startswith("full_")
-    z = golden(f"trace_{request.param}")
-    model = load_directory(reference / "models" / request.param.removeprefix("full_"))
+    kind, step_class = request.param
+    full = kind.startswith("full_")
+    z = golden(f"trace_{kind}")
+    model = load_directory(reference / "models" / kind.removeprefix("full_"))
     if not full:
         inject(model, LoraConfig(4, 8.0, 0.0, "all-linear"))
         for name, layer in lora_layers(model).items():
@@ -42,7 +48,7 @@ def trace(request, reference, golden):
     model.set_train()
     params = {torch_name(name, full): p for name, p in model.parameters_and_names() if p.requires_grad}
     optimizer = FlatAdamW(list(params.values()), weight_decay=0.1, max_grad_norm=float(z["max_grad_norm"]))
-    micro_step = MicroStep(SummedLoss(model, 128), optimizer)
+    micro_step = step_class(SummedLoss(model, 128), optimizer)
     losses, norms, first = [], [], {}
     for step in range(len(z["loss"])):
         label_tokens, total = int(z["label_tokens"][step].sum()), 0.0

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 
 from lora_ms.errors import LoraMsError
+from lora_ms.train.layerwise import LayerwiseStep
+from lora_ms.train.optim import FlatAdamW
 from lora_ms.train.recompute import LayerGradients, recomputed_layers
 
 
@@ -27,32 +29,71 @@ def test_dropout_meets_the_same_zeros(train, tmp_path):
     np.testing.assert_allclose(*([r["grad_norm"] for r in run.records] for run in (again, kept)), rtol=1e-5)
 
 
-@pytest.mark.parametrize("trained", ["everything", "the upper layer"])
-def test_gradients_of_a_tied_model(graph_mode, trained):
-    """Each part of the model trained, the first layer alone computed again; or nothing below the last layer."""
+@pytest.fixture(scope="module", params=["", "layers.1.", "layers.1.mlp."])
+def tied(graph_mode, request):
+    """A model, its loss, a batch, the trainable parameters and their gradients: of all, or of the upper layer alone,
+    or of a half of it."""
     import mindspore as ms
-    from mindspore import Parameter, Tensor, ops
+    from mindspore import Tensor, ops
 
     from lora_ms.models.decoder import DecoderConfig
     from lora_ms.models.hub import new_model
     from lora_ms.train.step import SummedLoss
 
-    count = 2
-    sizes = DecoderConfig(40, 16, 24, count, 4, 2, 4, 1e-6, 1e4, tie_word_embeddings=True, attention_bias=True)
+    sizes = DecoderConfig(40, 16, 24, 2, 4, 2, 4, 1e-6, 1e4, tie_word_embeddings=True, attention_bias=True)
     model = new_model(sizes, ms.float32, 0)
     for name, parameter in model.parameters_and_names():
-        parameter.requires_grad = trained == "everything" or f"layers.{count - 1}." in name
+        parameter.requires_grad = request.param in name
     params = ms.ParameterTuple([p for p in model.get_parameters() if p.requires_grad])
     loss = SummedLoss(model, model.config.vocab_size).set_train()
     rng = np.random.default_rng(0)
     ids = rng.integers(0, model.config.vocab_size, (2, 8)).astype(np.int32)
     batch = (ids, np.tile(np.arange(8, dtype=np.int32), (2, 1)), np.arange(16, dtype=np.int32)[::2], ids.ravel()[1::2])
     batch = [Tensor(value) for value in batch]
-    wanted, expected = ops.value_and_grad(loss, None, params)(*batch)
+    value, gradients = ops.value_and_grad(loss, None, params)(*batch)
+    gradients = [gradient.asnumpy() for gradient in gradients]
+    assert gradients and all(np.abs(gradient).max() > 0 for gradient in gradients)
+    return loss, batch, params, value.asnumpy(), gradients
+
+
+def test_gradients_with_one_layer_computed_again(tied):
+    import mindspore as ms
+    from mindspore import Parameter, Tensor
+
+    loss, batch, params, value, gradients = tied
     scale = Parameter(Tensor(2.0, ms.float32), name="scale", requires_grad=False)
-    found, gradients = LayerGradients(loss, params, scale, [0])(*batch)
-    np.testing.assert_allclose(found.asnumpy(), wanted.asnumpy(), rtol=1e-6)
-    assert len(gradients) == len(expected) > 0
-    for parameter, here, there in zip(params, gradients, expected, strict=True):
-        assert np.abs(there.asnumpy()).max() > 0, parameter.name
-        np.testing.assert_allclose(here.asnumpy(), 2 * there.asnumpy(), rtol=1e-4, atol=1e-6, err_msg=parameter.name)
+    found, twice = LayerGradients(loss, params, scale, [0])(*batch)
+    np.testing.assert_allclose(found.asnumpy(), value, rtol=1e-6)
+    wanted = np.concatenate([2 * gradient.ravel() for gradient in gradients])
+    np.testing.assert_allclose(twice.asnumpy(), wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_gradients_with_all_layers_computed_again(tied):
+    """Two micro-batches; the layers have their own values afterwards."""
+    loss, batch, params, value, gradients = tied
+    before = {name: parameter.asnumpy() for name, parameter in loss.parameters_and_names()}
+    optimizer = FlatAdamW(list(params), loss_scale=2.0)
+    step = LayerwiseStep(loss, optimizer)
+    for _ in range(2):
+        np.testing.assert_allclose(step(*batch).asnumpy(), value, rtol=1e-6)
+    wanted = np.concatenate([4 * gradient.ravel() for gradient in gradients])
+    np.testing.assert_allclose(optimizer.grad.asnumpy(), wanted, rtol=1e-4, atol=1e-6)
+    for name, parameter in loss.parameters_and_names():
+        np.testing.assert_array_equal(parameter.asnumpy(), before[name], err_msg=name)
+
+
+def test_layers_of_a_kind_share_their_graphs(graph_mode):
+    import mindspore as ms
+
+    from lora_ms.adapters.config import LoraConfig
+    from lora_ms.adapters.inject import inject
+    from lora_ms.models.decoder import DecoderConfig
+    from lora_ms.models.hub import new_model
+    from lora_ms.train.step import SummedLoss
+
+    for pattern, count in (({}, 2), ({r"layers.2.mlp.*": 3}, 3)):
+        model = new_model(DecoderConfig(40, 16, 24, 4, 4, 2, 4, 1e-6, 1e4), ms.float32, 0)
+        inject(model, LoraConfig(2, 4.0, 0.1, "all-linear", rank_pattern=pattern))
+        params = [p for p in model.get_parameters() if p.requires_grad]
+        step = LayerwiseStep(SummedLoss(model, 40), FlatAdamW(params))
+        assert (len(step.layers.halves), len(step.layers.graphs)) == (8, count)
