@@ -1,8 +1,9 @@
-"""A micro-batch layer by layer, activations computed again, in graphs that all layers of a kind share.
+"""A micro-batch block by block of layers, in graphs that all blocks of a kind share.
 
-MindSpore keeps tens of MB for each compiled layer and takes a second for it. Here a half of a layer is compiled once,
-forward and backward, and runs with the parameters of each layer in turn: ``set_data`` lends them by pointer, and the
-next run of the graph takes it; nothing is copied.
+MindSpore keeps tens of MB for each compiled layer and takes a second for it. Here a block is compiled once, forward and
+backward, and runs with the parameters of each block in turn: ``set_data`` lends them by pointer, and the next run of
+the graph takes it; nothing is copied. In a training step a block keeps the inputs of its layers' halves, and computes
+the rest again for its backward pass.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,11 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
 from lora_ms.train.optim import FlatAdamW
-from lora_ms.train.recompute import Backward, EmbeddingGradients, FinishGradients, Parts, Start, joined
+from lora_ms.train.recompute import Backward, EmbeddingGradients, Parts, Start, UpperGradients, joined
+
+# of a block. MindSpore runs a graph of up to 100 kernels in the caller's thread, which then waits for the two others in
+# a loop of its own: three threads on two cores, and half the speed, now and then. A layer has some 50 forward.
+LAYERS = 3
 
 
 def kind_of(cells: Sequence[nn.Cell]) -> tuple:
@@ -43,34 +48,91 @@ def lend(values: Sequence[Parameter], holders: Sequence[Parameter]) -> None:
         holder.set_data(value, slice_shape=True)
 
 
+class _Block(nn.Cell):
+    """Layers, one after another: (x, rotary tables …, mask) -> (the inputs of all halves …, output); all [t, h]."""
+
+    def __init__(self, halves: Sequence[nn.Cell]):
+        super().__init__(auto_prefix=False)
+        self.halves = nn.CellList(list(halves), auto_prefix=False)
+
+    def construct(self, x, cos_q, sin_q, cos_k, sin_k, bias) -> tuple[Tensor, ...]:
+        found: tuple[Tensor, ...] = (x,)
+        for i in range(len(self.halves)):
+            x = self.halves[i](x) if i % 2 else self.halves[i](x, cos_q, sin_q, cos_k, sin_k, bias)
+            found = found + (x,)
+        return found
+
+
+class _BlockGradients(nn.Cell):
+    """(d output, rotary tables …, mask, the inputs of all halves …) -> (d x, that of what trains [n], if any does)."""
+
+    def __init__(self, halves: Sequence[nn.Cell], weights: Sequence[Sequence[Parameter]]):
+        super().__init__(auto_prefix=False)
+        self.halves = nn.CellList([Backward(*pair) for pair in zip(halves, weights, strict=True)], auto_prefix=False)
+        self.concat = ops.Concat(0)
+
+    def construct(self, grad, cos_q, sin_q, cos_k, sin_k, bias, *inputs) -> tuple[Tensor, ...]:
+        found: tuple[Tensor, ...] = ()
+        for j in range(len(self.halves)):
+            i = len(self.halves) - 1 - j
+            x = ops.depend(inputs[i], grad)  # one half after another
+            if i % 2:
+                grads = self.halves[i](x, grad)
+            else:
+                grads = self.halves[i](x, cos_q, sin_q, cos_k, sin_k, bias, grad)
+            grad, found = grads[0], grads[1:] + found
+        return (grad, self.concat(found)) if len(found) > 0 else (grad,)
+
+
+class _TopScores(nn.Cell):
+    """The last layers, norm and head: (x, rotary tables …, mask, rows [c], targets [c]) -> ``LabelScores``' two."""
+
+    def __init__(self, halves: Sequence[nn.Cell], loss: nn.Cell):
+        super().__init__(auto_prefix=False)
+        self.halves, self.loss = nn.CellList(list(halves), auto_prefix=False), loss
+
+    def construct(self, x, cos_q, sin_q, cos_k, sin_k, bias, rows, targets) -> tuple[Tensor, Tensor]:
+        count = len(self.halves)
+        for i in range(count):
+            tables = () if i % 2 else (cos_q, sin_q, cos_k, sin_k, bias)
+            x = self.halves[i](x, *tables, *((rows,) if i == count - 2 else ()))
+        loss, _, right = self.loss.of_output(x, targets)
+        return loss, right
+
+
 class SharedGraphs:
-    """The graphs of one half of a layer, to be run with the parameters of others.
+    """The graphs of one block, to be run with the parameters of others.
 
     Args:
-        half: the cell, and ``members``, the cells in it that hold its parameters.
-        weights: the parameters that train.
+        halves: the cells, and ``members``, the cells in them that hold their parameters.
+        weights: of each half, the parameters that train.
     """
 
-    def __init__(self, half: nn.Cell, members: Sequence[nn.Cell], weights: Sequence[Parameter]):
-        self.forward, self.backward = half, Backward(half, ms.ParameterTuple(list(weights)))
+    def __init__(self, halves: Sequence[nn.Cell], members: Sequence[nn.Cell], weights: Sequence[Sequence[Parameter]]):
+        self.forward, self.backward = _Block(halves), _BlockGradients(halves, weights)
         self.parameters = parameters_of(members)
-        # what keeps the half's own values while it has another's
+        # what keeps the block's own values while it has another's
         self.own = [Parameter(Tensor(np.zeros(1), p.dtype), f"own.{p.name}", False) for p in self.parameters]
 
 
-class SharedLayers:
-    """The layers of a model, each half in the graphs of the first of its kind."""
+class SharedBlocks:
+    """The layers of a model below the top, in blocks of ``LAYERS``, each in the graphs of the first of its kind."""
 
-    def __init__(self, parts: Parts, params: Sequence[Parameter] = ()):
+    def __init__(self, parts: Parts, weights: Sequence[Sequence[Parameter]]):
+        """weights: of each half, the parameters that train."""
+        count = len(parts.halves)
+        self.top = max(0, (count - 1) // (2 * LAYERS) * 2 * LAYERS)  # the first half that is not in a block
         kinds: dict[Any, SharedGraphs] = {}
-        self.halves: list[tuple[SharedGraphs, list[Parameter]]] = []  # and the values to run them with
-        for half, members, ids in zip(parts.halves, parts.members, parts.held[1:-1], strict=True):
-            kind = (type(half), kind_of(members))
+        self.blocks: list[tuple[SharedGraphs, list[Parameter]]] = []  # and the values to run them with
+        for first in range(0, self.top, 2 * LAYERS):
+            place = slice(first, first + 2 * LAYERS)
+            members = [cell for cells in parts.members[place] for cell in cells]
+            kind = kind_of(members)
             if kind in kinds:
-                self.halves.append((kinds[kind], parameters_of(members)))
+                self.blocks.append((kinds[kind], parameters_of(members)))
             else:
-                kinds[kind] = SharedGraphs(half, members, [params[i] for i in ids])
-                self.halves.append((kinds[kind], kinds[kind].own))
+                kinds[kind] = SharedGraphs(parts.halves[place], members, weights[place])
+                self.blocks.append((kinds[kind], kinds[kind].own))
         self.graphs = list(kinds.values())
 
     @contextmanager
@@ -84,23 +146,17 @@ class SharedLayers:
             for graphs in self.graphs:
                 lend(graphs.own, graphs.parameters)
 
-    def half(self, i: int) -> SharedGraphs:
-        """The graphs of half i, with its values."""
-        graphs, values = self.halves[i]
+    def block(self, i: int) -> SharedGraphs:
+        """The graphs of block i, with its values."""
+        graphs, values = self.blocks[i]
         lend(values, graphs.parameters)
         return graphs
-
-    def inputs(self, i: int, x: Tensor, tables: Sequence[Tensor], rows: Tensor) -> tuple[Tensor, ...]:
-        """What half i is called with; rows [c]: the tokens that the last layer's output is wanted of."""
-        if i % 2:
-            return (x,)
-        return (x, *tables, rows) if i == len(self.halves) - 2 else (x, *tables)
 
 
 class LayerwiseStep:
     """Adds the gradient of one micro-batch's summed loss to the optimiser's ``grad``; returns that loss [].
 
-    As ``MicroStep`` with all layers computed again: of each half of a layer only the input is kept.
+    As ``MicroStep`` with all layers computed again.
 
     Args:
         loss: ``SummedLoss``.
@@ -110,29 +166,34 @@ class LayerwiseStep:
     def __init__(self, loss: nn.Cell, optimizer: FlatAdamW):
         params, decoder = optimizer.params, loss.model.model
         parts = Parts(loss.model, params)
-        first, last = (ms.ParameterTuple([params[i] for i in parts.held[k]]) for k in (0, -1))
-        self.start, self.embedding = Start(decoder), EmbeddingGradients(decoder, first)
-        self.layers, self.lowest = SharedLayers(parts, params), parts.lowest
-        self.finish = FinishGradients(loss, optimizer.loss_scale, last)
+        self.start = Start(decoder)
+        first, *weights, rest = parts.of(params)
+        self.embedding = EmbeddingGradients(decoder, first)
+        self.blocks = SharedBlocks(parts, weights)
+        top = self.blocks.top
+        halves, lowest = parts.halves[top:], max(parts.lowest - 1 - top, 0)
+        again = [True] * len(halves)
+        self.upper = UpperGradients(loss, optimizer.loss_scale, halves, weights[top:], rest, again, lowest)
+        # the lowest block that a gradient must pass, and whether it goes on to the embedding
+        self.lowest, self.to_embedding = max(parts.lowest - 1, 0) // (2 * LAYERS), parts.lowest == 0
         self.tied, self.own = parts.tied, parts.own
         self.accumulate = _Accumulate(optimizer)
 
     def __call__(self, input_ids: Tensor, position_ids: Tensor, target_index: Tensor, targets: Tensor) -> Tensor:
-        layers, count = self.layers, len(self.layers.halves)
         x, *tables = self.start(input_ids, position_ids)
-        inputs: list[tuple[Tensor, ...]] = []
-        with layers.lending():
-            for i in range(count):
-                inputs.append(layers.inputs(i, x, tables, target_index))
-                x = layers.half(i).forward(*inputs[-1])
-            loss, grad, *rest = self.finish(x, targets)
-            found: list[Tensor] = []
-            for i in reversed(range(max(self.lowest - 1, 0), count)):
-                grad, *own = layers.half(i).backward(*inputs.pop(), grad)
+        kept: list[tuple[Tensor, ...]] = []
+        found: list[Tensor] = []
+        with self.blocks.lending():
+            for i in range(len(self.blocks.blocks)):
+                *inputs, x = self.blocks.block(i).forward(x, *tables)
+                kept.append(tuple(inputs))
+            loss, grad, *upper = self.upper(x, *tables, target_index, targets)
+            for i in reversed(range(self.lowest, len(self.blocks.blocks))):
+                grad, *own = self.blocks.block(i).backward(grad, *tables, *kept.pop())
                 found = own + found
-        start = self.embedding(input_ids, grad) if self.lowest == 0 else ()
-        first, last = joined(start, tuple(rest), self.tied, self.own)
-        self.accumulate(*first, *found, *last)
+        start = self.embedding(input_ids, grad) if self.to_embedding else ()
+        first, last = joined(start, tuple(upper[self.upper.vectors :]), self.tied, self.own)
+        self.accumulate(*first, *found, *upper[: self.upper.vectors], *last)
         return loss
 
 
@@ -154,26 +215,15 @@ class LabelScores:
     """
 
     def __init__(self, loss: nn.Cell):
-        self.start, self.layers = Start(loss.model.model), SharedLayers(Parts(loss.model))
-        self.finish = _Scores(loss)
+        parts = Parts(loss.model)
+        self.start, self.blocks = Start(loss.model.model), SharedBlocks(parts, [()] * len(parts.halves))
+        self.top = _TopScores(parts.halves[self.blocks.top :], loss)
 
     def __call__(
         self, input_ids: Tensor, position_ids: Tensor, target_index: Tensor, targets: Tensor
     ) -> tuple[Tensor, Tensor]:
         x, *tables = self.start(input_ids, position_ids)
-        with self.layers.lending():
-            for i in range(len(self.layers.halves)):
-                x = self.layers.half(i).forward(*self.layers.inputs(i, x, tables, target_index))
-        return self.finish(x, targets)
-
-
-class _Scores(nn.Cell):
-    """The last layer's output [c, h], targets [c] -> the two counts."""
-
-    def __init__(self, loss: nn.Cell):
-        super().__init__(auto_prefix=False)
-        self.loss = loss
-
-    def construct(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        loss, _, right = self.loss.of_output(x, targets)
-        return loss, right
+        with self.blocks.lending():
+            for i in range(len(self.blocks.blocks)):
+                x = self.blocks.block(i).forward(x, *tables)[-1]
+        return self.top(x, *tables, target_index, targets)

@@ -13,7 +13,7 @@ from lora_ms.errors import LoraMsError
 from lora_ms.train.optim import Flatten
 
 
-class Finish(nn.Cell):
+class _Finish(nn.Cell):
     """Norm, head and loss: the last layer's output [c, h] -> (scaled loss [], loss [])."""
 
     def __init__(self, loss: nn.Cell, loss_scale: Parameter):
@@ -78,6 +78,10 @@ class Parts:
         if [*start, *(i for ids in inner for i in ids), *(rest[k] for k in self.own)] != list(range(len(params))):
             raise ValueError("params do not stand in the model's order")
 
+    def of(self, params: Sequence[Parameter]) -> list[list[Parameter]]:
+        """The parameters that are ``held``."""
+        return [[params[i] for i in ids] for ids in self.held]
+
 
 def joined(start: tuple, rest: tuple, tied: tuple[int, ...], own: tuple[int, ...]) -> tuple[tuple, tuple]:
     """Gradients of the embedding, and of the rest without those of a tied head, which are in the embedding's then."""
@@ -99,9 +103,9 @@ def held(params: Sequence[Parameter], *cells: nn.Cell) -> list[int]:
 class Backward(nn.Cell):
     """A half computed again, and its gradients: (its inputs, d output) -> (d x, those of ``weights`` [n], if any)."""
 
-    def __init__(self, half: nn.Cell, weights: ms.ParameterTuple):
+    def __init__(self, half: nn.Cell, weights: Sequence[Parameter]):
         super().__init__(auto_prefix=False)
-        self.half, self.weights, self.trains = half, weights, len(weights) > 0
+        self.half, self.weights, self.trains = half, ms.ParameterTuple(list(weights)), len(weights) > 0
         self.flatten = Flatten()
         self.of_both = ops.GradOperation(get_all=True, get_by_list=True, sens_param=True)
         self.of_input = ops.GradOperation(get_all=True, sens_param=True)
@@ -116,11 +120,11 @@ class Backward(nn.Cell):
 class FinishGradients(nn.Cell):
     """(The last layer's output [c, h], targets [c]) -> (loss [], d x, gradients of ``weights`` …)."""
 
-    def __init__(self, loss: nn.Cell, loss_scale: Parameter, weights: ms.ParameterTuple):
+    def __init__(self, loss: nn.Cell, loss_scale: Parameter, weights: Sequence[Parameter]):
         super().__init__(auto_prefix=False)
         self.trains = len(weights) > 0
-        finish = Finish(loss, loss_scale)
-        self.grad_fn = ops.value_and_grad(finish, 0, weights if self.trains else None, has_aux=True)
+        trained = ms.ParameterTuple(list(weights)) if weights else None
+        self.grad_fn = ops.value_and_grad(_Finish(loss, loss_scale), 0, trained, has_aux=True)
 
     def construct(self, x: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
         if self.trains:
@@ -156,67 +160,96 @@ class Start(nn.Cell):
 class EmbeddingGradients(nn.Cell):
     """(ids [b, s], d of the first layer's input [t, h]) -> the gradients of ``weights``, in the embedding."""
 
-    def __init__(self, decoder: nn.Cell, weights: ms.ParameterTuple):
+    def __init__(self, decoder: nn.Cell, weights: Sequence[Parameter]):
         super().__init__(auto_prefix=False)
-        self.embed, self.weights = Embed(decoder), weights
+        self.embed, self.weights = Embed(decoder), ms.ParameterTuple(list(weights))
         self.of_weights = ops.GradOperation(get_by_list=True, sens_param=True)
 
     def construct(self, input_ids: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
         return self.of_weights(self.embed, self.weights)(input_ids, grad)
 
 
-class LayerGradients(nn.Cell):
-    """Loss [] of a micro-batch, and the gradient [n] of the scaled loss to all ``params``; in one graph.
+class UpperGradients(nn.Cell):
+    """The upper layers, norm, head and loss, and their gradients, in one graph.
 
-    Of each half of a layer in ``layers`` only the input is kept; the half is computed again once the gradient of its
-    output is there, but for its last projection, whose output nothing needs. Of the others the compiler sees the same
-    work twice, and keeps what it has. Dropout meets the same zeros: it draws from a table that does not change within a
-    step.
+    (x [t, h], rotary tables …, mask, rows [c], targets [c]) -> (loss [], d x, a gradient [n] for each half whose
+    parameters train …, the gradients of ``rest`` …).
 
     Args:
         loss: ``SummedLoss``.
-        params: the trainable parameters.
         loss_scale: [], what the loss is multiplied by before it is differentiated.
-        layers: indices from 0.
+        halves: ``Attend`` and ``Feed`` of the layers in turn.
+        weights: of each half, the parameters that train.
+        rest: those of norm and head.
+        again: of each half, whether it is computed again once the gradient of its output is there, but for its last
+            projection, whose output nothing needs: only its input is kept then. Of the others the compiler sees the
+            same work twice, and keeps what it has.
+        lowest: the first half that needs a gradient.
+    """
+
+    def __init__(
+        self,
+        loss: nn.Cell,
+        loss_scale: Parameter,
+        halves: Sequence[nn.Cell],
+        weights: Sequence[Sequence[Parameter]],
+        rest: Sequence[Parameter],
+        again: Sequence[bool],
+        lowest: int = 0,
+    ):
+        super().__init__(auto_prefix=False)
+        self.halves = nn.CellList(list(halves), auto_prefix=False)
+        self.backward = nn.CellList([Backward(*pair) for pair in zip(halves, weights, strict=True)], auto_prefix=False)
+        self.finish = FinishGradients(loss, loss_scale, rest)
+        self.again, self.lowest = tuple(again), lowest
+        self.vectors = sum(len(own) > 0 for own in weights)
+
+    def construct(self, x, cos_q, sin_q, cos_k, sin_k, bias, rows, targets) -> tuple[Tensor, ...]:
+        count = len(self.again)
+        inputs = []
+        for i in range(count):
+            tables = () if i % 2 else (cos_q, sin_q, cos_k, sin_k, bias)
+            inputs.append((x,) + tables + ((rows,) if i == count - 2 else ()))
+            x = self.halves[i](*inputs[-1])
+        finished = self.finish(x, targets)
+        loss, grad = finished[0], finished[1]
+        found: tuple[Tensor, ...] = ()
+        for j in range(count - self.lowest):
+            i = count - 1 - j
+            x, more = inputs[i][0], inputs[i][1:]
+            x = ops.depend(x, grad) if self.again[i] else x
+            grads = self.backward[i](x, *more, grad)
+            grad, found = grads[0], grads[1:] + found
+        return (loss, grad) + found + finished[2:]
+
+
+class LayerGradients(nn.Cell):
+    """Loss [] of a micro-batch, and the gradient [n] of the scaled loss to all ``params``; in one graph.
+
+    The layers in ``layers``, indices from 0, are computed again. Dropout meets the same zeros: it draws from a table
+    that does not change within a step.
     """
 
     def __init__(self, loss: nn.Cell, params: Sequence[Parameter], loss_scale: Parameter, layers: Sequence[int]):
         super().__init__(auto_prefix=False)
         parts = Parts(loss.model, params)
-        weights = [ms.ParameterTuple([params[i] for i in ids]) for ids in parts.held]
-        self.halves = nn.CellList(parts.halves, auto_prefix=False)
-        self.backward = nn.CellList(
-            [Backward(half, own) for half, own in zip(parts.halves, weights[1:-1], strict=True)], auto_prefix=False
-        )
-        self.start, self.finish = Start(loss.model.model), FinishGradients(loss, loss_scale, weights[-1])
-        self.embedding = EmbeddingGradients(loss.model.model, weights[0])
-        self.again = tuple(i // 2 in layers for i in range(len(parts.halves)))
+        first, *weights, rest = parts.of(params)
+        again = [i // 2 in layers for i in range(len(parts.halves))]
+        lowest = max(parts.lowest - 1, 0)
+        self.upper = UpperGradients(loss, loss_scale, parts.halves, weights, rest, again, lowest)
+        self.start, self.embedding = Start(loss.model.model), EmbeddingGradients(loss.model.model, first)
         self.lowest, self.tied, self.own = parts.lowest, parts.tied, parts.own
         self.flatten = Flatten()
 
     def construct(
         self, input_ids: Tensor, position_ids: Tensor, target_index: Tensor, targets: Tensor
     ) -> tuple[Tensor, Tensor]:
-        count = len(self.again)
         started = self.start(input_ids, position_ids)
-        x, tables = started[0], started[1:]
-        inputs = []
-        for i in range(count):
-            more = () if i % 2 else tables + (target_index,) if i == count - 2 else tables
-            inputs.append((x,) + more)
-            x = self.halves[i](*inputs[-1])
-        finished = self.finish(x, targets)
-        loss, grad = finished[0], finished[1]
-        found: tuple[Tensor, ...] = ()
-        for j in range(count - max(self.lowest - 1, 0)):
-            i = count - 1 - j
-            x, more = inputs[i][0], inputs[i][1:]
-            x = ops.depend(x, grad) if self.again[i] else x
-            grads = self.backward[i](x, *more, grad)
-            grad, found = grads[0], grads[1:] + found
-        start = self.embedding(input_ids, grad) if self.lowest == 0 else ()
-        first, last = joined(start, finished[2:], self.tied, self.own)
-        return loss, self.flatten(first + found + last)
+        upper = self.upper(*started, target_index, targets)
+        found, rest = upper[2 : 2 + self.upper.vectors], upper[2 + self.upper.vectors :]
+        start = self.embedding(input_ids, upper[1]) if self.lowest == 0 else ()
+        first, last = joined(start, rest, self.tied, self.own)
+        return upper[0], self.flatten(first + found + last)
 
 
 def recomputed_layers(recompute: bool | int | Sequence[int], count: int) -> list[int]:

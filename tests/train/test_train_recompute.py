@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from lora_ms.errors import LoraMsError
-from lora_ms.train.layerwise import LayerwiseStep
+from lora_ms.train import layerwise
+from lora_ms.train.layerwise import LAYERS, LayerwiseStep
 from lora_ms.train.optim import FlatAdamW
 from lora_ms.train.recompute import LayerGradients, recomputed_layers
 
@@ -68,8 +69,10 @@ def test_gradients_with_one_layer_computed_again(tied):
     np.testing.assert_allclose(twice.asnumpy(), wanted, rtol=1e-4, atol=1e-6)
 
 
-def test_gradients_with_all_layers_computed_again(tied):
+@pytest.mark.parametrize("block", [1, LAYERS])
+def test_gradients_block_by_block(tied, block, monkeypatch):
     """Two micro-batches; the layers have their own values afterwards."""
+    monkeypatch.setattr(layerwise, "LAYERS", block)
     loss, batch, params, value, gradients = tied
     before = {name: parameter.asnumpy() for name, parameter in loss.parameters_and_names()}
     optimizer = FlatAdamW(list(params), loss_scale=2.0)
@@ -82,7 +85,9 @@ def test_gradients_with_all_layers_computed_again(tied):
         np.testing.assert_array_equal(parameter.asnumpy(), before[name], err_msg=name)
 
 
-def test_layers_of_a_kind_share_their_graphs(graph_mode):
+@pytest.mark.parametrize(("pattern", "kinds"), [({}, 1), ({r"layers.2.mlp.*": 3}, 2)])
+def test_blocks_of_a_kind_share_their_graphs(graph_mode, pattern, kinds):
+    """Nine layers are two blocks and the top."""
     import mindspore as ms
 
     from lora_ms.adapters.config import LoraConfig
@@ -91,9 +96,8 @@ def test_layers_of_a_kind_share_their_graphs(graph_mode):
     from lora_ms.models.hub import new_model
     from lora_ms.train.step import SummedLoss
 
-    for pattern, count in (({}, 2), ({r"layers.2.mlp.*": 3}, 3)):
-        model = new_model(DecoderConfig(40, 16, 24, 4, 4, 2, 4, 1e-6, 1e4), ms.float32, 0)
-        inject(model, LoraConfig(2, 4.0, 0.1, "all-linear", rank_pattern=pattern))
-        params = [p for p in model.get_parameters() if p.requires_grad]
-        step = LayerwiseStep(SummedLoss(model, 40), FlatAdamW(params))
-        assert (len(step.layers.halves), len(step.layers.graphs)) == (8, count)
+    model = new_model(DecoderConfig(40, 16, 24, 9, 4, 2, 4, 1e-6, 1e4), ms.float32, 0)
+    inject(model, LoraConfig(2, 4.0, 0.1, "all-linear", rank_pattern=pattern))
+    params = [p for p in model.get_parameters() if p.requires_grad]
+    blocks = LayerwiseStep(SummedLoss(model, 40), FlatAdamW(params)).blocks
+    assert (len(blocks.blocks), len(blocks.graphs), blocks.top) == (2, kinds, 12)
