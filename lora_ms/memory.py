@@ -13,12 +13,13 @@ LIBRARIES = 460.0  # MB of a process that has run a step: 410 Python and MindSpo
 TOKENIZER = 110.0  # MB of transformers and of a tokenizer of 150,000 entries
 # The graph, its compilation and its kernels, in MB of resident heap: by operators, of which a layer has some 55 forward
 # and backward, and 20 more for every adapter. Where activations are computed again, forward operators count twice.
-GRAPH = 90.0
-GRAPH_LAYER = 22.0
-GRAPH_BIASES = 4.0  # those of queries, keys and values
-GRAPH_ADAPTER = 8.0
-GRAPH_DROPOUT = 1.0  # of an adapter with dropout
-GRAPH_AGAIN = 1.5
+GRAPH = 66.0
+GRAPH_LAYER = 26.0
+GRAPH_ADAPTER = 4.8
+GRAPH_DROPOUT = 0.8  # of an adapter with dropout
+GRAPH_UPDATE = 1.2  # of an adapter, in the optimiser
+GRAPH_AGAIN = 1.25
+BLOCK = 3  # layers that share their graphs with others where all are computed again; train.layerwise has it
 INDEX = 12  # bytes that kernels keep of every number of a layer's hidden states, for as long as the graph lives
 GAPS = 1.05  # of the pool: what lies between its pieces
 LOGITS = 3  # matrices [chunk, vocabulary] alive at once in the loss
@@ -173,13 +174,25 @@ def tables(job: Job) -> float:
     return (rotary + mask) / MB
 
 
-def operator_mb(job: Job, layer: int) -> float:
-    """MB of one layer's part of the graph."""
-    prefix = f"model.layers.{layer}."
-    count = 7 / 4 if job.ranks is None else sum(name.startswith(prefix) for name in job.ranks)
-    adapter = GRAPH_ADAPTER + GRAPH_DROPOUT * (job.dropout > 0)
-    whole = GRAPH_LAYER + GRAPH_BIASES * job.sizes.attention_bias + adapter * count
-    return whole * (GRAPH_AGAIN if layer in job.again else 1.0)
+def compiled(job: Job) -> list[int]:
+    """Layers whose graphs there are: of those that are alike, a block and the rest where all are computed again."""
+    layers = list(range(job.sizes.num_hidden_layers))
+    if {*job.again} != {*layers}:
+        return layers
+    blocks = (len(layers) - 1) // BLOCK
+    return [*layers[: BLOCK * min(blocks, 1)], *layers[BLOCK * blocks :]]
+
+
+def operators_mb(job: Job) -> float:
+    """MB of the layers' graphs, and of the optimiser's."""
+    every = [7 / 4 if job.ranks is None else 0.0] * job.sizes.num_hidden_layers
+    for name in job.ranks or ():
+        if name.startswith("model.layers."):
+            every[int(name.split(".")[2])] += 1
+    adapter, shared = GRAPH_ADAPTER + GRAPH_DROPOUT * (job.dropout > 0), compiled(job)
+    again = {*job.again} if len(shared) == len(every) else ()
+    layers = ((GRAPH_LAYER + adapter * every[i]) * (GRAPH_AGAIN if i in again else 1.0) for i in shared)
+    return sum(layers) + GRAPH_UPDATE * sum(every)
 
 
 def estimate(job: Job) -> Estimate:
@@ -197,14 +210,13 @@ def estimate(job: Job) -> Estimate:
     backward = rest + max(half + work for half, work in zip(halves, working(job), strict=True))
     gradients = 2 * 4 * count / MB
     peak = GAPS * max(rest + logits, backward + gradients, OPTIMIZER_WORK * 4 * count / MB)
-    operators = sum(operator_mb(job, i) for i in layers)
-    index = 0.0 if job.device == "Ascend" else INDEX * tokens * s.hidden_size * len(layers) / MB
+    index = 0.0 if job.device == "Ascend" else INDEX * tokens * s.hidden_size * len(compiled(job)) / MB
     of_loss = min(GAPS * logits, peak)
     return Estimate(
         libraries=LIBRARIES + TOKENIZER * job.tokenizer,
         weights=parameters(s) * job.weight_width / MB,
         training=16 * count / MB if job.ranks is not None else 12 * count / MB,
-        graphs=GRAPH + operators + index,
+        graphs=GRAPH + operators_mb(job) + index,
         activations=peak - of_loss,
         logits=of_loss,
     )
