@@ -41,7 +41,7 @@ class Evaluator:
     """Evaluates a model on the rows of a plan, on all ranks together; its graphs are compiled once.
 
     Args:
-        model: see ``loop.Run``.
+        model: see ``steps.Steps``.
         plan: one pass over the rows.
         vocab_size: rows of the head.
         runtime: the processes that share the rows, and the model.

@@ -1,6 +1,6 @@
 """A micro-batch block by block of layers, in graphs that all blocks of a kind share.
 
-MindSpore keeps tens of MB for each compiled layer and takes a second for it. Here a block is compiled once, forward and
+MindSpore keeps some 50 MB for each compiled layer and takes a second for it. Here a block is compiled once, forward and
 backward, and runs with the parameters of each block in turn: ``set_data`` lends them by pointer, and the next run of
 the graph takes it; nothing is copied. In a training step a block keeps the inputs of its layers' halves, and computes
 the rest again for its backward pass.
@@ -49,14 +49,14 @@ def lend(values: Sequence[Parameter], holders: Sequence[Parameter]) -> None:
 
 
 class _Block(nn.Cell):
-    """Layers, one after another: (x, rotary tables …, mask) -> (the inputs of all halves …, output); all [t, h]."""
+    """Layers, one after another: (x, rotary tables …, mask) -> the outputs of all halves …, each [t, h]."""
 
     def __init__(self, halves: Sequence[nn.Cell]):
         super().__init__(auto_prefix=False)
         self.halves = nn.CellList(list(halves), auto_prefix=False)
 
     def construct(self, x, cos_q, sin_q, cos_k, sin_k, bias) -> tuple[Tensor, ...]:
-        found: tuple[Tensor, ...] = (x,)
+        found: tuple[Tensor, ...] = ()
         for i in range(len(self.halves)):
             x = self.halves[i](x) if i % 2 else self.halves[i](x, cos_q, sin_q, cos_k, sin_k, bias)
             found = found + (x,)
@@ -121,7 +121,7 @@ class SharedBlocks:
     def __init__(self, parts: Parts, weights: Sequence[Sequence[Parameter]]):
         """weights: of each half, the parameters that train."""
         count = len(parts.halves)
-        self.top = max(0, (count - 1) // (2 * LAYERS) * 2 * LAYERS)  # the first half that is not in a block
+        self.top = (count - 1) // (2 * LAYERS) * 2 * LAYERS  # the first half that is not in a block
         kinds: dict[Any, SharedGraphs] = {}
         self.blocks: list[tuple[SharedGraphs, list[Parameter]]] = []  # and the values to run them with
         for first in range(0, self.top, 2 * LAYERS):
@@ -185,11 +185,11 @@ class LayerwiseStep:
         found: list[Tensor] = []
         with self.blocks.lending():
             for i in range(len(self.blocks.blocks)):
-                *inputs, x = self.blocks.block(i).forward(x, *tables)
-                kept.append(tuple(inputs))
+                kept.append((x, *self.blocks.block(i).forward(x, *tables)))
+                x = kept[-1][-1]
             loss, grad, *upper = self.upper(x, *tables, target_index, targets)
             for i in reversed(range(self.lowest, len(self.blocks.blocks))):
-                grad, *own = self.blocks.block(i).backward(grad, *tables, *kept.pop())
+                grad, *own = self.blocks.block(i).backward(grad, *tables, *kept.pop()[:-1])
                 found = own + found
         start = self.embedding(input_ids, grad) if self.to_embedding else ()
         first, last = joined(start, tuple(upper[self.upper.vectors :]), self.tied, self.own)
