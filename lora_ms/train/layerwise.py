@@ -2,8 +2,8 @@
 
 MindSpore keeps some 50 MB for each compiled layer and takes a second for it. Here a block is compiled once, forward and
 backward, and runs with the parameters of each block in turn: ``set_data`` lends them by pointer, and the next run of
-the graph takes it; nothing is copied. In a training step a block keeps the inputs of its layers' halves, and computes
-the rest again for its backward pass.
+the graph takes it; nothing is copied (so on the CPU; not tried on Ascend). In a training step a block keeps the inputs
+of its layers' halves, and computes the rest again for its backward pass.
 """
 
 from collections.abc import Iterator, Sequence
