@@ -43,23 +43,21 @@ def ours(args):
     from lora_ms.data.loader import DataPlan
     from lora_ms.models.hub import load_directory
     from lora_ms.runtime import setup
-    from lora_ms.train.layerwise import LayerwiseStep
     from lora_ms.train.optim import FlatAdamW
-    from lora_ms.train.step import MicroStep, SummedLoss, compile_ahead
+    from lora_ms.train.step import SummedLoss, micro_step
 
     setup("CPU", graph_kernel=args.graph_kernel)
     model = load_directory(args.model)
     inject(model, LoraConfig(RANK, ALPHA, args.dropout, TARGETS))
     model.set_train(True)
     optimizer = FlatAdamW([p for p in model.get_parameters() if p.requires_grad])
-    micro = (LayerwiseStep if args.recompute else MicroStep)(SummedLoss(model, args.vocab), optimizer)
+    micro = micro_step(SummedLoss(model, args.vocab), optimizer, args.recompute)
     data = [TokenRow(str(i), *pair) for i, pair in enumerate(zip(*rows(args), strict=True))]
     plan = DataPlan.build(
         data, batch_size=args.batch, accumulation=1, epochs=1, seed=0, shuffle=False, pad_id=0, seq_length=args.seq
     )
     (batch,), count = plan.step(0)
-    if not args.recompute:
-        compile_ahead(micro, *map(Tensor, batch[:4]))
+    micro.prepare(*map(Tensor, batch[:4]))
     while True:
         loss = micro(*map(Tensor, batch[:4]))
         norm, _ = optimizer(Tensor(1e-4, ms.float32), Tensor(count, ms.float32))

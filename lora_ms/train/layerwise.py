@@ -15,7 +15,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
 from lora_ms.train.optim import FlatAdamW
-from lora_ms.train.recompute import Backward, EmbeddingGradients, Parts, Start, UpperGradients, joined
+from lora_ms.train.recompute import EmbeddingGradients, Halves, HalvesGradients, Parts, Start, UpperGradients, joined
 
 # of a block. MindSpore runs a graph of up to 100 kernels in the caller's thread, which then waits for the two others in
 # a loop of its own: three threads on two cores, and half the speed, now and then. A layer has some 50 forward.
@@ -48,40 +48,16 @@ def lend(values: Sequence[Parameter], holders: Sequence[Parameter]) -> None:
         holder.set_data(value, slice_shape=True)
 
 
-class _Block(nn.Cell):
-    """Layers, one after another: (x, rotary tables …, mask) -> the outputs of all halves …, each [t, h]."""
-
-    def __init__(self, halves: Sequence[nn.Cell]):
-        super().__init__(auto_prefix=False)
-        self.halves = nn.CellList(list(halves), auto_prefix=False)
-
-    def construct(self, x, cos_q, sin_q, cos_k, sin_k, bias) -> tuple[Tensor, ...]:
-        found: tuple[Tensor, ...] = ()
-        for i in range(len(self.halves)):
-            x = self.halves[i](x) if i % 2 else self.halves[i](x, cos_q, sin_q, cos_k, sin_k, bias)
-            found = found + (x,)
-        return found
-
-
 class _BlockGradients(nn.Cell):
     """(d output, rotary tables …, mask, the inputs of all halves …) -> (d x, that of what trains [n], if any does)."""
 
     def __init__(self, halves: Sequence[nn.Cell], weights: Sequence[Sequence[Parameter]]):
         super().__init__(auto_prefix=False)
-        self.halves = nn.CellList([Backward(*pair) for pair in zip(halves, weights, strict=True)], auto_prefix=False)
-        self.concat = ops.Concat(0)
+        self.halves, self.concat = HalvesGradients(halves, weights, [True] * len(halves)), ops.Concat(0)
 
     def construct(self, grad, cos_q, sin_q, cos_k, sin_k, bias, *inputs) -> tuple[Tensor, ...]:
-        found: tuple[Tensor, ...] = ()
-        for j in range(len(self.halves)):
-            i = len(self.halves) - 1 - j
-            x = ops.depend(inputs[i], grad)  # one half after another
-            if i % 2:
-                grads = self.halves[i](x, grad)
-            else:
-                grads = self.halves[i](x, cos_q, sin_q, cos_k, sin_k, bias, grad)
-            grad, found = grads[0], grads[1:] + found
-        return (grad, self.concat(found)) if len(found) > 0 else (grad,)
+        found = self.halves(grad, cos_q, sin_q, cos_k, sin_k, bias, None, *inputs)
+        return (found[0], self.concat(found[1:])) if len(found) > 1 else found
 
 
 class _TopScores(nn.Cell):
@@ -89,14 +65,11 @@ class _TopScores(nn.Cell):
 
     def __init__(self, halves: Sequence[nn.Cell], loss: nn.Cell):
         super().__init__(auto_prefix=False)
-        self.halves, self.loss = nn.CellList(list(halves), auto_prefix=False), loss
+        self.halves, self.loss = Halves(halves), loss
 
     def construct(self, x, cos_q, sin_q, cos_k, sin_k, bias, rows, targets) -> tuple[Tensor, Tensor]:
-        count = len(self.halves)
-        for i in range(count):
-            tables = () if i % 2 else (cos_q, sin_q, cos_k, sin_k, bias)
-            x = self.halves[i](x, *tables, *((rows,) if i == count - 2 else ()))
-        loss, _, right = self.loss.of_output(x, targets)
+        outputs = self.halves(x, cos_q, sin_q, cos_k, sin_k, bias, rows)
+        loss, _, right = self.loss.of_output(outputs[-1], targets)
         return loss, right
 
 
@@ -109,7 +82,7 @@ class SharedGraphs:
     """
 
     def __init__(self, halves: Sequence[nn.Cell], members: Sequence[nn.Cell], weights: Sequence[Sequence[Parameter]]):
-        self.forward, self.backward = _Block(halves), _BlockGradients(halves, weights)
+        self.forward, self.backward = Halves(halves), _BlockGradients(halves, weights)
         self.parameters = parameters_of(members)
         # what keeps the block's own values while it has another's
         self.own = [Parameter(Tensor(np.zeros(1), p.dtype), f"own.{p.name}", False) for p in self.parameters]
@@ -156,7 +129,7 @@ class SharedBlocks:
 class LayerwiseStep:
     """Adds the gradient of one micro-batch's summed loss to the optimiser's ``grad``; returns that loss [].
 
-    As ``MicroStep`` with all layers computed again.
+    As ``MicroStep`` with all layers computed again. Its graphs, which are small, are compiled when they are first run.
 
     Args:
         loss: ``SummedLoss``.
@@ -178,6 +151,9 @@ class LayerwiseStep:
         self.lowest, self.to_embedding = max(parts.lowest - 1, 0) // (2 * LAYERS), parts.lowest == 0
         self.tied, self.own = parts.tied, parts.own
         self.accumulate = _Accumulate(optimizer)
+
+    def prepare(self, *batch: Tensor) -> None:
+        """Nothing: see ``MicroStep.prepare``."""
 
     def __call__(self, input_ids: Tensor, position_ids: Tensor, target_index: Tensor, targets: Tensor) -> Tensor:
         x, *tables = self.start(input_ids, position_ids)

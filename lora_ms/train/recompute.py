@@ -100,6 +100,65 @@ def held(params: Sequence[Parameter], *cells: nn.Cell) -> list[int]:
     return [i for i, parameter in enumerate(params) if id(parameter) in ids]
 
 
+class Halves(nn.Cell):
+    """Layers, one after another: (x [t, h], rotary tables …, mask, rows [c] or none) -> the outputs of all halves ….
+
+    Args:
+        halves: ``Attend`` and ``Feed`` in turn. The last layer goes on with ``rows`` alone, where they are given.
+    """
+
+    def __init__(self, halves: Sequence[nn.Cell]):
+        super().__init__(auto_prefix=False)
+        self.halves = nn.CellList(list(halves), auto_prefix=False)
+
+    def construct(self, x, cos_q, sin_q, cos_k, sin_k, bias, rows=None) -> tuple[Tensor, ...]:
+        count = len(self.halves)
+        found: tuple[Tensor, ...] = ()
+        for i in range(count):
+            if i % 2:
+                x = self.halves[i](x)
+            else:
+                x = self.halves[i](x, cos_q, sin_q, cos_k, sin_k, bias, rows if i == count - 2 else None)
+            found = found + (x,)
+        return found
+
+
+class HalvesGradients(nn.Cell):
+    """Of ``Halves``: (d output, rotary tables …, mask, rows or none, the inputs of all halves …) -> (d of the lowest
+    one's input, a gradient [n] for each half whose parameters train …).
+
+    Args:
+        weights: of each half, the parameters that train.
+        again: of each half, whether it is computed again once the gradient of its output is there, but for its last
+            projection, whose output nothing needs: only its input is kept then. Of the others the compiler sees the
+            same work twice, and keeps what it has.
+        lowest: the first half that needs a gradient.
+    """
+
+    def __init__(
+        self, halves: Sequence[nn.Cell], weights: Sequence[Sequence[Parameter]], again: Sequence[bool], lowest: int = 0
+    ):
+        super().__init__(auto_prefix=False)
+        self.halves = nn.CellList([Backward(*pair) for pair in zip(halves, weights, strict=True)], auto_prefix=False)
+        self.again, self.lowest = tuple(again), lowest
+        self.vectors = sum(len(own) > 0 for own in weights)
+
+    def construct(self, grad, cos_q, sin_q, cos_k, sin_k, bias, rows, *inputs) -> tuple[Tensor, ...]:
+        count = len(self.halves)
+        found: tuple[Tensor, ...] = ()
+        for j in range(count - self.lowest):
+            i = count - 1 - j
+            x = ops.depend(inputs[i], grad) if self.again[i] else inputs[i]
+            if i % 2:
+                grads = self.halves[i](x, grad)
+            elif i == count - 2 and rows is not None:
+                grads = self.halves[i](x, cos_q, sin_q, cos_k, sin_k, bias, rows, grad)
+            else:
+                grads = self.halves[i](x, cos_q, sin_q, cos_k, sin_k, bias, grad)
+            grad, found = grads[0], grads[1:] + found
+        return (grad,) + found
+
+
 class Backward(nn.Cell):
     """A half computed again, and its gradients: (its inputs, d output) -> (d x, those of ``weights`` [n], if any)."""
 
@@ -178,13 +237,8 @@ class UpperGradients(nn.Cell):
     Args:
         loss: ``SummedLoss``.
         loss_scale: [], what the loss is multiplied by before it is differentiated.
-        halves: ``Attend`` and ``Feed`` of the layers in turn.
-        weights: of each half, the parameters that train.
-        rest: those of norm and head.
-        again: of each half, whether it is computed again once the gradient of its output is there, but for its last
-            projection, whose output nothing needs: only its input is kept then. Of the others the compiler sees the
-            same work twice, and keeps what it has.
-        lowest: the first half that needs a gradient.
+        halves, weights, again, lowest: as ``HalvesGradients`` takes them.
+        rest: the parameters of norm and head that train.
     """
 
     def __init__(
@@ -198,29 +252,16 @@ class UpperGradients(nn.Cell):
         lowest: int = 0,
     ):
         super().__init__(auto_prefix=False)
-        self.halves = nn.CellList(list(halves), auto_prefix=False)
-        self.backward = nn.CellList([Backward(*pair) for pair in zip(halves, weights, strict=True)], auto_prefix=False)
+        self.forward, self.backward = Halves(halves), HalvesGradients(halves, weights, again, lowest)
         self.finish = FinishGradients(loss, loss_scale, rest)
-        self.again, self.lowest = tuple(again), lowest
-        self.vectors = sum(len(own) > 0 for own in weights)
+        self.vectors = self.backward.vectors
 
     def construct(self, x, cos_q, sin_q, cos_k, sin_k, bias, rows, targets) -> tuple[Tensor, ...]:
-        count = len(self.again)
-        inputs = []
-        for i in range(count):
-            tables = () if i % 2 else (cos_q, sin_q, cos_k, sin_k, bias)
-            inputs.append((x,) + tables + ((rows,) if i == count - 2 else ()))
-            x = self.halves[i](*inputs[-1])
-        finished = self.finish(x, targets)
-        loss, grad = finished[0], finished[1]
-        found: tuple[Tensor, ...] = ()
-        for j in range(count - self.lowest):
-            i = count - 1 - j
-            x, more = inputs[i][0], inputs[i][1:]
-            x = ops.depend(x, grad) if self.again[i] else x
-            grads = self.backward[i](x, *more, grad)
-            grad, found = grads[0], grads[1:] + found
-        return (loss, grad) + found + finished[2:]
+        outputs = self.forward(x, cos_q, sin_q, cos_k, sin_k, bias, rows)
+        finished = self.finish(outputs[-1], targets)
+        inputs = (x,) + outputs[:-1]
+        found = self.backward(finished[1], cos_q, sin_q, cos_k, sin_k, bias, rows, *inputs)
+        return (finished[0],) + found + finished[2:]
 
 
 class LayerGradients(nn.Cell):
@@ -260,7 +301,7 @@ def recomputed_layers(recompute: bool | int | Sequence[int], count: int) -> list
     """
     if isinstance(recompute, bool):
         return list(range(count)) if recompute else []
-    chosen = list(range(recompute)) if isinstance(recompute, int) else list(recompute)
+    chosen = list(range(recompute)) if isinstance(recompute, int) else sorted({*recompute})
     if chosen and max(chosen) >= count:
         raise LoraMsError(f"recompute_config.recompute {recompute}: the model has {count} layers, counted from 0")
     return chosen

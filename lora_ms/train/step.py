@@ -1,4 +1,4 @@
-"""The two graphs of training: a micro-batch's gradient, and the optimiser's update (``FlatAdamW``)."""
+"""The graphs of training: a micro-batch's gradient, and the optimiser's update (``FlatAdamW``)."""
 
 import ctypes
 import sys
@@ -9,8 +9,9 @@ from mindspore import Tensor, nn, ops
 
 from lora_ms.nn.loss import summed_cross_entropy
 from lora_ms.nn.parallel import WHOLE, Shard
+from lora_ms.train.layerwise import LayerwiseStep
 from lora_ms.train.optim import FlatAdamW
-from lora_ms.train.recompute import LayerGradients
+from lora_ms.train.recompute import LayerGradients, recomputed_layers
 
 CHUNK_NUMBERS = 1 << 24  # logits held at once in the loss: 64 MB in float32
 
@@ -36,16 +37,6 @@ class SummedLoss(nn.Cell):
         return self.cross_entropy(hidden, self.model.head_weight(), targets)[0]
 
 
-def compile_ahead(step: nn.Cell, *inputs: Tensor) -> None:
-    """Compiles ``step`` for inputs of these shapes, and hands back what the compiler has freed (8 MB a layer) before
-    the first step takes memory of its own: glibc keeps it otherwise."""
-    step.compile(*inputs)
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # not in every libc
-        if trim is not None:
-            trim(0)
-
-
 class MicroStep(nn.Cell):
     """Adds the gradient of one micro-batch's summed loss to the optimiser's ``grad``; returns that loss []."""
 
@@ -58,6 +49,20 @@ class MicroStep(nn.Cell):
             self.gradients = LayerGradients(loss, optimizer.params, optimizer.loss_scale, again)
         else:
             self.gradients = _Gradients(loss, optimizer)
+        self.prepared: set[tuple] = set()  # shapes of batches
+
+    def prepare(self, *batch: Tensor) -> None:
+        """Compiles for batches of this shape, once, and hands back what the compiler has freed (8 MB a layer) before
+        the first step takes memory of its own: glibc keeps it otherwise."""
+        shapes = tuple(tuple(part.shape) for part in batch)
+        if shapes in self.prepared:
+            return
+        self.prepared.add(shapes)
+        self.compile(*batch)
+        if sys.platform == "linux":
+            trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # not in every libc
+            if trim is not None:
+                trim(0)
 
     def construct(self, input_ids: Tensor, position_ids: Tensor, target_index: Tensor, targets: Tensor) -> Tensor:
         loss, grad = self.gradients(input_ids, position_ids, target_index, targets)
@@ -92,3 +97,12 @@ class _Scaled(nn.Cell):
     ) -> tuple[Tensor, Tensor]:
         loss = self.loss(input_ids, position_ids, target_index, targets)
         return loss * self.optimizer.loss_scale.astype(ms.float32), loss
+
+
+def micro_step(
+    loss: SummedLoss, optimizer: FlatAdamW, recompute: bool | int | Sequence[int] = False
+) -> MicroStep | LayerwiseStep:
+    """The graphs for a micro-batch, by how much of it is computed again; as ``recomputed_layers`` takes it."""
+    count = len(loss.model.model.layers)
+    layers = recomputed_layers(recompute, count)
+    return LayerwiseStep(loss, optimizer) if len(layers) == count else MicroStep(loss, optimizer, layers)

@@ -19,11 +19,9 @@ from lora_ms.nn.noise import EmbeddingNoise
 from lora_ms.runtime import Runtime, peak_memory_mb
 from lora_ms.train import groups
 from lora_ms.train.callbacks import Companion, Record
-from lora_ms.train.layerwise import LayerwiseStep
 from lora_ms.train.optim import FlatAdamW, learning_rate, loraplus_factors
-from lora_ms.train.recompute import recomputed_layers
 from lora_ms.train.settings import TrainSettings
-from lora_ms.train.step import MicroStep, SummedLoss, compile_ahead
+from lora_ms.train.step import SummedLoss, micro_step
 
 MAX_SKIPPED = 50  # float16 steps in a row that may overflow before the run is given up
 
@@ -100,14 +98,7 @@ class Steps:
         self.noise = EmbeddingNoise(model.model, s.neftune_noise_alpha) if s.neftune_noise_alpha else None
         self.table = self._table(model)
         model.set_train(True)
-        again = recomputed_layers(s.recompute, len(model.model.layers))
-        loss = SummedLoss(model, vocab_size, runtime.shard)
-        self.micro_step: MicroStep | LayerwiseStep
-        if len(again) == len(model.model.layers):
-            self.micro_step = LayerwiseStep(loss, self.optimizer)
-        else:
-            self.micro_step = MicroStep(loss, self.optimizer, again)
-        self.compiled: set[tuple] = set()  # shapes of batches
+        self.micro_step = micro_step(SummedLoss(model, vocab_size, runtime.shard), self.optimizer, s.recompute)
         self.pending: list[_Pending] = []
         self.clock = self.waited = 0.0
         self.fed: Iterator[Step] = iter(())
@@ -185,11 +176,8 @@ class Steps:
         """
         if self.table is not None:
             self.table.fill(step, self.plan.rank + number * self.plan.world)
-        shapes = tuple(tuple(part.shape) for part in batch)
         with nullcontext() if self.noise is None else self.noise.on(batch[0].shape[1]):
-            if shapes not in self.compiled and isinstance(self.micro_step, MicroStep):
-                compile_ahead(self.micro_step, *batch)
-                self.compiled.add(shapes)
+            self.micro_step.prepare(*batch)
             return self.micro_step(*batch)
 
     def launch(self, step: int) -> None:
