@@ -25,7 +25,8 @@ def _file_cache(stat: Path) -> int:
 def cgroup_limit(
     root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
 ) -> tuple[float, float] | None:
-    """The control group's limit and what is in use of it, MB, without files' cache; None where there is no limit."""
+    """The limit of the control group and what is in use of it, MB, without files' cache; of nested ones, of that which
+    leaves the least. None where there is no limit."""
     found: list[tuple[float, float]] = []
     try:
         lines = own.read_text().splitlines()
@@ -44,7 +45,7 @@ def cgroup_limit(
             if most is not None and most < 1 << 60:
                 used = max(0, (now or 0) - _file_cache(folder / "memory.stat"))
                 found.append((most / MB, used / MB))
-    return min(found) if found else None
+    return min(found, key=lambda group: group[0] - group[1], default=None)
 
 
 def system() -> tuple[float, float]:
