@@ -31,4 +31,5 @@ fi
 # Tests start lora-ms, msrun and python by name.
 export PATH="$VENV/bin:$PATH"
 cd "$ROOT"
-exec "$VENV/bin/python" -m pytest "$@"
+# Two processes: most of a test's time is MindSpore's compiler, which has one thread. A file stays in one process.
+exec "$VENV/bin/python" -m pytest -n 2 --dist loadfile "$@"
