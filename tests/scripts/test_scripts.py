@@ -393,12 +393,13 @@ def test_a_folder_of_someone_else_is_left_alone(machine, copy):
 def test_test_script_ends_as_pytest_does(machine, copy):
     result = machine.run(copy / "scripts/test.sh", "-k", "loss or rope")
     assert (result.returncode, result.stderr) == (7, "")
-    assert result.stdout.splitlines()[1:] == [f"pytest in {copy}: -n 2 --dist loadfile -k loss or rope; no torch"]
+    pytest = f"pytest in {copy}: -n 2 --dist loadfile"
+    assert result.stdout.splitlines()[1:] == [f"{pytest} -k loss or rope; no torch"]
     full = LIGHT.removesuffix(".") + ".[mindformers,dev]"
     assert calls(machine) == [f"{copy}: {full}"]
 
     result = machine.run(copy / "scripts/test.sh", "--with-torch", "-x")
-    assert result.stdout.splitlines()[1:] == [f"pytest in {copy}: -n 2 --dist loadfile -x; {copy}/.venv-torch/bin/python"]
+    assert result.stdout.splitlines()[1:] == [f"{pytest} -x; {copy}/.venv-torch/bin/python"]
     assert calls(machine) == [f"{copy}: install -qq --disable-pip-version-check --requirement requirements/torch.txt"]
 
 
