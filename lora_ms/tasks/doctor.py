@@ -96,7 +96,7 @@ def package_findings(found: dict[str, str | None]) -> list[Finding]:
         text = f"MindSpore fails in conversions with numpy {numpy}: pip install 'numpy<2' 'pyarrow<20'"
         findings.append(Finding("numpy", FAULT, text))
     if mindspore is not None and not (2, 7, 2) <= numbers(mindspore) < (2, 11):
-        text = f"{mindspore} was not tried; 2.7.2 to 2.10 were: pip install mindspore==2.9.0"
+        text = f"{mindspore} was not tried; 2.7.2, 2.9 and 2.10 were: pip install mindspore==2.9.0"
         findings.append(Finding("mindspore", FAULT if numbers(mindspore) < (2, 7, 2) else WARNING, text))
     mindformers = found.get("mindformers")
     if mindformers is not None and found.get("transformers") is not None:
