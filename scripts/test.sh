@@ -2,6 +2,7 @@
 # Runs the tests in an environment of their own (.venv-test; LORA_MS_VENV=X: X-test), which it makes if needed.
 #   test.sh [--with-torch] [PYTEST_ARGUMENTS...]
 #   test.sh --setup [--with-torch]      only makes the environment
+# In two processes; -n 0 as an argument: in one, as --pdb and -s want it.
 # --with-torch also makes .venv-torch (X-torch), with torch and PEFT, and runs the tests against a live PEFT.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
