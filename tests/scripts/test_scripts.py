@@ -89,13 +89,21 @@ def launcher(machine):
     return lambda *arguments, **env: machine.run(ROOT / "scripts/msrun_launcher.sh", *arguments, **env)
 
 
+def runs(process: int) -> bool:
+    """Whether it is there and no zombie."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 def outcome(machine: Machine, result: subprocess.CompletedProcess[str], log_dir: str = "output/msrun_log") -> list[str]:
     """What msrun was called with; where the launcher returned at once, that is in its log."""
     lines = result.stdout.splitlines()
     if "Stop it with: kill " not in lines[-1]:
         return lines[2:]
-    process, until = int(lines[-1].split()[-1]), time.monotonic() + 20
-    while Path(f"/proc/{process}/cmdline").is_file() and Path(f"/proc/{process}/cmdline").read_bytes():
+    process, until = int(lines[-1].split()[-1]), time.monotonic() + 60
+    while runs(process):
         assert time.monotonic() < until
         time.sleep(0.05)
     return (machine.folder / log_dir / "launcher.log").read_text().splitlines()[2:]
