@@ -180,14 +180,7 @@ def endless(launch) -> Iterator[Callable[..., tuple[subprocess.Popen[str], list[
             process.communicate(timeout=60)
 
 
-def alive(process: int) -> bool:
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except FileNotFoundError:
-        return False
-
-
-def test_a_killed_rank_ends_the_run(launch, endless):
+def test_a_killed_rank_ends_the_run(launch, endless, alive):
     process, ranks = endless("killed", 1, 2)
     os.kill(ranks[1], signal.SIGKILL)
     _, said = process.communicate(timeout=120)
@@ -200,7 +193,7 @@ def test_a_killed_rank_ends_the_run(launch, endless):
     assert not any(map(alive, ranks))
 
 
-def test_a_stop_finishes_the_step_and_saves(launch, endless):
+def test_a_stop_finishes_the_step_and_saves(launch, endless, alive):
     process, ranks = endless("stopped", 1, 2)
     process.terminate()
     said, errors = process.communicate(timeout=60)

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -51,8 +52,8 @@ esac
 class Machine:
     """A folder of programs that is all of PATH, and the environment that the scripts see."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, alive: Callable[[int], bool]):
+        self.folder, self.alive = folder, alive
         self.bin = folder / "bin"
         self.bin.mkdir()
         for tool in TOOLS:
@@ -78,8 +79,8 @@ class Machine:
 
 
 @pytest.fixture
-def machine(tmp_path):
-    return Machine(tmp_path)
+def machine(tmp_path, alive):
+    return Machine(tmp_path, alive)
 
 
 @pytest.fixture
@@ -89,21 +90,13 @@ def launcher(machine):
     return lambda *arguments, **env: machine.run(ROOT / "scripts/msrun_launcher.sh", *arguments, **env)
 
 
-def runs(process: int) -> bool:
-    """Whether it is there and no zombie."""
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
 def outcome(machine: Machine, result: subprocess.CompletedProcess[str], log_dir: str = "output/msrun_log") -> list[str]:
     """What msrun was called with; where the launcher returned at once, that is in its log."""
     lines = result.stdout.splitlines()
     if "Stop it with: kill " not in lines[-1]:
         return lines[2:]
-    process, until = int(lines[-1].split()[-1]), time.monotonic() + 60
-    while runs(process):
+    process, until = int(lines[-1].split()[-1]), time.monotonic() + 20
+    while machine.alive(process):
         assert time.monotonic() < until
         time.sleep(0.05)
     return (machine.folder / log_dir / "launcher.log").read_text().splitlines()[2:]
