@@ -53,9 +53,9 @@ class Sizes(Protocol):
 
 @dataclass(frozen=True)
 class Job:
-    """All that decides how much memory a run takes."""
+    """All that decides how much memory a process of a run takes."""
 
-    sizes: Sizes
+    sizes: Sizes  # of its part, where processes share a model
     lines: int  # of a micro-batch
     length: int  # tokens of a line
     ranks: Mapping[str, int] | None  # rank of the adapter on each adapted module, by path; None: all parameters train
@@ -64,6 +64,8 @@ class Job:
     again: Collection[int] = field(default_factory=frozenset)  # layers whose activations are computed again
     tokenizer: bool = True
     device: Literal["CPU", "Ascend"] = "CPU"
+    swap: bool = False  # AdamW's moments in the host's memory between steps
+    processes: int = 1  # that share the model
 
     @property
     def weight_width(self) -> int:
@@ -74,6 +76,11 @@ class Job:
     def width(self) -> int:
         """Bytes of what flows between layers: float32 on the CPU, whatever the weights are."""
         return 4 if self.device == "CPU" else self.weight_width
+
+    @property
+    def swapped(self) -> int:
+        """Bytes of a trained number that leave the device between steps."""
+        return 8 if self.swap and self.device == "Ascend" else 0
 
     @property
     def fused(self) -> bool:
@@ -209,13 +216,13 @@ def estimate(job: Job) -> Estimate:
     halves = [0.0, 0.0] if not again else [max(parts) for parts in zip(*(kept(job, i) for i in again), strict=True)]
     backward = rest + max(half + work for half, work in zip(halves, working(job), strict=True))
     gradients = 2 * 4 * count / MB
-    peak = GAPS * max(rest + logits, backward + gradients, OPTIMIZER_WORK * 4 * count / MB)
+    peak = GAPS * max(rest + logits, backward + gradients, (OPTIMIZER_WORK * 4 + job.swapped) * count / MB)
     index = 0.0 if job.device == "Ascend" else INDEX * tokens * s.hidden_size * len(compiled(job)) / MB
     of_loss = min(GAPS * logits, peak)
     return Estimate(
         libraries=LIBRARIES + TOKENIZER * job.tokenizer,
         weights=parameters(s) * job.weight_width / MB,
-        training=16 * count / MB if job.ranks is not None else 12 * count / MB,
+        training=((16 if job.ranks is not None else 12) - job.swapped) * count / MB,
         graphs=GRAPH + operators_mb(job) + index,
         activations=peak - of_loss,
         logits=of_loss,

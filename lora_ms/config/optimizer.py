@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from lora_ms.config.values import NoEffect, Number, Regex, Section, Whole
+from lora_ms.config.values import Flag, NoEffect, Number, Regex, Section, Whole
 
 
 class ParamGroup(Section):
@@ -25,6 +25,7 @@ class Optimizer(Section):
     eps: Number = Field(1e-8, gt=0)
     learning_rate: Number | None = Field(None, ge=0)  # used where lr_schedule has none
     weight_decay: Number = Field(0.0, ge=0)
+    swap: Flag = False  # its state in the host's memory between steps; on the CPU it is there
     groups: Annotated[list[ParamGroup], BeforeValidator(lambda value: value or [])] = []  # (ours)
 
     @model_validator(mode="after")

@@ -9,8 +9,8 @@ from lora_ms.config import RunConfig
 from lora_ms.data.packing import Shape
 from lora_ms.memory import Job
 from lora_ms.models.decoder import DecoderConfig
-from lora_ms.runtime import ascend_is_present
-from lora_ms.tasks import common, data
+from lora_ms.runtime import Runtime, ascend_is_present
+from lora_ms.tasks import common, data, parallel
 from lora_ms.train.recompute import recomputed_layers
 
 # MB that a run can have of each. On the Orange Pi host and card share the memory, and the system takes 1.5 GB of it.
@@ -31,12 +31,15 @@ PURPOSES = {
 
 
 def job_of(config: RunConfig, sizes: DecoderConfig, device: str) -> Job:
-    """What decides the memory of the run that ``config`` asks for.
+    """What decides the memory of a process of the run that ``config`` asks for.
 
     Raises:
-        LoraMsError: target_modules that match nothing, layers that are not there.
+        LoraMsError: target_modules that match nothing, layers that are not there, a model that cannot be shared so.
     """
-    ranks = None
+    parallel.check(config, sizes)
+    processes = parallel.sharing(config)
+    part = {name: getattr(sizes, name) // processes for name in parallel.DIVIDED.values()}
+    sizes, ranks = replace(sizes, **part), None
     if config.pet_config is not None:
         found = places(memory.modules(sizes), common.lora_config(config.pet_config))
         ranks = {name: place.lora_rank for name, place in found.items()}
@@ -53,6 +56,8 @@ def job_of(config: RunConfig, sizes: DecoderConfig, device: str) -> Job:
         (Path(config.load_checkpoint) / "tokenizer_config.json").is_file()
         or bool(config.processor.tokenizer.vocab_file),
         "CPU" if device == "CPU" else "Ascend",
+        config.optimizer.swap,
+        processes,
     )
 
 
@@ -62,14 +67,15 @@ def needs(job: Job, shared: bool = True) -> float:
     return found.total if shared else found.total - found.libraries - found.graphs
 
 
-def announce(config: RunConfig, sizes: DecoderConfig, device: str, shape: Shape) -> None:
+def announce(config: RunConfig, sizes: DecoderConfig, runtime: Runtime, shape: Shape) -> None:
     """Prints one line before a run, whose largest micro-batch is ``shape``: the estimate, and a warning where it will
-    not fit. On the CPU alone."""
-    if device != "CPU":
+    not fit. On the CPU alone, where all processes are taken to be on this machine."""
+    if runtime.device != "CPU":
         return
-    job = replace(job_of(config, sizes, device), lines=shape.lines, length=shape.length)
-    total, room = memory.estimate(job).total, machine.available()
-    print(f"memory: about {size(total)} at the peak, {size(room)} are free")
+    job = replace(job_of(config, sizes, "CPU"), lines=shape.lines, length=shape.length)
+    total, room = memory.estimate(job).total, machine.available() / runtime.world
+    each = " for each process" if runtime.world > 1 else ""
+    print(f"memory: about {size(total)} at the peak, {size(room)} are free{each}")
     if total > room:
         change = ", ".join(memory.remedies(job, room)) or "a smaller model, or a larger machine"
         print(f"warning: this run will hardly fit into memory; change: {change}", flush=True)
@@ -88,7 +94,8 @@ def run(config: RunConfig) -> None:
     """
     sizes = common.read_sizes(config)
     here = "Ascend" if config.context.device_target != "CPU" and ascend_is_present() else "CPU"
-    job, room = job_of(config, sizes, here), machine.available()
+    job = job_of(config, sizes, here)
+    room = machine.available() / job.processes
     print("\n".join([*table(job, here, room), "", *fits(config, sizes, here, room)]))
     wanted = needs(job)
     if here == "CPU" and wanted > room:
@@ -103,6 +110,7 @@ def table(job: Job, here: str, room: float) -> list[str]:
     dtype = "float16" if job.half else "float32"
     again = f", {len(job.again)} of {job.sizes.num_hidden_layers} layers computed again" if job.again else ""
     lines = [
+        *([f"each of {job.processes} processes that share the model:"] if job.processes > 1 else []),
         f"{count:,} parameters in {dtype}; {trains:,} numbers train",
         f"{job.lines} x {job.length:,} tokens at a time{again}; {here}, {size(room)} free",
         "",

@@ -75,6 +75,7 @@ def settings_of(config: RunConfig, longest: int) -> TrainSettings:
         betas=config.optimizer.betas,
         eps=config.optimizer.eps,
         weight_decay=config.optimizer.weight_decay,
+        swap=config.optimizer.swap,
         groups=tuple(Group(g.params, g.learning_rate, g.weight_decay) for g in config.optimizer.groups),
         max_grad_norm=config.max_grad_norm,
         loraplus_lr_ratio=pet.loraplus_lr_ratio,
@@ -231,7 +232,7 @@ def run(config: RunConfig) -> None:
             checkpoint.find(output_dir, settings.resume)
         plan = plan_store(store, reports, shares, tokenizer, settings, runtime)
         if runtime.is_main:
-            estimate.announce(config, sizes, runtime.device, plan.layout.shapes[-1])
+            estimate.announce(config, sizes, runtime, plan.layout.shapes[-1])
         model = common.build_model(config, sizes, dtype, runtime.shard)
         schedule_steps = settings.schedule_steps if settings.schedule_steps > 0 else plan.total_steps
         adapter = attach_adapter(config, model, schedule_steps, runtime.shard)

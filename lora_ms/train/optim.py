@@ -96,6 +96,8 @@ class FlatAdamW(nn.Cell):
             ``state()`` is kept with the optimiser's. None for none.
         shard: with which ranks the layers are shared. The gradient of a parameter that is whole on each of them is
             then summed over them, and the norm is that of the whole gradient.
+        swap: whether a card keeps the moments in its host's memory and loads them for each step, as MindFormers'
+            AdamW does (``Parameter(device="CPU")``; not tried on one). On the CPU it changes nothing.
     """
 
     def __init__(
@@ -115,6 +117,7 @@ class FlatAdamW(nn.Cell):
         penalty: nn.Cell | None = None,
         observer: nn.Cell | None = None,
         shard: Shard = WHOLE,
+        swap: bool = False,
     ):
         super().__init__()
         self.params = ms.ParameterTuple(params)
@@ -127,8 +130,10 @@ class FlatAdamW(nn.Cell):
         self.dynamic, self.scale_window, self.scale_factor = dynamic_scale, scale_window, scale_factor
         self.all_reduce, self.penalty, self.observer = all_reduce, penalty, observer
         self.grad = Parameter(ops.zeros(n, ms.float32), name="grad", requires_grad=False)
-        self.exp_avg = Parameter(ops.zeros(n, ms.float32), name="exp_avg", requires_grad=False)
-        self.exp_avg_sq = Parameter(ops.zeros(n, ms.float32), name="exp_avg_sq", requires_grad=False)
+        self.exp_avg, self.exp_avg_sq = (
+            Parameter(ops.zeros(n, ms.float32), name=name, requires_grad=False, device="CPU" if swap else None)
+            for name in ("exp_avg", "exp_avg_sq")
+        )
         self.count = Parameter(Tensor(0.0, ms.float32), name="count", requires_grad=False)
         self.loss_scale = Parameter(Tensor(loss_scale, ms.float32), name="loss_scale", requires_grad=False)
         self.good_steps = Parameter(Tensor(0.0, ms.float32), name="good_steps", requires_grad=False)

@@ -37,6 +37,7 @@ class TrainSettings:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.0
+    swap: bool = False  # AdamW's moments in the host's memory between steps
     groups: tuple[Group, ...] = ()  # of parameters, with a rate and a decay of their own
     max_grad_norm: float | None = 1.0
     loraplus_lr_ratio: float = 1.0  # learning rate of B over that of A

@@ -93,6 +93,7 @@ class Steps:
             penalty,
             observer,
             runtime.shard,
+            s.swap,
         )
         self.sum_over_data = runtime.data_sum()
         self.noise = EmbeddingNoise(model.model, s.neftune_noise_alpha) if s.neftune_noise_alpha else None

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from lora_ms import machine, memory
+from lora_ms import machine, memory, storage
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 8192, "hidden_size": 512,
@@ -123,6 +123,14 @@ def test_what_takes_more(change):
     assert memory.estimate(job(**change)).total > memory.estimate(job()).total
 
 
+def test_state_in_the_hosts_memory_leaves_the_card():
+    everything = {"ranks": None, "half": False}
+    there = memory.estimate(job(**everything, swap=True))
+    assert memory.estimate(job(**everything)).training - there.training == 2 * 4 * 6_738_415_616 / memory.MB
+    here = {**everything, "device": "CPU"}
+    assert memory.estimate(job(**here, swap=True)) == memory.estimate(job(**here))
+
+
 def test_what_fits_is_the_largest():
     room = memory.estimate(job(lines=5)).total
     assert memory.largest_batch(job(), room) == 5
@@ -176,6 +184,27 @@ def test_the_share_in_use(monkeypatch):
     assert machine.share(100.0) > 0.25  # of this process alone: more than 25 MB
     monkeypatch.setattr(machine, "cgroup_limit", lambda: (400.0, 300.0))
     assert machine.share() == 0.75 and machine.available() == 100
+
+
+def test_a_process_holds_its_part_of_a_shared_model(tmp_path, capsys):
+    from lora_ms.cli import main
+    from lora_ms.config import load_config
+    from lora_ms.nn.parallel import Shard
+    from lora_ms.tasks import common, estimate
+
+    write_model(tmp_path / "qwen", QWEN)
+    whole = storage.open_dir(tmp_path / "qwen")
+    shared = {"use_parallel": True, "parallel_config.model_parallel": 2, "load_checkpoint": str(tmp_path / "qwen")}
+    config = load_config(None, flags=shared)
+    job = estimate.job_of(config, common.read_sizes(config), "CPU")
+    parts = [Shard(1, 2).place(name, entry.shape) for name, entry in whole.items()]
+    held = [np.empty(entry.shape, bool)[part].size for entry, part in zip(whole.values(), parts, strict=True)]
+    assert memory.parameters(job.sizes) == sum(held)
+    command = ["estimate", "--load_checkpoint", shared["load_checkpoint"], "--device_target", "CPU"]
+    assert main([*command, "--use_parallel", "True", "--parallel_config.model_parallel", "2"]) == 0
+    assert f"each of 2 processes that share the model:\n{sum(held):,} parameters" in capsys.readouterr().out
+    assert main([*command, "--use_parallel", "True", "--parallel_config.model_parallel", "4"]) == 2
+    assert "does not divide" in capsys.readouterr().err
 
 
 def test_the_command(model, capsys):

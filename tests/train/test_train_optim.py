@@ -63,14 +63,16 @@ def current(optimizer: FlatAdamW) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("max_grad_norm", "weight_decay"), [(None, 0.1), (None, 0.0), (1.0, 0.1)], ids=["decay", "plain", "clipped"]
+    ("max_grad_norm", "weight_decay", "swap"),
+    [(None, 0.1, False), (None, 0.0, False), (1.0, 0.1, False), (1.0, 0.1, True)],
+    ids=["decay", "plain", "clipped", "swapped"],
 )
-def test_adamw_against_float64(graph_mode, max_grad_norm, weight_decay):
+def test_adamw_against_float64(graph_mode, max_grad_norm, weight_decay, swap):
     """Gradients of norm below and above 1; the rate changes; only w and v, of two dimensions, decay."""
     beta1, beta2, eps = 0.8, 0.95, 1e-6
     values = parameters()
     optimizer = optimizer_of(values, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay,
-                             max_grad_norm=max_grad_norm)  # fmt: skip
+                             max_grad_norm=max_grad_norm, swap=swap)  # fmt: skip
     x = np.concatenate([value.ravel() for value in values.values()]).astype(np.float64)
     decay = weight_decay * np.repeat([1, 0, 1], [6, 4, 4])
     m, v = np.zeros(14), np.zeros(14)
@@ -88,6 +90,15 @@ def test_adamw_against_float64(graph_mode, max_grad_norm, weight_decay):
         x = x - rate * (m / (1 - beta1**number)) / (np.sqrt(v / (1 - beta2**number)) + eps)
         np.testing.assert_allclose(current(optimizer), x, rtol=0, atol=3e-6)
         np.testing.assert_array_equal(optimizer.grad.asnumpy(), 0)
+
+
+def test_where_the_state_lies_is_told_to_mindspore(graph_mode):
+    """A card has not been asked; the mark that it would go by is there, after a checkpoint too."""
+    for swap, place in ((True, "CPU"), (False, None)):
+        optimizer = optimizer_of(parameters(), swap=swap)
+        optimizer.restore(optimizer.whole_state())
+        marks = {name: p._get_user_data("parameter_device") for name, p in optimizer.state().items()}
+        assert marks == dict.fromkeys(marks, None) | {"exp_avg": place, "exp_avg_sq": place}
 
 
 def test_decay_acts_on_matrices_alone(graph_mode):
