@@ -99,7 +99,7 @@ class Attention(nn.Cell):
         q, k, v = self.project(x, rope, cache.batch)
         k = cache.write(cache.keys[layer], rows, k)
         v = cache.write(cache.values[layer], rows, v)
-        output, _ = self.kernel(q, k, v, bias)
+        output = self.kernel(q, k, v, bias)[0]  # MindSpore warns of an unused name behind a write
         return self.merge_heads(output, cache.batch)
 
     def construct(self, x: Tensor, rope: tuple, bias: Tensor) -> Tensor:

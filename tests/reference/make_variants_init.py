@@ -15,8 +15,8 @@ from live_peft import logits_of
 from make_variants import CLOSE, INPUT_SHAPE, Q_V, VARIANTS_DIR, forward, keep, lora_config, perturb, write
 from peft import AdaLoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 
-# At rank 2 the singular values on both sides of PiSSA's cut through qwen3's first q_proj are 0.3 percent apart: float32
-# cannot tell which to take out, and PEFT's residual is 9e-6 off that of float64. At rank 3 they are 3 to 6 percent apart.
+# PiSSA at rank 2 cuts between singular values of qwen3's first q_proj that differ by 0.3 percent of the largest: which
+# to take out is then float32's rounding, and PEFT's residual 9e-6 off that of float64. At rank 3 they differ by 3 to 6.
 RANKS = {"llama3": 2, "qwen2": 2, "qwen3": 3}
 ALPHA = 3
 # How far training is imagined to have gone from the initial factors.
