@@ -65,7 +65,6 @@ class Job:
     tokenizer: bool = True
     device: Literal["CPU", "Ascend"] = "CPU"
     swap: bool = False  # AdamW's moments in the host's memory between steps
-    processes: int = 1  # that share the model
 
     @property
     def weight_width(self) -> int:

@@ -34,9 +34,8 @@ def job_of(config: RunConfig, sizes: DecoderConfig, device: str) -> Job:
     """What decides the memory of a process of the run that ``config`` asks for.
 
     Raises:
-        LoraMsError: target_modules that match nothing, layers that are not there, a model that cannot be shared so.
+        LoraMsError: target_modules that match nothing, layers that are not there.
     """
-    parallel.check(config, sizes)
     processes = parallel.sharing(config)
     part = {name: getattr(sizes, name) // processes for name in parallel.DIVIDED.values()}
     sizes, ranks = replace(sizes, **part), None
@@ -57,7 +56,6 @@ def job_of(config: RunConfig, sizes: DecoderConfig, device: str) -> Job:
         or bool(config.processor.tokenizer.vocab_file),
         "CPU" if device == "CPU" else "Ascend",
         config.optimizer.swap,
-        processes,
     )
 
 
@@ -90,12 +88,16 @@ def run(config: RunConfig) -> None:
     """Prints the table.
 
     Raises:
-        LoraMsError: the model's sizes are not known.
+        LoraMsError: the model's sizes are not known, or it cannot be shared by so many processes.
     """
     sizes = common.read_sizes(config)
+    parallel.check(config, sizes)
+    processes = parallel.sharing(config)
     here = "Ascend" if config.context.device_target != "CPU" and ascend_is_present() else "CPU"
     job = job_of(config, sizes, here)
-    room = machine.available() / job.processes
+    room = machine.available() / processes
+    if processes > 1:
+        print(f"each of {processes} processes that share the model:")
     print("\n".join([*table(job, here, room), "", *fits(config, sizes, here, room)]))
     wanted = needs(job)
     if here == "CPU" and wanted > room:
@@ -110,7 +112,6 @@ def table(job: Job, here: str, room: float) -> list[str]:
     dtype = "float16" if job.half else "float32"
     again = f", {len(job.again)} of {job.sizes.num_hidden_layers} layers computed again" if job.again else ""
     lines = [
-        *([f"each of {job.processes} processes that share the model:"] if job.processes > 1 else []),
         f"{count:,} parameters in {dtype}; {trains:,} numbers train",
         f"{job.lines} x {job.length:,} tokens at a time{again}; {here}, {size(room)} free",
         "",
