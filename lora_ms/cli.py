@@ -41,11 +41,17 @@ def run_mindformer(argv: Sequence[str] | None = None) -> int:
 
 def _guarded(command: Any, argv: list[str]) -> int:
     try:
-        return command(argv)
-    except SystemExit as stop:  # argparse, after --help or --version
-        return int(stop.code or 0)
+        try:
+            status = command(argv)
+        except SystemExit as stop:  # argparse, after --help or --version
+            status = int(stop.code or 0)
+        sys.stdout.flush()
+        return status
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # `… | head`: nobody reads on, and the flush at exit must not say so either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (LoraMsError, MemoryError, RuntimeError) as fault:
         if "--debug" in argv:
             raise

@@ -15,14 +15,17 @@ TOKENIZER = 110.0  # MB of transformers and of a tokenizer of 150,000 entries
 # and backward, and 20 more for every adapter. Where activations are computed again, forward operators count twice.
 GRAPH = 66.0
 GRAPH_LAYER = 26.0
+GRAPH_LAYER_OWN = 16.0  # of our own operators, which are fewer
 GRAPH_ADAPTER = 4.8
 GRAPH_DROPOUT = 0.8  # of an adapter with dropout
 GRAPH_UPDATE = 1.2  # of an adapter, in the optimiser
 GRAPH_AGAIN = 1.25
 BLOCK = 3  # layers that share their graphs with others where all are computed again; train.layerwise has it
 INDEX = 12  # bytes that kernels keep of every number of a layer's hidden states, for as long as the graph lives
+INDEX_OWN = 4  # of our own operators, beside a few of MindSpore's
 GAPS = 1.05  # of the pool: what lies between its pieces
 LOGITS = 3  # matrices [chunk, vocabulary] alive at once in the loss
+LOGITS_OWN = 2
 CHUNK_NUMBERS = 1 << 24  # of the loss; train.step has it
 PART_NUMBERS = 1 << 24  # of the head that are widened at once; nn.product has it
 OPTIMIZER_WORK = 8  # vectors of all trainable numbers alive at once in the optimiser's graph
@@ -65,6 +68,7 @@ class Job:
     tokenizer: bool = True
     device: Literal["CPU", "Ascend"] = "CPU"
     swap: bool = False  # AdamW's moments in the host's memory between steps
+    own: bool = False  # on the CPU: our own operators, not MindSpore's
 
     @property
     def weight_width(self) -> int:
@@ -84,7 +88,7 @@ class Job:
     @property
     def fused(self) -> bool:
         """Whether attention keeps no [queries, keys] matrix."""
-        return self.device == "Ascend" and self.half
+        return self.own if self.device == "CPU" else self.half
 
 
 @dataclass(frozen=True)
@@ -145,8 +149,9 @@ def kept(job: Job, layer: int) -> tuple[float, float]:
     s, tokens = job.sizes, job.lines * job.length
     h, f = s.hidden_size, s.intermediate_size
     q, kv = s.num_attention_heads * s.head_dim, s.num_key_value_heads * s.head_dim
-    # before the norm; queries and attention's output, keys and values; what is left of the gated product
-    attention, feed = tokens * (h + 2 * q + 2 * kv), tokens * (h + 3 * f)
+    # before the norm; queries and attention's output, keys and values; gate and up, and what MindSpore's operators
+    # leave of their product
+    attention, feed = tokens * (h + 2 * q + 2 * kv), tokens * (h + (2 if job.own else 3) * f)
     if not job.fused:
         attention += job.lines * s.num_attention_heads * job.length**2
     dense, prefix = modules(s), f"model.layers.{layer}."
@@ -197,7 +202,8 @@ def operators_mb(job: Job) -> float:
             every[int(name.split(".")[2])] += 1
     adapter, shared = GRAPH_ADAPTER + GRAPH_DROPOUT * (job.dropout > 0), compiled(job)
     again = {*job.again} if len(shared) == len(every) else ()
-    layers = ((GRAPH_LAYER + adapter * every[i]) * (GRAPH_AGAIN if i in again else 1.0) for i in shared)
+    layer = GRAPH_LAYER_OWN if job.own else GRAPH_LAYER
+    layers = ((layer + adapter * every[i]) * (GRAPH_AGAIN if i in again else 1.0) for i in shared)
     return sum(layers) + GRAPH_UPDATE * sum(every)
 
 
@@ -206,7 +212,8 @@ def estimate(job: Job) -> Estimate:
     s, tokens, layers = job.sizes, job.lines * job.length, range(job.sizes.num_hidden_layers)
     count, again = trainable(job), {*job.again}
     chunk = min(tokens, max(16, CHUNK_NUMBERS // s.vocab_size))
-    logits = chunk * s.vocab_size * (10 if job.width == 2 else 4 * LOGITS) / MB
+    matrices = LOGITS_OWN if job.own else LOGITS
+    logits = chunk * s.vocab_size * (10 if job.width == 2 else 4 * matrices) / MB
     if job.half and job.device == "CPU":  # weights widened, one matrix at a time
         logits += 4 * PART_NUMBERS / MB
     inputs = 2 * len(again) * tokens * s.hidden_size * job.width / MB  # of both halves of a layer
@@ -216,7 +223,8 @@ def estimate(job: Job) -> Estimate:
     backward = rest + max(half + work for half, work in zip(halves, working(job), strict=True))
     gradients = 2 * 4 * count / MB
     peak = GAPS * max(rest + logits, backward + gradients, (OPTIMIZER_WORK * 4 + job.swapped) * count / MB)
-    index = 0.0 if job.device == "Ascend" else INDEX * tokens * s.hidden_size * len(compiled(job)) / MB
+    width = 0 if job.device == "Ascend" else INDEX_OWN if job.own else INDEX
+    index = width * tokens * s.hidden_size * len(compiled(job)) / MB
     of_loss = min(GAPS * logits, peak)
     return Estimate(
         libraries=LIBRARIES + TOKENIZER * job.tokenizer,

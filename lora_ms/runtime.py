@@ -12,8 +12,9 @@ from shutil import which
 import mindspore as ms
 from mindspore import ops
 
-from lora_ms import machine
+from lora_ms import cpu, machine
 from lora_ms.errors import LoraMsError
+from lora_ms.nn import cpu as nn_cpu
 from lora_ms.nn.parallel import WHOLE, Shard, SumOverRanks
 
 
@@ -65,11 +66,13 @@ def setup(
     max_device_memory: str | None = None,
     graph_kernel: bool = False,
     model_parallel: int = 1,
+    cpu_operators: bool = True,
 ) -> tuple[Runtime, list[str]]:
     """Prepares MindSpore, in static-graph mode; returns notices for the user beside the runtime. May be repeated.
 
     device_id: which Ascend card; None leaves the choice to the environment.
     model_parallel: how many processes share one model, with use_parallel.
+    cpu_operators: on the CPU, let cells made from now on compute with our own operators (``lora_ms.cpu``).
 
     Raises:
         LoraMsError: use_parallel without msrun's environment, or communication that does not come up.
@@ -88,6 +91,10 @@ def setup(
     if graph_kernel:
         notices += _fuse_kernels(device)
     runtime = _join(device, model_parallel) if use_parallel else Runtime(device)
+    if cpu_operators and device == "CPU":
+        notices += _own_operators(runtime.world)
+    else:
+        nn_cpu.use("")
     ms.set_seed(seed)
     return runtime, notices
 
@@ -103,6 +110,17 @@ def _fuse_kernels(device: str) -> list[str]:
         os.environ.setdefault("AKG_WHITE_LIST_PATH", str(Path(ms.__file__).parent))
         os.environ.setdefault("MS_COMPILER_CACHE_PATH", str(Path.home() / ".cache" / "lora_ms"))
     ms.set_context(enable_graph_kernel=True)
+    return []
+
+
+def _own_operators(processes: int) -> list[str]:
+    """Lets cells compute with our operators, which are compiled the first time; says so where that cannot be."""
+    library, why = cpu.build()
+    if library is None:
+        nn_cpu.use("")
+        return [f"our own operators for the CPU could not be compiled, so a step takes longer: {why}"]
+    cpu.set_threads(library, processes)
+    nn_cpu.use(str(library))
     return []
 
 

@@ -1,5 +1,6 @@
 """Every flag lands on its key; faults are one line with status 2; --help imports nothing heavy."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -368,6 +369,15 @@ def test_help_lists_the_methods_of_combining(capsys):
     assert cli.main(["adapters", "combine", "--help"]) == 0
     listed = capsys.readouterr().out.split("methods:\n")[1]
     assert [line.split()[0] for line in listed.splitlines() if line[:3].strip()] == list(METHODS)
+
+
+def test_a_reader_that_leaves_is_no_error():
+    read, write = os.pipe()
+    os.close(read)
+    script = "import sys; from lora_ms import cli; sys.exit(cli._guarded(lambda argv: print('line') or 0, []))"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_run_mindformer_script_returns_the_status():

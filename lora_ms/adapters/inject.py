@@ -17,15 +17,15 @@ from lora_ms.nn.layers import Embedding, Head, RMSNorm
 from lora_ms.nn.lora import AdaLoRADense, DoRADense, LoRADense, default_a
 from lora_ms.nn.lora_embedding import DoRAEmbedding, LoRAEmbedding
 from lora_ms.nn.parallel import WHOLE, Shard, split_axis
-from lora_ms.nn.product import HalfDense
+from lora_ms.nn.product import ProductDense
 from lora_ms.nn.trained import TrainedDense, TrainedEmbedding, TrainedHead, TrainedNorm
 
 ADAPTERS = (LoRADense, LoRAEmbedding)
 TRAINED = (TrainedHead, TrainedDense, TrainedEmbedding, TrainedNorm)
-TARGETS = (nn.Dense, HalfDense, Head, Embedding)  # exactly these: their subclasses are adapters
+TARGETS = (nn.Dense, ProductDense, Head, Embedding)  # exactly these: their subclasses are adapters
 COPIES = {
     nn.Dense: TrainedDense,
-    HalfDense: TrainedDense,
+    ProductDense: TrainedDense,
     Head: TrainedHead,
     Embedding: TrainedEmbedding,
     RMSNorm: TrainedNorm,

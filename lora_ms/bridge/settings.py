@@ -22,11 +22,12 @@ OUR_TOP = (
     "report_to",
 )
 OUR_RUNNER = ("max_steps", "logging_steps", "adaptive_batch")
-OUR_CONTEXT = ("enable_graph_kernel", "low_memory")
+OUR_CONTEXT = ("cpu_operators", "enable_graph_kernel", "low_memory")
 OUR_MODEL = ("type", "pet_config", "head_dim", "max_new_tokens", "temperature", "checkpoint_name_or_path")
 # of ours, what changes nothing here
 IDLE = (
-    *("report_to", "evaluation", "runner_config.adaptive_batch", "context.enable_graph_kernel", "context.low_memory"),
+    *("report_to", "evaluation", "runner_config.adaptive_batch"),
+    *(f"context.{key}" for key in OUR_CONTEXT),
     *(f"{name}_dataset.{key}" for name in ("train", "eval") for key in ("packing", "length_buckets")),
 )
 DATASET = (

@@ -9,7 +9,7 @@ from lora_ms.nn.attention import Attention, attention_bias, uses_flash
 from lora_ms.nn.kernels import RowMask
 from lora_ms.nn.layers import MLP, Embedding, Head, RMSNorm, SplitEmbedding
 from lora_ms.nn.parallel import WHOLE, Shard
-from lora_ms.nn.product import stream_dtype
+from lora_ms.nn.product import WeightMatMul, stream_dtype
 from lora_ms.nn.rope import RotaryTables, inverse_frequencies
 
 
@@ -123,7 +123,7 @@ class CausalLM(nn.Cell):
         super().__init__()
         self.config, self.dtype = config, dtype
         self.model = Decoder(config, dtype, shard)
-        self.project = ops.MatMul(transpose_b=True)
+        self.project = WeightMatMul()
         self.lm_head = Head(config.hidden_size, config.vocab_size // shard.count, "zeros", has_bias=False, dtype=dtype)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
@@ -142,9 +142,7 @@ class CausalLM(nn.Cell):
         """
         batch, seq = input_ids.shape
         if position_ids is None:
-            positions = ops.tile(ops.arange(seq), (batch,))
-            bias = attention_bias(None, batch, seq, self.model.num_heads, self.model.num_kv_heads)
-            return self.model(input_ids, positions, bias, rows)
+            position_ids = ops.tile(ops.arange(seq).reshape((1, seq)), (batch, 1))
         return self.model(input_ids, position_ids, self.model.row_mask(position_ids), rows)
 
     def next_logits(self, input_ids: Tensor, cache: nn.Cell, start: Tensor, padding: Tensor) -> Tensor:

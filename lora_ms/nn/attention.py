@@ -4,6 +4,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 
+from lora_ms.nn import cpu
 from lora_ms.nn.heads import SwapKernel
 from lora_ms.nn.kernels import MASKED, AttentionKernel, FlashAttentionKernel, RotaryKernel, fuses
 from lora_ms.nn.layers import RMSNorm, dense
@@ -56,6 +57,7 @@ class Attention(nn.Cell):
             self.k_norm = RMSNorm(head_dim, qk_norm_eps, dtype)
         self.rotary = RotaryKernel(head_dim)
         self.swap = SwapKernel()
+        self.causal = cpu.CausalAttentionOperator() if cpu.there() else nn.Identity()
         self.kernel = FlashAttentionKernel() if uses_flash(flash_attention, dtype) else AttentionKernel()
 
     def split_heads(self, x: Tensor, batch: int, num_heads: int) -> Tensor:
@@ -63,15 +65,19 @@ class Attention(nn.Cell):
         x = self.swap(x, batch, x.shape[0] // (batch * num_heads), num_heads)
         return x.reshape((batch * self.num_kv_heads, -1, self.head_dim))
 
-    def project(self, x: Tensor, rope: tuple, batch: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [b * n_kv, g * s, d], scaled by 1/sqrt(d), keys and values [b * n_kv, s, d]."""
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [t * n_h, d], keys [t * n_kv, d], not rotated, and values [t, n_kv * d]."""
         x = self.enter(x)
-        q = self.q_proj(x).reshape((-1, self.head_dim))  # [t * n_h, d]
+        q = self.q_proj(x).reshape((-1, self.head_dim))
         k = self.k_proj(x).reshape((-1, self.head_dim))
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
+        return q, k, self.v_proj(x)
+
+    def by_heads(self, x: Tensor, rope: tuple, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [b * n_kv, g * s, d], scaled by 1/sqrt(d), keys and values [b * n_kv, s, d]."""
+        q, k, v = self.project(x)
         q, k = self.rotary(q, rope[0], rope[1]), self.rotary(k, rope[2], rope[3])
-        v = self.v_proj(x)
         return (
             self.split_heads(q, batch, self.num_heads),
             self.split_heads(k, batch, self.num_kv_heads),
@@ -85,8 +91,12 @@ class Attention(nn.Cell):
 
     def mix(self, x: Tensor, rope: tuple, bias: Tensor) -> Tensor:
         """Attention without its output projection: [t, h] -> [t, n_h * d]."""
+        if bias.ndim == 2:  # what RowMask gives for our own operator
+            q, k, v = self.project(x)
+            q, k = q.reshape((v.shape[0], -1)), k.reshape((v.shape[0], -1))
+            return self.causal(q, k, v, rope[2], rope[3], bias)[0]
         batch = bias.shape[0] if bias.ndim == 4 else bias.shape[0] // self.num_kv_heads
-        q, k, v = self.project(x, rope, batch)
+        q, k, v = self.by_heads(x, rope, batch)
         output, _ = self.kernel(q, k, v, bias)  # [b * n_kv, g * s, d]
         return self.merge_heads(output, batch)
 
@@ -96,7 +106,7 @@ class Attention(nn.Cell):
 
     def mix_cached(self, x: Tensor, rope: tuple, bias: Tensor, cache: nn.Cell, layer: int, rows: Tensor) -> Tensor:
         """As ``mix``, for new tokens that also look at those in ``cache``, into which they are written."""
-        q, k, v = self.project(x, rope, cache.batch)
+        q, k, v = self.by_heads(x, rope, cache.batch)
         k = cache.write(cache.keys[layer], rows, k)
         v = cache.write(cache.values[layer], rows, v)
         output = self.kernel(q, k, v, bias)[0]  # MindSpore warns of an unused name behind a write

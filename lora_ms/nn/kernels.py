@@ -1,4 +1,4 @@
-"""The one place that chooses between Ascend's fused operators and portable ones.
+"""The one place that chooses between Ascend's fused operators, our own for the CPU (``nn.cpu``) and portable ones.
 
 Shape legend, for all of ``lora_ms.nn``: b batch, s sequence, t = b * s tokens, h hidden, n_h query heads,
 n_kv key/value heads, g = n_h / n_kv queries per key/value head, d head dimension, c label slots, v vocabulary.
@@ -12,6 +12,8 @@ automatic ones would broadcast.
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
+
+from lora_ms.nn import cpu
 
 MASKED = -1e9  # added to a forbidden score; finite, so that a row of padding gives no NaN
 
@@ -45,7 +47,9 @@ class RMSNormKernel(nn.Cell):
     def __init__(self, eps: float):
         super().__init__()
         self.eps = eps
-        self.fused = fuses()
+        self.fused, self.own = fuses(), cpu.there()
+        if self.own:
+            self.operator = cpu.RMSNormOperator(eps)
         self.mean = ops.ReduceMean(keep_dims=True)
         self.outer = ops.MatMul()
         self.t_matmul = ops.MatMul(transpose_a=True)
@@ -57,10 +61,14 @@ class RMSNormKernel(nn.Cell):
         if self.fused:
             return ops.rms_norm(x, weight.astype(x.dtype), self.eps)[0]
         y = x.astype(ms.float32)
+        if self.own:
+            return self.operator(y, weight).astype(x.dtype)
         y = y * self.outer(self.scale(y), weight.astype(ms.float32).reshape((1, -1)))
         return y.astype(x.dtype)
 
     def bprop(self, x, weight, out, dout):
+        if self.own:
+            return self.operator.bprop(x, weight, out, dout)
         # with r = scale(x), s = r weight: dx = s dy - x r^2 mean(s dy x), dweight = r^T (dy x)
         y, grad, row = x.astype(ms.float32), dout.astype(ms.float32), weight.astype(ms.float32).reshape((1, -1))
         scale = self.scale(y)
@@ -118,14 +126,20 @@ class GatedSiLUKernel(nn.Cell):
 
     def __init__(self):
         super().__init__()
-        self.sigmoid = ops.Sigmoid()
+        self.sigmoid, self.own = ops.Sigmoid(), cpu.there()
+        if self.own:
+            self.operator = cpu.GatedSiLUOperator()
 
     def construct(self, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if self.own and gate.dtype == ms.float32:
+            return self.operator(gate, up), gate, up
         sigmoid = self.sigmoid(gate)
         silu = gate * sigmoid
         return silu * up, sigmoid, silu
 
     def bprop(self, gate, up, out, dout):
+        if self.own and gate.dtype == ms.float32:
+            return self.operator.bprop(gate, up, out, dout[0])
         _, sigmoid, silu = out
         grad = dout[0]
         return grad * up * (sigmoid + silu * (1.0 - sigmoid)), grad * silu
@@ -214,16 +228,19 @@ class RowMask(nn.Cell):
     """Which keys a query may see where a line holds several rows: those of its own row, up to itself.
 
     position_ids [b, s], from 0 in each row -> 0 or -1e9, float32 [b * n_kv, g * s, s]; where ``fused``, the fused
-    operator's own form: 1 where a query may not look, uint8 [b, 1, s, s].
+    operator's own form: 1 where a query may not look, uint8 [b, 1, s, s]; where the CPU has operators of ours, the
+    first key that a query may see, int32 [b, s].
     """
 
     def __init__(self, num_heads: int, num_kv_heads: int, fused: bool):
         super().__init__()
-        self.num_heads, self.num_kv_heads, self.fused = num_heads, num_kv_heads, fused
+        self.num_heads, self.num_kv_heads, self.fused, self.own = num_heads, num_kv_heads, fused, cpu.there()
 
     def construct(self, position_ids: Tensor) -> Tensor:
         batch, seq = position_ids.shape
         places = np.arange(seq, dtype=np.int32)
+        if self.own:
+            return ops.tile(Tensor(places[None], ms.int32), (batch, 1)) - position_ids.astype(ms.int32)
         keys = ops.tile(Tensor(np.tile(places, (seq, 1))[None], ms.int32), (batch, 1, 1))  # [b, s, s]: j
         future = ops.tile(Tensor((places[None] > places[:, None])[None]), (batch, 1, 1))  # j > i
         starts = ops.tile(Tensor(places[None], ms.int32), (batch, 1)) - position_ids.astype(ms.int32)

@@ -4,14 +4,15 @@ import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import initializer
 
+from lora_ms.nn import cpu
 from lora_ms.nn.kernels import GatedSiLUKernel, RMSNormKernel
 from lora_ms.nn.parallel import WHOLE, Shard, enter, leave
-from lora_ms.nn.product import HalfDense, stream_dtype
+from lora_ms.nn.product import ProductDense, stream_dtype
 
 
 def dense(in_features: int, out_features: int, has_bias: bool, dtype: ms.Type) -> nn.Dense:
     """A ``nn.Dense`` whose weights are to be loaded, hence zero until then."""
-    kind = nn.Dense if stream_dtype(dtype) == dtype else HalfDense
+    kind = ProductDense if cpu.there() or stream_dtype(dtype) != dtype else nn.Dense
     return kind(in_features, out_features, "zeros", "zeros", has_bias, dtype=dtype)
 
 

@@ -12,10 +12,10 @@ from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import HeUniform, Normal, initializer
 from numpy.typing import NDArray
 
-from lora_ms.nn import lowrank
+from lora_ms.nn import cpu, lowrank
 from lora_ms.nn.draws import DropoutKernel
 from lora_ms.nn.kernels import ColumnScaleKernel, LowRankKernel
-from lora_ms.nn.product import WeightMatMul
+from lora_ms.nn.product import AdaptedMatMul, WeightMatMul
 
 
 def default_a() -> HeUniform:
@@ -82,6 +82,9 @@ class LoRADense(nn.Dense):
         self.lora_dropout = DropoutKernel(lora_dropout)
         self.low_rank = LowRankKernel()
         self.weight_product = WeightMatMul()
+        self.own = cpu.there()
+        if self.own:
+            self.adapted_product = AdaptedMatMul()
         self.add_bias = ops.BiasAdd()
         self.compute_dtype = compute_dtype
         self.base_class, self.trains_bias = nn.Dense, False
@@ -199,6 +202,9 @@ class LoRADense(nn.Dense):
         """x [t, in] -> [t, out], without the layer's bias."""
         a, b = self.factors()
         scaling = self.scaling.astype(x.dtype)
+        drops = self.training and self.lora_dropout.probability > 0
+        if self.own and x.dtype == ms.float32 and not drops and not self.has_lora_bias:
+            return self.adapted_product(x, self.weight, a.astype(x.dtype), b.astype(x.dtype), scaling)[0]
         update, _ = self.low_rank(self.lora_dropout(x), a.astype(x.dtype), b.astype(x.dtype), scaling)
         if self.has_lora_bias:
             update = self.add_bias(update, self.lora_bias.astype(x.dtype) * scaling)

@@ -9,6 +9,8 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 
+from lora_ms.nn import cpu
+from lora_ms.nn.cpu import MatMul
 from lora_ms.nn.kernels import on_ascend
 
 PART_NUMBERS = 1 << 24  # of the head that are widened at once: 64 MB
@@ -29,9 +31,9 @@ class WeightMatMul(nn.Cell):
 
     def __init__(self):
         super().__init__()
-        self.product = ops.MatMul()
-        self.product_t = ops.MatMul(transpose_b=True)
-        self.t_product = ops.MatMul(transpose_a=True)
+        self.product = MatMul("times")
+        self.product_t = MatMul("times_transposed")
+        self.t_product = MatMul("transposed_times")
 
     def construct(self, x: Tensor, weight: Tensor) -> Tensor:
         return self.product_t(x, widened(weight, x))
@@ -40,14 +42,42 @@ class WeightMatMul(nn.Cell):
         return self.product(dout, widened(weight, dout)), self.t_product(dout, x).astype(weight.dtype)
 
 
+class AdaptedMatMul(nn.Cell):
+    """``x W^T + scaling x A^T B^T`` by our own operators, as one product whose inner dimension is longer by the rank.
+
+    x [t, in] float32, W [out, in], A [rank, in], B [out, rank], scaling [], not trained -> [t, out], and
+    scaling x A^T [t, rank].
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.times, self.times_transposed = cpu.times(), cpu.times_transposed()
+        self.transposed_times = cpu.transposed_times()
+
+    def construct(self, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scaling: Tensor) -> tuple[Tensor, Tensor]:
+        low = self.times_transposed(x, a) * scaling
+        return self.times_transposed(x, widened(weight, x), low, b), low
+
+    def bprop(self, x, weight, a, b, scaling, out, dout):
+        grad, low = dout[0], out[1]
+        d_low = self.times(grad, b) * scaling
+        return (
+            self.times(grad, widened(weight, grad), d_low, a),
+            self.transposed_times(grad, x).astype(weight.dtype),
+            self.transposed_times(d_low, x),
+            self.transposed_times(grad, low),
+            ops.zeros_like(scaling),
+        )
+
+
 class HeadProduct(nn.Cell):
     """The products with the head [v, h], of which a part is widened at a time where it is in half precision."""
 
     def __init__(self):
         super().__init__()
         self.wide = not on_ascend()
-        self.product = ops.MatMul()
-        self.product_t = ops.MatMul(transpose_b=True)
+        self.product = MatMul("times")
+        self.product_t = MatMul("times_transposed")
 
     def part(self, head: Tensor, start: int, rows: int, ready: Tensor) -> Tensor:
         """Rows of the head in float32, once ``ready`` is there; a gather, as slices are taken in float32 alone."""
@@ -89,8 +119,8 @@ class WeightBias(nn.Cell):
         return self.add(x, bias.astype(x.dtype))
 
 
-class HalfDense(nn.Dense):
-    """A dense layer whose weight and bias are in half precision, where what flows is in full."""
+class ProductDense(nn.Dense):
+    """A dense layer by ``WeightMatMul``: its weight and bias may be in half precision where what flows is in full."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)

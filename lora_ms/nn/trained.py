@@ -5,6 +5,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
 from lora_ms.nn.layers import Embedding, Head, RMSNorm
+from lora_ms.nn.product import WeightMatMul
 
 
 def copied(parameter: Parameter, name: str) -> Parameter:
@@ -38,6 +39,7 @@ class TrainedDense(nn.Dense):
         self.base_class, self.base_dtype = type(dense), dense.weight.dtype
         self.weight = copied(dense.weight, "weight") if weight else dense.weight
         self.trains_weight, self.trains_bias = weight, bias and dense.has_bias
+        self.matmul = WeightMatMul()
         if dense.has_bias:
             self.bias = copied(dense.bias, "bias") if bias else dense.bias
 

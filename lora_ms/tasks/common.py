@@ -47,6 +47,7 @@ def start(config: RunConfig) -> Runtime:
         context.max_device_memory,
         context.enable_graph_kernel,
         config.parallel_config.model_parallel,
+        context.cpu_operators,
     )
     use_plain_operators(context.low_memory)
     notices += parallel.notices(config, runtime)

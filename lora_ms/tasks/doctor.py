@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import NamedTuple
 
-from lora_ms import machine
+from lora_ms import cpu, machine
 
 OK, WARNING, FAULT = "ok", "warning", "fault"
 COLUMNS = (14, 9)
@@ -124,6 +124,14 @@ def device_finding(dev: Path = Path("/dev"), environment: dict[str, str] | None 
     return Finding("devices", OK, f"Ascend: {names}; CANN in {environment['ASCEND_HOME_PATH']}")
 
 
+def operators_finding() -> Finding:
+    """Compiles our operators for the CPU, where they are not there yet."""
+    library, why = cpu.build()
+    if library is None:
+        return Finding("operators", WARNING, f"runs on the CPU take longer: {why}; on Debian: apt install g++")
+    return Finding("operators", OK, "our own for the CPU are compiled")
+
+
 def memory_findings(room: float, group: tuple[float, float] | None) -> list[Finding]:
     """What a run can have."""
     status = WARNING if room < LEAST_MEMORY else OK
@@ -202,7 +210,7 @@ def run(msrun: bool = True) -> int:
     found = {name: installed(name) for name in (*REQUIRED, *OPTIONAL)}
     faults = 0
     for findings in (
-        lambda: [python_finding(), *package_findings(found), device_finding()],
+        lambda: [python_finding(), *package_findings(found), device_finding(), operators_finding()],
         lambda: memory_findings(machine.available(), machine.cgroup_limit()),
         lambda: [mindspore_finding()] if found["mindspore"] else [],
         lambda: [msrun_finding()] if msrun and found["mindspore"] else [],

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-from lora_ms import machine, memory
+from lora_ms import cpu, machine, memory
 from lora_ms.adapters.matching import places
 from lora_ms.config import RunConfig
 from lora_ms.data.packing import Shape
@@ -56,6 +56,7 @@ def job_of(config: RunConfig, sizes: DecoderConfig, device: str) -> Job:
         or bool(config.processor.tokenizer.vocab_file),
         "CPU" if device == "CPU" else "Ascend",
         config.optimizer.swap,
+        device == "CPU" and config.context.cpu_operators and cpu.compiler() is not None,
     )
 
 

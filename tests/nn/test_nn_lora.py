@@ -6,6 +6,7 @@ import pytest
 from mindspore import Tensor, nn
 
 from lora_ms.nn.lora import LoRADense
+from lora_ms.nn.product import ProductDense
 
 pytestmark = pytest.mark.usefixtures("graph_mode")
 RNG = np.random.default_rng(5)
@@ -52,7 +53,7 @@ def test_merging_leaves_the_layer_as_it_was():
 
 
 def test_a_fresh_adapter_changes_nothing():
-    dense, x = base(True), f32(RNG.standard_normal((3, IN)))
+    dense, x = ProductDense(IN, OUT, f32(W), f32(BIAS)), f32(RNG.standard_normal((3, IN)))
     before = dense(x).asnumpy()
     layer = LoRADense.from_dense(dense, RANK, ALPHA)
     np.testing.assert_array_equal(layer(x).asnumpy(), before)

@@ -1,0 +1,199 @@
+// Causal attention and its gradient, a block of queries at a time: no [s, s] matrix is kept (Dao et al., 2022).
+//
+// q [b * s, n_h * d], k and v [b * s, n_kv * d] as the projections give them, not yet rotated; cos and sin
+// a row of d for each token, table_row apart, the minus sign of the rotation in the first half of sin; first [b, s]: the earliest key that a query sees.
+// A query sees the keys from there up to itself. Scores are scaled by 1 / sqrt(d).
+#pragma once
+
+#include <cmath>
+
+#include "product.h"
+
+namespace lora_ms {
+
+constexpr long QUERIES = 48;  // of a block: a multiple of every ROWS
+
+struct Attention {
+    const float *q, *k, *v, *cos, *sin;
+    const int32_t *first;
+    long batch, seq, heads, kv_heads, dim, table_row;
+
+    long q_row() const { return heads * dim; }
+    long kv_row() const { return kv_heads * dim; }
+
+    // x [count, d] rows x_row apart -> x * cos + swap(x) * sin, times `scale`; of tokens from `token` on.
+    void rotate(const float *x, long x_row, long token, long count, float scale, float *to, long to_row) const {
+        const long half = dim / 2;
+        for (long i = 0; i < count; i++) {
+            const float *c = cos + (token + i) * table_row, *s = sin + (token + i) * table_row, *from = x + i * x_row;
+            float *out = to + i * to_row;
+            for (long p = 0; p < half; p++) {
+                out[p] = (from[p] * c[p] + from[half + p] * s[p]) * scale;
+                out[half + p] = (from[half + p] * c[half + p] + from[p] * s[half + p]) * scale;
+            }
+        }
+    }
+
+    // The transpose of `rotate`: the gradient of what was rotated -> that of what it was made from.
+    void rotate_back(const float *x, long x_row, long token, long count, float scale, float *to, long to_row) const {
+        const long half = dim / 2;
+        for (long i = 0; i < count; i++) {
+            const float *c = cos + (token + i) * table_row, *s = sin + (token + i) * table_row, *from = x + i * x_row;
+            float *out = to + i * to_row;
+            for (long p = 0; p < half; p++) {
+                out[p] = (from[p] * c[p] + from[half + p] * s[half + p]) * scale;
+                out[half + p] = (from[half + p] * c[half + p] + from[p] * s[p]) * scale;
+            }
+        }
+    }
+
+    // The keys that queries [i, end) of a line may see begin here; a multiple of COLUMNS, as panels do.
+    long lowest(const int32_t *start, long i, long end) const {
+        return *std::min_element(start + i, start + end) / COLUMNS * COLUMNS;
+    }
+};
+
+inline long padded(long n) { return divided(n, COLUMNS) * COLUMNS; }
+
+// Room for one thread's intermediate numbers; what is asked for stays valid until the next `Room`.
+class Room {
+  public:
+    explicit Room(size_t numbers) {
+        std::vector<float> &all = held();
+        if (all.size() < numbers) all.resize(numbers);
+        next_ = all.data();
+    }
+    float *take(long numbers) {
+        float *here = next_;
+        next_ += numbers;
+        return here;
+    }
+
+  private:
+    static std::vector<float> &held() {
+        static thread_local std::vector<float> all;
+        return all;
+    }
+    float *next_;
+};
+
+// out [b * s, n_h * d]; log_sum [b * s, n_h]: of each query's exponentiated scores, for the gradient.
+inline void attend(const Attention &a, float *out, float *log_sum) {
+    const float scale = 1.0f / std::sqrt(static_cast<float>(a.dim));
+    const long width = padded(a.seq), deep = padded(a.dim), group = a.heads / a.kv_heads;
+    Threads::shared().run(a.batch * a.heads, [&](long task) {
+        const long line = task / a.heads, head = task % a.heads, token = line * a.seq;
+        const int32_t *start = a.first + token;
+        Room room(a.seq * a.dim + width * a.dim + a.seq * deep + QUERIES * (a.dim + width));
+        float *keys = room.take(a.seq * a.dim), *key_panels = room.take(width * a.dim);
+        float *value_panels = room.take(a.seq * deep);
+        float *queries = room.take(QUERIES * a.dim), *scores = room.take(QUERIES * width);
+        const long of_kv = token * a.kv_row() + head / group * a.dim;
+        a.rotate(a.k + of_kv, a.kv_row(), token, a.seq, 1.0f, keys, a.dim);
+        pack({keys, 1, a.dim}, a.dim, a.seq, key_panels);
+        pack({a.v + of_kv, a.kv_row(), 1}, a.seq, a.dim, value_panels);
+        for (long i = 0; i < a.seq; i += QUERIES) {
+            const long end = std::min(a.seq, i + QUERIES), low = a.lowest(start, i, end), count = end - low;
+            const long of_q = (token + i) * a.q_row() + head * a.dim;
+            a.rotate(a.q + of_q, a.q_row(), token + i, end - i, scale, queries, a.dim);
+            const Piece product = {{queries, a.dim, 1}, key_panels + low * a.dim, a.dim, a.dim};
+            multiply(&product, 1, end - i, count, nullptr, 0, scores, width);
+            float inverse[QUERIES];
+            for (long r = 0; r < end - i; r++) {
+                float *row = scores + r * width;
+                const long from = start[i + r] - low, to = i + r + 1 - low;
+                Vec most = spread(-3e38f);
+                long p = from;
+                for (; p + LANES <= to; p += LANES) most = larger(most, load(row + p));
+                if (p < to) most = larger(most, load_some(row + p, to - p, -3e38f));
+                const float top = largest(most);
+                Vec total = {};
+                for (p = from; p + LANES <= to; p += LANES) {
+                    const Vec e = exponential(load(row + p) - top);
+                    store(row + p, e);
+                    total += e;
+                }
+                if (p < to) {
+                    const Vec e = exponential(load_some(row + p, to - p, -3e38f) - top);
+                    for (long n = 0; p + n < to; n++) row[p + n] = e[n];
+                    total += e;
+                }
+                std::fill(row, row + from, 0.0f);
+                std::fill(row + to, row + count, 0.0f);
+                inverse[r] = 1.0f / sum(total);
+                log_sum[(token + i + r) * a.heads + head] = top + std::log(sum(total));
+            }
+            const Piece mix = {{scores, width, 1}, value_panels + low * COLUMNS, count, a.seq};
+            multiply(&mix, 1, end - i, a.dim, nullptr, 0, out + of_q, a.q_row());
+            for (long r = 0; r < end - i; r++)
+                for (long p = 0; p < a.dim; p++) out[of_q + r * a.q_row() + p] *= inverse[r];
+        }
+    });
+}
+
+// d_q, d_k, d_v like q, k, v, from the gradient of `out` and what `attend` gave; probabilities are formed again.
+inline void attend_gradient(const Attention &a, const float *out, const float *log_sum, const float *d_out, float *d_q,
+                            float *d_k, float *d_v) {
+    const float scale = 1.0f / std::sqrt(static_cast<float>(a.dim));
+    const long width = padded(a.seq), deep = padded(a.dim), group = a.heads / a.kv_heads;
+    Threads::shared().run(a.batch * a.kv_heads, [&](long task) {
+        const long line = task / a.kv_heads, kv_head = task % a.kv_heads, token = line * a.seq;
+        const int32_t *start = a.first + token;
+        Room room(2 * a.seq * a.dim + 2 * width * a.dim + a.seq * deep + QUERIES * (2 * a.dim + 2 * deep + 2 * width));
+        float *keys = room.take(a.seq * a.dim), *d_keys = room.take(a.seq * a.dim);
+        float *key_panels = room.take(width * a.dim), *value_panels = room.take(width * a.dim);  // transposed
+        float *key_rows = room.take(a.seq * deep);
+        float *queries = room.take(QUERIES * a.dim), *d_queries = room.take(QUERIES * a.dim);
+        float *query_rows = room.take(QUERIES * deep), *d_out_rows = room.take(QUERIES * deep);
+        float *probs = room.take(QUERIES * width), *d_scores = room.take(QUERIES * width);
+        const long of_kv = token * a.kv_row() + kv_head * a.dim;
+        a.rotate(a.k + of_kv, a.kv_row(), token, a.seq, 1.0f, keys, a.dim);
+        pack({keys, 1, a.dim}, a.dim, a.seq, key_panels);
+        pack({keys, a.dim, 1}, a.seq, a.dim, key_rows);
+        pack({a.v + of_kv, 1, a.kv_row()}, a.dim, a.seq, value_panels);
+        std::fill(d_keys, d_keys + a.seq * a.dim, 0.0f);
+        for (long r = 0; r < a.seq; r++) std::fill_n(d_v + of_kv + r * a.kv_row(), a.dim, 0.0f);
+        for (long head = kv_head * group; head < (kv_head + 1) * group; head++) {
+            for (long i = 0; i < a.seq; i += QUERIES) {
+                const long end = std::min(a.seq, i + QUERIES), low = a.lowest(start, i, end), count = end - low;
+                const long rows = end - i, of_q = (token + i) * a.q_row() + head * a.dim;
+                a.rotate(a.q + of_q, a.q_row(), token + i, rows, scale, queries, a.dim);
+                const Piece score = {{queries, a.dim, 1}, key_panels + low * a.dim, a.dim, a.dim};
+                multiply(&score, 1, rows, count, nullptr, 0, probs, width);
+                const Piece d_prob = {{d_out + of_q, a.q_row(), 1}, value_panels + low * a.dim, a.dim, a.dim};
+                multiply(&d_prob, 1, rows, count, nullptr, 0, d_scores, width);
+                for (long r = 0; r < rows; r++) {
+                    const long place = of_q + r * a.q_row(), from = start[i + r] - low, to = i + r + 1 - low;
+                    const float shift = log_sum[(token + i + r) * a.heads + head];
+                    const float mean = dot(out + place, d_out + place, a.dim);
+                    float *p = probs + r * width, *d = d_scores + r * width;
+                    std::fill(p, p + from, 0.0f), std::fill(d, d + from, 0.0f);
+                    long n = from;
+                    for (; n + LANES <= to; n += LANES) {
+                        const Vec e = exponential(load(p + n) - shift);
+                        store(p + n, e);
+                        store(d + n, e * (load(d + n) - mean));
+                    }
+                    if (n < to) {
+                        const Vec e = exponential(load_some(p + n, to - n, -3e38f) - shift);
+                        for (long m = 0; n + m < to; m++) p[n + m] = e[m], d[n + m] = e[m] * (d[n + m] - mean);
+                    }
+                    std::fill(p + to, p + count, 0.0f), std::fill(d + to, d + count, 0.0f);
+                }
+                const Piece query = {{d_scores, width, 1}, key_rows + low * COLUMNS, count, a.seq};
+                multiply(&query, 1, rows, a.dim, nullptr, 0, d_queries, a.dim);
+                a.rotate_back(d_queries, a.dim, token + i, rows, scale, d_q + of_q, a.q_row());
+                pack({queries, a.dim, 1}, rows, a.dim, query_rows);
+                const Piece key = {{d_scores, 1, width}, query_rows, rows, rows};
+                multiply(&key, 1, count, a.dim, d_keys + low * a.dim, a.dim, d_keys + low * a.dim, a.dim);
+                pack({d_out + of_q, a.q_row(), 1}, rows, a.dim, d_out_rows);
+                const Piece value = {{probs, 1, width}, d_out_rows, rows, rows};
+                float *to = d_v + of_kv + low * a.kv_row();
+                multiply(&value, 1, count, a.dim, to, a.kv_row(), to, a.kv_row());
+            }
+        }
+        a.rotate_back(d_keys, a.dim, token, a.seq, 1.0f, d_k + of_kv, a.kv_row());
+    });
+}
+
+}  // namespace lora_ms

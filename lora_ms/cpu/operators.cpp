@@ -1,0 +1,129 @@
+// The operators as MindSpore's custom operators of kind "aot" call them: addresses and shapes of the inputs, then of the
+// outputs. All is float32 but indices, which are int32. What each computes stands beside its function in rows.h,
+// product.h and attention.h.
+
+#include "attention.h"
+#include "rows.h"
+
+using namespace lora_ms;
+
+namespace {
+
+struct Tensors {
+    void **data;
+    int *ndims;
+    int64_t **shapes;
+
+    float *floats(int i) const { return static_cast<float *>(data[i]); }
+    const int32_t *ints(int i) const { return static_cast<const int32_t *>(data[i]); }
+    long size(int i, int axis) const { return shapes[i][axis]; }
+    long numbers(int i) const {
+        long n = 1;
+        for (int axis = 0; axis < ndims[i]; axis++) n *= shapes[i][axis];
+        return n;
+    }
+};
+
+enum Kind { TIMES_TRANSPOSED, TIMES, TRANSPOSED_TIMES };
+
+// Inputs a1, b1, a2, b2, … and, where their number is odd, what the products are added to: [m, n], or [n] for each row.
+int products(Kind kind, int count, Tensors t) {
+    const int inputs = count - 1, c = count - 1;
+    const long m = t.size(c, 0), n = t.size(c, 1);
+    std::vector<Term> terms;
+    for (int i = 0; i + 1 < inputs; i += 2) {
+        const long a_row = t.size(i, 1), b_row = t.size(i + 1, 1);
+        Matrix a = {t.floats(i), a_row, 1}, b = {t.floats(i + 1), b_row, 1};
+        if (kind == TIMES_TRANSPOSED) b = {b.data, 1, b_row};
+        if (kind == TRANSPOSED_TIMES) a = {a.data, 1, a_row};
+        terms.push_back({a, b, kind == TRANSPOSED_TIMES ? t.size(i, 0) : a_row});
+    }
+    const int start = inputs - 1;
+    if (inputs % 2) {
+        product(terms, m, n, t.floats(start), t.ndims[start] == 2 ? n : 0, t.floats(c));
+    } else {
+        product(terms, m, n, nullptr, 0, t.floats(c));
+    }
+    return 0;
+}
+
+// q, k, v, cos, sin [b * s * n, d] (of a token's n equal rows one is read), first [b, s]
+Attention attention_of(Tensors t) {
+    const long dim = t.size(3, 1), kv_heads = t.size(1, 1) / dim;
+    return {t.floats(0), t.floats(1), t.floats(2), t.floats(3), t.floats(4), t.ints(5), t.size(5, 0), t.size(5, 1),
+            t.size(0, 1) / dim, kv_heads, dim, t.size(3, 0) / t.size(0, 0) * dim};
+}
+
+}  // namespace
+
+#define OPERATOR(name) \
+    extern "C" int name([[maybe_unused]] int count, void **data, int *ndims, int64_t **shapes, const char **, void *, void *)
+#define TENSORS \
+    Tensors { data, ndims, shapes }
+
+extern "C" void set_threads(int count) { Threads::shared().set_count(count); }
+
+// a b^T + …: a [m, k], b [n, k]
+OPERATOR(times_transposed) { return products(TIMES_TRANSPOSED, count, TENSORS); }
+
+// a b + …: a [m, k], b [k, n]
+OPERATOR(times) { return products(TIMES, count, TENSORS); }
+
+// a^T b + …: a [k, m], b [k, n]
+OPERATOR(transposed_times) { return products(TRANSPOSED_TIMES, count, TENSORS); }
+
+// x [t, n], weight [n], eps [1] -> y [t, n]
+OPERATOR(norm) {
+    const Tensors t = TENSORS;
+    lora_ms::norm(t.floats(0), t.floats(1), *t.floats(2), t.size(0, 0), t.size(0, 1), t.floats(3));
+    return 0;
+}
+
+// x [t, n], weight [n], eps [1], d_y [t, n] -> d_x [t, n]
+OPERATOR(norm_gradient) {
+    const Tensors t = TENSORS;
+    lora_ms::norm_gradient(t.floats(0), t.floats(1), *t.floats(2), t.floats(3), t.size(0, 0), t.size(0, 1), t.floats(4));
+    return 0;
+}
+
+// x [t, n], eps [1], d_y [t, n] -> d_weight [n]
+OPERATOR(norm_weight_gradient) {
+    const Tensors t = TENSORS;
+    lora_ms::norm_weight_gradient(t.floats(0), *t.floats(1), t.floats(2), t.size(0, 0), t.size(0, 1), t.floats(3));
+    return 0;
+}
+
+// gate, up -> y, all of one shape
+OPERATOR(gated) {
+    const Tensors t = TENSORS;
+    lora_ms::gated(t.floats(0), t.floats(1), t.numbers(0), t.floats(2));
+    return 0;
+}
+
+// gate, up, d_y -> d_gate, d_up, all of one shape
+OPERATOR(gated_gradient) {
+    const Tensors t = TENSORS;
+    lora_ms::gated_gradient(t.floats(0), t.floats(1), t.floats(2), t.numbers(0), t.floats(3), t.floats(4));
+    return 0;
+}
+
+// logits [c, v], targets [c] -> loss [c], right [c], d_logits [c, v]
+OPERATOR(cross_entropy) {
+    const Tensors t = TENSORS;
+    lora_ms::cross_entropy(t.floats(0), t.ints(1), t.size(0, 0), t.size(0, 1), t.floats(2), t.floats(3), t.floats(4));
+    return 0;
+}
+
+// q, k, v, cos, sin, first -> out like q, log_sum [t, n_h]
+OPERATOR(attention) {
+    const Tensors t = TENSORS;
+    attend(attention_of(t), t.floats(6), t.floats(7));
+    return 0;
+}
+
+// q, k, v, cos, sin, first, out, log_sum, d_out -> d_q, d_k, d_v
+OPERATOR(attention_gradient) {
+    const Tensors t = TENSORS;
+    attend_gradient(attention_of(t), t.floats(6), t.floats(7), t.floats(8), t.floats(9), t.floats(10), t.floats(11));
+    return 0;
+}

@@ -1,0 +1,190 @@
+// Matrix products C = D + A1 B1 + A2 B2 + … in float32.
+//
+// Columns of B are packed into panels of 2 * LANES, of at most some 512 rows, which stay in the second-level cache; a
+// tile of ROWS x 2 LANES of C is held in registers while it goes through a panel (Goto and van de Geijn, 2008). A is
+// read where it lies. A number of C is summed in one order, whatever the threads do.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "threads.h"
+#include "vector.h"
+
+namespace lora_ms {
+
+constexpr int ROWS = LANES == 8 ? 6 : 12;   // of a tile: 12 of 16 registers with AVX, 24 of 32 elsewhere
+constexpr int COLUMNS = 2 * LANES;          // of a tile
+constexpr long DEPTH = 512;  // rows of a panel, about
+constexpr long BLOCK = 96;   // rows of A that go through all panels of a task before the next ones
+constexpr long WIDTH = 64;   // columns of a task, about: with a block of A they fit the second-level cache
+
+// Element (i, j) is at data[i * row + j * column].
+struct Matrix {
+    const float *data;
+    long row, column;
+    Matrix from(long i, long j) const { return {data + i * row + j * column, row, column}; }
+};
+
+// A [m, depth] times B [depth, n].
+struct Term {
+    Matrix a, b;
+    long depth;
+};
+
+// A stretch of the inner dimension: columns of A, and where in the panels those rows of B begin.
+struct Piece {
+    Matrix a;
+    const float *panels;  // [n / COLUMNS][height][COLUMNS]
+    long depth, height;
+    const float *panel(long j) const { return panels + j * height; }  // j: a multiple of COLUMNS
+};
+
+inline long divided(long a, long b) { return (a + b - 1) / b; }
+
+// Rows [0, depth) and columns [0, width) of B as panels; columns beyond it are zero.
+inline void pack(Matrix b, long depth, long width, float *to) {
+    for (long j = 0; j < width; j += COLUMNS, to += depth * COLUMNS) {
+        const long some = std::min<long>(COLUMNS, width - j);
+        const Matrix from = b.from(0, j);
+        if (from.column == 1 && some == COLUMNS) {
+            for (long p = 0; p < depth; p++) std::memcpy(to + p * COLUMNS, from.data + p * from.row, 4 * COLUMNS);
+            continue;
+        }
+        if (some < COLUMNS) std::fill(to, to + depth * COLUMNS, 0.0f);
+        long done = 0;
+        if (from.row == 1 && some == COLUMNS)
+            for (; done + 4 <= depth; done += 4)
+                for (long i = 0; i < COLUMNS; i += 4)
+                    transpose4(from.data + done + i * from.column, from.column, to + done * COLUMNS + i, COLUMNS);
+        for (long p = done; p < depth; p++)
+            for (long i = 0; i < some; i++) to[p * COLUMNS + i] = from.data[p * from.row + i * from.column];
+    }
+}
+
+// [M, width] of C from what `start` has (nothing: 0) and the pieces.
+template <int M>
+void tile(const Piece *pieces, int count, long i, long j, const float *start, long start_row, float *c, long c_row,
+          long width) {
+    Vec sums[M][2];
+#pragma GCC unroll 16
+    for (int r = 0; r < M; r++) sums[r][0] = sums[r][1] = Vec{};
+    for (int n = 0; n < count; n++) {
+        const long row = pieces[n].a.row, column = pieces[n].a.column, depth = pieces[n].depth;
+        const float *a = pieces[n].a.data + i * row, *b = pieces[n].panel(j);
+        for (long p = 0; p < depth; p++, a += column, b += COLUMNS) {
+            const Vec left = load(b), right = load(b + LANES);
+#pragma GCC unroll 16
+            for (int r = 0; r < M; r++) {
+                const Vec x = spread(a[r * row]);
+                sums[r][0] += x * left;
+                sums[r][1] += x * right;
+            }
+        }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < M; r++) {
+        float *to = c + r * c_row;
+        const float *from = start ? start + r * start_row : nullptr;
+        if (width == COLUMNS) {
+            store(to, from ? load(from) + sums[r][0] : sums[r][0]);
+            store(to + LANES, from ? load(from + LANES) + sums[r][1] : sums[r][1]);
+        } else {
+            for (long q = 0; q < width; q++) {
+                const float x = q < LANES ? sums[r][0][q] : sums[r][1][q - LANES];
+                to[q] = from ? from[q] + x : x;
+            }
+        }
+    }
+}
+
+template <int M>
+void tile_of(int rows, const Piece *pieces, int count, long i, long j, const float *start, long start_row, float *c,
+             long c_row, long width) {
+    if (rows == M) return tile<M>(pieces, count, i, j, start, start_row, c, c_row, width);
+    if constexpr (M > 1) tile_of<M - 1>(rows, pieces, count, i, j, start, start_row, c, c_row, width);
+}
+
+// C [m, n] = start (nothing: 0) + the pieces' products; C and start by their first number and the distance of rows.
+__attribute__((noinline)) inline void multiply(const Piece *pieces, int count, long m, long n, const float *start, long start_row, float *c,
+                     long c_row) {
+    for (long block = 0; block < m; block += BLOCK)
+        for (long j = 0; j < n; j += COLUMNS)
+            for (long i = block; i < std::min(m, block + BLOCK); i += ROWS)
+                tile_of<ROWS>(static_cast<int>(std::min<long>(ROWS, std::min(m, block + BLOCK) - i)), pieces, count, i,
+                              j, start ? start + i * start_row + j : nullptr, start_row, c + i * c_row + j, c_row,
+                              std::min<long>(COLUMNS, n - j));
+}
+
+// Rows [0, m) and columns [j, j + n) of a product, by one thread.
+inline void multiply_columns(const std::vector<Term> &terms, long m, long j, long n, const float *start,
+                             long start_row, float *c, long c_row) {
+    static thread_local std::vector<float> packed;
+    const long padded = divided(n, COLUMNS) * COLUMNS;
+    packed.resize(std::max<size_t>(packed.size(), padded * (DEPTH + DEPTH / 4)));
+    std::vector<Piece> pieces;
+    long used = 0;
+    const auto finish = [&] {
+        multiply(pieces.data(), static_cast<int>(pieces.size()), m, n, start, start_row, c, c_row);
+        start = c, start_row = c_row, used = 0;
+        pieces.clear();
+    };
+    for (const Term &term : terms) {
+        const long parts = divided(term.depth, DEPTH), depth = divided(term.depth, parts);
+        for (long p = 0; p < term.depth; p += depth) {
+            const long some = std::min(depth, term.depth - p);
+            if (used + some > DEPTH + DEPTH / 4) finish();
+            float *to = packed.data() + used * padded;
+            pack(term.b.from(p, j), some, n, to);
+            pieces.push_back({term.a.from(0, p), to, some, some});
+            used += some;
+        }
+    }
+    finish();
+}
+
+// The sum of a[i] * b[i] for i in [0, depth).
+inline float dot(const float *a, const float *b, long depth) {
+    Vec sums[4] = {};
+    long p = 0;
+    for (; p + 4 * LANES <= depth; p += 4 * LANES)
+        for (int q = 0; q < 4; q++) sums[q] += load(a + p + q * LANES) * load(b + p + q * LANES);
+    float total = sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    for (; p < depth; p++) total += a[p] * b[p];
+    return total;
+}
+
+// C [m, n] = start (nothing: 0) + the terms; rows of start are start_row apart, so that 0 adds one row to all.
+inline void product(const std::vector<Term> &terms, long m, long n, const float *start, long start_row, float *c) {
+    Threads &threads = Threads::shared();
+    const long wanted = threads.count() == 1 ? 1 : 2 * threads.count();
+    bool along = m <= 3;  // a few rows: B is read once, and packing would cost more than the product
+    for (const Term &term : terms) along = along && term.a.column == 1 && term.b.row == 1;
+    if (along) {
+        const long tasks = std::min(n, wanted);
+        threads.run(tasks, [&](long task) {
+            for (long j = task * n / tasks; j < (task + 1) * n / tasks; j++)
+                for (long i = 0; i < m; i++) {
+                    float x = start ? start[i * start_row + j] : 0.0f;
+                    for (const Term &term : terms) x += dot(term.a.from(i, 0).data, term.b.from(0, j).data, term.depth);
+                    c[i * n + j] = x;
+                }
+        });
+        return;
+    }
+    const long panels = divided(n, COLUMNS), blocks = divided(m, ROWS);
+    // as many tasks as make all threads equally busy: columns first, as each task packs its own
+    const long across = std::min(panels, divided(std::max(divided(n, WIDTH), wanted), wanted) * wanted);
+    const long down = std::min(std::max(1L, blocks / 4), divided(wanted, across));
+    threads.run(across * down, [&](long task) {
+        const long x = task % across, y = task / across;
+        const long j = x * panels / across * COLUMNS, j_end = std::min(n, (x + 1) * panels / across * COLUMNS);
+        const long i = y * blocks / down * ROWS, i_end = std::min(m, (y + 1) * blocks / down * ROWS);
+        std::vector<Term> own(terms);
+        for (Term &term : own) term.a = term.a.from(i, 0);
+        multiply_columns(own, i_end - i, j, j_end - j, start ? start + i * start_row + j : nullptr, start_row,
+                         c + i * n + j, n);
+    });
+}
+
+}  // namespace lora_ms

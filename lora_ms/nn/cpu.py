@@ -1,0 +1,162 @@
+"""The operators of ``lora_ms.cpu`` as MindSpore's custom operators. All take and give float32, but for indices.
+
+MindSpore's own operators on the CPU are one pass over memory each, and its matrix products pack both factors anew.
+These fuse what belongs together, leave a causal mask's other half out, and keep nothing but what they return.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import mindspore as ms
+from mindspore import Tensor, nn, ops
+
+_library = ""
+
+
+def use(library: str) -> None:
+    """Cells made from now on compute with ``library``, or, where it is empty, with MindSpore's operators."""
+    global _library
+    _library = library
+
+
+def there() -> bool:
+    """Whether cells take these operators; asked once, when a cell is made."""
+    return _library != ""
+
+
+@cache
+def _custom(library: str, name: str, shapes: Callable, outputs: int) -> ops.Custom:
+    types = ms.float32 if outputs == 1 else (ms.float32,) * outputs
+    return ops.Custom(f"{library}:{name}", shapes, types, "aot")
+
+
+def _operator(name: str, shapes: Callable[..., Sequence], outputs: int = 1) -> Any:
+    """None where there are no operators. shapes: from those of the inputs to that of the output, or to a tuple."""
+    return _custom(_library, name, shapes, outputs) if there() else None
+
+
+def _times_transposed(a, b, *_):
+    return [a[0], b[0]]
+
+
+def _times(a, b, *_):
+    return [a[0], b[1]]
+
+
+def _transposed_times(a, b, *_):
+    return [a[1], b[1]]
+
+
+def times_transposed() -> Any:
+    """(a [m, k], b [n, k], a2, b2, …, start [m, n] or [n], if any) -> start + a b^T + a2 b2^T + … [m, n]."""
+    return _operator("times_transposed", _times_transposed)
+
+
+def times() -> Any:
+    """(a [m, k], b [k, n], a2, b2, …, start, if any) -> start + a b + a2 b2 + … [m, n]."""
+    return _operator("times", _times)
+
+
+def transposed_times() -> Any:
+    """(a [k, m], b [k, n]) -> a^T b [m, n]."""
+    return _operator("transposed_times", _transposed_times)
+
+
+def _like_first(x, *_):
+    return list(x)
+
+
+def _like_two(x, *_):
+    return list(x), list(x)
+
+
+def _of_rows(x, *_):
+    return [x[0]], [x[0]], list(x)
+
+
+def cross_entropy() -> Any:
+    """(logits [c, v], targets [c] int32) -> losses [c], whether the target has the largest logit [c], d logits
+    [c, v]; all 0 where a target is negative."""
+    return _operator("cross_entropy", _of_rows, 3)
+
+
+class RMSNormOperator(nn.Cell):
+    """``RMSNormKernel`` for float32 x [t, h]."""
+
+    def __init__(self, eps: float):
+        super().__init__()
+        self.eps = Tensor([eps], ms.float32)
+        self.forward = _operator("norm", _like_first)
+        self.gradient = _operator("norm_gradient", _like_first)
+        self.weight_gradient = _operator("norm_weight_gradient", lambda x, *_: [x[1]])
+
+    def construct(self, x: Tensor, weight: Tensor) -> Tensor:
+        return self.forward(x, weight.astype(ms.float32), self.eps)
+
+    def bprop(self, x, weight, out, dout):
+        dx = self.gradient(x, weight.astype(ms.float32), self.eps, dout)
+        return dx, self.weight_gradient(x, self.eps, dout).astype(weight.dtype)
+
+
+class GatedSiLUOperator(nn.Cell):
+    """``GatedSiLUKernel`` for float32."""
+
+    def __init__(self):
+        super().__init__()
+        self.forward, self.gradient = _operator("gated", _like_first), _operator("gated_gradient", _like_two, 2)
+
+    def construct(self, gate: Tensor, up: Tensor) -> Tensor:
+        return self.forward(gate, up)
+
+    def bprop(self, gate, up, out, dout):
+        return self.gradient(gate, up, dout)
+
+
+def _attended(q, k, v, cos, sin, first):
+    return list(q), [q[0], q[1] // cos[1]]
+
+
+def _like_three(q, k, v, *_):
+    return list(q), list(k), list(v)
+
+
+class CausalAttentionOperator(nn.Cell):
+    """Rotary positions, causal attention scaled by 1/sqrt(d), and nothing of [s, s] kept.
+
+    q [b * s, n_h * d], k, v [b * s, n_kv * d], not rotated; cos, sin [b * s * n, d], a token's n rows equal, the minus
+    sign of the rotation in the first half of sin; first [b, s] int32: the earliest key that a query sees, in its line
+    -> [b * s, n_h * d] and the logarithm of each query's sum of exponentials [b * s, n_h].
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.forward = _operator("attention", _attended, 2)
+        self.gradient = _operator("attention_gradient", _like_three, 3)
+
+    def construct(
+        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, first: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return self.forward(q, k, v, cos, sin, first)
+
+    def bprop(self, q, k, v, cos, sin, first, out, dout):
+        dq, dk, dv = self.gradient(q, k, v, cos, sin, first, out[0], out[1], dout[0])
+        return dq, dk, dv, ops.zeros_like(cos), ops.zeros_like(sin), ops.zeros_like(first)
+
+
+class MatMul(nn.Cell):
+    """A product of float32 matrices by these operators, where they are there, else, and of other types, MindSpore's.
+
+    kind: ``times``, ``times_transposed`` or ``transposed_times``, as the functions of these names. It has no gradient.
+    """
+
+    def __init__(self, kind: str):
+        super().__init__()
+        self.there = there()
+        self.own = {"times": times, "times_transposed": times_transposed, "transposed_times": transposed_times}[kind]()
+        self.plain = ops.MatMul(kind == "transposed_times", kind == "times_transposed")
+
+    def construct(self, a: Tensor, b: Tensor) -> Tensor:
+        if self.there and a.dtype == ms.float32 and b.dtype == ms.float32:
+            return self.own(a, b)
+        return self.plain(a, b)
