@@ -143,14 +143,30 @@ inline void multiply_columns(const std::vector<Term> &terms, long m, long j, lon
     finish();
 }
 
+// Adds to out[j], for j in [0, N), the sum of a[i] * b[j * row + i] for i in [0, depth): in one order, whatever N is.
+template <int N>
+void add_dots(const float *a, const float *b, long row, long depth, float *out) {
+    Vec sums[N][2] = {};
+    long p = 0;
+    for (; p + 2 * LANES <= depth; p += 2 * LANES) {
+        const Vec left = load(a + p), right = load(a + p + LANES);
+#pragma GCC unroll 4
+        for (int j = 0; j < N; j++) {
+            sums[j][0] += left * load(b + j * row + p);
+            sums[j][1] += right * load(b + j * row + p + LANES);
+        }
+    }
+    for (int j = 0; j < N; j++) {
+        float total = sum(sums[j][0] + sums[j][1]);
+        for (long q = p; q < depth; q++) total += a[q] * b[j * row + q];
+        out[j] += total;
+    }
+}
+
 // The sum of a[i] * b[i] for i in [0, depth).
 inline float dot(const float *a, const float *b, long depth) {
-    Vec sums[4] = {};
-    long p = 0;
-    for (; p + 4 * LANES <= depth; p += 4 * LANES)
-        for (int q = 0; q < 4; q++) sums[q] += load(a + p + q * LANES) * load(b + p + q * LANES);
-    float total = sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
-    for (; p < depth; p++) total += a[p] * b[p];
+    float total = 0;
+    add_dots<1>(a, b, 0, depth, &total);
     return total;
 }
 
@@ -163,12 +179,23 @@ inline void product(const std::vector<Term> &terms, long m, long n, const float 
     if (along) {
         const long tasks = std::min(n, wanted);
         threads.run(tasks, [&](long task) {
-            for (long j = task * n / tasks; j < (task + 1) * n / tasks; j++)
+            const long end = (task + 1) * n / tasks;
+            for (long j = task * n / tasks; j < end;) {
+                const long some = j + 4 <= end ? 4 : 1;  // rows of weights at a time, which come from memory
                 for (long i = 0; i < m; i++) {
-                    float x = start ? start[i * start_row + j] : 0.0f;
-                    for (const Term &term : terms) x += dot(term.a.from(i, 0).data, term.b.from(0, j).data, term.depth);
-                    c[i * n + j] = x;
+                    float *to = c + i * n + j;
+                    for (long q = 0; q < some; q++) to[q] = start ? start[i * start_row + j + q] : 0.0f;
+                    for (const Term &term : terms) {
+                        const float *a = term.a.from(i, 0).data, *b = term.b.from(0, j).data;
+                        if (some == 4) {
+                            add_dots<4>(a, b, term.b.column, term.depth, to);
+                        } else {
+                            add_dots<1>(a, b, term.b.column, term.depth, to);
+                        }
+                    }
                 }
+                j += some;
+            }
         });
         return;
     }
