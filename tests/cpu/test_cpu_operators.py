@@ -1,4 +1,4 @@
-"""The CPU's own operators against formulas in float64, for vectors as wide as this machine has them, narrower and wider."""
+"""The CPU's own operators against formulas in float64, with vectors of this machine's width and of two others."""
 
 import ctypes
 
