@@ -4,7 +4,7 @@ import json
 import os
 import struct
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,20 @@ def graph_mode() -> None:
     from lora_ms import runtime
 
     runtime.setup("CPU")
+
+
+@pytest.fixture(scope="module", params=["own operators", "MindSpore's"])
+def own(request, graph_mode) -> Iterator[bool]:
+    """Whether cells that a test makes compute with our own operators for the CPU; it runs once so, once with
+    MindSpore's. Fails where ours cannot be compiled."""
+    from lora_ms import cpu
+    from lora_ms.nn import cpu as operators
+
+    library, why = cpu.build()
+    assert library is not None, why
+    operators.use(str(library) if request.param == "own operators" else "")
+    yield operators.there()
+    operators.use(str(library))
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.usefixtures("graph_mode")
 
 
 @pytest.fixture(scope="module", params=NAMES)
-def case(request, reference, golden):
+def case(request, reference, golden, own):
     return load_directory(reference / "models" / request.param), golden(f"logits_{request.param}")
 
 

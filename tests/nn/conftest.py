@@ -1,22 +1,13 @@
 """Gradients of a cell, compiled as a static graph; every test by our own operators for the CPU, and by MindSpore's."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
-from lora_ms import cpu
-from lora_ms.nn import cpu as operators
 
-
-@pytest.fixture(autouse=True, params=["own operators", "MindSpore's"])
-def own(request) -> Iterator[bool]:
-    """Whether cells made in the test have our own operators; fails where they cannot be compiled."""
-    library, why = cpu.build()
-    assert library is not None, why
-    before = operators.there()
-    operators.use(str(library) if request.param == "own operators" else "")
-    yield operators.there()
-    operators.use(str(library) if before else "")
+@pytest.fixture(autouse=True)
+def by_both(own: bool) -> None:
+    """Every test here runs with our own operators and with MindSpore's."""
 
 
 @pytest.fixture

@@ -35,7 +35,7 @@ def gradients(optimizer: FlatAdamW, label_tokens: int) -> list[np.ndarray]:
     params=[("qwen2", MicroStep), ("llama3", MicroStep), ("full_qwen2", MicroStep), ("full_qwen2", LayerwiseStep)],
     ids=lambda param: f"{param[0]}-{param[1].__name__}",
 )
-def trace(request, reference, golden):
+def trace(request, reference, golden, own):
     """(reference values, our losses, norms, first gradients, final weights), names as torch has them."""
     kind, step_class = request.param
     full = kind.startswith("full_")
