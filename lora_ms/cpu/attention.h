@@ -1,8 +1,8 @@
 // Causal attention and its gradient, a block of queries at a time: no [s, s] matrix is kept (Dao et al., 2022).
 //
-// q [b * s, n_h * d], k and v [b * s, n_kv * d] as the projections give them, not yet rotated; cos and sin
-// a row of d for each token, table_row apart, the minus sign of the rotation in the first half of sin; first [b, s]: the earliest key that a query sees.
-// A query sees the keys from there up to itself. Scores are scaled by 1 / sqrt(d).
+// q [b * s, n_h * d], k and v [b * s, n_kv * d] as the projections give them, not yet rotated; cos and sin a row of d for
+// each token, table_row apart, the minus sign of the rotation in the first half of sin; first [b, s]: the earliest key
+// that a query sees, which sees those from there up to itself. Scores are scaled by 1 / sqrt(d).
 #pragma once
 
 #include <cmath>
@@ -21,28 +21,18 @@ struct Attention {
     long q_row() const { return heads * dim; }
     long kv_row() const { return kv_heads * dim; }
 
-    // x [count, d] rows x_row apart -> x * cos + swap(x) * sin, times `scale`; of tokens from `token` on.
-    void rotate(const float *x, long x_row, long token, long count, float scale, float *to, long to_row) const {
+    // x [count, d] rows x_row apart -> x * cos + swap(x) * sin, times `scale`; of tokens from `token` on. `back`: the
+    // transpose, x * cos + swap(x * sin), from the gradient of what was rotated to that of what it was made from.
+    void rotate(const float *x, long x_row, long token, long count, float scale, float *to, long to_row,
+                bool back = false) const {
         const long half = dim / 2;
         for (long i = 0; i < count; i++) {
             const float *c = cos + (token + i) * table_row, *s = sin + (token + i) * table_row, *from = x + i * x_row;
+            const float *low = back ? s + half : s, *high = back ? s : s + half;
             float *out = to + i * to_row;
             for (long p = 0; p < half; p++) {
-                out[p] = (from[p] * c[p] + from[half + p] * s[p]) * scale;
-                out[half + p] = (from[half + p] * c[half + p] + from[p] * s[half + p]) * scale;
-            }
-        }
-    }
-
-    // The transpose of `rotate`: the gradient of what was rotated -> that of what it was made from.
-    void rotate_back(const float *x, long x_row, long token, long count, float scale, float *to, long to_row) const {
-        const long half = dim / 2;
-        for (long i = 0; i < count; i++) {
-            const float *c = cos + (token + i) * table_row, *s = sin + (token + i) * table_row, *from = x + i * x_row;
-            float *out = to + i * to_row;
-            for (long p = 0; p < half; p++) {
-                out[p] = (from[p] * c[p] + from[half + p] * s[half + p]) * scale;
-                out[half + p] = (from[half + p] * c[half + p] + from[p] * s[p]) * scale;
+                out[p] = (from[p] * c[p] + from[half + p] * low[p]) * scale;
+                out[half + p] = (from[half + p] * c[half + p] + from[p] * high[p]) * scale;
             }
         }
     }
@@ -182,7 +172,7 @@ inline void attend_gradient(const Attention &a, const float *out, const float *l
                 }
                 const Piece query = {{d_scores, width, 1}, key_rows + low * COLUMNS, count, a.seq};
                 multiply(&query, 1, rows, a.dim, nullptr, 0, d_queries, a.dim);
-                a.rotate_back(d_queries, a.dim, token + i, rows, scale, d_q + of_q, a.q_row());
+                a.rotate(d_queries, a.dim, token + i, rows, scale, d_q + of_q, a.q_row(), true);
                 pack({queries, a.dim, 1}, rows, a.dim, query_rows);
                 const Piece key = {{d_scores, 1, width}, query_rows, rows, rows};
                 multiply(&key, 1, count, a.dim, d_keys + low * a.dim, a.dim, d_keys + low * a.dim, a.dim);
@@ -192,7 +182,7 @@ inline void attend_gradient(const Attention &a, const float *out, const float *l
                 multiply(&value, 1, count, a.dim, to, a.kv_row(), to, a.kv_row());
             }
         }
-        a.rotate_back(d_keys, a.dim, token, a.seq, 1.0f, d_k + of_kv, a.kv_row());
+        a.rotate(d_keys, a.dim, token, a.seq, 1.0f, d_k + of_kv, a.kv_row(), true);
     });
 }
 

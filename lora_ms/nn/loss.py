@@ -27,12 +27,10 @@ class SummedCrossEntropy(nn.Cell):
         self.chunk_rows = chunk_rows
         self.matmul = ops.MatMul()
         self.head_product = HeadProduct()
-        self.matmul_t = ops.MatMul(transpose_b=True)
-        self.t_matmul = ops.MatMul(transpose_a=True)
+        self.matmul_t, self.t_matmul = cpu.MatMul("times_transposed"), cpu.MatMul("transposed_times")
         self.softmax = ops.Softmax(-1)
         self.max = ops.ArgMaxWithValue(axis=-1, keep_dims=True)
         self.own, self.operator = cpu.there(), cpu.cross_entropy()
-        self.product_t, self.t_product = cpu.MatMul("times_transposed"), cpu.MatMul("transposed_times")
 
     def chunk(self, hidden: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logits = self.head_product.logits(hidden, head)  # [c, v]
@@ -55,8 +53,8 @@ class SummedCrossEntropy(nn.Cell):
     def head_chunk(self, hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
         if self.own:
             x = hidden.astype(ms.float32)
-            grad = self.operator(self.product_t(x, head.astype(ms.float32)), targets)[2]
-            return self.t_product(grad, x).astype(head.dtype)
+            grad = self.operator(self.matmul_t(x, head.astype(ms.float32)), targets)[2]
+            return self.t_matmul(grad, x).astype(head.dtype)
         valid = (targets >= 0).astype(hidden.dtype).reshape((-1, 1))
         probs = self.softmax(self.matmul_t(hidden, head).astype(ms.float32)).astype(head.dtype)
         weighted = hidden * valid
