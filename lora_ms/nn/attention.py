@@ -16,14 +16,11 @@ def uses_flash(flash_attention: bool, dtype: ms.Type) -> bool:
     return flash_attention and dtype == ms.float16 and fuses()
 
 
-def attention_bias(attention_mask: Tensor | None, batch: int, seq: int, num_heads: int, num_kv_heads: int) -> Tensor:
+def attention_bias(attention_mask: Tensor, batch: int, seq: int, num_heads: int, num_kv_heads: int) -> Tensor:
     """0 where a query may look, -1e9 where not: earlier, unmasked keys only; float32 [b * n_kv, g * s, s]."""
     causal = Tensor(np.where(np.tri(seq, dtype=bool), 0.0, MASKED)[None], ms.float32)  # [1, s, s]
-    if attention_mask is None:
-        bias = ops.tile(causal, (batch, num_heads, 1))
-    else:
-        keys = (1.0 - attention_mask.astype(ms.float32)) * MASKED
-        bias = ops.tile(ops.minimum(causal, keys.reshape((batch, 1, seq))), (1, num_heads, 1))  # [b, n_h * s, s]
+    keys = (1.0 - attention_mask.astype(ms.float32)) * MASKED
+    bias = ops.tile(ops.minimum(causal, keys.reshape((batch, 1, seq))), (1, num_heads, 1))  # [b, n_h * s, s]
     return bias.reshape((batch * num_kv_heads, -1, seq))
 
 

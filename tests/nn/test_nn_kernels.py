@@ -121,7 +121,7 @@ NO = -1e9
 
 def test_bias_of_full_rows():
     """One key/value head for two query heads: the table stands twice under each other."""
-    bias = attention_bias(None, 2, 3, 2, 1)
+    bias = attention_bias(Tensor(np.ones((2, 3), np.int32)), 2, 3, 2, 1)
     row = [[0, NO, NO], [0, 0, NO], [0, 0, 0]]
     np.testing.assert_array_equal(bias.asnumpy(), np.array([row + row, row + row], np.float32))
 
@@ -149,7 +149,8 @@ def test_grouped_heads():
     # tables that rotate by nothing; the query's carry 1/sqrt(d)
     tables = ((heads, d**-0.5), (heads, 0), (kv_heads, 1), (kv_heads, 0))
     rope = tuple(Tensor(np.full((batch * seq * n, d), number, np.float32)) for n, number in tables)
-    found = layer(Tensor(x), rope, attention_bias(None, batch, seq, heads, kv_heads)).asnumpy()
+    bias = attention_bias(Tensor(np.ones((batch, seq), np.int32)), batch, seq, heads, kv_heads)
+    found = layer(Tensor(x), rope, bias).asnumpy()
     wanted = np.zeros((batch, seq, heads * d))
     rows = x.reshape(batch, seq, hidden).astype(np.float64)
     for row in range(batch):
