@@ -12,6 +12,13 @@
 namespace lora_ms {
 
 constexpr long QUERIES = 48;  // of a block: a multiple of every ROWS
+constexpr long AHEAD = 6;     // rows: what is fetched now is wanted then
+
+// Asks for `count` numbers that are wanted soon: what one head has of the tokens' rows lies too far apart for the
+// processor to foresee.
+inline void fetch(const float *from, long count) {
+    for (long i = 0; i < count; i += 16) __builtin_prefetch(from + i);
+}
 
 struct Attention {
     const float *q, *k, *v, *cos, *sin;
@@ -30,7 +37,14 @@ struct Attention {
             const float *c = cos + (token + i) * table_row, *s = sin + (token + i) * table_row, *from = x + i * x_row;
             const float *low = back ? s + half : s, *high = back ? s : s + half;
             float *out = to + i * to_row;
-            for (long p = 0; p < half; p++) {
+            fetch(from + AHEAD * x_row, dim), fetch(c + AHEAD * table_row, dim), fetch(s + AHEAD * table_row, dim);
+            long p = 0;
+            for (; p + LANES <= half; p += LANES) {
+                const Vec x_low = load(from + p), x_high = load(from + half + p);
+                store(out + p, (x_low * load(c + p) + x_high * load(low + p)) * scale);
+                store(out + half + p, (x_high * load(c + half + p) + x_low * load(high + p)) * scale);
+            }
+            for (; p < half; p++) {
                 out[p] = (from[p] * c[p] + from[half + p] * low[p]) * scale;
                 out[half + p] = (from[half + p] * c[half + p] + from[p] * high[p]) * scale;
             }
@@ -71,13 +85,14 @@ class Room {
 inline void attend(const Attention &a, float *out, float *log_sum) {
     const float scale = 1.0f / std::sqrt(static_cast<float>(a.dim));
     const long width = padded(a.seq), deep = padded(a.dim), group = a.heads / a.kv_heads;
+    const long stride = width + 16;  // of scores: rows 2^n apart would share a few sets of the cache
     Threads::shared().run(a.batch * a.heads, [&](long task) {
         const long line = task / a.heads, head = task % a.heads, token = line * a.seq;
         const int32_t *start = a.first + token;
-        Room room(a.seq * a.dim + width * a.dim + a.seq * deep + QUERIES * (a.dim + width));
+        Room room(a.seq * a.dim + width * a.dim + a.seq * deep + QUERIES * (a.dim + stride));
         float *keys = room.take(a.seq * a.dim), *key_panels = room.take(width * a.dim);
         float *value_panels = room.take(a.seq * deep);
-        float *queries = room.take(QUERIES * a.dim), *scores = room.take(QUERIES * width);
+        float *queries = room.take(QUERIES * a.dim), *scores = room.take(QUERIES * stride);
         const long of_kv = token * a.kv_row() + head / group * a.dim;
         a.rotate(a.k + of_kv, a.kv_row(), token, a.seq, 1.0f, keys, a.dim);
         pack({keys, 1, a.dim}, a.dim, a.seq, key_panels);
@@ -87,10 +102,10 @@ inline void attend(const Attention &a, float *out, float *log_sum) {
             const long of_q = (token + i) * a.q_row() + head * a.dim;
             a.rotate(a.q + of_q, a.q_row(), token + i, end - i, scale, queries, a.dim);
             const Piece product = {{queries, a.dim, 1}, key_panels + low * a.dim, a.dim, a.dim};
-            multiply(&product, 1, end - i, count, nullptr, 0, scores, width);
+            multiply(&product, 1, end - i, count, nullptr, 0, scores, stride);
             float inverse[QUERIES];
             for (long r = 0; r < end - i; r++) {
-                float *row = scores + r * width;
+                float *row = scores + r * stride;
                 const long from = start[i + r] - low, to = i + r + 1 - low;
                 Vec most = spread(-3e38f);
                 long p = from;
@@ -113,7 +128,7 @@ inline void attend(const Attention &a, float *out, float *log_sum) {
                 inverse[r] = 1.0f / sum(total);
                 log_sum[(token + i + r) * a.heads + head] = top + std::log(sum(total));
             }
-            const Piece mix = {{scores, width, 1}, value_panels + low * COLUMNS, count, a.seq};
+            const Piece mix = {{scores, stride, 1}, value_panels + low * COLUMNS, count, a.seq};
             multiply(&mix, 1, end - i, a.dim, nullptr, 0, out + of_q, a.q_row());
             for (long r = 0; r < end - i; r++)
                 for (long p = 0; p < a.dim; p++) out[of_q + r * a.q_row() + p] *= inverse[r];
@@ -126,16 +141,17 @@ inline void attend_gradient(const Attention &a, const float *out, const float *l
                             float *d_k, float *d_v) {
     const float scale = 1.0f / std::sqrt(static_cast<float>(a.dim));
     const long width = padded(a.seq), deep = padded(a.dim), group = a.heads / a.kv_heads;
+    const long stride = width + 16;  // of scores: rows 2^n apart would share a few sets of the cache
     Threads::shared().run(a.batch * a.kv_heads, [&](long task) {
         const long line = task / a.kv_heads, kv_head = task % a.kv_heads, token = line * a.seq;
         const int32_t *start = a.first + token;
-        Room room(2 * a.seq * a.dim + 2 * width * a.dim + a.seq * deep + QUERIES * (2 * a.dim + 2 * deep + 2 * width));
+        Room room(2 * a.seq * a.dim + 2 * width * a.dim + a.seq * deep + QUERIES * (2 * a.dim + 2 * deep + 2 * stride));
         float *keys = room.take(a.seq * a.dim), *d_keys = room.take(a.seq * a.dim);
         float *key_panels = room.take(width * a.dim), *value_panels = room.take(width * a.dim);  // transposed
         float *key_rows = room.take(a.seq * deep);
         float *queries = room.take(QUERIES * a.dim), *d_queries = room.take(QUERIES * a.dim);
         float *query_rows = room.take(QUERIES * deep), *d_out_rows = room.take(QUERIES * deep);
-        float *probs = room.take(QUERIES * width), *d_scores = room.take(QUERIES * width);
+        float *probs = room.take(QUERIES * stride), *d_scores = room.take(QUERIES * stride);
         const long of_kv = token * a.kv_row() + kv_head * a.dim;
         a.rotate(a.k + of_kv, a.kv_row(), token, a.seq, 1.0f, keys, a.dim);
         pack({keys, 1, a.dim}, a.dim, a.seq, key_panels);
@@ -149,14 +165,15 @@ inline void attend_gradient(const Attention &a, const float *out, const float *l
                 const long rows = end - i, of_q = (token + i) * a.q_row() + head * a.dim;
                 a.rotate(a.q + of_q, a.q_row(), token + i, rows, scale, queries, a.dim);
                 const Piece score = {{queries, a.dim, 1}, key_panels + low * a.dim, a.dim, a.dim};
-                multiply(&score, 1, rows, count, nullptr, 0, probs, width);
+                multiply(&score, 1, rows, count, nullptr, 0, probs, stride);
                 const Piece d_prob = {{d_out + of_q, a.q_row(), 1}, value_panels + low * a.dim, a.dim, a.dim};
-                multiply(&d_prob, 1, rows, count, nullptr, 0, d_scores, width);
+                multiply(&d_prob, 1, rows, count, nullptr, 0, d_scores, stride);
                 for (long r = 0; r < rows; r++) {
                     const long place = of_q + r * a.q_row(), from = start[i + r] - low, to = i + r + 1 - low;
                     const float shift = log_sum[(token + i + r) * a.heads + head];
+                    fetch(out + place + AHEAD * a.q_row(), a.dim);
                     const float mean = dot(out + place, d_out + place, a.dim);
-                    float *p = probs + r * width, *d = d_scores + r * width;
+                    float *p = probs + r * stride, *d = d_scores + r * stride;
                     std::fill(p, p + from, 0.0f), std::fill(d, d + from, 0.0f);
                     long n = from;
                     for (; n + LANES <= to; n += LANES) {
@@ -170,14 +187,14 @@ inline void attend_gradient(const Attention &a, const float *out, const float *l
                     }
                     std::fill(p + to, p + count, 0.0f), std::fill(d + to, d + count, 0.0f);
                 }
-                const Piece query = {{d_scores, width, 1}, key_rows + low * COLUMNS, count, a.seq};
+                const Piece query = {{d_scores, stride, 1}, key_rows + low * COLUMNS, count, a.seq};
                 multiply(&query, 1, rows, a.dim, nullptr, 0, d_queries, a.dim);
                 a.rotate(d_queries, a.dim, token + i, rows, scale, d_q + of_q, a.q_row(), true);
                 pack({queries, a.dim, 1}, rows, a.dim, query_rows);
-                const Piece key = {{d_scores, 1, width}, query_rows, rows, rows};
+                const Piece key = {{d_scores, 1, stride}, query_rows, rows, rows};
                 multiply(&key, 1, count, a.dim, d_keys + low * a.dim, a.dim, d_keys + low * a.dim, a.dim);
                 pack({d_out + of_q, a.q_row(), 1}, rows, a.dim, d_out_rows);
-                const Piece value = {{probs, 1, width}, d_out_rows, rows, rows};
+                const Piece value = {{probs, 1, stride}, d_out_rows, rows, rows};
                 float *to = d_v + of_kv + low * a.kv_row();
                 multiply(&value, 1, count, a.dim, to, a.kv_row(), to, a.kv_row());
             }

@@ -106,7 +106,7 @@ void tile_of(int rows, const Piece *pieces, int count, long i, long j, const flo
 }
 
 // C [m, n] = start (nothing: 0) + the pieces' products; C and start by their first number and the distance of rows.
-__attribute__((noinline)) inline void multiply(const Piece *pieces, int count, long m, long n, const float *start, long start_row, float *c,
+inline void multiply(const Piece *pieces, int count, long m, long n, const float *start, long start_row, float *c,
                      long c_row) {
     for (long block = 0; block < m; block += BLOCK)
         for (long j = 0; j < n; j += COLUMNS)
