@@ -12,13 +12,6 @@
 namespace lora_ms {
 
 constexpr long QUERIES = 48;  // of a block: a multiple of every ROWS
-constexpr long AHEAD = 6;     // rows: what is fetched now is wanted then
-
-// Asks for `count` numbers that are wanted soon: what one head has of the tokens' rows lies too far apart for the
-// processor to foresee.
-inline void fetch(const float *from, long count) {
-    for (long i = 0; i < count; i += 16) __builtin_prefetch(from + i);
-}
 
 struct Attention {
     const float *q, *k, *v, *cos, *sin;

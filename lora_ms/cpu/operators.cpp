@@ -114,6 +114,18 @@ OPERATOR(cross_entropy) {
     return 0;
 }
 
+// old, grad, exp_avg, exp_avg_sq [n], rate and decay [n] or [], the numbers of Step [7] -> the first, third and fourth anew
+OPERATOR(adamw) {
+    const Tensors t = TENSORS;
+    const long n = t.numbers(0);
+    Step step;
+    static_assert(sizeof step == 7 * sizeof(float));
+    std::memcpy(&step, t.floats(6), sizeof step);
+    lora_ms::adamw(t.floats(0), t.floats(1), t.floats(2), t.floats(3), t.floats(4), t.numbers(4) == n, t.floats(5),
+                   t.numbers(5) == n, step, n, t.floats(7), t.floats(8), t.floats(9));
+    return 0;
+}
+
 // q, k, v, cos, sin, first -> out like q, log_sum [t, n_h]
 OPERATOR(attention) {
     const Tensors t = TENSORS;

@@ -19,10 +19,13 @@ constexpr long DEPTH = 512;  // rows of a panel, about
 constexpr long BLOCK = 96;   // rows of A that go through all panels of a task before the next ones
 constexpr long WIDTH = 64;   // columns of a task, about: with a block of A they fit the second-level cache
 
+constexpr long AHEAD = 8;    // rows: what is fetched now is wanted then
+
 // Element (i, j) is at data[i * row + j * column].
 struct Matrix {
     const float *data;
     long row, column;
+    Matrix transposed() const { return {data, column, row}; }
     Matrix from(long i, long j) const { return {data + i * row + j * column, row, column}; }
 };
 
@@ -42,16 +45,28 @@ struct Piece {
 
 inline long divided(long a, long b) { return (a + b - 1) / b; }
 
+// Asks for numbers that are wanted soon: parts of rows lie too far apart for the processor to foresee.
+inline void fetch(const float *from, long count) {
+    for (long i = 0; i < count; i += 16) __builtin_prefetch(from + i);
+}
+
 // Rows [0, depth) and columns [0, width) of B as panels; columns beyond it are zero.
 inline void pack(Matrix b, long depth, long width, float *to) {
+    const long whole = width / COLUMNS * COLUMNS;
+    if (whole < width) std::fill_n(to + whole * depth, COLUMNS * depth, 0.0f);
+    if (b.column == 1) {
+        for (long p = 0; p < depth; p++) {
+            const float *from = b.data + p * b.row;
+            fetch(from + AHEAD * b.row, width);
+            for (long j = 0; j < whole; j += COLUMNS)
+                std::memcpy(to + j * depth + p * COLUMNS, from + j, 4 * COLUMNS);
+            for (long j = whole; j < width; j++) to[whole * depth + p * COLUMNS + j - whole] = from[j];
+        }
+        return;
+    }
     for (long j = 0; j < width; j += COLUMNS, to += depth * COLUMNS) {
         const long some = std::min<long>(COLUMNS, width - j);
         const Matrix from = b.from(0, j);
-        if (from.column == 1 && some == COLUMNS) {
-            for (long p = 0; p < depth; p++) std::memcpy(to + p * COLUMNS, from.data + p * from.row, 4 * COLUMNS);
-            continue;
-        }
-        if (some < COLUMNS) std::fill(to, to + depth * COLUMNS, 0.0f);
         long done = 0;
         if (from.row == 1 && some == COLUMNS)
             for (; done + 4 <= depth; done += 4)
@@ -172,6 +187,17 @@ inline float dot(const float *a, const float *b, long depth) {
 
 // C [m, n] = start (nothing: 0) + the terms; rows of start are start_row apart, so that 0 adds one row to all.
 inline void product(const std::vector<Term> &terms, long m, long n, const float *start, long start_row, float *c) {
+    bool narrow = !start && n <= 2 * COLUMNS && n < m;
+    for (const Term &term : terms) narrow = narrow && term.a.column != 1;
+    if (narrow) {  // C^T = B^T A: rows of a transposed A are read whole where it is the right factor
+        std::vector<Term> other;
+        for (const Term &term : terms) other.push_back({term.b.transposed(), term.a.transposed(), term.depth});
+        std::vector<float> turned(m * n);
+        product(other, n, m, nullptr, 0, turned.data());
+        for (long i = 0; i < m; i++)
+            for (long j = 0; j < n; j++) c[i * n + j] = turned[j * m + i];
+        return;
+    }
     Threads &threads = Threads::shared();
     const long wanted = threads.count() == 1 ? 1 : 2 * threads.count();
     bool along = m <= 3;  // a few rows: B is read once, and packing would cost more than the product

@@ -1,4 +1,4 @@
-// Operators on the rows of a matrix: RMSNorm, the gated SiLU, cross-entropy.
+// Operators on the rows of a matrix, RMSNorm, the gated SiLU, cross-entropy, and AdamW on a vector.
 #pragma once
 
 #include <cmath>
@@ -113,6 +113,33 @@ inline void cross_entropy(const float *logits, const int32_t *targets, long rows
         loss[i] = top + std::log(sum(total)) - from[target];
         // where several logits are the largest, the first counts
         right[i] = from[target] == top && std::find(from, from + target, top) == from + target ? 1.0f : 0.0f;
+    });
+}
+
+// What is the same for all numbers of a step of AdamW.
+struct Step {
+    float scale;             // of the gradient
+    float taken;             // 1; or 0: the moments stay as they are
+    float share1, share2;    // of the new gradient in the moments, 1 - beta
+    float correct1, correct2;  // 1 / (1 - beta1^count), 1 / sqrt(1 - beta2^count)
+    float eps;
+};
+
+// One step of AdamW (Loshchilov and Hutter, 2019) on `count` numbers; a gradient that is not finite counts as 0. rate
+// and decay, of the weights, are one number for all (a step of 0 from one to the next), or one for each.
+inline void adamw(const float *old, const float *grad, const float *exp_avg, const float *exp_avg_sq, const float *rate,
+                  long rate_step, const float *decay, long decay_step, const Step &s, long count,
+                  float *__restrict out, float *__restrict out_avg, float *__restrict out_avg_sq) {
+    constexpr long SOME = 4096;
+    Threads::shared().run(divided(count, SOME), [&](long task) {
+        for (long i = task * SOME; i < std::min(count, (task + 1) * SOME); i++) {
+            const float g = std::isfinite(grad[i]) ? grad[i] * s.scale : 0.0f;
+            const float avg = exp_avg[i] + s.taken * s.share1 * (g - exp_avg[i]);
+            const float avg_sq = exp_avg_sq[i] + s.taken * s.share2 * (g * g - exp_avg_sq[i]);
+            const float update = s.correct1 * avg / (std::sqrt(avg_sq) * s.correct2 + s.eps);
+            out[i] = old[i] - rate[i * rate_step] * (decay[i * decay_step] * old[i] + update);
+            out_avg[i] = avg, out_avg_sq[i] = avg_sq;
+        }
     });
 }
 

@@ -144,6 +144,19 @@ class CausalAttentionOperator(nn.Cell):
         return dq, dk, dv, ops.zeros_like(cos), ops.zeros_like(sin), ops.zeros_like(first)
 
 
+def _like_three_vectors(old, *_):
+    return list(old), list(old), list(old)
+
+
+def adamw() -> Any:
+    """(old, grad, exp_avg, exp_avg_sq [n], rate, decay [n] or [], step [7]) -> old, exp_avg, exp_avg_sq after a step.
+
+    step: the gradient's factor; 1, or 0 where the moments shall stay; 1 - beta1, 1 - beta2, 1 / (1 - beta1^count),
+    1 / sqrt(1 - beta2^count); eps.
+    """
+    return _operator("adamw", _like_three_vectors, 3)
+
+
 class MatMul(nn.Cell):
     """A product of float32 matrices by these operators, where they are there, else, and of other types, MindSpore's.
 

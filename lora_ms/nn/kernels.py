@@ -145,6 +145,49 @@ class GatedSiLUKernel(nn.Cell):
         return grad * up * (sigmoid + silu * (1.0 - sigmoid)), grad * silu
 
 
+class AdamWKernel(nn.Cell):
+    """One step of AdamW (Loshchilov and Hutter, 2019), as ``torch.optim.AdamW`` takes it, on vectors [n].
+
+    old, grad, exp_avg, exp_avg_sq [n]; scale [], a factor on the gradient, of which what is not finite counts as 0;
+    taken []: 1, or 0 where the moments shall stay as they are; count [] of steps, this one included; rate, the learning
+    rate, and decay: [] or [n] -> old, exp_avg and exp_avg_sq after the step.
+    """
+
+    def __init__(self, beta1: float, beta2: float, eps: float):
+        super().__init__()
+        self.beta1, self.beta2, self.eps = beta1, beta2, eps
+        self.own, self.operator, self.stack = cpu.there(), cpu.adamw(), ops.Stack()
+
+    def used(self, grad: Tensor, scale: Tensor) -> Tensor:
+        """The gradient as the step takes it."""
+        return ops.select(ops.isfinite(grad), grad, ops.zeros_like(grad)) * scale
+
+    def construct(
+        self,
+        old: Tensor,
+        grad: Tensor,
+        exp_avg: Tensor,
+        exp_avg_sq: Tensor,
+        scale: Tensor,
+        taken: Tensor,
+        count: Tensor,
+        rate: Tensor,
+        decay: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        share1, share2 = Tensor(1.0 - self.beta1, ms.float32), Tensor(1.0 - self.beta2, ms.float32)
+        correct1 = 1.0 / (1.0 - ops.pow(Tensor(self.beta1, ms.float32), count))
+        correct2 = 1.0 / ops.sqrt(1.0 - ops.pow(Tensor(self.beta2, ms.float32), count))
+        if self.own:
+            eps = Tensor(self.eps, ms.float32)
+            step = self.stack((scale, taken, share1, share2, correct1, correct2, eps))
+            return self.operator(old, grad, exp_avg, exp_avg_sq, rate, decay, step)
+        grad = self.used(grad, scale)
+        exp_avg = exp_avg + taken * share1 * (grad - exp_avg)
+        exp_avg_sq = exp_avg_sq + taken * share2 * (grad * grad - exp_avg_sq)
+        update = correct1 * exp_avg / (ops.sqrt(exp_avg_sq) * correct2 + self.eps)
+        return old - rate * (decay * old + update), exp_avg, exp_avg_sq
+
+
 class RotaryKernel(nn.Cell):
     """``x * cos + swap(x) * sin``, where swap exchanges the two halves of the last axis.
 

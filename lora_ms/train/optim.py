@@ -8,6 +8,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from numpy.typing import NDArray
 
+from lora_ms.nn.kernels import AdamWKernel
 from lora_ms.nn.lora_embedding import LoRAEmbedding
 from lora_ms.nn.parallel import WHOLE, Shard, split_axis
 
@@ -39,10 +40,10 @@ def loraplus_factors(model: nn.Cell, params: Sequence[Parameter], ratio: float, 
     return [embedding if id(p) in embeddings else ratio if b else 1.0 for p, b in zip(params, is_b, strict=True)]
 
 
-def spread_out(values: Sequence[float], sizes: Sequence[int]) -> float | Tensor:
-    """One value a parameter as a vector [n] of one a number; a plain number where all are equal."""
+def spread_out(values: Sequence[float], sizes: Sequence[int]) -> Tensor:
+    """One value a parameter as a vector [n] of one a number; [] where all are equal."""
     if len(set(values)) == 1:
-        return values[0]
+        return Tensor(values[0], ms.float32)
     return Tensor(np.repeat(np.array(values, np.float32), sizes))
 
 
@@ -125,8 +126,7 @@ class FlatAdamW(nn.Cell):
         n = sum(self.sizes)
         self.starts = (0, *np.cumsum(self.sizes).tolist()[:-1])
         self.flatten, self.map = Flatten(), ops.HyperMap()
-        self.beta1, self.beta2 = betas
-        self.eps, self.weight_decay, self.max_grad_norm = eps, weight_decay, max_grad_norm
+        self.adamw, self.max_grad_norm = AdamWKernel(*betas, eps), max_grad_norm
         self.dynamic, self.scale_window, self.scale_factor = dynamic_scale, scale_window, scale_factor
         self.all_reduce, self.penalty, self.observer = all_reduce, penalty, observer
         self.grad = Parameter(ops.zeros(n, ms.float32), name="grad", requires_grad=False)
@@ -181,10 +181,10 @@ class FlatAdamW(nn.Cell):
     def whole(self, grad: Tensor) -> tuple[Tensor, Tensor]:
         """grad [n], of a rank -> (grad [n] with the sum over ``shard`` of what all have, its squared norm [])."""
         if self.shard_sum is None:
-            return grad, ops.reduce_sum(ops.square(grad))
+            return grad, ops.reduce_sum(grad * grad)
         mine = grad * self.common
         grad = grad - mine + self.shard_sum(mine)
-        square = ops.square(grad)
+        square = grad * grad
         apart = square * (1.0 - self.common)
         return grad, ops.reduce_sum(square - apart) + self.shard_sum(ops.reduce_sum(apart).reshape((1,)))[0]
 
@@ -195,33 +195,29 @@ class FlatAdamW(nn.Cell):
         """
         grad = self.grad if self.all_reduce is None else self.all_reduce(self.grad)
         old = self.flatten(self.params)
-        grad = grad / (self.loss_scale * label_tokens)
+        grad = grad * (1.0 / (self.loss_scale * label_tokens))
         if self.penalty is not None:
             grad = grad + self.penalty(old)[1]
         grad, square = self.whole(grad)
         norm = ops.sqrt(square)
         finite = ops.isfinite(norm)
         taken = finite.astype(ms.float32)  # 0: this step changes no parameter and no moment
-        grad = ops.select(ops.isfinite(grad), grad, ops.zeros_like(grad))
+        scale = Tensor(1.0, ms.float32)
         if self.max_grad_norm is not None:
-            clip = ops.minimum(self.max_grad_norm / (norm + 1e-6), Tensor(1.0, ms.float32))
-            grad = grad * ops.select(finite, clip, ops.zeros_like(clip))
+            clip = ops.minimum(self.max_grad_norm / (norm + 1e-6), scale)
+            scale = ops.select(finite, clip, ops.zeros_like(clip))
         count = self.count + taken
-        exp_avg = self.exp_avg + taken * (1.0 - self.beta1) * (grad - self.exp_avg)
-        exp_avg_sq = self.exp_avg_sq + taken * (1.0 - self.beta2) * (ops.square(grad) - self.exp_avg_sq)
         steps = ops.maximum(count, Tensor(1.0, ms.float32))
-        correction1 = 1.0 - ops.pow(Tensor(self.beta1, ms.float32), steps)
-        correction2 = 1.0 - ops.pow(Tensor(self.beta2, ms.float32), steps)
-        rate = taken * lr * self.rates
-        update = exp_avg / (ops.sqrt(exp_avg_sq) / ops.sqrt(correction2) + self.eps)
-        new = old - rate * self.decay * old - rate / correction1 * update
+        new, exp_avg, exp_avg_sq = self.adamw(
+            old, grad, self.exp_avg, self.exp_avg_sq, scale, taken, steps, taken * lr * self.rates, self.decay
+        )
         self.map(ops.partial(_put, new), self.params, self.starts, self.sizes)
         ops.assign(self.exp_avg, exp_avg)
         ops.assign(self.exp_avg_sq, exp_avg_sq)
         ops.assign(self.count, count)
         ops.assign(self.grad, ops.zeros_like(grad))
         if self.observer is not None:
-            self.observer(new, grad, taken)
+            self.observer(new, self.adamw.used(grad, scale), taken)
         if self.dynamic:
             good = (self.good_steps + 1.0) * taken
             full = (good >= self.scale_window).astype(ms.float32)

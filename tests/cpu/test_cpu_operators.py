@@ -1,6 +1,7 @@
 """The CPU's own operators against formulas in float64, with vectors of this machine's width and of two others."""
 
 import ctypes
+import math
 
 import numpy as np
 import pytest
@@ -153,3 +154,22 @@ def test_attention(call, b, s, heads, kv_heads, d, rows):
     close(found[0], rotated_back(np.einsum("bhij,bjhd->bihd", d_scores, key)) / np.sqrt(d))
     close(found[1], rotated_back(of_kv(np.einsum("bhij,bihd->bjhd", d_scores, query))))
     close(found[2], of_kv(np.einsum("bhij,bihd->bjhd", probs, grad)).reshape(b * s, -1))
+
+
+@pytest.mark.parametrize("taken", [1, 0])
+@pytest.mark.parametrize("apart", [True, False], ids=["rates of their own", "one rate"])
+def test_adamw(call, apart, taken):
+    n, count, (beta1, beta2, eps, scale) = 9001, 3, (0.9, 0.99, 1e-6, 0.5)
+    old, grad, avg, square = normal(n), normal(n), normal(n), normal(n) ** 2
+    rate, decay = (np.abs(normal(n)) if apart else np.array(x, np.float32) for x in (0.1, 0.3))
+    rate = rate * np.float32(taken)
+    grad[5:7] = np.inf, np.nan
+    correct = 1 / (1 - beta1**count), 1 / math.sqrt(1 - beta2**count)
+    step = np.array([scale, taken, 1 - beta1, 1 - beta2, *correct, eps], np.float32)
+    found = call("adamw", [old, grad, avg, square, rate, decay, step], [(n,)] * 3)
+    x, g, m, v = (np.where(np.isfinite(y), y, 0).astype(float) for y in (old, grad, avg, square))
+    if taken:
+        m, v = beta1 * m + (1 - beta1) * scale * g, beta2 * v + (1 - beta2) * (scale * g) ** 2
+        x = x - rate * (decay * x + m * correct[0] / (np.sqrt(v) * correct[1] + eps))
+    for one, wanted in zip(found, (x, m, v), strict=True):
+        close(one, wanted)
