@@ -1,8 +1,8 @@
 // Causal attention and its gradient, a block of queries at a time: no [s, s] matrix is kept (Dao et al., 2022).
 //
-// q [b * s, n_h * d], k and v [b * s, n_kv * d] as the projections give them, not yet rotated; cos and sin a row of d for
-// each token, table_row apart, the minus sign of the rotation in the first half of sin; first [b, s]: the earliest key
-// that a query sees, which sees those from there up to itself. Scores are scaled by 1 / sqrt(d).
+// q [b * s, n_h * d], k and v [b * s, n_kv * d] as the projections give them, not yet rotated; cos and sin a row of d
+// for each token, table_row apart, the minus sign of the rotation in the first half of sin; first [b, s]: the earliest
+// key that a query sees, which sees those from there up to itself. Scores are scaled by 1 / sqrt(d).
 #pragma once
 
 #include <cmath>
@@ -74,6 +74,31 @@ class Room {
     float *next_;
 };
 
+struct Softened {
+    float top, total;
+};
+
+// Scores [from, to) of a row made e^(score - the largest); that and their sum.
+inline Softened soften(float *row, long from, long to) {
+    Vec most = spread(-3e38f);
+    long p = from;
+    for (; p + LANES <= to; p += LANES) most = larger(most, load(row + p));
+    if (p < to) most = larger(most, load_some(row + p, to - p, -3e38f));
+    const float top = largest(most);
+    Vec total = {};
+    for (p = from; p + LANES <= to; p += LANES) {
+        const Vec e = exponential(load(row + p) - top);
+        store(row + p, e);
+        total += e;
+    }
+    if (p < to) {
+        const Vec e = exponential(load_some(row + p, to - p, -3e38f) - top);
+        for (long n = 0; p + n < to; n++) row[p + n] = e[n];
+        total += e;
+    }
+    return {top, sum(total)};
+}
+
 // out [b * s, n_h * d]; log_sum [b * s, n_h]: of each query's exponentiated scores, for the gradient.
 inline void attend(const Attention &a, float *out, float *log_sum) {
     const float scale = 1.0f / std::sqrt(static_cast<float>(a.dim));
@@ -100,26 +125,11 @@ inline void attend(const Attention &a, float *out, float *log_sum) {
             for (long r = 0; r < end - i; r++) {
                 float *row = scores + r * stride;
                 const long from = start[i + r] - low, to = i + r + 1 - low;
-                Vec most = spread(-3e38f);
-                long p = from;
-                for (; p + LANES <= to; p += LANES) most = larger(most, load(row + p));
-                if (p < to) most = larger(most, load_some(row + p, to - p, -3e38f));
-                const float top = largest(most);
-                Vec total = {};
-                for (p = from; p + LANES <= to; p += LANES) {
-                    const Vec e = exponential(load(row + p) - top);
-                    store(row + p, e);
-                    total += e;
-                }
-                if (p < to) {
-                    const Vec e = exponential(load_some(row + p, to - p, -3e38f) - top);
-                    for (long n = 0; p + n < to; n++) row[p + n] = e[n];
-                    total += e;
-                }
+                const Softened soft = soften(row, from, to);
                 std::fill(row, row + from, 0.0f);
                 std::fill(row + to, row + count, 0.0f);
-                inverse[r] = 1.0f / sum(total);
-                log_sum[(token + i + r) * a.heads + head] = top + std::log(sum(total));
+                inverse[r] = 1.0f / soft.total;
+                log_sum[(token + i + r) * a.heads + head] = soft.top + std::log(soft.total);
             }
             const Piece mix = {{scores, stride, 1}, value_panels + low * COLUMNS, count, a.seq};
             multiply(&mix, 1, end - i, a.dim, nullptr, 0, out + of_q, a.q_row());
@@ -193,6 +203,43 @@ inline void attend_gradient(const Attention &a, const float *out, const float *l
             }
         }
         a.rotate(d_keys, a.dim, token, a.seq, 1.0f, d_k + of_kv, a.kv_row(), true);
+    });
+}
+
+// k, rotated, and v of new tokens as a cache keeps them, [b * n_kv * s, d]: a head's tokens side by side.
+inline void cache_rows(const Attention &a, float *keys, float *values) {
+    Threads::shared().run(a.batch * a.kv_heads, [&](long task) {
+        const long line = task / a.kv_heads, head = task % a.kv_heads, token = line * a.seq, to = task * a.seq * a.dim;
+        const long from = token * a.kv_row() + head * a.dim;
+        a.rotate(a.k + from, a.kv_row(), token, a.seq, 1.0f, keys + to, a.dim);
+        for (long i = 0; i < a.seq; i++)
+            std::memcpy(values + to + i * a.dim, a.v + from + i * a.kv_row(), 4 * a.dim);
+    });
+}
+
+// One new token of each line looks at those in a cache, keys and values [b * n_kv, length, d], from `first` [b] up to
+// its own `slot`; q [b, n_h * d] -> out like q. a.seq is 1; k and v of `a` are the cache's.
+inline void attend_cache(const Attention &a, long length, long slot, float *out) {
+    const float scale = 1.0f / std::sqrt(static_cast<float>(a.dim));
+    const long group = a.heads / a.kv_heads;
+    Threads::shared().run(a.batch * a.kv_heads, [&](long task) {
+        const long line = task / a.kv_heads, low = a.first[line], count = slot + 1 - low;
+        const float *keys = a.k + (task * length + low) * a.dim, *values = a.v + (task * length + low) * a.dim;
+        Room room(a.dim + count);
+        float *query = room.take(a.dim), *scores = room.take(count);
+        for (long head = task * group; head < (task + 1) * group; head++) {  // of all lines
+            a.rotate(a.q + head * a.dim, 0, line, 1, scale, query, 0);
+            std::fill_n(scores, count, 0.0f);
+            long j = 0;
+            for (; j + 4 <= count; j += 4) add_dots<4>(query, keys + j * a.dim, a.dim, a.dim, scores + j);
+            for (; j < count; j++) add_dots<1>(query, keys + j * a.dim, 0, a.dim, scores + j);
+            const float inverse = 1.0f / soften(scores, 0, count).total;
+            float *to = out + head * a.dim;
+            std::fill_n(to, a.dim, 0.0f);
+            for (j = 0; j < count; j++)
+                for (long p = 0; p < a.dim; p++) to[p] += scores[j] * values[j * a.dim + p];
+            for (long p = 0; p < a.dim; p++) to[p] *= inverse;
+        }
     });
 }
 

@@ -1,5 +1,5 @@
-// The operators as MindSpore's custom operators of kind "aot" call them: addresses and shapes of the inputs, then of the
-// outputs. All is float32 but indices, which are int32. What each computes stands beside its function in rows.h,
+// The operators as MindSpore's custom operators of kind "aot" call them: addresses and shapes of the inputs, then of
+// the outputs. All is float32 but indices, which are int32. What each computes stands beside its function in rows.h,
 // product.h and attention.h.
 
 #include "attention.h"
@@ -26,7 +26,7 @@ struct Tensors {
 
 enum Kind { TIMES_TRANSPOSED, TIMES, TRANSPOSED_TIMES };
 
-// Inputs a1, b1, a2, b2, … and, where their number is odd, what the products are added to: [m, n], or [n] for each row.
+// Inputs a1, b1, a2, b2, … and, where their number is odd, what the products are added to: [m, n], or [n], to each row.
 int products(Kind kind, int count, Tensors t) {
     const int inputs = count - 1, c = count - 1;
     const long m = t.size(c, 0), n = t.size(c, 1);
@@ -57,7 +57,8 @@ Attention attention_of(Tensors t) {
 }  // namespace
 
 #define OPERATOR(name) \
-    extern "C" int name([[maybe_unused]] int count, void **data, int *ndims, int64_t **shapes, const char **, void *, void *)
+    extern "C" int name([[maybe_unused]] int count, void **data, int *ndims, int64_t **shapes, const char **, void *, \
+                        void *)
 #define TENSORS \
     Tensors { data, ndims, shapes }
 
@@ -82,7 +83,8 @@ OPERATOR(norm) {
 // x [t, n], weight [n], eps [1], d_y [t, n] -> d_x [t, n]
 OPERATOR(norm_gradient) {
     const Tensors t = TENSORS;
-    lora_ms::norm_gradient(t.floats(0), t.floats(1), *t.floats(2), t.floats(3), t.size(0, 0), t.size(0, 1), t.floats(4));
+    lora_ms::norm_gradient(t.floats(0), t.floats(1), *t.floats(2), t.floats(3), t.size(0, 0), t.size(0, 1),
+                           t.floats(4));
     return 0;
 }
 
@@ -114,7 +116,7 @@ OPERATOR(cross_entropy) {
     return 0;
 }
 
-// old, grad, exp_avg, exp_avg_sq [n], rate and decay [n] or [], the numbers of Step [7] -> the first, third and fourth anew
+// old, grad, exp_avg, exp_avg_sq [n], rate and decay [n] or [], the numbers of Step [7] -> old, exp_avg, exp_avg_sq anew
 OPERATOR(adamw) {
     const Tensors t = TENSORS;
     const long n = t.numbers(0);
@@ -130,6 +132,27 @@ OPERATOR(adamw) {
 OPERATOR(attention) {
     const Tensors t = TENSORS;
     attend(attention_of(t), t.floats(6), t.floats(7));
+    return 0;
+}
+
+// k, v, cos, sin, first -> keys, values, both [b * n_kv * s, d]
+OPERATOR(cache_rows) {
+    const Tensors t = TENSORS;
+    const long dim = t.size(2, 1), kv_heads = t.size(0, 1) / dim, row = t.size(2, 0) / t.size(0, 0) * dim;
+    const Attention a = {nullptr, t.floats(0), t.floats(1), t.floats(2), t.floats(3), nullptr, t.size(4, 0),
+                         t.size(4, 1), 0, kv_heads, dim, row};
+    lora_ms::cache_rows(a, t.floats(5), t.floats(6));
+    return 0;
+}
+
+// q [b, n_h * d], keys, values [b * n_kv, length, d], cos, sin [b * n, d], first [b, 1], rows of the cache [n], of
+// which the first is the slot of all -> like q
+OPERATOR(attend_cache) {
+    const Tensors t = TENSORS;
+    const long batch = t.size(5, 0), dim = t.size(3, 1);
+    const Attention a = {t.floats(0), t.floats(1), t.floats(2), t.floats(3), t.floats(4), t.ints(5), batch, 1,
+                         t.size(0, 1) / dim, t.size(1, 0) / batch, dim, t.size(3, 0) / batch * dim};
+    lora_ms::attend_cache(a, t.size(1, 1), t.ints(6)[0], t.floats(7));
     return 0;
 }
 

@@ -84,7 +84,7 @@ inline void gated_gradient(const float *gate, const float *up, const float *d_y,
     });
 }
 
-// Of logits [rows, v] and targets [rows]: loss -log softmax(logits)[target] and whether the target has the largest logit,
+// Of logits [rows, v] and targets [rows]: loss -log softmax(logits)[target], whether the target has the largest logit,
 // [rows]; and softmax(logits) - onehot(target). A target below 0 makes all of its row 0.
 inline void cross_entropy(const float *logits, const int32_t *targets, long rows, long v, float *loss, float *right,
                           float *gradient) {
@@ -103,7 +103,8 @@ inline void cross_entropy(const float *logits, const int32_t *targets, long rows
         const float top = largest(most);
         Vec total = {};
         for (long p = 0; p < v; p += LANES) {
-            const Vec x = p + LANES <= v ? load(from + p) : load_some(from + p, v - p, -3e38f), e = exponential(x - top);
+            const Vec x = p + LANES <= v ? load(from + p) : load_some(from + p, v - p, -3e38f);
+            const Vec e = exponential(x - top);
             store_up_to(to + p, e, v - p);
             total += e;
         }

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from lora_ms.errors import LoraMsError
 from lora_ms.infer.sampling import Sampling, choose
+from lora_ms.nn.graph import Graph
 from lora_ms.nn.kv_cache import KVCache
 
 SHORTEST_BUCKET = 32  # tokens; prompts are padded to this times a power of two
@@ -23,7 +24,7 @@ def prompt_bucket(length: int) -> int:
     return bucket
 
 
-class _Step(nn.Cell):
+class _Step(Graph):
     """input_ids [b, s], start [], padding [b] -> (logits [b, v], likeliest token [b, 1]) of the next token."""
 
     def __init__(self, model: nn.Cell, batch: int, length: int):

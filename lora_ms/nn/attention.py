@@ -55,6 +55,7 @@ class Attention(nn.Cell):
         self.rotary = RotaryKernel(head_dim)
         self.swap = SwapKernel()
         self.causal = cpu.CausalAttentionOperator() if cpu.there() else nn.Identity()
+        self.cache_rows, self.attend_cache = cpu.cache_rows(), cpu.attend_cache()
         self.kernel = FlashAttentionKernel() if uses_flash(flash_attention, dtype) else AttentionKernel()
 
     def split_heads(self, x: Tensor, batch: int, num_heads: int) -> Tensor:
@@ -70,6 +71,11 @@ class Attention(nn.Cell):
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         return q, k, self.v_proj(x)
+
+    def by_tokens(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [t, n_h * d], keys and values [t, n_kv * d], nothing rotated."""
+        q, k, v = self.project(x)
+        return q.reshape((v.shape[0], -1)), k.reshape((v.shape[0], -1)), v
 
     def by_heads(self, x: Tensor, rope: tuple, batch: int) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [b * n_kv, g * s, d], scaled by 1/sqrt(d), keys and values [b * n_kv, s, d]."""
@@ -89,8 +95,7 @@ class Attention(nn.Cell):
     def mix(self, x: Tensor, rope: tuple, bias: Tensor) -> Tensor:
         """Attention without its output projection: [t, h] -> [t, n_h * d]."""
         if bias.ndim == 2:  # what RowMask gives for our own operator
-            q, k, v = self.project(x)
-            q, k = q.reshape((v.shape[0], -1)), k.reshape((v.shape[0], -1))
+            q, k, v = self.by_tokens(x)
             return self.causal(q, k, v, rope[2], rope[3], bias)[0]
         batch = bias.shape[0] if bias.ndim == 4 else bias.shape[0] // self.num_kv_heads
         q, k, v = self.by_heads(x, rope, batch)
@@ -103,6 +108,15 @@ class Attention(nn.Cell):
 
     def mix_cached(self, x: Tensor, rope: tuple, bias: Tensor, cache: nn.Cell, layer: int, rows: Tensor) -> Tensor:
         """As ``mix``, for new tokens that also look at those in ``cache``, into which they are written."""
+        if bias.ndim == 2:  # what KVCache gives for our own operators
+            q, k, v = self.by_tokens(x)
+            new_keys, new_values = self.cache_rows(k, v, rope[2], rope[3], bias)
+            keys = cache.write(cache.keys[layer], rows, new_keys)
+            values = cache.write(cache.values[layer], rows, new_values)
+            if bias.shape[1] > 1:  # a prompt, which looks at nothing but itself
+                q = ops.depend(q, (keys, values))  # the compiler leaves out a write whose result nobody wants
+                return self.causal(q, k, v, rope[2], rope[3], bias)[0]
+            return self.attend_cache(q, keys, values, rope[2], rope[3], bias, rows)
         q, k, v = self.by_heads(x, rope, cache.batch)
         k = cache.write(cache.keys[layer], rows, k)
         v = cache.write(cache.values[layer], rows, v)

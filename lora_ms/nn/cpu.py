@@ -157,6 +157,26 @@ def adamw() -> Any:
     return _operator("adamw", _like_three_vectors, 3)
 
 
+def _rows_of_heads(k, v, cos, *_):
+    return [k[0] * k[1] // cos[1], cos[1]], [k[0] * k[1] // cos[1], cos[1]]
+
+
+def cache_rows() -> Any:
+    """(k, v, cos, sin, first), as ``CausalAttentionOperator`` takes them -> k, rotated, and v, as ``KVCache`` has them.
+
+    Both [b * n_kv * s, d].
+    """
+    return _operator("cache_rows", _rows_of_heads, 2)
+
+
+def attend_cache() -> Any:
+    """(q [b, n_h * d], keys, values [b * n_kv, length, d], cos, sin [b * n, d], first [b, 1], rows [n]) -> like q.
+
+    Attention of one new token of each line, in slot ``rows[0]`` of the cache, to those from slot ``first`` on.
+    """
+    return _operator("attend_cache", _like_first)
+
+
 class MatMul(nn.Cell):
     """A product of float32 matrices by these operators, where they are there, else, and of other types, MindSpore's.
 

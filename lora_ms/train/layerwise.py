@@ -14,6 +14,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
+from lora_ms.nn.graph import Graph
 from lora_ms.train.optim import FlatAdamW
 from lora_ms.train.recompute import EmbeddingGradients, Halves, HalvesGradients, Parts, Start, UpperGradients, joined
 
@@ -48,7 +49,7 @@ def lend(values: Sequence[Parameter], holders: Sequence[Parameter]) -> None:
         holder.set_data(value, slice_shape=True)
 
 
-class _BlockGradients(nn.Cell):
+class _BlockGradients(Graph):
     """(d output, rotary tables …, mask, the inputs of all halves …) -> (d x, that of what trains [n], if any does)."""
 
     def __init__(self, halves: Sequence[nn.Cell], weights: Sequence[Sequence[Parameter]]):
@@ -60,7 +61,7 @@ class _BlockGradients(nn.Cell):
         return (found[0], self.concat(found[1:])) if len(found) > 1 else found
 
 
-class _TopScores(nn.Cell):
+class _TopScores(Graph):
     """The last layers, norm and head: (x, rotary tables …, mask, rows [c], targets [c]) -> ``LabelScores``' two."""
 
     def __init__(self, halves: Sequence[nn.Cell], loss: nn.Cell):

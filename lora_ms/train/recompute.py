@@ -10,6 +10,7 @@ import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 
 from lora_ms.errors import LoraMsError
+from lora_ms.nn.graph import Graph
 from lora_ms.train.optim import Flatten
 
 
@@ -100,7 +101,7 @@ def held(params: Sequence[Parameter], *cells: nn.Cell) -> list[int]:
     return [i for i, parameter in enumerate(params) if id(parameter) in ids]
 
 
-class Halves(nn.Cell):
+class Halves(Graph):
     """Layers, one after another: (x [t, h], rotary tables …, mask, rows [c] or none) -> the outputs of all halves ….
 
     Args:
@@ -228,7 +229,7 @@ class EmbeddingGradients(nn.Cell):
         return self.of_weights(self.embed, self.weights)(input_ids, grad)
 
 
-class UpperGradients(nn.Cell):
+class UpperGradients(Graph):
     """The upper layers, norm, head and loss, and their gradients, in one graph.
 
     (x [t, h], rotary tables …, mask, rows [c], targets [c]) -> (loss [], d x, a gradient [n] for each half whose

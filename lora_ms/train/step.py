@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import mindspore as ms
 from mindspore import Tensor, nn, ops
 
+from lora_ms.nn.graph import Graph
 from lora_ms.nn.loss import summed_cross_entropy
 from lora_ms.nn.parallel import WHOLE, Shard
 from lora_ms.train.layerwise import LayerwiseStep
@@ -37,7 +38,7 @@ class SummedLoss(nn.Cell):
         return self.cross_entropy(hidden, self.model.head_weight(), targets)[0]
 
 
-class MicroStep(nn.Cell):
+class MicroStep(Graph):
     """Adds the gradient of one micro-batch's summed loss to the optimiser's ``grad``; returns that loss []."""
 
     def __init__(self, loss: SummedLoss, optimizer: FlatAdamW, again: Sequence[int] = ()):

@@ -156,6 +156,39 @@ def test_attention(call, b, s, heads, kv_heads, d, rows):
     close(found[2], of_kv(np.einsum("bhij,bihd->bjhd", probs, grad)).reshape(b * s, -1))
 
 
+@pytest.mark.parametrize("b, length, heads, kv_heads, d, slot", [(2, 70, 4, 2, 24, 68), (3, 40, 2, 2, 64, 5)])
+def test_attention_to_a_cache(call, b, length, heads, kv_heads, d, slot):
+    """Tokens fill the cache up to ``slot``, whose query then looks at them; the lines begin at slots of their own."""
+    first = np.arange(b, dtype=np.int32)[:, None]
+    q, k, v = normal(b, heads * d), normal(b * (slot + 1), kv_heads * d), normal(b * (slot + 1), kv_heads * d)
+    angles = np.tile(np.arange(slot + 1), b)[:, None] * 1e4 ** (-np.arange(0, d, 2) / d)
+    cos, sin = np.cos(np.tile(angles, 2)), np.sin(np.tile(angles, 2)) * np.repeat([-1, 1], d // 2)
+    tables = [np.repeat(x, kv_heads, 0).astype(np.float32) for x in (cos, sin)]
+    seen = np.zeros((b, slot + 1), np.int32)
+    rows = call("cache_rows", [k, v, *tables, seen], [(k.size // d, d)] * 2)
+
+    def rotated(x, n, cos, sin):
+        x = x.astype(float).reshape(-1, n, d)
+        return x * cos[:, None] + np.roll(x, d // 2, -1) * sin[:, None]
+
+    def by_heads(x):
+        return x.reshape(b, slot + 1, kv_heads, d).transpose(0, 2, 1, 3).reshape(b * kv_heads, slot + 1, d)
+
+    key, value = by_heads(rotated(k, kv_heads, cos, sin)), by_heads(v.astype(float))
+    close(rows[0], key.reshape(-1, d))
+    close(rows[1], value.reshape(-1, d))
+    keys, values = (np.full((b * kv_heads, length, d), np.nan, np.float32) for _ in range(2))
+    keys[:, : slot + 1], values[:, : slot + 1] = key, value
+    newest = [x.reshape(b, slot + 1, -1)[:, -1] for x in (cos, sin)]
+    spread = [np.repeat(x, kv_heads, 0).astype(np.float32) for x in newest]
+    out = call("attend_cache", [q, keys, values, *spread, first, np.array([slot, 0], np.int32)], [q.shape])[0]
+    query = rotated(q, heads, *newest).reshape(b * kv_heads, heads // kv_heads, d) / np.sqrt(d)
+    hidden = np.arange(slot + 1)[None] < np.repeat(first, kv_heads, 0)
+    probs = np.exp(np.where(hidden[:, None], -np.inf, np.einsum("ngd,njd->ngj", query, key)))
+    probs /= probs.sum(-1, keepdims=True)
+    close(out, np.einsum("ngj,njd->ngd", probs, value).reshape(b, -1))
+
+
 @pytest.mark.parametrize("taken", [1, 0])
 @pytest.mark.parametrize("apart", [True, False], ids=["rates of their own", "one rate"])
 def test_adamw(call, apart, taken):

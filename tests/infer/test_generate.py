@@ -17,7 +17,7 @@ def prompts_of(golden, prefix: str) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_same_tokens_as_transformers(graph_mode, reference, golden, name):
+def test_the_same_tokens_as_transformers(own, reference, golden, name):
     values = golden(f"logits_{name}")
     generator = Generator(load_directory(reference / "models" / name))
     for prefix in ("prompt", "left_prompt"):
