@@ -17,6 +17,7 @@ struct Tensors {
     float *floats(int i) const { return static_cast<float *>(data[i]); }
     const int32_t *ints(int i) const { return static_cast<const int32_t *>(data[i]); }
     long size(int i, int axis) const { return shapes[i][axis]; }
+    Matrix matrix(int i) const { return {floats(i), size(i, 1), 1}; }
     long numbers(int i) const {
         long n = 1;
         for (int axis = 0; axis < ndims[i]; axis++) n *= shapes[i][axis];
@@ -32,11 +33,10 @@ int products(Kind kind, int count, Tensors t) {
     const long m = t.size(c, 0), n = t.size(c, 1);
     std::vector<Term> terms;
     for (int i = 0; i + 1 < inputs; i += 2) {
-        const long a_row = t.size(i, 1), b_row = t.size(i + 1, 1);
-        Matrix a = {t.floats(i), a_row, 1}, b = {t.floats(i + 1), b_row, 1};
-        if (kind == TIMES_TRANSPOSED) b = {b.data, 1, b_row};
-        if (kind == TRANSPOSED_TIMES) a = {a.data, 1, a_row};
-        terms.push_back({a, b, kind == TRANSPOSED_TIMES ? t.size(i, 0) : a_row});
+        Matrix a = t.matrix(i), b = t.matrix(i + 1);
+        if (kind == TIMES_TRANSPOSED) b = b.transposed();
+        if (kind == TRANSPOSED_TIMES) a = a.transposed();
+        terms.push_back({a, b, t.size(i, kind == TRANSPOSED_TIMES ? 0 : 1)});
     }
     const int start = inputs - 1;
     if (inputs % 2) {
@@ -45,6 +45,12 @@ int products(Kind kind, int count, Tensors t) {
         product(terms, m, n, nullptr, 0, t.floats(c));
     }
     return 0;
+}
+
+// A thin product [t, rank], times `scaling`.
+void low_product(Matrix x, Matrix factor, long tokens, long depth, long rank, float scaling, float *low) {
+    product({{x, factor, depth}}, tokens, rank, nullptr, 0, low);
+    for (long i = 0; i < tokens * rank; i++) low[i] *= scaling;
 }
 
 // q, k, v, cos, sin [b * s * n, d] (of a token's n equal rows one is read), first [b, s]
@@ -72,6 +78,28 @@ OPERATOR(times) { return products(TIMES, count, TENSORS); }
 
 // a^T b + …: a [k, m], b [k, n]
 OPERATOR(transposed_times) { return products(TRANSPOSED_TIMES, count, TENSORS); }
+
+// x [t, in], W [out, in], A [rank, in], B [out, rank], scaling [] -> x W^T + low B^T [t, out], low = scaling x A^T
+OPERATOR(adapted) {
+    const Tensors t = TENSORS;
+    const long tokens = t.size(0, 0), in = t.size(0, 1), out = t.size(1, 0), rank = t.size(2, 0);
+    const Matrix x = t.matrix(0), low = t.matrix(6);
+    low_product(x, t.matrix(2).transposed(), tokens, in, rank, *t.floats(4), t.floats(6));
+    const std::vector<Term> terms = {{x, t.matrix(1).transposed(), in}, {low, t.matrix(3).transposed(), rank}};
+    product(terms, tokens, out, nullptr, 0, t.floats(5));
+    return 0;
+}
+
+// Of the same: d_y [t, out], x, low, B, scaling -> d_low = scaling d_y B [t, rank], d_A = d_low^T x, d_B = d_y^T low
+OPERATOR(adapted_gradient) {
+    const Tensors t = TENSORS;
+    const long tokens = t.size(0, 0), out = t.size(0, 1), in = t.size(1, 1), rank = t.size(2, 1);
+    const Matrix grad = t.matrix(0), d_low = t.matrix(5);
+    low_product(grad, t.matrix(3), tokens, out, rank, *t.floats(4), t.floats(5));
+    product({{d_low.transposed(), t.matrix(1), tokens}}, rank, in, nullptr, 0, t.floats(6));
+    product({{grad.transposed(), t.matrix(2), tokens}}, out, rank, nullptr, 0, t.floats(7));
+    return 0;
+}
 
 // x [t, n], weight [n], eps [1] -> y [t, n]
 OPERATOR(norm) {

@@ -63,6 +63,27 @@ def transposed_times() -> Any:
     return _operator("transposed_times", _transposed_times)
 
 
+def _adapted(x, weight, a, *_):
+    return [x[0], weight[0]], [x[0], a[0]]
+
+
+def adapted() -> Any:
+    """(x [t, in], W [out, in], A [rank, in], B [out, rank], scaling []) -> x W^T + low B^T, low = scaling x A^T.
+
+    One product, whose inner dimension is longer by the rank: [t, out]; and low [t, rank].
+    """
+    return _operator("adapted", _adapted, 2)
+
+
+def _adapted_gradient(grad, x, low, b, *_):
+    return list(low), [low[1], x[1]], list(b)
+
+
+def adapted_gradient() -> Any:
+    """(d_y [t, out], x [t, in], low [t, rank], B [out, rank], scaling []) -> d_low = scaling d_y B, d_A, d_B."""
+    return _operator("adapted_gradient", _adapted_gradient, 3)
+
+
 def _like_first(x, *_):
     return list(x)
 

@@ -51,23 +51,17 @@ class AdaptedMatMul(nn.Cell):
 
     def __init__(self):
         super().__init__()
-        self.times, self.times_transposed = cpu.times(), cpu.times_transposed()
+        self.forward, self.factors, self.times = cpu.adapted(), cpu.adapted_gradient(), cpu.times()
         self.transposed_times = cpu.transposed_times()
 
     def construct(self, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scaling: Tensor) -> tuple[Tensor, Tensor]:
-        low = self.times_transposed(x, a) * scaling
-        return self.times_transposed(x, widened(weight, x), low, b), low
+        return self.forward(x, widened(weight, x), a, b, scaling)
 
     def bprop(self, x, weight, a, b, scaling, out, dout):
-        grad, low = dout[0], out[1]
-        d_low = self.times(grad, b) * scaling
-        return (
-            self.times(grad, widened(weight, grad), d_low, a),
-            self.transposed_times(grad, x).astype(weight.dtype),
-            self.transposed_times(d_low, x),
-            self.transposed_times(grad, low),
-            ops.zeros_like(scaling),
-        )
+        grad = dout[0]
+        d_low, d_a, d_b = self.factors(grad, x, out[1], b, scaling)
+        d_x = self.times(grad, widened(weight, grad), d_low, a)
+        return d_x, self.transposed_times(grad, x).astype(weight.dtype), d_a, d_b, ops.zeros_like(scaling)
 
 
 class HeadProduct(nn.Cell):

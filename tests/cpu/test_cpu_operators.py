@@ -103,6 +103,20 @@ def test_cross_entropy(call, v):
     close(found, grad)
 
 
+@pytest.mark.parametrize("tokens, width, out, rank", [(37, 50, 70, 4), (200, 130, 96, 16), (1, 33, 20, 3)])
+def test_an_adapted_product(call, tokens, width, out, rank):
+    x, w, a, b = normal(tokens, width), normal(out, width), normal(rank, width), normal(out, rank)
+    grad, scaling = normal(tokens, out), np.array(1.5, np.float32)
+    y, low = call("adapted", [x, w, a, b, scaling], [(tokens, out), (tokens, rank)])
+    wanted = 1.5 * x.astype(float) @ a.T
+    close(low, wanted, 1e-4)
+    close(y, x.astype(float) @ w.T + wanted @ b.T, 2e-4)
+    found = call("adapted_gradient", [grad, x, low, b, scaling], [(tokens, rank), a.shape, b.shape])
+    d_low = 1.5 * grad.astype(float) @ b
+    for one, other in zip(found, (d_low, d_low.T @ x, grad.T @ wanted), strict=True):
+        close(one, other, 5e-4)
+
+
 def test_a_logit_that_is_not_finite_makes_the_loss_so(call):
     logits = normal(3, 40)
     logits[0, 5], logits[1, 39] = np.nan, np.inf
