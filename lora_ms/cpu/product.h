@@ -1,8 +1,9 @@
 // Matrix products C = D + A1 B1 + A2 B2 + … in float32.
 //
-// Columns of B are packed into panels of 2 * LANES, of at most some 512 rows, which stay in the second-level cache; a
-// tile of ROWS x 2 LANES of C is held in registers while it goes through a panel (Goto and van de Geijn, 2008). A is
-// read where it lies. A number of C is summed in one order, whatever the threads do.
+// Columns of B are packed into panels of 2 * LANES, once for all threads; a tile of ROWS x 2 LANES of C is held in
+// registers while it goes through some 512 rows of a panel (Goto and van de Geijn, 2008). A is read where it lies.
+// Tasks are small, some 30 us, as a thread may lose its core to another program. A number of C is summed in one order,
+// whatever the threads do.
 #pragma once
 
 #include <algorithm>
@@ -16,8 +17,10 @@ namespace lora_ms {
 constexpr int ROWS = LANES == 8 ? 6 : 12;   // of a tile: 12 of 16 registers with AVX, 24 of 32 elsewhere
 constexpr int COLUMNS = 2 * LANES;          // of a tile
 constexpr long DEPTH = 512;  // rows of a panel, about
-constexpr long BLOCK = 96;   // rows of A that go through all panels of a task before the next ones
-constexpr long WIDTH = 64;   // columns of a task, about: with a block of A they fit the second-level cache
+constexpr long BLOCK = 48;   // rows of a task, at most: they stay in the second-level cache from one to the next
+constexpr long WIDTH = 64;   // columns of a task
+constexpr long SHARED = 1024;     // columns of B that are packed at a time for all threads,
+constexpr long PACKED = 1 << 20;  // and about how many numbers: they come from the third-level cache
 
 constexpr long AHEAD = 8;    // rows: what is fetched now is wanted then
 
@@ -38,9 +41,9 @@ struct Term {
 // A stretch of the inner dimension: columns of A, and where in the panels those rows of B begin.
 struct Piece {
     Matrix a;
-    const float *panels;  // [n / COLUMNS][height][COLUMNS]
+    float *panels;  // [n / COLUMNS][height][COLUMNS]
     long depth, height;
-    const float *panel(long j) const { return panels + j * height; }  // j: a multiple of COLUMNS
+    float *panel(long j) const { return panels + j * height; }  // j: a multiple of COLUMNS
 };
 
 inline long divided(long a, long b) { return (a + b - 1) / b; }
@@ -131,28 +134,58 @@ inline void multiply(const Piece *pieces, int count, long m, long n, const float
                               std::min<long>(COLUMNS, n - j));
 }
 
-// Rows [0, m) and columns [j, j + n) of a product, by one thread.
-inline void multiply_columns(const std::vector<Term> &terms, long m, long j, long n, const float *start,
-                             long start_row, float *c, long c_row) {
+// Rows [0, m) and columns [j, j + n) of a product: columns of B are packed, then rows of A go through them, both
+// shared out among the threads, or by one where this is itself a part of what is shared out. room: numbers of B that
+// are packed at a time, if a pass does not take more.
+inline void multiply_columns(const std::vector<Term> &terms, long m, long j, long n, const float *start, long start_row,
+                             float *c, long c_row, long room) {
     static thread_local std::vector<float> packed;
-    const long padded = divided(n, COLUMNS) * COLUMNS;
-    packed.resize(std::max<size_t>(packed.size(), padded * (DEPTH + DEPTH / 4)));
+    Threads &threads = Threads::shared();
+    const long padded = divided(n, COLUMNS) * COLUMNS, groups = divided(n, WIDTH);
+    const long rows = std::min(BLOCK, divided(divided(m * groups, 16 * threads.count()), ROWS) * ROWS);  // of a task
+    const long most = std::max(DEPTH + DEPTH / 4, room / padded);  // rows of B that are packed at a time
+    long deep = 0;
+    for (const Term &term : terms) deep += term.depth;
+    packed.resize(std::max<size_t>(packed.size(), padded * std::min(deep, most)));
     std::vector<Piece> pieces;
-    long used = 0;
+    std::vector<Matrix> sources;    // of their panels
+    std::vector<size_t> passes{0};  // the first piece of each: a tile is in registers for a pass
+    long used = 0, all = 0;
     const auto finish = [&] {
-        multiply(pieces.data(), static_cast<int>(pieces.size()), m, n, start, start_row, c, c_row);
-        start = c, start_row = c_row, used = 0;
-        pieces.clear();
+        passes.push_back(pieces.size());
+        threads.run(groups, [&](long group) {
+            const long x = group * WIDTH;
+            for (size_t i = 0; i < pieces.size(); i++)
+                pack(sources[i].from(0, x), pieces[i].depth, std::min(WIDTH, n - x), pieces[i].panel(x));
+        });
+        threads.run(divided(m, rows) * groups, [&](long task) {
+            const long x = task % groups * WIDTH, y = task / groups * rows;
+            const long height = std::min(rows, m - y), width = std::min(WIDTH, n - x);
+            const float *from = start ? start + y * start_row + x : nullptr;
+            long from_row = start_row;
+            float *to = c + y * c_row + x;
+            std::vector<Piece> own(pieces);
+            for (Piece &piece : own) piece.a = piece.a.from(y, 0), piece.panels = piece.panel(x);
+            for (size_t i = 0; i + 1 < passes.size(); i++, from = to, from_row = c_row) {
+                const int count = static_cast<int>(passes[i + 1] - passes[i]);
+                multiply(&own[passes[i]], count, height, width, from, from_row, to, c_row);
+            }
+        });
+        start = c, start_row = c_row, used = all = 0;
+        pieces.clear(), sources.clear(), passes = {0};
     };
     for (const Term &term : terms) {
         const long parts = divided(term.depth, DEPTH), depth = divided(term.depth, parts);
         for (long p = 0; p < term.depth; p += depth) {
             const long some = std::min(depth, term.depth - p);
-            if (used + some > DEPTH + DEPTH / 4) finish();
-            float *to = packed.data() + used * padded;
-            pack(term.b.from(p, j), some, n, to);
-            pieces.push_back({term.a.from(0, p), to, some, some});
-            used += some;
+            if (all + some > most) {
+                finish();
+            } else if (used + some > DEPTH + DEPTH / 4) {
+                passes.push_back(pieces.size()), used = 0;
+            }
+            pieces.push_back({term.a.from(0, p), packed.data() + all * padded, some, some});
+            sources.push_back(term.b.from(p, j));
+            used += some, all += some;
         }
     }
     finish();
@@ -225,19 +258,18 @@ inline void product(const std::vector<Term> &terms, long m, long n, const float 
         });
         return;
     }
-    const long panels = divided(n, COLUMNS), blocks = divided(m, ROWS);
-    // as many tasks as make all threads equally busy: columns first, as each task packs its own
-    const long across = std::min(panels, divided(std::max(divided(n, WIDTH), wanted), wanted) * wanted);
-    const long down = std::min(std::max(1L, blocks / 4), divided(wanted, across));
-    threads.run(across * down, [&](long task) {
-        const long x = task % across, y = task / across;
-        const long j = x * panels / across * COLUMNS, j_end = std::min(n, (x + 1) * panels / across * COLUMNS);
-        const long i = y * blocks / down * ROWS, i_end = std::min(m, (y + 1) * blocks / down * ROWS);
-        std::vector<Term> own(terms);
-        for (Term &term : own) term.a = term.a.from(i, 0);
-        multiply_columns(own, i_end - i, j, j_end - j, start ? start + i * start_row + j : nullptr, start_row,
-                         c + i * n + j, n);
-    });
+    if (m <= BLOCK) {  // each task packs its own columns, while they are in its cache
+        const long width = std::min(WIDTH, divided(divided(n, wanted), COLUMNS) * COLUMNS);
+        threads.run(divided(n, width), [&](long task) {
+            const long j = task * width;
+            multiply_columns(terms, m, j, std::min(width, n - j), start ? start + j : nullptr, start_row, c + j, n,
+                             0);
+        });
+        return;
+    }
+    for (long j = 0; j < n; j += SHARED)
+        multiply_columns(terms, m, j, std::min(SHARED, n - j), start ? start + j : nullptr, start_row, c + j, n,
+                         PACKED);
 }
 
 }  // namespace lora_ms

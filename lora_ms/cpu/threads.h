@@ -25,8 +25,7 @@ class Threads {
 
     // Calls work(i) for all i in [0, tasks), in any order and on any thread; returns when all have returned.
     void run(long tasks, const std::function<void(long)> &work) {
-        std::unique_lock<std::mutex> only(user_, std::try_to_lock);
-        if (count_ == 1 || tasks < 2 || !only) {  // another operator has the helpers
+        if (count_ == 1 || tasks < 2 || used_.exchange(true)) {  // used: by another operator, or by what calls this
             for (long i = 0; i < tasks; i++) work(i);
             return;
         }
@@ -41,6 +40,7 @@ class Threads {
         take();
         open_ = false;  // a helper that comes now finds nothing to do, and is not waited for
         while (inside_) relax();
+        used_ = false;
     }
 
   private:
@@ -84,11 +84,11 @@ class Threads {
         asleep_--;
     }
 
-    std::mutex user_, mutex_;
+    std::mutex mutex_;
     std::condition_variable wake_;
     std::atomic<long> round_{0}, next_{0};
     std::atomic<int> inside_{0}, asleep_{0};  // helpers
-    std::atomic<bool> open_{false};
+    std::atomic<bool> open_{false}, used_{false};
     const std::function<void(long)> *work_ = nullptr;
     long tasks_ = 0;
     int count_ = 1, helpers_ = 0, started_ = 0;
