@@ -28,7 +28,8 @@ LOGITS = 3  # matrices [chunk, vocabulary] alive at once in the loss
 LOGITS_OWN = 2
 CHUNK_NUMBERS = 1 << 24  # of the loss; train.step has it
 PART_NUMBERS = 1 << 24  # of the head that are widened at once; nn.product has it
-OPTIMIZER_WORK = 8  # vectors of all trainable numbers alive at once in the optimiser's graph
+OPTIMIZER_WORK = 9  # vectors of all trainable numbers alive at once in the optimiser's graph
+OPTIMIZER_WORK_OWN = 7
 
 
 class Sizes(Protocol):
@@ -222,7 +223,8 @@ def estimate(job: Job) -> Estimate:
     halves = [0.0, 0.0] if not again else [max(parts) for parts in zip(*(kept(job, i) for i in again), strict=True)]
     backward = rest + max(half + work for half, work in zip(halves, working(job), strict=True))
     gradients = 2 * 4 * count / MB
-    peak = GAPS * max(rest + logits, backward + gradients, (OPTIMIZER_WORK * 4 + job.swapped) * count / MB)
+    update = 4 * (OPTIMIZER_WORK_OWN if job.own else OPTIMIZER_WORK) * count / MB
+    peak = GAPS * max(rest + logits, backward + gradients, update + job.swapped * count / MB)
     width = 0 if job.device == "Ascend" else INDEX_OWN if job.own else INDEX
     index = width * tokens * s.hidden_size * len(compiled(job)) / MB
     of_loss = min(GAPS * logits, peak)

@@ -157,6 +157,7 @@ class AdamWKernel(nn.Cell):
         super().__init__()
         self.beta1, self.beta2, self.eps = beta1, beta2, eps
         self.own, self.operator, self.stack = cpu.there(), cpu.adamw(), ops.Stack()
+        self.divide = ops.RealDiv()  # `/`, on the CPU, keeps two 8-byte indices per number
 
     def used(self, grad: Tensor, scale: Tensor) -> Tensor:
         """The gradient as the step takes it."""
@@ -184,7 +185,7 @@ class AdamWKernel(nn.Cell):
         grad = self.used(grad, scale)
         exp_avg = exp_avg + taken * share1 * (grad - exp_avg)
         exp_avg_sq = exp_avg_sq + taken * share2 * (grad * grad - exp_avg_sq)
-        update = correct1 * exp_avg / (ops.sqrt(exp_avg_sq) * correct2 + self.eps)
+        update = self.divide(correct1 * exp_avg, ops.sqrt(exp_avg_sq) * correct2 + self.eps)
         return old - rate * (decay * old + update), exp_avg, exp_avg_sq
 
 
