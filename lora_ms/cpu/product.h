@@ -14,15 +14,14 @@
 
 namespace lora_ms {
 
-constexpr int ROWS = LANES == 8 ? 6 : 12;   // of a tile: 12 of 16 registers with AVX, 24 of 32 elsewhere
-constexpr int COLUMNS = 2 * LANES;          // of a tile
-constexpr long DEPTH = 512;  // rows of a panel, about
-constexpr long BLOCK = 48;   // rows of a task, at most: they stay in the second-level cache from one to the next
-constexpr long WIDTH = 64;   // columns of a task
+constexpr int ROWS = LANES == 8 ? 6 : 12;  // of a tile: 12 of 16 registers with AVX, 24 of 32 elsewhere
+constexpr int COLUMNS = 2 * LANES;         // of a tile
+constexpr long DEPTH = 512;                // rows of a panel that a tile goes through at a time, about
+constexpr long BLOCK = 48;        // rows of a task, at most: they stay in the second-level cache from one to the next
+constexpr long WIDTH = 64;        // columns of a task
 constexpr long SHARED = 1024;     // columns of B that are packed at a time for all threads,
 constexpr long PACKED = 1 << 20;  // and about how many numbers: they come from the third-level cache
-
-constexpr long AHEAD = 8;    // rows: what is fetched now is wanted then
+constexpr long AHEAD = 8;         // rows: what is fetched now is wanted then
 
 // Element (i, j) is at data[i * row + j * column].
 struct Matrix {
@@ -142,7 +141,8 @@ inline void multiply_columns(const std::vector<Term> &terms, long m, long j, lon
     static thread_local std::vector<float> packed;
     Threads &threads = Threads::shared();
     const long padded = divided(n, COLUMNS) * COLUMNS, groups = divided(n, WIDTH);
-    const long rows = std::min(BLOCK, divided(divided(m * groups, 16 * threads.count()), ROWS) * ROWS);  // of a task
+    // of a task; fewer where there are few tasks
+    const long rows = m <= BLOCK ? m : std::min(BLOCK, divided(m * groups, 16 * threads.count() * ROWS) * ROWS);
     const long most = std::max(DEPTH + DEPTH / 4, room / padded);  // rows of B that are packed at a time
     long deep = 0;
     for (const Term &term : terms) deep += term.depth;
@@ -258,18 +258,16 @@ inline void product(const std::vector<Term> &terms, long m, long n, const float 
         });
         return;
     }
-    if (m <= BLOCK) {  // each task packs its own columns, while they are in its cache
-        const long width = std::min(WIDTH, divided(divided(n, wanted), COLUMNS) * COLUMNS);
-        threads.run(divided(n, width), [&](long task) {
-            const long j = task * width;
-            multiply_columns(terms, m, j, std::min(width, n - j), start ? start + j : nullptr, start_row, c + j, n,
-                             0);
-        });
-        return;
+    const auto columns = [&](long j, long width, long room) {
+        const float *from = start ? start + j : nullptr;
+        multiply_columns(terms, m, j, std::min(width, n - j), from, start_row, c + j, n, room);
+    };
+    if (m <= BLOCK) {  // each task packs its own columns, for its own cache
+        const long width = std::min(WIDTH, divided(n, wanted * COLUMNS) * COLUMNS);
+        threads.run(divided(n, width), [&](long task) { columns(task * width, width, 0); });
+    } else {
+        for (long j = 0; j < n; j += SHARED) columns(j, SHARED, PACKED);
     }
-    for (long j = 0; j < n; j += SHARED)
-        multiply_columns(terms, m, j, std::min(SHARED, n - j), start ? start + j : nullptr, start_row, c + j, n,
-                         PACKED);
 }
 
 }  // namespace lora_ms

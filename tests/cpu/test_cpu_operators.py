@@ -9,8 +9,9 @@ import pytest
 from lora_ms import cpu
 
 RNG = np.random.default_rng(0)
-# of times_transposed: few rows and many, fewer columns than a vector, an inner dimension of one panel and of several
-SHAPES = [(1, 100, 77), (3, 40, 600), (7, 33, 19), (130, 8, 64), (16, 130, 1025), (205, 300, 512)]
+# of times_transposed: few rows and many, fewer columns than a vector, an inner dimension of one panel and of several,
+# more of B than is packed at a time
+SHAPES = [(1, 100, 77), (3, 40, 600), (7, 33, 19), (130, 8, 64), (16, 130, 1025), (205, 300, 512), (60, 1050, 2100)]
 
 
 def normal(*shape: int) -> np.ndarray:
