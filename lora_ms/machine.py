@@ -1,9 +1,13 @@
-"""Memory of this machine: what there is, what is left, and what a control group leaves. MB is 2^20 bytes."""
+"""This machine's memory and cores: what there is, and what a control group leaves. MB is 2^20 bytes."""
 
+import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 MB = 2**20
+V1_MEMORY = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+V2_MEMORY = ("memory.max", "memory.current")
 
 
 def _number(path: Path) -> int | None:
@@ -11,6 +15,28 @@ def _number(path: Path) -> int | None:
         return int(path.read_text())
     except (OSError, ValueError):  # no such file, or "max"
         return None
+
+
+def _quota(path: Path) -> tuple[int, int] | tuple[None, None]:
+    try:
+        quota, period = path.read_text().split()
+        return int(quota), int(period)
+    except (OSError, ValueError):  # no such file, or "max 100000"
+        return None, None
+
+
+def _groups(kind: str, root: Path, own: Path) -> Iterator[tuple[int, Path]]:
+    """Version and folder of each control group of this process that may limit what ``kind`` names."""
+    try:
+        lines = own.read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, kinds, path = line.split(":", 2)
+        if kinds and kind not in kinds.split(","):
+            continue
+        version, base = (1, root / kind) if kinds else (2, root)
+        yield from ((version, folder) for folder in (base / path.lstrip("/"), base))
 
 
 def _file_cache(stat: Path) -> int:
@@ -28,24 +54,26 @@ def cgroup_limit(
     """The limit of the control group and what is in use of it, MB, without files' cache; of nested ones, of that which
     leaves the least. None where there is no limit."""
     found: list[tuple[float, float]] = []
-    try:
-        lines = own.read_text().splitlines()
-    except OSError:
-        return None
-    for line in lines:
-        _, kinds, path = line.split(":", 2)
-        if kinds == "memory":  # version 1
-            base, limit, current = root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
-        elif kinds == "":
-            base, limit, current = root, "memory.max", "memory.current"
-        else:
-            continue
-        for folder in (base / path.lstrip("/"), base):
-            most, now = _number(folder / limit), _number(folder / current)
-            if most is not None and most < 1 << 60:
-                used = max(0, (now or 0) - _file_cache(folder / "memory.stat"))
-                found.append((most / MB, used / MB))
+    for version, folder in _groups("memory", root, own):
+        limit, current = V1_MEMORY if version == 1 else V2_MEMORY
+        most, now = _number(folder / limit), _number(folder / current)
+        if most is not None and most < 1 << 60:
+            used = max(0, (now or 0) - _file_cache(folder / "memory.stat"))
+            found.append((most / MB, used / MB))
     return min(found, key=lambda group: group[0] - group[1], default=None)
+
+
+def cores(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
+    """Cores that this process may use: those it may run on, or, where its control group has less time, as many."""
+    most = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for version, folder in _groups("cpu", root, own):
+        if version == 1:
+            quota, period = _number(folder / "cpu.cfs_quota_us"), _number(folder / "cpu.cfs_period_us")
+        else:
+            quota, period = _quota(folder / "cpu.max")
+        if quota and period and quota > 0:  # -1: no limit
+            most = min(most, math.ceil(quota / period))
+    return most
 
 
 def system() -> tuple[float, float]:

@@ -119,7 +119,7 @@ def _own_operators(processes: int) -> list[str]:
     if library is None:
         nn_cpu.use("")
         return [f"our own operators for the CPU could not be compiled, so a step takes longer: {why}"]
-    cpu.set_threads(library, processes)
+    cpu.set_threads(library, machine.cores() // processes)
     nn_cpu.use(str(library))
     return []
 

@@ -73,7 +73,6 @@ def _processor() -> bytes:
     return "\n".join(sorted({line for line in text.splitlines() if line.startswith(wanted)})).encode()
 
 
-def set_threads(library: Path, processes: int) -> None:
-    """Lets the operators use this process's share of the cores, of ``processes`` on this machine."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    ctypes.CDLL(str(library)).set_threads(max(1, cores // processes))
+def set_threads(library: Path, count: int) -> None:
+    """On how many threads the operators run, at least 1."""
+    ctypes.CDLL(str(library)).set_threads(count)

@@ -77,7 +77,7 @@ def installed(name: str) -> str | None:
 
 def python_finding(running: tuple[int, int] = sys.version_info[:2]) -> Finding:
     """MindSpore is built for few Pythons."""
-    text = f"{'.'.join(map(str, running))} on {platform.system()} {platform.machine()}, {os.cpu_count()} cores"
+    text = f"{'.'.join(map(str, running))} on {platform.system()} {platform.machine()}, {machine.cores()} cores"
     if not (3, 10) <= running <= (3, 12):
         return Finding("python", FAULT, f"{text}; MindSpore needs 3.10 to 3.12: make an environment with one of these")
     return Finding("python", OK, text)

@@ -202,6 +202,25 @@ def test_the_control_group_limits(tmp_path):
     assert machine.cgroup_limit(tmp_path, own) == (4096, 3072)  # the larger one leaves less
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "wanted"),
+    [
+        ("cpu.max", "max 100000\n", 64), ("cpu.max", "200000 100000\n", 2), ("cpu.max", "150000 100000\n", 2),
+        ("box/cpu.max", "50000 100000\n", 1), ("box/cpu.max", "9900000 100000\n", 64), ("cpu.max", "odd\n", 64),
+        ("cpu/box/cpu.cfs_quota_us", "300000\n", 3), ("cpu/cpu.cfs_quota_us", "-1\n", 64),
+    ],
+)  # fmt: skip
+def test_the_control_group_limits_the_cores(tmp_path, monkeypatch, name, text, wanted):
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda pid: range(64))
+    (tmp_path / "own").write_text("4:cpu,cpuacct:/box\n3:memory:/other\n0::/box\n")
+    for period in ("cpu", "cpu/box"):
+        (tmp_path / period).mkdir(parents=True)
+        (tmp_path / period / "cpu.cfs_period_us").write_text("100000\n")
+    (tmp_path / "box").mkdir()
+    (tmp_path / name).write_text(text)
+    assert machine.cores(tmp_path, tmp_path / "own") == wanted
+
+
 def test_constants_that_stand_in_two_places():
     from lora_ms.nn import product
     from lora_ms.train import layerwise, step
