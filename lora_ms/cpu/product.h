@@ -143,10 +143,11 @@ inline void multiply_columns(const std::vector<Term> &terms, long m, long j, lon
     const long padded = divided(n, COLUMNS) * COLUMNS, groups = divided(n, WIDTH);
     // of a task; fewer where there are few tasks
     const long rows = m <= BLOCK ? m : std::min(BLOCK, divided(m * groups, 16 * threads.count() * ROWS) * ROWS);
-    const long most = std::max(DEPTH + DEPTH / 4, room / padded);  // rows of B that are packed at a time
+    constexpr long PASS = DEPTH + DEPTH / 4;  // rows of B at most in a pass
+    const long most = room / padded;          // packed rows, from which on no other pass begins
     long deep = 0;
     for (const Term &term : terms) deep += term.depth;
-    packed.resize(std::max<size_t>(packed.size(), padded * std::min(deep, most)));
+    packed.resize(std::max<size_t>(packed.size(), padded * std::min(deep, most + PASS)));
     std::vector<Piece> pieces;
     std::vector<Matrix> sources;    // of their panels
     std::vector<size_t> passes{0};  // the first piece of each: a tile is in registers for a pass
@@ -178,10 +179,12 @@ inline void multiply_columns(const std::vector<Term> &terms, long m, long j, lon
         const long parts = divided(term.depth, DEPTH), depth = divided(term.depth, parts);
         for (long p = 0; p < term.depth; p += depth) {
             const long some = std::min(depth, term.depth - p);
-            if (all + some > most) {
-                finish();
-            } else if (used + some > DEPTH + DEPTH / 4) {
-                passes.push_back(pieces.size()), used = 0;
+            if (used + some > PASS) {  // a pass is the same whatever is packed at a time, and so is each sum
+                if (all + some > most) {
+                    finish();
+                } else {
+                    passes.push_back(pieces.size()), used = 0;
+                }
             }
             pieces.push_back({term.a.from(0, p), packed.data() + all * padded, some, some});
             sources.push_back(term.b.from(p, j));

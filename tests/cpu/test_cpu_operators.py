@@ -62,6 +62,10 @@ def test_products(call, m, n, k):
 
 
 def test_a_product_is_the_same_however_its_rows_and_columns_are_shared_out(call):
+    a, b, c, d = normal(100, 1024), normal(1100, 1024), normal(100, 16), normal(1100, 16)
+    whole = call("times_transposed", [a, b, c, d], [(100, 1100)])[0]
+    part = call("times_transposed", [a[:37], b[:90], c[:37], d[:90]], [(37, 90)])[0]
+    np.testing.assert_array_equal(part, whole[:37, :90])
     a, b = normal(100, 300), normal(200, 300)
     whole = call("times_transposed", [a, b], [(100, 200)])[0]
     np.testing.assert_array_equal(call("times_transposed", [a[:37], b[:90]], [(37, 90)])[0], whole[:37, :90])
