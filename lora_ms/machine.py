@@ -1,4 +1,4 @@
-"""This machine's memory and cores: what there is, and what a control group leaves. MB is 2^20 bytes."""
+"""This machine's memory and cores, what there is and what a control group leaves, and its cache. MB is 2^20 bytes."""
 
 import math
 import os
@@ -101,3 +101,8 @@ def share(budget_mb: float | None = None) -> float:
         return pages * os.sysconf("SC_PAGE_SIZE") / MB / budget_mb
     group = cgroup_limit()
     return 1 - free / total if group is None else max(1 - free / total, group[1] / group[0])
+
+
+def cache_folder() -> Path:
+    """Where what is made once for this machine is kept: LORA_MS_CACHE, else ~/.cache/lora_ms."""
+    return Path(os.environ.get("LORA_MS_CACHE") or Path.home() / ".cache" / "lora_ms")

@@ -108,7 +108,7 @@ def _fuse_kernels(device: str) -> list[str]:
             return [f"context.enable_graph_kernel needs {' and '.join(missing)} on the CPU: running without"]
         # where AKG may read its own tables (or it says so for every kernel), and where it puts what it builds
         os.environ.setdefault("AKG_WHITE_LIST_PATH", str(Path(ms.__file__).parent))
-        os.environ.setdefault("MS_COMPILER_CACHE_PATH", str(Path.home() / ".cache" / "lora_ms"))
+        os.environ.setdefault("MS_COMPILER_CACHE_PATH", str(machine.cache_folder()))
     ms.set_context(enable_graph_kernel=True)
     return []
 

@@ -10,6 +10,8 @@ import tempfile
 from hashlib import blake2b
 from pathlib import Path
 
+from lora_ms import machine
+
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-shared", "-fPIC", "-pthread")
 SOURCES = Path(__file__).parent
@@ -25,8 +27,7 @@ def compiler() -> str | None:
 def build(extra: tuple[str, ...] = ()) -> tuple[Path | None, str]:
     """The library, compiled where the cache does not have it; or None and why there is none.
 
-    The cache is LORA_MS_CACHE, else ~/.cache/lora_ms. A library serves the machines whose processor has the same
-    features.
+    A library serves the machines whose processor has the same features.
 
     extra: more flags for the compiler.
     """
@@ -38,7 +39,7 @@ def build(extra: tuple[str, ...] = ()) -> tuple[Path | None, str]:
         version = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=TIME_LIMIT).stdout
         sources = [path.read_bytes() for path in sorted(SOURCES.glob("*.h")) + sorted(SOURCES.glob("*.cpp"))]
         parts = [program.encode(), version.encode(), " ".join(flags).encode(), _processor(), *sources]
-        folder = Path(os.environ.get("LORA_MS_CACHE") or Path.home() / ".cache" / "lora_ms") / "cpu"
+        folder = machine.cache_folder() / "cpu"
         library = folder / f"operators-{blake2b(b'|'.join(parts), digest_size=12).hexdigest()}.so"
         if not library.exists():
             folder.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 from collections.abc import Callable, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
@@ -16,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_ms import storage
+from lora_ms import machine, storage
 from lora_ms.data.pipeline import Preparation, check_vocabulary, finish, prepare_rows, read, tokenise
 from lora_ms.data.readers import find_files
 from lora_ms.data.report import Report, Tally
@@ -49,7 +48,7 @@ def prepare(
         tally = Tally()
         return prepare_rows(read(sources, how, tally), tokenizer, how, tally)
     vocab_size, how = how.vocab_size, replace(how, vocab_size=None)  # checked below: the tokens are the same for all
-    folder = cache_root() / key_of(files, tokenizer, how)
+    folder = machine.cache_folder() / "tokens" / key_of(files, tokenizer, how)
     with _locked(folder):
         if not (folder / REPORT).is_file():
             _build(folder, sources, tokenizer, how, say)
@@ -57,11 +56,6 @@ def prepare(
     if vocab_size is not None:
         check_vocabulary(store, vocab_size)
     return store, Report(**storage.read_json(folder / REPORT))
-
-
-def cache_root() -> Path:
-    """Where the cache is: LORA_MS_CACHE, else ~/.cache/lora_ms."""
-    return Path(os.environ.get("LORA_MS_CACHE") or Path.home() / ".cache" / "lora_ms") / "tokens"
 
 
 def key_of(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase | None, how: Preparation) -> str:
