@@ -1,4 +1,4 @@
-"""Greedy generation, ours against transformers' ``generate``: same weights and prompt, float32 on the CPU.
+"""Greedy generation, ours against transformers' ``generate``: same weights, prompt and type, on the CPU.
 
 python benchmarks/generate.py --torch_python PYTHON_WITH_TORCH_AND_TRANSFORMERS
 """
@@ -21,12 +21,14 @@ FIGURES = {
 
 def ours(args, prompts: list[list[int]]):
     """Returns a function that generates once and gives the time of each token and the tokens."""
+    import mindspore as ms
+
     from lora_ms.infer.generate import Generator
     from lora_ms.models.hub import load_directory
     from lora_ms.runtime import setup
 
     setup("CPU")
-    generator = Generator(load_directory(args.model))
+    generator = Generator(load_directory(args.model, getattr(ms, args.dtype)))
 
     def run():
         times = []
@@ -42,7 +44,7 @@ def torch(args, prompts: list[list[int]]):
     from transformers import AutoModelForCausalLM, LogitsProcessor, LogitsProcessorList
 
     torch.set_num_threads(os.cpu_count())
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).eval()
     ids = torch.tensor(prompts)
 
     class Clock(LogitsProcessor):
@@ -69,6 +71,7 @@ def torch(args, prompts: list[list[int]]):
 
 def main() -> None:
     arguments = parser(__doc__)
+    arguments.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="of the weights")
     arguments.add_argument("--batch", type=int, default=1)
     arguments.add_argument("--prompt", type=int, default=64)
     arguments.add_argument("--new", type=int, default=128)

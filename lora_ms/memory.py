@@ -215,7 +215,7 @@ def estimate(job: Job) -> Estimate:
     chunk = min(tokens, max(16, CHUNK_NUMBERS // s.vocab_size))
     matrices = LOGITS_OWN if job.own else LOGITS
     logits = chunk * s.vocab_size * (10 if job.width == 2 else 4 * matrices) / MB
-    if job.half and job.device == "CPU":  # weights widened, one matrix at a time
+    if job.half and job.device == "CPU" and not job.own:  # weights widened, one matrix at a time
         logits += 4 * PART_NUMBERS / MB
     inputs = 2 * len(again) * tokens * s.hidden_size * job.width / MB  # of both halves of a layer
     rest = inputs + sum(sum(kept(job, i)) for i in layers if i not in again) + tables(job)

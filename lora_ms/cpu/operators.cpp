@@ -1,6 +1,6 @@
 // The operators as MindSpore's custom operators of kind "aot" call them: addresses and shapes of the inputs, then of
-// the outputs. All is float32 but indices, which are int32. What each computes stands beside its function in rows.h,
-// product.h and attention.h.
+// the outputs. All is float32 but indices, which are int32, and weights W and right factors of products, which may be
+// float16. What each computes stands beside its function in rows.h, product.h and attention.h.
 
 #include "attention.h"
 #include "rows.h"
@@ -13,11 +13,15 @@ struct Tensors {
     void **data;
     int *ndims;
     int64_t **shapes;
+    const char **types;  // their names
 
     float *floats(int i) const { return static_cast<float *>(data[i]); }
     const int32_t *ints(int i) const { return static_cast<const int32_t *>(data[i]); }
     long size(int i, int axis) const { return shapes[i][axis]; }
-    Matrix matrix(int i) const { return {floats(i), size(i, 1), 1}; }
+    Matrix matrix(int i) const {
+        const bool half = std::strcmp(types[i], "float16") == 0;
+        return {half ? nullptr : floats(i), size(i, 1), 1, half ? static_cast<const Half *>(data[i]) : nullptr};
+    }
     long numbers(int i) const {
         long n = 1;
         for (int axis = 0; axis < ndims[i]; axis++) n *= shapes[i][axis];
@@ -63,10 +67,10 @@ Attention attention_of(Tensors t) {
 }  // namespace
 
 #define OPERATOR(name) \
-    extern "C" int name([[maybe_unused]] int count, void **data, int *ndims, int64_t **shapes, const char **, void *, \
-                        void *)
+    extern "C" int name([[maybe_unused]] int count, void **data, int *ndims, int64_t **shapes, const char **types, \
+                        void *, void *)
 #define TENSORS \
-    Tensors { data, ndims, shapes }
+    Tensors { data, ndims, shapes, types }
 
 extern "C" void set_threads(int count) { Threads::shared().set_count(count); }
 

@@ -1,4 +1,4 @@
-// Matrix products C = D + A1 B1 + A2 B2 + … in float32.
+// Matrix products C = D + A1 B1 + A2 B2 + … in float32; a B may be float16, whose numbers are widened as they are used.
 //
 // Columns of B are packed into panels of 2 * LANES, once for all threads; a tile of ROWS x 2 LANES of C is held in
 // registers while it goes through some 512 rows of a panel (Goto and van de Geijn, 2008). A is read where it lies.
@@ -27,8 +27,12 @@ constexpr long AHEAD = 8;         // rows: what is fetched now is wanted then
 struct Matrix {
     const float *data;
     long row, column;
-    Matrix transposed() const { return {data, column, row}; }
-    Matrix from(long i, long j) const { return {data + i * row + j * column, row, column}; }
+    const Half *half = nullptr;  // in place of data
+    Matrix transposed() const { return {data, column, row, half}; }
+    Matrix from(long i, long j) const {
+        const long place = i * row + j * column;
+        return half ? Matrix{nullptr, row, column, half + place} : Matrix{data + place, row, column};
+    }
 };
 
 // A [m, depth] times B [depth, n].
@@ -48,35 +52,61 @@ struct Piece {
 inline long divided(long a, long b) { return (a + b - 1) / b; }
 
 // Asks for numbers that are wanted soon: parts of rows lie too far apart for the processor to foresee.
-inline void fetch(const float *from, long count) {
-    for (long i = 0; i < count; i += 16) __builtin_prefetch(from + i);
+template <class Number>
+void fetch(const Number *from, long count) {
+    for (long i = 0; i < count; i += 64 / sizeof(Number)) __builtin_prefetch(from + i);
 }
 
-// Rows [0, depth) and columns [0, width) of B as panels; columns beyond it are zero.
-inline void pack(Matrix b, long depth, long width, float *to) {
+// Rows [0, depth) and columns [0, width) of a B whose rows lie whole, as panels; columns beyond it are zero.
+template <class Number>
+void pack_rows(const Number *from, long row, long depth, long width, float *to) {
     const long whole = width / COLUMNS * COLUMNS;
     if (whole < width) std::fill_n(to + whole * depth, COLUMNS * depth, 0.0f);
-    if (b.column == 1) {
-        for (long p = 0; p < depth; p++) {
-            const float *from = b.data + p * b.row;
-            fetch(from + AHEAD * b.row, width);
-            for (long j = 0; j < whole; j += COLUMNS)
-                std::memcpy(to + j * depth + p * COLUMNS, from + j, 4 * COLUMNS);
-            for (long j = whole; j < width; j++) to[whole * depth + p * COLUMNS + j - whole] = from[j];
+    for (long p = 0; p < depth; p++, from += row, to += COLUMNS) {
+        fetch(from + AHEAD * row, width);
+        for (long j = 0; j < whole; j += COLUMNS)
+            for (long i = 0; i < COLUMNS; i += LANES) store(to + j * depth + i, load(from + j + i));
+        for (long j = whole; j < width; j += LANES) {
+            const Vec last = load_up_to(from + j, width - j);
+            store(to + whole * depth + j - whole, last);
         }
-        return;
     }
-    for (long j = 0; j < width; j += COLUMNS, to += depth * COLUMNS) {
-        const long some = std::min<long>(COLUMNS, width - j);
-        const Matrix from = b.from(0, j);
-        long done = 0;
-        if (from.row == 1 && some == COLUMNS)
-            for (; done + 4 <= depth; done += 4)
-                for (long i = 0; i < COLUMNS; i += 4)
-                    transpose4(from.data + done + i * from.column, from.column, to + done * COLUMNS + i, COLUMNS);
-        for (long p = done; p < depth; p++)
-            for (long i = 0; i < some; i++) to[p * COLUMNS + i] = from.data[p * from.row + i * from.column];
+}
+
+// Rows [0, depth) and some columns of a B whose columns lie whole, as a panel.
+inline void pack_columns(const float *from, long column, long depth, long columns, float *to) {
+    long done = 0;
+    if (columns == COLUMNS)
+        for (; done + 4 <= depth; done += 4)
+            for (long i = 0; i < COLUMNS; i += 4)
+                transpose4(from + done + i * column, column, to + done * COLUMNS + i, COLUMNS);
+    for (long p = done; p < depth; p++)
+        for (long i = 0; i < COLUMNS; i++) to[p * COLUMNS + i] = i < columns ? from[p + i * column] : 0.0f;
+}
+
+// Of float16: a small square after another is widened first.
+inline void pack_columns(const Half *from, long column, long depth, long columns, float *to) {
+    constexpr long SOME = 64;
+    float square[COLUMNS * SOME];
+    for (long p = 0; p < depth; p += SOME) {
+        const long rows = std::min(SOME, depth - p);
+        for (long i = 0; i < columns; i++)
+            for (long n = 0; n < rows; n += LANES)
+                store(square + i * SOME + n, load_up_to(from + p + i * column + n, rows - n));
+        pack_columns(square, SOME, rows, columns, to + p * COLUMNS);
     }
+}
+
+template <class Number>
+void pack_numbers(const Number *from, Matrix b, long depth, long width, float *to) {
+    if (b.column == 1) return pack_rows(from, b.row, depth, width, to);
+    for (long j = 0; j < width; j += COLUMNS)
+        pack_columns(from + j * b.column, b.column, depth, std::min<long>(COLUMNS, width - j), to + j * depth);
+}
+
+// Rows [0, depth) and columns [0, width) of B, of which one or the other lie whole, as panels.
+inline void pack(Matrix b, long depth, long width, float *to) {
+    b.half ? pack_numbers(b.half, b, depth, width, to) : pack_numbers(b.data, b, depth, width, to);
 }
 
 // [M, width] of C from what `start` has (nothing: 0) and the pieces.
@@ -195,8 +225,8 @@ inline void multiply_columns(const std::vector<Term> &terms, long m, long j, lon
 }
 
 // Adds to out[j], for j in [0, N), the sum of a[i] * b[j * row + i] for i in [0, depth): in one order, whatever N is.
-template <int N>
-void add_dots(const float *a, const float *b, long row, long depth, float *out) {
+template <int N, class Number>
+void add_dots(const float *a, const Number *b, long row, long depth, float *out) {
     Vec sums[N][2] = {};
     long p = 0;
     for (; p + 2 * LANES <= depth; p += 2 * LANES) {
@@ -207,11 +237,11 @@ void add_dots(const float *a, const float *b, long row, long depth, float *out) 
             sums[j][1] += right * load(b + j * row + p + LANES);
         }
     }
-    for (int j = 0; j < N; j++) {
-        float total = sum(sums[j][0] + sums[j][1]);
-        for (long q = p; q < depth; q++) total += a[q] * b[j * row + q];
-        out[j] += total;
+    for (; p < depth; p += LANES) {
+        const Vec last = load_up_to(a + p, depth - p);
+        for (int j = 0; j < N; j++) sums[j][0] += last * load_up_to(b + j * row + p, depth - p);
     }
+    for (int j = 0; j < N; j++) out[j] += sum(sums[j][0] + sums[j][1]);
 }
 
 // The sum of a[i] * b[i] for i in [0, depth).
@@ -224,7 +254,7 @@ inline float dot(const float *a, const float *b, long depth) {
 // C [m, n] = start (nothing: 0) + the terms; rows of start are start_row apart, so that 0 adds one row to all.
 inline void product(const std::vector<Term> &terms, long m, long n, const float *start, long start_row, float *c) {
     bool narrow = !start && n <= 2 * COLUMNS && n < m;
-    for (const Term &term : terms) narrow = narrow && term.a.column != 1;
+    for (const Term &term : terms) narrow = narrow && term.a.column != 1 && !term.b.half;
     if (narrow) {  // C^T = B^T A: rows of a transposed A are read whole where it is the right factor
         std::vector<Term> other;
         for (const Term &term : terms) other.push_back({term.b.transposed(), term.a.transposed(), term.depth});
@@ -248,12 +278,16 @@ inline void product(const std::vector<Term> &terms, long m, long n, const float 
                     float *to = c + i * n + j;
                     for (long q = 0; q < some; q++) to[q] = start ? start[i * start_row + j + q] : 0.0f;
                     for (const Term &term : terms) {
-                        const float *a = term.a.from(i, 0).data, *b = term.b.from(0, j).data;
-                        if (some == 4) {
-                            add_dots<4>(a, b, term.b.column, term.depth, to);
-                        } else {
-                            add_dots<1>(a, b, term.b.column, term.depth, to);
-                        }
+                        const float *a = term.a.from(i, 0).data;
+                        const Matrix b = term.b.from(0, j);
+                        const auto add = [&](const auto *rows) {
+                            if (some == 4) {
+                                add_dots<4>(a, rows, b.column, term.depth, to);
+                            } else {
+                                add_dots<1>(a, rows, b.column, term.depth, to);
+                            }
+                        };
+                        b.half ? add(b.half) : add(b.data);
                     }
                 }
                 j += some;

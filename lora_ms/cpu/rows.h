@@ -52,13 +52,6 @@ inline void norm_weight_gradient(const float *x, float eps, const float *d_y, lo
     });
 }
 
-// The first `count` numbers at `from`, or LANES of them; and the same to write.
-inline Vec load_up_to(const float *from, long count) { return count >= LANES ? load(from) : load_some(from, count, 0); }
-inline void store_up_to(float *to, Vec x, long count) {
-    if (count >= LANES) return store(to, x);
-    for (long i = 0; i < count; i++) to[i] = x[i];
-}
-
 inline Vec sigmoid(Vec x) { return 1.0f / (1.0f + exponential(-x)); }
 
 constexpr long STRETCH = 4096;  // numbers

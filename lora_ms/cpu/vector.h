@@ -4,6 +4,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
 #ifndef LANES
 #if defined(__AVX512F__)
 #define LANES 16
@@ -19,8 +23,30 @@ namespace lora_ms {
 typedef float Vec __attribute__((vector_size(4 * LANES)));
 typedef float Unaligned __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Half;  // the bits of a float16
 
+inline Vec as_vec(Ints bits) { return reinterpret_cast<Vec>(bits); }
+inline Ints as_ints(Vec x) { return reinterpret_cast<Ints>(x); }
 inline Vec load(const float *from) { return *reinterpret_cast<const Unaligned *>(from); }
+
+// LANES numbers of float16, exactly; without the processor's own instruction, by integers.
+inline Vec load(const Half *from) {
+#if LANES == 16 && defined(__AVX512F__)
+    return _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i *>(from)));
+#elif LANES == 8 && defined(__F16C__)
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(from)));
+#else
+    typedef uint16_t Words __attribute__((vector_size(2 * LANES)));
+    Words words;
+    std::memcpy(&words, from, sizeof words);
+    const Ints all = __builtin_convertvector(words, Ints), size = (all & 0x7fff) << 13;
+    const Ints lowest = Ints{} + (113 << 23);  // the least normal float16, 2^-14
+    const Vec tiny = as_vec(size + lowest) - as_vec(lowest);
+    const Vec other = as_vec(size + (112 << 23) + ((size >= (31 << 23)) & (112 << 23)));  // infinity stays infinity
+    return as_vec(as_ints(size < (1 << 23) ? tiny : other) | (all & 0x8000) << 16);
+#endif
+}
+
 inline void store(float *to, Vec x) { *reinterpret_cast<Unaligned *>(to) = x; }
 inline Vec spread(float x) { return x - Vec{}; }  // x + 0 would be an addition: it turns -0 into 0
 inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
@@ -38,10 +64,26 @@ inline float largest(Vec x) {
 }
 
 // The first `count` < LANES numbers, `rest` in the other lanes.
-inline Vec load_some(const float *from, long count, float rest) {
+inline Vec load_some(const float *from, long count, float rest = 0.0f) {
     Vec x = spread(rest);
     for (long i = 0; i < count; i++) x[i] = from[i];
     return x;
+}
+
+inline Vec load_some(const Half *from, long count) {
+    Half some[LANES] = {};
+    std::memcpy(some, from, sizeof(Half) * count);
+    return load(some);
+}
+
+// The first `count` numbers at `from`, and 0, or LANES of them; and the same to write.
+template <class Number>
+Vec load_up_to(const Number *from, long count) {
+    return count >= LANES ? load(from) : load_some(from, count);
+}
+inline void store_up_to(float *to, Vec x, long count) {
+    if (count >= LANES) return store(to, x);
+    for (long i = 0; i < count; i++) to[i] = x[i];
 }
 
 // A square of four rows, transposed.
@@ -80,9 +122,7 @@ inline Vec exponential(Vec x) {
     p = p * r + 0.5f;
     p = p * r + 1.0f;
     p = p * r + 1.0f;
-    const Ints bits = (__builtin_convertvector(n, Ints) + 127) << 23;
-    Vec power;
-    std::memcpy(&power, &bits, sizeof power);
+    const Vec power = as_vec((__builtin_convertvector(n, Ints) + 127) << 23);
     return x < spread(-87.3f) ? Vec{} : p * power;
 }
 

@@ -85,7 +85,7 @@ class Decoder(nn.Cell):
         c = config
         heads, kv_heads = c.num_attention_heads // shard.count, c.num_key_value_heads // shard.count
         self.num_heads, self.num_kv_heads = heads, kv_heads
-        self.dtype, self.stream = dtype, stream_dtype(dtype)
+        self.stream = stream_dtype(dtype)
         if shard.count > 1:
             self.embed_tokens: Embedding = SplitEmbedding(c.vocab_size, c.hidden_size, dtype, shard)
         else:
@@ -101,7 +101,7 @@ class Decoder(nn.Cell):
         x = self.embed_tokens(input_ids.reshape((-1,))).astype(self.stream)  # [t, h]
         for layer in self.layers[:-1]:
             x = layer(x, rope, bias)
-        return self.norm(self.layers[-1](x, rope, bias, rows)).astype(self.dtype)
+        return self.norm(self.layers[-1](x, rope, bias, rows))
 
     def cached(self, input_ids: Tensor, cache: nn.Cell, start: Tensor, padding: Tensor) -> Tensor:
         """New tokens input_ids [b, s], from slot ``start`` [] of ``cache`` on -> [b * s, h] (see ``KVCache``)."""
@@ -110,7 +110,7 @@ class Decoder(nn.Cell):
         x = self.embed_tokens(input_ids.reshape((-1,))).astype(self.stream)
         for i in range(len(self.layers)):
             x = self.layers[i].cached(x, rope, bias, cache, i, rows)
-        return self.norm(x).astype(self.dtype)
+        return self.norm(x)
 
 
 class CausalLM(nn.Cell):

@@ -1,4 +1,7 @@
-"""The operators of ``lora_ms.cpu`` as MindSpore's custom operators. All take and give float32, but for indices.
+"""The operators of ``lora_ms.cpu`` as MindSpore's custom operators.
+
+All take and give float32, but for indices, and for right factors of products and the weight of ``adapted``, which may
+be float16.
 
 MindSpore's own operators on the CPU are one pass over memory each, and its matrix products pack both factors anew.
 These fuse what belongs together, leave a causal mask's other half out, and keep nothing but what they return.
@@ -199,7 +202,7 @@ def attend_cache() -> Any:
 
 
 class MatMul(nn.Cell):
-    """A product of float32 matrices by these operators, where they are there, else, and of other types, MindSpore's.
+    """A product in the type of ``a``, in float32 by these operators, where they are there, else by MindSpore's.
 
     kind: ``times``, ``times_transposed`` or ``transposed_times``, as the functions of these names. It has no gradient.
     """
@@ -211,6 +214,8 @@ class MatMul(nn.Cell):
         self.plain = ops.MatMul(kind == "transposed_times", kind == "times_transposed")
 
     def construct(self, a: Tensor, b: Tensor) -> Tensor:
-        if self.there and a.dtype == ms.float32 and b.dtype == ms.float32:
+        if self.there and a.dtype == ms.float32 and b.dtype in (ms.float32, ms.float16):
             return self.own(a, b)
+        if a.dtype != b.dtype:
+            b = ops.depend(b, a).astype(a.dtype)  # not before a is there
         return self.plain(a, b)

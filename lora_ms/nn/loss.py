@@ -108,7 +108,7 @@ class SplitCrossEntropy(SummedCrossEntropy):
         here = ops.logical_and(row >= 0, row < head.shape[0])
         index = row * here.astype(row.dtype)
         own = here.astype(ms.float32).reshape((-1, 1))
-        logits = self.matmul_t(hidden, head).astype(ms.float32)  # [c, v / n]
+        logits = self.head_product.logits(hidden, head)  # [c, v / n]
         probs = self.softmax(logits)
         top, top_logit = self.max(logits)
         log_sum = top_logit - ops.log(ops.gather_elements(probs, 1, top))  # of this rank's rows, [c, 1]
@@ -119,7 +119,7 @@ class SplitCrossEntropy(SummedCrossEntropy):
         n = self.count
         largest = self.highest(table[:, :n], 1)
         whole = largest + ops.log(self.sum(ops.exp(table[:, :n] - largest), 1))  # [c, 1]
-        grad = self.matmul(probs.astype(head.dtype), head).astype(ms.float32) * ops.exp(log_sum - whole)
+        grad = self.head_product.mixed(probs, head).astype(ms.float32) * ops.exp(log_sum - whole)
         grad = grad - ops.gather(head, index, 0).astype(ms.float32) * own
         logit = table[:, 2 * n :]
         right = (logit >= self.highest(table[:, n : 2 * n], 1)).astype(ms.float32) * valid

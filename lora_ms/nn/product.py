@@ -2,7 +2,8 @@
 
 MindSpore's kernels on the CPU do little in float16: each elementwise one keeps 16 bytes of index for every number, for
 as long as the graph lives, and a matrix product makes float32 of both factors, of all weights before the first is used.
-There, what flows between products is float32, and a weight is widened when it is needed, and for one product.
+There, what flows between products is float32. Our own operators widen a weight as they use it; for MindSpore's it is
+widened when it is needed, and for one product.
 """
 
 import mindspore as ms
@@ -21,11 +22,6 @@ def stream_dtype(dtype: ms.Type) -> ms.Type:
     return dtype if on_ascend() else ms.float32
 
 
-def widened(weight: Tensor, x: Tensor) -> Tensor:
-    """``weight`` in the type of ``x``, once x is there."""
-    return ops.depend(weight, x).astype(x.dtype) if weight.dtype != x.dtype else weight
-
-
 class WeightMatMul(nn.Cell):
     """``x W^T`` for x [t, in] and W [out, in], in the type of x."""
 
@@ -36,10 +32,10 @@ class WeightMatMul(nn.Cell):
         self.t_product = MatMul("transposed_times")
 
     def construct(self, x: Tensor, weight: Tensor) -> Tensor:
-        return self.product_t(x, widened(weight, x))
+        return self.product_t(x, weight)
 
     def bprop(self, x, weight, out, dout):
-        return self.product(dout, widened(weight, dout)), self.t_product(dout, x).astype(weight.dtype)
+        return self.product(dout, weight), self.t_product(dout, x).astype(weight.dtype)
 
 
 class AdaptedMatMul(nn.Cell):
@@ -55,21 +51,22 @@ class AdaptedMatMul(nn.Cell):
         self.transposed_times = cpu.transposed_times()
 
     def construct(self, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scaling: Tensor) -> tuple[Tensor, Tensor]:
-        return self.forward(x, widened(weight, x), a, b, scaling)
+        return self.forward(x, weight, a, b, scaling)
 
     def bprop(self, x, weight, a, b, scaling, out, dout):
         grad = dout[0]
         d_low, d_a, d_b = self.factors(grad, x, out[1], b, scaling)
-        d_x = self.times(grad, widened(weight, grad), d_low, a)
+        d_x = self.times(grad, weight, d_low, a)
         return d_x, self.transposed_times(grad, x).astype(weight.dtype), d_a, d_b, ops.zeros_like(scaling)
 
 
 class HeadProduct(nn.Cell):
-    """The products with the head [v, h], of which a part is widened at a time where it is in half precision."""
+    """The products with the head [v, h]; of one in float16, MindSpore's on the CPU take a widened part at a time."""
 
     def __init__(self):
         super().__init__()
         self.wide = not on_ascend()
+        self.in_parts = self.wide and not cpu.there()
         self.product = MatMul("times")
         self.product_t = MatMul("times_transposed")
 
@@ -82,8 +79,8 @@ class HeadProduct(nn.Cell):
 
     def logits(self, hidden: Tensor, head: Tensor) -> Tensor:
         """hidden [c, h] -> [c, v] float32."""
-        if head.dtype == ms.float32 or not self.wide:
-            return self.product_t(hidden, head).astype(ms.float32)
+        if head.dtype == ms.float32 or not self.in_parts:
+            return self.product_t(hidden.astype(ms.float32 if self.wide else head.dtype), head).astype(ms.float32)
         x, rows = hidden.astype(ms.float32), max(1, PART_NUMBERS // head.shape[1])
         parts: list[Tensor] = []
         for start in range(0, head.shape[0], rows):
@@ -93,8 +90,8 @@ class HeadProduct(nn.Cell):
 
     def mixed(self, probs: Tensor, head: Tensor) -> Tensor:
         """probs [c, v] float32 -> probs head [c, h]."""
-        if head.dtype == ms.float32 or not self.wide:
-            return self.product(probs.astype(head.dtype), head)
+        if head.dtype == ms.float32 or not self.in_parts:
+            return self.product(probs.astype(ms.float32 if self.wide else head.dtype), head)
         rows = max(1, PART_NUMBERS // head.shape[1])
         total = self.product(probs[:, :rows], self.part(head, 0, rows, probs))
         for start in range(rows, head.shape[0], rows):

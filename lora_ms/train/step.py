@@ -30,7 +30,7 @@ class SummedLoss(nn.Cell):
 
     def of_output(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """From the last layer's output [c, h]; as ``SummedCrossEntropy`` returns it."""
-        hidden = self.model.model.norm(x).astype(self.model.dtype)
+        hidden = self.model.model.norm(x)
         return self.cross_entropy(hidden, self.model.head_weight(), targets)
 
     def construct(self, input_ids: Tensor, position_ids: Tensor, target_index: Tensor, targets: Tensor) -> Tensor:
