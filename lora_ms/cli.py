@@ -6,14 +6,18 @@ Nothing heavy is imported before the flags are read, so that ``--help`` answers 
 import argparse
 import difflib
 import os
+import signal
 import sys
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from lora_ms.commands import TOOLS, Help, Parser, Version, add_tools
-from lora_ms.errors import LoraMsError
-from lora_ms.flags import FLAG_KEYS, FLAGS, IDLE_FLAGS, OTHER_FLAGS, flag_fill, flag_int
+from lora_ms.errors import LoraMsError, out_of_memory
+from lora_ms.flags import FLAG_KEYS, OTHER_FLAGS, add_flags, flag_int
 
 COMMANDS = {
     "finetune": "train an adapter (or, with pet_config: null, the whole model)",
@@ -55,30 +59,11 @@ def _guarded(command: Any, argv: list[str]) -> int:
     except (LoraMsError, MemoryError, RuntimeError) as fault:
         if "--debug" in argv:
             raise
-        text = str(fault) if isinstance(fault, LoraMsError) else _out_of_memory(fault)
+        text = str(fault) if isinstance(fault, LoraMsError) else out_of_memory(fault)
         if text is None:
             raise
         print("error:", " ".join(text.split()), file=sys.stderr)
         return 2
-
-
-def _out_of_memory(fault: Exception) -> str | None:
-    """What to say where ``fault`` is MindSpore's or NumPy's word for it, on the CPU or on Ascend; else None."""
-    words = (
-        "allocate memory failed",
-        "memory not enough",
-        "memory isn't enough",
-        "memory is not enough",
-        "out of memory",
-        "bad_alloc",
-    )
-    if not isinstance(fault, MemoryError) and not any(word in str(fault).lower() for word in words):
-        return None
-    return (
-        "out of memory: lower runner_config.batch_size (and raise gradient_accumulation_steps as much) or "
-        "model.model_config.seq_length, set recompute_config.recompute: True or compute_dtype: float16, or give "
-        "--low_memory True; lora-ms estimate says what fits"
-    )
 
 
 def _lora_ms(argv: list[str]) -> int:
@@ -99,7 +84,9 @@ def _lora_ms(argv: list[str]) -> int:
         )
         add_flags(command)
         if name == "preview":
-            command.add_argument("--row", type=flag_int, metavar="N", help="only row N, counted from 1")
+            command.add_argument(
+                "--row", type=flag_int, metavar="N", help="row N of its file, as error lines count them"
+            )
         if name == "preprocess":
             command.add_argument("--report", action="store_true", help="say what is in the data, and write no rows")
             text = "mindformers: rows of seq_length + 1 tokens, filled up; rows: each as long as it is"
@@ -110,6 +97,10 @@ def _lora_ms(argv: list[str]) -> int:
     args = _parse(parser, known, free_form)
     if args.tool is not None:
         return _run_tool(args)
+    if args.config is None and args.load_checkpoint is None and args.load_adapter is not None:
+        from lora_ms.tasks.merge import base_of
+
+        args.load_checkpoint = str(base_of(Path(args.load_adapter), None))
     if args.config is None and args.load_checkpoint is None:
         raise LoraMsError("what model? give --config FILE.yaml, or --load_checkpoint with a model's folder")
     allowed = RUN_MODES[args.command]
@@ -182,6 +173,16 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 
+@contextmanager
+def _ended_by_ctrl_c() -> Iterator[None]:
+    """Ctrl-C ends the process without a word: as an exception in the midst of MindSpore's import it makes a crash."""
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _few_compilers() -> None:
     # Ascend's operator compiler starts a process for each core, of some hundred MB each
     for name in ("MAX_COMPILE_CORE_NUMBER", "TE_PARALLEL_COMPILER"):
@@ -201,6 +202,11 @@ def _dispatch(command: str | None, args: argparse.Namespace, free_form: list[str
         return parallel.serve()
     if config.context.low_memory:
         _few_compilers()
+    if command == "predict" and not args.predict_data:
+        raise LoraMsError('nothing to predict: give --predict_data "a prompt" "another"')
+    if command not in DATA_COMMANDS:
+        with _ended_by_ctrl_c():
+            import_module("lora_ms.runtime")
     command = command or {"train": "finetune"}.get(config.run_mode, config.run_mode)
     if config.backend == "mindformers" and command in ("finetune", "eval"):
         from lora_ms.tasks import bridge
@@ -211,8 +217,6 @@ def _dispatch(command: str | None, args: argparse.Namespace, free_form: list[str
 
         finetune.run(config)
     elif command == "predict":
-        if not args.predict_data:
-            raise LoraMsError('nothing to predict: give --predict_data "a prompt" "another"')
         from lora_ms.tasks import predict
 
         predict.run(config, args.predict_data)
@@ -274,10 +278,15 @@ def _parse(parser: Parser, argv: list[str], free_form: list[str]) -> argparse.Na
     if unknown:
         flag = unknown[0].partition("=")[0]
         if not flag.startswith("-"):
-            raise LoraMsError(f"unexpected argument {flag!r}: quote a value that contains spaces")
+            raise LoraMsError(
+                f"unexpected argument {flag!r}: a flag begins with --, and a value with spaces or a * wants quotes"
+            )
         near = difflib.get_close_matches(flag, [f"--{name}" for name in names], 1, 0.0)[0]
-        more = " (keys of the YAML: --section.key VALUE)" if args.tool is None else ""
-        raise LoraMsError(f"unknown flag {flag}; the nearest is {near}{more}")
+        nearest = f"the nearest is {near}"
+        if args.tool is None:
+            key = _key_meant(flag.removeprefix("--"))
+            nearest = key or f"{nearest} (keys of the YAML: --section.key VALUE)"
+        raise LoraMsError(f"unknown flag {flag}; {nearest}")
     required = [] if args.tool is None else [flag.name for flag in TOOLS[args.tool].flags if flag.required]
     missing = [f"--{name}" for name in required if getattr(args, name) is None]
     if missing:
@@ -285,30 +294,14 @@ def _parse(parser: Parser, argv: list[str], free_form: list[str]) -> argparse.Na
     return args
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add all flags."""
-    parser.add_argument("--config", metavar="YAML", help="configuration in MindFormers' schema")
-    groups = {}
-    for title, rows in FLAGS.items():
-        group = groups[title] = parser.add_argument_group(title)
-        for flag, _, kind, placeholder, text in rows:
-            group.add_argument(f"--{flag}", type=kind, metavar=placeholder, help=text)
-    for flag, _, kind, count in IDLE_FLAGS:
-        groups["MindFormers compatibility"].add_argument(f"--{flag}", type=kind, nargs=count, help=argparse.SUPPRESS)
-    parser.epilog = (
-        f"MindFormers' other flags are accepted and change nothing: {' '.join(row[0] for row in IDLE_FLAGS)}."
-    )
+def _key_meant(name: str) -> str:
+    """What to write where a flag is a key of the YAML without its section; "" where it is none."""
+    from lora_ms.config.problems import key_place
 
-    text = "put TEXT for {{NAME}} in the data; may be repeated"
-    groups["what to train on"].add_argument(
-        "--fill", type=flag_fill, action="append", default=[], metavar="NAME=TEXT", help=text
-    )
-    groups["training"].add_argument("--preset", metavar="NAME", help="small_dataset or large_dataset")
-    groups["generation"].add_argument("--predict_data", nargs="+", metavar="TEXT", help="prompts")
-    group = parser.add_argument_group("any key of the YAML")
-    text = "such as optimizer.eps=1e-6; also as --optimizer.eps 1e-6"
-    group.add_argument("--options", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=text)
-    group.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    place = key_place(name)
+    if not place:
+        return ""
+    return f"as a key of the YAML it is --{place} VALUE" if "." in place else f"write --options {place}=VALUE"
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import argparse
 from typing import Any, NamedTuple, NoReturn
 
 from lora_ms.errors import LoraMsError
-from lora_ms.flags import flag_bool, flag_float, flag_int
+from lora_ms.flags import flag_bool, flag_float, flag_int, flag_path
 
 
 class Parser(argparse.ArgumentParser):
@@ -67,7 +67,7 @@ TOOLS = {
         (
             Flag("load_adapter", str, "DIR", "adapter folder", required=True),
             Flag("load_checkpoint", str, "DIR", BASE),
-            Flag("output_dir", str, "DIR", "where the merged model goes", required=True),
+            Flag("output_dir", flag_path, "DIR", "where the merged model goes", required=True),
             Flag("dtype", str, "TYPE", "float16, bfloat16, float32; auto (default): as stored", "auto"),
             Flag("max_shard_size", str, "SIZE", "largest file, such as 500MB (default 5GB)", "5GB"),
             Flag("safe_merge", flag_bool, "BOOL", "refuse NaN and infinity (default True)", True),
@@ -94,14 +94,16 @@ TOOLS = {
             Flag("density", flag_float, "X", "share of values kept, by ties, dare and prune"),
             Flag("rank", flag_int, "N", "rank of the result, by the svd methods"),
             Flag("seed", flag_int, "N", "of the values that dare keeps (default 0)", 0),
-            Flag("output_dir", str, "DIR", "where the new adapter goes", required=True),
+            Flag("output_dir", flag_path, "DIR", "where the new adapter goes", required=True),
         ),
     ),
     "convert-adapter": Tool(
         "an adapter from PEFT to MindFormers, or back",
         (
             Flag("input", str, "PATH", "PEFT folder, or MindFormers' .ckpt, .safetensors or folder", required=True),
-            Flag("output", str, "PATH", ".ckpt or .safetensors for MindFormers, a folder for PEFT", required=True),
+            Flag(
+                "output", flag_path, "PATH", ".ckpt or .safetensors for MindFormers, a folder for PEFT", required=True
+            ),
             Flag("naming", str, "NAME", "MindFormers' names to write: mindpet (default), mcore, v2", "mindpet"),
             Flag("concat", flag_bool, "BOOL", CONCAT, False),
             Flag("contiguous", flag_bool, "BOOL", CONTIGUOUS, False),
@@ -113,7 +115,9 @@ TOOLS = {
         "a model's weights from Hugging Face to MindFormers, or back",
         (
             Flag("input", str, "PATH", "Hugging Face folder, or .ckpt, .safetensors or a folder", required=True),
-            Flag("output", str, "PATH", "file or folder for MindFormers, a folder for Hugging Face", required=True),
+            Flag(
+                "output", flag_path, "PATH", "file or folder for MindFormers, a folder for Hugging Face", required=True
+            ),
             Flag("naming", str, "NAME", "MindFormers' names to write: legacy (default) or mcore", "legacy"),
             Flag("concat", flag_bool, "BOOL", CONCAT, False),
             Flag("contiguous", flag_bool, "BOOL", CONTIGUOUS, False),

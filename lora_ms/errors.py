@@ -10,3 +10,22 @@ class LoraMsError(Exception):
 
 class WriteError(LoraMsError):
     """A file or folder cannot be written: a full disk, or no permission. What stood there before is as it was."""
+
+
+def out_of_memory(fault: Exception) -> str | None:
+    """What to say where ``fault`` is MindSpore's or NumPy's word for it, on the CPU or on Ascend; else None."""
+    words = (
+        "allocate memory failed",
+        "memory not enough",
+        "memory isn't enough",
+        "memory is not enough",
+        "out of memory",
+        "bad_alloc",
+    )
+    if not isinstance(fault, MemoryError) and not any(word in str(fault).lower() for word in words):
+        return None
+    return (
+        "out of memory: lower runner_config.batch_size (and raise gradient_accumulation_steps as much) or "
+        "model.model_config.seq_length, set recompute_config.recompute: True or compute_dtype: float16, or give "
+        "--low_memory True; lora-ms estimate says what fits"
+    )

@@ -27,6 +27,13 @@ def flag_float(text: str) -> float:
         raise argparse.ArgumentTypeError(f"wants a number, got {text!r}") from None
 
 
+def flag_path(text: str) -> str:
+    """The name of a file or folder; "" is none, as of a variable that is not set."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("wants a path, got nothing")
+    return text
+
+
 def flag_bool_or_name(text: str) -> bool | str:
     """True or False in any case, else a checkpoint's name."""
     return text.lower() == "true" if text.lower() in ("true", "false") else text
@@ -116,3 +123,29 @@ IDLE_FLAGS: list[tuple[str, str, Any, str | None]] = [
 ]
 FLAG_KEYS = {row[0]: row[1] for rows in FLAGS.values() for row in rows} | {row[0]: row[1] for row in IDLE_FLAGS}
 OTHER_FLAGS = ("config", "preset", "fill", "options", "predict_data", "debug")
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add all flags."""
+    parser.add_argument("--config", metavar="YAML", help="configuration in MindFormers' schema")
+    groups = {}
+    for title, rows in FLAGS.items():
+        group = groups[title] = parser.add_argument_group(title)
+        for flag, _, kind, placeholder, text in rows:
+            group.add_argument(f"--{flag}", type=kind, metavar=placeholder, help=text)
+    for flag, _, kind, count in IDLE_FLAGS:
+        groups["MindFormers compatibility"].add_argument(f"--{flag}", type=kind, nargs=count, help=argparse.SUPPRESS)
+    parser.epilog = (
+        f"MindFormers' other flags are accepted and change nothing: {' '.join(row[0] for row in IDLE_FLAGS)}."
+    )
+
+    text = "put TEXT for {{NAME}} in the data; may be repeated"
+    groups["what to train on"].add_argument(
+        "--fill", type=flag_fill, action="append", default=[], metavar="NAME=TEXT", help=text
+    )
+    groups["training"].add_argument("--preset", metavar="NAME", help="small_dataset or large_dataset")
+    groups["generation"].add_argument("--predict_data", nargs="+", metavar="TEXT", help="prompts")
+    group = parser.add_argument_group("any key of the YAML")
+    text = "such as optimizer.eps=1e-6; also as --optimizer.eps 1e-6"
+    group.add_argument("--options", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=text)
+    group.add_argument("--debug", action="store_true", help="show the traceback of an error")

@@ -165,7 +165,8 @@ def whole(file: Path) -> Iterator[Path]:
     except OSError as error:
         raise WriteError(f"cannot write {file}: {error.strerror or error}") from None
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # where the folder is none there is nothing to remove, either
+            part.unlink(missing_ok=True)
 
 
 def write_json(file: Path, value: object) -> None:

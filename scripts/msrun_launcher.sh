@@ -8,9 +8,11 @@
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
+USAGE="usage: bash $0 \"CMD\" [N] | \"CMD\" N PORT LOG_DIR JOIN TIMEOUT |"
+USAGE+=" \"CMD\" N LOCAL ADDR PORT NODE_RANK LOG_DIR JOIN TIMEOUT"
+
 usage() {
-    echo "error: $1; usage: bash $0 \"CMD\" [N] | \"CMD\" N PORT LOG_DIR JOIN TIMEOUT |" \
-        "\"CMD\" N LOCAL ADDR PORT NODE_RANK LOG_DIR JOIN TIMEOUT" >&2
+    echo "error: $1; $USAGE" >&2
     exit 2
 }
 
@@ -19,6 +21,12 @@ whole() {  # NAME VALUE LEAST
 }
 
 N=8 LOCAL='' ADDR=127.0.0.1 PORT=8118 NODE_RANK=0 LOG_DIR=output/msrun_log JOIN=False TIMEOUT=7200
+case ${1:-} in
+    -h | --help)
+        echo "$USAGE"
+        exit
+        ;;
+esac
 case $# in
     1) ;;
     2) N=$2 ;;

@@ -1,8 +1,10 @@
 """Every flag lands on its key; faults are one line with status 2; --help imports nothing heavy."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -15,6 +17,8 @@ from lora_ms.errors import LoraMsError
 
 ROOT = Path(__file__).parents[1]
 YAML = str(ROOT / "configs/tiny/lora_tiny.yaml")
+
+QUOTE = "a flag begins with --, and a value with spaces or a * wants quotes"
 
 # flag and its words -> key -> value
 FLAGS = [
@@ -253,7 +257,24 @@ def test_the_articles_command(ran):
             ["finetune", "--config", YAML, "--epoch", "3"],
             "unknown flag --epoch; the nearest is --epochs (keys of the YAML: --section.key VALUE)",
         ),
-        (["finetune", YAML], f"unexpected argument {YAML!r}: quote a value that contains spaces"),
+        (
+            ["finetune", "--config", YAML, "--pet_config", "null"],
+            "unknown flag --pet_config; write --options pet_config=VALUE",
+        ),
+        (
+            ["finetune", "--config", YAML, "--label_turns", "last"],
+            "unknown flag --label_turns; as a key of the YAML it is --train_dataset.label_turns VALUE",
+        ),
+        (
+            ["finetune", "--config", YAML, "--output_dir", ""],
+            f"{YAML} with the command line: output_dir wants the name of a folder, got ''",
+        ),
+        (["merge", "--output_dir", " "], "argument --output_dir: wants a path, got nothing (see lora-ms merge --help)"),
+        (
+            ["chat", "--load_adapter", "none"],
+            "none: no adapter here: adapter_config.json is missing",
+        ),
+        (["finetune", YAML], f"unexpected argument {YAML!r}: {QUOTE}"),
         (
             ["finetune", "--config", YAML, "--epochs", "x"],
             "argument --epochs: wants a whole number, got 'x' (see lora-ms finetune --help)",
@@ -298,7 +319,7 @@ def test_the_articles_command(ran):
             ["merge", "--load_adapter", "a", "--optimizer.eps", "1"],
             "unknown flag --optimizer.eps; the nearest is --load_adapter",
         ),
-        (["merge", "a"], "unexpected argument 'a': quote a value that contains spaces"),
+        (["merge", "a"], f"unexpected argument 'a': {QUOTE}"),
         (
             ["merge", "--load_adapter", "a", "--output_dir", "o", "--safe_merge", "yes"],
             "argument --safe_merge: wants True or False, got 'yes' (see lora-ms merge --help)",
@@ -330,6 +351,18 @@ def test_run_mindformer_needs_a_config(ran, capsys):
 def test_debug_raises(ran):
     with pytest.raises(LoraMsError, match="^cannot read config none.yaml: No such file or directory$"):
         cli.main(["finetune", "--config", "none.yaml", "--debug"])
+
+
+@pytest.mark.parametrize("seconds", [0.4, 0.8])
+def test_an_interrupt_while_libraries_are_imported_is_quiet(seconds):
+    command = [sys.executable, "-m", "lora_ms.cli", "predict", "--load_checkpoint", "none", "--predict_data", "a"]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+        time.sleep(seconds)
+        child.send_signal(signal.SIGINT)
+        out, error = child.communicate(timeout=60)
+    if "none does not exist" in error:
+        pytest.skip("the libraries were imported sooner")
+    assert (out, error) == ("", "") and child.returncode in (130, -signal.SIGINT)
 
 
 def test_interrupt_is_quiet(ran, capsys):

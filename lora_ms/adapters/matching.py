@@ -122,9 +122,10 @@ def places(names: Iterable[str], config: LoraConfig) -> dict[str, Place]:
         outside = f" outside {', '.join(excluded)}" if excluded else ""
         if config.layers_to_transform is not None:
             outside += f" in layers {list(config.layers_to_transform)}"
+        targets = config.target_modules
+        asked = repr(targets) if isinstance(targets, str) else ", ".join(targets)
         raise LoraMsError(
-            f"target_modules {config.target_modules!r} matches no layer{outside}; "
-            f"could match: {', '.join(leaves)}, or {ALL_LINEAR}"
+            f"target_modules {asked} matches no layer{outside}; could match: {', '.join(leaves)}, or {ALL_LINEAR}"
         )
     for key, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
         for pattern in patterns:

@@ -16,7 +16,7 @@ from lora_ms.errors import LoraMsError
 
 SCRATCH = TemporaryDirectory(prefix="lora_ms_mindformers_")  # goes with the process
 TESTED = ("1.9.0",)
-INSTALL = "pip install 'lora_ms[mindformers]' (mindformers 1.9.0 and mindpet 1.0.4)"
+INSTALL = "pip install '.[mindformers]' in lora_ms's own folder (mindformers 1.9.0 and mindpet 1.0.4)"
 NAMES = {
     "AdamW": "mindformers.core.optim",
     "build_context": "mindformers.core.context.build_context",

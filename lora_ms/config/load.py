@@ -39,7 +39,9 @@ def load_config(
     Raises:
         LoraMsError: unreadable file, unknown key, wrong value, or a fine-tuning YAML that says nothing of pet_config.
     """
-    data = {} if path is None else _without_repeated_datasets(move_pet_config(read_yaml(path)))
+    data: dict[str, Any] = {"callbacks": [{"type": "MFLossMonitor"}, {"type": "CheckpointMonitor"}]}
+    if path is not None:
+        data = _without_repeated_datasets(move_pet_config(read_yaml(path)))
     if preset is not None:
         if preset not in PRESETS:
             raise LoraMsError(f"unknown preset {preset!r}: choose one of {', '.join(PRESETS)}")

@@ -70,6 +70,14 @@ def _nearest(loc: tuple[Any, ...]) -> str:
     return f"; nearest here: {prefix}{difflib.get_close_matches(str(unknown), known, 1, 0.0)[0]}"
 
 
+def key_place(name: str) -> str:
+    """The dotted path of the key ``name``, the first where there are several; of one at the top, and of ``pet_config``,
+    the name itself; "" where there is none."""
+    top = {key_of(field, info) for field, info in RunConfig.model_fields.items()} | {"pet_config"}
+    found = [path for path in known_keys(RunConfig) if path.endswith(f".{name}") and not path.startswith("callbacks.")]
+    return name if name in top else next(iter(found), "")
+
+
 def _child(section: type[Section], part: Any) -> type[Section] | None:
     if part in CALLBACKS:
         return CALLBACKS[part]

@@ -35,7 +35,7 @@ from lora_ms.config.sections import (
     RunnerWrapper,
     Trainer,
 )
-from lora_ms.config.values import NO_EFFECT, Flag, NoEffect, Path, Reports, Section, Whole
+from lora_ms.config.values import NO_EFFECT, Flag, Folder, NoEffect, Path, Reports, Section, Whole
 from lora_ms.errors import LoraMsError
 
 Kind = TypeVar("Kind", bound=Section)
@@ -96,7 +96,7 @@ class RunConfig(Section):
     """The whole YAML."""
 
     seed: Whole = Field(0, ge=0, le=2**32 - 1)  # of initialisation, dropout, order and sampling
-    output_dir: Path = "./output"
+    output_dir: Folder = "./output"
     run_mode: RunMode = "finetune"  # finetune and train are the same: pet_config says what is trained
     backend: Literal["native", "mindformers"] = "native"  # whose model and trainer (ours)
     load_checkpoint: Path = ""  # Hugging Face folder, or MindSpore .ckpt or .safetensors
@@ -280,6 +280,16 @@ class RunConfig(Section):
         for name, dataset in (("train_dataset", self.train_dataset), ("eval_dataset", self.eval_dataset)):
             if rows is not None and dataset.batch_size not in (None, rows):
                 yield f"{name}.batch_size (runner_config.batch_size {rows} is used)"
+            if dataset.mix and dataset.data_loader.dataset_dir:
+                yield f"{name}.data_loader.dataset_dir ({name}.mix is used)"
+        if self.run_mode in ("finetune", "train") and not self.evaluates:
+            loader = self.eval_dataset.data_loader
+            if loader.dataset_dir or loader.path or loader.data_files or self.eval_dataset.mix:
+                yield "eval_dataset (do_eval is False)"
+            if self.evaluation.prompts:
+                yield "evaluation.prompts (nothing is evaluated)"
+            if self.evaluation.prompts_file:
+                yield "evaluation.prompts_file (of lora-ms eval)"
 
 
 def key_of(name: str, field: FieldInfo) -> str:

@@ -57,6 +57,12 @@ def _path(value: Any) -> str:
     return "" if value is None else _text(value)
 
 
+def _folder(value: Any) -> str:
+    if not _text(value).strip():
+        raise ValueError("wants the name of a folder")
+    return value
+
+
 def _texts(value: Any) -> list[str]:
     if value is None:
         return []
@@ -166,6 +172,7 @@ Number = Annotated[float, BeforeValidator(_number)]
 WholeOrNumber = Annotated[int | float, BeforeValidator(_number)]  # 16 stays 16 and is written back as 16
 Text = Annotated[str, BeforeValidator(_text)]
 Path = Annotated[str, BeforeValidator(_path)]  # null and "" both mean "none"
+Folder = Annotated[str, BeforeValidator(_folder)]
 Texts = Annotated[list[str], BeforeValidator(_texts)]
 Reports = Annotated[list[str], BeforeValidator(_reports)]
 Targets = Annotated[str | list[str], BeforeValidator(_targets)]

@@ -36,8 +36,8 @@ def text_of(row: Mapping[str, Any], key: str, fill: Mapping[str, str], name: str
 
 
 def list_of(row: Mapping[str, Any], key: str) -> list[Any]:
-    value = row.get(key)
-    if value is None:
+    value = _unquoted(row.get(key))
+    if value is None or value == "":
         return []
     if not isinstance(value, list | tuple):
         raise RowFault(f'"{key}" is {type(value).__name__}, not a list', "correct the row")
@@ -61,11 +61,8 @@ def filled(text: str, fill: Mapping[str, str]) -> str:
 
 
 def int_array(name: str, values: Any) -> NDArray[np.int64]:
-    if isinstance(values, str) and values.lstrip().startswith("["):  # a list in a CSV file
-        with suppress(ValueError):
-            values = json.loads(values)
     try:
-        array = np.asarray(values)
+        array = np.asarray(_unquoted(values))
     except ValueError:  # a ragged list of lists
         array = np.asarray([None])
     if array.size == 0 and array.ndim == 1:
@@ -75,6 +72,14 @@ def int_array(name: str, values: Any) -> NDArray[np.int64]:
     if array.max() > np.iinfo(np.int32).max or array.min() < np.iinfo(np.int32).min:
         raise RowFault(f"{name} holds a number beyond 32 bits", "give a flat list of token ids")
     return array.astype(np.int64)
+
+
+def _unquoted(value: Any) -> Any:
+    """A list that a CSV file holds as JSON; all else as it is."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        with suppress(ValueError):
+            return json.loads(value)
+    return value
 
 
 def quoted(value: Any) -> str:

@@ -99,8 +99,10 @@ def recognise(row: Any, asked: str = "auto") -> str:
         if asked in ("auto", name) and any(all(key in row for key in keys) for keys in sets):
             return name
     keys = ", ".join(quoted(key) for key in row) or "(none)"
-    fit = "no format" if asked == "auto" else f"not the format {asked}"
-    raise RowFault(f"keys {keys} fit {fit}", f"known formats: {FORMATS}")
+    if "prompt" in row and asked in ("auto", "prompt"):
+        raise RowFault('no answer: "completion" is missing', NO_ANSWER_ADVICE)
+    text = f"keys {keys} fit no format" if asked == "auto" else f"keys {keys} do not fit the format {asked}"
+    raise RowFault(text, f"known formats: {FORMATS}")
 
 
 def token_row(where: str, input_ids: Any, labels: Any) -> TokenRow:

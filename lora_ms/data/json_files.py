@@ -36,17 +36,21 @@ def _is_lines(file: BinaryIO) -> bool:
 
 def _lines(name: str, file: BinaryIO) -> Iterator[tuple[str, Any]]:
     # by bytes: text would also be split at U+2028 and its like, which JSON strings may hold
+    advice = ""
     for number, raw in enumerate(file, start=1):
         line = (raw.removeprefix(BOM) if number == 1 else raw).rstrip(b"\r\n")
         if not line.strip():
             continue
+        if not advice:
+            listed = line.strip()[:2] in (b"[", b"[{")
+            advice = "a list of objects wants the name .json" if listed else "write one object per line"
         where = f"{name}:{number}"
         try:
             yield where, json.loads(line)
         except UnicodeDecodeError as error:
             yield where, _not_utf8(line, error)
         except (json.JSONDecodeError, RecursionError) as error:
-            yield where, RowFault(f"not valid JSON ({_reason(error)})", "write one object per line")
+            yield where, RowFault(f"not valid JSON ({_reason(error)})", advice)
 
 
 def _document(name: str, raw: bytes) -> Iterator[tuple[str, Any]]:

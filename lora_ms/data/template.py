@@ -171,7 +171,7 @@ def _render(tokenizer: PreTrainedTokenizerBase, where: str, messages: Sequence[M
         )
     except Exception as error:  # the template is a program of the model's author: it may raise anything
         reason = " ".join(str(error).split())
-        raise LoraMsError(f"{where}: the tokenizer's chat template refuses the messages: {reason}") from error
+        raise LoraMsError(f"{where}: the chat template refuses the messages: {reason}") from error
     return str(text)
 
 

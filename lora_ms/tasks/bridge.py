@@ -17,7 +17,6 @@ from lora_ms.errors import LoraMsError
 from lora_ms.runtime import peak_memory_mb
 from lora_ms.tasks import common, data
 from lora_ms.tasks.bridge_run import FOLDER, Rows, Run, check, explained, rows_of, sizes_of, start
-from lora_ms.tasks.finetune import check_output
 from lora_ms.train.callbacks import Record, RunState
 from lora_ms.train.evaluation import Scores
 from lora_ms.train.log import Tee
@@ -90,7 +89,7 @@ def run(config: RunConfig) -> None:
     data.sources_of(config.train_dataset, "train")
     sizes = sizes_of(config)
     tokenizer = data.tokenizer_for(config, training=True)
-    check_output(output_dir)
+    common.check_output(output_dir)
     with Tee() as log, ExitStack() as stack:
         runtime = start(config)
         folder = output_dir / FOLDER

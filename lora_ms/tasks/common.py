@@ -1,5 +1,6 @@
 """What several commands begin with: the runtime, the tokenizer and the model that a configuration asks for."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -159,6 +160,10 @@ def read_sizes(config: RunConfig) -> DecoderConfig:
         found, _ = hub.read_config(path)
         check_sizes(sizes, found, path)
         return found
+    if path.suffix not in (".ckpt", ".safetensors"):
+        raise LoraMsError(f"load_checkpoint: {path} is neither a folder nor a .ckpt or .safetensors file")
+    if (path.parent / "config.json").is_file() and sizes.hidden_size is None:
+        raise LoraMsError(f"load_checkpoint: {path} is a file of a Hugging Face folder; give the folder, {path.parent}")
     return decoder_config(sizes)
 
 
@@ -176,6 +181,18 @@ def build_model(config: RunConfig, sizes: DecoderConfig, dtype: ms.Type, shard: 
             f"lora-ms convert --input {path} --output DIR --load_checkpoint DIR_WITH_CONFIG_JSON"
         )
     return hub.load_checkpoint(path, sizes, dtype, shard)
+
+
+def check_output(output_dir: Path) -> None:
+    """Raises LoraMsError where ``output_dir`` can be neither made nor written, so that a run does not train for hours
+    and then fail. Makes nothing."""
+    place = output_dir.absolute()
+    while not os.path.lexists(place):
+        place = place.parent
+    if not place.is_dir():
+        raise LoraMsError(f"output_dir {output_dir} cannot be written: {place} is not a folder")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise LoraMsError(f"output_dir {output_dir} cannot be written: no permission to write in {place}")
 
 
 def lora_config(pet: PetConfig) -> LoraConfig:

@@ -120,6 +120,7 @@ def run(config: RunConfig) -> None:
     sources = data.sources_of(config.eval_dataset, "eval") if scored(config) else []
     if config.evaluation.prompts_file:
         parallel.check_alone(config, "evaluation.prompts_file")
+        common.check_output(Path(config.output_dir))
     quiz = Quiz(config) if config.evaluation.prompts_file else None
     sizes = common.read_sizes(config)
     parallel.check(config, sizes)

@@ -1,6 +1,5 @@
 """``lora-ms finetune``: from a model and a file of rows to an adapter."""
 
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from lora_ms.errors import LoraMsError
 from lora_ms.models.decoder import CausalLM
 from lora_ms.nn.parallel import Shard
 from lora_ms.tasks import common, data, estimate, evaluate, parallel
-from lora_ms.tasks.weights import weights_of
+from lora_ms.tasks.weights import PLAIN, weights_of
 from lora_ms.train import checkpoint
 from lora_ms.train.fit import fit, plan_store
 from lora_ms.train.groups import Group
@@ -43,6 +42,9 @@ PLACING = {
     "layers_pattern",
     "layer_groups",
 }
+
+
+WRITTEN = ("adapter", PLAIN, "model")  # what runs leave in output_dir to be used
 
 
 def settings_of(config: RunConfig, longest: int) -> TrainSettings:
@@ -103,18 +105,6 @@ def settings_of(config: RunConfig, longest: int) -> TrainSettings:
         profile_dir=profiling.output_path if profiling else "",
         resume=config.resume_training,
     )
-
-
-def check_output(output_dir: Path) -> None:
-    """Raises LoraMsError where ``output_dir`` can be neither made nor written, so that a run does not train for hours
-    and then fail. Makes nothing."""
-    place = output_dir.absolute()
-    while not os.path.lexists(place):
-        place = place.parent
-    if not place.is_dir():
-        raise LoraMsError(f"output_dir {output_dir} cannot be written: {place} is not a folder")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise LoraMsError(f"output_dir {output_dir} cannot be written: no permission to write in {place}")
 
 
 def attach_adapter(config: RunConfig, model: CausalLM, total_steps: int, shard: Shard) -> LoraConfig | None:
@@ -223,7 +213,7 @@ def run(config: RunConfig) -> None:
     how = data.preparation(config, config.train_dataset, sizes.max_position_embeddings, sizes.vocab_size)
     store, reports, shares = data.rows_of(config.train_dataset, sources, tokenizer, how)
     store, held_out = split_off(config, store, tokenizer, how)
-    check_output(output_dir)
+    common.check_output(output_dir)
     with Tee() as log:
         runtime = common.start(config)
         dtype = common.compute_dtype(config, runtime)
@@ -232,6 +222,9 @@ def run(config: RunConfig) -> None:
             checkpoint.find(output_dir, settings.resume)
         plan = plan_store(store, reports, shares, tokenizer, settings, runtime)
         if runtime.is_main:
+            if how.seq_length > sizes.max_position_embeddings:
+                made_for = sizes.max_position_embeddings
+                print(f"seq_length {how.seq_length} is beyond the {made_for} positions that the model was made for")
             estimate.announce(config, sizes, runtime, plan.layout.shapes[-1])
         model = common.build_model(config, sizes, dtype, runtime.shard)
         schedule_steps = settings.schedule_steps if settings.schedule_steps > 0 else plan.total_steps
@@ -248,6 +241,11 @@ def run(config: RunConfig) -> None:
         if held_out is not None:
             evaluator = evaluate.evaluator_for(config, model, held_out, tokenizer, how.seq_length, runtime)
         weights = weights_of(model, adapter, tokenizer, ranks, runtime.shard)
+        former = [name for name in WRITTEN if (output_dir / name).is_dir()]
+        if runtime.is_main and former and not settings.resume:
+            print(
+                f"{output_dir} holds {', '.join(former)} of an earlier run; this one writes {weights.folder} as it ends"
+            )
         outcome = fit(model, plan, settings, runtime, weights, sizes.vocab_size, dtype, ranks, evaluator)
         if runtime.is_main and outcome.stopped:
             print(f"stopped after step {outcome.steps:,} of {plan.total_steps:,}, and saved")
@@ -258,7 +256,8 @@ def run(config: RunConfig) -> None:
             )
             if outcome.reason:
                 print(f"stopped early: {outcome.reason}")
-            print(f"{done} {outcome.steps:,} steps")
+            now = len(outcome.losses)
+            print(f"{done} {outcome.steps:,} steps{f', {now:,} of them now' if settings.resume else ''}")
             if held_out is not None and settings.keep_best:
                 print(f"weights of the best evaluation: {output_dir / checkpoint.BEST}")
             print(f"{weights.folder}: {output_dir / weights.folder}   loss plot: {output_dir / 'loss.png'}")

@@ -13,7 +13,6 @@ from lora_ms.data.mindrecord import write_mindrecord
 from lora_ms.data.store import TokenStore
 from lora_ms.data.tokenizer import pad_id
 from lora_ms.tasks import common, data
-from lora_ms.tasks.finetune import check_output
 from lora_ms.train.fit import DATA_REPORT
 
 ROWS_PER_FILE = 100_000
@@ -27,7 +26,7 @@ def run(config: RunConfig, report_only: bool, layout: str) -> None:
     What a killed start has done is not done again; nor is anything where files, settings and tokenizer are the same.
     """
     output_dir = Path(config.output_dir)
-    check_output(output_dir)
+    common.check_output(output_dir)
     sources = data.sources_of(config.train_dataset, "train")
     tokenizer = data.tokenizer_for(config, training=True)
     longest = common.read_sizes(config).max_position_embeddings if config.load_checkpoint else data.NO_LIMIT

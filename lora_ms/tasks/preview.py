@@ -1,14 +1,18 @@
 """``lora-ms preview``: rows as the model sees them; labelled tokens in colour, the rest grey."""
 
+import re
 import sys
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 
+from lora_ms import storage
 from lora_ms.config import RunConfig
 from lora_ms.data.example import IGNORE_INDEX, TokenRow
-from lora_ms.data.pipeline import read, tokenise
+from lora_ms.data.pipeline import finish, read, tokenise
 from lora_ms.data.report import Tally
+from lora_ms.data.store import TokenStore
 from lora_ms.errors import LoraMsError
 from lora_ms.tasks import data
 
@@ -17,27 +21,39 @@ COLOUR, GREY, PLAIN = "\x1b[1;32m", "\x1b[90m", "\x1b[0m"
 
 
 def run(config: RunConfig, row: int | None) -> None:
-    """Prints the first rows of ``train_dataset``, or row ``row`` (from 1) of those that are kept.
+    """Prints the first rows of ``train_dataset``, or what became of the row of that number in its file.
+
+    row: as error lines name it: ``rows.jsonl:4`` is row 4, and so is ``rows.json[4]``.
 
     Raises:
-        LoraMsError: there is no such row, or no tokenizer.
+        LoraMsError: there is no such row, none is kept, or there is no tokenizer.
     """
-    if row is not None and row < 1:
-        raise LoraMsError(f"--row {row}: rows are counted from 1")
     sources = data.sources_of(config.train_dataset, "train")
     tokenizer = data.tokenizer_for(config, training=True)
     if tokenizer is None:
         raise LoraMsError("no tokenizer: give --load_checkpoint, or processor.tokenizer.vocab_file")
-    how = data.preparation(config, config.train_dataset, data.NO_LIMIT, None)
+    how = data.preparation(config, config.train_dataset, data.NO_LIMIT, _vocab_size(config))
     tally = Tally()
     rows = (kept for _, chunk in tokenise(read(sources, how, tally), tokenizer, how, tally) for kept in chunk)
-    first = 0 if row is None else row - 1
-    shown = list(islice(rows, first, first + (ROWS if row is None else 1)))
+    shown = list(islice((kept for kept in rows if row is None or number_of(kept) == row), ROWS))
     if not shown:
-        raise LoraMsError(f"--row {row}: there are {len(tally.lengths) and tally.rows:,} rows")
+        if row is None or tally.rows == tally.too_long + tally.masked:
+            finish(TokenStore.of([]), how, tally)  # says why
+        raise LoraMsError(f"--row {row}: not among the rows that are kept, of {tally.rows:,} that were read")
     colours = sys.stdout.isatty()
     for item in shown:
         print(show(item, tokenizer, colours), end="\n\n")
+
+
+def _vocab_size(config: RunConfig) -> int | None:
+    file = Path(config.load_checkpoint) / "config.json"
+    return storage.read_json(file).get("vocab_size") if config.load_checkpoint and file.is_file() else None
+
+
+def number_of(row: TokenRow) -> int:
+    """The number of its line, or of its place in a list, that ends ``where``."""
+    found = re.search(r"(\d+)\D*$", row.where)
+    return int(found[1]) if found else 0
 
 
 def show(row: TokenRow, tokenizer, colours: bool) -> str:

@@ -159,9 +159,9 @@ def find(output_dir: Path, resume: bool | str) -> Path:
     checkpoints = list_checkpoints(output_dir)
     chosen = [path for path in checkpoints if resume is True or path.name == resume]
     if not chosen:
-        names = ", ".join(path.name for path in checkpoints) or "none"
         wanted = "to resume from" if resume is True else f"named {resume}"
-        raise LoraMsError(f"{folder_of(output_dir)}: no checkpoint {wanted}; there are: {names}")
+        names = f"; there are: {', '.join(path.name for path in checkpoints)}" if checkpoints else ""
+        raise LoraMsError(f"{folder_of(output_dir)}: no checkpoint {wanted}{names}")
     return chosen[-1]
 
 

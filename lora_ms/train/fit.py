@@ -100,7 +100,9 @@ def plan_store(
     finished = [dataclasses.replace(report, layout=plan.describe(), padding=waste) for report in reports]
     if runtime.is_main:
         print(*(line for report in finished for line in report.lines()), sep="\n")
-        print(f"  padding {waste[plan.layout.kind]:.1%} of the computed tokens (unpacked: {waste['usual']:.1%})")
+        usual = f" (each micro-batch filled up to its longest row: {waste['usual']:.1%})"
+        more = usual if plan.layout.kind == "packed" else ""
+        print(f"  padding {waste[plan.layout.kind]:.1%} of the computed tokens{more}")
     plan.reports.extend(report.as_json() for report in finished)
     return plan
 

@@ -103,7 +103,7 @@ COULD = "down_proj, embed_tokens, gate_proj, k_proj, lm_head, o_proj, q_proj, up
     ("config", "message"),
     [
         (LoraConfig(target_modules="query"), f"target_modules 'query' matches no layer; could match: {COULD}"),
-        (LoraConfig(target_modules=["wq"]), f"target_modules ('wq',) matches no layer; could match: {COULD}"),
+        (LoraConfig(target_modules=["wq"]), f"target_modules wq matches no layer; could match: {COULD}"),
         (LoraConfig(target_modules="q_proj", exclude_layers="self_attn"),
          f"target_modules 'q_proj' matches no layer outside self_attn; could match: {COULD}"),
         (LoraConfig(target_modules="q_proj", exclude_modules=r".*\.q_proj"),

@@ -55,7 +55,7 @@ def test_not_installed(capsys, monkeypatch, command, tmp_path, absent):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == absent else find(name) or object())
     line = refusal(capsys, *command)
-    assert f"backend mindformers needs {absent}: pip install 'lora_ms[mindformers]'" in line
+    assert f"backend mindformers needs {absent}: pip install '.[mindformers]'" in line
     assert not (tmp_path / "out").exists()
 
 

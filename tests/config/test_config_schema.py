@@ -228,6 +228,32 @@ def test_which_batch_size():
     assert runner.notices() == ["no effect here: train_dataset.batch_size (runner_config.batch_size 2 is used)"]
 
 
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        (
+            ["train_dataset.mix=[{dataset_dir: a, weight: 1}]", "train_dataset.data_loader.dataset_dir=b"],
+            "train_dataset.data_loader.dataset_dir (train_dataset.mix is used)",
+        ),
+        (["eval_dataset.data_loader.dataset_dir=a"], "eval_dataset (do_eval is False)"),
+        (["evaluation.prompts=[a]"], "evaluation.prompts (nothing is evaluated)"),
+        (["evaluation.prompts_file=a"], "evaluation.prompts_file (of lora-ms eval)"),
+    ],
+)
+def test_what_is_given_in_vain(given, named):
+    assert options(*given).notices() == [f"no effect here: {named}"]
+
+
+def test_what_is_evaluated_is_not_in_vain():
+    given = ("eval_dataset.data_loader.dataset_dir=a", "evaluation.prompts=[a]")
+    assert options(*given, "do_eval=True").notices() == []
+    assert options(*given, "run_mode=eval").notices() == []
+
+
+def test_without_a_yaml_there_are_callbacks_to_override():
+    assert options("callbacks.1.save_checkpoint_steps=7").save_steps == 7
+
+
 def test_clipping_and_checkpoints():
     assert (options().max_grad_norm, options().save_steps, options().keep_checkpoint_max) == (1.0, 0, 5)
     assert options("runner_wrapper.max_grad_norm=0.3").max_grad_norm == 0.3

@@ -283,4 +283,4 @@ def test_text_that_holds_the_end_token_keeps_its_label(plain):
 def test_a_template_that_refuses_the_messages_is_one_line(with_template):
     with pytest.raises(LoraMsError) as error:
         encode(with_template(REFUSES_SYSTEM), example("a", "b", system="s"))
-    assert str(error.value) == "row 1: the tokenizer's chat template refuses the messages: no system"
+    assert str(error.value) == "row 1: the chat template refuses the messages: no system"

@@ -128,6 +128,19 @@ def test_csv(tmp_path):
     assert fault(path).startswith("d.csv:2: not valid CSV (unexpected end of data)")
     (tmp_path / "d.tsv").write_text('input_ids\tlabels\n[1, 2]\t"[-100, 2]"\n')
     assert read_rows(tmp_path / "d.tsv")[0].labels.tolist() == [-100, 2]
+    path.write_text('messages\n"[{""role"": ""user"", ""content"": ""a""}, {""role"": ""bot"", ""content"": ""b""}]"\n')
+    assert [message.content for message in read_rows(path)[0].messages] == ["a", "b"]
+    path.write_text('instruction,history,output\na,"[[""b"", ""c""]]",d\ne,,f\n')
+    assert [[message.content for message in row.messages] for row in read_rows(path)] == [
+        ["b", "c", "a", "d"],
+        ["e", "f"],
+    ]
+
+
+def test_a_list_named_as_lines(tmp_path):
+    path = tmp_path / "d.jsonl"
+    path.write_text(json.dumps([GOOD, GOOD], indent=1))
+    assert fault(path).endswith("; a list of objects wants the name .json")
 
 
 def test_parquet_and_saved_datasets(tmp_path):
@@ -201,7 +214,7 @@ def test_a_template_that_fails_to_render_names_the_row(with_template, tmp_path):
     how = Preparation(seq_length=16)
     with pytest.raises(LoraMsError) as error:
         prepare_rows(read([path], how, Tally()), tokenizer, how)
-    assert str(error.value) == "d.jsonl:1: the tokenizer's chat template refuses the messages: no such thing"
+    assert str(error.value) == "d.jsonl:1: the chat template refuses the messages: no such thing"
 
 
 def test_rows_all_masked_are_counted_where_faults_are_skipped(tmp_path):

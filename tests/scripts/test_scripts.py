@@ -203,6 +203,12 @@ def test_launcher_bad_usage(launcher, arguments, problem):
     assert (result.returncode, result.stdout, result.stderr.splitlines()[-1]) == (2, "", usage)
 
 
+def test_launcher_says_how_it_is_used(launcher):
+    result = launcher("--help")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.startswith("usage: bash ") and result.stdout.count("\n") == 1
+
+
 def msrun_that(machine: Machine, statement: str, **logs: str) -> None:
     """A stand-in for msrun that finds these logs of its processes in logs/, then does ``statement``."""
     (machine.folder / "texts").mkdir()

@@ -45,6 +45,38 @@ def test_missing_files(refused):
     assert refused("--load_adapter", "none") == "none: no adapter here: adapter_config.json is missing"
 
 
+def test_a_checkpoint_that_is_no_folder(refused, model, tmp_path):
+    (tmp_path / "notes.md").write_text("")
+    assert refused("--load_checkpoint", "notes.md") == (
+        "load_checkpoint: notes.md is neither a folder nor a .ckpt or .safetensors file"
+    )
+    file = next(model.glob("*.safetensors"))
+    assert refused("--load_checkpoint", file) == (
+        f"load_checkpoint: {file} is a file of a Hugging Face folder; give the folder, {model}"
+    )
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["adapters", "combine", "--adapters", "A", "A", "--weights", "1", "1", "--output_dir", "file"],
+        ["convert-adapter", "--input", "A", "--output", "file/x.safetensors"],
+        ["eval", "--load_checkpoint", "M", "--prompts_file", "rows.jsonl", "--output_dir", "file"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_other_commands_whose_output_cannot_be_written(words, model, reference, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "rows.jsonl").write_text(json.dumps(TEXT))
+    places = {"A": str(reference / "combined" / "qwen2" / "a"), "M": str(model)}
+    before = tree(tmp_path)
+    assert cli.main([places.get(word, word) for word in words]) == 2
+    error = capsys.readouterr().err
+    assert (error[:7], error.count("\n")) == ("error: ", 1) and "file" in error and "cannot" in error
+    assert tree(tmp_path) == before
+
+
 def test_a_folder_without_weights(refused, model, tmp_path):
     (tmp_path / "model").mkdir()
     shutil.copy(model / "config.json", tmp_path / "model")

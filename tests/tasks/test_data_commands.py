@@ -34,7 +34,23 @@ def test_preview(words, capsys):
     assert cli.main(["preview", *words]) == 0
     assert capsys.readouterr().out.count(" of them labels\n") == 2
     assert cli.main(["preview", *words, "--row", "3"]) == 2
-    assert capsys.readouterr().err == "error: --row 3: there are 2 rows\n"
+    assert capsys.readouterr().err == "error: --row 3: not among the rows that are kept, of 2 that were read\n"
+
+
+def test_preview_counts_rows_as_the_file_does(words, capsys):
+    assert cli.main(["preview", *words, "--seq_length", "30", "--row", "2"]) == 0  # the first is too long
+    assert capsys.readouterr().out.startswith("rows.json[2]: ")
+    assert cli.main(["preview", *words, "--seq_length", "30", "--row", "1"]) == 2
+    assert capsys.readouterr().err.startswith("error: --row 1: not among the rows that are kept, of 2 ")
+    for more in ([], ["--row", "1"]):
+        assert cli.main(["preview", *words, "--seq_length", "5", *more]) == 2
+        assert capsys.readouterr().err.startswith("error: all 2 rows are longer than seq_length 5 (shortest: ")
+
+
+def test_preview_names_a_token_that_the_model_does_not_have(words, tmp_path, capsys):
+    (tmp_path / "tokens.jsonl").write_text('{"input_ids": [1, 99999], "prompt_len": 1}\n')
+    assert cli.main(["preview", *words, "--train_dataset_dir", str(tmp_path / "tokens.jsonl")]) == 2
+    assert "tokens.jsonl:1: token id 99999 does not exist" in capsys.readouterr().err
 
 
 def test_preview_in_colour(chatml_row):

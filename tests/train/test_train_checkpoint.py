@@ -64,8 +64,8 @@ def test_what_is_no_finished_checkpoint_is_passed_over(tmp_path):
 @pytest.mark.parametrize(
     ("steps", "resume", "message"),
     [
-        ((), True, "no checkpoint to resume from; there are: none"),
-        ((), "step_3", "no checkpoint named step_3; there are: none"),
+        ((), True, "no checkpoint to resume from"),
+        ((), "step_3", "no checkpoint named step_3"),
         ((1, 12), "step_3", "no checkpoint named step_3; there are: step_1, step_12"),
     ],
 )
