@@ -39,9 +39,7 @@ def load_config(
     Raises:
         LoraMsError: unreadable file, unknown key, wrong value, or a fine-tuning YAML that says nothing of pet_config.
     """
-    data: dict[str, Any] = {"callbacks": [{"type": "MFLossMonitor"}, {"type": "CheckpointMonitor"}]}
-    if path is not None:
-        data = _without_repeated_datasets(move_pet_config(read_yaml(path)))
+    data = {} if path is None else _without_repeated_datasets(move_pet_config(read_yaml(path)))
     if preset is not None:
         if preset not in PRESETS:
             raise LoraMsError(f"unknown preset {preset!r}: choose one of {', '.join(PRESETS)}")
@@ -179,10 +177,13 @@ def _split_override(text: str) -> tuple[str, Any]:
 
 
 def _set(data: dict[str, Any], key: str, value: Any) -> None:
-    """Set a dotted key; a number steps into a list. ``pet_config`` stands for its place in MindFormers' schema."""
+    """Set a dotted key; a number steps into a list. ``pet_config`` stands for its place in MindFormers' schema, and
+    where there are no callbacks, those that its YAMLs have can be set."""
     parts = key.split(".")
     if parts[0] == "pet_config":
         parts = [*PET_CONFIG, *parts[1:]]
+    if parts[0] == "callbacks" and len(parts) > 1 and data.get("callbacks") is None:
+        data["callbacks"] = [{"type": "MFLossMonitor"}, {"type": "CheckpointMonitor"}]
     here: Any = data
     for depth, name in enumerate(parts):
         part: Any = name

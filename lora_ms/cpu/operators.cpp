@@ -3,7 +3,7 @@
 // float16. What each computes stands beside its function in rows.h, product.h and attention.h.
 
 #include "attention.h"
-#include "rows.h"
+#include "dropout.h"
 
 using namespace lora_ms;
 
@@ -57,6 +57,20 @@ void low_product(Matrix x, Matrix factor, long tokens, long depth, long rank, fl
     for (long i = 0; i < tokens * rank; i++) low[i] *= scaling;
 }
 
+// rows, columns and [rate, 1 / (1 - rate)] from input `first` on
+Dropout dropout_of(Tensors t, int first) {
+    return {t.floats(first), t.floats(first + 1), t.floats(first + 2)[0], t.floats(first + 2)[1]};
+}
+
+// x [tokens, n], dropped out where `drops`, in this thread's room.
+Matrix dropped(Tensors t, bool drops, int first, Matrix x, long tokens, long n) {
+    if (!drops) return x;
+    Room room(tokens * n);
+    float *left = room.take(tokens * n);
+    dropout_of(t, first)(x.data, tokens, n, left);
+    return {left, n, 1};
+}
+
 // q, k, v, cos, sin [b * s * n, d] (of a token's n equal rows one is read), first [b, s]
 Attention attention_of(Tensors t) {
     const long dim = t.size(3, 1), kv_heads = t.size(1, 1) / dim;
@@ -83,25 +97,43 @@ OPERATOR(times) { return products(TIMES, count, TENSORS); }
 // a^T b + …: a [k, m], b [k, n]
 OPERATOR(transposed_times) { return products(TRANSPOSED_TIMES, count, TENSORS); }
 
-// x [t, in], W [out, in], A [rank, in], B [out, rank], scaling [] -> x W^T + low B^T [t, out], low = scaling x A^T
+// x [t, in], W [out, in], A [rank, in], B [out, rank], scaling [] -> x W^T + low B^T [t, out], low = scaling x A^T. With
+// rows [t], columns [in], [rate, 1 / (1 - rate)] besides, the x of A is dropped out.
 OPERATOR(adapted) {
     const Tensors t = TENSORS;
+    const int out_at = count - 2, low_at = count - 1;
     const long tokens = t.size(0, 0), in = t.size(0, 1), out = t.size(1, 0), rank = t.size(2, 0);
-    const Matrix x = t.matrix(0), low = t.matrix(6);
-    low_product(x, t.matrix(2).transposed(), tokens, in, rank, *t.floats(4), t.floats(6));
+    const Matrix x = t.matrix(0), low = t.matrix(low_at);
+    low_product(dropped(t, count == 10, 5, x, tokens, in), t.matrix(2).transposed(), tokens, in, rank, *t.floats(4),
+                t.floats(low_at));
     const std::vector<Term> terms = {{x, t.matrix(1).transposed(), in}, {low, t.matrix(3).transposed(), rank}};
-    product(terms, tokens, out, nullptr, 0, t.floats(5));
+    product(terms, tokens, out, nullptr, 0, t.floats(out_at));
     return 0;
 }
 
-// Of the same: d_y [t, out], x, low, B, scaling -> d_low = scaling d_y B [t, rank], d_A = d_low^T x, d_B = d_y^T low
+// Of the same: d_y [t, out], x, low, B, scaling -> d_low = scaling d_y B [t, rank], d_A = d_low^T x, d_B = d_y^T low;
+// with rows, columns and rate as there.
 OPERATOR(adapted_gradient) {
     const Tensors t = TENSORS;
+    const int low_at = count - 3;
     const long tokens = t.size(0, 0), out = t.size(0, 1), in = t.size(1, 1), rank = t.size(2, 1);
-    const Matrix grad = t.matrix(0), d_low = t.matrix(5);
-    low_product(grad, t.matrix(3), tokens, out, rank, *t.floats(4), t.floats(5));
-    product({{d_low.transposed(), t.matrix(1), tokens}}, rank, in, nullptr, 0, t.floats(6));
-    product({{grad.transposed(), t.matrix(2), tokens}}, out, rank, nullptr, 0, t.floats(7));
+    const Matrix grad = t.matrix(0), d_low = t.matrix(low_at);
+    low_product(grad, t.matrix(3), tokens, out, rank, *t.floats(4), t.floats(low_at));
+    const Matrix x = dropped(t, count == 11, 5, t.matrix(1), tokens, in);
+    product({{d_low.transposed(), x, tokens}}, rank, in, nullptr, 0, t.floats(count - 2));
+    product({{grad.transposed(), t.matrix(2), tokens}}, out, rank, nullptr, 0, t.floats(count - 1));
+    return 0;
+}
+
+// d_y, W, d_low, A, rows, columns, [rate, 1 / (1 - rate)] -> d_x = d_y W + dropout(d_low A)
+OPERATOR(dropped_gradient) {
+    const Tensors t = TENSORS;
+    const long tokens = t.size(0, 0), out = t.size(0, 1), in = t.size(1, 1), rank = t.size(2, 1);
+    Room room(tokens * in);
+    float *own = room.take(tokens * in);
+    product({{t.matrix(2), t.matrix(3), rank}}, tokens, in, nullptr, 0, own);
+    dropout_of(t, 4)(own, tokens, in, own);
+    product({{t.matrix(0), t.matrix(1), out}}, tokens, in, own, in, t.floats(7));
     return 0;
 }
 

@@ -73,7 +73,8 @@ def _adapted(x, weight, a, *_):
 def adapted() -> Any:
     """(x [t, in], W [out, in], A [rank, in], B [out, rank], scaling []) -> x W^T + low B^T, low = scaling x A^T.
 
-    One product, whose inner dimension is longer by the rank: [t, out]; and low [t, rank].
+    One product, whose inner dimension is longer by the rank: [t, out]; and low [t, rank]. With rows [t], columns [in]
+    of ``Draws`` and [rate, 1 / (1 - rate)] besides, the x of A is dropped out.
     """
     return _operator("adapted", _adapted, 2)
 
@@ -83,8 +84,20 @@ def _adapted_gradient(grad, x, low, b, *_):
 
 
 def adapted_gradient() -> Any:
-    """(d_y [t, out], x [t, in], low [t, rank], B [out, rank], scaling []) -> d_low = scaling d_y B, d_A, d_B."""
+    """(d_y [t, out], x [t, in], low [t, rank], B [out, rank], scaling []) -> d_low = scaling d_y B, d_A, d_B.
+
+    With dropout, rows, columns and rate besides.
+    """
     return _operator("adapted_gradient", _adapted_gradient, 3)
+
+
+def _input_gradient(grad, weight, *_):
+    return [grad[0], weight[1]]
+
+
+def dropped_gradient() -> Any:
+    """(d_y [t, out], W [out, in], d_low [t, rank], A [rank, in], rows, columns, rate) -> d_y W + dropout(d_low A)."""
+    return _operator("dropped_gradient", _input_gradient)
 
 
 def _like_first(x, *_):

@@ -43,13 +43,15 @@ class Draws(nn.Cell):
             self.followed = False
             del self.table, self.number
 
-    def construct(self, x: Tensor) -> Tensor:
+    def numbers(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Those that are drawn, [t, 1] and [1, h]."""
         if self.followed:
             start, numbers = self.split + self.first, ops.gather(self.table, self.number, 0)[0]
-            rows = numbers[: x.shape[0]].reshape((-1, 1))
-            columns = numbers[start : start + x.shape[1]].reshape((1, -1))
-        else:
-            rows, columns = self.rows((x.shape[0], 1)), self.columns((1, x.shape[1]))
+            return numbers[: x.shape[0]].reshape((-1, 1)), numbers[start : start + x.shape[1]].reshape((1, -1))
+        return self.rows((x.shape[0], 1)), self.columns((1, x.shape[1]))
+
+    def construct(self, x: Tensor) -> Tensor:
+        rows, columns = self.numbers(x)
         # factors of 8 to 40: products of many turns, yet exact to 1e-4 of one in float32
         turns = self.outer(8.0 + 32.0 * rows, 8.0 + 32.0 * columns)
         return turns - self.floor(turns)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from lora_ms.nn import cpu, lowrank
 from lora_ms.nn.draws import DropoutKernel
 from lora_ms.nn.kernels import ColumnScaleKernel, LowRankKernel
-from lora_ms.nn.product import AdaptedMatMul, WeightMatMul
+from lora_ms.nn.product import AdaptedMatMul, DroppedMatMul, WeightMatMul
 
 
 def default_a() -> HeUniform:
@@ -84,7 +84,7 @@ class LoRADense(nn.Dense):
         self.weight_product = WeightMatMul()
         self.own = cpu.there()
         if self.own:
-            self.adapted_product = AdaptedMatMul()
+            self.adapted_product, self.dropped_product = AdaptedMatMul(), DroppedMatMul(lora_dropout)
         self.add_bias = ops.BiasAdd()
         self.compute_dtype = compute_dtype
         self.base_class, self.trains_bias = nn.Dense, False
@@ -202,10 +202,13 @@ class LoRADense(nn.Dense):
         """x [t, in] -> [t, out], without the layer's bias."""
         a, b = self.factors()
         scaling = self.scaling.astype(x.dtype)
-        drops = self.training and self.lora_dropout.probability > 0
-        if self.own and x.dtype == ms.float32 and not drops and not self.has_lora_bias:
-            return self.adapted_product(x, self.weight, a.astype(x.dtype), b.astype(x.dtype), scaling)[0]
-        update, _ = self.low_rank(self.lora_dropout(x), a.astype(x.dtype), b.astype(x.dtype), scaling)
+        a, b = a.astype(x.dtype), b.astype(x.dtype)
+        if self.own and x.dtype == ms.float32 and not self.has_lora_bias:
+            if self.training and self.lora_dropout.probability > 0:
+                rows, columns = self.lora_dropout.draws.numbers(x)
+                return self.dropped_product(x, self.weight, a, b, scaling, rows, columns)[0]
+            return self.adapted_product(x, self.weight, a, b, scaling)[0]
+        update, _ = self.low_rank(self.lora_dropout(x), a, b, scaling)
         if self.has_lora_bias:
             update = self.add_bias(update, self.lora_bias.astype(x.dtype) * scaling)
         return self.weight_product(x, self.weight) + update

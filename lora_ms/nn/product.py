@@ -60,6 +60,31 @@ class AdaptedMatMul(nn.Cell):
         return d_x, self.transposed_times(grad, x).astype(weight.dtype), d_a, d_b, ops.zeros_like(scaling)
 
 
+class DroppedMatMul(nn.Cell):
+    """``AdaptedMatMul`` whose x of A is dropped out, by numbers of ``Draws``: rows [t, 1] and columns [1, in].
+
+    Nothing of [t, in] is kept but x.
+    """
+
+    def __init__(self, probability: float):
+        super().__init__()
+        self.rate = Tensor([probability, 1.0 / (1.0 - probability)], ms.float32)
+        self.forward, self.factors, self.input = cpu.adapted(), cpu.adapted_gradient(), cpu.dropped_gradient()
+        self.transposed_times = cpu.transposed_times()
+
+    def construct(
+        self, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scaling: Tensor, rows: Tensor, columns: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return self.forward(x, weight, a, b, scaling, rows, columns, self.rate)
+
+    def bprop(self, x, weight, a, b, scaling, rows, columns, out, dout):
+        grad = dout[0]
+        d_low, d_a, d_b = self.factors(grad, x, out[1], b, scaling, rows, columns, self.rate)
+        d_x = self.input(grad, weight, d_low, a, rows, columns, self.rate)
+        d_weight = self.transposed_times(grad, x).astype(weight.dtype)
+        return d_x, d_weight, d_a, d_b, ops.zeros_like(scaling), ops.zeros_like(rows), ops.zeros_like(columns)
+
+
 class HeadProduct(nn.Cell):
     """The products with the head [v, h]; of one in float16, MindSpore's on the CPU take a widened part at a time."""
 

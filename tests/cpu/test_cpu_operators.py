@@ -140,6 +140,26 @@ def test_an_adapted_product(call, tokens, width, out, rank):
         close(one, other, 5e-4)
 
 
+@pytest.mark.parametrize("tokens, width, out, rank", [(37, 50, 70, 4), (200, 130, 96, 16), (1, 33, 20, 3)])
+def test_an_adapted_product_with_dropout(call, tokens, width, out, rank):
+    x, w, a, b = normal(tokens, width), normal(out, width), normal(rank, width), normal(out, rank)
+    grad, scaling, rate = normal(tokens, out), np.array(1.5, np.float32), np.array([0.3, 1 / 0.7], np.float32)
+    rows, columns = RNG.random((tokens, 1), np.float32), RNG.random((1, width), np.float32)
+    turns = (8 + 32 * rows) * (8 + 32 * columns)  # in float32, as the draws are
+    kept = (turns - np.floor(turns) >= rate[0]) / 0.7
+    more = [rows, columns, rate]
+    y, low = call("adapted", [x, w, a, b, scaling, *more], [(tokens, out), (tokens, rank)])
+    wanted = 1.5 * (x * kept) @ a.T
+    close(low, wanted, 1e-4)
+    close(y, x.astype(float) @ w.T + wanted @ b.T, 3e-4)
+    found = call("adapted_gradient", [grad, x, low, b, scaling, *more], [(tokens, rank), a.shape, b.shape])
+    d_low = 1.5 * grad.astype(float) @ b
+    for one, other in zip(found, (d_low, d_low.T @ (x * kept), grad.T @ wanted), strict=True):
+        close(one, other, 5e-4)
+    d_x = call("dropped_gradient", [grad, w, found[0], a, *more], [x.shape])[0]
+    close(d_x, grad.astype(float) @ w + (d_low @ a) * kept, 5e-4)
+
+
 def test_a_logit_that_is_not_finite_makes_the_loss_so(call):
     logits = normal(3, 40)
     logits[0, 5], logits[1, 39] = np.nan, np.inf

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from mindspore import Tensor, nn
 
+from lora_ms.nn.draws import DrawTable
 from lora_ms.nn.lora import LoRADense
 from lora_ms.nn.product import ProductDense
 
@@ -139,3 +140,29 @@ def test_dropout_acts_in_training_alone_and_keeps_the_expectation():
     assert 0.3 < (first != second).mean() < 0.45  # 2 p (1 - p) where the draws are independent
     zeros = f32(np.zeros((256, size)))
     np.testing.assert_array_equal(layer(zeros).asnumpy(), np.zeros((256, size), np.float32))
+
+
+def test_gradients_with_dropout(gradients):
+    layer = adapted(True, lora_dropout=0.4).set_train(True)
+    table = DrawTable([layer.lora_dropout.draws], 9, IN, seed=3)
+    table.fill(2, 1)
+    numbers = table.table.asnumpy()[0]
+    turns = np.outer(8 + 32 * numbers[:9], 8 + 32 * numbers[9:])
+    kept = (turns - np.floor(turns) >= 0.4) / 0.6
+    assert 0 < (kept == 0).mean() < 1
+    x = RNG.standard_normal((9, IN)).astype(np.float32)
+
+    class Squares(nn.Cell):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer
+
+        def construct(self, x):
+            y = self.layer(x)
+            return (y * y).sum()
+
+    y = x @ W.T + BIAS + ALPHA / RANK * (x * kept) @ A.T @ B.T
+    value, (d_x,) = gradients(Squares(), (0,), x)
+    np.testing.assert_allclose(value, (y * y).sum(), rtol=1e-5)
+    np.testing.assert_allclose(d_x, 2 * (y @ W + ALPHA / RANK * (y @ B @ A) * kept), rtol=1e-4, atol=1e-4)
+    table.close()
