@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import textwrap
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
@@ -176,11 +177,15 @@ def _quiet_libraries() -> None:
 @contextmanager
 def _ended_by_ctrl_c() -> Iterator[None]:
     """Ctrl-C ends the process without a word: as an exception in the midst of MindSpore's import it makes a crash."""
-    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    python = signal.default_int_handler
+    ours = signal.getsignal(signal.SIGINT) is python and threading.current_thread() is threading.main_thread()
     try:
+        if ours:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        if ours:
+            signal.signal(signal.SIGINT, python)
 
 
 def _few_compilers() -> None:
@@ -202,12 +207,12 @@ def _dispatch(command: str | None, args: argparse.Namespace, free_form: list[str
         return parallel.serve()
     if config.context.low_memory:
         _few_compilers()
+    command = command or {"train": "finetune"}.get(config.run_mode, config.run_mode)
     if command == "predict" and not args.predict_data:
         raise LoraMsError('nothing to predict: give --predict_data "a prompt" "another"')
     if command not in DATA_COMMANDS:
         with _ended_by_ctrl_c():
             import_module("lora_ms.runtime")
-    command = command or {"train": "finetune"}.get(config.run_mode, config.run_mode)
     if config.backend == "mindformers" and command in ("finetune", "eval"):
         from lora_ms.tasks import bridge
 

@@ -70,6 +70,7 @@ class Job:
     device: Literal["CPU", "Ascend"] = "CPU"
     swap: bool = False  # AdamW's moments in the host's memory between steps
     own: bool = False  # on the CPU: our own operators, not MindSpore's
+    lora_bias: bool = False
 
     @property
     def weight_width(self) -> int:
@@ -165,7 +166,7 @@ def _adapter_inputs(job: Job, dense: Mapping[str, tuple[int, int]], prefix: str)
     # numbers of a token that gradients of adapters need: their inputs and low products
     adapted = [name for name in dense if name.startswith(prefix) and (job.ranks is None or name in job.ranks)]
     low = sum((job.ranks or {}).get(name, 0) for name in adapted)
-    if job.dropout and not job.own:  # each has its own input then, and its zeros
+    if job.dropout and (not job.own or job.lora_bias):  # each has its own input then, and its zeros
         return low + 2 * sum(dense[name][0] for name in adapted)
     shared = {name.replace("k_proj", "q_proj").replace("v_proj", "q_proj").replace("up_", "gate_") for name in adapted}
     return low + sum(dense[name][0] for name in shared)

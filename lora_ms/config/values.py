@@ -58,7 +58,7 @@ def _path(value: Any) -> str:
 
 
 def _folder(value: Any) -> str:
-    if not _text(value).strip():
+    if value is None or not _text(value).strip():
         raise ValueError("wants the name of a folder")
     return value
 

@@ -52,6 +52,28 @@ struct Attention {
 
 inline long padded(long n) { return divided(n, COLUMNS) * COLUMNS; }
 
+// Room for one thread's intermediate numbers; what is asked for stays valid until the next `Room`.
+class Room {
+  public:
+    explicit Room(size_t numbers) {
+        std::vector<float> &all = held();
+        if (all.size() < numbers) all.resize(numbers);
+        next_ = all.data();
+    }
+    float *take(long numbers) {
+        float *here = next_;
+        next_ += numbers;
+        return here;
+    }
+
+  private:
+    static std::vector<float> &held() {
+        static thread_local std::vector<float> all;
+        return all;
+    }
+    float *next_;
+};
+
 struct Softened {
     float top, total;
 };

@@ -2,6 +2,8 @@
 // the outputs. All is float32 but indices, which are int32, and weights W and right factors of products, which may be
 // float16. What each computes stands beside its function in rows.h, product.h and attention.h.
 
+#include <memory>
+
 #include "attention.h"
 #include "dropout.h"
 
@@ -62,13 +64,15 @@ Dropout dropout_of(Tensors t, int first) {
     return {t.floats(first), t.floats(first + 1), t.floats(first + 2)[0], t.floats(first + 2)[1]};
 }
 
-// x [tokens, n], dropped out where `drops`, in this thread's room.
-Matrix dropped(Tensors t, bool drops, int first, Matrix x, long tokens, long n) {
+// Room for one call: what a thread keeps for the next would be there once for each of MindSpore's threads.
+typedef std::unique_ptr<float[]> Numbers;
+
+// x [tokens, n], dropped out into `room` where `drops`.
+Matrix dropped(Tensors t, bool drops, int first, Matrix x, long tokens, long n, Numbers &room) {
     if (!drops) return x;
-    Room room(tokens * n);
-    float *left = room.take(tokens * n);
-    dropout_of(t, first)(x.data, tokens, n, left);
-    return {left, n, 1};
+    room.reset(new float[tokens * n]);
+    dropout_of(t, first)(x.data, tokens, n, room.get());
+    return {room.get(), n, 1};
 }
 
 // q, k, v, cos, sin [b * s * n, d] (of a token's n equal rows one is read), first [b, s]
@@ -104,8 +108,9 @@ OPERATOR(adapted) {
     const int out_at = count - 2, low_at = count - 1;
     const long tokens = t.size(0, 0), in = t.size(0, 1), out = t.size(1, 0), rank = t.size(2, 0);
     const Matrix x = t.matrix(0), low = t.matrix(low_at);
-    low_product(dropped(t, count == 10, 5, x, tokens, in), t.matrix(2).transposed(), tokens, in, rank, *t.floats(4),
-                t.floats(low_at));
+    Numbers room;
+    low_product(dropped(t, count == 10, 5, x, tokens, in, room), t.matrix(2).transposed(), tokens, in, rank,
+                *t.floats(4), t.floats(low_at));
     const std::vector<Term> terms = {{x, t.matrix(1).transposed(), in}, {low, t.matrix(3).transposed(), rank}};
     product(terms, tokens, out, nullptr, 0, t.floats(out_at));
     return 0;
@@ -119,7 +124,8 @@ OPERATOR(adapted_gradient) {
     const long tokens = t.size(0, 0), out = t.size(0, 1), in = t.size(1, 1), rank = t.size(2, 1);
     const Matrix grad = t.matrix(0), d_low = t.matrix(low_at);
     low_product(grad, t.matrix(3), tokens, out, rank, *t.floats(4), t.floats(low_at));
-    const Matrix x = dropped(t, count == 11, 5, t.matrix(1), tokens, in);
+    Numbers room;
+    const Matrix x = dropped(t, count == 11, 5, t.matrix(1), tokens, in, room);
     product({{d_low.transposed(), x, tokens}}, rank, in, nullptr, 0, t.floats(count - 2));
     product({{grad.transposed(), t.matrix(2), tokens}}, out, rank, nullptr, 0, t.floats(count - 1));
     return 0;
@@ -129,11 +135,10 @@ OPERATOR(adapted_gradient) {
 OPERATOR(dropped_gradient) {
     const Tensors t = TENSORS;
     const long tokens = t.size(0, 0), out = t.size(0, 1), in = t.size(1, 1), rank = t.size(2, 1);
-    Room room(tokens * in);
-    float *own = room.take(tokens * in);
-    product({{t.matrix(2), t.matrix(3), rank}}, tokens, in, nullptr, 0, own);
-    dropout_of(t, 4)(own, tokens, in, own);
-    product({{t.matrix(0), t.matrix(1), out}}, tokens, in, own, in, t.floats(7));
+    const Numbers own(new float[tokens * in]);
+    product({{t.matrix(2), t.matrix(3), rank}}, tokens, in, nullptr, 0, own.get());
+    dropout_of(t, 4)(own.get(), tokens, in, own.get());
+    product({{t.matrix(0), t.matrix(1), out}}, tokens, in, own.get(), in, t.floats(7));
     return 0;
 }
 

@@ -7,7 +7,6 @@
 #include <functional>
 #include <mutex>
 #include <thread>
-#include <vector>
 
 namespace lora_ms {
 
@@ -93,28 +92,6 @@ class Threads {
     const std::function<void(long)> *work_ = nullptr;
     long tasks_ = 0;
     int count_ = 1, helpers_ = 0, started_ = 0;
-};
-
-// Room for one thread's intermediate numbers; what is asked for stays valid until the next `Room`.
-class Room {
-  public:
-    explicit Room(size_t numbers) {
-        std::vector<float> &all = held();
-        if (all.size() < numbers) all.resize(numbers);
-        next_ = all.data();
-    }
-    float *take(long numbers) {
-        float *here = next_;
-        next_ += numbers;
-        return here;
-    }
-
-  private:
-    static std::vector<float> &held() {
-        static thread_local std::vector<float> all;
-        return all;
-    }
-    float *next_;
 };
 
 }  // namespace lora_ms

@@ -99,7 +99,7 @@ def recognise(row: Any, asked: str = "auto") -> str:
         if asked in ("auto", name) and any(all(key in row for key in keys) for keys in sets):
             return name
     keys = ", ".join(quoted(key) for key in row) or "(none)"
-    if "prompt" in row and asked in ("auto", "prompt"):
+    if row.keys() - {"system", "id"} == {"prompt"} and asked in ("auto", "prompt"):
         raise RowFault('no answer: "completion" is missing', NO_ANSWER_ADVICE)
     text = f"keys {keys} fit no format" if asked == "auto" else f"keys {keys} do not fit the format {asked}"
     raise RowFault(text, f"known formats: {FORMATS}")

@@ -57,6 +57,7 @@ def job_of(config: RunConfig, sizes: DecoderConfig, device: str) -> Job:
         "CPU" if device == "CPU" else "Ascend",
         config.optimizer.swap,
         device == "CPU" and config.context.cpu_operators and cpu.compiler() is not None,
+        config.pet_config is not None and config.pet_config.lora_bias,
     )
 
 

@@ -2,6 +2,7 @@
 
 import re
 import sys
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -35,9 +36,9 @@ def run(config: RunConfig, row: int | None) -> None:
     how = data.preparation(config, config.train_dataset, data.NO_LIMIT, _vocab_size(config))
     tally = Tally()
     rows = (kept for _, chunk in tokenise(read(sources, how, tally), tokenizer, how, tally) for kept in chunk)
-    shown = list(islice((kept for kept in rows if row is None or number_of(kept) == row), ROWS))
+    shown = list(islice(rows if row is None else of_number(rows, row), ROWS))
     if not shown:
-        if row is None or tally.rows == tally.too_long + tally.masked:
+        if row is None or tally.rows == tally.too_long - tally.cut + tally.masked:
             finish(TokenStore.of([]), how, tally)  # says why
         raise LoraMsError(f"--row {row}: not among the rows that are kept, of {tally.rows:,} that were read")
     colours = sys.stdout.isatty()
@@ -48,6 +49,18 @@ def run(config: RunConfig, row: int | None) -> None:
 def _vocab_size(config: RunConfig) -> int | None:
     file = Path(config.load_checkpoint) / "config.json"
     return storage.read_json(file).get("vocab_size") if config.load_checkpoint and file.is_file() else None
+
+
+def of_number(rows: Iterable[TokenRow], number: int) -> Iterator[TokenRow]:
+    """What the first row of that number became; no row behind it is read."""
+    where = None
+    for row in rows:
+        if where is None and number_of(row) == number:
+            where = row.where
+        if where is not None:
+            if row.where != where:
+                return
+            yield row
 
 
 def number_of(row: TokenRow) -> int:

@@ -64,6 +64,9 @@ def _put_tensor(vector: Tensor, parameter: Parameter, start: int, size: int) -> 
     return _assign(parameter, _reshape(_slice(vector, (start,), (size,)), parameter.shape))
 
 
+HIGHEST_SCALE = 2.0**24  # that the loss scale grows to: on the CPU gradients are float32, and no overflow ends it
+
+
 class Flatten(nn.Cell):
     """Tensors -> their numbers, one after another, float32 [n]."""
 
@@ -195,7 +198,10 @@ class FlatAdamW(nn.Cell):
         """
         grad = self.grad if self.all_reduce is None else self.all_reduce(self.grad)
         old = self.flatten(self.params)
-        grad = grad * (1.0 / (self.loss_scale * label_tokens))
+        if self.dynamic:  # in two steps: the product of a high scale and the tokens may be infinite
+            grad = grad * (1.0 / self.loss_scale) * (1.0 / label_tokens)
+        else:
+            grad = grad * (1.0 / (self.loss_scale * label_tokens))
         if self.penalty is not None:
             grad = grad + self.penalty(old)[1]
         grad, square = self.whole(grad)
@@ -222,6 +228,7 @@ class FlatAdamW(nn.Cell):
             good = (self.good_steps + 1.0) * taken
             full = (good >= self.scale_window).astype(ms.float32)
             grown = self.loss_scale * (1.0 + full * (self.scale_factor - 1.0))
+            grown = ops.minimum(grown, ops.maximum(self.loss_scale, HIGHEST_SCALE))
             lowered = self.loss_scale / self.scale_factor
             ops.assign(self.loss_scale, ops.maximum(taken * grown + (1.0 - taken) * lowered, 1.0))
             ops.assign(self.good_steps, good * (1.0 - full))

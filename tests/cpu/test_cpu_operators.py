@@ -84,9 +84,10 @@ def test_every_number_of_float16_is_widened_exactly(call):
     every = np.arange(2**16, dtype=np.uint16).view(np.float16)
     for rows in (1, 5):  # as a few rows of A are multiplied, and as many are
         for start in range(0, 2**16, 2**12):
-            b = every[start : start + 2**12].reshape(-1, 1)
-            found = call("times_transposed", [np.ones((rows, 1), np.float32), b], [(rows, 2**12)])[0]
-            np.testing.assert_array_equal(found, np.tile(b.astype(np.float32).T, (rows, 1)))
+            some = every[start : start + 2**12]
+            b = np.stack([some, np.ones_like(some)], 1)
+            found = call("times_transposed", [np.array([[1, 0]] * rows, np.float32), b], [(rows, 2**12)])[0]
+            np.testing.assert_array_equal(found, np.tile(some.astype(np.float32), (rows, 1)))
 
 
 @pytest.mark.parametrize("n", (5, 67, 512))

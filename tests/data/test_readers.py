@@ -250,6 +250,7 @@ ANSWER = "write the answer or remove the row"
             f'no answer: turn 1 of "history" is empty; {ANSWER}',
         ),
         ({"问题": "a", "answer": "b"}, f'keys "问题", "answer" fit no format; {KNOWN}'),
+        ({"prompt": "a", "response": "b"}, f'keys "prompt", "response" fit no format; {KNOWN}'),
         ({"prompt": "a"}, f'no answer: "completion" is missing; {ANSWER}'),
         ({"input_ids": [1]}, f'keys "input_ids" fit no format; {KNOWN}'),
         ({}, f"keys (none) fit no format; {KNOWN}"),

@@ -165,4 +165,8 @@ def test_gradients_with_dropout(gradients):
     value, (d_x,) = gradients(Squares(), (0,), x)
     np.testing.assert_allclose(value, (y * y).sum(), rtol=1e-5)
     np.testing.assert_allclose(d_x, 2 * (y @ W + ALPHA / RANK * (y @ B @ A) * kept), rtol=1e-4, atol=1e-4)
+    factors = ms.ParameterTuple([layer.lora_a, layer.lora_b])
+    d_a, d_b = ms.grad(Squares(), None, factors)(Tensor(x))
+    np.testing.assert_allclose(d_a.asnumpy(), 2 * ALPHA / RANK * (y @ B).T @ (x * kept), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(d_b.asnumpy(), 2 * ALPHA / RANK * y.T @ (x * kept @ A.T), rtol=1e-4, atol=1e-4)
     table.close()

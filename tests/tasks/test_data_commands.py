@@ -47,6 +47,16 @@ def test_preview_counts_rows_as_the_file_does(words, capsys):
         assert capsys.readouterr().err.startswith("error: all 2 rows are longer than seq_length 5 (shortest: ")
 
 
+def test_preview_reads_no_further_than_its_row(words, tmp_path, capsys):
+    good, text = json.dumps(ROWS[0]), tmp_path / "rows.jsonl"
+    text.write_text("\n".join([good] * 600 + ["{"]))
+    assert cli.main(["preview", *words, "--train_dataset_dir", str(text), "--row", "2"]) == 0
+    assert capsys.readouterr().out.startswith("rows.jsonl:2: ")
+    cut = ["--seq_length", "30", "--train_dataset.truncation", "cut", "--row", "9"]
+    assert cli.main(["preview", *words, *cut]) == 2
+    assert capsys.readouterr().err.startswith("error: --row 9: not among the rows that are kept, of 2 ")
+
+
 def test_preview_names_a_token_that_the_model_does_not_have(words, tmp_path, capsys):
     (tmp_path / "tokens.jsonl").write_text('{"input_ids": [1, 99999], "prompt_len": 1}\n')
     assert cli.main(["preview", *words, "--train_dataset_dir", str(tmp_path / "tokens.jsonl")]) == 2
