@@ -283,8 +283,7 @@ class RunConfig(Section):
             if dataset.mix and dataset.data_loader.dataset_dir:
                 yield f"{name}.data_loader.dataset_dir ({name}.mix is used)"
         if self.run_mode in ("finetune", "train") and not self.evaluates:
-            loader = self.eval_dataset.data_loader
-            if loader.dataset_dir or loader.path or loader.data_files or self.eval_dataset.mix:
+            if self.eval_dataset.sources:
                 yield "eval_dataset (do_eval is False)"
             if self.evaluation.prompts:
                 yield "evaluation.prompts (nothing is evaluated)"

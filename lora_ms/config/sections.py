@@ -113,6 +113,17 @@ class Dataset(Section):
     profile: NoEffect = False
     dynamic_batch: NoEffect = False
 
+    @property
+    def sources(self) -> list[str]:
+        """Where the rows are: files, folders or globs; none where no place is named."""
+        if self.mix:
+            return [part.dataset_dir for part in self.mix]
+        loader = self.data_loader
+        if loader.data_files and not loader.dataset_dir:
+            return loader.data_files
+        place = loader.dataset_dir or loader.path
+        return [place] if place else []
+
 
 class EvalDataset(Dataset):
     """``eval_dataset``."""

@@ -14,6 +14,8 @@ from typing import Any
 import mindspore as ms
 from mindspore import Tensor, nn, ops
 
+RIGHT_FACTORS = (ms.float32, ms.float16)  # types of right factors that these operators read
+
 _library = ""
 
 
@@ -227,7 +229,7 @@ class MatMul(nn.Cell):
         self.plain = ops.MatMul(kind == "transposed_times", kind == "times_transposed")
 
     def construct(self, a: Tensor, b: Tensor) -> Tensor:
-        if self.there and a.dtype == ms.float32 and b.dtype in (ms.float32, ms.float16):
+        if self.there and a.dtype == ms.float32 and b.dtype in RIGHT_FACTORS:
             return self.own(a, b)
         if a.dtype != b.dtype:
             b = ops.depend(b, a).astype(a.dtype)  # not before a is there

@@ -203,8 +203,8 @@ class LoRADense(nn.Dense):
         a, b = self.factors()
         scaling = self.scaling.astype(x.dtype)
         a, b = a.astype(x.dtype), b.astype(x.dtype)
-        widened = self.weight.dtype in (ms.float32, ms.float16)  # what our operators read
-        if self.own and widened and x.dtype == ms.float32 and not self.has_lora_bias:
+        own = self.own and x.dtype == ms.float32 and self.weight.dtype in cpu.RIGHT_FACTORS
+        if own and not self.has_lora_bias:
             if self.training and self.lora_dropout.probability > 0:
                 rows, columns = self.lora_dropout.draws.numbers(x)
                 return self.dropped_product(x, self.weight, a, b, scaling, rows, columns)[0]

@@ -75,11 +75,8 @@ def sources_of(dataset: Dataset, name: str) -> list[str]:
     Raises:
         LoraMsError: the configuration names no place.
     """
-    loader = dataset.data_loader
-    sources = [loader.dataset_dir] if loader.dataset_dir else loader.data_files or [loader.path]
-    if dataset.mix:
-        sources = [part.dataset_dir for part in dataset.mix]
-    if not sources[0]:
+    sources = dataset.sources
+    if not sources or not sources[0]:
         raise LoraMsError(
             f"no {name} data: give --{name}_dataset_dir FILE, or {name}_dataset.data_loader.dataset_dir in the YAML"
         )

@@ -110,9 +110,7 @@ class Quiz:
 
 def scored(config: RunConfig) -> bool:
     """Whether ``lora-ms eval`` has label tokens to score: always, but where there are only prompts."""
-    loader = config.eval_dataset.data_loader
-    given = loader.dataset_dir or loader.path or loader.data_files or config.eval_dataset.mix
-    return bool(given) or not config.evaluation.prompts_file
+    return bool(config.eval_dataset.sources) or not config.evaluation.prompts_file
 
 
 def run(config: RunConfig) -> None:

@@ -44,9 +44,6 @@ PLACING = {
 }
 
 
-WRITTEN = ("adapter", PLAIN, "model")  # what runs leave in output_dir to be used
-
-
 def settings_of(config: RunConfig, longest: int) -> TrainSettings:
     """The settings of a run that a configuration holds; ``longest``: the model's own limit in tokens."""
     runner, schedule, scale = config.runner_config, config.lr_schedule, config.runner_wrapper.scale_sense
@@ -241,7 +238,7 @@ def run(config: RunConfig) -> None:
         if held_out is not None:
             evaluator = evaluate.evaluator_for(config, model, held_out, tokenizer, how.seq_length, runtime)
         weights = weights_of(model, adapter, tokenizer, ranks, runtime.shard)
-        former = [name for name in WRITTEN if (output_dir / name).is_dir()]
+        former = [name for name in (*checkpoint.FOLDERS, PLAIN) if (output_dir / name).is_dir()]
         if runtime.is_main and former and not settings.resume:
             print(
                 f"{output_dir} holds {', '.join(former)} of an earlier run; this one writes {weights.folder} as it ends"

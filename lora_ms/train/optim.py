@@ -12,6 +12,8 @@ from lora_ms.nn.kernels import AdamWKernel
 from lora_ms.nn.lora_embedding import LoRAEmbedding
 from lora_ms.nn.parallel import WHOLE, Shard, split_axis
 
+HIGHEST_SCALE = 2.0**24  # that the loss scale grows to: on the CPU gradients are float32, and no overflow ends it
+
 
 def learning_rate(
     step: int, total_steps: int, peak: float, kind: str = "cosine", warmup_steps: int = 0, end: float = 0.0
@@ -62,9 +64,6 @@ def _flat_tensor(tensor: Tensor) -> Tensor:
 @_put.register("Tensor", "Tensor", "Number", "Number")
 def _put_tensor(vector: Tensor, parameter: Parameter, start: int, size: int) -> Tensor:
     return _assign(parameter, _reshape(_slice(vector, (start,), (size,)), parameter.shape))
-
-
-HIGHEST_SCALE = 2.0**24  # that the loss scale grows to: on the CPU gradients are float32, and no overflow ends it
 
 
 class Flatten(nn.Cell):

@@ -26,6 +26,11 @@ DECIDES = {
     "callbacks.EvalCallBack.step_interval": "eval_intervals",
     "callbacks.EvalCallBack.epoch_interval": "eval_intervals",
     "runner_wrapper.use_clip_grad": "max_grad_norm",
+    **{
+        f"{name}_dataset.{key}": "sources"
+        for name in ("train", "eval")
+        for key in ("data_loader.dataset_dir", "data_loader.path", "data_loader.data_files", "mix.dataset_dir")
+    },
 }
 # keys of which every accepted value means the same, and the one on which the command line itself decides
 CHECKED_ON_LOADING = {

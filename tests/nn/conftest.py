@@ -29,3 +29,20 @@ def gradients() -> Callable:
         return value.asnumpy(), [g.asnumpy() for g in grads]
 
     return run
+
+
+@pytest.fixture
+def squares() -> Callable:
+    """``squares(cell)``: a cell that gives the sum of the squares of what ``cell`` gives."""
+    from mindspore import nn
+
+    class Squares(nn.Cell):
+        def __init__(self, cell: nn.Cell):
+            super().__init__()
+            self.cell = cell
+
+        def construct(self, x):
+            y = self.cell(x)
+            return (y * y).sum()
+
+    return Squares

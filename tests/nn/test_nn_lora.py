@@ -142,7 +142,7 @@ def test_dropout_acts_in_training_alone_and_keeps_the_expectation():
     np.testing.assert_array_equal(layer(zeros).asnumpy(), np.zeros((256, size), np.float32))
 
 
-def test_gradients_with_dropout(gradients):
+def test_gradients_with_dropout(gradients, squares):
     layer = adapted(True, lora_dropout=0.4).set_train(True)
     table = DrawTable([layer.lora_dropout.draws], 9, IN, seed=3)
     table.fill(2, 1)
@@ -152,21 +152,12 @@ def test_gradients_with_dropout(gradients):
     assert 0 < (kept == 0).mean() < 1
     x = RNG.standard_normal((9, IN)).astype(np.float32)
 
-    class Squares(nn.Cell):
-        def __init__(self):
-            super().__init__()
-            self.layer = layer
-
-        def construct(self, x):
-            y = self.layer(x)
-            return (y * y).sum()
-
     y = x @ W.T + BIAS + ALPHA / RANK * (x * kept) @ A.T @ B.T
-    value, (d_x,) = gradients(Squares(), (0,), x)
+    value, (d_x,) = gradients(squares(layer), (0,), x)
     np.testing.assert_allclose(value, (y * y).sum(), rtol=1e-5)
     np.testing.assert_allclose(d_x, 2 * (y @ W + ALPHA / RANK * (y @ B @ A) * kept), rtol=1e-4, atol=1e-4)
     factors = ms.ParameterTuple([layer.lora_a, layer.lora_b])
-    d_a, d_b = ms.grad(Squares(), None, factors)(Tensor(x))
+    d_a, d_b = ms.grad(squares(layer), None, factors)(Tensor(x))
     np.testing.assert_allclose(d_a.asnumpy(), 2 * ALPHA / RANK * (y @ B).T @ (x * kept), rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(d_b.asnumpy(), 2 * ALPHA / RANK * y.T @ (x * kept @ A.T), rtol=1e-4, atol=1e-4)
     table.close()

@@ -2,7 +2,7 @@
 
 import mindspore as ms
 import numpy as np
-from mindspore import Tensor, nn
+from mindspore import Tensor
 
 from lora_ms.nn import product
 from lora_ms.nn.lora import LoRADense
@@ -50,7 +50,7 @@ def test_the_loss_with_a_head_in_half(graph_mode):
     np.testing.assert_allclose(float(loss.asnumpy()), expected, rtol=1e-4)
 
 
-def test_an_adapter_on_a_weight_in_half(gradients):
+def test_an_adapter_on_a_weight_in_half(gradients, squares):
     rng = np.random.default_rng(1)
     x, weight = rng.standard_normal((6, 8), np.float32), rng.standard_normal((4, 8)).astype(np.float16)
     layer = LoRADense(8, 4, 2, 3.0, weight_init=Tensor(weight), has_bias=False, dtype=ms.float16)
@@ -60,14 +60,5 @@ def test_an_adapter_on_a_weight_in_half(gradients):
     whole = weight.astype(np.float64) + 1.5 * b @ a
     np.testing.assert_allclose(layer(Tensor(x)).asnumpy(), x @ whole.T, rtol=1e-5, atol=1e-5)
 
-    class Squares(nn.Cell):
-        def __init__(self):
-            super().__init__()
-            self.layer = layer
-
-        def construct(self, x):
-            y = self.layer(x)
-            return (y * y).sum()
-
-    (d_x,) = gradients(Squares(), (0,), x)[1]
+    (d_x,) = gradients(squares(layer), (0,), x)[1]
     np.testing.assert_allclose(d_x, 2 * x @ whole.T @ whole, rtol=1e-5, atol=1e-4)
