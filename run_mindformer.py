@@ -1,3 +1,3 @@
-from lora_ms.cli import run_mindformer
+from lora_ms.cli.main import run_mindformer
 
 raise SystemExit(run_mindformer())

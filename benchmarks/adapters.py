@@ -42,8 +42,8 @@ def ours(args, ids: np.ndarray) -> dict[str, float]:
     from mindspore import Tensor
 
     import lora_ms
-    from lora_ms.runtime import setup
-    from lora_ms.train.optim import FlatAdamW
+    from lora_ms.runtime.device import setup
+    from lora_ms.train.optimizer import FlatAdamW
     from lora_ms.train.step import MicroStep, SummedLoss
 
     setup("CPU")

@@ -25,7 +25,7 @@ def ours(args, prompts: list[list[int]]):
 
     from lora_ms.infer.generate import Generator
     from lora_ms.models.hub import load_directory
-    from lora_ms.runtime import setup
+    from lora_ms.runtime.device import setup
 
     setup("CPU")
     generator = Generator(load_directory(args.model, getattr(ms, args.dtype)))

@@ -34,17 +34,17 @@ def main() -> None:
 
     import numpy as np
 
-    from lora_ms import runtime
     from lora_ms.adapters.config import LoraConfig
     from lora_ms.adapters.inject import inject
     from lora_ms.data.example import TokenRow
     from lora_ms.data.loader import DataPlan
     from lora_ms.models.decoder import DecoderConfig
     from lora_ms.models.hub import new_model
-    from lora_ms.tasks.weights import weights_of
+    from lora_ms.recipes.outputs import weights_of
+    from lora_ms.recipes.train import fit, plan_rows
+    from lora_ms.runtime import device as runtime
     from lora_ms.train.callbacks import TrainerCallback
     from lora_ms.train.evaluation import Evaluator
-    from lora_ms.train.fit import fit, plan_rows
     from lora_ms.train.settings import TrainSettings
 
     class Watch(TrainerCallback):

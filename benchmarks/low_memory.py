@@ -19,7 +19,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 CHILD = """
 import sys
-from lora_ms.cli import main
+from lora_ms.cli.main import main
 status = main(sys.argv[1:])
 print("peak", open("/proc/self/status").read().partition("VmHWM:")[2].split()[0])
 sys.exit(status)

@@ -62,8 +62,8 @@ def ours(args):
     from lora_ms.data.feed import feed
     from lora_ms.data.loader import DataPlan
     from lora_ms.models.hub import load_directory
-    from lora_ms.runtime import setup
-    from lora_ms.train.optim import FlatAdamW
+    from lora_ms.runtime.device import setup
+    from lora_ms.train.optimizer import FlatAdamW
     from lora_ms.train.step import MicroStep, SummedLoss
 
     setup("CPU")

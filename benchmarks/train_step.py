@@ -42,8 +42,8 @@ def ours(args):
     from lora_ms.data.example import TokenRow
     from lora_ms.data.loader import DataPlan
     from lora_ms.models.hub import load_directory
-    from lora_ms.runtime import setup
-    from lora_ms.train.optim import FlatAdamW
+    from lora_ms.runtime.device import setup
+    from lora_ms.train.optimizer import FlatAdamW
     from lora_ms.train.step import SummedLoss, micro_step
 
     setup("CPU", graph_kernel=args.graph_kernel)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 os.environ.setdefault("GLOG_v", "3")  # MindSpore's log: errors only
 
-from lora_ms import AutoModelForCausalLM, AutoTokenizer, PeftModel, cli
+from lora_ms import AutoModelForCausalLM, AutoTokenizer, PeftModel
+from lora_ms.cli import main as cli
 from lora_ms.data.example import Message
 from lora_ms.infer.chat import Speaker
 from lora_ms.infer.generate import Generator

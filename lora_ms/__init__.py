@@ -22,11 +22,11 @@ def __getattr__(name: str):
 
         return LoraMsError
     if name == "LoRADense":
-        from lora_ms.nn.lora import LoRADense
+        from lora_ms.adapters.methods.lora_cells import LoRADense
 
         return LoRADense
     if name in ("PeftModel", "get_peft_model"):
-        from lora_ms import peft_model
+        from lora_ms.python import peft_model
 
         return getattr(peft_model, name)
     if name in ("LoraConfig", "AdaLoraConfig"):
@@ -34,7 +34,7 @@ def __getattr__(name: str):
 
         return getattr(config, name)
     if name in __all__:
-        from lora_ms import api
+        from lora_ms.python import api
 
         return getattr(api, name)
     raise AttributeError(f"module 'lora_ms' has no attribute {name!r}")

@@ -20,7 +20,7 @@ REFERENCE = ROOT / "tests" / "reference"
 @pytest.fixture(scope="session")
 def graph_mode() -> None:
     """MindSpore as training uses it: static graphs, on the CPU."""
-    from lora_ms import runtime
+    from lora_ms.runtime import device as runtime
 
     runtime.setup("CPU")
 
@@ -29,8 +29,8 @@ def graph_mode() -> None:
 def own(request, graph_mode) -> Iterator[bool]:
     """Whether cells that a test makes compute with our own operators for the CPU; it runs once so, once with
     MindSpore's. Fails where ours cannot be compiled."""
-    from lora_ms import cpu
-    from lora_ms.nn import cpu as operators
+    from lora_ms.ops import native as operators
+    from lora_ms.runtime import native_build as cpu
 
     library, why = cpu.build()
     assert library is not None, why

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-from lora_ms import cli
+from lora_ms.cli import main as cli
 from lora_ms.config import load_config
 from lora_ms.config.schema import RunConfig
 from lora_ms.errors import LoraMsError
@@ -86,14 +86,16 @@ FLAGS = [
 
 @pytest.fixture
 def ran(monkeypatch):
-    """The tasks that the command line started: (task, its arguments)."""
+    """The commands that the command line started: (command, its arguments)."""
     calls = []
-    tasks = ModuleType("lora_ms.tasks")
-    for name in ("finetune", "predict", "chat", "evaluate", "merge", "check_adapter", "combine", "bridge"):
-        task = ModuleType(f"lora_ms.tasks.{name}")
-        task.run = lambda *arguments, name=name, **named: calls.append((name, *arguments, *([named] if named else [])))
-        setattr(tasks, name, task)
-    monkeypatch.setitem(sys.modules, "lora_ms.tasks", tasks)
+    names = ("finetune", "predict", "chat", "evaluate", "merge", "check_adapter", "combine", "mindformers")
+    for package in ("lora_ms.commands", "lora_ms.recipes"):
+        stand_in = ModuleType(package)
+        for name in names:
+            command = ModuleType(f"{package}.{name}")
+            command.run = lambda *args, name=name, **named: calls.append((name, *args, *([named] if named else [])))
+            setattr(stand_in, name, command)
+        monkeypatch.setitem(sys.modules, package, stand_in)
     return calls
 
 
@@ -108,7 +110,7 @@ def value_at(config: RunConfig, key: str):
 def test_flag_lands_on_its_key(ran, flag, key, value):
     assert cli.main(["finetune", "--config", YAML, *flag.split()]) == 0
     [(task, config)] = ran
-    assert task == ("bridge" if key == "backend" else "finetune")
+    assert task == ("mindformers" if key == "backend" else "finetune")
     assert value_at(config, key) == value
     assert type(value_at(config, key)) is type(value)
 
@@ -182,7 +184,7 @@ def test_commands_without_a_configuration(ran, words, task, given):
 
 @pytest.mark.parametrize(("faults", "status"), [(0, 0), (3, 2)])
 def test_check_adapter_says_by_its_status_whether_there_are_faults(ran, faults, status):
-    sys.modules["lora_ms.tasks"].check_adapter.run = lambda **named: faults
+    sys.modules["lora_ms.commands"].check_adapter.run = lambda **named: faults
     assert cli.main(["check-adapter", "--load_adapter", "a"]) == status
 
 
@@ -190,7 +192,7 @@ def test_tools_and_their_tasks_agree_on_names():
     """Every flag is an argument of the task, and every argument a flag; where both have defaults, they are equal."""
     import inspect
 
-    from lora_ms.tasks import check_adapter, combine, merge
+    from lora_ms.commands import check_adapter, combine, merge
 
     for name, task in (("merge", merge), ("check-adapter", check_adapter), ("adapters combine", combine)):
         arguments = inspect.signature(task.run).parameters
@@ -358,7 +360,7 @@ def test_debug_raises(ran):
 
 
 def test_an_interrupt_while_libraries_are_imported_ends_the_process_quietly():
-    script = "import os, signal\nfrom lora_ms.cli import _ended_by_ctrl_c\n{}"
+    script = "import os, signal\nfrom lora_ms.cli.main import _ended_by_ctrl_c\n{}"
     script += "\nwith _ended_by_ctrl_c():\n    os.kill(os.getpid(), signal.SIGINT)"
     done = [
         subprocess.run([sys.executable, "-c", script.format(text)], cwd=ROOT, capture_output=True, text=True)
@@ -377,7 +379,7 @@ def test_interrupt_is_quiet(ran, capsys):
     def interrupted(config):
         raise KeyboardInterrupt
 
-    sys.modules["lora_ms.tasks"].finetune.run = interrupted
+    sys.modules["lora_ms.commands"].finetune.run = interrupted
     assert cli.main(["finetune", "--config", YAML]) == 130
     assert capsys.readouterr() == ("", "")
 
@@ -387,7 +389,7 @@ def test_interrupt_is_quiet(ran, capsys):
 )
 def test_help_imports_nothing_heavy(words):
     script = (
-        "import sys; from lora_ms.cli import main; status = main(sys.argv[1:]); "
+        "import sys; from lora_ms.cli.main import main; status = main(sys.argv[1:]); "
         "heavy = {'mindspore', 'pydantic', 'yaml', 'numpy', 'transformers'} & set(sys.modules); "
         "sys.exit(f'{status} {heavy}' if status or heavy else 0)"
     )
@@ -415,7 +417,9 @@ def test_help_lists_the_methods_of_combining(capsys):
 def test_a_reader_that_leaves_is_no_error():
     read, write = os.pipe()
     os.close(read)
-    script = "import sys; from lora_ms import cli; sys.exit(cli._guarded(lambda argv: print('line') or 0, []))"
+    script = (
+        "import sys; from lora_ms.cli.main import _guarded; sys.exit(_guarded(lambda argv: print('line') or 0, []))"
+    )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
     assert (done.returncode, done.stderr) == (141, "")

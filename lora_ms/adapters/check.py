@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lora_ms import storage
-from lora_ms.adapters import files, hf_merge
+from lora_ms.adapters import lowrank
+from lora_ms.adapters import offline_merge as hf_merge
+from lora_ms.adapters import peft_files as files
 from lora_ms.adapters.config import AdaLoraConfig, LoraConfig
 from lora_ms.adapters.matching import by_pattern, leaf_of
 from lora_ms.errors import LoraMsError
-from lora_ms.nn import lowrank
 from lora_ms.storage import Entry
 
 OK, WARNING, FAULT = "ok", "warning", "fault"

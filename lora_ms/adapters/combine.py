@@ -9,9 +9,12 @@ from pathlib import Path
 import numpy as np
 
 from lora_ms import storage
+from lora_ms.adapters import lowrank
 from lora_ms.adapters.arithmetic import Array, Factors, Mix, combined_pair, widened
 from lora_ms.adapters.config import AdaLoraConfig, LoraConfig
-from lora_ms.adapters.files import (
+from lora_ms.adapters.matching import EMBEDDINGS, Place, by_pattern, leaf_of
+from lora_ms.adapters.peft_config import Adapted, to_peft
+from lora_ms.adapters.peft_files import (
     CONFIG,
     PREFIX,
     WEIGHTS,
@@ -20,10 +23,7 @@ from lora_ms.adapters.files import (
     read_entries,
     split_key,
 )
-from lora_ms.adapters.matching import EMBEDDINGS, Place, by_pattern, leaf_of
-from lora_ms.adapters.peft_config import Adapted, to_peft
 from lora_ms.errors import LoraMsError
-from lora_ms.nn import lowrank
 
 DENSE_NAMES = ("lora_A.weight", "lora_B.weight")
 EMBEDDING_NAMES = ("lora_embedding_A", "lora_embedding_B")

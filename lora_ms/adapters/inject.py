@@ -12,13 +12,13 @@ from mindspore.common.initializer import initializer
 
 from lora_ms.adapters.config import AdaLoraConfig, LoraConfig
 from lora_ms.adapters.matching import Place, gaps, leaf_of, places, ranges
+from lora_ms.adapters.methods.embedding_cells import DoRAEmbedding, LoRAEmbedding
+from lora_ms.adapters.methods.lora_cells import AdaLoRADense, DoRADense, LoRADense, default_a
+from lora_ms.adapters.methods.modules_to_save_cells import TrainedDense, TrainedEmbedding, TrainedHead, TrainedNorm
 from lora_ms.errors import LoraMsError
 from lora_ms.nn.layers import Embedding, Head, RMSNorm
-from lora_ms.nn.lora import AdaLoRADense, DoRADense, LoRADense, default_a
-from lora_ms.nn.lora_embedding import DoRAEmbedding, LoRAEmbedding
 from lora_ms.nn.parallel import WHOLE, Shard, split_axis
-from lora_ms.nn.product import ProductDense
-from lora_ms.nn.trained import TrainedDense, TrainedEmbedding, TrainedHead, TrainedNorm
+from lora_ms.nn.projection import ProductDense
 
 ADAPTERS = (LoRADense, LoRAEmbedding)
 TRAINED = (TrainedHead, TrainedDense, TrainedEmbedding, TrainedNorm)

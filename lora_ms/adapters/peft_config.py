@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from lora_ms.adapters.config import AdaLoraConfig, LoraConfig
+from lora_ms.adapters.lowrank import takes_out
 from lora_ms.adapters.matching import Place, leaf_of
 from lora_ms.errors import LoraMsError
-from lora_ms.nn.lowrank import takes_out
 
 # keys that change numbers and are not computed here, beside those that are empty
 UNSUPPORTED = (

@@ -10,18 +10,8 @@ from mindspore import Parameter, Tensor, nn
 from numpy.typing import NDArray
 
 from lora_ms import storage
+from lora_ms.adapters import lowrank
 from lora_ms.adapters.config import AdaLoraConfig, LoraConfig
-from lora_ms.adapters.files import (
-    CONFIG,
-    FACTORS,
-    PREFIX,
-    WEIGHTS,
-    check_finite,
-    check_patterns,
-    read_adapter_config,
-    read_entries,
-    split_key,
-)
 from lora_ms.adapters.inject import (
     ADAPTERS,
     TRAINED,
@@ -35,8 +25,18 @@ from lora_ms.adapters.inject import (
 )
 from lora_ms.adapters.matching import Place, by_pattern
 from lora_ms.adapters.peft_config import Adapted, to_peft
+from lora_ms.adapters.peft_files import (
+    CONFIG,
+    FACTORS,
+    PREFIX,
+    WEIGHTS,
+    check_finite,
+    check_patterns,
+    read_adapter_config,
+    read_entries,
+    split_key,
+)
 from lora_ms.errors import LoraMsError
-from lora_ms.nn import lowrank
 from lora_ms.nn.parallel import WHOLE, Shard
 
 Array = NDArray[np.float32]

@@ -7,16 +7,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lora_ms.adapters import files as peft_files
+from lora_ms.adapters import peft_files
 from lora_ms.adapters.config import AdaLoraConfig, LoraConfig
-from lora_ms.adapters.hf_merge import modules_of
+from lora_ms.adapters.lowrank import takes_out
 from lora_ms.adapters.matching import Place, by_pattern, layer_index
+from lora_ms.adapters.offline_merge import modules_of
 from lora_ms.adapters.peft_config import Adapted, to_peft
 from lora_ms.bridge.files import Stored, of_entry, planned
 from lora_ms.bridge.layout import Heads, inverse
 from lora_ms.errors import LoraMsError
 from lora_ms.models.mindformers_names import FUSED, mindformers_module, split_name
-from lora_ms.nn.lowrank import takes_out
 from lora_ms.storage import Planned
 
 # naming -> (which cells' names, what stands for A and for B)

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from lora_ms import storage
 from lora_ms.adapters import inject as injection
 from lora_ms.adapters.config import AdaLoraConfig, LoraConfig
-from lora_ms.adapters.files import CONFIG, PREFIX, WEIGHTS, read_adapter_config, read_entries
-from lora_ms.adapters.hf_merge import modules_of
 from lora_ms.adapters.matching import Place, by_pattern, places
+from lora_ms.adapters.offline_merge import modules_of
 from lora_ms.adapters.peft_config import Adapted, to_peft
+from lora_ms.adapters.peft_files import CONFIG, PREFIX, WEIGHTS, read_adapter_config, read_entries
 from lora_ms.adapters.peft_format import packed
 from lora_ms.bridge import adapters, weights
 from lora_ms.bridge.adapters import module_parts

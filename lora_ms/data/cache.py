@@ -15,12 +15,13 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_ms import machine, storage
+from lora_ms import storage
 from lora_ms.data.pipeline import Preparation, check_vocabulary, finish, prepare_rows, read, tokenise
 from lora_ms.data.readers import find_files
 from lora_ms.data.report import Report, Tally
 from lora_ms.data.store import StoreWriter, TokenStore
 from lora_ms.data.templates import template_of
+from lora_ms.runtime import host as machine
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -6,11 +6,11 @@ import mindspore as ms
 from mindspore import Tensor, nn, ops
 
 from lora_ms.nn.attention import Attention, attention_bias, uses_flash
-from lora_ms.nn.kernels import RowMask
 from lora_ms.nn.layers import MLP, Embedding, Head, RMSNorm, SplitEmbedding
 from lora_ms.nn.parallel import WHOLE, Shard
-from lora_ms.nn.product import WeightMatMul, stream_dtype
+from lora_ms.nn.projection import WeightMatMul, stream_dtype
 from lora_ms.nn.rope import RotaryTables, inverse_frequencies
+from lora_ms.ops.portable import RowMask
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,11 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 
-from lora_ms.nn import cpu
-from lora_ms.nn.heads import SwapKernel
-from lora_ms.nn.kernels import MASKED, AttentionKernel, FlashAttentionKernel, RotaryKernel, fuses
+from lora_ms.nn.head_layout import SwapKernel
 from lora_ms.nn.layers import RMSNorm, dense
 from lora_ms.nn.parallel import WHOLE, Shard, enter, leave
+from lora_ms.ops import native as cpu
+from lora_ms.ops.portable import MASKED, AttentionKernel, FlashAttentionKernel, RotaryKernel, fuses
 
 
 def uses_flash(flash_attention: bool, dtype: ms.Type) -> bool:
@@ -25,7 +25,7 @@ def attention_bias(attention_mask: Tensor, batch: int, seq: int, num_heads: int,
 
 
 class Attention(nn.Cell):
-    """Attention over x [t, h] with t = b * s; shape legend in ``lora_ms.nn.kernels``; of ``shard``, its heads."""
+    """Attention over x [t, h] with t = b * s; shape legend in ``lora_ms.ops.portable``; of ``shard``, its heads."""
 
     def __init__(
         self,

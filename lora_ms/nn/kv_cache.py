@@ -3,8 +3,8 @@
 import mindspore as ms
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
-from lora_ms.nn import cpu
-from lora_ms.nn.kernels import MASKED
+from lora_ms.ops import native as cpu
+from lora_ms.ops.portable import MASKED
 
 
 class KVCache(nn.Cell):

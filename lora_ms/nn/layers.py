@@ -4,10 +4,10 @@ import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import initializer
 
-from lora_ms.nn import cpu
-from lora_ms.nn.kernels import GatedSiLUKernel, RMSNormKernel
 from lora_ms.nn.parallel import WHOLE, Shard, enter, leave
-from lora_ms.nn.product import ProductDense, stream_dtype
+from lora_ms.nn.projection import ProductDense, stream_dtype
+from lora_ms.ops import native as cpu
+from lora_ms.ops.portable import GatedSiLUKernel, RMSNormKernel
 
 
 def dense(in_features: int, out_features: int, has_bias: bool, dtype: ms.Type) -> nn.Dense:

@@ -4,9 +4,9 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 
-from lora_ms.nn import cpu
 from lora_ms.nn.parallel import Shard
-from lora_ms.nn.product import HeadProduct
+from lora_ms.nn.projection import HeadProduct
+from lora_ms.ops import native as cpu
 
 IGNORE_INDEX = -100  # a label that teaches nothing
 

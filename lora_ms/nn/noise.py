@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 
-from lora_ms.nn.draws import Draws
+from lora_ms.nn.dropout import Draws
 
 
 class NoisyEmbedding(nn.Cell):

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from lora_ms import storage
 from lora_ms.errors import LoraMsError, WriteError
-from lora_ms.train.optim import FlatAdamW
+from lora_ms.train.optimizer import FlatAdamW
 
 OPTIMIZER = "optimizer.safetensors"
 STATE = "trainer_state.json"

@@ -9,7 +9,7 @@ import numpy as np
 from mindspore import Tensor, nn
 
 from lora_ms.data.loader import DataPlan
-from lora_ms.runtime import Runtime
+from lora_ms.runtime.device import Runtime
 from lora_ms.train.callbacks import Evaluation
 from lora_ms.train.layerwise import LabelScores
 from lora_ms.train.step import SummedLoss

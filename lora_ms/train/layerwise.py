@@ -15,7 +15,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
 from lora_ms.nn.graph import Graph
-from lora_ms.train.optim import FlatAdamW
+from lora_ms.train.optimizer import FlatAdamW
 from lora_ms.train.recompute import EmbeddingGradients, Halves, HalvesGradients, Parts, Start, UpperGradients, joined
 
 # of a block. MindSpore runs a graph of up to 100 kernels in the caller's thread, which then waits for the two others in

@@ -11,7 +11,7 @@ from mindspore import Parameter, Tensor, nn, ops
 
 from lora_ms.errors import LoraMsError
 from lora_ms.nn.graph import Graph
-from lora_ms.train.optim import Flatten
+from lora_ms.train.optimizer import Flatten
 
 
 class _Finish(nn.Cell):

@@ -11,7 +11,7 @@ from lora_ms.nn.graph import Graph
 from lora_ms.nn.loss import summed_cross_entropy
 from lora_ms.nn.parallel import WHOLE, Shard
 from lora_ms.train.layerwise import LayerwiseStep
-from lora_ms.train.optim import FlatAdamW
+from lora_ms.train.optimizer import FlatAdamW
 from lora_ms.train.recompute import LayerGradients, recomputed_layers
 
 CHUNK_NUMBERS = 1 << 24  # logits held at once in the loss: 64 MB in float32

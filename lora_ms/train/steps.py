@@ -10,16 +10,16 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn
 
+from lora_ms.adapters.methods.lora_cells import LoRADense
 from lora_ms.data.feed import Step, feed
 from lora_ms.data.loader import DataPlan
 from lora_ms.errors import LoraMsError
-from lora_ms.nn.draws import Draws, DrawTable
-from lora_ms.nn.lora import LoRADense
+from lora_ms.nn.dropout import Draws, DrawTable
 from lora_ms.nn.noise import EmbeddingNoise
-from lora_ms.runtime import Runtime, peak_memory_mb
+from lora_ms.runtime.device import Runtime, peak_memory_mb
 from lora_ms.train import groups
 from lora_ms.train.callbacks import Companion, Record
-from lora_ms.train.optim import FlatAdamW, learning_rate, loraplus_factors
+from lora_ms.train.optimizer import FlatAdamW, learning_rate, loraplus_factors
 from lora_ms.train.settings import TrainSettings
 from lora_ms.train.step import SummedLoss, micro_step
 

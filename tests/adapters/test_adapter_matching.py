@@ -8,10 +8,10 @@ from lora_ms.adapters.config import LoraConfig
 from lora_ms.adapters.inject import freeze, inject, lora_layers, report, select
 from lora_ms.adapters.matching import matches
 from lora_ms.adapters.merge import merge
+from lora_ms.adapters.methods.lora_cells import LoRADense
 from lora_ms.errors import LoraMsError
 from lora_ms.models.decoder import CausalLM, DecoderConfig
 from lora_ms.models.hub import new_model
-from lora_ms.nn.lora import LoRADense
 
 pytestmark = pytest.mark.usefixtures("graph_mode")
 SIZES = DecoderConfig(

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from lora_ms.cli import main, run_mindformer
-from lora_ms.tasks import convert
+from lora_ms.cli.main import main, run_mindformer
+from lora_ms.commands import convert
 
 HERE = Path(__file__).parent
 REFERENCE = HERE.parent / "reference"

@@ -11,7 +11,7 @@ import pytest
 
 from lora_ms.bridge import model, package, settings, trainer
 from lora_ms.bridge.layout import Heads
-from lora_ms.cli import main
+from lora_ms.cli.main import main
 from lora_ms.config import load_config
 from lora_ms.errors import LoraMsError
 from lora_ms.models.decoder import DecoderConfig

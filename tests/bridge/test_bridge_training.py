@@ -14,8 +14,8 @@ import yaml
 from numpy.testing import assert_allclose, assert_array_equal
 
 from lora_ms.adapters.peft_format import load_adapter, read_tensors
+from lora_ms.commands import check_adapter, convert, convert_adapter, merge
 from lora_ms.models.hub import load_directory
-from lora_ms.tasks import check_adapter, convert, convert_adapter, merge
 
 pytestmark = [pytest.mark.mindformers, pytest.mark.slow]
 

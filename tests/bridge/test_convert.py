@@ -10,13 +10,13 @@ from mindspore import Tensor
 from numpy.testing import assert_array_equal
 
 from lora_ms import storage
-from lora_ms.adapters.files import CONFIG, PREFIX, WEIGHTS
+from lora_ms.adapters.peft_files import CONFIG, PREFIX, WEIGHTS
 from lora_ms.bridge.files import in_memory, read_file
 from lora_ms.bridge.layout import Heads, inverse
-from lora_ms.cli import main
+from lora_ms.cli.main import main
+from lora_ms.commands import convert, convert_adapter
 from lora_ms.errors import LoraMsError
 from lora_ms.models.mindformers_names import hugging_face_name, mindformers_name
-from lora_ms.tasks import convert, convert_adapter
 
 LAYERS = 2
 RANK = 4

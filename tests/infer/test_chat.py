@@ -4,10 +4,10 @@ import builtins
 
 import pytest
 
-from lora_ms import cli
+from lora_ms.cli import main as cli
+from lora_ms.commands.chat import fit_history
 from lora_ms.data.example import Message
 from lora_ms.infer.chat import Stream
-from lora_ms.tasks.chat import fit_history
 
 MODEL = "examples/tiny/model"
 

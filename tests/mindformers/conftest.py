@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from mindspore import Parameter, Tensor, nn
 
-from lora_ms import runtime
 from lora_ms.adapters.config import LoraConfig
 from lora_ms.adapters.inject import inject
 from lora_ms.models.decoder import CausalLM, DecoderConfig
 from lora_ms.models.hub import hugging_face_name, load_directory
+from lora_ms.runtime import device as runtime
 
 REFERENCE = Path(__file__).parents[1] / "reference"
 SEQ = 12  # ids in a row; MindFormers' causal mask has one size

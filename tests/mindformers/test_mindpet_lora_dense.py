@@ -8,7 +8,7 @@ import pytest
 from mindspore import Tensor, nn
 from numpy.testing import assert_allclose
 
-from lora_ms.nn.lora import LoRADense
+from lora_ms.adapters.methods.lora_cells import LoRADense
 
 pytestmark = pytest.mark.mindformers
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from mindspore import Tensor
 
-from lora_ms.nn.draws import DropoutKernel
+from lora_ms.nn.dropout import DropoutKernel
 
 P, SHAPE = 0.1, (512, 256)
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from mindspore import Tensor
 
-from lora_ms.nn.heads import SwapKernel
+from lora_ms.nn.head_layout import SwapKernel
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 5, 4), (1, 6, 2, 4)])

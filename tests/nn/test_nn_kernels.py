@@ -6,7 +6,7 @@ import pytest
 from mindspore import Tensor, nn
 
 from lora_ms.nn.attention import Attention, attention_bias
-from lora_ms.nn.kernels import AttentionKernel, ColumnScaleKernel, LowRankKernel, RMSNormKernel, RotaryKernel
+from lora_ms.ops.portable import AttentionKernel, ColumnScaleKernel, LowRankKernel, RMSNormKernel, RotaryKernel
 
 pytestmark = pytest.mark.usefixtures("graph_mode")
 

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from mindspore import Tensor, nn
 
-from lora_ms.nn.draws import DrawTable
-from lora_ms.nn.lora import LoRADense
-from lora_ms.nn.product import ProductDense
+from lora_ms.adapters.methods.lora_cells import LoRADense
+from lora_ms.nn.dropout import DrawTable
+from lora_ms.nn.projection import ProductDense
 
 pytestmark = pytest.mark.usefixtures("graph_mode")
 RNG = np.random.default_rng(5)

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from mindspore import Parameter, Tensor, nn, ops
 
+from lora_ms.adapters.methods.embedding_cells import DoRAEmbedding, LoRAEmbedding
+from lora_ms.adapters.methods.lora_cells import AdaLoRADense, DoRADense, LoRADense
 from lora_ms.nn.layers import Embedding
-from lora_ms.nn.lora import AdaLoRADense, DoRADense, LoRADense
-from lora_ms.nn.lora_embedding import DoRAEmbedding, LoRAEmbedding
 
 pytestmark = pytest.mark.usefixtures("graph_mode")
 T, IN, OUT, RANK, ALPHA = 4, 6, 5, 2, 3.0

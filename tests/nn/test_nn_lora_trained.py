@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from mindspore import Tensor, nn
 
+from lora_ms.adapters.methods.modules_to_save_cells import TrainedDense, TrainedEmbedding, TrainedHead, TrainedNorm
 from lora_ms.nn.layers import Embedding, Head, RMSNorm
-from lora_ms.nn.trained import TrainedDense, TrainedEmbedding, TrainedHead, TrainedNorm
 
 pytestmark = pytest.mark.usefixtures("graph_mode")
 RNG = np.random.default_rng(7)

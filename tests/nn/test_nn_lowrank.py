@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lora_ms.nn import lowrank
+from lora_ms.adapters import lowrank
 
 OUT, IN, RANK = 12, 10, 4
 

@@ -9,7 +9,7 @@ from lora_ms.adapters.inject import inject
 from lora_ms.adapters.peft_format import adapter_tensors, read_tensors, save_adapter
 from lora_ms.models.hub import load_directory
 from lora_ms.nn.parallel import WHOLE, Shard, split_axis
-from lora_ms.train.optim import FlatAdamW
+from lora_ms.train.optimizer import FlatAdamW
 
 pytestmark = pytest.mark.usefixtures("graph_mode")
 SHARDS = [Shard(0, 2, "ranks_0_1"), Shard(1, 2, "ranks_0_1")]

@@ -4,10 +4,10 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor
 
-from lora_ms.nn import product
-from lora_ms.nn.lora import LoRADense
+from lora_ms.adapters.methods.lora_cells import LoRADense
+from lora_ms.nn import projection as product
 from lora_ms.nn.loss import SummedCrossEntropy
-from lora_ms.nn.product import HeadProduct, WeightMatMul
+from lora_ms.nn.projection import HeadProduct, WeightMatMul
 
 
 def test_a_weight_in_half(graph_mode):

@@ -69,14 +69,14 @@ def train(graph_mode, reference, rows, settings) -> Callable[..., Finished]:
     import mindspore as ms
     from safetensors.numpy import load_file
 
-    from lora_ms import runtime
     from lora_ms.adapters.config import LoraConfig
     from lora_ms.adapters.inject import inject
     from lora_ms.data.store import TokenStore
     from lora_ms.models.hub import load_directory
-    from lora_ms.tasks.weights import weights_of
+    from lora_ms.recipes.outputs import weights_of
+    from lora_ms.recipes.train import fit, held_out_plan, plan_rows
+    from lora_ms.runtime import device as runtime
     from lora_ms.train.evaluation import Evaluator
-    from lora_ms.train.fit import fit, held_out_plan, plan_rows
 
     def run(
         path, dropout=0.0, plan=None, prepare=None, name="qwen2", dtype=ms.float32, data=rows, callbacks=(),

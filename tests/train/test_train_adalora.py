@@ -4,7 +4,10 @@ import numpy as np
 import pytest
 from mindspore import Tensor
 
-from lora_ms.adapters.adalora import (
+from lora_ms.adapters.config import AdaLoraConfig
+from lora_ms.adapters.inject import freeze, inject, lora_layers
+from lora_ms.adapters.methods.adalora_cells import Orthogonality, Span
+from lora_ms.adapters.methods.adalora_ranks import (
     RankAllocator,
     best,
     budget,
@@ -15,12 +18,9 @@ from lora_ms.adapters.adalora import (
     scheduled,
     triplet_scores,
 )
-from lora_ms.adapters.config import AdaLoraConfig
-from lora_ms.adapters.inject import freeze, inject, lora_layers
 from lora_ms.adapters.peft_format import load_adapter, save_adapter
 from lora_ms.errors import LoraMsError
 from lora_ms.models.hub import load_directory
-from lora_ms.nn.adalora import Orthogonality, Span
 
 TRACE = AdaLoraConfig(4, 4, target_rank=2, tinit=2, tfinal=3, delta_t=2, total_steps=12)
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from lora_ms.data.loader import DataPlan
-from lora_ms.train import adaptive, fit
+from lora_ms.recipes import train as fit
+from lora_ms.train import adaptive
 from lora_ms.train.adaptive import REST, MemoryMonitor
 
 

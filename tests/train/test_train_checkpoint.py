@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 
 from lora_ms.errors import LoraMsError
 from lora_ms.train import checkpoint
-from lora_ms.train.optim import FlatAdamW
+from lora_ms.train.optimizer import FlatAdamW
 
 pytestmark = pytest.mark.usefixtures("graph_mode")
 STATE = {"rows": 48, "rows_per_step": 8, "seed": 7, "trainable_numbers": 10}

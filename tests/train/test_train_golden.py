@@ -11,7 +11,7 @@ from lora_ms.data.collate import collate
 from lora_ms.data.example import TokenRow
 from lora_ms.models.hub import load_directory
 from lora_ms.train.layerwise import LayerwiseStep
-from lora_ms.train.optim import FlatAdamW
+from lora_ms.train.optimizer import FlatAdamW
 from lora_ms.train.step import MicroStep, SummedLoss
 
 pytestmark = pytest.mark.usefixtures("graph_mode")

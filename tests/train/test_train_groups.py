@@ -7,7 +7,7 @@ from mindspore import Parameter, Tensor
 
 from lora_ms.errors import LoraMsError
 from lora_ms.train.groups import Group, assign, describe, kind_of, rates_and_decays
-from lora_ms.train.optim import FlatAdamW
+from lora_ms.train.optimizer import FlatAdamW
 
 Q = "model.layers.0.self_attn.q_proj"
 NAMES = [f"{Q}.lora_a", f"{Q}.lora_b", f"{Q}.bias", "model.norm.weight", "lm_head.weight", "lm_head.lora_a"]

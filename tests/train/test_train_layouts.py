@@ -12,7 +12,7 @@ from lora_ms.data.example import TokenRow
 from lora_ms.data.loader import DataPlan
 from lora_ms.data.packing import Layout, Shape
 from lora_ms.models.hub import load_directory
-from lora_ms.train.optim import FlatAdamW
+from lora_ms.train.optimizer import FlatAdamW
 from lora_ms.train.step import MicroStep, SummedLoss
 
 pytestmark = pytest.mark.usefixtures("graph_mode")

@@ -10,7 +10,7 @@ from mindspore import Parameter, Tensor, nn, ops
 from lora_ms.adapters.config import LoraConfig
 from lora_ms.adapters.inject import inject
 from lora_ms.models.hub import load_directory
-from lora_ms.train.optim import FlatAdamW, learning_rate, loraplus_factors
+from lora_ms.train.optimizer import FlatAdamW, learning_rate, loraplus_factors
 
 ROOT3 = math.sqrt(3)
 

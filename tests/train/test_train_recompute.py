@@ -6,7 +6,7 @@ import pytest
 from lora_ms.errors import LoraMsError
 from lora_ms.train import layerwise
 from lora_ms.train.layerwise import LAYERS, LayerwiseStep
-from lora_ms.train.optim import FlatAdamW
+from lora_ms.train.optimizer import FlatAdamW
 from lora_ms.train.recompute import LayerGradients, recomputed_layers
 
 

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 from mindspore import Tensor
 
-from lora_ms.adapters.adalora import RankAllocator
 from lora_ms.adapters.config import AdaLoraConfig, LoraConfig
 from lora_ms.adapters.inject import adapter_cells, inject
+from lora_ms.adapters.methods.adalora_ranks import RankAllocator
+from lora_ms.adapters.methods.lora_cells import LoRADense
 from lora_ms.data.collate import collate
 from lora_ms.data.example import TokenRow
 from lora_ms.models.hub import load_directory
-from lora_ms.nn.lora import LoRADense
-from lora_ms.train.optim import FlatAdamW, loraplus_factors
+from lora_ms.train.optimizer import FlatAdamW, loraplus_factors
 from lora_ms.train.step import MicroStep, SummedLoss
 
 pytestmark = pytest.mark.usefixtures("graph_mode")

@@ -9,7 +9,7 @@ from lora_ms.errors import LoraMsError
 from lora_ms.train import profile as profile_module
 from lora_ms.train.callbacks import Evaluation, Record, RunState
 from lora_ms.train.profile import Cost, Profiling, read_costs, table
-from lora_ms.train.watch import Summaries, TensorBoard
+from lora_ms.train.tensorboard import Summaries, TensorBoard
 
 
 def state_at(step: int, folder: Path, total: int = 10) -> RunState:

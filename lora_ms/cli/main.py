@@ -1,0 +1,313 @@
+"""The command line: ``lora-ms COMMAND …`` and MindFormers' ``run_mindformer.py …``, with the same flags.
+
+Nothing heavy is imported before the flags are read, so that ``--help`` answers at once.
+"""
+
+import argparse
+import difflib
+import os
+import signal
+import sys
+import textwrap
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from lora_ms.cli.flags import FLAG_KEYS, OTHER_FLAGS, add_flags, flag_int
+from lora_ms.cli.parser import TOOLS, Help, Parser, Version, add_tools
+from lora_ms.errors import LoraMsError, out_of_memory
+
+COMMANDS = {
+    "finetune": "train an adapter (or, with pet_config: null, the whole model)",
+    "predict": "answer the prompts of --predict_data",
+    "chat": "talk with a model and its adapter",
+    "eval": "scores on eval_dataset, and of answers to a file of questions",
+    "estimate": "how much memory a run will take, and what fits where",
+    "preview": "rows as the model sees them, labels in colour",
+    "preprocess": "rows to MindRecord files, tokenised once; or, with --report, a look at them",
+}
+RUN_MODES = {"finetune": ("finetune", "train"), "predict": ("predict",), "chat": ("predict",), "eval": ("eval",)}
+DATA_COMMANDS = ("preview", "preprocess")  # they need a tokenizer, and no model
+RUN_MODES |= {name: ("finetune", "train") for name in (*DATA_COMMANDS, "estimate")}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``lora-ms``. Returns the exit status: 0, 2 for a fault of the user's, 130 when interrupted."""
+    return _guarded(_lora_ms, sys.argv[1:] if argv is None else list(argv))
+
+
+def run_mindformer(argv: Sequence[str] | None = None) -> int:
+    """``run_mindformer.py``: the command is ``--run_mode``, else the YAML's ``run_mode``. Returns the exit status."""
+    return _guarded(_run_mindformer, sys.argv[1:] if argv is None else list(argv))
+
+
+def _guarded(command: Any, argv: list[str]) -> int:
+    try:
+        try:
+            status = command(argv)
+        except SystemExit as stop:  # argparse, after --help or --version
+            status = int(stop.code or 0)
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `… | head`: nobody reads on, and the flush at exit must not say so either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (LoraMsError, MemoryError, RuntimeError) as fault:
+        if "--debug" in argv:
+            raise
+        text = str(fault) if isinstance(fault, LoraMsError) else out_of_memory(fault)
+        if text is None:
+            raise
+        print("error:", " ".join(text.split()), file=sys.stderr)
+        return 2
+
+
+def _lora_ms(argv: list[str]) -> int:
+    known, free_form = split_free_form(argv)
+    parser = Parser(
+        prog="lora-ms", description="Fine-tune Llama and Qwen models with LoRA on MindSpore.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action=Version, nargs=0, help="print the version and stop")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands", required=True)
+    for name, summary in COMMANDS.items():
+        command = commands.add_parser(
+            name,
+            help=summary,
+            description=f"lora-ms {name}: {summary}.",
+            allow_abbrev=False,
+            formatter_class=Help,
+            usage=f"lora-ms {name} [--config YAML] [flags]",
+        )
+        add_flags(command)
+        if name == "preview":
+            command.add_argument(
+                "--row", type=flag_int, metavar="N", help="row N of its file, as error lines count them"
+            )
+        if name == "preprocess":
+            command.add_argument("--report", action="store_true", help="say what is in the data, and write no rows")
+            text = "mindformers: rows of seq_length + 1 tokens, filled up; rows: each as long as it is"
+            command.add_argument("--layout", choices=("rows", "mindformers"), default="rows", help=text)
+    tools = add_tools(commands)
+    if known[:2] == ["adapters", "combine"] and {"-h", "--help"} & {*known}:
+        tools["adapters combine"].epilog = _methods()
+    args = _parse(parser, known, free_form)
+    if args.tool is not None:
+        return _run_tool(args)
+    if args.config is None and args.load_checkpoint is None and args.load_adapter is not None:
+        from lora_ms.commands.merge import base_of
+
+        args.load_checkpoint = str(base_of(Path(args.load_adapter), None))
+    if args.config is None and args.load_checkpoint is None:
+        raise LoraMsError("what model? give --config FILE.yaml, or --load_checkpoint with a model's folder")
+    allowed = RUN_MODES[args.command]
+    if args.run_mode is None:
+        args.run_mode = allowed[0]
+    elif args.run_mode not in allowed:
+        raise LoraMsError(f"--run_mode {args.run_mode} contradicts the command {args.command}: leave the flag out")
+    return _dispatch(args.command, args, free_form)
+
+
+def _run_mindformer(argv: list[str]) -> int:
+    known, free_form = split_free_form(argv)
+    parser = Parser(
+        prog="run_mindformer.py",
+        description="Fine-tune Llama and Qwen models with LoRA on MindSpore.",
+        allow_abbrev=False,
+        formatter_class=Help,
+        usage="run_mindformer.py --config YAML [flags]",
+    )
+    add_flags(parser)
+    args = _parse(parser, known, free_form)
+    if args.config is None:
+        raise LoraMsError("--config is missing: give a YAML, such as configs/llama2/lora_llama2_7b.yaml")
+    return _dispatch(None, args, free_form)
+
+
+def _run_tool(args: argparse.Namespace) -> int:
+    _quiet_libraries()
+    given = {flag.name: getattr(args, flag.name) for flag in TOOLS[args.tool].flags}
+    if args.tool == "merge":
+        from lora_ms.commands import merge
+
+        merge.run(**given)
+    elif args.tool == "check-adapter":
+        from lora_ms.commands import check_adapter
+
+        return 2 if check_adapter.run(**given) else 0
+    elif args.tool == "convert-adapter":
+        from lora_ms.commands import convert_adapter
+
+        convert_adapter.run(**given)
+    elif args.tool == "convert":
+        from lora_ms.commands import convert
+
+        convert.run(**given)
+    elif args.tool == "doctor":
+        from lora_ms.commands import doctor
+
+        return 2 if doctor.run(**given) else 0
+    else:
+        from lora_ms.commands import combine
+
+        combine.run(**given)
+    return 0
+
+
+def _methods() -> str:
+    from lora_ms.adapters.combine import METHODS
+
+    lines = [textwrap.fill(f"  {name:22}{text}", 79, subsequent_indent=" " * 24) for name, text in METHODS.items()]
+    return "\n".join(("methods:", *lines))
+
+
+def _quiet_libraries() -> None:
+    # Before the libraries are imported: MindSpore logs errors only, transformers does not advise to install torch,
+    # and fused kernels (context.enable_graph_kernel) get no OpenMP threads, which would spin beside MindSpore's own
+    # pool: on two cores that doubles the time of a step.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("GLOG_v", "3")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
+
+@contextmanager
+def _ended_by_ctrl_c() -> Iterator[None]:
+    """Ctrl-C ends the process without a word: as an exception in the midst of MindSpore's import it makes a crash."""
+    python = signal.default_int_handler
+    ours = signal.getsignal(signal.SIGINT) is python and threading.current_thread() is threading.main_thread()
+    try:
+        if ours:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, python)
+
+
+def _few_compilers() -> None:
+    # Ascend's operator compiler starts a process for each core, of some hundred MB each
+    for name in ("MAX_COMPILE_CORE_NUMBER", "TE_PARALLEL_COMPILER"):
+        os.environ.setdefault(name, "1")
+
+
+def _dispatch(command: str | None, args: argparse.Namespace, free_form: list[str]) -> int:
+    from lora_ms.config import load_config
+
+    _quiet_libraries()
+    config = load_config(
+        args.config, preset=args.preset, flags=flags_of(args), options=args.options, free_form=free_form
+    )
+    if config.use_parallel and os.environ.get("MS_ROLE") == "MS_SCHED":
+        from lora_ms.recipes import parallel
+
+        return parallel.serve()
+    if config.context.low_memory:
+        _few_compilers()
+    command = command or {"train": "finetune"}.get(config.run_mode, config.run_mode)
+    if command == "predict" and not args.predict_data:
+        raise LoraMsError('nothing to predict: give --predict_data "a prompt" "another"')
+    if command not in DATA_COMMANDS:
+        with _ended_by_ctrl_c():
+            import_module("lora_ms.runtime.device")
+    if config.backend == "mindformers" and command in ("finetune", "eval"):
+        from lora_ms.recipes import mindformers as bridge
+
+        bridge.run(config) if command == "finetune" else bridge.evaluate_model(config)
+    elif command == "finetune":
+        from lora_ms.commands import finetune
+
+        finetune.run(config)
+    elif command == "predict":
+        from lora_ms.commands import predict
+
+        predict.run(config, args.predict_data)
+    elif command == "chat":
+        from lora_ms.commands import chat
+
+        chat.run(config)
+    elif command == "estimate":
+        from lora_ms.commands import estimate
+
+        estimate.run(config)
+    elif command == "preview":
+        from lora_ms.commands import preview
+
+        preview.run(config, args.row)
+    elif command == "preprocess":
+        from lora_ms.commands import preprocess
+
+        preprocess.run(config, args.report, args.layout)
+    else:
+        from lora_ms.commands import evaluate
+
+        evaluate.run(config)
+    return 0
+
+
+def flags_of(args: argparse.Namespace) -> dict[str, object]:
+    """Configuration keys and values of the flags that were given."""
+    given = {key: getattr(args, flag) for flag, key in FLAG_KEYS.items()}
+    given |= {f"data_fill.{name}": text for name, text in args.fill}
+    return {key: value for key, value in given.items() if value is not None}
+
+
+def split_free_form(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split off ``--a.b.c v`` and ``--a.b.c=v``: (the other arguments, ``["a.b.c=v", …]``)."""
+    rest: list[str] = []
+    free_form: list[str] = []
+    words = iter(argv)
+    for word in words:
+        key, equals, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or "." not in key or not key.replace(".", "").replace("_", "").isalnum():
+            rest.append(word)
+            continue
+        if not equals:
+            value = next(words, "--")
+            if value.startswith("--"):
+                raise LoraMsError(f"{word} has no value: write {word} VALUE")
+        free_form.append(f"{key}={value}")
+    return rest, free_form
+
+
+def _parse(parser: Parser, argv: list[str], free_form: list[str]) -> argparse.Namespace:
+    parser.set_defaults(tool=None)
+    args, unknown = parser.parse_known_args(argv)
+    names: Iterable[str] = (*FLAG_KEYS, *OTHER_FLAGS)
+    if args.tool is not None:
+        names = (*(flag.name for flag in TOOLS[args.tool].flags), "debug")
+        unknown += [f"--{pair}" for pair in free_form]
+    if unknown:
+        flag = unknown[0].partition("=")[0]
+        if not flag.startswith("-"):
+            raise LoraMsError(
+                f"unexpected argument {flag!r}: a flag begins with --, and a value with spaces or a * wants quotes"
+            )
+        near = difflib.get_close_matches(flag, [f"--{name}" for name in names], 1, 0.0)[0]
+        nearest = f"the nearest is {near}"
+        if args.tool is None:
+            key = _key_meant(flag.removeprefix("--"))
+            nearest = key or f"{nearest} (keys of the YAML: --section.key VALUE)"
+        raise LoraMsError(f"unknown flag {flag}; {nearest}")
+    required = [] if args.tool is None else [flag.name for flag in TOOLS[args.tool].flags if flag.required]
+    missing = [f"--{name}" for name in required if getattr(args, name) is None]
+    if missing:
+        raise LoraMsError(f"{', '.join(missing)}: missing (see lora-ms {args.tool} --help)")
+    return args
+
+
+def _key_meant(name: str) -> str:
+    """What to write where a flag is a key of the YAML without its section; "" where it is none."""
+    from lora_ms.config.problems import key_place
+
+    place = key_place(name)
+    if not place:
+        return ""
+    return f"as a key of the YAML it is --{place} VALUE" if "." in place else f"write --options {place}=VALUE"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

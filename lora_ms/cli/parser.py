@@ -1,0 +1,161 @@
+"""The parser of the command line, and the commands that need no configuration."""
+
+import argparse
+from typing import Any, NamedTuple, NoReturn
+
+from lora_ms.cli.flags import flag_bool, flag_float, flag_int, flag_path
+from lora_ms.errors import LoraMsError
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a wrong flag as every other fault of the user's is reported: one line, status 2."""
+
+    def error(self, message: str) -> NoReturn:
+        raise LoraMsError(f"{message} (see {self.prog} --help)")
+
+
+class Help(argparse.HelpFormatter):
+    """Flags in a narrow left column, so that the text fits 80 columns."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=30, width=79)
+
+
+class ListHelp(Help, argparse.RawDescriptionHelpFormatter):
+    """``Help`` that leaves the lines of the epilog as they are."""
+
+
+class Version(argparse.Action):
+    """``--version``; the package's metadata is read only when asked for."""
+
+    def __call__(self, *_: Any) -> None:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            print("lora-ms", version("lora_ms"))
+        except PackageNotFoundError:
+            print("lora-ms (not installed: run from its source folder)")
+        raise SystemExit(0)
+
+
+class Flag(NamedTuple):
+    """A flag of a command that needs no configuration. What is required is checked after unknown flags
+    are named."""
+
+    name: str
+    kind: Any
+    placeholder: str
+    text: str
+    default: Any = None
+    required: bool = False
+    nargs: str | None = None
+
+
+class Tool(NamedTuple):
+    """Such a command."""
+
+    summary: str
+    flags: tuple[Flag, ...]
+
+
+BASE = "the model's Hugging Face folder; default: what the adapter names"
+CONCAT = "write q, k, v as one matrix, gate and up as one (default False)"
+CONTIGUOUS = "parts of such a matrix one below the other (default False: interleaved)"
+TOOLS = {
+    "merge": Tool(
+        "fold an adapter into its model: a Hugging Face folder",
+        (
+            Flag("load_adapter", str, "DIR", "adapter folder", required=True),
+            Flag("load_checkpoint", str, "DIR", BASE),
+            Flag("output_dir", flag_path, "DIR", "where the merged model goes", required=True),
+            Flag("dtype", str, "TYPE", "float16, bfloat16, float32; auto (default): as stored", "auto"),
+            Flag("max_shard_size", str, "SIZE", "largest file, such as 500MB (default 5GB)", "5GB"),
+            Flag("safe_merge", flag_bool, "BOOL", "refuse NaN and infinity (default True)", True),
+            Flag("overwrite", flag_bool, "BOOL", "replace a model in output_dir (default False)", False),
+        ),
+    ),
+    "check-adapter": Tool(
+        "is an adapter whole, does it fit, would a server take it",
+        (
+            Flag("load_adapter", str, "DIR", "adapter folder", required=True),
+            Flag("load_checkpoint", str, "DIR", BASE),
+        ),
+    ),
+    "doctor": Tool(
+        "is this machine fit: versions, devices, memory, processes",
+        (Flag("msrun", flag_bool, "BOOL", "start two processes as a test (default True)", True),),
+    ),
+    "adapters combine": Tool(
+        "one adapter from several",
+        (
+            Flag("adapters", str, "DIR", "adapter folders of one model", required=True, nargs="+"),
+            Flag("weights", flag_float, "X", "a number for each of them", required=True, nargs="+"),
+            Flag("method", str, "NAME", "how, see below (default linear)", "linear"),
+            Flag("density", flag_float, "X", "share of values kept, by ties, dare and prune"),
+            Flag("rank", flag_int, "N", "rank of the result, by the svd methods"),
+            Flag("seed", flag_int, "N", "of the values that dare keeps (default 0)", 0),
+            Flag("output_dir", flag_path, "DIR", "where the new adapter goes", required=True),
+        ),
+    ),
+    "convert-adapter": Tool(
+        "an adapter from PEFT to MindFormers, or back",
+        (
+            Flag("input", str, "PATH", "PEFT folder, or MindFormers' .ckpt, .safetensors or folder", required=True),
+            Flag(
+                "output", flag_path, "PATH", ".ckpt or .safetensors for MindFormers, a folder for PEFT", required=True
+            ),
+            Flag("naming", str, "NAME", "MindFormers' names to write: mindpet (default), mcore, v2", "mindpet"),
+            Flag("concat", flag_bool, "BOOL", CONCAT, False),
+            Flag("contiguous", flag_bool, "BOOL", CONTIGUOUS, False),
+            Flag("lora_alpha", flag_float, "X", "alpha of a MindFormers checkpoint, which does not hold it"),
+            Flag("load_checkpoint", str, "DIR", "the model's Hugging Face folder; needed for joint matrices"),
+        ),
+    ),
+    "convert": Tool(
+        "a model's weights from Hugging Face to MindFormers, or back",
+        (
+            Flag("input", str, "PATH", "Hugging Face folder, or .ckpt, .safetensors or a folder", required=True),
+            Flag(
+                "output", flag_path, "PATH", "file or folder for MindFormers, a folder for Hugging Face", required=True
+            ),
+            Flag("naming", str, "NAME", "MindFormers' names to write: legacy (default) or mcore", "legacy"),
+            Flag("concat", flag_bool, "BOOL", CONCAT, False),
+            Flag("contiguous", flag_bool, "BOOL", CONTIGUOUS, False),
+            Flag("load_checkpoint", str, "DIR", "to Hugging Face: a folder with config.json and tokenizer"),
+            Flag("dtype", str, "TYPE", "float16, bfloat16, float32; auto (default): as stored", "auto"),
+            Flag("max_shard_size", str, "SIZE", "largest file, such as 500MB (default 5GB)", "5GB"),
+            Flag("overwrite", flag_bool, "BOOL", "replace what is at output (default False)", False),
+        ),
+    ),
+}
+
+
+def add_tools(commands: Any) -> dict[str, argparse.ArgumentParser]:
+    """Adds the parsers of ``TOOLS``, and returns them; ``adapters combine`` is a command of a command."""
+    groups, parsers = {}, {}
+    for name, tool in TOOLS.items():
+        group, _, leaf = name.rpartition(" ")
+        if group and group not in groups:
+            outer = commands.add_parser(group, help="work on several adapters: " + leaf, allow_abbrev=False)
+            groups[group] = outer.add_subparsers(dest="action", metavar="ACTION", title="actions", required=True)
+        needed = " ".join(f"--{flag.name} {flag.placeholder}" for flag in tool.flags if flag.required)
+        parser = parsers[name] = groups.get(group, commands).add_parser(
+            leaf,
+            help=tool.summary,
+            description=f"lora-ms {name}: {tool.summary}.",
+            allow_abbrev=False,
+            formatter_class=ListHelp,
+            usage=f"lora-ms {name} {needed} …",
+        )
+        for flag in tool.flags:
+            parser.add_argument(
+                f"--{flag.name}",
+                type=flag.kind,
+                default=flag.default,
+                nargs=flag.nargs,
+                metavar=flag.placeholder,
+                help=flag.text,
+            )
+        parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        parser.set_defaults(tool=name)
+    return parsers

@@ -1,0 +1,1 @@
+"""One file a command: what ``lora-ms NAME`` does."""

@@ -1,0 +1,74 @@
+"""``lora-ms chat``: a conversation at the terminal."""
+
+import sys
+
+from lora_ms.commands.predict import speaker_for
+from lora_ms.config import RunConfig
+from lora_ms.data.example import Message
+from lora_ms.errors import LoraMsError
+from lora_ms.infer.chat import Speaker
+from lora_ms.recipes import parallel
+from lora_ms.recipes import session as common
+
+HELP = "/reset forgets the conversation, /exit leaves"
+
+
+def fit_history(speaker: Speaker, history: list[Message]) -> int:
+    """Drops the oldest turns until prompt and answer fit the model; returns how many messages went.
+
+    Raises:
+        LoraMsError: the newest message alone is too long.
+    """
+    dropped, room = 0, speaker.max_length - min(speaker.max_new_tokens, speaker.max_length // 2)
+    while speaker.prompt_length(history) > room:
+        if len(history) < 3:
+            length = speaker.prompt_length(history)
+            raise LoraMsError(f"this message makes a prompt of {length} tokens, and there is room for {room}")
+        del history[:2]
+        dropped += 2
+    return dropped
+
+
+def show(text: str) -> None:
+    """To the terminal at once."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def run(config: RunConfig) -> None:
+    """Reads messages until /exit or the end of input."""
+    parallel.check_alone(config, "chat")
+    runtime = common.start(config)
+    speaker = speaker_for(config, common.model_for_use(config, runtime))
+    print(f"chat: {HELP}")
+    history: list[Message] = []
+    while True:
+        try:
+            text = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if text == "/exit":
+            return
+        if text == "/reset":
+            history.clear()
+            print("forgotten")
+        elif text.startswith("/"):
+            print(HELP)
+        elif text:
+            turn(speaker, history, text)
+
+
+def turn(speaker: Speaker, history: list[Message], text: str) -> None:
+    """One question and its streamed answer; Ctrl-C ends the answer and takes the question back."""
+    history.append(Message("user", text))
+    try:
+        dropped = fit_history(speaker, history)
+        if dropped:
+            print(f"({dropped} old messages left out: the conversation is longer than the model takes)")
+        (answer,) = speaker.answers([history], show)
+        print()
+        history.append(Message("assistant", answer))
+    except (KeyboardInterrupt, LoraMsError) as stopped:
+        history.pop()
+        print(f"\n{stopped or 'stopped'}")

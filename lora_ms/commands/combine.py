@@ -1,0 +1,38 @@
+"""``lora-ms adapters combine``: several adapters made into one. MindSpore and the base model are not needed."""
+
+from pathlib import Path
+
+from lora_ms.adapters.combine import combine, read_adapter, write_adapter
+from lora_ms.adapters.peft_files import base_name
+from lora_ms.data.tokenizer import load_tokenizer
+from lora_ms.errors import LoraMsError
+
+
+def run(
+    adapters: list[str],
+    weights: list[float],
+    method: str,
+    density: float | None,
+    rank: int | None,
+    seed: int,
+    output_dir: str,
+) -> None:
+    """Writes the weighted combination of the adapter directories into ``output_dir``, with the first tokenizer found.
+
+    Raises:
+        LoraMsError: adapters that cannot be combined so, or ``output_dir`` is one of them.
+    """
+    if any(Path(path).resolve() == Path(output_dir).resolve() for path in adapters):
+        raise LoraMsError(f"output_dir {output_dir} is one of the adapters: give another folder")
+    combined = combine([read_adapter(path) for path in adapters], weights, method, density, rank, seed)
+    bases = {path: base for path in adapters if (base := base_name(Path(path)))}
+    if len(set(bases.values())) > 1:
+        named = "; ".join(f"{path}: {base}" for path, base in bases.items())
+        print(f"warning: the adapters name different base models, and fit together only on one: {named}")
+    write_adapter(combined, output_dir, next(iter(bases.values()), None))
+    for path in adapters:
+        if (Path(path) / "tokenizer_config.json").is_file():
+            load_tokenizer(path).save_pretrained(output_dir)
+            break
+    count, modules = len(adapters), len(combined.tensors)
+    print(f"{count} adapters combined by {method}: rank {combined.config.lora_rank} on {modules} modules, {output_dir}")

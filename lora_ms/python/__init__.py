@@ -1,0 +1,1 @@
+"""The names that users of transformers and PEFT know."""

@@ -1,0 +1,234 @@
+"""A model with adapters in it, with PEFT's names for what can be done with them."""
+
+import os
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from mindspore import Tensor, nn
+from numpy.typing import NDArray
+
+from lora_ms.adapters import inject as injection
+from lora_ms.adapters.combine import Adapter, combine
+from lora_ms.adapters.config import LoraConfig
+from lora_ms.adapters.peft_format import read_adapter_config, read_cells, save_adapter
+from lora_ms.errors import LoraMsError
+from lora_ms.infer.generate import Generator
+from lora_ms.python.adapter_set import NamedAdapters, apart, together
+
+DEFAULT = "default"
+
+
+class Logits(nn.Cell):
+    """The model's logits as a graph of their own, compiled with the cells that stand in the model at first."""
+
+    def __init__(self, model: nn.Cell):
+        super().__init__()
+        self.model = model
+
+    def construct(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        return self.model(input_ids, attention_mask)
+
+
+class PeftModel:
+    """A model with one or more named adapters, one of them at work.
+
+    Calling it gives the model's logits; ``model`` is the Cell itself, in which the adapter at work stands.
+    Graphs are compiled once for each shape of adapter, and kept.
+    """
+
+    def __init__(self, model: nn.Cell):
+        self.model = model
+        self.adapters = NamedAdapters(model, model.cells_have_changed)
+        self.graphs: dict[Hashable, tuple[Logits, Generator]] = {}
+        for parameter in model.get_parameters():
+            parameter.requires_grad = False
+
+    @classmethod
+    def from_pretrained(cls, model: nn.Cell, path: str | os.PathLike, adapter_name: str = DEFAULT) -> "PeftModel":
+        """The bare ``model`` with the adapter of directory ``path``.
+
+        Raises:
+            LoraMsError: no adapter there, an unsupported kind, or one made for another model.
+        """
+        peft = cls(model)
+        peft.load_adapter(path, adapter_name)
+        return peft
+
+    @property
+    def peft_config(self) -> dict[str, LoraConfig]:
+        """The settings of every adapter by name."""
+        return self.adapters.configs
+
+    @property
+    def active_adapter(self) -> str | None:
+        """The name of the adapter at work; None where all are deleted."""
+        return self.adapters.active
+
+    @property
+    def active_peft_config(self) -> LoraConfig:
+        """The settings of the adapter at work."""
+        if self.adapters.active is None:
+            raise LoraMsError("no adapter is at work: load one")
+        return self.adapters.configs[self.adapters.active]
+
+    # logits and text
+
+    def _graphs(self) -> tuple[Logits, Generator]:
+        key = self.adapters.standing
+        if key not in self.graphs:
+            self.graphs[key] = (Logits(self.model).set_train(False), Generator(self.model))
+        return self.graphs[key]
+
+    def __call__(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, adapter_names: Sequence[str] | None = None
+    ) -> Tensor:
+        """Logits [b, s, v] float32 of input_ids [b, s].
+
+        adapter_names: one adapter for each row, ``__base__`` for none; None: the adapter at work for all.
+        """
+        if adapter_names is None:
+            self.model.set_train(False)
+            return self._graphs()[0](input_ids, attention_mask)
+        self._check_rows(adapter_names, len(input_ids))
+        with self.adapters.mixed(adapter_names):
+            return self(input_ids, attention_mask)
+
+    def generate(self, input_ids, *args, adapter_names: Sequence[str] | None = None, **kwargs) -> NDArray[np.int32]:
+        """See ``Model.generate``; ``adapter_names`` as in ``__call__``."""
+        if adapter_names is None:
+            return self.model.generate(input_ids, *args, generator=self._graphs()[1], **kwargs)
+        self._check_rows(adapter_names, len(input_ids))
+        with self.adapters.mixed(adapter_names):
+            return self.generate(input_ids, *args, **kwargs)
+
+    def _check_rows(self, adapter_names: Sequence[str], rows: int) -> None:
+        if len(adapter_names) != rows:
+            raise LoraMsError(f"adapter_names has {len(adapter_names)} names for {rows} rows")
+
+    # the adapters
+
+    def add_adapter(self, adapter_name: str, config: LoraConfig) -> None:
+        """A fresh adapter beside those that are there; the first is at work at once.
+
+        Raises:
+            LoraMsError: the name is taken, or ``config`` matches nothing.
+        """
+        with self.adapters.disabled():
+            cells = injection.build(self.model, config, injection.select(self.model, config))
+        self._take_in(adapter_name, config, cells)
+
+    def load_adapter(self, path: str | os.PathLike, adapter_name: str) -> None:
+        """Loads the adapter of directory ``path`` beside those that are there; the first is at work at once.
+
+        Raises:
+            LoraMsError: as ``from_pretrained``, or the name is taken.
+        """
+        config = read_adapter_config(path)
+        with self.adapters.disabled():
+            cells = read_cells(self.model, Path(path), config)
+        self._take_in(adapter_name, config, cells)
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+        seed: int = 0,
+    ) -> None:
+        """Adds the weighted combination of ``adapters`` as one more adapter (see ``adapters.combine.combine``).
+
+        Raises:
+            LoraMsError: adapters or arguments that do not go together.
+        """
+        parts = [self._apart(name) for name in adapters]
+        combined = combine(parts, weights, combination_type, density, svd_rank, seed, majority_sign_method)
+        if self.active_adapter is not None:
+            self.set_adapter(self.active_adapter)
+        with self.adapters.disabled():
+            cells = together(self.model, combined)
+        self._take_in(adapter_name, combined.config, cells)
+
+    def _apart(self, name: str) -> Adapter:
+        cells = self.adapters.cells_of(name)
+        return apart(self.peft_config[name], cells)
+
+    def _take_in(self, name: str, config: LoraConfig, cells: Mapping[str, nn.Cell]) -> None:
+        active = self.adapters.active
+        self.adapters.add(name, config, cells)
+        self.adapters.use(name if active is None else active)
+
+    def set_adapter(self, adapter_name: str) -> None:
+        """Puts another adapter to work. Between adapters of equal shapes nothing is compiled."""
+        self.adapters.use(adapter_name)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Forgets an adapter; where it was at work, the first of the others is."""
+        self.adapters.remove(adapter_name)
+
+    def disable_adapter(self):
+        """A context in which the model is the base model, to the last bit."""
+        return self.adapters.disabled()
+
+    def merge_adapter(self, safe_merge: bool = False) -> None:
+        """Lets merged weights stand in for the adapter at work, which ``unmerge_adapter`` brings back exactly.
+
+        safe_merge: refuse merged weights that are not finite; the model is as it was then.
+        """
+        self.adapters.merge(safe_merge)
+
+    def unmerge_adapter(self) -> None:
+        """Undoes ``merge_adapter``."""
+        if self.adapters.active is not None:
+            self.adapters.use(self.adapters.active)
+
+    def merge_and_unload(self, safe_merge: bool = False) -> nn.Cell:
+        """The model with the adapter folded into its weights; this wrapper is spent afterwards."""
+        self.adapters.merge(safe_merge)
+        return self._spent()
+
+    def unload(self) -> nn.Cell:
+        """The base model without any adapter; this wrapper is spent afterwards."""
+        self.adapters.bare()
+        return self._spent()
+
+    def _spent(self) -> nn.Cell:
+        model, self.graphs = self.model, {}
+        self.adapters = NamedAdapters(model, model.cells_have_changed)
+        return model
+
+    # files and figures
+
+    def print_trainable_parameters(self) -> None:
+        """Modules, trainable and total parameters, percentage."""
+        config = None if self.active_adapter is None else self.active_peft_config
+        print(injection.report(self.model, config).line())
+
+    def save_pretrained(self, path: str | os.PathLike, selected_adapters: Sequence[str] | None = None) -> None:
+        """Writes the adapter at work in PEFT's format.
+
+        selected_adapters: write these instead, each into a folder of its name, the one named default into ``path``.
+        """
+        active = self.adapters.active
+        if active is None:
+            raise LoraMsError("no adapter is at work: nothing to save")
+        for name in selected_adapters or (active,):
+            self.adapters.use(name)
+            folder = Path(path) if selected_adapters is None or name == DEFAULT else Path(path) / name
+            save_adapter(self.model, folder, self.peft_config[name], self.model.source)
+        self.adapters.use(active)
+
+
+def get_peft_model(model: nn.Cell, config: LoraConfig, adapter_name: str = DEFAULT) -> PeftModel:
+    """The bare ``model`` with a fresh adapter; the model's own parameters are frozen.
+
+    Raises:
+        LoraMsError: ``config.target_modules`` matches nothing; what could match is listed.
+    """
+    peft = PeftModel(model)
+    peft.add_adapter(adapter_name, config)
+    return peft

@@ -1,0 +1,1 @@
+"""What the command line and the Python interface share, in the order of a run."""

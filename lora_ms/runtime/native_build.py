@@ -1,0 +1,79 @@
+"""Compiles the operators beside this file, once for each machine and source, into the cache."""
+
+import ctypes
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from hashlib import blake2b
+from pathlib import Path
+
+from lora_ms.runtime import host as machine
+
+COMPILERS = ("c++", "g++", "clang++")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-shared", "-fPIC", "-pthread")
+SOURCES = Path(__file__).parents[1] / "ops" / "csrc"
+TIME_LIMIT = 300  # seconds
+
+
+def compiler() -> str | None:
+    """The C++ compiler: $CXX, else the first of ``COMPILERS`` that is there; None where none is."""
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else COMPILERS
+    return next((found for name in names if (found := shutil.which(name))), None)
+
+
+def build(extra: tuple[str, ...] = ()) -> tuple[Path | None, str]:
+    """The library, compiled where the cache does not have it; or None and why there is none.
+
+    A library serves the machines whose processor has the same features.
+
+    extra: more flags for the compiler.
+    """
+    program = compiler()
+    if program is None:
+        return None, f"there is no C++ compiler ({os.environ.get('CXX') or ', '.join(COMPILERS)})"
+    flags = (*FLAGS, *extra)
+    try:
+        version = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=TIME_LIMIT).stdout
+        sources = [path.read_bytes() for path in sorted(SOURCES.glob("*.h")) + sorted(SOURCES.glob("*.cpp"))]
+        parts = [program.encode(), version.encode(), " ".join(flags).encode(), _processor(), *sources]
+        folder = machine.cache_folder() / "cpu"
+        library = folder / f"operators-{blake2b(b'|'.join(parts), digest_size=12).hexdigest()}.so"
+        if not library.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            print("compiling the operators for this processor, once …", file=sys.stderr, flush=True)
+            _compile([program, *flags], library)
+        ctypes.CDLL(str(library))
+    except (OSError, subprocess.SubprocessError) as error:
+        text = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
+        lines = [line for line in text.splitlines() if "error" in line] or text.splitlines() or [type(error).__name__]
+        return None, f"{program}: {lines[0].strip()}"
+    return library, ""
+
+
+def _compile(command: list[str], library: Path) -> None:
+    # under a name of its own first: another process may build the same, and none may load a half of it
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        made = Path(folder) / library.name
+        subprocess.run(
+            [*command, "-o", str(made), str(SOURCES / "operators.cpp")],
+            check=True, capture_output=True, text=True, timeout=TIME_LIMIT,
+        )  # fmt: skip
+        made.replace(library)
+
+
+def _processor() -> bytes:
+    """What -march=native goes by."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}".encode()
+    wanted = ("model name", "cpu family", "model\t", "flags", "Features", "CPU part", "CPU implementer")
+    return "\n".join(sorted({line for line in text.splitlines() if line.startswith(wanted)})).encode()
+
+
+def set_threads(library: Path, count: int) -> None:
+    """On how many threads the operators run, at least 1."""
+    ctypes.CDLL(str(library)).set_threads(count)

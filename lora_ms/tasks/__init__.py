@@ -1,1 +1,0 @@
-"""One file per command, each a composition in reading order."""

@@ -1,0 +1,42 @@
+"""Too little memory is one line that names the keys to lower, with status 2."""
+
+import subprocess
+
+import pytest
+
+CHILD = """
+import resource, sys
+import mindspore
+from lora_ms.cli.main import main
+size = int(open("/proc/self/status").read().partition("VmSize:")[2].split()[0]) << 10
+limit = size + (700 << 20)  # the pool's first block is 1 GB
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_run_in_too_little_memory(model, rows_file, tmp_path, python, python_env):
+    command = [python, "-c", CHILD, "finetune", "--load_checkpoint", str(model), "--train_dataset_dir", str(rows_file)]
+    command += ["--output_dir", str(tmp_path / "out"), "--device_target", "CPU", "--seq_length", "16"]
+    child = subprocess.run(command, env=python_env, capture_output=True, text=True)
+    assert child.returncode == 2, child.stderr[-2000:]
+    (line,) = [line for line in child.stderr.splitlines() if line.startswith("error:")]
+    assert "out of memory" in line and "batch_size" in line and "seq_length" in line
+    assert "Traceback" not in child.stderr
+
+
+@pytest.mark.parametrize("fault", [MemoryError(), RuntimeError("std::bad_alloc"), RuntimeError("Out of memory: …")])
+def test_words_for_it(fault, monkeypatch, capsys):
+    from lora_ms.cli import main as cli
+
+    monkeypatch.setattr(cli, "_lora_ms", lambda argv: (_ for _ in ()).throw(fault))
+    assert cli.main([]) == 2
+    assert "batch_size" in capsys.readouterr().err
+
+
+def test_another_fault_stays_as_it_is(monkeypatch):
+    from lora_ms.cli import main as cli
+
+    monkeypatch.setattr(cli, "_lora_ms", lambda argv: (_ for _ in ()).throw(RuntimeError("no such kernel")))
+    with pytest.raises(RuntimeError, match="no such kernel"):
+        cli.main([])

@@ -1,0 +1,266 @@
+"""The CPU's own operators against formulas in float64, with vectors of every width: this machine's is among them."""
+
+import ctypes
+import math
+
+import numpy as np
+import pytest
+
+from lora_ms.runtime import native_build as cpu
+
+RNG = np.random.default_rng(0)
+# of times_transposed: few rows and many, fewer columns than a vector, an inner dimension of one panel and of several,
+# more of B than is packed at a time
+SHAPES = [(1, 100, 77), (3, 40, 600), (7, 33, 19), (130, 8, 64), (16, 130, 1025), (205, 300, 512), (60, 1050, 2100)]
+
+
+def normal(*shape: int) -> np.ndarray:
+    return RNG.standard_normal(shape).astype(np.float32)
+
+
+@pytest.fixture(scope="module", params=[4, 8, 16], ids=lambda lanes: f"{lanes} lanes")
+def call(request):
+    """``call(name, inputs, shapes)``: the outputs of an operator; on three threads."""
+    library, why = cpu.build((f"-DLANES={request.param}",))
+    assert library is not None, why
+    operators = ctypes.CDLL(str(library))
+    operators.set_threads(3)
+
+    def run(name: str, inputs: list[np.ndarray], shapes: list[tuple[int, ...]]) -> list[np.ndarray]:
+        outputs = [np.full(shape, np.nan, np.float32) for shape in shapes]
+        arrays = [*(np.ascontiguousarray(x) for x in inputs), *outputs]
+        sizes = [(ctypes.c_int64 * x.ndim)(*x.shape) for x in arrays]
+        n = len(arrays)
+        status = getattr(operators, name)(
+            n,
+            (ctypes.c_void_p * n)(*(x.ctypes.data for x in arrays)),
+            (ctypes.c_int * n)(*(x.ndim for x in arrays)),
+            (ctypes.c_void_p * n)(*(ctypes.addressof(size) for size in sizes)),
+            (ctypes.c_char_p * n)(*(x.dtype.name.encode() for x in arrays)),
+            None,
+            None,
+        )
+        assert status == 0
+        return outputs
+
+    return run
+
+
+def close(found: np.ndarray, wanted: np.ndarray, atol: float = 1e-5) -> None:
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=atol)
+
+
+@pytest.mark.parametrize("m, n, k", SHAPES)
+def test_products(call, m, n, k):
+    a, b, c, d, start = normal(m, k), normal(n, k), normal(m, 5), normal(n, 5), normal(m, n)
+    first, both = a.astype(float) @ b.T, a.astype(float) @ b.T + c.astype(float) @ d.T
+    close(call("times_transposed", [a, b], [(m, n)])[0], first, 1e-4)
+    close(call("times_transposed", [a, b, c, d, start], [(m, n)])[0], both + start, 1e-4)
+    close(call("times_transposed", [a, b, start[0]], [(m, n)])[0], first + start[0], 1e-4)
+    close(call("times", [a, b.T, c, d.T], [(m, n)])[0], both, 1e-4)
+    close(call("transposed_times", [a.T, b.T], [(m, n)])[0], first, 1e-4)
+
+
+def test_a_product_is_the_same_however_its_rows_and_columns_are_shared_out(call):
+    a, b, c, d = normal(100, 1024), normal(1100, 1024), normal(100, 16), normal(1100, 16)
+    whole = call("times_transposed", [a, b, c, d], [(100, 1100)])[0]
+    part = call("times_transposed", [a[:37], b[:90], c[:37], d[:90]], [(37, 90)])[0]
+    np.testing.assert_array_equal(part, whole[:37, :90])
+    a, b = normal(100, 300), normal(200, 300)
+    whole = call("times_transposed", [a, b], [(100, 200)])[0]
+    np.testing.assert_array_equal(call("times_transposed", [a[:37], b[:90]], [(37, 90)])[0], whole[:37, :90])
+
+
+@pytest.mark.parametrize("m, n, k", SHAPES)
+def test_a_right_factor_in_float16_is_widened_exactly(call, m, n, k):
+    a, b, c, d = normal(m, k), normal(n, k).astype(np.float16), normal(m, 5), normal(n, 5)
+    b.flat[:6] = 65504, -6e-8, 6.1e-5, 6.09e-5, -0.0, 1  # the largest, the least, and about the least normal one
+    for name, terms in (("times_transposed", [a, b, c, d]), ("times", [a, b.T, c, d.T])):
+        wide = [x.astype(np.float32) for x in terms]
+        np.testing.assert_array_equal(call(name, terms, [(m, n)])[0], call(name, wide, [(m, n)])[0])
+
+
+def test_every_number_of_float16_is_widened_exactly(call):
+    every = np.arange(2**16, dtype=np.uint16).view(np.float16)
+    for rows in (1, 5):  # as a few rows of A are multiplied, and as many are
+        for start in range(0, 2**16, 2**12):
+            some = every[start : start + 2**12]
+            b = np.stack([some, np.ones_like(some)], 1)
+            found = call("times_transposed", [np.array([[1, 0]] * rows, np.float32), b], [(rows, 2**12)])[0]
+            np.testing.assert_array_equal(found, np.tile(some.astype(np.float32), (rows, 1)))
+
+
+@pytest.mark.parametrize("n", (5, 67, 512))
+def test_norm(call, n):
+    x, weight, eps, d_y = normal(37, n), normal(n), np.array([1e-5], np.float32), normal(37, n)
+    scale = 1 / np.sqrt((x.astype(float) ** 2).mean(1, keepdims=True) + 1e-5)
+    close(call("norm", [x, weight, eps], [x.shape])[0], x * scale * weight)
+    g = d_y.astype(float) * weight
+    wanted = scale * g - x * scale**3 * (g * x).mean(1, keepdims=True)
+    close(call("norm_gradient", [x, weight, eps, d_y], [x.shape])[0], wanted)
+    close(call("norm_weight_gradient", [x, eps, d_y], [(n,)])[0], (scale * x * d_y).sum(0))
+
+
+def test_gated(call):
+    gate, up, d_y = 8 * normal(37, 67), normal(37, 67), normal(37, 67)
+    gate[0, :4] = -200, -88, 88, 200
+    sigmoid = 1 / (1 + np.exp(-gate.astype(float)))
+    close(call("gated", [gate, up], [gate.shape])[0], gate * sigmoid * up)
+    d_gate, d_up = call("gated_gradient", [gate, up, d_y], [gate.shape, gate.shape])
+    close(d_gate, d_y * up * (sigmoid + gate * sigmoid * (1 - sigmoid)))
+    close(d_up, d_y * gate * sigmoid)
+
+
+@pytest.mark.parametrize("v", (3, 1003))
+def test_cross_entropy(call, v):
+    logits = 9 * normal(9, v)
+    targets = RNG.integers(0, v, 9).astype(np.int32)
+    targets[2], targets[3] = -100, logits[3].argmax()
+    logits[4] = 0.5  # all the same: the first of them counts as the largest
+    targets[4], targets[5], logits[5] = 0, 1, 0.5
+    x, valid, index = logits.astype(float), targets >= 0, np.maximum(targets, 0)
+    log_sum = np.log(np.exp(x - x.max(1, keepdims=True)).sum(1)) + x.max(1)
+    grad = (np.exp(x - log_sum[:, None]) - np.eye(v)[index]) * valid[:, None]
+    losses, right, found = call("cross_entropy", [logits, targets], [(9,), (9,), logits.shape])
+    close(losses, (log_sum - x[np.arange(9), index]) * valid)
+    np.testing.assert_array_equal(right, (logits.argmax(1) == targets) & valid)
+    close(found, grad)
+
+
+@pytest.mark.parametrize("tokens, width, out, rank", [(37, 50, 70, 4), (200, 130, 96, 16), (1, 33, 20, 3)])
+def test_an_adapted_product(call, tokens, width, out, rank):
+    x, w, a, b = normal(tokens, width), normal(out, width), normal(rank, width), normal(out, rank)
+    grad, scaling = normal(tokens, out), np.array(1.5, np.float32)
+    y, low = call("adapted", [x, w, a, b, scaling], [(tokens, out), (tokens, rank)])
+    wanted = 1.5 * x.astype(float) @ a.T
+    close(low, wanted, 1e-4)
+    close(y, x.astype(float) @ w.T + wanted @ b.T, 2e-4)
+    found = call("adapted_gradient", [grad, x, low, b, scaling], [(tokens, rank), a.shape, b.shape])
+    d_low = 1.5 * grad.astype(float) @ b
+    for one, other in zip(found, (d_low, d_low.T @ x, grad.T @ wanted), strict=True):
+        close(one, other, 5e-4)
+
+
+@pytest.mark.parametrize("tokens, width, out, rank", [(37, 50, 70, 4), (200, 130, 96, 16), (1, 33, 20, 3)])
+def test_an_adapted_product_with_dropout(call, tokens, width, out, rank):
+    x, w, a, b = normal(tokens, width), normal(out, width), normal(rank, width), normal(out, rank)
+    grad, scaling, rate = normal(tokens, out), np.array(1.5, np.float32), np.array([0.3, 1 / 0.7], np.float32)
+    rows, columns = RNG.random((tokens, 1), np.float32), RNG.random((1, width), np.float32)
+    turns = (8 + 32 * rows) * (8 + 32 * columns)  # in float32, as the draws are
+    kept = (turns - np.floor(turns) >= rate[0]) / 0.7
+    more = [rows, columns, rate]
+    y, low = call("adapted", [x, w, a, b, scaling, *more], [(tokens, out), (tokens, rank)])
+    wanted = 1.5 * (x * kept) @ a.T
+    close(low, wanted, 1e-4)
+    close(y, x.astype(float) @ w.T + wanted @ b.T, 3e-4)
+    found = call("adapted_gradient", [grad, x, low, b, scaling, *more], [(tokens, rank), a.shape, b.shape])
+    d_low = 1.5 * grad.astype(float) @ b
+    for one, other in zip(found, (d_low, d_low.T @ (x * kept), grad.T @ wanted), strict=True):
+        close(one, other, 5e-4)
+    d_x = call("dropped_gradient", [grad, w, found[0], a, *more], [x.shape])[0]
+    close(d_x, grad.astype(float) @ w + (d_low @ a) * kept, 5e-4)
+
+
+def test_a_logit_that_is_not_finite_makes_the_loss_so(call):
+    logits = normal(3, 40)
+    logits[0, 5], logits[1, 39] = np.nan, np.inf
+    losses = call("cross_entropy", [logits, np.array([1, 1, 1], np.int32)], [(3,), (3,), (3, 40)])[0]
+    assert np.isfinite(losses).tolist() == [False, False, True]
+
+
+# lines, tokens, heads, key/value heads, head dimension, and the rows of a line
+@pytest.mark.parametrize(
+    "b, s, heads, kv_heads, d, rows",
+    [(2, 75, 4, 2, 24, [75]), (1, 200, 2, 2, 64, [66, 40, 94]), (1, 33, 6, 2, 10, [1, 32]), (2, 130, 4, 1, 32, [130])],
+)
+def test_attention(call, b, s, heads, kv_heads, d, rows):
+    q, k, v = normal(b * s, heads * d), normal(b * s, kv_heads * d), normal(b * s, kv_heads * d)
+    d_out = normal(b * s, heads * d)
+    positions = np.tile(np.concatenate([np.arange(n) for n in rows]), (b, 1))
+    first = (np.arange(s) - positions).astype(np.int32)
+    angles = positions.reshape(-1, 1) * 1e4 ** (-np.arange(0, d, 2) / d)
+    cos, sin = np.cos(np.tile(angles, 2)), np.sin(np.tile(angles, 2)) * np.repeat([-1, 1], d // 2)
+    inputs = [q, k, v, *(np.repeat(x, kv_heads, 0).astype(np.float32) for x in (cos, sin)), first]
+    out, log_sum = call("attention", inputs, [q.shape, (b * s, heads)])
+    found = call("attention_gradient", [*inputs, out, log_sum, d_out], [q.shape, k.shape, v.shape])
+
+    def rotated(x, n):
+        x = x.astype(float).reshape(b * s, n, d)
+        return (x * cos[:, None] + np.roll(x, d // 2, -1) * sin[:, None]).reshape(b, s, n, d)
+
+    def rotated_back(x):
+        x = x.reshape(b * s, -1, d)
+        return (x * cos[:, None] + np.roll(x * sin[:, None], d // 2, -1)).reshape(b * s, -1)
+
+    def of_kv(x):
+        return x.reshape(b, s, kv_heads, heads // kv_heads, d).sum(3)
+
+    group = heads // kv_heads
+    query, key = rotated(q, heads) / np.sqrt(d), np.repeat(rotated(k, kv_heads), group, 2)
+    value = np.repeat(v.astype(float).reshape(b, s, kv_heads, d), group, 2)
+    places = np.arange(s)
+    seen = (places <= places[:, None]) & (places >= first[:, :, None])
+    scores = np.where(seen[:, None], np.einsum("bihd,bjhd->bhij", query, key), -np.inf)
+    probs = np.exp(scores - scores.max(-1, keepdims=True))
+    wanted_sum = np.log(probs.sum(-1)) + scores.max(-1)
+    probs /= probs.sum(-1, keepdims=True)
+    grad = d_out.astype(float).reshape(b, s, heads, d)
+    d_probs = np.einsum("bihd,bjhd->bhij", grad, value)
+    d_scores = probs * (d_probs - (d_probs * probs).sum(-1, keepdims=True))
+    close(out, np.einsum("bhij,bjhd->bihd", probs, value).reshape(b * s, -1))
+    close(log_sum, wanted_sum.transpose(0, 2, 1).reshape(b * s, heads))
+    close(found[0], rotated_back(np.einsum("bhij,bjhd->bihd", d_scores, key)) / np.sqrt(d))
+    close(found[1], rotated_back(of_kv(np.einsum("bhij,bihd->bjhd", d_scores, query))))
+    close(found[2], of_kv(np.einsum("bhij,bihd->bjhd", probs, grad)).reshape(b * s, -1))
+
+
+@pytest.mark.parametrize("b, length, heads, kv_heads, d, slot", [(2, 70, 4, 2, 24, 68), (3, 40, 2, 2, 64, 5)])
+def test_attention_to_a_cache(call, b, length, heads, kv_heads, d, slot):
+    """Tokens fill the cache up to ``slot``, whose query then looks at them; the lines begin at slots of their own."""
+    first = np.arange(b, dtype=np.int32)[:, None]
+    q, k, v = normal(b, heads * d), normal(b * (slot + 1), kv_heads * d), normal(b * (slot + 1), kv_heads * d)
+    angles = np.tile(np.arange(slot + 1), b)[:, None] * 1e4 ** (-np.arange(0, d, 2) / d)
+    cos, sin = np.cos(np.tile(angles, 2)), np.sin(np.tile(angles, 2)) * np.repeat([-1, 1], d // 2)
+    tables = [np.repeat(x, kv_heads, 0).astype(np.float32) for x in (cos, sin)]
+    seen = np.zeros((b, slot + 1), np.int32)
+    rows = call("cache_rows", [k, v, *tables, seen], [(k.size // d, d)] * 2)
+
+    def rotated(x, n, cos, sin):
+        x = x.astype(float).reshape(-1, n, d)
+        return x * cos[:, None] + np.roll(x, d // 2, -1) * sin[:, None]
+
+    def by_heads(x):
+        return x.reshape(b, slot + 1, kv_heads, d).transpose(0, 2, 1, 3).reshape(b * kv_heads, slot + 1, d)
+
+    key, value = by_heads(rotated(k, kv_heads, cos, sin)), by_heads(v.astype(float))
+    close(rows[0], key.reshape(-1, d))
+    close(rows[1], value.reshape(-1, d))
+    keys, values = (np.full((b * kv_heads, length, d), np.nan, np.float32) for _ in range(2))
+    keys[:, : slot + 1], values[:, : slot + 1] = key, value
+    newest = [x.reshape(b, slot + 1, -1)[:, -1] for x in (cos, sin)]
+    spread = [np.repeat(x, kv_heads, 0).astype(np.float32) for x in newest]
+    out = call("attend_cache", [q, keys, values, *spread, first, np.array([slot, 0], np.int32)], [q.shape])[0]
+    query = rotated(q, heads, *newest).reshape(b * kv_heads, heads // kv_heads, d) / np.sqrt(d)
+    hidden = np.arange(slot + 1)[None] < np.repeat(first, kv_heads, 0)
+    probs = np.exp(np.where(hidden[:, None], -np.inf, np.einsum("ngd,njd->ngj", query, key)))
+    probs /= probs.sum(-1, keepdims=True)
+    close(out, np.einsum("ngj,njd->ngd", probs, value).reshape(b, -1))
+
+
+@pytest.mark.parametrize("taken", [1, 0])
+@pytest.mark.parametrize("apart", [True, False], ids=["rates of their own", "one rate"])
+def test_adamw(call, apart, taken):
+    n, count, (beta1, beta2, eps, scale) = 9001, 3, (0.9, 0.99, 1e-6, 0.5)
+    old, grad, avg, square = normal(n), normal(n), normal(n), normal(n) ** 2
+    rate, decay = (np.abs(normal(n)) if apart else np.array(x, np.float32) for x in (0.1, 0.3))
+    rate = rate * np.float32(taken)
+    grad[5:7] = np.inf, np.nan
+    correct = 1 / (1 - beta1**count), 1 / math.sqrt(1 - beta2**count)
+    step = np.array([scale, taken, 1 - beta1, 1 - beta2, *correct, eps], np.float32)
+    found = call("adamw", [old, grad, avg, square, rate, decay, step], [(n,)] * 3)
+    x, g, m, v = (np.where(np.isfinite(y), y, 0).astype(float) for y in (old, grad, avg, square))
+    if taken:
+        m, v = beta1 * m + (1 - beta1) * scale * g, beta2 * v + (1 - beta2) * (scale * g) ** 2
+        x = x - rate * (decay * x + m * correct[0] / (np.sqrt(v) * correct[1] + eps))
+    for one, wanted in zip(found, (x, m, v), strict=True):
+        close(one, wanted)
