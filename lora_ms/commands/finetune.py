@@ -225,7 +225,7 @@ def run(config: RunConfig) -> None:
                 made_for = sizes.max_position_embeddings
                 print(f"seq_length {how.seq_length} is beyond the {made_for} positions that the model was made for")
             estimate.announce(config, sizes, runtime, plan.layout.shapes[-1])
-        model = common.build_model(config, sizes, dtype, runtime.shard)
+        model = common.build_model(config, sizes, dtype, runtime.operators, runtime.shard)
         schedule_steps = settings.schedule_steps if settings.schedule_steps > 0 else plan.total_steps
         adapter = attach_adapter(config, model, schedule_steps, runtime.shard)
         ranks = RankAllocator(model, adapter) if isinstance(adapter, AdaLoraConfig) else None
