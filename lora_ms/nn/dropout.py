@@ -58,11 +58,15 @@ class Draws(nn.Cell):
 
 
 class DropoutKernel(nn.Cell):
-    """Zeroes each number of x [t, h] with ``probability`` and divides the others by what is left, in training."""
+    """Zeroes each number of x [t, h] with ``probability`` and divides the others by what is left, in training.
 
-    def __init__(self, probability: float):
+    columns: h, of which a training loop makes room for as many numbers.
+    """
+
+    def __init__(self, probability: float, columns: int):
         super().__init__()
         self.probability = probability
+        self.columns = columns
         self.draws = Draws()
 
     def construct(self, x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from mindspore.profiler import profile, tensorboard_trace_handler
 from tqdm import tqdm
 
-from lora_ms.train.callbacks import Record, RunState, TrainerCallback
+from lora_ms.train.callbacks import RunState, StepRecord, TrainerCallback
 
 SHOWN = 10  # operators
 # the file with one line a kind of operator -> its columns of name, calls and time, and what of a ms the time is in
@@ -66,7 +66,7 @@ class Profiling(TrainerCallback):
         if self.due:
             self._start(state)
 
-    def on_step_end(self, state: RunState, record: Record) -> None:
+    def on_step_end(self, state: RunState, record: StepRecord) -> None:
         if not state.is_main or record.step < state.step:  # others that were read with it follow
             return
         if self.profile is not None and record.step >= self.last:

@@ -1,4 +1,4 @@
-"""What a run shows and leaves behind: progress, ``metrics.jsonl`` and ``loss.png``."""
+"""What a run shows and leaves behind: its progress, ``metrics.jsonl`` and ``loss.png``."""
 
 import json
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lora_ms import storage
 from lora_ms.errors import WriteError
-from lora_ms.train.callbacks import Evaluation, Record, RunState, TrainerCallback
+from lora_ms.train.callbacks import EvaluationRecord, RunState, StepRecord, TrainerCallback
 
 METRICS = "metrics.jsonl"
 
@@ -23,10 +23,10 @@ class Metrics:
         # a line at a time, so that a stopped run has its records
         self.stream = open(path, "a", buffering=1, encoding="utf-8")
 
-    def write(self, record: Record | Evaluation) -> None:
+    def write(self, record: StepRecord | EvaluationRecord) -> None:
         """Appends one record; on a full disk, says so once and goes on."""
         try:
-            self.stream.write(json.dumps(asdict(record), ensure_ascii=False) + "\n")
+            self.stream.write(json.dumps(fields_of(record), ensure_ascii=False) + "\n")
         except OSError as error:
             if not self.full:
                 print(f"warning: cannot write {self.path}: {error.strerror}; records from here on may be missing")
@@ -38,6 +38,13 @@ class Metrics:
             self.stream.close()
         except OSError:  # the same full disk
             pass
+
+
+def fields_of(record: StepRecord | EvaluationRecord) -> dict:
+    """What ``metrics.jsonl`` holds of a record: each term of the loss stands under its own name."""
+    found = asdict(record)
+    terms = found.pop("terms", {})
+    return {**found, **terms}
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -57,7 +64,7 @@ class Progress:
             layout = "{n_fmt}/{total_fmt} |{bar}| {desc} [{elapsed}<{remaining}]"
             self.bar = tqdm(initial=start, total=total, bar_format=layout, dynamic_ncols=True)
 
-    def show(self, record: Record, logged: bool) -> None:
+    def show(self, record: StepRecord, logged: bool) -> None:
         """One step is done; ``logged``: it is among those to print where there is no bar."""
         loss = "overflow" if record.loss is None else f"{record.loss:.4f}"
         numbers = f"loss {loss}  {record.tokens_per_second:,.0f} tok/s"
@@ -80,7 +87,7 @@ class Progress:
         else:
             self.bar.write("\n".join(lines))
 
-    def evaluated(self, e: Evaluation) -> None:
+    def evaluated(self, e: EvaluationRecord) -> None:
         """An evaluation is done."""
         scores = f"eval loss {e.eval_loss:.4f}  perplexity {e.eval_perplexity:.2f}  accuracy {e.eval_accuracy:.1%}"
         answers = [
@@ -107,14 +114,14 @@ class Reporter(TrainerCallback):
             self.metrics = Metrics(state.output_dir / METRICS, state.step)
             self.progress = Progress(state.step, state.total_steps)
 
-    def on_step_end(self, state: RunState, record: Record) -> None:
+    def on_step_end(self, state: RunState, record: StepRecord) -> None:
         if state.is_main:
             logged = record.step % self.logging_steps == 0 or record.step == state.total_steps
             self.progress.show(record, logged)
             if logged:
                 self.metrics.write(record)
 
-    def on_evaluate(self, state: RunState, evaluation: Evaluation) -> None:
+    def on_evaluate(self, state: RunState, evaluation: EvaluationRecord) -> None:
         if state.is_main:
             self.progress.evaluated(evaluation)
             self.metrics.write(evaluation)

@@ -9,11 +9,12 @@ from mindspore import SummaryRecord, Tensor
 from tqdm import tqdm
 
 from lora_ms.errors import LoraMsError
-from lora_ms.train.callbacks import Evaluation, Record, RunState, TrainerCallback
+from lora_ms.train.callbacks import EvaluationRecord, RunState, StepRecord, TrainerCallback
 
 REPORTS = ("tensorboard",)  # what report_to may name
-LOGGED = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_memory_mb")  # of a Record
-SCORED = ("eval_loss", "eval_accuracy", "eval_perplexity")  # of an Evaluation
+# of a StepRecord, besides the terms of the loss
+LOGGED = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_memory_mb")
+SCORED = ("eval_loss", "eval_accuracy", "eval_perplexity")  # of an EvaluationRecord
 
 
 def check(report_to: Sequence[str]) -> None:
@@ -34,12 +35,12 @@ class Scalars(TrainerCallback):
     def __init__(self, folder: Path, every: int):
         self.folder, self.every = folder, every
 
-    def on_step_end(self, state: RunState, record: Record) -> None:
+    def on_step_end(self, state: RunState, record: StepRecord) -> None:
         if state.is_main and (record.step % self.every == 0 or record.step == state.total_steps):
-            found = {f"train/{name}": getattr(record, name) for name in LOGGED}
-            self.take(record.step, {tag: value for tag, value in found.items() if value is not None})
+            found = {name: getattr(record, name) for name in LOGGED} | record.terms
+            self.take(record.step, {f"train/{name}": value for name, value in found.items() if value is not None})
 
-    def on_evaluate(self, state: RunState, evaluation: Evaluation) -> None:
+    def on_evaluate(self, state: RunState, evaluation: EvaluationRecord) -> None:
         if state.is_main:
             found = {f"eval/{name.removeprefix('eval_')}": getattr(evaluation, name) for name in SCORED}
             self.take(evaluation.step, found)

@@ -7,7 +7,7 @@ import pytest
 
 from lora_ms.errors import LoraMsError
 from lora_ms.train import profile as profile_module
-from lora_ms.train.callbacks import Evaluation, Record, RunState
+from lora_ms.train.callbacks import EvaluationRecord, RunState, StepRecord
 from lora_ms.train.profile import Cost, Profiling, read_costs, table
 from lora_ms.train.tensorboard import Summaries, TensorBoard
 
@@ -16,8 +16,8 @@ def state_at(step: int, folder: Path, total: int = 10) -> RunState:
     return RunState(None, folder, total, True, step)
 
 
-def record(step: int, loss: float | None = 2.0) -> Record:
-    return Record(step, 1.0, loss, None if loss is None else 0.5, 1e-3, 100, 40, 1000.0, 0.1, 0.0, 300.0)
+def record(step: int, loss: float | None = 2.0) -> StepRecord:
+    return StepRecord(step, 1.0, loss, None if loss is None else 0.5, 1e-3, 100, 40, 1000.0, 0.1, 0.0, 300.0)
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def test_other_ranks_write_and_say_nothing(tmp_path, monkeypatch, capsys):
         looking.on_train_begin(state)
         for state.step in (1, 2):
             looking.on_step_end(state, record(state.step))
-        looking.on_evaluate(state, Evaluation(2, 1.0, 2.0, 7.4, 0.5, 40, 0.1))
+        looking.on_evaluate(state, EvaluationRecord(2, 1.0, 2.0, 7.4, 0.5, 40, 0.1))
         looking.on_train_end(state)
     assert list(tmp_path.iterdir()) == Fake.calls == [] and capsys.readouterr().out == ""
 
