@@ -43,7 +43,7 @@ class EvaluationRecord:
 
 @dataclass
 class RunState:
-    """What a run has come to; ``stop`` ends it after the step under way."""
+    """Where a run is; ``stop`` ends it after the current step."""
 
     model: nn.Cell
     output_dir: Path
@@ -53,7 +53,7 @@ class RunState:
     reason: str = ""  # why the run is to end before its last step
     best_step: int = 0  # of the lowest evaluation loss; 0: none yet
     best_loss: float | None = None
-    worse: int = 0  # evaluations since
+    worse: int = 0  # evaluations since the best
 
     def stop(self, reason: str) -> None:
         """Ends the run as if this were its last step."""
@@ -61,7 +61,7 @@ class RunState:
 
 
 class TrainerCallback:
-    """Called at the points of a run; all methods do nothing until overridden. Every process of a run has its own."""
+    """Methods that a run calls, to be overridden; they do nothing here. Every process of a run has its own."""
 
     def on_train_begin(self, state: RunState) -> None:
         """Before the first step; ``state.step`` is above 0 in a resumed run."""

@@ -31,7 +31,7 @@ class Scores:
         return math.exp(min(self.loss, HIGHEST_LOG))
 
     def line(self) -> str:
-        """For people."""
+        """As one line for the user."""
         return (
             f"loss {self.loss:.4f}  perplexity {self.perplexity:.3f}  accuracy {self.accuracy:.1%}  "
             f"on {self.label_tokens:,} label tokens"
@@ -101,7 +101,7 @@ class Evaluator:
         self.sum_over_data = runtime.data_sum()
 
     def scores(self) -> Scores:
-        """Of one pass; leaves the model in the mode of use."""
+        """Of one pass over the rows; the model is left as ``set_train(False)``."""
         self.model.set_train(False)
         sums = np.zeros(2)
         tokens = 0

@@ -16,7 +16,8 @@ class Metrics:
     """``metrics.jsonl``: one record a line, in order; the lines after ``start`` of a resumed run are dropped."""
 
     def __init__(self, path: Path, start: int):
-        self.path, self.full = path, False
+        self.path = path
+        self.full = False  # whether the disk is, and the user knows
         kept = [r for r in read_metrics(path) if r["step"] <= start] if start and path.is_file() else []
         with storage.whole(path) as part:
             part.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
@@ -57,7 +58,8 @@ class Progress:
     """A bar with loss, rate and time left on a terminal; a line per logged step elsewhere."""
 
     def __init__(self, start: int, total: int):
-        self.total, self.bar = total, None
+        self.total = total
+        self.bar = None
         if sys.stderr.isatty():
             from tqdm import tqdm
 
@@ -65,7 +67,7 @@ class Progress:
             self.bar = tqdm(initial=start, total=total, bar_format=layout, dynamic_ncols=True)
 
     def show(self, record: StepRecord, logged: bool) -> None:
-        """One step is done; ``logged``: it is among those to print where there is no bar."""
+        """Shows a step; ``logged``: where there is no bar, it is among those to print."""
         loss = "overflow" if record.loss is None else f"{record.loss:.4f}"
         numbers = f"loss {loss}  {record.tokens_per_second:,.0f} tok/s"
         if self.bar is not None:
@@ -88,7 +90,7 @@ class Progress:
             self.bar.write("\n".join(lines))
 
     def evaluated(self, e: EvaluationRecord) -> None:
-        """An evaluation is done."""
+        """Shows an evaluation."""
         scores = f"eval loss {e.eval_loss:.4f}  perplexity {e.eval_perplexity:.2f}  accuracy {e.eval_accuracy:.1%}"
         answers = [
             f"  {sign} {' '.join(text.split())}"
@@ -151,8 +153,8 @@ def _mean_around(values: list[float]) -> list[float]:
 def plot_loss(records: list[dict], path: Path) -> None:
     """Draws loss, learning rate and gradient norm over the steps of a run into a PNG.
 
-    The loss is that of every logged step, the mean of those around it, and that of the evaluations. What overflowed
-    is left out.
+    The loss is that of every logged step, with all its terms, the mean of those around it, and that of the evaluations.
+    What overflowed is left out.
     """
     import matplotlib
 
@@ -160,10 +162,11 @@ def plot_loss(records: list[dict], path: Path) -> None:
     from matplotlib import pyplot
     from matplotlib.ticker import MaxNLocator
 
-    def draw(axes, name: str, **how) -> None:
+    def draw(axes, name: str, **style) -> None:
         found = [(r["step"], r[name]) for r in records if r.get(name) is not None]
-        steps, values = [step for step, _ in found], [value for _, value in found]
-        axes.plot(steps, values, marker="." if len(steps) < 50 else None, **how)
+        steps = [step for step, _ in found]
+        values = [value for _, value in found]
+        axes.plot(steps, values, marker="." if len(steps) < 50 else None, **style)
         if name == "loss" and len(steps) > 40:
             axes.plot(steps, _mean_around(values), color="#1f4e79", linewidth=2, label="mean of the steps around")
 
