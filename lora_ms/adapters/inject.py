@@ -18,14 +18,15 @@ from lora_ms.adapters.methods.modules_to_save_cells import TrainedDense, Trained
 from lora_ms.errors import LoraMsError
 from lora_ms.nn.layers import Embedding, Head, RMSNorm
 from lora_ms.nn.parallel import WHOLE, Shard, split_axis
-from lora_ms.nn.projection import ProductDense
+from lora_ms.nn.projection import DenseProjection
+from lora_ms.ops import PORTABLE, Operators
 
 ADAPTERS = (LoRADense, LoRAEmbedding)
 TRAINED = (TrainedHead, TrainedDense, TrainedEmbedding, TrainedNorm)
-TARGETS = (nn.Dense, ProductDense, Head, Embedding)  # exactly these: their subclasses are adapters
+TARGETS = (nn.Dense, DenseProjection, Head, Embedding)  # exactly these: their subclasses are adapters
 COPIES = {
     nn.Dense: TrainedDense,
-    ProductDense: TrainedDense,
+    DenseProjection: TrainedDense,
     Head: TrainedHead,
     Embedding: TrainedEmbedding,
     RMSNorm: TrainedNorm,
@@ -120,14 +121,20 @@ def adapter_on(
     where: Place,
     a_init: Tensor | None = None,
     compute_dtype: ms.Type | None = None,
+    operators: Operators = PORTABLE,
 ) -> nn.Cell:
-    """A fresh adapter cell on ``layer``; ``a_init``: the A to start from, of plain LoRA."""
+    """A fresh adapter cell on ``layer``.
+
+    a_init: the A to start from, of plain LoRA. operators: for a ``nn.Dense``; a projection has its own.
+    """
     if type(layer) is Embedding:
         if isinstance(config, AdaLoraConfig) or config.lora_bias or not isinstance(config.init_lora_weights, bool):
             raise LoraMsError("on the embedding LoRA, rsLoRA and DoRA are supported, without bias or init_lora_weights")
         return (DoRAEmbedding if config.use_dora else LoRAEmbedding)(layer, *where, use_rslora=config.use_rslora)
     if isinstance(config, AdaLoraConfig):
-        return AdaLoRADense.from_dense(layer, *where, config.lora_dropout, train_bias=config.bias != "none")
+        return AdaLoRADense.from_dense(
+            layer, *where, config.lora_dropout, train_bias=config.bias != "none", operators=operators
+        )
     return (DoRADense if config.use_dora else LoRADense).from_dense(
         layer,
         *where,
@@ -138,6 +145,7 @@ def adapter_on(
         lora_bias=config.lora_bias,
         lora_a_init=a_init,
         compute_dtype=compute_dtype,
+        operators=operators,
     )
 
 

@@ -14,7 +14,7 @@ from lora_ms.adapters.peft_format import adapted, load_adapter, read_adapter_con
 from lora_ms.commands import estimate, evaluate
 from lora_ms.config import PetConfig, RunConfig, dump_config
 from lora_ms.config.sections import LossScale
-from lora_ms.data.order import permutation
+from lora_ms.data.loader import permutation
 from lora_ms.data.pipeline import Preparation
 from lora_ms.data.store import TokenStore
 from lora_ms.errors import LoraMsError
@@ -225,7 +225,7 @@ def run(config: RunConfig) -> None:
                 made_for = sizes.max_position_embeddings
                 print(f"seq_length {how.seq_length} is beyond the {made_for} positions that the model was made for")
             estimate.announce(config, sizes, runtime, plan.layout.shapes[-1])
-        model = common.build_model(config, sizes, dtype, runtime.shard)
+        model = common.build_model(config, sizes, dtype, runtime.operators, runtime.shard)
         schedule_steps = settings.schedule_steps if settings.schedule_steps > 0 else plan.total_steps
         adapter = attach_adapter(config, model, schedule_steps, runtime.shard)
         ranks = RankAllocator(model, adapter) if isinstance(adapter, AdaLoraConfig) else None

@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 
 from lora_ms.adapters.config import AdaLoraConfig, LoraConfig
 from lora_ms.adapters.methods.adalora_ranks import RankAllocator, scheduled
-from lora_ms.data.pipeline import Preparation, prepare_rows
-from lora_ms.data.readers import read_rows
+from lora_ms.data.pipeline import Preparation, prepare_rows, read_rows
 from lora_ms.data.tokenizer import load_tokenizer
 from lora_ms.errors import LoraMsError
 from lora_ms.infer.generate import Generator, pad_rows
@@ -106,8 +105,8 @@ class AutoModelForCausalLM:
         Raises:
             LoraMsError: not such a directory, an unsupported architecture, or tensors that do not fit.
         """
-        runtime_module.setup()
-        return hub.load_directory(Path(path), ms_dtype, Model)
+        runtime, _ = runtime_module.setup()
+        return hub.load_directory(Path(path), ms_dtype, Model, operators=runtime.operators)
 
 
 class AutoTokenizer:
@@ -285,8 +284,8 @@ class Trainer:
 
     def _evaluator(self, settings: TrainSettings, runtime: runtime_module.Runtime) -> Evaluator:
         vocab_size, s = self.model.config.vocab_size, settings
-        how = Preparation(seq_length=s.seq_length, vocab_size=vocab_size)
-        store, _ = prepare_rows(read_rows(self.eval_dataset), self.tokenizer, how)
+        preparation = Preparation(seq_length=s.seq_length, vocab_size=vocab_size)
+        store, _ = prepare_rows(read_rows(self.eval_dataset), self.tokenizer, preparation)
         plan = held_out_plan(
             store, self.args.per_device_eval_batch_size, self.tokenizer, s.seq_length, runtime, s.packing
         )

@@ -11,7 +11,7 @@ from mindspore import Parameter, Tensor, nn, ops
 from numpy.typing import NDArray
 
 from lora_ms.nn.parallel import WHOLE, Shard, split_axis
-from lora_ms.ops.portable import AdamWKernel
+from lora_ms.ops import PORTABLE, Operators
 from lora_ms.train.objectives import Objectives
 
 HIGHEST_SCALE = 2.0**24  # that the loss scale grows to: on the CPU gradients are float32, and no overflow ends it
@@ -82,6 +82,7 @@ class FlatAdamW(nn.Cell):
             then summed over them, and the norm is that of the whole gradient.
         swap: whether a card keeps the moments in its host's memory and loads them for each step, as MindFormers'
             AdamW does (``Parameter(device="CPU")``; not tried on one). On the CPU it changes nothing.
+        operators: what the step computes with.
     """
 
     def __init__(
@@ -99,6 +100,7 @@ class FlatAdamW(nn.Cell):
         all_reduce: nn.Cell | None = None,
         shard: Shard = WHOLE,
         swap: bool = False,
+        operators: Operators = PORTABLE,
     ):
         super().__init__()
         self.params = ms.ParameterTuple(params)
@@ -107,7 +109,7 @@ class FlatAdamW(nn.Cell):
         self.starts = (0, *np.cumsum(self.sizes).tolist()[:-1])
         self.flatten = Flatten()
         self.map = ops.HyperMap()
-        self.adamw = AdamWKernel(*betas, eps)
+        self.adamw = operators.adamw(*betas, eps)
         self.max_grad_norm = max_grad_norm
         self.all_reduce = all_reduce
         self.shard = shard
@@ -200,7 +202,15 @@ class FlatAdamW(nn.Cell):
         count = self.count + taken
         steps = ops.maximum(count, Tensor(1.0, ms.float32))
         new, exp_avg, exp_avg_sq = self.adamw(
-            old, grad, self.exp_avg, self.exp_avg_sq, scale, taken, steps, taken * lr * self.rates, self.decay
+            old,
+            grad,
+            self.exp_avg,
+            self.exp_avg_sq,
+            scale=scale,
+            taken=taken,
+            count=steps,
+            rate=taken * lr * self.rates,
+            decay=self.decay,
         )
         self.map(ops.partial(_put, new), self.params, self.starts, self.sizes)
         ops.assign(self.exp_avg, exp_avg)

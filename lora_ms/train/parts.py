@@ -30,7 +30,7 @@ class SummedLoss(nn.Cell):
     def __init__(self, model: nn.Cell, vocab_size: int, shard: Shard = WHOLE):
         super().__init__()
         self.model = model
-        self.cross_entropy = summed_cross_entropy(vocab_size, CHUNK_NUMBERS, shard)
+        self.cross_entropy = summed_cross_entropy(vocab_size, CHUNK_NUMBERS, model.operators, shard)
 
     def of_output(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """From the last layer's output [c, h]; returns what ``SummedCrossEntropy`` returns."""
@@ -66,7 +66,7 @@ class LayerInputs(nn.Cell):
 
     def construct(self, input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, ...]:
         tables = self.decoder.rotary_tables(position_ids.reshape((-1,)))
-        return (self.embed(input_ids),) + tables + (self.decoder.row_mask(position_ids),)
+        return (self.embed(input_ids),) + tables + (self.decoder.visibility(position_ids),)
 
 
 class AttentionHalf(nn.Cell):

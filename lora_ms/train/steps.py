@@ -10,8 +10,8 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn
 
-from lora_ms.data.feed import Step, feed
-from lora_ms.data.loader import DataPlan
+from lora_ms.data.example import DeviceStep
+from lora_ms.data.loader import DataPlan, device_steps
 from lora_ms.errors import LoraMsError
 from lora_ms.nn.dropout import Draws, DrawTable, DropoutKernel
 from lora_ms.nn.noise import EmbeddingNoise
@@ -47,7 +47,8 @@ class Steps:
     """The optimiser steps of ``model`` on ``plan``.
 
     Args:
-        model: a Cell with ``hidden_states(input_ids, position_ids, rows)`` and ``head_weight()``, to be trained.
+        model: a Cell with ``hidden_states(input_ids, position_ids, rows)``, ``head_weight()`` and ``operators``, to be
+            trained.
         vocab_size: rows of the head.
         loss_scaling: None for a model that computes in float32.
         hooks: parts of the run that take part in every step.
@@ -74,7 +75,7 @@ class Steps:
         self.settings = settings
         self.runtime = runtime
         self.hooks = hooks
-        self.half = loss_scaling is not None
+        self.loss_scaling = loss_scaling
         self.skipped = 0  # steps in a row, up to the last, that overflowed
         trainable = {name: p for name, p in model.parameters_and_names() if p.requires_grad}
         self.trainable = sorted(trainable)
@@ -82,7 +83,7 @@ class Steps:
             raise LoraMsError("all parameters train in float32 only: set compute_dtype to float32, or give pet_config")
         if not trainable:
             raise LoraMsError("no parameter is trainable: give pet_config, or set it to null to train all parameters")
-        self.optimizer = self._optimizer(trainable, loss_scaling, rate_factors or {})
+        self.optimizer = self._optimizer(trainable, rate_factors or {})
         self.sum_over_data = runtime.data_sum()
         alpha = settings.neftune_noise_alpha
         self.noise = EmbeddingNoise(model.model, alpha) if alpha else None
@@ -93,14 +94,9 @@ class Steps:
         self.pending: list[_Pending] = []
         self.clock = 0.0  # when the steps that are pending began
         self.waited = 0.0  # seconds since then, for data
-        self.fed: Iterator[Step] = iter(())
+        self.upcoming: Iterator[DeviceStep] = iter(())
 
-    def _optimizer(
-        self,
-        trainable: Mapping[str, Parameter],
-        loss_scaling: LossScaling | None,
-        rate_factors: Mapping[str, float],
-    ) -> FlatAdamW:
+    def _optimizer(self, trainable: Mapping[str, Parameter], rate_factors: Mapping[str, float]) -> FlatAdamW:
         s = self.settings
         params = list(trainable.values())
         factors, decays = groups.rates_and_decays(trainable, s.groups, s.learning_rate, s.weight_decay)
@@ -117,12 +113,13 @@ class Steps:
             weight_decay=decays,
             rate_factors=factors,
             max_grad_norm=s.max_grad_norm,
-            loss_scaling=loss_scaling,
+            loss_scaling=self.loss_scaling,
             objectives=objectives,
             observers=[observer for observer in observers if observer is not None],
             all_reduce=self.runtime.data_sum(),
             shard=self.runtime.shard,
             swap=s.swap,
+            operators=self.model.operators,
         )
 
     def _draw_table(self) -> DrawTable | None:
@@ -181,13 +178,13 @@ class Steps:
             **s.identity(),
             "warmup_steps": self._warmup_steps,
             "schedule_steps": None if s.lr_kind == "constant" else self._schedule_steps,
-            "float16": self.half,
+            "float16": self.loss_scaling is not None,
             "trainable": self.trainable,
         }
 
     def begin(self, step: int, level: int = 0) -> None:
         """The next step to be launched is ``step`` (from 0); level: of its micro-batches, see ``DataPlan.step``."""
-        self.fed = feed(self.plan, step, level)
+        self.upcoming = device_steps(self.plan, step, level)
         self.clock = time.perf_counter()
 
     def pause(self, begun: float) -> None:
@@ -196,7 +193,7 @@ class Steps:
 
     def close(self) -> None:
         """No more steps."""
-        self.fed = iter(())
+        self.upcoming = iter(())
         if self.table is not None:
             self.table.close()
 
@@ -214,7 +211,7 @@ class Steps:
     def launch(self, step: int) -> None:
         """Puts optimiser step ``step`` (from 0) on the device; its numbers are read by ``read``."""
         begun = time.perf_counter()
-        batches, tokens, label_tokens = next(self.fed)
+        batches, tokens, label_tokens = next(self.upcoming)
         self.waited += time.perf_counter() - begun
         losses = [self.gradient(batch, step, number) for number, batch in enumerate(batches)]
         rate = self.rate(step)
@@ -280,13 +277,14 @@ class Steps:
             self.skipped = 0
             return
         self.skipped += 1
-        if self.half and self.skipped <= MAX_SKIPPED:
+        scaled = self.loss_scaling is not None  # a loss scale that is too high overflows, and is lowered then
+        if scaled and self.skipped <= MAX_SKIPPED:
             return
         rows = [self.plan.rows.where(i) for i in self.plan.step_rows(p.step)]
         named = f"step {p.step + 1} (rows {', '.join(rows[:4])}{' …' if len(rows) > 4 else ''})"
         what = "gradient" if np.isfinite(loss) else "loss"
         value = "not finite" if np.isfinite(loss) else f"{loss}"
-        often = f", as in the {MAX_SKIPPED} steps before" if self.half else ""
+        often = f", as in the {MAX_SKIPPED} steps before" if scaled else ""
         raise LoraMsError(
             f"the {what} of {named} is {value}{often}; no weight was changed by it: lower the learning rate, or look "
             "at these rows"

@@ -35,19 +35,21 @@ def gradients(optimizer: FlatAdamW, label_tokens: int) -> list[np.ndarray]:
     params=[("qwen2", False), ("llama3", False), ("full_qwen2", False), ("full_qwen2", True)],
     ids=lambda param: f"{param[0]}-{'recomputed' if param[1] else 'kept'}",
 )
-def trace(request, reference, golden, own):
+def trace(request, reference, golden, operators):
     """(reference values, our losses, norms, first gradients, final weights), names as torch has them."""
     kind, recompute = request.param
     full = kind.startswith("full_")
     z = golden(f"trace_{kind}")
-    model = load_directory(reference / "models" / kind.removeprefix("full_"))
+    model = load_directory(reference / "models" / kind.removeprefix("full_"), operators=operators)
     if not full:
         inject(model, LoraConfig(4, 8.0, 0.0, "all-linear"))
         for name, layer in lora_layers(model).items():
             layer.lora_a.set_data(Tensor(z[f"initial/{PREFIX}{name}.lora_A.weight"]))
     model.set_train()
     params = {torch_name(name, full): p for name, p in model.parameters_and_names() if p.requires_grad}
-    optimizer = FlatAdamW(list(params.values()), weight_decay=0.1, max_grad_norm=float(z["max_grad_norm"]))
+    optimizer = FlatAdamW(
+        list(params.values()), weight_decay=0.1, max_grad_norm=float(z["max_grad_norm"]), operators=operators
+    )
     micro_step = MicroStep(SummedLoss(model, 128), optimizer, recompute)
     losses, norms, first = [], [], {}
     for step in range(len(z["loss"])):
