@@ -77,16 +77,16 @@ class MicroStep(Graph):
         parts = ModelParts(loss.model, optimizer.params)
         self.lowest = parts.lowest_half_layer
         self.shared = SharedLayers(parts) if len(layers) == count else None
-        top = 0 if self.shared is None else self.shared.top
+        first = 0 if self.shared is None else self.shared.top  # the first half-layer that is in no block
         self.inputs = LayerInputs(decoder)
         self.top = TopGradients(
             loss,
             scale,
             parts.finish_weights,
-            half_layers=parts.half_layers[top:],
-            weights=parts.weights[top:],
-            recomputed=[i // 2 in layers for i in range(top, len(parts.half_layers))],
-            lowest=max(self.lowest - top, 0),
+            half_layers=parts.half_layers[first:],
+            weights=parts.weights[first:],
+            recomputed=[i // 2 in layers for i in range(first, len(parts.half_layers))],
+            lowest=max(self.lowest - first, 0),
         )
         self.trains_embedding = parts.trains_embedding
         self.embedding = EmbeddingGradients(decoder, parts.embedding_weights)

@@ -97,7 +97,10 @@ def train(graph_mode, reference, rows, settings) -> Callable[..., Finished]:
         if held_out is not None:
             evaluator = Evaluator(model, held_out_plan(TokenStore.of(held_out), 4, None, 16, here), 128, here, sample)
         weights = weights_of(model, config, None)
-        outcome = fit(model, data_plan, chosen, here, weights, 128, dtype, hooks, evaluator, callbacks)
+        outcome = fit(
+            model, data_plan, chosen, here, weights,
+            vocab_size=128, dtype=dtype, hooks=hooks, evaluator=evaluator, callbacks=callbacks,
+        )  # fmt: skip
         return Finished(path, outcome, untimed(path), load_file(path / "adapter" / "adapter_model.safetensors"))
 
     return run

@@ -4,10 +4,17 @@ import numpy as np
 import pytest
 
 from lora_ms.errors import LoraMsError
+from lora_ms.models.decoder import DecoderConfig
 from lora_ms.train import shared_layers
 from lora_ms.train.gradient import MicroStep, recomputed_layers
 from lora_ms.train.optimizer import FlatAdamW, LossScaling
 from lora_ms.train.shared_layers import BLOCK_LAYERS
+
+
+def small(**changes) -> DecoderConfig:
+    sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "head_dim": 4}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "rope_theta": 1e4}
+    return DecoderConfig(**sizes, **changes)
 
 
 @pytest.mark.parametrize(
@@ -37,11 +44,10 @@ def tied(graph_mode, request):
     import mindspore as ms
     from mindspore import Tensor, ops
 
-    from lora_ms.models.decoder import DecoderConfig
     from lora_ms.models.hub import new_model
     from lora_ms.train.parts import SummedLoss
 
-    sizes = DecoderConfig(40, 16, 24, 2, 4, 2, 4, 1e-6, 1e4, tie_word_embeddings=True, attention_bias=True)
+    sizes = small(num_hidden_layers=2, tie_word_embeddings=True, attention_bias=True)
     model = new_model(sizes, ms.float32, 0)
     for name, parameter in model.parameters_and_names():
         parameter.requires_grad = request.param in name
@@ -89,11 +95,10 @@ def test_blocks_of_a_kind_share_their_graphs(graph_mode, pattern, kinds):
 
     from lora_ms.adapters.config import LoraConfig
     from lora_ms.adapters.inject import inject
-    from lora_ms.models.decoder import DecoderConfig
     from lora_ms.models.hub import new_model
     from lora_ms.train.parts import SummedLoss
 
-    model = new_model(DecoderConfig(40, 16, 24, 9, 4, 2, 4, 1e-6, 1e4), ms.float32, 0)
+    model = new_model(small(num_hidden_layers=9), ms.float32, 0)
     inject(model, LoraConfig(2, 4.0, 0.1, "all-linear", rank_pattern=pattern))
     params = [p for p in model.get_parameters() if p.requires_grad]
     shared = MicroStep(SummedLoss(model, 40), FlatAdamW(params), True).shared

@@ -110,7 +110,7 @@ def traced(request, reference, golden) -> Traced:
         rate_factors=factors, objectives=objectives, observers=observers,
     )  # fmt: skip
     micro_step = MicroStep(SummedLoss(model, 128), optimizer)
-    found = Traced(name, z, [], [], {}, {}, [])
+    found = Traced(name, z, losses=[], norms=[], first={}, final={}, kept=[])
     for step in range(len(z["loss"])):
         label_tokens = int(z["label_tokens"][step].sum())
         loss = sum(float(micro_step(*batch).asnumpy()) for batch in batches(z, step)) / label_tokens
