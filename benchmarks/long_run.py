@@ -83,7 +83,7 @@ def main() -> None:
             rows[256:], batch_size=8, accumulation=1, epochs=1, seed=0, shuffle=False, pad_id=0, seq_length=16
         )
         evaluator = Evaluator(model, held_out, 128, here)
-        fit(model, plan, settings, here, weights_of(model, config, None), 128, ms.float32, None, evaluator, [watch])
+        fit(model, plan, settings, here, weights_of(model, config, None), 128, ms.float32, (), evaluator, [watch])
         written = {name: size_kb(Path(folder) / name) for name in sorted(os.listdir(folder))}
     print(f"memory after {args.steps} steps / after {EVERY}: {watch.memory[-1] / watch.memory[0]:.4f}")
     print(f"step time of the last thousand / of the second: {watch.times[-1] / watch.times[1]:.3f}")

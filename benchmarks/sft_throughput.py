@@ -62,8 +62,9 @@ def ours(args):
     from lora_ms.data.loader import DataPlan, device_steps
     from lora_ms.models.hub import load_directory
     from lora_ms.runtime.device import setup
+    from lora_ms.train.gradient import MicroStep
     from lora_ms.train.optimizer import FlatAdamW
-    from lora_ms.train.step import MicroStep, SummedLoss
+    from lora_ms.train.parts import SummedLoss
 
     setup("CPU")
     model = load_directory(args.model)

@@ -28,7 +28,7 @@ DIRECTIONS = {
     "models": ("models nn ops storage errors", "mindspore numpy"),
     "adapters": ("adapters nn ops storage errors", "mindspore numpy"),
     "train": (
-        "train nn ops data adapters.peft_format adapters.methods runtime storage errors",
+        "train nn ops data runtime storage errors",
         "mindspore numpy tqdm matplotlib tensorboardX",
     ),
     "infer": ("infer nn ops data.template data.example errors", "mindspore numpy transformers sacrebleu"),

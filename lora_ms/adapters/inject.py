@@ -55,6 +55,21 @@ def target_layers(model: nn.Cell) -> dict[str, nn.Cell]:
     return {name: cell for name, cell in model.cells_and_names() if type(cell) in TARGETS}
 
 
+def rate_factors(model: nn.Cell, ratio: float, embedding: float) -> dict[str, float]:
+    """What the learning rate of each trainable parameter is multiplied by (LoRA+, Hayou et al., 2024; groups as in
+    PEFT), by path: ``ratio`` for B and all that has one dimension, ``embedding`` for A and B on the embedding, 1 for
+    the rest."""
+    cells = (cell for _, cell in model.cells_and_names() if isinstance(cell, LoRAEmbedding))
+    embeddings = {id(p) for cell in cells for p in (cell.lora_a, cell.lora_b)}
+    found = {}
+    for name, parameter in model.parameters_and_names():
+        if id(parameter) in embeddings:
+            found[name] = embedding
+        else:
+            found[name] = ratio if name.endswith("lora_b") or parameter.ndim == 1 else 1.0
+    return found
+
+
 def lora_layers(model: nn.Cell) -> dict[str, nn.Cell]:
     """Every adapter by dotted path."""
     return {name: cell for name, cell in model.cells_and_names() if isinstance(cell, ADAPTERS)}

@@ -14,7 +14,7 @@ from lora_ms.runtime import memory_estimate as memory
 from lora_ms.runtime import native_build as cpu
 from lora_ms.runtime.device import Runtime, ascend_is_present
 from lora_ms.runtime.memory_estimate import Job
-from lora_ms.train.recompute import recomputed_layers
+from lora_ms.train.gradient import recomputed_layers
 
 # MB that a run can have of each. On the Orange Pi host and card share the memory, and the system takes 1.5 GB of it.
 DEVICES = {

@@ -245,7 +245,8 @@ def run(config: RunConfig) -> None:
             print(
                 f"{output_dir} holds {', '.join(former)} of an earlier run; this one writes {weights.folder} as it ends"
             )
-        outcome = fit(model, plan, settings, runtime, weights, sizes.vocab_size, dtype, ranks, evaluator)
+        hooks = [] if ranks is None else [ranks]
+        outcome = fit(model, plan, settings, runtime, weights, sizes.vocab_size, dtype, hooks, evaluator)
         if runtime.is_main and outcome.stopped:
             print(f"stopped after step {outcome.steps:,} of {plan.total_steps:,}, and saved")
             print("to go on, give the same command with --resume_training True")

@@ -276,7 +276,8 @@ class Trainer:
         weights = weights_of(self.model, config, self.tokenizer, ranks)
         evaluator = self._evaluator(settings, runtime) if self.args.evaluates else None
         sizes = (vocab_size, self.model.dtype)
-        outcome = fit(self.model, plan, settings, runtime, weights, *sizes, ranks, evaluator, self.callbacks)
+        hooks = [] if ranks is None else [ranks]
+        outcome = fit(self.model, plan, settings, runtime, weights, *sizes, hooks, evaluator, self.callbacks)
         if self.peft and ranks is not None:
             self.peft.peft_config[str(self.peft.active_adapter)] = ranks.config()
         return outcome

@@ -9,6 +9,7 @@ import mindspore as ms
 from mindspore import nn
 
 from lora_ms import storage
+from lora_ms.adapters.inject import rate_factors
 from lora_ms.data.example import Row
 from lora_ms.data.loader import DataPlan, Source
 from lora_ms.data.pipeline import Preparation, prepare_rows
@@ -18,10 +19,11 @@ from lora_ms.data.tokenizer import pad_id
 from lora_ms.runtime.device import Runtime, barrier, memory_share
 from lora_ms.train import checkpoint
 from lora_ms.train.adaptive import MemoryMonitor
-from lora_ms.train.callbacks import Companion, EarlyStopping, TrainerCallback
+from lora_ms.train.callbacks import EarlyStopping, TrainerCallback
 from lora_ms.train.checkpoint import Weights
 from lora_ms.train.evaluation import Evaluator
-from lora_ms.train.loop import Outcome, Run
+from lora_ms.train.hooks import StepHook
+from lora_ms.train.loop import Outcome, TrainingLoop
 from lora_ms.train.profile import Profiling
 from lora_ms.train.report import Reporter
 from lora_ms.train.settings import TrainSettings
@@ -129,7 +131,7 @@ def fit(
     weights: Weights,
     vocab_size: int,
     dtype: ms.Type,
-    companion: Companion | None = None,
+    hooks: Sequence[StepHook] = (),
     evaluator: Evaluator | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Outcome:
@@ -142,8 +144,20 @@ def fit(
     monitor = None
     if settings.adaptive_batch:
         monitor = MemoryMonitor(plan.levels, partial(memory_share, runtime.device, settings.memory_budget_mb))
-    steps = Steps(model, plan, settings, runtime, vocab_size, dtype == ms.float16, companion)
-    run = Run(steps, weights, evaluator, looking_on, monitor)
+    ratio, factors = settings.loraplus_lr_ratio, {}
+    if ratio != 1:
+        factors = rate_factors(model, ratio, settings.loraplus_lr_embedding / (settings.learning_rate or 1.0))
+    steps = Steps(
+        model,
+        plan,
+        settings,
+        runtime,
+        vocab_size,
+        loss_scaling=settings.loss_scaling if dtype == ms.float16 else None,
+        hooks=hooks,
+        rate_factors=factors,
+    )
+    run = TrainingLoop(steps, weights, evaluator, looking_on, monitor)
     if runtime.is_main:
         checkpoint.recover(output_dir)
     if runtime.world > 1:

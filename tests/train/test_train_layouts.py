@@ -12,8 +12,9 @@ from lora_ms.data.example import TokenRow
 from lora_ms.data.loader import DataPlan
 from lora_ms.data.packing import Layout, Shape
 from lora_ms.models.hub import load_directory
+from lora_ms.train.gradient import MicroStep
 from lora_ms.train.optimizer import FlatAdamW
-from lora_ms.train.step import MicroStep, SummedLoss
+from lora_ms.train.parts import SummedLoss
 
 pytestmark = pytest.mark.usefixtures("graph_mode")
 KINDS = ("padded", "bucketed", "packed")

@@ -82,7 +82,7 @@ class LoRADense(nn.Dense):
         # a parameter and no constant: adapters that differ in it alone share one compiled graph
         scaling = Tensor(lowrank.scaling_of(lora_rank, lora_alpha, use_rslora), ms.float32)
         self.scaling = Parameter(scaling, name="scaling", requires_grad=False)
-        self.lora_dropout = DropoutKernel(lora_dropout)
+        self.lora_dropout = DropoutKernel(lora_dropout, in_channels)
         self.operators = operators
         self.adapted_product = operators.adapted_product(lora_dropout)
         self.low_rank = operators.low_rank_update()
