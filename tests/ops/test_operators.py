@@ -96,8 +96,8 @@ def adapted_inputs() -> list[np.ndarray]:
 
 def test_an_adapted_product_without_dropout(operators: Operators):
     """One cell serves training and evaluation: without random numbers, nothing is dropped."""
-    x, weight, a, b, scaling = adapted_inputs()
-    y, (d_x, d_weight, d_a, d_b) = run(operators.adapted_product(0.5), 4, x, weight, a, b, scaling, None, None)
+    x, weight, a, b, _ = inputs = adapted_inputs()
+    y, (d_x, d_weight, d_a, d_b) = run(operators.adapted_product(0.5), 4, *inputs, None, None)
     whole = weight + 1.5 * b @ a
     close(y, x @ whole.T)
     grad = random(T, OUT, seed=9)
@@ -108,12 +108,12 @@ def test_an_adapted_product_without_dropout(operators: Operators):
 
 
 def test_an_adapted_product_with_dropout(operators: Operators):
-    x, weight, a, b, scaling = adapted_inputs()
+    x, weight, a, b, _ = inputs = adapted_inputs()
     rng = np.random.default_rng(4)
     rows, columns = rng.random((T, 1), np.float32), rng.random((1, IN), np.float32)
     kept = Dropout(0.5)(Tensor(np.ones((T, IN), np.float32)), Tensor(rows), Tensor(columns)).asnumpy()
     assert {*np.unique(kept)} == {0, 2}
-    y, (d_x, d_weight, d_a, d_b) = run(operators.adapted_product(0.5), 4, x, weight, a, b, scaling, rows, columns)
+    y, (d_x, d_weight, d_a, d_b) = run(operators.adapted_product(0.5), 4, *inputs, rows, columns)
     close(y, x @ weight.T + 1.5 * (x * kept) @ a.T @ b.T)
     grad = random(T, OUT, seed=9)
     close(d_x, grad @ weight + 1.5 * (grad @ b @ a) * kept)

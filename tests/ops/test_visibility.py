@@ -1,4 +1,4 @@
-"""Rows of one line do not see each other: the mask against a loop, in all of its forms."""
+"""What a query sees, in all forms: rows of one line do not see each other, and a cache is seen as far as written."""
 
 import mindspore as ms
 import numpy as np
@@ -28,9 +28,9 @@ def test_all_forms_say_the_same(native):
     first = Tensor(np.arange(6, dtype=np.int32) - POSITIONS)
     np.testing.assert_array_equal(first.asnumpy(), wanted.argmax(-1))
     np.testing.assert_array_equal(native.visibility()(first).asnumpy(), first.asnumpy())
-    bias = portable.ScoreMask(num_heads, num_kv_heads)(first)
-    assert bias.shape == (3 * num_kv_heads, 2 * 6, 6) and bias.dtype == ms.float32
-    for line, block in zip(wanted, bias.asnumpy().reshape(3, num_heads, 6, 6), strict=True):
+    scores = portable.ScoreMask(num_heads, num_kv_heads)(first)
+    assert scores.shape == (3 * num_kv_heads, 2 * 6, 6) and scores.dtype == ms.float32
+    for line, block in zip(wanted, scores.asnumpy().reshape(3, num_heads, 6, 6), strict=True):
         for head in block:
             np.testing.assert_array_equal(head == 0, line)
             assert set(np.unique(head)) <= {np.float32(-1e9), np.float32(0)}

@@ -31,7 +31,7 @@ def call(request):
         arrays = [*(np.ascontiguousarray(x) for x in inputs), *outputs]
         sizes = [(ctypes.c_int64 * x.ndim)(*x.shape) for x in arrays]
         n = len(arrays)
-        status = getattr(operators, name)(
+        arguments = [
             n,
             (ctypes.c_void_p * n)(*(x.ctypes.data for x in arrays)),
             (ctypes.c_int * n)(*(x.ndim for x in arrays)),
@@ -39,8 +39,8 @@ def call(request):
             (ctypes.c_char_p * n)(*(x.dtype.name.encode() for x in arrays)),
             None,
             None,
-        )
-        assert status == 0
+        ]
+        assert getattr(operators, name)(*arguments) == 0
         return outputs
 
     return run
