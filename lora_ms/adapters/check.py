@@ -16,6 +16,7 @@ from lora_ms.adapters.config import AdaLoraConfig, LoraConfig
 from lora_ms.adapters.matching import by_pattern, leaf_of
 from lora_ms.errors import LoraMsError
 from lora_ms.storage import Entry
+from lora_ms.text import counted
 
 OK, WARNING, FAULT = "ok", "warning", "fault"
 SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # values that vLLM's --max-lora-rank takes; 16 by default
@@ -35,11 +36,6 @@ def listed(names: list[str], most: int = 3) -> str:
     """``a, b, c and 4 more``."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
-
-
-def counted(number: int, thing: str) -> str:
-    """``1 tensor``, ``2 tensors``."""
-    return f"{number:,} {thing}{'' if number == 1 else 's'}"
 
 
 def check_files(adapter: Path, base: Path | None) -> Iterator[Check]:

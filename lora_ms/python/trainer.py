@@ -1,122 +1,40 @@
-"""The Python interface, with the names that Hugging Face users know."""
+"""Training from Python, with transformers' names."""
 
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
-import mindspore as ms
-import numpy as np
-from mindspore import Tensor
-from numpy.typing import NDArray
-
-from lora_ms.adapters.config import AdaLoraConfig, LoraConfig
-from lora_ms.adapters.methods.adalora_ranks import RankAllocator, scheduled
 from lora_ms.data.pipeline import Preparation, prepare_rows
 from lora_ms.data.readers import read_rows
-from lora_ms.data.tokenizer import load_tokenizer
 from lora_ms.errors import LoraMsError
-from lora_ms.infer.generate import Generator, pad_rows
-from lora_ms.infer.sampling import Sampling
-from lora_ms.models import hub
-from lora_ms.models.decoder import CausalLM
+from lora_ms.python.model import ModelForCausalLM
 from lora_ms.python.peft_model import PeftModel
+from lora_ms.recipes import adapter, data
 from lora_ms.recipes.outputs import weights_of
-from lora_ms.recipes.train import fit, held_out_plan, plan_rows
-from lora_ms.runtime import device as runtime_module
+from lora_ms.recipes.train import NativeLoop, train
+from lora_ms.runtime import device
+from lora_ms.runtime.device import Runtime
+from lora_ms.train import tensorboard
 from lora_ms.train.callbacks import TrainerCallback
 from lora_ms.train.evaluation import Evaluator
 from lora_ms.train.loop import Outcome
 from lora_ms.train.settings import TrainSettings
-from lora_ms.train.tensorboard import REPORTS, check
 
-SAMPLING_NAMES = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "seed")
-
-
-class Model(CausalLM):
-    """A decoder that also generates and saves itself."""
-
-    def generate(
-        self,
-        input_ids: Tensor | NDArray | Sequence[Sequence[int]],
-        max_new_tokens: int = 64,
-        attention_mask: Tensor | NDArray | None = None,
-        eos_token_id: int | Sequence[int] | None = None,
-        pad_token_id: int = 0,
-        generator: Generator | None = None,
-        **sampling,
-    ) -> NDArray[np.int32]:
-        """Prompts continued: [batch, prompt + new] token ids, as in transformers.
-
-        Args:
-            input_ids: [batch, prompt] ids, or a list of rows of any lengths (padded on the left in the result).
-            max_new_tokens: most new tokens of a row.
-            attention_mask: [batch, prompt] of 0 and 1; 0 marks padding.
-            eos_token_id: one or more ids that end a row; None for the model's own. Without any, rows run on.
-            pad_token_id: fills the rest of a row that has ended.
-            generator: holds the compiled graphs; None for the model's own.
-            sampling: do_sample, temperature, top_k, top_p, repetition_penalty, seed (see ``Sampling``).
-
-        Raises:
-            LoraMsError: an empty prompt or a setting out of range.
-            TypeError: an unknown setting.
-        """
-        unknown = set(sampling) - set(SAMPLING_NAMES)
-        if unknown:
-            raise TypeError(f"generate() got unknown settings: {', '.join(sorted(unknown))}")
-        rows = _rows(input_ids, attention_mask)
-        ends = self.config.eos_token_ids if eos_token_id is None else eos_token_id
-        ends = (ends,) if isinstance(ends, int) else tuple(ends)
-        if generator is None:
-            # past Cell's own attributes: the generator holds this model
-            generator = self.__dict__.setdefault("generator", None) or Generator(self)
-            self.__dict__["generator"] = generator
-        training = self.training
-        new = generator.generate(rows, max_new_tokens, Sampling(**sampling), ends)
-        self.set_train(training)
-        return pad_rows(rows, new, pad_token_id, max(map(len, input_ids)))
-
-    def cells_have_changed(self) -> None:
-        """Forgets the compiled graphs of generation: they hold the cells that stood here before."""
-        self.__dict__.pop("generator", None)
-
-    def save_pretrained(self, path: str | os.PathLike) -> None:
-        """Writes a Hugging Face directory in the type of the weights; transformers and vLLM load it."""
-        hub.save_directory(self, path, hub.NUMPY_DTYPES[self.dtype])
-
-
-def _rows(input_ids, attention_mask) -> list[list[int]]:
-    ids = [np.asarray(row.asnumpy() if isinstance(row, Tensor) else row) for row in input_ids]
-    if attention_mask is None:
-        return [row.tolist() for row in ids]
-    return [
-        row[np.asarray(mask.asnumpy() if isinstance(mask, Tensor) else mask) == 1].tolist()
-        for row, mask in zip(ids, attention_mask, strict=True)
-    ]
-
-
-class AutoModelForCausalLM:
-    """Models by directory."""
-
-    @staticmethod
-    def from_pretrained(path: str | os.PathLike, ms_dtype: ms.Type = ms.float32) -> Model:
-        """The model of a Hugging Face directory, with weights of ``ms_dtype`` (float32 or float16).
-
-        Raises:
-            LoraMsError: not such a directory, an unsupported architecture, or tensors that do not fit.
-        """
-        runtime_module.setup()
-        return hub.load_directory(Path(path), ms_dtype, Model)
-
-
-class AutoTokenizer:
-    """Tokenizers by directory."""
-
-    @staticmethod
-    def from_pretrained(path: str | os.PathLike):
-        """transformers' own tokenizer of a directory on disk."""
-        return load_tokenizer(path)
+# transformers' name -> TrainSettings'; a field that has one name on both sides needs no line
+SETTINGS = {
+    "per_device_train_batch_size": "batch_size",
+    "gradient_accumulation_steps": "accumulation",
+    "max_seq_length": "seq_length",
+    "lr_scheduler_type": "lr_kind",
+    "adam_epsilon": "eps",
+    "early_stopping_patience": "patience",
+    "gradient_checkpointing": "recompute",
+    "resume_from_checkpoint": "resume",
+}
+STRATEGIES = ("no", "steps", "epoch")
+SCHEDULES = ("constant", "linear", "cosine")
 
 
 @dataclass(frozen=True)
@@ -174,59 +92,50 @@ class TrainingArguments:
         """The same for the training loop.
 
         Raises:
-            LoraMsError: a setting out of range, or one that is not there yet.
+            LoraMsError: a setting out of range, or one that is not supported.
         """
-        for name, value, wanted in (
-            ("save_strategy", self.save_strategy, ("no", "steps", "epoch")),
-            ("eval_strategy", self.eval_strategy, ("no", "steps", "epoch")),
-            ("evaluation_strategy", self.evaluation_strategy, ("no", "steps", "epoch")),
-            *(("report_to", name, ("none", *REPORTS)) for name in self._reports),
+        self._check()
+        own = {field.name for field in fields(TrainSettings)}
+        named = {field.name: SETTINGS.get(field.name, field.name) for field in fields(self)}
+        copied = {setting: getattr(self, name) for name, setting in named.items() if setting in own}
+        computed = {
+            "output_dir": Path(self.output_dir),
+            "epochs": int(self.num_train_epochs),
+            "betas": (self.adam_beta1, self.adam_beta2),
+            "save_steps": {"no": 0, "steps": self.save_steps, "epoch": -1}[self.save_strategy],
+            "keep_checkpoint_max": sys.maxsize if self.save_total_limit is None else self.save_total_limit,
+            "eval_steps": (self.eval_steps or self.logging_steps) if "steps" in self._evaluations else 0,
+            "eval_epochs": int("epoch" in self._evaluations),
+            "report_to": tuple(name for name in self._reports if name != "none"),
+        }
+        return TrainSettings(**{**copied, **computed})
+
+    def _check(self) -> None:
+        for name, value, supported in (
+            ("save_strategy", self.save_strategy, STRATEGIES),
+            ("eval_strategy", self.eval_strategy, STRATEGIES),
+            ("evaluation_strategy", self.evaluation_strategy, STRATEGIES),
+            *(("report_to", name, ("none", *tensorboard.REPORTS)) for name in self._reports),
+            ("lr_scheduler_type", self.lr_scheduler_type, SCHEDULES),
         ):
-            if value not in wanted:
-                raise LoraMsError(f"{name} {value!r} is not supported; supported: {', '.join(map(str, wanted))}")
-        if self.num_train_epochs != int(self.num_train_epochs) or self.num_train_epochs < 1 or self.logging_steps < 1:
-            raise LoraMsError("num_train_epochs and logging_steps want whole numbers from 1 on")
-        if self.lr_scheduler_type not in ("constant", "linear", "cosine"):
-            raise LoraMsError(f"lr_scheduler_type {self.lr_scheduler_type!r} is none of constant, linear, cosine")
+            if value not in supported:
+                raise LoraMsError(f"{name} {value!r} is not supported; supported: {', '.join(supported)}")
+        for name in ("num_train_epochs", "logging_steps"):
+            value = getattr(self, name)
+            if value != int(value) or value < 1:
+                raise LoraMsError(f"{name} expects a whole number from 1 on, got {value}")
+        for name in ("eval_steps", "per_device_eval_batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise LoraMsError(f"{name} expects 1 or more, got {value}")
         if len(self._evaluations) > 1:
             raise LoraMsError("eval_strategy and evaluation_strategy differ: give one of them")
         if self.early_stopping_patience and not self.evaluates:
             raise LoraMsError("early_stopping_patience needs evaluations: set eval_strategy to steps or epoch")
-        if self.eval_steps is not None and self.eval_steps < 1 or self.per_device_eval_batch_size < 1:
-            raise LoraMsError("eval_steps and per_device_eval_batch_size want 1 or more")
-        return TrainSettings(
-            output_dir=Path(self.output_dir),
-            epochs=int(self.num_train_epochs),
-            batch_size=self.per_device_train_batch_size,
-            accumulation=self.gradient_accumulation_steps,
-            max_steps=self.max_steps,
-            seq_length=self.max_seq_length,
-            packing=self.packing,
-            seed=self.seed,
-            learning_rate=self.learning_rate,
-            lr_kind=self.lr_scheduler_type,
-            warmup_ratio=self.warmup_ratio,
-            warmup_steps=self.warmup_steps,
-            betas=(self.adam_beta1, self.adam_beta2),
-            eps=self.adam_epsilon,
-            weight_decay=self.weight_decay,
-            max_grad_norm=self.max_grad_norm,
-            loraplus_lr_ratio=self.loraplus_lr_ratio,
-            neftune_noise_alpha=self.neftune_noise_alpha,
-            logging_steps=self.logging_steps,
-            save_steps={"no": 0, "steps": self.save_steps, "epoch": -1}[self.save_strategy],
-            keep_checkpoint_max=sys.maxsize if self.save_total_limit is None else self.save_total_limit,
-            eval_steps=(self.eval_steps or self.logging_steps) if "steps" in self._evaluations else 0,
-            eval_epochs=int("epoch" in self._evaluations),
-            patience=self.early_stopping_patience,
-            report_to=tuple(name for name in self._reports if name != "none"),
-            recompute=self.gradient_checkpointing,
-            resume=self.resume_from_checkpoint,
-        )
 
 
 class Trainer:
-    """Trains a ``PeftModel``'s adapter, or all parameters of a ``Model``.
+    """Trains a ``PeftModel``'s adapter, or all parameters of a model of ``AutoModelForCausalLM``.
 
     Args:
         train_dataset: rows (a sequence of dicts) or a path, in any format that the command line reads.
@@ -237,7 +146,7 @@ class Trainer:
 
     def __init__(
         self,
-        model: PeftModel | Model,
+        model: PeftModel | ModelForCausalLM,
         args: TrainingArguments,
         train_dataset,
         tokenizer=None,
@@ -246,13 +155,16 @@ class Trainer:
     ):
         wrong = [callback for callback in callbacks if not isinstance(callback, TrainerCallback)]
         if wrong:
-            raise LoraMsError(f"callbacks want objects of a subclass of lora_ms.TrainerCallback, got {wrong[0]!r}")
+            raise LoraMsError(f"callbacks must be objects of a subclass of lora_ms.TrainerCallback, got {wrong[0]!r}")
         if args.evaluates and eval_dataset is None:
             raise LoraMsError("eval_strategy is given and eval_dataset is not: give Trainer the rows to evaluate")
-        self.eval_dataset, self.callbacks = eval_dataset, callbacks
         self.peft = model if isinstance(model, PeftModel) else None
         self.model = model.model if isinstance(model, PeftModel) else model
-        self.args, self.train_dataset, self.tokenizer = args, train_dataset, tokenizer
+        self.args = args
+        self.train_dataset = train_dataset
+        self.tokenizer = tokenizer
+        self.eval_dataset = eval_dataset
+        self.callbacks = callbacks
 
     def train(self) -> Outcome:
         """Runs to the end; the adapter is then in ``output_dir/adapter`` (the model, without one, in ``/model``).
@@ -260,33 +172,42 @@ class Trainer:
         Raises:
             LoraMsError: data that teaches nothing, or a loss that is not finite.
         """
-        runtime, notices = runtime_module.setup(seed=self.args.seed, use_parallel=self.args.use_parallel)
+        runtime, notices = device.setup(seed=self.args.seed, use_parallel=self.args.use_parallel)
         print(*notices, sep="\n", end="\n" if notices else "")
-        settings, vocab_size = self.args.settings(), self.model.config.vocab_size
-        check(settings.report_to)
-        plan = plan_rows(read_rows(self.train_dataset), self.tokenizer, settings, runtime, vocab_size)
-        config: LoraConfig | None = None
-        ranks: RankAllocator | None = None
+        settings = self.args.settings()
+        tensorboard.check(settings.report_to)
+        rows = read_rows(self.train_dataset)
+        plan = data.plan_rows(rows, self.tokenizer, settings, runtime, self.model.config.vocab_size)
+        config = None
         if self.peft:
             self.peft.unmerge_adapter()
-            config = self.peft.active_peft_config
-        if isinstance(config, AdaLoraConfig):
-            if not config.kept:
-                config = scheduled(config, plan.total_steps, config.tinit or None, config.tfinal or None)
-            ranks = RankAllocator(self.model, config)
-        weights = weights_of(self.model, config, self.tokenizer, ranks)
-        evaluator = self._evaluator(settings, runtime) if self.args.evaluates else None
-        sizes = (vocab_size, self.model.dtype)
-        outcome = fit(self.model, plan, settings, runtime, weights, *sizes, ranks, evaluator, self.callbacks)
-        if self.peft and ranks is not None:
-            self.peft.peft_config[str(self.peft.active_adapter)] = ranks.config()
+            config = adapter.scheduled_for(self.peft.active_peft_config, plan.total_steps)
+        hook = adapter.step_hook(self.model, config)
+        loop = NativeLoop(
+            self.model,
+            plan,
+            settings,
+            runtime,
+            weights_of(self.model, config, self.tokenizer, hook),
+            hook=hook,
+            evaluator=self._evaluator(settings, runtime) if self.args.evaluates else None,
+            callbacks=self.callbacks,
+        )
+        outcome = train(loop)
+        if self.peft and hook is not None:
+            self.peft.peft_config[str(self.peft.active_adapter)] = hook.config()
         return outcome
 
-    def _evaluator(self, settings: TrainSettings, runtime: runtime_module.Runtime) -> Evaluator:
-        vocab_size, s = self.model.config.vocab_size, settings
-        how = Preparation(seq_length=s.seq_length, vocab_size=vocab_size)
-        store, _ = prepare_rows(read_rows(self.eval_dataset), self.tokenizer, how)
-        plan = held_out_plan(
-            store, self.args.per_device_eval_batch_size, self.tokenizer, s.seq_length, runtime, s.packing
+    def _evaluator(self, settings: TrainSettings, runtime: Runtime) -> Evaluator:
+        vocab_size = self.model.config.vocab_size
+        preparation = Preparation(seq_length=settings.seq_length, vocab_size=vocab_size)
+        store, _ = prepare_rows(read_rows(self.eval_dataset), self.tokenizer, preparation)
+        plan = data.held_out_plan(
+            store,
+            self.args.per_device_eval_batch_size,
+            self.tokenizer,
+            settings.seq_length,
+            runtime,
+            packing=settings.packing,
         )
         return Evaluator(self.model, plan, vocab_size, runtime)

@@ -1,4 +1,4 @@
-"""How a run writes and reads what it trains, by the kind of it."""
+"""What a run leaves under ``output_dir``, and how it writes and reads what it trains."""
 
 from functools import partial
 from pathlib import Path
@@ -11,10 +11,22 @@ from lora_ms.adapters.peft_format import adapter_tensors, restore_adapter, save_
 from lora_ms.models import hub
 from lora_ms.models.decoder import CausalLM
 from lora_ms.nn.parallel import WHOLE, Shard
-from lora_ms.train.checkpoint import Weights
+from lora_ms.train.checkpoint import FOLDERS, Weights
 
-PLAIN = "adapter_lora"  # beside adapter/: what an AdaLoRA run reached, as LoRA
+DATA_REPORT = "data_report.json"  # what became of the rows
+RUN_LOG = "run.log"  # what was printed
+PLAIN = "adapter_lora"  # besides adapter/: what an AdaLoRA run reached, as LoRA
 SCHEDULE = ("target_rank", "tinit", "tfinal", "delta_t", "beta1", "beta2", "orth_reg_weight", "total_steps")
+
+
+def earlier_outputs(output_dir: Path) -> list[str]:
+    """Folders that an earlier run has left with what it trained."""
+    return [name for name in (*FOLDERS, PLAIN) if (output_dir / name).is_dir()]
+
+
+def adapter_line(output_dir: Path, folder: str) -> str:
+    """Where the results of a run are, for the user; ``folder``: adapter or model."""
+    return f"{folder}: {output_dir / folder}   loss plot: {output_dir / 'loss.png'}"
 
 
 def weights_of(
