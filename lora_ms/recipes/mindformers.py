@@ -62,7 +62,7 @@ def read_inputs(config: RunConfig) -> MindFormersInputs:
         LoraMsError: anything that a user can fix.
     """
     pet = check(config)
-    package.found_version()
+    package.installed_version()
     if not config.load_checkpoint:
         raise LoraMsError("load_checkpoint is missing: give the model to put the adapter on")
     adapter.adapter_config(pet)
@@ -267,7 +267,7 @@ def evaluate(config: RunConfig) -> None:
 
     What MindFormers and MindPet print goes to ``output_dir/run.log``.
     """
-    package.found_version()
+    package.installed_version()
     if config.evaluation.prompts_file:
         raise LoraMsError("backend mindformers answers no prompts_file: leave it out, or use backend native")
     sizes = sizes_of(config)

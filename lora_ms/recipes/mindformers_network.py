@@ -197,10 +197,10 @@ class MindFormersModel:
             found.setdefault("load_ckpt_format", "safetensors")
         found["run_mode"], found["seed"] = "finetune", c.seed
         found["runner_config"]["batch_size"] = c.batch_size
-        idle = settings.idle(self.given)
-        lines = [f"no effect with backend mindformers: {', '.join(idle)}"] if idle else []
-        lines += settings.everywhere(found)
-        lines += [f"on the CPU: {line}" for line in settings.on_cpu(found, self.llama)] if self.on_cpu else []
+        unused = settings.without_effect(self.given)
+        lines = [f"no effect with backend mindformers: {', '.join(unused)}"] if unused else []
+        lines += settings.replace_dropped(found)
+        lines += [f"on the CPU: {line}" for line in settings.adapt_to_cpu(found, self.llama)] if self.on_cpu else []
         print(*lines, sep="\n", end="\n" if lines else "")
         found["model"] = {"model_config": {"type": "LlamaConfig", **self.llama}, "arch": {"type": "LlamaForCausalLM"}}
         return found

@@ -154,7 +154,7 @@ def test_arguments_of_evaluation(given, found, tmp_path):
         ({"eval_strategy": "daily"}, "eval_strategy 'daily' is not supported; supported: no, steps, epoch"),
         ({"eval_strategy": "steps", "evaluation_strategy": "epoch"}, "eval_strategy and evaluation_strategy differ"),
         ({"early_stopping_patience": 1}, "early_stopping_patience needs evaluations: set eval_strategy"),
-        ({"eval_strategy": "steps", "eval_steps": 0}, "eval_steps and per_device_eval_batch_size want 1 or more"),
+        ({"eval_strategy": "steps", "eval_steps": 0}, "eval_steps expects 1 or more, got 0"),
         ({"report_to": ["tensorboard", "wandb"]}, "report_to 'wandb' is not supported; supported: none, tensorboard"),
     ],
 )
@@ -167,5 +167,5 @@ def test_what_a_trainer_does_not_take(tmp_path):
     args = lora_ms.TrainingArguments(tmp_path, eval_strategy="epoch")
     with pytest.raises(lora_ms.LoraMsError, match="eval_dataset is not: give Trainer the rows to evaluate"):
         lora_ms.Trainer(None, args, [])
-    with pytest.raises(lora_ms.LoraMsError, match="callbacks want objects of a subclass of lora_ms.TrainerCallback"):
+    with pytest.raises(lora_ms.LoraMsError, match="callbacks must be objects of a subclass of lora_ms.TrainerCallback"):
         lora_ms.Trainer(None, lora_ms.TrainingArguments(tmp_path), [], callbacks=[Witness])
