@@ -4,7 +4,7 @@ import json
 import os
 import struct
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,25 +18,31 @@ REFERENCE = ROOT / "tests" / "reference"
 
 
 @pytest.fixture(scope="session")
-def graph_mode() -> None:
+def runtime():
+    """What a run begins with: MindSpore's static graphs, on the CPU, and our own operators."""
+    from lora_ms.runtime import device
+
+    return device.setup("CPU")[0]
+
+
+@pytest.fixture(scope="session")
+def graph_mode(runtime) -> None:
     """MindSpore as training uses it: static graphs, on the CPU."""
-    from lora_ms.runtime import device as runtime
-
-    runtime.setup("CPU")
 
 
-@pytest.fixture(scope="module", params=["own operators", "MindSpore's"])
-def own(request, graph_mode) -> Iterator[bool]:
-    """Whether cells that a test makes compute with our own operators for the CPU; it runs once so, once with
-    MindSpore's. Fails where ours cannot be compiled."""
-    from lora_ms.ops import native as operators
-    from lora_ms.runtime import native_build as cpu
+@pytest.fixture(scope="session")
+def native(runtime):
+    """Our own operators; fails where they cannot be compiled."""
+    assert runtime.operators.name == "native"
+    return runtime.operators
 
-    library, why = cpu.build()
-    assert library is not None, why
-    operators.use(str(library) if request.param == "own operators" else "")
-    yield operators.there()
-    operators.use(str(library))
+
+@pytest.fixture(scope="module", params=["native", "portable"])
+def operators(request, native):
+    """A test that takes these runs once with our own operators, and once with MindSpore's."""
+    from lora_ms.ops import PORTABLE
+
+    return native if request.param == "native" else PORTABLE
 
 
 @pytest.fixture(scope="session")

@@ -29,7 +29,7 @@ DIRECTIONS = {
     "models": ("models nn ops storage errors", "mindspore numpy"),
     "adapters": ("adapters nn ops storage errors text", "mindspore numpy"),
     "train": (
-        "train nn ops data adapters.peft_format adapters.methods runtime storage errors",
+        "train nn ops data runtime storage errors",
         "mindspore numpy tqdm matplotlib tensorboardX",
     ),
     "infer": ("infer nn ops data.template data.example errors", "mindspore numpy transformers sacrebleu"),
@@ -223,13 +223,15 @@ def test_no_call_has_more_than_six_positional_arguments():
 
 
 def code_of(source: str) -> str:
-    """The source without comments and docstrings."""
+    """The source without comments, docstrings and texts of several lines, such as programs for another process."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(
             node
         ):
             node.body = node.body[1:] or [ast.Pass()]
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and "\n" in node.value:
+            node.value = ""
     return ast.unparse(tree)
 
 
@@ -260,7 +262,6 @@ def test_a_question_for_a_device_is_seen(source, found):
     assert bool(names_matched(DEVICE_QUESTIONS, source)) == found
 
 
-@pytest.mark.xfail(strict=True, reason="operators are being chosen once, in ops")
 def test_only_operators_and_runtime_know_the_device():
     found = {
         name: names_matched(DEVICE_QUESTIONS, source)

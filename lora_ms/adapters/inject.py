@@ -18,14 +18,15 @@ from lora_ms.adapters.methods.modules_to_save_cells import TrainedDense, Trained
 from lora_ms.errors import LoraMsError
 from lora_ms.nn.layers import Embedding, Head, RMSNorm
 from lora_ms.nn.parallel import WHOLE, Shard, split_axis
-from lora_ms.nn.projection import ProductDense
+from lora_ms.nn.projection import DenseProjection
+from lora_ms.ops import PORTABLE, Operators
 
 ADAPTERS = (LoRADense, LoRAEmbedding)
 TRAINED = (TrainedHead, TrainedDense, TrainedEmbedding, TrainedNorm)
-TARGETS = (nn.Dense, ProductDense, Head, Embedding)  # exactly these: their subclasses are adapters
+TARGETS = (nn.Dense, DenseProjection, Head, Embedding)  # exactly these: their subclasses are adapters
 COPIES = {
     nn.Dense: TrainedDense,
-    ProductDense: TrainedDense,
+    DenseProjection: TrainedDense,
     Head: TrainedHead,
     Embedding: TrainedEmbedding,
     RMSNorm: TrainedNorm,
@@ -52,6 +53,21 @@ class InjectReport:
 def target_layers(model: nn.Cell) -> dict[str, nn.Cell]:
     """Every layer that can take an adapter by dotted path: dense layers, the head, the embedding."""
     return {name: cell for name, cell in model.cells_and_names() if type(cell) in TARGETS}
+
+
+def rate_factors(model: nn.Cell, ratio: float, embedding: float) -> dict[str, float]:
+    """What the learning rate of each trainable parameter is multiplied by (LoRA+, Hayou et al., 2024; groups as in
+    PEFT), by path: ``ratio`` for B and all that has one dimension, ``embedding`` for A and B on the embedding, 1 for
+    the rest."""
+    cells = (cell for _, cell in model.cells_and_names() if isinstance(cell, LoRAEmbedding))
+    embeddings = {id(p) for cell in cells for p in (cell.lora_a, cell.lora_b)}
+    found = {}
+    for name, parameter in model.parameters_and_names():
+        if id(parameter) in embeddings:
+            found[name] = embedding
+        else:
+            found[name] = ratio if name.endswith("lora_b") or parameter.ndim == 1 else 1.0
+    return found
 
 
 def lora_layers(model: nn.Cell) -> dict[str, nn.Cell]:
@@ -105,14 +121,20 @@ def adapter_on(
     where: Place,
     a_init: Tensor | None = None,
     compute_dtype: ms.Type | None = None,
+    operators: Operators = PORTABLE,
 ) -> nn.Cell:
-    """A fresh adapter cell on ``layer``; ``a_init``: the A to start from, of plain LoRA."""
+    """A fresh adapter cell on ``layer``.
+
+    a_init: the A to start from, of plain LoRA. operators: for a ``nn.Dense``; a projection has its own.
+    """
     if type(layer) is Embedding:
         if isinstance(config, AdaLoraConfig) or config.lora_bias or not isinstance(config.init_lora_weights, bool):
             raise LoraMsError("on the embedding LoRA, rsLoRA and DoRA are supported, without bias or init_lora_weights")
         return (DoRAEmbedding if config.use_dora else LoRAEmbedding)(layer, *where, use_rslora=config.use_rslora)
     if isinstance(config, AdaLoraConfig):
-        return AdaLoRADense.from_dense(layer, *where, config.lora_dropout, train_bias=config.bias != "none")
+        return AdaLoRADense.from_dense(
+            layer, *where, config.lora_dropout, train_bias=config.bias != "none", operators=operators
+        )
     return (DoRADense if config.use_dora else LoRADense).from_dense(
         layer,
         *where,
@@ -123,6 +145,7 @@ def adapter_on(
         lora_bias=config.lora_bias,
         lora_a_init=a_init,
         compute_dtype=compute_dtype,
+        operators=operators,
     )
 
 

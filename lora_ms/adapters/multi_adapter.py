@@ -7,7 +7,8 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from numpy.typing import NDArray
 
-from lora_ms.nn.projection import WeightMatMul
+from lora_ms.nn.projection import Projection
+from lora_ms.ops import PORTABLE
 
 
 class Factors(NamedTuple):
@@ -28,7 +29,7 @@ class MixedLoRADense(nn.Dense):
             zeros uses none.
     """
 
-    def __init__(self, dense: nn.Dense, factors: dict[int, Factors], choice: Parameter):
+    def __init__(self, dense: nn.Dense | Projection, factors: dict[int, Factors], choice: Parameter):
         super().__init__(1, 1, has_bias=dense.has_bias)
         self.in_channels, self.out_channels = dense.in_channels, dense.out_channels
         self.weight = dense.weight
@@ -47,7 +48,7 @@ class MixedLoRADense(nn.Dense):
         self.fill(factors)
         self.product = ops.MatMul()
         self.product_t = ops.MatMul(transpose_b=True)
-        self.weight_product = WeightMatMul()
+        self.weight_product = (dense.operators if isinstance(dense, Projection) else PORTABLE).product()
 
     def fill(self, factors: dict[int, Factors]) -> None:
         """Takes over the numbers of adapters of the ranks that the cell was made for."""

@@ -26,6 +26,7 @@ from lora_ms.errors import LoraMsError
 from lora_ms.models.decoder import DecoderConfig
 from lora_ms.models.hub import check_names
 from lora_ms.models.mindformers_names import FUSED, mindformers_module, split_name
+from lora_ms.ops import Operators
 
 Array = NDArray[np.float32]
 MINDPET_FACTORS = {"mindpet_delta_lora_a": "lora_A.weight", "mindpet_delta_lora_b": "lora_B.weight"}
@@ -113,7 +114,7 @@ def linear_layers(package: SimpleNamespace, network: nn.Cell) -> dict[str, tuple
     return found
 
 
-def inject(package: SimpleNamespace, network: nn.Cell, config: LoraConfig) -> None:
+def inject(package: SimpleNamespace, network: nn.Cell, config: LoraConfig, operators: Operators) -> None:
     """Swaps our LoRA in for MindFormers' linear layers, in place; the adapter alone is trainable afterwards.
 
     Raises:
@@ -124,7 +125,7 @@ def inject(package: SimpleNamespace, network: nn.Cell, config: LoraConfig) -> No
     layers, cells = linear_layers(package, network), {}
     for module, place in places(layers, config).items():
         path, linear = layers[module]
-        cell = injection.adapter_on(linear, config, place, compute_dtype=linear.dtype)
+        cell = injection.adapter_on(linear, config, place, compute_dtype=linear.dtype, operators=operators)
         cell.matmul = linear.matmul  # which MindFormers may have sharded
         cells[path] = cell
     for parameter in network.get_parameters():

@@ -40,7 +40,7 @@ class Log(Protocol):
 
 
 class Sink:
-    """A stream for MindFormers' log handlers, which keep the one of their import: to the run's log, while it has one."""
+    """A stream for MindFormers' log handlers, which keep the one of their import: the run's log, while there is one."""
 
     def __init__(self) -> None:
         self.target: Log | None = None

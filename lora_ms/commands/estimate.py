@@ -5,7 +5,7 @@ from lora_ms.recipes import session
 from lora_ms.recipes.estimate import fits, job_of, needs, table
 from lora_ms.recipes.model import read_sizes
 from lora_ms.runtime import host, memory_estimate
-from lora_ms.runtime.device import ascend_is_present
+from lora_ms.runtime.device import Runtime, chosen
 
 
 def run(config: RunConfig) -> None:
@@ -17,12 +17,13 @@ def run(config: RunConfig) -> None:
     sizes = read_sizes(config)
     session.check_sharing(config, sizes)
     processes = session.sharing(config)
-    here = "Ascend" if config.context.device_target != "CPU" and ascend_is_present() else "CPU"
-    job = job_of(config, sizes, here)
+    runtime = Runtime(chosen(config.context.device_target))
+    job = job_of(config, sizes, runtime.device)
     room = host.available() / processes
     if processes > 1:
         print(f"each of {processes} processes that share the model:")
-    print("\n".join([*table(job, here, room), "", *fits(config, sizes, here, room)]))
-    if here == "CPU" and needs(job) > room:
+    this_machine = {"this machine": (runtime.device, room, True)} if runtime.uses_host_memory else {}
+    print("\n".join([*table(job, room), "", *fits(config, sizes, this_machine)]))
+    if this_machine and needs(job) > room:
         changes = memory_estimate.remedies(job, room) or ["the model"]
         print("", "it will not fit; change, until it does:", *(f"  {key}" for key in changes), sep="\n")

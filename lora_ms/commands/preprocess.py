@@ -7,9 +7,9 @@ import numpy as np
 
 from lora_ms import storage
 from lora_ms.config import RunConfig
-from lora_ms.data.cache import prepare
 from lora_ms.data.loader import DataPlan
 from lora_ms.data.mindrecord import write_mindrecord
+from lora_ms.data.pipeline import prepare
 from lora_ms.data.store import TokenStore
 from lora_ms.data.tokenizer import pad_id
 from lora_ms.recipes import data
@@ -35,7 +35,7 @@ def run(config: RunConfig, report: bool, layout: str) -> None:
     tokenizer = data.tokenizer_for(config, training=True)
     longest = read_sizes(config).max_position_embeddings if config.load_checkpoint else data.NO_LIMIT
     preparation = data.preparation_of(config, config.train_dataset, longest, None)
-    store, found = prepare(sources, tokenizer, preparation, always=True)
+    store, found = prepare(sources, tokenizer, preparation, always_cache=True)
     found = replace(found, padding=padding(config, store, preparation.seq_length))
     print(*found.table(), sep="\n")
     storage.write_json(output_dir / DATA_REPORT, [found.as_json()])

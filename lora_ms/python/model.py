@@ -91,8 +91,8 @@ class AutoModelForCausalLM:
         Raises:
             LoraMsError: not such a folder, an unsupported architecture, or tensors that do not fit.
         """
-        device.setup()
-        return hub.load_directory(Path(path), ms_dtype, ModelForCausalLM)
+        runtime, _ = device.setup()
+        return hub.load_directory(Path(path), ms_dtype, ModelForCausalLM, operators=runtime.operators)
 
 
 class AutoTokenizer:

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from lora_ms.data.pipeline import Preparation, prepare_rows
-from lora_ms.data.readers import read_rows
+from lora_ms.data.pipeline import Preparation, prepare_rows, read_rows
 from lora_ms.errors import LoraMsError
 from lora_ms.python.model import ModelForCausalLM
 from lora_ms.python.peft_model import PeftModel
@@ -189,7 +188,7 @@ class Trainer:
             settings,
             runtime,
             weights_of(self.model, config, self.tokenizer, hook),
-            hook=hook,
+            hooks=[] if hook is None else [hook],
             evaluator=self._evaluator(settings, runtime) if self.args.evaluates else None,
             callbacks=self.callbacks,
         )

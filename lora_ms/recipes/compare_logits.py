@@ -42,8 +42,8 @@ def check_logits(adapter: Path, base: Path) -> Check:
     from lora_ms.runtime import device
 
     try:
-        device.setup()
-        model = hub.load_directory(base).set_train(False)
+        runtime, _ = device.setup()
+        model = hub.load_directory(base, operators=runtime.operators).set_train(False)
         ids = Tensor(prompt_ids(adapter, base, model.config.vocab_size))
         before = model(ids).asnumpy()
         load_adapter(model, adapter)

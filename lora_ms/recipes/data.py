@@ -9,15 +9,14 @@ import numpy as np
 
 from lora_ms.config import RunConfig
 from lora_ms.config.sections import Dataset
-from lora_ms.data import clean
-from lora_ms.data.cache import prepare
-from lora_ms.data.formats import Row
-from lora_ms.data.loader import DataPlan
-from lora_ms.data.order import Source, permutation
-from lora_ms.data.pipeline import Preparation, prepare_rows
+from lora_ms.data.clean import CleaningRules
+from lora_ms.data.example import Row
+from lora_ms.data.loader import DataPlan, Source, permutation
+from lora_ms.data.pipeline import Preparation, prepare, prepare_rows
 from lora_ms.data.report import Report
 from lora_ms.data.store import TokenStore
-from lora_ms.data.templates import TEMPLATES, set_template, template_of
+from lora_ms.data.template import set_template, template_of
+from lora_ms.data.templates import TEMPLATES
 from lora_ms.data.tokenizer import load_tokenizer, pad_id
 from lora_ms.errors import LoraMsError
 from lora_ms.runtime.device import Runtime
@@ -114,7 +113,7 @@ def preparation_of(config: RunConfig, dataset: Dataset, longest: int, vocab_size
         num_samples=dataset.num_samples,
         turns=dataset.label_turns,
         truncation=dataset.truncation,
-        clean=clean.Clean(
+        clean=CleaningRules(
             required=tuple(rules.required),
             min_chars=rules.min_chars,
             max_chars=rules.max_chars,
@@ -200,7 +199,7 @@ def plan_training(
         kind=settings.layout,
         buckets=settings.length_buckets,
         sources=rows.shares,
-        lines=settings.adaptive_batch,
+        prefer_many_lines=settings.adaptive_batch,
     )
     padding = plan.padding()
     reports = [dataclasses.replace(report, layout=plan.describe(), padding=padding) for report in rows.reports]

@@ -9,13 +9,14 @@ from lora_ms.data.packing import Shape
 from lora_ms.models.decoder import DecoderConfig
 from lora_ms.recipes import data, session
 from lora_ms.recipes.adapter import adapter_config
-from lora_ms.runtime import host, memory_estimate, native_build
-from lora_ms.runtime.device import Runtime
+from lora_ms.runtime import host, memory_estimate
+from lora_ms.runtime.device import Device, Runtime, default_dtype, has_native
 from lora_ms.runtime.memory_estimate import Job
-from lora_ms.train.recompute import recomputed_layers
+from lora_ms.train.gradient import recomputed_layers
 
-# MB that a run can use of each. On the Orange Pi host and card share the memory, and the system takes 1.5 GB of it.
-DEVICES = {
+# Device, MB that a run can use of its memory, and whether host and card share it. Of an Orange Pi's the system takes
+# 1.5 GB.
+DEVICES: dict[str, tuple[Device, float, bool]] = {
     "Ascend 910B, 64 GB": ("Ascend", 59.0 * 1024, False),
     "Orange Pi 8 GB": ("Ascend", 6.5 * 1024, True),
     "Orange Pi 16 GB": ("Ascend", 14.5 * 1024, True),
@@ -31,7 +32,7 @@ PURPOSES = {
 }
 
 
-def job_of(config: RunConfig, sizes: DecoderConfig, device: str) -> Job:
+def job_of(config: RunConfig, sizes: DecoderConfig, device: Device) -> Job:
     """What decides the memory of one process of the run that ``config`` describes.
 
     Raises:
@@ -44,7 +45,7 @@ def job_of(config: RunConfig, sizes: DecoderConfig, device: str) -> Job:
     if pet is not None:
         found = places(memory_estimate.modules(sizes), adapter_config(pet))
         ranks = {name: place.lora_rank for name, place in found.items()}
-    dtype = config.model.sizes.compute_dtype or ("float32" if device == "CPU" else "float16")
+    dtype = config.model.sizes.compute_dtype or default_dtype(device)
     beside_checkpoint = Path(config.load_checkpoint) / "tokenizer_config.json"
     return Job(
         sizes=sizes,
@@ -55,9 +56,9 @@ def job_of(config: RunConfig, sizes: DecoderConfig, device: str) -> Job:
         float16=dtype != "float32",
         recomputed=frozenset(recomputed_layers(config.recompute_config.recompute, sizes.num_hidden_layers)),
         tokenizer=beside_checkpoint.is_file() or bool(config.processor.tokenizer.vocab_file),
-        device="CPU" if device == "CPU" else "Ascend",
+        device=device,
         swap=config.optimizer.swap,
-        native=device == "CPU" and config.context.cpu_operators and native_build.compiler() is not None,
+        native=config.context.cpu_operators and has_native(device),
         lora_bias=pet is not None and pet.lora_bias,
     )
 
@@ -73,9 +74,9 @@ def announce(config: RunConfig, sizes: DecoderConfig, runtime: Runtime, shape: S
 
     On the CPU only, where all processes are taken to be on this machine.
     """
-    if runtime.device != "CPU":
+    if not runtime.uses_host_memory:
         return
-    job = replace(job_of(config, sizes, "CPU"), lines=shape.lines, length=shape.length)
+    job = replace(job_of(config, sizes, runtime.device), lines=shape.lines, length=shape.length)
     total = memory_estimate.estimate(job).total
     room = host.available() / runtime.world
     each = " for each process" if runtime.world > 1 else ""
@@ -90,7 +91,7 @@ def size(megabytes: float) -> str:
     return f"{megabytes:,.0f} MB" if megabytes < 1024 else f"{megabytes / 1024:.1f} GB"
 
 
-def table(job: Job, here: str, room: float) -> list[str]:
+def table(job: Job, room: float) -> list[str]:
     """The parts of a run's memory on this machine, which has ``room`` MB."""
     found = memory_estimate.estimate(job)
     parameters = memory_estimate.parameters(job.sizes)
@@ -100,17 +101,19 @@ def table(job: Job, here: str, room: float) -> list[str]:
         recomputed = f", {len(job.recomputed)} of {job.sizes.num_hidden_layers} layers recomputed"
     lines = [
         f"{parameters:,} parameters in {dtype}; {memory_estimate.trainable(job):,} numbers train",
-        f"{job.lines} x {job.length:,} tokens at a time{recomputed}; {here}, {size(room)} free",
+        f"{job.lines} x {job.length:,} tokens at a time{recomputed}; {job.device}, {size(room)} free",
         "",
     ]
     lines += [f"  {text:32}{size(getattr(found, name)):>10}" for name, text in PURPOSES.items()]
     return [*lines, f"  {'all, at the peak':32}{size(found.total):>10}"]
 
 
-def fits(config: RunConfig, sizes: DecoderConfig, here: str, room: float) -> list[str]:
-    """A table of devices with what fits on each: this machine, and Ascend's, which were not measured."""
-    devices = {"this machine": (here, room, True)} if here == "CPU" else {}
-    devices |= DEVICES
+def fits(config: RunConfig, sizes: DecoderConfig, this_machine: dict[str, tuple[Device, float, bool]]) -> list[str]:
+    """A table of devices with what fits on each: this machine, and those of DEVICES, which were not measured.
+
+    this_machine: in the form of DEVICES; empty where there is no estimate for it.
+    """
+    devices = this_machine | DEVICES
     lines = [f"  {'device':20}{'this run':>10}  {'':14}{'largest batch':>14}{'longest row':>13}"]
     for name, (device, limit, shared) in devices.items():
         job = job_of(config, sizes, device)

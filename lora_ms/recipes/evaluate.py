@@ -6,9 +6,9 @@ from pathlib import Path
 from lora_ms import storage
 from lora_ms.config import RunConfig
 from lora_ms.data.example import Message
-from lora_ms.data.formats import Reading
 from lora_ms.data.loader import DataPlan
-from lora_ms.data.readers import iter_rows
+from lora_ms.data.pipeline import Preparation, read
+from lora_ms.data.report import Tally
 from lora_ms.data.store import TokenStore
 from lora_ms.errors import LoraMsError
 from lora_ms.infer.chat import Speaker
@@ -16,7 +16,7 @@ from lora_ms.infer.generate import Generator
 from lora_ms.infer.questions import chrf, is_match, question_of
 from lora_ms.infer.sampling import Sampling
 from lora_ms.models.decoder import CausalLM
-from lora_ms.recipes.data import held_out_plan, tokenizer_for
+from lora_ms.recipes.data import NO_LIMIT, held_out_plan, tokenizer_for
 from lora_ms.runtime.device import Runtime
 from lora_ms.train.evaluation import Evaluator
 
@@ -75,7 +75,14 @@ class Quiz:
         if tokenizer is None:
             raise LoraMsError("prompts_file needs a tokenizer: load_checkpoint must be a Hugging Face folder with one")
         dataset = config.eval_dataset
-        rows = iter_rows([file], Reading(dataset.format, dataset.columns, config.data_fill), dataset.num_samples)
+        preparation = Preparation(
+            seq_length=NO_LIMIT,
+            format=dataset.format,
+            columns=dataset.columns,
+            fill=config.data_fill,
+            num_samples=dataset.num_samples,
+        )
+        rows = read([file], preparation, Tally())
         try:
             self.questions = [question_of(tokenizer, row) for row in rows]
         except LoraMsError as error:

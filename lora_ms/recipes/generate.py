@@ -17,7 +17,7 @@ def model_for_use(config: RunConfig, runtime: Runtime) -> CausalLM:
     sizes = read_sizes(config)
     if not config.load_checkpoint:
         raise LoraMsError("load_checkpoint is missing: give the Hugging Face directory of the model")
-    model = build_model(config, sizes, compute_dtype(config, runtime), runtime.shard)
+    model = build_model(config, sizes, compute_dtype(config, runtime), runtime)
     if config.load_adapter:
         load_adapter(model, config.load_adapter, shard=runtime.shard)
     return model.set_train(False)

@@ -33,7 +33,7 @@ from lora_ms.recipes.outputs import RUN_LOG, adapter_line
 from lora_ms.recipes.settings import settings_of
 from lora_ms.recipes.train import COMPILING
 from lora_ms.runtime.device import peak_memory_mb
-from lora_ms.train.callbacks import Record, RunState
+from lora_ms.train.callbacks import RunState, StepRecord
 from lora_ms.train.checkpoint import Weights
 from lora_ms.train.evaluation import Scores
 from lora_ms.train.log import Tee
@@ -239,7 +239,7 @@ class StepProgress:
         seconds = now - self.clock
         self.clock = now
         step = self.start + numbers.step
-        record = Record(
+        record = StepRecord(
             step=step,
             epoch=round(step / self.steps_per_epoch, 4),
             loss=numbers.loss,

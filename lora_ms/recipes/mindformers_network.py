@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,11 +79,12 @@ def check(config: RunConfig) -> PetConfig:
 def start(config: RunConfig) -> Runtime:
     """The device; on Ascend MindFormers prepares it later, by its own context keys."""
     context = config.context
-    if context.device_target != "CPU" and device.ascend_is_present():
+    later = Runtime(device.chosen(context.device_target))
+    if not later.uses_host_memory:
         if not config.use_parallel:
-            return Runtime("Ascend")
+            return later
         # msrun tells each process its number
-        return Runtime("Ascend", int(os.environ.get("RANK_ID", 0)), int(os.environ.get("MS_WORKER_NUM", 1)))
+        return replace(later, rank=int(os.environ.get("RANK_ID", 0)), world=int(os.environ.get("MS_WORKER_NUM", 1)))
     runtime, notices = device.setup(context.device_target, context.device_id, config.seed)
     print(*notices, sep="\n", end="\n" if notices else "")
     return runtime
@@ -179,7 +180,7 @@ class MindFormersModel:
 
     @property
     def on_cpu(self) -> bool:
-        return self.runtime.device == "CPU"
+        return self.runtime.uses_host_memory
 
     def settings(self, train: MindRecordRows, held_out: MindRecordRows | None) -> dict[str, Any]:
         """MindFormers' configuration; prints where it differs from the user's."""
@@ -228,7 +229,7 @@ class MindFormersModel:
             asked = pet_settings(pet, self.linear, self.on_cpu)
             network = self.package.get_pet_model(network, asked)
         else:
-            model.inject(self.package, network, self.lora)
+            model.inject(self.package, network, self.lora, self.runtime.operators)
             injection.freeze(network, pet.freeze_include, pet.freeze_exclude)
         if self.config.load_adapter:
             self.load_adapter(network, Path(self.config.load_adapter))

@@ -10,8 +10,7 @@ from lora_ms.data.example import IGNORE_INDEX
 from lora_ms.errors import LoraMsError
 from lora_ms.models import hub
 from lora_ms.models.decoder import CausalLM, DecoderConfig
-from lora_ms.nn.parallel import WHOLE, Shard
-from lora_ms.runtime.device import Runtime
+from lora_ms.runtime.device import Runtime, default_dtype
 
 # YAML key -> DecoderConfig's; where both a YAML and a config.json give one, they must agree
 SIZES = {
@@ -30,8 +29,8 @@ SIZES = {
 
 
 def compute_dtype(config: RunConfig, runtime: Runtime) -> ms.Type:
-    """Type of weights and activations: the YAML's, else float32 on the CPU and float16 on Ascend."""
-    default = "float32" if runtime.device == "CPU" else "float16"
+    """Type of weights and activations: the YAML's, else the device's default."""
+    default = default_dtype(runtime.device)
     asked = config.model.sizes.compute_dtype or default
     if asked == "bfloat16":
         if runtime.is_main:
@@ -138,17 +137,20 @@ def read_sizes(config: RunConfig) -> DecoderConfig:
     return decoder_config(sizes)
 
 
-def build_model(config: RunConfig, sizes: DecoderConfig, dtype: ms.Type, shard: Shard = WHOLE) -> CausalLM:
-    """The bare model with its weights; with ``load_checkpoint: ''`` freshly initialised from ``seed``."""
+def build_model(config: RunConfig, sizes: DecoderConfig, dtype: ms.Type, runtime: Runtime) -> CausalLM:
+    """The model with its weights, without adapter; with ``load_checkpoint: ''`` freshly initialised from ``seed``."""
+    operators = runtime.operators
     path = Path(config.load_checkpoint)
     sizes = replace(sizes, flash_attention=config.model.sizes.use_flash_attention)
     if not config.load_checkpoint:
-        return hub.new_model(sizes, dtype, config.seed)
+        return hub.new_model(sizes, dtype, config.seed, operators)
     if path.is_dir():
-        return hub.load_directory(path, dtype, flash_attention=sizes.flash_attention, shard=shard)
+        return hub.load_directory(
+            path, dtype, flash_attention=sizes.flash_attention, operators=operators, shard=runtime.shard
+        )
     if config.model.sizes.qkv_concat:
         raise LoraMsError(
             f"{path}: qkv_concat is not supported; give the model's Hugging Face directory, or make one with "
             f"lora-ms convert --input {path} --output DIR --load_checkpoint DIR_WITH_CONFIG_JSON"
         )
-    return hub.load_checkpoint(path, sizes, dtype, shard)
+    return hub.load_checkpoint(path, sizes, dtype, operators, runtime.shard)

@@ -80,7 +80,7 @@ def prepare(inputs: NativeInputs, log: Tee) -> NativeLoop:
             longest = sizes.max_position_embeddings
             print(f"seq_length {settings.seq_length} is beyond the {longest} positions that the model was made for")
         estimate.announce(config, sizes, runtime, plan.layout.shapes[-1])
-    model = build_model(config, sizes, dtype, runtime.shard)
+    model = build_model(config, sizes, dtype, runtime)
     schedule_steps = settings.schedule_steps if settings.schedule_steps > 0 else plan.total_steps
     trained = adapter.attach(config, model, schedule_steps, runtime.shard)
     hook = adapter.step_hook(model, trained)
@@ -98,4 +98,5 @@ def prepare(inputs: NativeInputs, log: Tee) -> NativeLoop:
     earlier = earlier_outputs(output_dir)
     if runtime.is_main and earlier and not settings.resume:
         print(f"{output_dir} holds {', '.join(earlier)} of an earlier run; this one writes {weights.folder} as it ends")
-    return NativeLoop(model, plan, settings, runtime, weights, hook=hook, evaluator=evaluator)
+    hooks = [] if hook is None else [hook]
+    return NativeLoop(model, plan, settings, runtime, weights, hooks=hooks, evaluator=evaluator)

@@ -64,7 +64,7 @@ def weights_of(
         save_plain_lora(model, plain, config, model.source)
         if tokenizer is not None:
             tokenizer.save_pretrained(plain)
-        print(f"{ranks.line()}; as plain LoRA in {plain}")
+        print(f"{ranks.summary()}; as plain LoRA in {plain}")
 
     identity = {} if adapter is None else adapter.identity()
     if ranks is not None:

@@ -6,7 +6,6 @@ from pathlib import Path
 from lora_ms.config import RunConfig
 from lora_ms.errors import LoraMsError
 from lora_ms.models.decoder import DecoderConfig
-from lora_ms.ops.portable import use_plain_operators
 from lora_ms.runtime import device
 from lora_ms.runtime.device import Runtime
 
@@ -32,8 +31,8 @@ def start(config: RunConfig) -> Runtime:
         graph_kernel=context.enable_graph_kernel,
         model_parallel=config.parallel_config.model_parallel,
         cpu_operators=context.cpu_operators,
+        plain_operators=context.low_memory,
     )
-    use_plain_operators(context.low_memory)
     if runtime.is_main:
         for line in (*config.notices(), *notices, *layout_notices(config, runtime)):
             print(line)

@@ -8,6 +8,7 @@ from typing import Protocol
 import mindspore as ms
 
 from lora_ms import storage
+from lora_ms.adapters.inject import rate_factors
 from lora_ms.data.loader import DataPlan
 from lora_ms.models.decoder import CausalLM
 from lora_ms.recipes.outputs import DATA_REPORT, adapter_line
@@ -15,10 +16,11 @@ from lora_ms.runtime.device import Runtime, barrier, memory_share
 from lora_ms.text import counted
 from lora_ms.train import checkpoint
 from lora_ms.train.adaptive import MemoryMonitor
-from lora_ms.train.callbacks import Companion, EarlyStopping, TrainerCallback
+from lora_ms.train.callbacks import EarlyStopping, TrainerCallback
 from lora_ms.train.checkpoint import Weights
 from lora_ms.train.evaluation import Evaluator
-from lora_ms.train.loop import Outcome, Run
+from lora_ms.train.hooks import StepHook
+from lora_ms.train.loop import Outcome, TrainingLoop
 from lora_ms.train.profile import Profiling
 from lora_ms.train.report import Reporter
 from lora_ms.train.settings import TrainSettings
@@ -89,7 +91,7 @@ class NativeLoop:
 
     Args:
         weights: how what is trained is written and read.
-        hook: takes part in every step; None for most methods.
+        hooks: what the adapter's method adds to every step.
         evaluator: of the held-out rows; None for none.
         callbacks: called at every point of the run, besides those that ``settings`` ask for.
     """
@@ -102,7 +104,7 @@ class NativeLoop:
         runtime: Runtime,
         weights: Weights,
         *,
-        hook: Companion | None = None,
+        hooks: Sequence[StepHook] = (),
         evaluator: Evaluator | None = None,
         callbacks: Sequence[TrainerCallback] = (),
     ):
@@ -112,16 +114,21 @@ class NativeLoop:
         monitor = None
         if settings.adaptive_batch:
             monitor = MemoryMonitor(plan.levels, partial(memory_share, runtime.device, settings.memory_budget_mb))
+        ratio = settings.loraplus_lr_ratio
+        factors = {}
+        if ratio != 1:
+            factors = rate_factors(model, ratio, settings.loraplus_lr_embedding / (settings.learning_rate or 1.0))
         steps = Steps(
-            model=model,
-            plan=plan,
-            settings=settings,
-            runtime=runtime,
+            model,
+            plan,
+            settings,
+            runtime,
             vocab_size=model.config.vocab_size,
-            half=model.dtype == ms.float16,
-            companion=hook,
+            loss_scaling=settings.loss_scaling if model.dtype == ms.float16 else None,
+            hooks=hooks,
+            rate_factors=factors,
         )
-        self.run = Run(steps, weights, evaluator, [*callbacks_of(settings), *callbacks], monitor)
+        self.run = TrainingLoop(steps, weights, evaluator, [*callbacks_of(settings), *callbacks], monitor)
 
     @property
     def total_steps(self) -> int:

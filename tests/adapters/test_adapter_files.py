@@ -13,6 +13,7 @@ from lora_ms.adapters.inject import inject, lora_layers
 from lora_ms.adapters.peft_format import load_adapter, restore_adapter, save_adapter
 from lora_ms.errors import LoraMsError
 from lora_ms.models.hub import load_directory
+from lora_ms.nn.projection import Projection
 
 pytestmark = pytest.mark.usefixtures("graph_mode")
 PREFIX = "base_model.model."
@@ -113,7 +114,7 @@ def test_target_modules_written_name_the_adapted_layers_alone(bare, tmp_path, ta
 
 
 def model_layers(model) -> list[str]:
-    return [name for name, cell in model.cells_and_names() if isinstance(cell, ms.nn.Dense)]
+    return [name for name, cell in model.cells_and_names() if isinstance(cell, ms.nn.Dense | Projection)]
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

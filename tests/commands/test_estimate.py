@@ -234,11 +234,11 @@ def test_the_control_group_limits_the_cores(tmp_path, monkeypatch, name, text, w
 
 
 def test_constants_that_stand_in_two_places():
-    from lora_ms.nn import projection
-    from lora_ms.train import layerwise, step
+    from lora_ms.ops import portable
+    from lora_ms.train import parts, shared_layers
 
-    assert (memory_estimate.BLOCK, memory_estimate.CHUNK_NUMBERS) == (layerwise.LAYERS, step.CHUNK_NUMBERS)
-    assert memory_estimate.PART_NUMBERS == projection.PART_NUMBERS
+    copies = (memory_estimate.BLOCK, memory_estimate.CHUNK_NUMBERS, memory_estimate.PART_NUMBERS)
+    assert copies == (shared_layers.BLOCK_LAYERS, parts.CHUNK_NUMBERS, portable.PART_NUMBERS)
 
 
 def test_the_share_in_use(monkeypatch):

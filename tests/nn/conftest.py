@@ -1,13 +1,8 @@
-"""Gradients of a cell, compiled as a static graph; every test by our own operators for the CPU, and by MindSpore's."""
+"""Gradients of a cell, compiled as a static graph."""
 
 from collections.abc import Callable
 
 import pytest
-
-
-@pytest.fixture(autouse=True)
-def by_both(own: bool) -> None:
-    """Every test here runs with our own operators and with MindSpore's."""
 
 
 @pytest.fixture

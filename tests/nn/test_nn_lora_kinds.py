@@ -122,9 +122,9 @@ TRAINED = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_values_and_gradients_of_a_dense_layer(numerical_gradient, case):
+def test_values_and_gradients_of_a_dense_layer(numerical_gradient, operators, case):
     kind, settings, formula, scaling = CASES[case]
-    layer = filled(kind.from_dense(dense(), RANK, ALPHA, **settings))
+    layer = filled(kind.from_dense(dense(), RANK, ALPHA, **settings, operators=operators))
     y, grads = run(layer, f32(X), WEIGHTS)
     values = {**VALUES, "x": X}
     near(y, formula(values, scaling))
@@ -205,8 +205,8 @@ def test_adalora_starts_at_nothing_with_small_factors():
 
 
 @pytest.mark.parametrize("kind", [LoRADense, DoRADense, AdaLoRADense])
-def test_half_precision_base(kind):
-    layer = filled(kind.from_dense(dense(dtype=ms.float16), RANK, ALPHA))
+def test_half_precision_base(operators, kind):
+    layer = filled(kind.from_dense(dense(dtype=ms.float16), RANK, ALPHA, operators=operators))
     y = layer(f32(X).astype(ms.float16))
     assert y.dtype == layer.merge().weight.dtype == ms.float16
     assert all(p.dtype == ms.float32 for p in layer.tensors().values())

@@ -3,10 +3,11 @@
 import mindspore as ms
 import numpy as np
 import pytest
-from mindspore import Tensor, nn
+from mindspore import Parameter, Tensor, nn
 
 from lora_ms.adapters.methods.modules_to_save_cells import TrainedDense, TrainedEmbedding, TrainedHead, TrainedNorm
 from lora_ms.nn.layers import Embedding, Head, RMSNorm
+from lora_ms.ops import PORTABLE
 
 pytestmark = pytest.mark.usefixtures("graph_mode")
 RNG = np.random.default_rng(7)
@@ -24,7 +25,7 @@ def bases() -> dict[str, nn.Cell]:
         "dense": nn.Dense(IN, OUT, Tensor(WEIGHT), Tensor(BIAS), dtype=ms.float16),
         "dense without bias": nn.Dense(IN, OUT, Tensor(WEIGHT), has_bias=False, dtype=ms.float16),
         "bias": nn.Dense(IN, OUT, Tensor(WEIGHT), Tensor(BIAS), dtype=ms.float16),
-        "head": Head(IN, OUT, Tensor(WEIGHT), has_bias=False, dtype=ms.float16),
+        "head": Head(Parameter(Tensor(WEIGHT)), None, PORTABLE),
         "embedding": embedding,
         "norm": norm,
     }

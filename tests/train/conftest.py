@@ -64,7 +64,7 @@ def train(graph_mode, reference, rows, settings) -> Callable[..., Finished]:
     """Trains LoRA on qwen2 (or ``name``): ``train(folder, dropout=…, plan={…}, prepare=…, **settings)``.
 
     plan: fields of the DataPlan to replace. prepare: called with the model before the run. callbacks: the run's.
-    held_out: rows to evaluate. sample: the Evaluator's.
+    held_out: rows to evaluate. sample: the Evaluator's. hooks: StepHooks.
     """
     import mindspore as ms
     from safetensors.numpy import load_file
@@ -81,7 +81,7 @@ def train(graph_mode, reference, rows, settings) -> Callable[..., Finished]:
 
     def run(
         path, dropout=0.0, plan=None, prepare=None, name="qwen2", dtype=ms.float32, data=rows, callbacks=(),
-        held_out=None, sample=None, **changes,
+        held_out=None, sample=None, hooks=(), **changes,
     ):  # fmt: skip
         path.mkdir(parents=True, exist_ok=True)
         chosen = settings(path, **changes)
@@ -98,7 +98,9 @@ def train(graph_mode, reference, rows, settings) -> Callable[..., Finished]:
         if held_out is not None:
             evaluator = Evaluator(model, held_out_plan(TokenStore.of(held_out), 4, None, 16, here), 128, here, sample)
         weights = weights_of(model, config, None)
-        loop = recipe.NativeLoop(model, data_plan, chosen, here, weights, evaluator=evaluator, callbacks=callbacks)
+        loop = recipe.NativeLoop(
+            model, data_plan, chosen, here, weights, hooks=hooks, evaluator=evaluator, callbacks=callbacks
+        )
         outcome = recipe.train(loop)
         return Finished(path, outcome, untimed(path), load_file(path / "adapter" / "adapter_model.safetensors"))
 

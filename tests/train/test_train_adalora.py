@@ -97,7 +97,8 @@ def cut_model(graph_mode, reference):
     config = AdaLoraConfig(4, 6.0, target_rank=2, target_modules=("q_proj", "v_proj", "down_proj"), total_steps=9)
     inject(model, config)
     allocator = RankAllocator(model, config)
-    allocator.cells(model.trainable_params())
+    allocator.objectives(model.trainable_params())
+    allocator.observer(model.trainable_params())
     rng, layers = np.random.default_rng(2), lora_layers(model)
     for layer in layers.values():
         for parameter in layer.tensors().values():
@@ -116,7 +117,7 @@ def test_nothing_is_left_out_before_it_is_zero(cut_model):
     np.testing.assert_array_equal(layer.lora_e.asnumpy()[1:3], 0)
     assert (layer.lora_e.asnumpy()[[0, 3]] != 0).all()
     assert [sum(mask) for mask in allocator.config().kept.values()] == [2, 0, 1, 1, 2, 1]
-    assert allocator.line() == "ranks: 0 to 2, 1.17 on average, 7 in all"
+    assert allocator.summary() == "ranks: 0 to 2, 1.17 on average, 7 in all"
 
 
 def test_adalora_and_plain_lora_on_disk_compute_the_same(cut_model, reference, golden, tmp_path):
@@ -151,7 +152,7 @@ def test_a_frozen_factor_is_refused(graph_mode, reference):
     inject(model, config)
     freeze(model, ["*layers.1*lora_e"])
     with pytest.raises(LoraMsError) as caught:
-        RankAllocator(model, config).cells(model.trainable_params())
+        RankAllocator(model, config).objectives(model.trainable_params())
     assert str(caught.value) == (
         "AdaLoRA trains A, B and E of every module, and model.layers.1.self_attn.q_proj is frozen in part"
     )

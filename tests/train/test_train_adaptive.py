@@ -21,7 +21,7 @@ def test_levels_follow_the_memory_and_rest_after_a_change():
 @pytest.mark.parametrize("kind", ["packed", "bucketed"])
 def test_a_level_changes_sizes_and_no_row(rows, kind):
     settings = {"batch_size": 8, "accumulation": 1, "epochs": 1, "seed": 0, "pad_id": 0, "seq_length": 16}
-    plan = DataPlan.build(rows, kind=kind, lines=True, **settings)
+    plan = DataPlan.build(rows, kind=kind, prefer_many_lines=True, **settings)
     assert plan.levels >= 2
     for step in range(plan.total_steps):
         whole, label_tokens = plan.step(step)

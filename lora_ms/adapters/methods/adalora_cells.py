@@ -44,6 +44,8 @@ class Orthogonality(nn.Cell):
         n: length of the vector.
     """
 
+    name = "orthogonality"  # in metrics.jsonl
+
     def __init__(self, a: Sequence[Span], b: Sequence[Span], n: int, weight: float):
         super().__init__()
         groups: dict[tuple, list[int]] = {}

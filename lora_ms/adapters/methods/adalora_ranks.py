@@ -3,7 +3,7 @@
 A triplet is one rank of one module: a row of A, a column of B, and their number in E.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
@@ -75,7 +75,7 @@ def best(scores: Array, number: int) -> Mask:
 
 
 class RankAllocator:
-    """Shares the ranks of the AdaLoRA layers of ``model`` out while it trains (a ``Companion`` of the run).
+    """Shares the ranks of the AdaLoRA layers of ``model`` out while it trains (a ``StepHook`` of the run).
 
     An adapter whose ranks were shared out before, so that ``config.kept`` names them, keeps those.
     """
@@ -86,8 +86,8 @@ class RankAllocator:
         self.ends = list(accumulate(cell.lora_rank for cell in self.layers.values()))
         self.spans: list[tuple[Span, Span, Span]] = []  # of A, B and E in the optimiser's vectors
 
-    def cells(self, params: list[Parameter]) -> tuple[nn.Cell | None, nn.Cell | None]:
-        """``FlatAdamW``'s penalty and observer.
+    def objectives(self, params: Sequence[Parameter]) -> list[Orthogonality]:
+        """How far A and B are from orthogonal.
 
         Raises:
             LoraMsError: a factor is frozen.
@@ -100,16 +100,20 @@ class RankAllocator:
                 raise LoraMsError(f"AdaLoRA trains A, B and E of every module, and {name} is frozen in part")
             a, b, e = (where[id(factor)] for factor in factors)
             self.spans.append((a, b, e))
-        stretches = joined([span for spans in self.spans for span in spans])
+        if not self.plan.orth_reg_weight:
+            return []
+        rows, columns, _ = zip(*self.spans, strict=True)
+        return [Orthogonality(rows, columns, sum(p.size for p in params), self.plan.orth_reg_weight)]
+
+    def observer(self, params: Sequence[Parameter]) -> Importance:
+        """How important every number is; after ``objectives``."""
         config = self.plan
+        stretches = joined([span for spans in self.spans for span in spans])
         self.importance = Importance(stretches, self.ends[-1], config.beta1, config.beta2)
         if config.kept:
             self.importance.kept.set_data(Tensor(self._flat(config.kept)))
         self.cut = Cut([cell.lora_e for cell in self.layers.values()], self.importance.kept)
-        if not config.orth_reg_weight:
-            return None, self.importance
-        rows, columns, _ = zip(*self.spans, strict=True)
-        return Orthogonality(rows, columns, sum(p.size for p in params), config.orth_reg_weight), self.importance
+        return self.importance
 
     def after_step(self, step: int) -> None:
         """Cuts where the schedule says so; waits for the step then."""
@@ -162,7 +166,7 @@ class RankAllocator:
             f"{c.tinit}) to step {last_cut(c) + 1} (tfinal {c.tfinal}) of {c.total_steps}, every {c.delta_t} steps"
         )
 
-    def line(self) -> str:
+    def summary(self) -> str:
         """What became of the ranks, in one line."""
         ranks = [int(mask.sum()) for mask in self.kept().values()]
         return f"ranks: {min(ranks)} to {max(ranks)}, {sum(ranks) / len(ranks):.2f} on average, {sum(ranks)} in all"

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from lora_ms.adapters import lowrank
 from lora_ms.adapters.methods.lora_cells import dora_scale
 from lora_ms.nn.layers import Embedding
-from lora_ms.ops.portable import ColumnScaleKernel
+from lora_ms.ops import PORTABLE
 
 
 class LoRAEmbedding(Embedding):
@@ -61,7 +61,7 @@ class DoRAEmbedding(LoRAEmbedding):
         norms = lowrank.row_norms(self.weight.asnumpy().astype(np.float32).T)
         self.base_norms = Tensor(np.square(norms))  # [h]
         self.lora_magnitude = Parameter(Tensor(norms), name="lora_magnitude")
-        self.column_scale = ColumnScaleKernel()
+        self.column_scale = PORTABLE.column_scale()
 
     def tensors(self) -> dict[str, Parameter]:
         return {**super().tensors(), "lora_magnitude_vector": self.lora_magnitude}

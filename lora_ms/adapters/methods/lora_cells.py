@@ -5,6 +5,7 @@ names, and ``merge()``, the plain layer that computes the same.
 """
 
 import math
+from typing import Any
 
 import mindspore as ms
 import numpy as np
@@ -14,9 +15,8 @@ from numpy.typing import NDArray
 
 from lora_ms.adapters import lowrank
 from lora_ms.nn.dropout import DropoutKernel
-from lora_ms.nn.projection import AdaptedMatMul, DroppedMatMul, WeightMatMul
-from lora_ms.ops import native as cpu
-from lora_ms.ops.portable import ColumnScaleKernel, LowRankKernel
+from lora_ms.nn.projection import DenseProjection, Projection
+from lora_ms.ops import PORTABLE, Operators
 
 
 def default_a() -> HeUniform:
@@ -42,6 +42,7 @@ class LoRADense(nn.Dense):
         compute_dtype: type in which to compute; None for the input's own. The output has the input's type.
         use_rslora: scale by ``lora_alpha / sqrt(lora_rank)``.
         lora_bias: train a bias [out] beside B, scaled as the update is.
+        operators: what it computes with.
         kwargs: those of ``nn.Dense``.
 
     Raises:
@@ -61,6 +62,7 @@ class LoRADense(nn.Dense):
         compute_dtype: ms.Type | None = None,
         use_rslora: bool = False,
         lora_bias: bool = False,
+        operators: Operators = PORTABLE,
         **kwargs,
     ):
         super().__init__(in_channels, out_channels, **kwargs)
@@ -80,15 +82,15 @@ class LoRADense(nn.Dense):
         # a parameter and no constant: adapters that differ in it alone share one compiled graph
         scaling = Tensor(lowrank.scaling_of(lora_rank, lora_alpha, use_rslora), ms.float32)
         self.scaling = Parameter(scaling, name="scaling", requires_grad=False)
-        self.lora_dropout = DropoutKernel(lora_dropout)
-        self.low_rank = LowRankKernel()
-        self.weight_product = WeightMatMul()
-        self.own = cpu.there()
-        if self.own:
-            self.adapted_product, self.dropped_product = AdaptedMatMul(), DroppedMatMul(lora_dropout)
+        self.lora_dropout = DropoutKernel(lora_dropout, in_channels)
+        self.operators = operators
+        self.adapted_product = operators.adapted_product(lora_dropout)
+        self.low_rank = operators.low_rank_update()
+        self.weight_product = operators.product()
         self.add_bias = ops.BiasAdd()
         self.compute_dtype = compute_dtype
-        self.base_class, self.trains_bias = nn.Dense, False
+        self.base_class: Any = nn.Dense
+        self.trains_bias = False
         self.start: tuple[NDArray, NDArray] | None = None  # A and B taken out of the weight at the start
         self._freeze_base()
 
@@ -108,12 +110,14 @@ class LoRADense(nn.Dense):
         train_bias: bool = False,
         **kwargs,
     ) -> "LoRADense":
-        """An adapter on ``dense``, whose weight and bias it shares and freezes.
+        """An adapter on ``dense``, whose weight, bias and operators it shares; it freezes weight and bias.
 
         init_lora_weights: True for the constructor's defaults, or a name known to ``lowrank.starting_factors``; what
             PiSSA and OLoRA take out of the weight is taken out of a copy.
         train_bias: train a copy of the bias, too.
         """
+        if isinstance(dense, Projection):
+            kwargs["operators"] = dense.operators
         layer = cls(
             dense.in_channels,
             dense.out_channels,
@@ -183,12 +187,16 @@ class LoRADense(nn.Dense):
         a, b = self.lora_a.asnumpy(), self.lora_b.asnumpy()
         return lowrank.merged_weight(self.weight.asnumpy(), a, b, float(self.scaling.asnumpy()))
 
-    def merge(self) -> nn.Dense:
+    def merge(self) -> nn.Cell:
         """The plain layer, of the class that the adapter stands on, with the merged weight, formed in float32."""
         bias = self.bias.asnumpy().astype(np.float32) if self.has_bias else np.float32(0)
         if self.has_lora_bias:
             bias = bias + float(self.scaling.asnumpy()) * self.lora_bias.asnumpy()
         has_bias, dtype = self.has_bias or self.has_lora_bias, self.weight.dtype
+        if issubclass(self.base_class, DenseProjection):
+            weight = Parameter(Tensor(self.merged_weight(), dtype), name="weight")
+            new_bias = Parameter(Tensor(bias, dtype), name="bias") if has_bias else None
+            return self.base_class(weight, new_bias, self.operators, self.activation)
         return self.base_class(
             self.in_channels,
             self.out_channels,
@@ -204,15 +212,13 @@ class LoRADense(nn.Dense):
         a, b = self.factors()
         scaling = self.scaling.astype(x.dtype)
         a, b = a.astype(x.dtype), b.astype(x.dtype)
-        own = self.own and x.dtype == ms.float32 and self.weight.dtype in cpu.RIGHT_FACTORS
-        if own and not self.has_lora_bias:
+        if not self.has_lora_bias:
+            rows, columns = None, None
             if self.training and self.lora_dropout.probability > 0:
                 rows, columns = self.lora_dropout.draws.numbers(x)
-                return self.dropped_product(x, self.weight, a, b, scaling, rows, columns)[0]
-            return self.adapted_product(x, self.weight, a, b, scaling)[0]
-        update, _ = self.low_rank(self.lora_dropout(x), a, b, scaling)
-        if self.has_lora_bias:
-            update = self.add_bias(update, self.lora_bias.astype(x.dtype) * scaling)
+            return self.adapted_product(x, self.weight, a, b, scaling, rows=rows, columns=columns)
+        update = self.low_rank(self.lora_dropout(x), a, b, scaling)
+        update = self.add_bias(update, self.lora_bias.astype(x.dtype) * scaling)
         return self.weight_product(x, self.weight) + update
 
     def whole_weight(self) -> Tensor:
@@ -254,7 +260,7 @@ class DoRADense(LoRADense):
         super().__init__(*args, **kwargs)
         ones = initializer("ones", (self.out_channels,), ms.float32)
         self.lora_magnitude = Parameter(ones, name="lora_magnitude")
-        self.column_scale = ColumnScaleKernel()
+        self.column_scale = self.operators.column_scale()
         self.product = ops.MatMul()
         self.product_t = ops.MatMul(transpose_b=True)
         self.rebase()

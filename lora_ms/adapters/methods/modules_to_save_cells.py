@@ -1,11 +1,14 @@
 """Whole layers trained beside an adapter: float32 copies of what stands in the model (PEFT's ``modules_to_save``)."""
 
+from typing import Any
+
 import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
 from lora_ms.nn.layers import Embedding, Head, RMSNorm
-from lora_ms.nn.projection import WeightMatMul
+from lora_ms.nn.projection import DenseProjection, Projection
+from lora_ms.ops import PORTABLE, Operators
 
 
 def copied(parameter: Parameter, name: str) -> Parameter:
@@ -17,29 +20,28 @@ class TrainedHead(Head):
     """A head with a weight [v, h] of its own."""
 
     def __init__(self, head: Head):
-        super().__init__(1, 1, has_bias=False)
-        self.in_channels, self.out_channels = head.in_channels, head.out_channels
+        super().__init__(copied(head.weight, "weight"), None, head.operators)
         self.base_dtype = head.weight.dtype
-        self.weight = copied(head.weight, "weight")
 
     def tensors(self) -> dict[str, Parameter]:
         return {"weight": self.weight}
 
     def merge(self) -> Head:
-        weight = Tensor(self.weight.asnumpy(), self.base_dtype)
-        return Head(self.in_channels, self.out_channels, weight, has_bias=False, dtype=self.base_dtype)
+        return Head(Parameter(Tensor(self.weight.asnumpy(), self.base_dtype), name="weight"), None, self.operators)
 
 
 class TrainedDense(nn.Dense):
     """A dense layer whose weight [out, in], bias [out] or both are its own."""
 
-    def __init__(self, dense: nn.Dense, weight: bool = True, bias: bool = True):
+    def __init__(self, dense: Any, weight: bool = True, bias: bool = True, operators: Operators = PORTABLE):
+        self.operators = dense.operators if isinstance(dense, Projection) else operators
         super().__init__(1, 1, has_bias=dense.has_bias, activation=dense.activation)
         self.in_channels, self.out_channels = dense.in_channels, dense.out_channels
-        self.base_class, self.base_dtype = type(dense), dense.weight.dtype
+        self.base_class: Any = type(dense)
+        self.base_dtype = dense.weight.dtype
         self.weight = copied(dense.weight, "weight") if weight else dense.weight
         self.trains_weight, self.trains_bias = weight, bias and dense.has_bias
-        self.matmul = WeightMatMul()
+        self.matmul = self.operators.product()
         if dense.has_bias:
             self.bias = copied(dense.bias, "bias") if bias else dense.bias
 
@@ -47,9 +49,12 @@ class TrainedDense(nn.Dense):
         found = {"weight": self.weight} if self.trains_weight else {}
         return {**found, "bias": self.bias} if self.trains_bias else found
 
-    def merge(self) -> nn.Dense:
+    def merge(self) -> nn.Cell:
         weight = Tensor(self.weight.asnumpy(), self.base_dtype)
         bias = Tensor(self.bias.asnumpy(), self.base_dtype) if self.has_bias else None
+        if issubclass(self.base_class, DenseProjection):
+            new_bias = None if bias is None else Parameter(bias, name="bias")
+            return self.base_class(Parameter(weight, name="weight"), new_bias, self.operators, self.activation)
         shape = (self.in_channels, self.out_channels)
         return self.base_class(*shape, weight, bias, self.has_bias, self.activation, self.base_dtype)
 
@@ -86,7 +91,7 @@ class TrainedNorm(RMSNorm):
     """A norm with a weight [h] of its own."""
 
     def __init__(self, norm: RMSNorm):
-        super().__init__(norm.weight.size, norm.kernel.eps, ms.float32)
+        super().__init__(norm.weight.size, norm.eps, ms.float32, norm.operators)
         self.base_dtype = norm.weight.dtype
         self.weight = copied(norm.weight, "weight")
 
@@ -94,6 +99,6 @@ class TrainedNorm(RMSNorm):
         return {"weight": self.weight}
 
     def merge(self) -> RMSNorm:
-        norm = RMSNorm(self.weight.size, self.kernel.eps, self.base_dtype)
+        norm = RMSNorm(self.weight.size, self.eps, self.base_dtype, self.operators)
         norm.weight.set_data(Tensor(self.weight.asnumpy(), self.base_dtype))
         return norm
