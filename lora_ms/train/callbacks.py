@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -97,8 +98,11 @@ class EarlyStopping(TrainerCallback):
 class Companion(Protocol):
     """What goes along with the steps of a run, such as AdaLoRA's rank allocator."""
 
-    def cells(self, params: list[Parameter]) -> tuple[nn.Cell | None, nn.Cell | None]:
-        """``FlatAdamW``'s penalty and observer for the trainable parameters."""
+    def objectives(self, params: Sequence[Parameter]) -> list[nn.Cell]:
+        """Extra terms of the loss: cells from the vector of ``params`` to a value and its gradient."""
+
+    def observer(self, params: Sequence[Parameter]) -> nn.Cell | None:
+        """``FlatAdamW``'s observer for the trainable parameters."""
 
     def after_step(self, step: int) -> None:
         """Called when optimiser step ``step`` (from 0) is on the device."""

@@ -8,7 +8,6 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from numpy.typing import NDArray
 
-from lora_ms.adapters.methods.embedding_cells import LoRAEmbedding
 from lora_ms.nn.parallel import WHOLE, Shard, split_axis
 from lora_ms.ops.portable import AdamWKernel
 
@@ -29,17 +28,6 @@ def learning_rate(
         return peak
     done = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
     return end + (peak - end) * (1.0 - done if kind == "linear" else 0.5 * (1.0 + math.cos(math.pi * done)))
-
-
-def loraplus_factors(model: nn.Cell, params: Sequence[Parameter], ratio: float, embedding: float) -> list[float]:
-    """What the learning rate of each of ``params`` is multiplied by (LoRA+, Hayou et al., 2024; groups as in PEFT).
-
-    ``ratio`` for B and all that has one dimension, ``embedding`` for A and B on the embedding, 1 for the rest.
-    """
-    cells = (cell for _, cell in model.cells_and_names() if isinstance(cell, LoRAEmbedding))
-    embeddings = {id(p) for cell in cells for p in (cell.lora_a, cell.lora_b)}
-    is_b = [p.name.endswith("lora_b") or p.ndim == 1 for p in params]
-    return [embedding if id(p) in embeddings else ratio if b else 1.0 for p, b in zip(params, is_b, strict=True)]
 
 
 def spread_out(values: Sequence[float], sizes: Sequence[int]) -> Tensor:

@@ -10,7 +10,8 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn
 
-from lora_ms.adapters.methods.lora_cells import LoRADense
+from lora_ms.adapters.inject import adapter_cells
+from lora_ms.adapters.rates import rate_factors
 from lora_ms.data.feed import Step, feed
 from lora_ms.data.loader import DataPlan
 from lora_ms.errors import LoraMsError
@@ -19,7 +20,7 @@ from lora_ms.nn.noise import EmbeddingNoise
 from lora_ms.runtime.device import Runtime, peak_memory_mb
 from lora_ms.train import groups
 from lora_ms.train.callbacks import Companion, Record
-from lora_ms.train.optimizer import FlatAdamW, learning_rate, loraplus_factors
+from lora_ms.train.optimizer import FlatAdamW, learning_rate
 from lora_ms.train.settings import TrainSettings
 from lora_ms.train.step import SummedLoss, micro_step
 
@@ -74,9 +75,10 @@ class Steps:
             print(*groups.describe(trainable, s.groups, s.learning_rate, s.weight_decay), sep="\n")
         if s.loraplus_lr_ratio != 1:
             embedding = s.loraplus_lr_embedding / (s.learning_rate or 1.0)
-            plus = loraplus_factors(model, params, s.loraplus_lr_ratio, embedding)
+            plus = rate_factors(model, params, s.loraplus_lr_ratio, embedding)
             factors = [factor * more for factor, more in zip(factors, plus, strict=True)]
-        penalty, observer = (None, None) if companion is None else companion.cells(params)
+        penalty = next(iter(companion.objectives(params)), None) if companion is not None else None
+        observer = companion.observer(params) if companion is not None else None
         self.optimizer = FlatAdamW(
             params,
             s.betas,
@@ -107,14 +109,17 @@ class Steps:
     def _table(self, model: nn.Cell) -> DrawTable | None:
         """Where dropout and noise take their random numbers from, so that a resumed run meets the same ones."""
         shard = self.runtime.shard
-        cells = {name: cell for name, cell in model.cells_and_names() if isinstance(cell, LoRADense)}
-        cells = {name: cell for name, cell in cells.items() if cell.lora_dropout.probability > 0}
-        draws: list[Draws] = [cell.lora_dropout.draws for cell in cells.values()]
+        draws: list[Draws] = []
         columns = []
-        for name, cell in cells.items():  # a rank that has some of the columns takes its part of one rank's numbers
-            width = shard.whole_shape(f"{name}.lora_a", (cell.lora_rank, cell.in_channels))[1]
-            cell.lora_dropout.draws.first = shard.place(f"{name}.lora_a", (cell.lora_rank, width))[1].start or 0
-            columns.append(width)
+        for name, cell in adapter_cells(model).items():
+            parameters = dict(cell.parameters_and_names(expand=False))
+            for leaf, dropout in cell.dropouts().items():
+                # a process that has some of the columns takes its part of one process's numbers
+                path = f"{name}.{leaf}"
+                shape = shard.whole_shape(path, tuple(parameters[leaf].shape))
+                dropout.draws.first = shard.place(path, shape)[1].start or 0
+                draws.append(dropout.draws)
+                columns.append(shape[1])
         if self.noise is not None:
             draws.append(self.noise.noisy.draws)
             columns.append(self.noise.plain.weight.shape[1])
