@@ -34,7 +34,7 @@ def main() -> None:
 
     import numpy as np
 
-    from lora_ms.adapters.config import LoraConfig
+    from lora_ms.adapters.methods.lora import LoraConfig
     from lora_ms.adapters.inject import inject
     from lora_ms.data.example import TokenRow
     from lora_ms.data.loader import DataPlan

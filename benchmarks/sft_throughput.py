@@ -56,7 +56,7 @@ def ours(args):
     import mindspore as ms
     from mindspore import Tensor
 
-    from lora_ms.adapters.config import LoraConfig
+    from lora_ms.adapters.methods.lora import LoraConfig
     from lora_ms.adapters.inject import inject
     from lora_ms.data.example import TokenRow
     from lora_ms.data.feed import feed

@@ -74,7 +74,9 @@ def check_keys(
     if odd:
         yield Check("keys", FAULT, f"{counted(len(odd), 'tensor')} of no known name: {listed(odd)}")
     elif bare:
-        yield Check("keys", FAULT, f"{len(bare)} without the prefix {peft_files.PREFIX}, which PEFT wants: {listed(bare)}")
+        yield Check(
+            "keys", FAULT, f"{len(bare)} without the prefix {peft_files.PREFIX}, which PEFT wants: {listed(bare)}"
+        )
     elif not adapted:
         yield Check("keys", FAULT, f"it holds no {config.title} tensor")
     else:
@@ -147,7 +149,9 @@ def base_entries(base: Path) -> dict[str, Entry]:
     return offline_merge.with_head(stored, hf.get("tie_word_embeddings", f"{offline_merge.HEAD}.weight" not in stored))
 
 
-def check_base(adapter: Path, base: Path | None, entries: Mapping[str, Entry], config: AdapterConfig) -> Iterator[Check]:
+def check_base(
+    adapter: Path, base: Path | None, entries: Mapping[str, Entry], config: AdapterConfig
+) -> Iterator[Check]:
     """The model that the adapter names, and whether the adapter fits the one that is here."""
     named = peft_files.base_name(adapter)
     if named is None:
@@ -168,7 +172,9 @@ def check_base(adapter: Path, base: Path | None, entries: Mapping[str, Entry], c
         yield Check("shapes", FAULT, str(error))
         return
     if faults:
-        yield Check("shapes", FAULT, f"made for another model than {base}: {listed(faults).replace(peft_files.PREFIX, '')}")
+        yield Check(
+            "shapes", FAULT, f"made for another model than {base}: {listed(faults).replace(peft_files.PREFIX, '')}"
+        )
     else:
         yield Check("shapes", OK, f"every tensor has its place in {base}")
 

@@ -48,9 +48,7 @@ def stored_tensors(model: nn.Cell, config: AdapterConfig) -> dict[str, dict[str,
 
 def by_key(modules: Mapping[str, Mapping[str, Array]]) -> dict[str, Array]:
     """Numbers by PEFT's keys, from those by module and tensor."""
-    return {
-        f"{PREFIX}{name}.{tensor}": value for name, tensors in modules.items() for tensor, value in tensors.items()
-    }
+    return {f"{PREFIX}{name}.{tensor}": value for name, tensors in modules.items() for tensor, value in tensors.items()}
 
 
 def adapter_tensors(model: nn.Cell, config: AdapterConfig, shard: Shard = WHOLE) -> dict[str, Array]:

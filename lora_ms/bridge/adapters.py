@@ -127,7 +127,8 @@ def read_peft(path: Path) -> tuple[dict[str, Factors], LoraSpec]:
         if set(tensors) != {*DENSE_PAIR}:
             faults.append(f"{module} holds {', '.join(sorted(tensors))}")
             continue
-        factors[module] = Factors(*(of_entry(tensors[name]) for name in DENSE_PAIR))
+        a, b = (of_entry(tensors[name]) for name in DENSE_PAIR)
+        factors[module] = Factors(a, b)
         specs.add(config.plain_spec(module))
     if len(specs) > 1:
         faults.append("its modules differ in rank or alpha: " + ", ".join(f"{r} and {a:g}" for r, a in sorted(specs)))

@@ -24,6 +24,7 @@ from lora_ms.train.log import Tee
 from lora_ms.train.settings import TrainSettings
 from lora_ms.train.tensorboard import check
 
+
 def settings_of(config: RunConfig, longest: int) -> TrainSettings:
     """The settings of a run that a configuration holds; ``longest``: the model's own limit in tokens."""
     runner, schedule, scale = config.runner_config, config.lr_schedule, config.runner_wrapper.scale_sense
@@ -144,7 +145,7 @@ def run(config: RunConfig) -> None:
                 made_for = sizes.max_position_embeddings
                 print(f"seq_length {how.seq_length} is beyond the {made_for} positions that the model was made for")
             estimate.announce(config, sizes, runtime, plan.layout.shapes[-1])
-        model = common.build_model(config, sizes, dtype, runtime.shard)
+        model = common.build_model(config, sizes, dtype, runtime.operators, runtime.shard)
         schedule_steps = settings.schedule_steps if settings.schedule_steps > 0 else plan.total_steps
         adapter = attach(config, model, schedule_steps, runtime.shard)
         hook = None if adapter is None else adapter.step_hook(model)

@@ -50,10 +50,10 @@ def method_keys(method: type[AdapterConfig]) -> dict[str, Key]:
 def field_of(key: Key) -> Any:
     """A key as pydantic takes a field's declaration."""
     kind = key.type
-    entries = get_args(kind)
-    if entries and dataclasses.is_dataclass(entries[0]):  # a list of sections
-        name = entries[0].__name__
-        section = create_model(name, __base__=Section, **{k: field_of(v) for k, v in keys_of(entries[0]).items()})
+    entry: Any = next(iter(get_args(kind)), None)
+    if isinstance(entry, type) and dataclasses.is_dataclass(entry):  # a list of sections
+        fields: dict[str, Any] = {name: field_of(inner) for name, inner in keys_of(entry).items()}
+        section = create_model(entry.__name__, __base__=Section, **fields)
         kind = list[section]  # type: ignore[valid-type]
     kind = key.bounds.on(kind)
     if key.default is REQUIRED:
@@ -76,6 +76,8 @@ if TYPE_CHECKING:
 
     class PetConfig(PetKeys):
         """``pet_config``, with every option of every method; ``null`` trains all parameters."""
+
+        def __init__(self, **keys: Any): ...
 
         def __getattr__(self, name: str) -> Any: ...
 

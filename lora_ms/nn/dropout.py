@@ -9,6 +9,8 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
+from lora_ms.ops import portable
+
 
 class Draws(nn.Cell):
     """Uniform numbers in [0, 1), [t, h] for x [t, h].
@@ -24,8 +26,7 @@ class Draws(nn.Cell):
         self.rows, self.columns = ops.UniformReal(rows, 1), ops.UniformReal(columns, 1)
         self.rows.recompute(False)  # drawn once a step: a block computed again must meet the same zeros
         self.columns.recompute(False)
-        self.outer = ops.MatMul()
-        self.floor = ops.Floor()
+        self.uniform = portable.OuterUniform()
         self.followed, self.split = False, 0
         self.first = 0  # number of the first column, where a layer holds a part of them
 
@@ -52,9 +53,7 @@ class Draws(nn.Cell):
 
     def construct(self, x: Tensor) -> Tensor:
         rows, columns = self.numbers(x)
-        # factors of 8 to 40: products of many turns, yet exact to 1e-4 of one in float32
-        turns = self.outer(8.0 + 32.0 * rows, 8.0 + 32.0 * columns)
-        return turns - self.floor(turns)
+        return self.uniform(rows, columns)
 
 
 class DropoutKernel(nn.Cell):
@@ -64,12 +63,13 @@ class DropoutKernel(nn.Cell):
         super().__init__()
         self.probability = probability
         self.draws = Draws()
+        self.dropout = portable.Dropout(probability)
 
     def construct(self, x: Tensor) -> Tensor:
         if not self.training or self.probability == 0:
             return x
-        kept = (self.draws(x) >= self.probability).astype(x.dtype)
-        return x * ops.stop_gradient(kept * (1.0 / (1.0 - self.probability)))
+        rows, columns = self.draws.numbers(x)
+        return self.dropout(x, rows, columns)
 
 
 class DrawTable:

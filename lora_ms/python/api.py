@@ -105,8 +105,8 @@ class AutoModelForCausalLM:
         Raises:
             LoraMsError: not such a directory, an unsupported architecture, or tensors that do not fit.
         """
-        runtime_module.setup()
-        return hub.load_directory(Path(path), ms_dtype, Model)
+        runtime, _ = runtime_module.setup()
+        return hub.load_directory(Path(path), ms_dtype, Model, operators=runtime.operators)
 
 
 class AutoTokenizer:

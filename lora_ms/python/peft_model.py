@@ -9,7 +9,7 @@ from mindspore import Tensor, nn
 from numpy.typing import NDArray
 
 from lora_ms.adapters import inject as injection
-from lora_ms.adapters.combine import Adapter, combine
+from lora_ms.adapters.combine import combine
 from lora_ms.adapters.methods.base import AdapterConfig
 from lora_ms.adapters.peft_format import read_adapter_config, read_cells, save_adapter
 from lora_ms.errors import LoraMsError

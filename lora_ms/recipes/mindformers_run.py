@@ -216,7 +216,7 @@ class Run:
             asked = pet_settings(pet, self.linear, self.on_cpu)
             network = self.package.get_pet_model(network, asked)
         else:
-            model.inject(self.package, network, self.lora)
+            model.inject(self.package, network, self.lora, self.runtime.operators)
             injection.freeze(network, pet.freeze_include, pet.freeze_exclude)
         if self.config.load_adapter:
             model.load_factors(network, Path(self.config.load_adapter), self.lora, self.heads, fused)

@@ -13,7 +13,7 @@ from lora_ms.errors import LoraMsError
 from lora_ms.models import hub
 from lora_ms.models.decoder import CausalLM, DecoderConfig
 from lora_ms.nn.parallel import WHOLE, Shard
-from lora_ms.ops.portable import use_plain_operators
+from lora_ms.ops import PORTABLE, Operators
 from lora_ms.recipes import parallel
 from lora_ms.runtime import device as runtime_module
 from lora_ms.runtime.device import Runtime
@@ -40,14 +40,14 @@ def start(config: RunConfig) -> Runtime:
     runtime, notices = runtime_module.setup(
         context.device_target,
         context.device_id,
-        config.seed,
-        config.use_parallel,
-        context.max_device_memory,
-        context.enable_graph_kernel,
-        config.parallel_config.model_parallel,
-        context.cpu_operators,
+        seed=config.seed,
+        use_parallel=config.use_parallel,
+        max_device_memory=context.max_device_memory,
+        graph_kernel=context.enable_graph_kernel,
+        model_parallel=config.parallel_config.model_parallel,
+        cpu_operators=context.cpu_operators,
+        plain_operators=context.low_memory,
     )
-    use_plain_operators(context.low_memory)
     notices += parallel.notices(config, runtime)
     if runtime.is_main:
         for line in (*config.notices(), *notices):
@@ -164,20 +164,26 @@ def read_sizes(config: RunConfig) -> DecoderConfig:
     return decoder_config(sizes)
 
 
-def build_model(config: RunConfig, sizes: DecoderConfig, dtype: ms.Type, shard: Shard = WHOLE) -> CausalLM:
+def build_model(
+    config: RunConfig,
+    sizes: DecoderConfig,
+    dtype: ms.Type,
+    operators: Operators = PORTABLE,
+    shard: Shard = WHOLE,
+) -> CausalLM:
     """The bare model with its weights; with ``load_checkpoint: ''`` freshly initialised from ``seed``."""
     path = Path(config.load_checkpoint)
     sizes = replace(sizes, flash_attention=config.model.sizes.use_flash_attention)
     if not config.load_checkpoint:
-        return hub.new_model(sizes, dtype, config.seed)
+        return hub.new_model(sizes, dtype, config.seed, operators)
     if path.is_dir():
-        return hub.load_directory(path, dtype, flash_attention=sizes.flash_attention, shard=shard)
+        return hub.load_directory(path, dtype, flash_attention=sizes.flash_attention, operators=operators, shard=shard)
     if config.model.sizes.qkv_concat:
         raise LoraMsError(
             f"{path}: qkv_concat is not supported; give the model's Hugging Face directory, or make one with "
             f"lora-ms convert --input {path} --output DIR --load_checkpoint DIR_WITH_CONFIG_JSON"
         )
-    return hub.load_checkpoint(path, sizes, dtype, shard)
+    return hub.load_checkpoint(path, sizes, dtype, operators, shard)
 
 
 def check_output(output_dir: Path) -> None:
@@ -197,7 +203,7 @@ def model_for_use(config: RunConfig, runtime: Runtime) -> CausalLM:
     sizes = read_sizes(config)
     if not config.load_checkpoint:
         raise LoraMsError("load_checkpoint is missing: give the Hugging Face directory of the model")
-    model = build_model(config, sizes, compute_dtype(config, runtime), runtime.shard)
+    model = build_model(config, sizes, compute_dtype(config, runtime), runtime.operators, runtime.shard)
     if config.load_adapter:
         load_adapter(model, config.load_adapter, shard=runtime.shard)
     return model.set_train(False)

@@ -9,7 +9,7 @@ from mindspore import Parameter, Tensor, nn, ops
 from numpy.typing import NDArray
 
 from lora_ms.nn.parallel import WHOLE, Shard, split_axis
-from lora_ms.ops.portable import AdamWKernel
+from lora_ms.ops import PORTABLE, Operators
 
 HIGHEST_SCALE = 2.0**24  # that the loss scale grows to: on the CPU gradients are float32, and no overflow ends it
 
@@ -89,6 +89,7 @@ class FlatAdamW(nn.Cell):
             then summed over them, and the norm is that of the whole gradient.
         swap: whether a card keeps the moments in its host's memory and loads them for each step, as MindFormers'
             AdamW does (``Parameter(device="CPU")``; not tried on one). On the CPU it changes nothing.
+        operators: what the step computes with.
     """
 
     def __init__(
@@ -109,6 +110,7 @@ class FlatAdamW(nn.Cell):
         observer: nn.Cell | None = None,
         shard: Shard = WHOLE,
         swap: bool = False,
+        operators: Operators = PORTABLE,
     ):
         super().__init__()
         self.params = ms.ParameterTuple(params)
@@ -116,7 +118,7 @@ class FlatAdamW(nn.Cell):
         n = sum(self.sizes)
         self.starts = (0, *np.cumsum(self.sizes).tolist()[:-1])
         self.flatten, self.map = Flatten(), ops.HyperMap()
-        self.adamw, self.max_grad_norm = AdamWKernel(*betas, eps), max_grad_norm
+        self.adamw, self.max_grad_norm = operators.adamw(*betas, eps), max_grad_norm
         self.dynamic, self.scale_window, self.scale_factor = dynamic_scale, scale_window, scale_factor
         self.all_reduce, self.penalty, self.observer = all_reduce, penalty, observer
         self.grad = Parameter(ops.zeros(n, ms.float32), name="grad", requires_grad=False)
@@ -202,7 +204,15 @@ class FlatAdamW(nn.Cell):
         count = self.count + taken
         steps = ops.maximum(count, Tensor(1.0, ms.float32))
         new, exp_avg, exp_avg_sq = self.adamw(
-            old, grad, self.exp_avg, self.exp_avg_sq, scale, taken, steps, taken * lr * self.rates, self.decay
+            old,
+            grad,
+            self.exp_avg,
+            self.exp_avg_sq,
+            scale=scale,
+            taken=taken,
+            count=steps,
+            rate=taken * lr * self.rates,
+            decay=self.decay,
         )
         self.map(ops.partial(_put, new), self.params, self.starts, self.sizes)
         ops.assign(self.exp_avg, exp_avg)

@@ -214,7 +214,7 @@ class Start(nn.Cell):
 
     def construct(self, input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, ...]:
         tables = self.decoder.rotary_tables(position_ids.reshape((-1,)))
-        return (self.embed(input_ids),) + tables + (self.decoder.row_mask(position_ids),)
+        return (self.embed(input_ids),) + tables + (self.decoder.visibility(position_ids),)
 
 
 class EmbeddingGradients(nn.Cell):

@@ -26,7 +26,7 @@ class SummedLoss(nn.Cell):
     def __init__(self, model: nn.Cell, vocab_size: int, shard: Shard = WHOLE):
         super().__init__()
         self.model = model
-        self.cross_entropy = summed_cross_entropy(vocab_size, CHUNK_NUMBERS, shard)
+        self.cross_entropy = summed_cross_entropy(vocab_size, CHUNK_NUMBERS, model.operators, shard)
 
     def of_output(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """From the last layer's output [c, h]; as ``SummedCrossEntropy`` returns it."""

@@ -44,7 +44,8 @@ class Steps:
     """The optimiser steps of ``model`` on ``plan``.
 
     Args:
-        model: a Cell with ``hidden_states(input_ids, position_ids, rows)`` and ``head_weight()``, to be trained.
+        model: a Cell with ``hidden_states(input_ids, position_ids, rows)``, ``head_weight()`` and ``operators``, to be
+            trained.
         vocab_size: rows of the head.
         half: whether the model computes in float16, and so needs a loss scale.
         companion: takes part in every step; None for most.
@@ -96,6 +97,7 @@ class Steps:
             observer,
             runtime.shard,
             s.swap,
+            model.operators,
         )
         self.sum_over_data = runtime.data_sum()
         self.noise = EmbeddingNoise(model.model, s.neftune_noise_alpha) if s.neftune_noise_alpha else None

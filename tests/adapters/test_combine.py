@@ -11,7 +11,7 @@ import pytest
 
 from lora_ms.adapters.arithmetic import dropped, elected, nearest, trimmed
 from lora_ms.adapters.combine import METHODS, Adapter, combine, read_adapter, write_adapter
-from lora_ms.adapters.config import LoraConfig
+from lora_ms.adapters.methods.lora import LoraConfig
 from lora_ms.adapters.peft_files import base_name
 from lora_ms.errors import LoraMsError
 

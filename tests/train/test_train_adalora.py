@@ -2,11 +2,6 @@
 
 import numpy as np
 import pytest
-from mindspore import Tensor
-
-from lora_ms.adapters.config import AdaLoraConfig
-from lora_ms.adapters.inject import freeze, inject, lora_layers
-from lora_ms.adapters.methods.adalora_cells import Orthogonality, Span
 from lora_ms.adapters.methods.adalora_ranks import (
     RankAllocator,
     best,
@@ -18,6 +13,11 @@ from lora_ms.adapters.methods.adalora_ranks import (
     scheduled,
     triplet_scores,
 )
+from mindspore import Tensor
+
+from lora_ms.adapters.inject import adapted_layers, freeze, inject
+from lora_ms.adapters.methods.adalora import AdaLoraConfig
+from lora_ms.adapters.methods.adalora_cells import Orthogonality, Span
 from lora_ms.adapters.peft_format import load_adapter, save_adapter
 from lora_ms.errors import LoraMsError
 from lora_ms.models.hub import load_directory
@@ -98,7 +98,7 @@ def cut_model(graph_mode, reference):
     inject(model, config)
     allocator = RankAllocator(model, config)
     allocator.cells(model.trainable_params())
-    rng, layers = np.random.default_rng(2), lora_layers(model)
+    rng, layers = np.random.default_rng(2), adapted_layers(model)
     for layer in layers.values():
         for parameter in layer.tensors().values():
             parameter.set_data(Tensor(rng.standard_normal(parameter.shape).astype(np.float32) * 0.3))
@@ -109,7 +109,7 @@ def cut_model(graph_mode, reference):
 
 def test_nothing_is_left_out_before_it_is_zero(cut_model):
     model, allocator = cut_model
-    layer = next(iter(lora_layers(model).values()))
+    layer = next(iter(adapted_layers(model).values()))
     assert layer.lora_e.asnumpy()[1] != 0
     assert allocator.config().kept == {}
     allocator.cut()
@@ -140,7 +140,7 @@ def test_plain_lora_scales_all_modules_alike(cut_model):
     _, found, tensors = plain_lora(model, allocator.config())
     assert sorted(place.lora_rank for place in found.places.values()) == [1, 1, 1, 2, 2]
     assert {place.lora_alpha / place.lora_rank for place in found.places.values()} == {1.5}
-    empty = set(lora_layers(model)) - set(found.places)
+    empty = set(adapted_layers(model)) - set(found.places)
     assert len(empty) == 1 and empty < set(found.plain)
     assert len(tensors) == 10 and not any(name in key for key in tensors for name in empty)
 

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from mindspore import Tensor
 
-from lora_ms.adapters.config import LoraConfig
-from lora_ms.adapters.inject import inject, lora_layers
+from lora_ms.adapters.inject import adapted_layers, inject
+from lora_ms.adapters.methods.lora import LoraConfig
 from lora_ms.data.collate import collate
 from lora_ms.data.example import TokenRow
 from lora_ms.models.hub import load_directory
@@ -35,19 +35,21 @@ def gradients(optimizer: FlatAdamW, label_tokens: int) -> list[np.ndarray]:
     params=[("qwen2", MicroStep), ("llama3", MicroStep), ("full_qwen2", MicroStep), ("full_qwen2", LayerwiseStep)],
     ids=lambda param: f"{param[0]}-{param[1].__name__}",
 )
-def trace(request, reference, golden, own):
+def trace(request, reference, golden, operators):
     """(reference values, our losses, norms, first gradients, final weights), names as torch has them."""
     kind, step_class = request.param
     full = kind.startswith("full_")
     z = golden(f"trace_{kind}")
-    model = load_directory(reference / "models" / kind.removeprefix("full_"))
+    model = load_directory(reference / "models" / kind.removeprefix("full_"), operators=operators)
     if not full:
         inject(model, LoraConfig(4, 8.0, 0.0, "all-linear"))
-        for name, layer in lora_layers(model).items():
+        for name, layer in adapted_layers(model).items():
             layer.lora_a.set_data(Tensor(z[f"initial/{PREFIX}{name}.lora_A.weight"]))
     model.set_train()
     params = {torch_name(name, full): p for name, p in model.parameters_and_names() if p.requires_grad}
-    optimizer = FlatAdamW(list(params.values()), weight_decay=0.1, max_grad_norm=float(z["max_grad_norm"]))
+    optimizer = FlatAdamW(
+        list(params.values()), weight_decay=0.1, max_grad_norm=float(z["max_grad_norm"]), operators=operators
+    )
     micro_step = step_class(SummedLoss(model, 128), optimizer)
     losses, norms, first = [], [], {}
     for step in range(len(z["loss"])):

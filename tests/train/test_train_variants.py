@@ -5,11 +5,12 @@ from typing import NamedTuple
 import mindspore as ms
 import numpy as np
 import pytest
+from lora_ms.adapters.methods.adalora_ranks import RankAllocator
 from mindspore import Tensor
 
-from lora_ms.adapters.config import AdaLoraConfig, LoraConfig
 from lora_ms.adapters.inject import adapter_cells, inject
-from lora_ms.adapters.methods.adalora_ranks import RankAllocator
+from lora_ms.adapters.methods.adalora import AdaLoraConfig
+from lora_ms.adapters.methods.lora import LoraConfig
 from lora_ms.adapters.methods.lora_cells import LoRADense
 from lora_ms.data.collate import collate
 from lora_ms.data.example import TokenRow

@@ -219,7 +219,7 @@ class AdapterConfig(ABC):
 
     # YAML
 
-    @classmethod
+    @classmethod  # noqa: B027
     def check_yaml(cls, keys: Any) -> None:
         """Raises ValueError where keys of ``pet_config`` exclude each other."""
 
@@ -265,7 +265,7 @@ class AdapterConfig(ABC):
             return None
         return self.spec(name)
 
-    def check_names(self, names: Sequence[str]) -> None:
+    def check_names(self, names: Sequence[str]) -> None:  # noqa: B027
         """Raises LoraMsError where options do not suit a model of modules ``names``."""
 
     def specs(self, names: Iterable[str]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn
 from numpy.typing import NDArray
 
-from lora_ms.adapters.methods.base import AdapterSpec, Pair
+from lora_ms.adapters.methods.base import Pair
 from lora_ms.nn.dropout import DropoutKernel
 
 Array = NDArray[np.float32]
@@ -18,7 +18,7 @@ class State(NamedTuple):
 
     tensors: dict[str, Array]
     settings: dict[str, Array]
-    spec: AdapterSpec | None
+    spec: Any  # the method's AdapterSpec
 
 
 class AdapterCell(nn.Cell):
@@ -58,7 +58,7 @@ class AdapterCell(nn.Cell):
         raise NotImplementedError
 
     @property
-    def spec(self) -> AdapterSpec | None:
+    def spec(self) -> Any:
         """The method's ``AdapterSpec`` of this module; None of a trained copy."""
         return None
 

@@ -81,7 +81,7 @@ class LoRAEmbedding(AdapterCell):
 
     def merge(self) -> Embedding:
         weight = Tensor(np.ascontiguousarray(self.merged_weight()), self.base.weight.dtype)
-        return Embedding.of(Parameter(weight, name="weight"))
+        return Embedding(Parameter(weight, name="weight"))
 
     def adapted(self, input_ids: Tensor) -> Tensor:
         """ids [t] -> [t, h]."""
@@ -126,6 +126,4 @@ def build(config: "LoraConfig", target: Target, spec: LoraSpec) -> LoRAEmbedding
     if config.lora_bias or not isinstance(config.init_lora_weights, bool):
         raise LoraMsError("on the embedding LoRA, rsLoRA and DoRA are supported, without bias or init_lora_weights")
     kind = DoRAEmbedding if config.use_dora else LoRAEmbedding
-    return kind(
-        target.layer, spec.lora_rank, spec.lora_alpha, use_rslora=config.use_rslora, operators=target.operators
-    )
+    return kind(target.layer, spec.lora_rank, spec.lora_alpha, use_rslora=config.use_rslora, operators=target.operators)

@@ -1,6 +1,7 @@
 """LoRA on a dense layer."""
 
 import math
+from collections.abc import Hashable
 from typing import TYPE_CHECKING
 
 import mindspore as ms
@@ -229,9 +230,9 @@ class LoRADense(AdapterCell):
     def settings(self) -> dict[str, Parameter]:
         return {"scaling": self.scaling}
 
-    def shape_key(self):
+    def shape_key(self) -> Hashable:
         # a weight from which an update was subtracted is of no use to another adapter
-        return (*super().shape_key(), id(self) if self.initial is not None else 0)
+        return (super().shape_key(), id(self) if self.initial is not None else 0)
 
     def load_state(self, state: State) -> None:
         super().load_state(state)
