@@ -37,7 +37,7 @@ class PetKeys(Section):
         if wrong:
             others = [name for name, other in METHODS.items() if all(key in method_keys(other) for key in wrong)]
             change = f", or set pet_type: {' or '.join(others)}" if others else ""
-            raise ValueError(f"{', '.join(wrong)} with pet_type {self.pet_type}: leave out{change}")
+            raise ValueError(f"{', '.join(wrong)} with pet_type {self.pet_type}: leave them out{change}")
         method.check_yaml(self)
         return self
 

@@ -10,8 +10,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn
 
-from lora_ms.adapters.inject import adapter_cells
-from lora_ms.adapters.rates import rate_factors
+from lora_ms.adapters.methods.training import dropouts, rate_factors
 from lora_ms.data.feed import Step, feed
 from lora_ms.data.loader import DataPlan
 from lora_ms.errors import LoraMsError
@@ -113,15 +112,12 @@ class Steps:
         shard = self.runtime.shard
         draws: list[Draws] = []
         columns = []
-        for name, cell in adapter_cells(model).items():
-            parameters = dict(cell.parameters_and_names(expand=False))
-            for leaf, dropout in cell.dropouts().items():
-                # a process that has some of the columns takes its part of one process's numbers
-                path = f"{name}.{leaf}"
-                shape = shard.whole_shape(path, tuple(parameters[leaf].shape))
-                dropout.draws.first = shard.place(path, shape)[1].start or 0
-                draws.append(dropout.draws)
-                columns.append(shape[1])
+        for path, parameter, dropout in dropouts(model):
+            # a process that has some of the columns takes its part of one process's numbers
+            shape = shard.whole_shape(path, tuple(parameter.shape))
+            dropout.draws.first = shard.place(path, shape)[1].start or 0
+            draws.append(dropout.draws)
+            columns.append(shape[1])
         if self.noise is not None:
             draws.append(self.noise.noisy.draws)
             columns.append(self.noise.plain.weight.shape[1])

@@ -108,7 +108,7 @@ def test_saved_and_loaded_again(fresh, tmp_path, name):
     config, report = load_adapter(model, VARIANTS / name)
     save_adapter(model, tmp_path, config, "base")
     stored, saved = load_file(VARIANTS / name / "adapter_model.safetensors"), load_file(tmp_path / WEIGHTS)
-    if config.init_lora_weights is True:
+    if not config.changed_base:
         # PEFT puts the untouched base weight beside an adapter on the head or the embedding
         wanted = {key: value for key, value in stored.items() if not key.endswith("base_layer.weight")}
         assert saved.keys() == wanted.keys()
@@ -116,8 +116,8 @@ def test_saved_and_loaded_again(fresh, tmp_path, name):
             np.testing.assert_array_equal(saved[key], value, err_msg=key)
     found, other = load_adapter(again, tmp_path)
     assert scalings(again) == pytest.approx(scalings(model), rel=1e-6)
-    assert other.trainable == report.trainable * (1 if config.init_lora_weights is True else 2)
-    if config.init_lora_weights is True:
+    assert other.trainable == report.trainable * (2 if config.changed_base else 1)
+    if not config.changed_base:
         assert places(again) == places(model)
         ours, theirs = adapter_tensors(model, config), adapter_tensors(again, found)
         assert ours.keys() == theirs.keys()
@@ -141,8 +141,8 @@ def test_settings_saved_and_read_again(fresh, tmp_path, name):
     assert type(again) is type(config)
     for key in config.__dataclass_fields__.keys() - BY_PLACE:
         assert getattr(again, key) == getattr(config, key), key
-    assert again.init_lora_weights is True
-    factor = 1 if config.init_lora_weights is True else 2
+    assert not again.changed_base
+    factor = 2 if config.changed_base else 1
     wanted = {path: LoraSpec(factor * rank, factor * alpha) for path, (rank, alpha) in places(model).items()}
     assert select(fresh(name), again) == wanted
     if isinstance(config, AdaLoraConfig):
