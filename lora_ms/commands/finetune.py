@@ -9,7 +9,7 @@ from lora_ms.adapters import inject as injection
 from lora_ms.commands import estimate, evaluate
 from lora_ms.config import PetConfig, RunConfig, dump_config
 from lora_ms.config.sections import LossScale
-from lora_ms.data.order import permutation
+from lora_ms.data.loader import permutation
 from lora_ms.data.pipeline import Preparation
 from lora_ms.data.store import TokenStore
 from lora_ms.errors import LoraMsError

@@ -32,10 +32,10 @@ class RMSNorm(nn.Cell):
         self.eps = eps
         self.operators = operators
         self.weight = Parameter(initializer("ones", (hidden_size,), dtype), name="weight")
-        self.norm = operators.rms_norm(eps)
+        self.kernel = operators.rms_norm(eps)
 
     def construct(self, x: Tensor) -> Tensor:
-        return self.norm(x, self.weight)
+        return self.kernel(x, self.weight)
 
 
 class Embedding(nn.Cell):

@@ -503,7 +503,7 @@ class CrossEntropy(nn.Cell):
         probs = self.softmax(self.matmul_t(hidden, head).astype(ms.float32)).astype(head.dtype)
         weighted = hidden * valid
         taken = ops.unsorted_segment_sum(weighted, ops.maximum(targets, 0), head.shape[0])
-        return self.t_matmul(probs, weighted) - taken
+        return (self.t_matmul(probs, weighted) - taken).astype(head.dtype)
 
 
 class AdamW(nn.Cell):

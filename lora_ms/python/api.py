@@ -12,8 +12,7 @@ from mindspore import Tensor
 from numpy.typing import NDArray
 
 from lora_ms.adapters.methods.base import AdapterConfig
-from lora_ms.data.pipeline import Preparation, prepare_rows
-from lora_ms.data.readers import read_rows
+from lora_ms.data.pipeline import Preparation, prepare_rows, read_rows
 from lora_ms.data.tokenizer import load_tokenizer
 from lora_ms.errors import LoraMsError
 from lora_ms.infer.generate import Generator, pad_rows
@@ -280,8 +279,8 @@ class Trainer:
 
     def _evaluator(self, settings: TrainSettings, runtime: runtime_module.Runtime) -> Evaluator:
         vocab_size, s = self.model.config.vocab_size, settings
-        how = Preparation(seq_length=s.seq_length, vocab_size=vocab_size)
-        store, _ = prepare_rows(read_rows(self.eval_dataset), self.tokenizer, how)
+        preparation = Preparation(seq_length=s.seq_length, vocab_size=vocab_size)
+        store, _ = prepare_rows(read_rows(self.eval_dataset), self.tokenizer, preparation)
         plan = held_out_plan(
             store, self.args.per_device_eval_batch_size, self.tokenizer, s.seq_length, runtime, s.packing
         )

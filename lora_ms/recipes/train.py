@@ -9,9 +9,8 @@ import mindspore as ms
 from mindspore import nn
 
 from lora_ms import storage
-from lora_ms.data.formats import Row
-from lora_ms.data.loader import DataPlan
-from lora_ms.data.order import Source
+from lora_ms.data.example import Row
+from lora_ms.data.loader import DataPlan, Source
 from lora_ms.data.pipeline import Preparation, prepare_rows
 from lora_ms.data.report import Report
 from lora_ms.data.store import TokenStore
@@ -60,8 +59,8 @@ def held_out_plan(
 
 def plan_rows(rows: Iterable[Row], tokenizer, settings: TrainSettings, runtime: Runtime, vocab_size: int) -> DataPlan:
     """Tokenises and checks the rows, prints what became of them, and fixes the run's steps and shapes."""
-    how = Preparation(seq_length=settings.seq_length, vocab_size=vocab_size)
-    store, report = prepare_rows(rows, tokenizer, how)
+    preparation = Preparation(seq_length=settings.seq_length, vocab_size=vocab_size)
+    store, report = prepare_rows(rows, tokenizer, preparation)
     return plan_store(store, [report], (), tokenizer, settings, runtime)
 
 
@@ -94,7 +93,7 @@ def plan_store(
         kind=s.layout,
         buckets=s.length_buckets,
         sources=sources,
-        lines=s.adaptive_batch,
+        prefer_many_lines=s.adaptive_batch,
     )
     waste = plan.padding()
     finished = [dataclasses.replace(report, layout=plan.describe(), padding=waste) for report in reports]

@@ -11,8 +11,8 @@ import numpy as np
 from mindspore import Tensor, nn
 
 from lora_ms.adapters.methods.training import dropouts, rate_factors
-from lora_ms.data.feed import Step, feed
-from lora_ms.data.loader import DataPlan
+from lora_ms.data.example import DeviceStep
+from lora_ms.data.loader import DataPlan, device_steps
 from lora_ms.errors import LoraMsError
 from lora_ms.nn.dropout import Draws, DrawTable
 from lora_ms.nn.noise import EmbeddingNoise
@@ -105,7 +105,7 @@ class Steps:
         self.micro_step = micro_step(SummedLoss(model, vocab_size, runtime.shard), self.optimizer, s.recompute)
         self.pending: list[_Pending] = []
         self.clock = self.waited = 0.0
-        self.fed: Iterator[Step] = iter(())
+        self.upcoming: Iterator[DeviceStep] = iter(())
 
     def _table(self, model: nn.Cell) -> DrawTable | None:
         """Where dropout and noise take their random numbers from, so that a resumed run meets the same ones."""
@@ -160,7 +160,7 @@ class Steps:
 
     def begin(self, step: int, level: int = 0) -> None:
         """The next step to be launched is ``step`` (from 0); level: of its micro-batches, see ``DataPlan.step``."""
-        self.fed = feed(self.plan, step, level)
+        self.upcoming = device_steps(self.plan, step, level)
         self.clock = time.perf_counter()
 
     def pause(self, begun: float) -> None:
@@ -169,7 +169,7 @@ class Steps:
 
     def close(self) -> None:
         """No more steps."""
-        self.fed = iter(())
+        self.upcoming = iter(())
         if self.table is not None:
             self.table.close()
 
@@ -187,7 +187,7 @@ class Steps:
     def launch(self, step: int) -> None:
         """Puts optimiser step ``step`` (from 0) on the device; its numbers are read by ``read``."""
         begun = time.perf_counter()
-        batches, tokens, label_tokens = next(self.fed)
+        batches, tokens, label_tokens = next(self.upcoming)
         self.waited += time.perf_counter() - begun
         losses = [self.gradient(batch, step, number) for number, batch in enumerate(batches)]
         rate = self.rate(step)

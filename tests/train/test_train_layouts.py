@@ -60,10 +60,10 @@ def summed(request, reference, uneven):
 def test_the_layouts_differ(summed):
     lines = {kind: [batch.input_ids.shape for batch in summed[kind][0]] for kind in KINDS}
     assert lines["padded"] == [(8, 48), (8, 48)] and lines["bucketed"] == [(8, 16), (8, 48)]
-    fed = sum(batch.fed for batch in summed["packed"][0])
-    assert len({batch.fed for batch in summed["packed"][0]}) and sum(
+    input_tokens = sum(batch.input_tokens for batch in summed["packed"][0])
+    assert len({batch.input_tokens for batch in summed["packed"][0]}) and sum(
         shape[0] * shape[1] for shape in lines["packed"]
-    ) < min(2 * fed, 8 * 64)
+    ) < min(2 * input_tokens, 8 * 64)
 
 
 @pytest.mark.parametrize("kind", ["bucketed", "packed"])

@@ -9,8 +9,9 @@ from mindspore import Parameter, Tensor, nn, ops
 
 from lora_ms.adapters.inject import inject
 from lora_ms.adapters.methods.lora import LoraConfig
+from lora_ms.adapters.methods.training import rate_factors
 from lora_ms.models.hub import load_directory
-from lora_ms.train.optimizer import FlatAdamW, learning_rate, loraplus_factors
+from lora_ms.train.optimizer import FlatAdamW, learning_rate
 
 ROOT3 = math.sqrt(3)
 
@@ -222,7 +223,7 @@ def test_loraplus_groups_as_peft_has_them(reference):
     targets = ("q_proj", "embed_tokens")
     inject(model, LoraConfig(2, 4.0, target_modules=targets, use_dora=True, modules_to_save=("lm_head", "norm")))
     params = model.trainable_params()
-    found = {p.name: f for p, f in zip(params, loraplus_factors(model, params, 16.0, 0.25), strict=True)}
+    found = {p.name: f for p, f in zip(params, rate_factors(model, params, 16.0, 0.25), strict=True)}
     q = "model.layers.0.self_attn.q_proj"
     assert {name: found[f"{q}.{name}"] for name in ("lora_a", "lora_b", "lora_magnitude")} == {
         "lora_a": 1.0, "lora_b": 16.0, "lora_magnitude": 16.0

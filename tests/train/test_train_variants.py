@@ -5,17 +5,17 @@ from typing import NamedTuple
 import mindspore as ms
 import numpy as np
 import pytest
-from lora_ms.adapters.methods.adalora_ranks import RankAllocator
 from mindspore import Tensor
 
 from lora_ms.adapters.inject import adapter_cells, inject
 from lora_ms.adapters.methods.adalora import AdaLoraConfig
+from lora_ms.adapters.methods.base import AdapterConfig
 from lora_ms.adapters.methods.lora import LoraConfig
-from lora_ms.adapters.methods.lora_cells import LoRADense
+from lora_ms.adapters.methods.training import rate_factors
 from lora_ms.data.collate import collate
 from lora_ms.data.example import TokenRow
 from lora_ms.models.hub import load_directory
-from lora_ms.train.optimizer import FlatAdamW, loraplus_factors
+from lora_ms.train.optimizer import FlatAdamW
 from lora_ms.train.step import MicroStep, SummedLoss
 
 pytestmark = pytest.mark.usefixtures("graph_mode")
@@ -62,13 +62,13 @@ def named(z: dict[str, np.ndarray], kind: str) -> dict[str, np.ndarray]:
     return {key.removeprefix(f"{kind}/"): value for key, value in z.items() if key.startswith(f"{kind}/")}
 
 
-def start(model, z: dict[str, np.ndarray]) -> None:
+def start(model, config: AdapterConfig, z: dict[str, np.ndarray]) -> None:
     """The adapter's tensors as PEFT's run began."""
     initial, used = named(z, "initial"), set()
     for path, cell in adapter_cells(model).items():
         values = {factor: initial.get(f"{PREFIX}{path}.{factor}") for factor in cell.tensors()}
-        if isinstance(cell, LoRADense) and cell.start is not None:
-            cell.start_again(values["lora_A.weight"], values["lora_B.weight"])
+        if config.changed_base:
+            cell.reset_initial_update(values["lora_A.weight"], values["lora_B.weight"])
         for factor, parameter in cell.tensors().items():
             if values[factor] is not None:
                 parameter.set_data(Tensor(values[factor]))
@@ -88,7 +88,7 @@ def traced(request, reference, golden) -> Traced:
     z = golden(f"trace_{name}")
     model = load_directory(reference / "models" / name.rpartition("_")[2])
     inject(model, config)
-    start(model, z)
+    start(model, config, z)
     model.set_train()
     trained = {
         f"{PREFIX}{path}.{factor}": p
@@ -97,9 +97,10 @@ def traced(request, reference, golden) -> Traced:
     }
     params = list(trained.values())
     assert {id(p) for p in params} == {id(p) for p in model.trainable_params()}
-    allocator = RankAllocator(model, config) if isinstance(config, AdaLoraConfig) else None
-    penalty, observer = allocator.cells(params) if allocator else (None, None)
-    factors = loraplus_factors(model, params, float(z["loraplus_lr_ratio"]), 0.0) if "loraplus_lr_ratio" in z else None
+    allocator = config.step_hook(model)
+    penalty = allocator.objectives(params)[0] if allocator else None
+    observer = allocator.observer(params) if allocator else None
+    factors = rate_factors(model, params, float(z["loraplus_lr_ratio"]), 0.0) if "loraplus_lr_ratio" in z else None
     optimizer = FlatAdamW(
         params, eps=float(z["eps"]), weight_decay=float(z["weight_decay"]), max_grad_norm=float(z["max_grad_norm"]),
         rate_factors=factors, penalty=penalty, observer=observer,
