@@ -2,13 +2,11 @@
 
 from importlib import import_module
 
-# public name -> the module that has it
+# public name -> the module that has it; besides these, the settings of each method, such as LoraConfig
 MODULES = {
-    "AdaLoraConfig": "lora_ms.adapters.config",
     "AutoModelForCausalLM": "lora_ms.python.model",
     "AutoTokenizer": "lora_ms.python.model",
     "LoRADense": "lora_ms.adapters.methods.lora_cells",
-    "LoraConfig": "lora_ms.adapters.config",
     "LoraMsError": "lora_ms.errors",
     "PeftModel": "lora_ms.python.peft_model",
     "Trainer": "lora_ms.python.trainer",
@@ -16,11 +14,18 @@ MODULES = {
     "TrainingArguments": "lora_ms.python.trainer",
     "get_peft_model": "lora_ms.python.peft_model",
 }
-__all__ = list(MODULES)
 
 
 def __getattr__(name: str):
     # MindSpore takes seconds to import: not before a name that needs it is asked for
-    if name not in MODULES:
-        raise AttributeError(f"module 'lora_ms' has no attribute {name!r}")
-    return getattr(import_module(MODULES[name]), name)
+    if name in MODULES:
+        return getattr(import_module(MODULES[name]), name)
+    if name.endswith("Config") or name == "__all__":
+        from lora_ms.adapters.methods import METHODS
+
+        configs = {method.__name__: method for method in METHODS.values()}
+        if name == "__all__":
+            return sorted([*MODULES, *configs])
+        if name in configs:
+            return configs[name]
+    raise AttributeError(f"module 'lora_ms' has no attribute {name!r}")

@@ -21,15 +21,16 @@ DIRECTIONS = {
     "ops": ("ops", "mindspore numpy"),
     "nn": ("nn ops", "mindspore numpy"),
     "runtime": ("runtime nn.parallel ops errors", "mindspore"),
-    "config": ("config adapters.methods errors", "yaml pydantic"),
+    "values": ("", "pydantic"),
+    "config": ("config adapters.methods values errors", "yaml pydantic"),
     "data": (
         "data runtime.host storage errors",
         "numpy transformers mindspore.dataset mindspore.mindrecord datasets pyarrow",
     ),
     "models": ("models nn ops storage errors", "mindspore numpy"),
-    "adapters": ("adapters nn ops storage errors text", "mindspore numpy"),
+    "adapters": ("adapters nn ops storage values errors text", "mindspore numpy"),
     "train": (
-        "train nn ops data runtime storage errors",
+        "train nn ops data adapters.methods.PARAMETERS runtime storage errors",
         "mindspore numpy tqdm matplotlib tensorboardX",
     ),
     "infer": ("infer nn ops data.template data.example errors", "mindspore numpy transformers sacrebleu"),
@@ -216,7 +217,6 @@ def test_a_long_call_is_seen():
     assert long_calls("f(1, 2, 3, 4, 5, 6)\ng(1, 2, 3, 4, 5, 6, 7)\nh(*args, a=1)") == ["2: g has 7"]
 
 
-@pytest.mark.xfail(strict=True, reason="rooms that are being rebuilt")
 def test_no_call_has_more_than_six_positional_arguments():
     found = {name: long_calls(source) for name, source in modules().items()}
     assert {name: lines for name, lines in found.items() if lines} == {}
@@ -291,9 +291,8 @@ def test_a_question_for_a_method_is_seen():
     ]  # fmt: skip
 
 
-@pytest.mark.xfail(strict=True, reason="methods are becoming slices")
 def test_only_methods_know_which_method_it_is():
-    classes = classes_of("adapters/methods/") | {"LoraConfig", "AdaLoraConfig"}
+    classes = classes_of("adapters/methods/") - classes_of("adapters/methods/base")  # base: what every method is
     found = {
         name: method_questions(source, classes)
         for name, source in modules().items()
@@ -302,12 +301,12 @@ def test_only_methods_know_which_method_it_is():
     assert {name: lines for name, lines in found.items() if lines} == {}
 
 
-@pytest.mark.xfail(strict=True, reason="rooms that are being rebuilt")
 def test_no_two_classes_have_one_name():
+    """But for operators: each set has them under the same names, and a layer may have its operator's."""
     places: dict[str, list[str]] = {}
     for name, source in modules().items():
         for node in ast.walk(ast.parse(source)):
-            if isinstance(node, ast.ClassDef):
+            if isinstance(node, ast.ClassDef) and room_of(name) != "ops":
                 places.setdefault(node.name, []).append(name)
     assert {name: files for name, files in places.items() if len(files) > 1} == {}
 

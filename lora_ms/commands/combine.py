@@ -40,7 +40,5 @@ def run(
             load_tokenizer(path).save_pretrained(output_dir)
             break
     modules = len(combined.tensors)
-    print(
-        f"{len(adapters)} adapters combined by {method}: rank {combined.config.lora_rank} on {modules} modules, "
-        f"{output_dir}"
-    )
+    new_rank = max(len(pair.a) for pair in combined.tensors.values())
+    print(f"{len(adapters)} adapters combined by {method}: rank {new_rank} on {modules} modules, {output_dir}")

@@ -10,7 +10,7 @@ from lora_ms.data.pipeline import Preparation, prepare_rows, read_rows
 from lora_ms.errors import LoraMsError
 from lora_ms.python.model import ModelForCausalLM
 from lora_ms.python.peft_model import PeftModel
-from lora_ms.recipes import adapter, data
+from lora_ms.recipes import data
 from lora_ms.recipes.outputs import weights_of
 from lora_ms.recipes.train import NativeLoop, train
 from lora_ms.runtime import device
@@ -178,10 +178,11 @@ class Trainer:
         rows = read_rows(self.train_dataset)
         plan = data.plan_rows(rows, self.tokenizer, settings, runtime, self.model.config.vocab_size)
         config = None
+        hook = None
         if self.peft:
             self.peft.unmerge_adapter()
-            config = adapter.scheduled_for(self.peft.active_peft_config, plan.total_steps)
-        hook = adapter.step_hook(self.model, config)
+            config = self.peft.active_peft_config.for_run(plan.total_steps)
+            hook = config.step_hook(self.model)
         loop = NativeLoop(
             self.model,
             plan,

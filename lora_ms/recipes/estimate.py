@@ -3,7 +3,6 @@
 from dataclasses import replace
 from pathlib import Path
 
-from lora_ms.adapters.matching import places
 from lora_ms.config import RunConfig
 from lora_ms.data.packing import Shape
 from lora_ms.models.decoder import DecoderConfig
@@ -41,17 +40,18 @@ def job_of(config: RunConfig, sizes: DecoderConfig, device: Device) -> Job:
     processes = session.sharing(config)
     sizes = replace(sizes, **{name: getattr(sizes, name) // processes for name in session.DIVIDED.values()})
     pet = config.pet_config
-    ranks = None
+    costs = None
     if pet is not None:
-        found = places(memory_estimate.modules(sizes), adapter_config(pet))
-        ranks = {name: place.lora_rank for name, place in found.items()}
+        adapter = adapter_config(pet)
+        modules = memory_estimate.modules(sizes)
+        costs = {name: adapter.cost(spec, *modules[name]) for name, spec in adapter.specs(modules).items()}
     dtype = config.model.sizes.compute_dtype or default_dtype(device)
     beside_checkpoint = Path(config.load_checkpoint) / "tokenizer_config.json"
     return Job(
         sizes=sizes,
         lines=config.batch_size,
         length=data.seq_length(config, sizes.max_position_embeddings),
-        ranks=ranks,
+        costs=costs,
         dropout=0.0 if pet is None else pet.lora_dropout,
         float16=dtype != "float32",
         recomputed=frozenset(recomputed_layers(config.recompute_config.recompute, sizes.num_hidden_layers)),

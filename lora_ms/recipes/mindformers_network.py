@@ -12,8 +12,10 @@ from mindspore import nn
 
 from lora_ms.adapters import inject as injection
 from lora_ms.adapters.matching import leaf_of, matches
+from lora_ms.adapters.methods import METHODS
 from lora_ms.bridge import model, package, settings, trainer
 from lora_ms.config import PetConfig, RunConfig
+from lora_ms.config.model import method_keys
 from lora_ms.data.mindrecord import fixed_width, write_mindrecord
 from lora_ms.data.tokenizer import pad_id
 from lora_ms.errors import LoraMsError
@@ -28,15 +30,8 @@ from lora_ms.train.log import Tee
 FOLDER = "mindformers"  # under output_dir: the rows and the configuration that MindFormers reads
 # what only our own loop does: key of pet_config -> the value that switches it off
 NATIVE_KEYS = {"loraplus_lr_ratio": 1.0, "neftune_noise_alpha": 0.0}
-# what MindPet's LoRA lacks: key of pet_config -> the value that switches it off
-OURS: dict[str, Any] = {
-    **{name: False for name in ("use_rslora", "use_dora", "lora_bias")},
-    **{name: {} for name in ("rank_pattern", "alpha_pattern")},
-    **{name: [] for name in ("exclude_modules", "layers_pattern", "layer_groups", "modules_to_save")},
-    "layers_to_transform": None,
-    "bias": "none",
-    "init_lora_weights": True,
-}
+# of a method's keys, those that MindPet's LoRA has
+MINDPET_KEYS = ("lora_rank", "lora_alpha", "lora_dropout", "target_modules", "exclude_layers", *NATIVE_KEYS)
 
 
 @dataclass(frozen=True)
@@ -57,7 +52,7 @@ def check(config: RunConfig) -> PetConfig:
     if pet is None:
         raise LoraMsError("backend mindformers trains adapters: give pet_config, or leave the backend native")
     odd = [f"pet_config.{key}" for key, idle in NATIVE_KEYS.items() if getattr(pet, key) != idle]
-    odd += ["pet_config.pet_type adalora"] if pet.pet_type == "adalora" else []
+    odd += [] if METHODS[pet.pet_type].WITH_MINDFORMERS else [f"pet_config.pet_type {pet.pet_type}"]
     odd += ["train_dataset.validation_split"] if config.train_dataset.validation_split else []
     odd += ["train_dataset.mix"] if config.train_dataset.mix else []
     odd += [key for key, value in (("report_to", config.report_to), ("profile", config.profile)) if value]
@@ -65,7 +60,7 @@ def check(config: RunConfig) -> PetConfig:
         raise LoraMsError(
             f"backend mindformers does not support {', '.join(odd)}: leave them out, or use backend native"
         )
-    ours = [key for key, idle in OURS.items() if getattr(pet, key) != idle]
+    ours = [key for key in method_keys(METHODS[pet.pet_type]) if key not in MINDPET_KEYS and is_changed(pet, key)]
     if pet.lora_impl == "mindpet" and ours:
         raise LoraMsError(f"MindPet's LoRA does not support {', '.join(ours)}: set pet_config.lora_impl: lora_ms")
     if config.resume_training and (Path(config.load_checkpoint) / "config.json").is_file():
@@ -74,6 +69,11 @@ def check(config: RunConfig) -> PetConfig:
             "(output_dir/checkpoint of the run to go on with), not a Hugging Face folder"
         )
     return pet
+
+
+def is_changed(pet: PetConfig, key: str) -> bool:
+    """Whether the value of ``key`` is other than its default."""
+    return getattr(pet, key) != type(pet).model_fields[key].get_default(call_default_factory=True)
 
 
 def start(config: RunConfig) -> Runtime:

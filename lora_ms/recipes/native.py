@@ -83,7 +83,7 @@ def prepare(inputs: NativeInputs, log: Tee) -> NativeLoop:
     model = build_model(config, sizes, dtype, runtime)
     schedule_steps = settings.schedule_steps if settings.schedule_steps > 0 else plan.total_steps
     trained = adapter.attach(config, model, schedule_steps, runtime.shard)
-    hook = adapter.step_hook(model, trained)
+    hook = None if trained is None else trained.step_hook(model)
     if runtime.is_main:
         print(injection.report(model, trained, runtime.shard).line())
         if hook is not None:

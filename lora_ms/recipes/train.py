@@ -8,7 +8,7 @@ from typing import Protocol
 import mindspore as ms
 
 from lora_ms import storage
-from lora_ms.adapters.inject import rate_factors
+from lora_ms.adapters.methods.training import rate_factors
 from lora_ms.data.loader import DataPlan
 from lora_ms.models.decoder import CausalLM
 from lora_ms.recipes.outputs import DATA_REPORT, adapter_line

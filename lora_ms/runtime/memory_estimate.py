@@ -55,6 +55,18 @@ class Sizes(Protocol):
     def tie_word_embeddings(self) -> bool: ...
 
 
+class AdapterCost(Protocol):
+    """What the adapter on one module costs in training."""
+
+    @property
+    def trained(self) -> int:
+        """Numbers that train."""
+
+    @property
+    def kept(self) -> int:
+        """Numbers of every token that the backward pass needs besides the module's own input."""
+
+
 @dataclass(frozen=True)
 class Job:
     """All that decides how much memory one process of a run takes."""
@@ -62,7 +74,9 @@ class Job:
     sizes: Sizes  # of this process's part, where processes share a model
     lines: int  # of a micro-batch
     length: int  # tokens of a line
-    ranks: Mapping[str, int] | None  # rank of the adapter on each adapted module, by path; None: all parameters train
+    costs: (
+        Mapping[str, AdapterCost] | None
+    )  # of the adapter on each adapted module, by path; None: all parameters train
     dropout: float = 0.0
     float16: bool = False  # weights and activations; else float32
     recomputed: Collection[int] = field(default_factory=frozenset)  # layers whose activations are recomputed
@@ -142,10 +156,9 @@ def parameters(sizes: Sizes) -> int:
 
 def trainable(job: Job) -> int:
     """Numbers that train."""
-    if job.ranks is None:
+    if job.costs is None:
         return parameters(job.sizes)
-    dense = modules(job.sizes)
-    return sum(rank * sum(dense[name]) for name, rank in job.ranks.items())
+    return sum(cost.trained for cost in job.costs.values())
 
 
 def kept(job: Job, layer: int) -> tuple[float, float]:
@@ -169,13 +182,13 @@ def kept(job: Job, layer: int) -> tuple[float, float]:
 
 
 def _adapter_inputs(job: Job, dense: Mapping[str, tuple[int, int]], prefix: str) -> int:
-    # numbers per token that the gradients of adapters need: their inputs, and their products of width rank
-    adapted = [name for name in dense if name.startswith(prefix) and (job.ranks is None or name in job.ranks)]
-    low = sum((job.ranks or {}).get(name, 0) for name in adapted)
+    # numbers per token that the gradients of adapters need: their inputs, and what they keep besides
+    adapted = [name for name in dense if name.startswith(prefix) and (job.costs is None or name in job.costs)]
+    kept_besides = 0 if job.costs is None else sum(job.costs[name].kept for name in adapted)
     if job.dropout and (not job.native or job.lora_bias):  # then each adapter has its own dropped input and its mask
-        return low + 2 * sum(dense[name][0] for name in adapted)
+        return kept_besides + 2 * sum(dense[name][0] for name in adapted)
     shared = {name.replace("k_proj", "q_proj").replace("v_proj", "q_proj").replace("up_", "gate_") for name in adapted}
-    return low + sum(dense[name][0] for name in shared)
+    return kept_besides + sum(dense[name][0] for name in shared)
 
 
 def working(job: Job) -> tuple[float, float]:
@@ -206,8 +219,8 @@ def compiled(job: Job) -> list[int]:
 
 def operators_mb(job: Job) -> float:
     """MB of the layers' graphs, and of the optimiser's."""
-    adapters = [7 / 4 if job.ranks is None else 0.0] * job.sizes.num_hidden_layers  # of each layer
-    for name in job.ranks or ():
+    adapters = [7 / 4 if job.costs is None else 0.0] * job.sizes.num_hidden_layers  # of each layer
+    for name in job.costs or ():
         if name.startswith("model.layers."):
             adapters[int(name.split(".")[2])] += 1
     adapter = GRAPH_ADAPTER + GRAPH_DROPOUT * (job.dropout > 0)
@@ -247,7 +260,7 @@ def estimate(job: Job) -> Estimate:
     return Estimate(
         libraries=LIBRARIES + TOKENIZER * job.tokenizer,
         weights=parameters(s) * job.weight_width / MB,
-        training=((16 if job.ranks is not None else 12) - job.swapped) * count / MB,
+        training=((16 if job.costs is not None else 12) - job.swapped) * count / MB,
         graphs=GRAPH + operators_mb(job) + index,
         activations=peak - of_loss,
         logits=of_loss,
@@ -279,7 +292,7 @@ def largest_length(job: Job, room: float, most: int = 131_072) -> int:
 def remedies(job: Job, room: float) -> list[str]:
     """Keys to change, one after another, until the run fits into ``room`` MB; empty where nothing makes it fit."""
     every = frozenset(range(job.sizes.num_hidden_layers))
-    trains_adapter = job.ranks is not None  # else weights stay float32
+    trains_adapter = job.costs is not None  # else weights stay float32
     steps: list[tuple[str, Job]] = []
     if job.lines > 1:
         lines = max(1, largest_batch(job, room))

@@ -202,7 +202,7 @@ def test_names_that_peft_does_not_read(checked, adapter):
               adapter / "adapter_model.safetensors")  # fmt: skip
     assert checked(adapter)["keys"] == (
         "fault",
-        "12 without the prefix base_model.model., which PEFT wants: model.layers.0.mlp.down_proj.lora_A.weight, "
+        "12 without the prefix base_model.model., which PEFT expects: model.layers.0.mlp.down_proj.lora_A.weight, "
         "model.layers.0.mlp.down_proj.lora_B.weight, model.layers.0.self_attn.q_proj.lora_A.weight and 9 more",
     )
     save_file({**stored, "weird": np.zeros(2, np.float32)}, adapter / "adapter_model.safetensors")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from lora_ms import storage
+from lora_ms.adapters.methods.base import Cost
 from lora_ms.runtime import host, memory_estimate
 
 LLAMA = {
@@ -141,8 +142,13 @@ SEVEN_BILLION = SimpleNamespace(
 
 
 def job(lines=1, length=2048, **changes) -> memory_estimate.Job:
-    ranks = {name: 16 for name in memory_estimate.modules(SEVEN_BILLION) if name.endswith(("q_proj", "v_proj"))}
-    given = {"ranks": ranks, "float16": True, "device": "Ascend", "recomputed": range(32), **changes}
+    modules = memory_estimate.modules(SEVEN_BILLION)
+    costs = {
+        name: Cost(trained=16 * (inputs + outputs), kept=16)
+        for name, (inputs, outputs) in modules.items()
+        if name.endswith(("q_proj", "v_proj"))
+    }
+    given = {"costs": costs, "float16": True, "device": "Ascend", "recomputed": range(32), **changes}
     return memory_estimate.Job(SEVEN_BILLION, lines, length, **given)
 
 
@@ -156,14 +162,14 @@ def test_seven_billion_parameters():
 
 @pytest.mark.parametrize(
     "change",
-    [{"lines": 2}, {"length": 4096}, {"float16": False}, {"recomputed": ()}, {"ranks": None}, {"dropout": 0.1}],
+    [{"lines": 2}, {"length": 4096}, {"float16": False}, {"recomputed": ()}, {"costs": None}, {"dropout": 0.1}],
 )
 def test_what_takes_more(change):
     assert memory_estimate.estimate(job(**change)).total > memory_estimate.estimate(job()).total
 
 
 def test_state_in_the_hosts_memory_leaves_the_card():
-    everything = {"ranks": None, "float16": False}
+    everything = {"costs": None, "float16": False}
     there = memory_estimate.estimate(job(**everything, swap=True))
     assert (
         memory_estimate.estimate(job(**everything)).training - there.training
