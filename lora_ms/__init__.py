@@ -1,11 +1,9 @@
 """LoRA fine-tuning of Llama and Qwen models on MindSpore."""
 
-__all__ = [
-    "AdaLoraConfig",
+NAMES = [  # and the settings of each method, such as LoraConfig
     "AutoModelForCausalLM",
     "AutoTokenizer",
     "LoRADense",
-    "LoraConfig",
     "LoraMsError",
     "PeftModel",
     "Trainer",
@@ -29,13 +27,15 @@ def __getattr__(name: str):
         from lora_ms.python import peft_model
 
         return getattr(peft_model, name)
-    if name.endswith("Config"):
+    if name.endswith("Config") or name == "__all__":
         from lora_ms.adapters.methods import METHODS
 
         configs = {method.__name__: method for method in METHODS.values()}
+        if name == "__all__":
+            return sorted([*NAMES, *configs])
         if name in configs:
             return configs[name]
-    if name in __all__:
+    if name in NAMES:
         from lora_ms.python import api
 
         return getattr(api, name)
