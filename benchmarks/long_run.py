@@ -34,8 +34,8 @@ def main() -> None:
 
     import numpy as np
 
-    from lora_ms.adapters.config import LoraConfig
     from lora_ms.adapters.inject import inject
+    from lora_ms.adapters.methods.lora import LoraConfig
     from lora_ms.data.example import TokenRow
     from lora_ms.data.loader import DataPlan
     from lora_ms.models.decoder import DecoderConfig

@@ -150,10 +150,10 @@ class _AdaptedProduct(nn.Cell):
     def __init__(self, library: str, dropout: float):
         super().__init__()
         self.rate = Tensor([dropout, 1.0 / (1.0 - dropout)], ms.float32)
-        self.forward = operator(library, "adapted", _adapted, 2)
-        self.factors = operator(library, "adapted_gradient", _adapted_gradient, 3)
+        self.forward = operator(library, "adapted_product", _adapted, 2)
+        self.factors = operator(library, "adapted_product_gradient", _adapted_gradient, 3)
         self.times = operator(library, "times", _times)
-        self.dropped_gradient = operator(library, "dropped_gradient", _times)
+        self.dropped_gradient = operator(library, "adapted_product_input_gradient", _times)
         self.transposed_times = operator(library, "transposed_times", _transposed_times)
 
     def construct(
@@ -182,9 +182,9 @@ class RMSNorm(nn.Cell):
     def __init__(self, library: str, eps: float):
         super().__init__()
         self.eps = Tensor([eps], ms.float32)
-        self.forward = operator(library, "norm", _like_first)
-        self.input_gradient = operator(library, "norm_gradient", _like_first)
-        self.weight_gradient = operator(library, "norm_weight_gradient", _columns_of_first)
+        self.forward = operator(library, "rms_norm", _like_first)
+        self.input_gradient = operator(library, "rms_norm_gradient", _like_first)
+        self.weight_gradient = operator(library, "rms_norm_weight_gradient", _columns_of_first)
 
     def construct(self, x: Tensor, weight: Tensor) -> Tensor:
         return self.forward(x.astype(ms.float32), weight.astype(ms.float32), self.eps).astype(x.dtype)
@@ -201,8 +201,8 @@ class GatedSiLU(nn.Cell):
 
     def __init__(self, library: str):
         super().__init__()
-        self.forward = operator(library, "gated", _like_first)
-        self.gradient = operator(library, "gated_gradient", _like_two, 2)
+        self.forward = operator(library, "gated_silu", _like_first)
+        self.gradient = operator(library, "gated_silu_gradient", _like_two, 2)
 
     def construct(self, gate: Tensor, up: Tensor) -> Tensor:
         return self.forward(gate.astype(ms.float32), up.astype(ms.float32)).astype(gate.dtype)
@@ -267,7 +267,7 @@ class CachedAttention(nn.Cell):
         super().__init__()
         self.prompt = operator(library, "attention", _attention, 2)
         self.cache_rows = operator(library, "cache_rows", _cache_rows, 2)
-        self.attend_cache = operator(library, "attend_cache", _like_first)
+        self.next_token = operator(library, "cached_attention", _like_first)
 
     def construct(self, q: Tensor, k: Tensor, v: Tensor, rope: tuple, visible: Tensor, cache: tuple) -> Tensor:
         keys, values, rows = cache
@@ -279,7 +279,7 @@ class CachedAttention(nn.Cell):
         if visible.shape[1] > 1:
             q = ops.depend(q, (keys, values))  # the compiler leaves out a write whose result nobody reads
             return self.prompt(q, k, v, *positions)[0]
-        return self.attend_cache(q, keys, values, *positions, rows)
+        return self.next_token(q, keys, values, *positions, rows)
 
 
 class HeadProduct(nn.Cell):

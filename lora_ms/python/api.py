@@ -11,8 +11,7 @@ import numpy as np
 from mindspore import Tensor
 from numpy.typing import NDArray
 
-from lora_ms.adapters.config import AdaLoraConfig, LoraConfig
-from lora_ms.adapters.methods.adalora_ranks import RankAllocator, scheduled
+from lora_ms.adapters.methods.base import AdapterConfig
 from lora_ms.data.pipeline import Preparation, prepare_rows, read_rows
 from lora_ms.data.tokenizer import load_tokenizer
 from lora_ms.errors import LoraMsError
@@ -264,22 +263,19 @@ class Trainer:
         settings, vocab_size = self.args.settings(), self.model.config.vocab_size
         check(settings.report_to)
         plan = plan_rows(read_rows(self.train_dataset), self.tokenizer, settings, runtime, vocab_size)
-        config: LoraConfig | None = None
-        ranks: RankAllocator | None = None
+        config: AdapterConfig | None = None
+        hook = None
         if self.peft:
             self.peft.unmerge_adapter()
-            config = self.peft.active_peft_config
-        if isinstance(config, AdaLoraConfig):
-            if not config.kept:
-                config = scheduled(config, plan.total_steps, config.tinit or None, config.tfinal or None)
-            ranks = RankAllocator(self.model, config)
-        weights = weights_of(self.model, config, self.tokenizer, ranks)
+            config = self.peft.active_peft_config.for_run(plan.total_steps)
+            hook = config.step_hook(self.model)
+        weights = weights_of(self.model, config, self.tokenizer, hook)
         evaluator = self._evaluator(settings, runtime) if self.args.evaluates else None
         sizes = (vocab_size, self.model.dtype)
-        hooks = [] if ranks is None else [ranks]
+        hooks = [] if hook is None else [hook]
         outcome = fit(self.model, plan, settings, runtime, weights, *sizes, hooks, evaluator, self.callbacks)
-        if self.peft and ranks is not None:
-            self.peft.peft_config[str(self.peft.active_adapter)] = ranks.config()
+        if self.peft and hook is not None:
+            self.peft.peft_config[str(self.peft.active_adapter)] = hook.config()
         return outcome
 
     def _evaluator(self, settings: TrainSettings, runtime: runtime_module.Runtime) -> Evaluator:

@@ -3,14 +3,11 @@
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import mindspore as ms
 
-from lora_ms.adapters.config import AdaLoraConfig, LayerGroup, LoraConfig
 from lora_ms.adapters.peft_format import load_adapter
-from lora_ms.config import ModelSizes, PetConfig, RunConfig
-from lora_ms.config.model import LayerGroupKeys
+from lora_ms.config import ModelSizes, RunConfig
 from lora_ms.data.example import IGNORE_INDEX
 from lora_ms.errors import LoraMsError
 from lora_ms.models import hub
@@ -199,59 +196,6 @@ def check_output(output_dir: Path) -> None:
         raise LoraMsError(f"output_dir {output_dir} cannot be written: {place} is not a folder")
     if not os.access(place, os.W_OK | os.X_OK):
         raise LoraMsError(f"output_dir {output_dir} cannot be written: no permission to write in {place}")
-
-
-def lora_config(pet: PetConfig) -> LoraConfig:
-    """``pet_config`` as the adapters take it; AdaLoRA's schedule awaits the length of the run.
-
-    Raises:
-        LoraMsError: values that exclude each other.
-    """
-    targets, excluded = (
-        names if isinstance(names, str) else tuple(names) for names in (pet.target_modules, pet.exclude_modules)
-    )
-    common: dict[str, Any] = {
-        "lora_alpha": pet.lora_alpha,
-        "lora_dropout": pet.lora_dropout,
-        "target_modules": targets,
-        "exclude_layers": tuple(pet.exclude_layers),
-        "exclude_modules": excluded,
-        "layers_to_transform": pet.layers_to_transform,
-        "layers_pattern": tuple(pet.layers_pattern),
-        "modules_to_save": tuple(pet.modules_to_save),
-        "bias": pet.bias,
-    }
-    if pet.pet_type == "adalora":
-        rank = pet.init_rank or pet.lora_rank
-        return AdaLoraConfig(
-            rank,
-            **common,
-            target_rank=pet.target_rank or max(1, rank // 2),
-            tinit=pet.tinit or 0,
-            tfinal=pet.tfinal or 0,
-            delta_t=pet.delta_t,
-            beta1=pet.beta1,
-            beta2=pet.beta2,
-            orth_reg_weight=pet.orth_reg_weight,
-        )
-    return LoraConfig(
-        pet.lora_rank,
-        **common,
-        rank_pattern=pet.rank_pattern,
-        alpha_pattern=pet.alpha_pattern,
-        layer_groups=tuple(layer_group(group, pet) for group in pet.layer_groups),
-        use_rslora=pet.use_rslora,
-        use_dora=pet.use_dora,
-        lora_bias=pet.lora_bias,
-        init_lora_weights=pet.init_lora_weights,
-    )
-
-
-def layer_group(group: LayerGroupKeys, pet: PetConfig) -> LayerGroup:
-    """One entry of ``pet_config.layer_groups``; without an alpha it keeps the adapter's alpha / rank."""
-    alpha = pet.lora_alpha * group.lora_rank / pet.lora_rank if group.lora_alpha is None else group.lora_alpha
-    targets = tuple(group.target_modules) if isinstance(group.target_modules, list) else group.target_modules
-    return LayerGroup(tuple(group.layers), group.lora_rank, alpha, targets)
 
 
 def model_for_use(config: RunConfig, runtime: Runtime) -> CausalLM:

@@ -9,7 +9,7 @@ import mindspore as ms
 from mindspore import nn
 
 from lora_ms import storage
-from lora_ms.adapters.inject import rate_factors
+from lora_ms.adapters.methods.training import rate_factors
 from lora_ms.data.example import Row
 from lora_ms.data.loader import DataPlan, Source
 from lora_ms.data.pipeline import Preparation, prepare_rows

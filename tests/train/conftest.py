@@ -69,8 +69,8 @@ def train(graph_mode, reference, rows, settings) -> Callable[..., Finished]:
     import mindspore as ms
     from safetensors.numpy import load_file
 
-    from lora_ms.adapters.config import LoraConfig
     from lora_ms.adapters.inject import inject
+    from lora_ms.adapters.methods.lora import LoraConfig
     from lora_ms.data.store import TokenStore
     from lora_ms.models.hub import load_directory
     from lora_ms.recipes.outputs import weights_of
