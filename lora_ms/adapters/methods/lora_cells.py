@@ -232,7 +232,8 @@ class LoRADense(AdapterCell):
 
     def shape_key(self) -> Hashable:
         # a weight from which an update was subtracted is of no use to another adapter
-        return (super().shape_key(), id(self) if self.initial is not None else 0)
+        own_weight = id(self) if self.initial is not None else 0
+        return (super().shape_key(), self.lora_dropout.probability, own_weight)
 
     def load_state(self, state: State) -> None:
         super().load_state(state)
@@ -256,9 +257,6 @@ class LoRADense(AdapterCell):
         return dense_of(merged) if self.was_dense else merged
 
     # training
-
-    def dropouts(self) -> dict[str, DropoutKernel]:
-        return {"lora_a": self.lora_dropout} if self.lora_dropout.probability > 0 else {}
 
     def rate_factor(self, parameter: Parameter, ratio: float, embedding: float) -> float:
         return ratio if parameter is self.lora_b else super().rate_factor(parameter, ratio, embedding)
