@@ -37,8 +37,8 @@ def ours(args):
     import mindspore as ms
     from mindspore import Tensor
 
-    from lora_ms.adapters.config import LoraConfig
     from lora_ms.adapters.inject import inject
+    from lora_ms.adapters.methods.lora import LoraConfig
     from lora_ms.data.example import TokenRow
     from lora_ms.data.loader import DataPlan
     from lora_ms.models.hub import load_directory

@@ -223,7 +223,7 @@ def parse_size(text: str) -> int:
     """Bytes: ``5GB``, ``500MB``, ``2GiB`` or a plain number. Raises LoraMsError."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?i?B?)", text.strip(), re.IGNORECASE)
     if found is None or found[2].upper() not in UNITS or not float(found[1]):
-        raise LoraMsError(f"max_shard_size wants a size such as 5GB or 500MB, got {text!r}")
+        raise LoraMsError(f"max_shard_size expects a size such as 5GB or 500MB, got {text!r}")
     return int(float(found[1]) * UNITS[found[2].upper()])
 
 

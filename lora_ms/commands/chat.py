@@ -2,24 +2,24 @@
 
 import sys
 
-from lora_ms.commands.predict import speaker_for
 from lora_ms.config import RunConfig
 from lora_ms.data.example import Message
 from lora_ms.errors import LoraMsError
 from lora_ms.infer.chat import Speaker
-from lora_ms.recipes import parallel
-from lora_ms.recipes import session as common
+from lora_ms.recipes import session
+from lora_ms.recipes.generate import model_for_use, sampling_of, speaker_for
 
 HELP = "/reset forgets the conversation, /exit leaves"
 
 
 def fit_history(speaker: Speaker, history: list[Message]) -> int:
-    """Drops the oldest turns until prompt and answer fit the model; returns how many messages went.
+    """Drops the oldest turns until prompt and answer fit the model; returns the number of messages dropped.
 
     Raises:
         LoraMsError: the newest message alone is too long.
     """
-    dropped, room = 0, speaker.max_length - min(speaker.max_new_tokens, speaker.max_length // 2)
+    room = speaker.max_length - min(speaker.max_new_tokens, speaker.max_length // 2)
+    dropped = 0
     while speaker.prompt_length(history) > room:
         if len(history) < 3:
             length = speaker.prompt_length(history)
@@ -30,16 +30,16 @@ def fit_history(speaker: Speaker, history: list[Message]) -> int:
 
 
 def show(text: str) -> None:
-    """To the terminal at once."""
+    """Writes to the terminal, at once."""
     sys.stdout.write(text)
     sys.stdout.flush()
 
 
 def run(config: RunConfig) -> None:
     """Reads messages until /exit or the end of input."""
-    parallel.check_alone(config, "chat")
-    runtime = common.start(config)
-    speaker = speaker_for(config, common.model_for_use(config, runtime))
+    session.check_alone(config, "chat")
+    runtime = session.start(config)
+    speaker = speaker_for(config, model_for_use(config, runtime), sampling_of(config))
     print(f"chat: {HELP}")
     history: list[Message] = []
     while True:
@@ -60,7 +60,7 @@ def run(config: RunConfig) -> None:
 
 
 def turn(speaker: Speaker, history: list[Message], text: str) -> None:
-    """One question and its streamed answer; Ctrl-C ends the answer and takes the question back."""
+    """One question and its streamed answer; Ctrl-C ends the answer, and both are forgotten."""
     history.append(Message("user", text))
     try:
         dropped = fit_history(speaker, history)

@@ -97,7 +97,7 @@ class Decoder(nn.Cell):
         if shard.count > 1:
             self.embed_tokens: Embedding = SplitEmbedding(c.vocab_size, c.hidden_size, dtype, shard)
         else:
-            self.embed_tokens = Embedding(c.vocab_size, c.hidden_size, dtype)
+            self.embed_tokens = Embedding.zeros(c.vocab_size, c.hidden_size, dtype)
         self.layers = nn.CellList([DecoderLayer(c, dtype, operators, shard) for _ in range(c.num_hidden_layers)])
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype, operators)
         inv_freq = inverse_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)

@@ -21,10 +21,7 @@ def projection(in_channels: int, out_channels: int, has_bias: bool, dtype: ms.Ty
 
 
 class Head(DenseProjection):
-    """The projection to the vocabulary, whose weight [v, h] the loss and the logits ask for and multiply themselves."""
-
-    def whole_weight(self) -> Tensor:
-        return self.weight
+    """The projection to the vocabulary: the loss and the logits ask for ``whole_weight`` and multiply it themselves."""
 
 
 class RMSNorm(nn.Cell):
@@ -44,9 +41,14 @@ class RMSNorm(nn.Cell):
 class Embedding(nn.Cell):
     """Rows of ``weight`` [v, h] by id."""
 
-    def __init__(self, vocab_size: int, hidden_size: int, dtype: ms.Type):
+    def __init__(self, weight: Parameter):
         super().__init__()
-        self.weight = Parameter(initializer("zeros", (vocab_size, hidden_size), dtype), name="weight")
+        self.weight = weight
+
+    @classmethod
+    def zeros(cls, vocab_size: int, hidden_size: int, dtype: ms.Type) -> "Embedding":
+        """An embedding whose numbers are to be loaded."""
+        return cls(Parameter(initializer("zeros", (vocab_size, hidden_size), dtype), name="weight"))
 
     def construct(self, input_ids: Tensor) -> Tensor:
         return ops.gather(self.weight, input_ids, 0)
@@ -57,7 +59,7 @@ class SplitEmbedding(Embedding):
 
     def __init__(self, vocab_size: int, hidden_size: int, dtype: ms.Type, shard: Shard):
         self.rows = vocab_size // shard.count
-        super().__init__(self.rows, hidden_size, dtype)
+        super().__init__(Parameter(initializer("zeros", (self.rows, hidden_size), dtype), name="weight"))
         self.first = shard.index * self.rows
         self.sum_output = sum_output(shard)
         self.outer = ops.MatMul()

@@ -75,12 +75,29 @@ class Projection(nn.Cell):
         """
         raise NotImplementedError
 
+    def multiply_rows(self, rows: Tensor) -> Tensor:
+        """A few rows [n, in] float32 -> [n, out] float32, by the portable product whatever ``operators`` are."""
+        raise NotImplementedError
+
     def numbers(self) -> NDArray[np.float32]:
         """The weight [out, in], on the host."""
         raise NotImplementedError
 
-    def replaced(self, weight: NDArray, bias: NDArray | None = None) -> "Projection":
-        """A projection like this one, with the weight [out, in] and the bias [out] given."""
+    def replaced(self, weight: NDArray, bias: NDArray | None = None, dtype: ms.Type | None = None) -> "Projection":
+        """A projection like this one, with the weight [out, in] and the bias [out] given, in ``weight_dtype`` or
+        ``dtype``."""
+        raise NotImplementedError
+
+    def with_weight(self, weight: NDArray) -> "Projection":
+        """A projection like this one with the weight [out, in] given, which shares the bias."""
+        raise NotImplementedError
+
+    def with_bias(self, bias: Parameter) -> "Projection":
+        """A projection like this one with the bias [out] given, which shares the weight."""
+        raise NotImplementedError
+
+    def trainable(self) -> "DenseProjection":
+        """A projection with a float32 copy of the weight, which trains, and this bias."""
         raise NotImplementedError
 
     def add_bias(self, y: Tensor) -> Tensor:
@@ -115,6 +132,7 @@ class DenseProjection(Projection):
         self.set_bias(bias)
         self.product = operators.product()
         self.product_back = operators.product_back()
+        self.product_of_rows = ops.MatMul(transpose_b=True)
 
     @classmethod
     def zeros(
@@ -135,6 +153,13 @@ class DenseProjection(Projection):
     def multiply_back(self, grad: Tensor) -> Tensor:
         return self.product_back(grad, self.weight)
 
+    def multiply_rows(self, rows: Tensor) -> Tensor:
+        return self.product_of_rows(rows, self.weight.astype(ms.float32))
+
+    def whole_weight(self) -> Tensor:
+        """The weight [out, in] in the graph: for the head, whose product the loss and the logits form themselves."""
+        return self.weight
+
     def adapted_product(self, dropout: float) -> nn.Cell:
         return self.operators.adapted_product(dropout)
 
@@ -152,10 +177,22 @@ class DenseProjection(Projection):
     def numbers(self) -> NDArray[np.float32]:
         return self.weight.asnumpy().astype(np.float32)
 
-    def replaced(self, weight: NDArray, bias: NDArray | None = None) -> "DenseProjection":
-        dtype = self.weight_dtype
+    def replaced(self, weight: NDArray, bias: NDArray | None = None, dtype: ms.Type | None = None) -> "DenseProjection":
+        dtype = self.weight_dtype if dtype is None else dtype
         new_bias = None if bias is None else Parameter(Tensor(bias, dtype), name="bias")
-        return type(self)(Parameter(Tensor(weight, dtype), name="weight"), new_bias, self.operators, self.activation)
+        return self._like(Parameter(Tensor(weight, dtype), name="weight"), new_bias)
+
+    def with_weight(self, weight: NDArray) -> "DenseProjection":
+        return self._like(Parameter(Tensor(weight, self.weight.dtype), name=self.weight.name), self.bias)
+
+    def with_bias(self, bias: Parameter) -> "DenseProjection":
+        return self._like(self.weight, bias)
+
+    def trainable(self) -> "DenseProjection":
+        return self._like(Parameter(Tensor(self.numbers()), name=self.weight.name), self.bias)
+
+    def _like(self, weight: Parameter, bias: Parameter | None) -> "DenseProjection":
+        return type(self)(weight, bias, self.operators, self.activation)
 
 
 def projection_of(cell: nn.Cell, operators: Operators) -> Projection:

@@ -1,4 +1,4 @@
-"""The gradient of a micro-batch's loss, added to what the optimiser has: one engine, by how much is recomputed.
+"""The gradient of a micro-batch's loss, added to the optimiser's: one engine, however much is recomputed.
 
 Nothing recomputed: one graph, in which MindSpore differentiates the model as one part and keeps every activation.
 
@@ -9,12 +9,11 @@ All layers recomputed: the same parts in several graphs. Blocks of a few layers 
 they share (``shared_layers.py``), so that memory and compilation do not grow with the depth either; the top layers and
 the finish are one graph.
 
-The numbers are the same in all three. Dropout meets the same zeros when it is recomputed: it draws from a table that
+The numbers are the same in all three, to the bit. Recomputed dropout meets the same zeros: it draws from a table that
 does not change within a step (``nn/dropout.py``).
 
-``Cell.recompute`` would be simpler, and saves next to nothing here: MindSpore recomputes what its automatic
-differentiation has made, and takes a gradient that a cell writes out itself (``bprop``, as most of ours do) for a part
-of the forward pass, so that the activations between such cells would all be kept.
+``Cell.recompute`` would be simpler, but saves next to nothing here: MindSpore takes a gradient that a cell writes by
+hand (``bprop``, as most of ours do) for a part of the forward pass, and keeps whatever such cells take and give.
 """
 
 import ctypes

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from mindspore import Parameter
 
+from lora_ms.adapters.methods import PARAMETERS
 from lora_ms.errors import LoraMsError
 
 KINDS = ("adapters", "head", "base")
@@ -21,7 +22,7 @@ class Group(NamedTuple):
 
 def kind_of(name: str) -> str:
     """Which of KINDS parameter ``name`` belongs to."""
-    if name.rpartition(".")[2].startswith("lora_"):
+    if name.rpartition(".")[2] in PARAMETERS:
         return "adapters"
     return "head" if name.startswith("lm_head.") else "base"
 

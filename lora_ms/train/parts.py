@@ -1,4 +1,4 @@
-"""A decoder in parts, forward and backward; ``gradient.py`` puts them together.
+"""The parts of a decoder, forward and backward, which ``gradient.py`` puts together.
 
 In the order of computation: the embedding; for each layer two half-layers, attention and feed-forward, each behind a
 norm and beside a residual; the finish, which is the last norm, the head and the loss.
@@ -127,7 +127,7 @@ class Finish(nn.Cell):
 
 
 class ScaledLoss(nn.Cell):
-    """What ``part`` computes, a loss: multiplied by the loss scale, to be differentiated, and as it is."""
+    """The loss that ``part`` computes: multiplied by the loss scale, to be differentiated, and as it is."""
 
     def __init__(self, part: nn.Cell, loss_scale: Parameter):
         super().__init__(auto_prefix=False)
@@ -190,11 +190,11 @@ class HalfLayersBackward(nn.Cell):
         recomputed: of each half-layer, whether its activations are recomputed here.
         lowest: index of the first half-layer that needs a gradient.
 
-    Every half-layer is written as computed anew from its input, which is all that is kept of a recomputed one. Left
-    alone, the compiler would see that the forward pass has computed the same, and would keep that. ``ops.depend``
-    makes of the input another value, there only once the gradient of the half-layer's output is: the compiler cannot
-    take the two for one, and cannot begin earlier. Of a half-layer that is not recomputed it sees, and keeps. The
-    last projection is not recomputed: no gradient needs its output.
+    Every half-layer is written as if it were computed anew from its input. A recomputed one is: ``ops.depend`` ties its
+    input to the gradient of its output, so that the compiler neither recognises the work of the forward pass, whose
+    activations it would keep instead, nor starts before that gradient is there. Without ``ops.depend`` it recognises
+    it, and nothing is computed twice. The last projection of a half-layer is never recomputed, as no gradient needs its
+    output.
     """
 
     def __init__(
@@ -328,9 +328,10 @@ class ModelParts:
 
 
 def merge_tied(gradients: tuple, ties: tuple[tuple[int, int], ...]) -> tuple:
-    """Of each tie, the two gradients become one, their sum, where the first stood.
+    """Replaces the two gradients of each tied parameter by their sum, in the first one's place.
 
     gradients: the embedding's …, those of the layers …, the finish's ….
+    ties: indices of the two, as ``ModelParts.ties``.
     """
     for tie in ties:
         first, last = tie[0], len(gradients) + tie[1]

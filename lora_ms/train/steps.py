@@ -105,6 +105,12 @@ class Steps:
         factors = [factor * rate_factors.get(name, 1.0) for factor, name in zip(factors, trainable, strict=True)]
         objectives = [term for hook in self.hooks for term in hook.objectives(params)]
         observers = [hook.observer(params) for hook in self.hooks]
+        if objectives and self.runtime.shard.count > 1:  # a process sees its part of the parameters alone
+            named = ", ".join(term.name for term in objectives)
+            raise LoraMsError(
+                f"loss terms ({named}) are not supported with parallel_config.model_parallel "
+                f"{self.runtime.shard.count}: set it to 1, or leave the terms out"
+            )
         self.terms = term_names(objectives, [entry.name for entry in fields(StepRecord)])
         return FlatAdamW(
             params,

@@ -41,7 +41,7 @@ def test_without_a_compiler_a_run_goes_on_with_mindspores_operators(cache, monke
     found, notices = runtime.setup("CPU")
     assert found.operators is PORTABLE
     assert notices == [
-        "our own operators for the CPU could not be compiled, so a step takes longer: "
+        "native operators for the CPU could not be compiled, so a step takes longer: "
         "there is no C++ compiler (no-such-compiler)"
     ]
     assert runtime.setup("CPU", cpu_operators=False)[1] == []

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from mindspore import Tensor
 
-from lora_ms.adapters.config import LoraConfig
-from lora_ms.adapters.inject import inject, lora_layers
+from lora_ms.adapters.inject import adapted_layers, inject
+from lora_ms.adapters.methods.lora import LoraConfig
 from lora_ms.data.collate import collate
 from lora_ms.data.example import TokenRow
 from lora_ms.models.hub import load_directory
@@ -43,7 +43,7 @@ def trace(request, reference, golden, operators):
     model = load_directory(reference / "models" / kind.removeprefix("full_"), operators=operators)
     if not full:
         inject(model, LoraConfig(4, 8.0, 0.0, "all-linear"))
-        for name, layer in lora_layers(model).items():
+        for name, layer in adapted_layers(model).items():
             layer.lora_a.set_data(Tensor(z[f"initial/{PREFIX}{name}.lora_A.weight"]))
     model.set_train()
     params = {torch_name(name, full): p for name, p in model.parameters_and_names() if p.requires_grad}

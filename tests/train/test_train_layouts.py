@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from mindspore import Tensor
 
-from lora_ms.adapters.config import LoraConfig
 from lora_ms.adapters.inject import inject
+from lora_ms.adapters.methods.lora import LoraConfig
 from lora_ms.data.collate import collate
 from lora_ms.data.example import TokenRow
 from lora_ms.data.loader import DataPlan

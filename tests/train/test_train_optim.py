@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from mindspore import Parameter, Tensor, nn, ops
 
-from lora_ms.adapters.config import LoraConfig
-from lora_ms.adapters.inject import inject, rate_factors
+from lora_ms.adapters.inject import inject
+from lora_ms.adapters.methods.lora import LoraConfig
+from lora_ms.adapters.methods.training import rate_factors
 from lora_ms.models.hub import load_directory
 from lora_ms.train.optimizer import FlatAdamW, LossScaling
 from lora_ms.train.schedule import learning_rate

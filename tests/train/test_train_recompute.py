@@ -93,8 +93,8 @@ def test_blocks_of_a_kind_share_their_graphs(graph_mode, pattern, kinds):
     """Nine layers are two blocks and the top."""
     import mindspore as ms
 
-    from lora_ms.adapters.config import LoraConfig
     from lora_ms.adapters.inject import inject
+    from lora_ms.adapters.methods.lora import LoraConfig
     from lora_ms.models.hub import new_model
     from lora_ms.train.parts import SummedLoss
 

@@ -10,7 +10,7 @@ import pytest
 from mindspore import Tensor
 from safetensors.numpy import load_file
 
-from lora_ms.adapters.inject import lora_layers
+from lora_ms.adapters.inject import adapted_layers
 from lora_ms.data.example import TokenRow
 from lora_ms.data.packing import Layout, Shape
 from lora_ms.errors import LoraMsError
@@ -32,7 +32,7 @@ def test_the_loop_reproduces_the_trace_of_torch(train, golden, tmp_path):
     data = [TokenRow(f"row {i}", ids[i, :n], labels[i, :n]) for i, n in enumerate(lengths)]
 
     def start(model):
-        for name, layer in lora_layers(model).items():
+        for name, layer in adapted_layers(model).items():
             layer.lora_a.set_data(Tensor(z[f"initial/base_model.model.{name}.lora_A.weight"]))
 
     settings = {"batch_size": 3, "accumulation": 2, "shuffle": False, "warmup_steps": 3, "max_grad_norm": 0.5}

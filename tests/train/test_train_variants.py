@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from mindspore import Tensor
 
-from lora_ms.adapters.config import AdaLoraConfig, LoraConfig
-from lora_ms.adapters.inject import adapter_cells, inject, rate_factors
-from lora_ms.adapters.methods.adalora_ranks import RankAllocator
-from lora_ms.adapters.methods.lora_cells import LoRADense
+from lora_ms.adapters.inject import adapter_cells, inject
+from lora_ms.adapters.methods.adalora import AdaLoraConfig
+from lora_ms.adapters.methods.base import AdapterConfig
+from lora_ms.adapters.methods.lora import LoraConfig
+from lora_ms.adapters.methods.training import rate_factors
 from lora_ms.data.collate import collate
 from lora_ms.data.example import TokenRow
 from lora_ms.models.hub import load_directory
@@ -62,13 +63,13 @@ def named(z: dict[str, np.ndarray], kind: str) -> dict[str, np.ndarray]:
     return {key.removeprefix(f"{kind}/"): value for key, value in z.items() if key.startswith(f"{kind}/")}
 
 
-def start(model, z: dict[str, np.ndarray]) -> None:
+def start(model, config: AdapterConfig, z: dict[str, np.ndarray]) -> None:
     """The adapter's tensors as PEFT's run began."""
     initial, used = named(z, "initial"), set()
     for path, cell in adapter_cells(model).items():
         values = {factor: initial.get(f"{PREFIX}{path}.{factor}") for factor in cell.tensors()}
-        if isinstance(cell, LoRADense) and cell.start is not None:
-            cell.start_again(values["lora_A.weight"], values["lora_B.weight"])
+        if config.changed_base:
+            cell.reset_initial_update(values["lora_A.weight"], values["lora_B.weight"])
         for factor, parameter in cell.tensors().items():
             if values[factor] is not None:
                 parameter.set_data(Tensor(values[factor]))
@@ -88,7 +89,7 @@ def traced(request, reference, golden) -> Traced:
     z = golden(f"trace_{name}")
     model = load_directory(reference / "models" / name.rpartition("_")[2])
     inject(model, config)
-    start(model, z)
+    start(model, config, z)
     model.set_train()
     trained = {
         f"{PREFIX}{path}.{factor}": p
@@ -97,7 +98,7 @@ def traced(request, reference, golden) -> Traced:
     }
     params = list(trained.values())
     assert {id(p) for p in params} == {id(p) for p in model.trainable_params()}
-    allocator = RankAllocator(model, config) if isinstance(config, AdaLoraConfig) else None
+    allocator = config.step_hook(model)
     objectives = allocator.objectives(params) if allocator else []
     observers = [allocator.observer(params)] if allocator else []
     factors = None

@@ -50,7 +50,7 @@ def test_the_formula_alone_and_merged(operators, has_bias, shape):
 def test_merging_leaves_the_layer_as_it_was():
     layer = adapted(True)
     layer.merge()
-    np.testing.assert_array_equal(layer.weight.asnumpy(), W.astype(np.float32))
+    np.testing.assert_array_equal(layer.base.weight.asnumpy(), W.astype(np.float32))
 
 
 def test_a_fresh_adapter_changes_nothing(operators):
@@ -64,7 +64,7 @@ def test_a_fresh_adapter_changes_nothing(operators):
 def test_from_dense_shares_and_freezes():
     dense = base(True)
     layer = LoRADense.from_dense(dense, RANK, ALPHA)
-    assert layer.weight is dense.weight and layer.bias is dense.bias
+    assert layer.base.weight is dense.weight and layer.base.bias is dense.bias
     assert {p.name: p.requires_grad for p in layer.get_parameters()} == {
         "weight": False,
         "bias": False,
