@@ -67,7 +67,7 @@ def main() -> None:
 
     here, _ = setup("CPU", seed=1)
     sizes = DecoderConfig(128, 64, 176, 2, 4, 2, 16, 1e-5, 1e4)
-    model = new_model(sizes, ms.float32, 1)
+    model = new_model(sizes, ms.float32, 1, here.operators)
     config = LoraConfig(4, 8.0, 0.1, "all-linear")
     inject(model, config)
     rng = np.random.default_rng(0)

@@ -76,7 +76,8 @@ class Generator:
         sampling = sampling or Sampling()
         if not prompts or not all(len(prompt) for prompt in prompts):
             raise LoraMsError("a prompt is empty: give at least one token")
-        batch, longest = len(prompts), prompt_bucket(max(map(len, prompts)))
+        batch = len(prompts)
+        longest = prompt_bucket(max(map(len, prompts)))
         length = -(-(longest + max_new_tokens) // CACHE_UNIT) * CACHE_UNIT
         if (batch, length) not in self.steps:
             self.steps[batch, length] = _Step(self.model, batch, length).set_train(False)
@@ -86,7 +87,8 @@ class Generator:
             ids[row, longest - len(prompt) :] = prompt
         padding = Tensor(np.array([longest - len(prompt) for prompt in prompts], np.int32))
         rows = [_Row(prompt, np.random.default_rng([sampling.seed, i])) for i, prompt in enumerate(prompts)]
-        newest, start = Tensor(ids), 0
+        newest = Tensor(ids)
+        start = 0
         for _ in range(max_new_tokens):
             logits, best = step(newest, Tensor(start, ms.int32), padding)
             start = longest if start == 0 else start + 1
@@ -95,7 +97,8 @@ class Generator:
                 tokens = [choose(values[i], np.array(r.all), sampling, r.rng) for i, r in enumerate(rows)]
                 newest = Tensor(np.array(tokens, np.int32).reshape(-1, 1))
             else:
-                newest, tokens = best, best.asnumpy()[:, 0].tolist()
+                newest = best
+                tokens = best.asnumpy()[:, 0].tolist()
             for index, (state, token) in enumerate(zip(rows, tokens, strict=True)):
                 if state.ended:
                     continue
@@ -111,8 +114,10 @@ class _Row:
     """One prompt and what has come of it."""
 
     def __init__(self, prompt: Sequence[int], rng: np.random.Generator):
-        self.all, self.ended, self.rng = list(prompt), False, rng
+        self.all = list(prompt)
         self.new: list[int] = []
+        self.ended = False
+        self.rng = rng
 
     def add(self, token: int, eos_token_ids: Sequence[int]) -> None:
         self.all.append(token)
@@ -124,9 +129,9 @@ def pad_rows(
     prompts: Sequence[Sequence[int]], new: Sequence[Sequence[int]], pad_id: int, width: int
 ) -> NDArray[np.int32]:
     """[batch, width + new]: prompts padded on the left to ``width``, answers on the right to the longest."""
-    before, after = width, max(map(len, new))
-    out = np.full((len(prompts), before + after), pad_id, np.int32)
+    longest = max(map(len, new))
+    out = np.full((len(prompts), width + longest), pad_id, np.int32)
     for row, (prompt, answer) in enumerate(zip(prompts, new, strict=True)):
-        out[row, before - len(prompt) : before] = prompt
-        out[row, before : before + len(answer)] = answer
+        out[row, width - len(prompt) : width] = prompt
+        out[row, width : width + len(answer)] = answer
     return out

@@ -34,7 +34,7 @@ class DecoderConfig:
     qk_norm: bool = False  # normalised queries and keys (Qwen3)
     tie_word_embeddings: bool = False
     eos_token_ids: tuple[int, ...] = ()
-    flash_attention: bool = True  # the fused attention of Ascend, where there is one
+    flash_attention: bool = True  # use the device's fused attention, where it has one
 
 
 class DecoderLayer(nn.Cell):
@@ -60,7 +60,7 @@ class DecoderLayer(nn.Cell):
         self.mlp = MLP(c.hidden_size, c.intermediate_size, dtype, operators, shard)
 
     def construct(self, x: Tensor, rope: tuple, visible: Visibility, rows: Tensor | None = None) -> Tensor:
-        """rows [c]: the tokens whose output is wanted, all where None; only they pass the output projections."""
+        """rows [c]: the tokens whose output is needed, all where None; only they pass what follows the attention."""
         return self.feed(self.attend(x, rope, visible, rows))
 
     def attend(self, x: Tensor, rope: tuple, visible: Visibility, rows: Tensor | None = None) -> Tensor:
@@ -90,7 +90,8 @@ class Decoder(nn.Cell):
     def __init__(self, config: DecoderConfig, dtype: ms.Type, operators: Operators, shard: Shard):
         super().__init__()
         c = config
-        heads, kv_heads = c.num_attention_heads // shard.count, c.num_key_value_heads // shard.count
+        heads = c.num_attention_heads // shard.count
+        kv_heads = c.num_key_value_heads // shard.count
         self.operators = operators
         self.stream = operators.stream_dtype(dtype)
         if shard.count > 1:
@@ -146,7 +147,9 @@ class CausalLM(nn.Cell):
         shard: Shard = WHOLE,
     ):
         super().__init__()
-        self.config, self.dtype, self.operators = config, dtype, operators
+        self.config = config
+        self.dtype = dtype
+        self.operators = operators
         self.model = Decoder(config, dtype, operators, shard)
         self.project = operators.product()
         self.lm_head = Head.zeros(

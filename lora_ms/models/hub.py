@@ -41,7 +41,7 @@ def read_config(path: Path) -> tuple[DecoderConfig, dict]:
 
 
 def check_names(expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]], where: str) -> None:
-    """Raises one LoraMsError that lists every missing, surplus and misshaped tensor."""
+    """Raises one LoraMsError that lists every tensor that is missing, surplus or of another shape."""
     faults = [f"missing {name} {shape}" for name, shape in expected.items() if name not in found]
     faults += [f"surplus {name} {shape}" for name, shape in found.items() if name not in expected]
     faults += [
@@ -84,13 +84,15 @@ def load_directory(
     model = model_class(replace(config, flash_attention=flash_attention), ms_dtype, operators, shard)
     check_names(expected_shapes(model, shard), {n: e.shape for n, e in entries.items()}, str(path))
     for name, parameter in model.parameters_and_names():
-        parameter.name, entry, dtype = name, entries[name], NUMPY_DTYPES[ms_dtype]
+        parameter.name = name
+        entry = entries[name]
         if shard.count > 1 and split_axis(name) is not None:
-            value = storage.read_part(entry, shard.place(name, entry.shape), dtype)
+            value = storage.read_part(entry, shard.slices(name, entry.shape), NUMPY_DTYPES[ms_dtype])
         else:
-            value = storage.read(entry, dtype)
+            value = storage.read(entry, NUMPY_DTYPES[ms_dtype])
         parameter.set_data(Tensor.from_numpy(value))
-    model.source, model.hf_config = str(path), hf
+    model.source = str(path)
+    model.hf_config = hf
     return model
 
 
@@ -112,9 +114,11 @@ def load_checkpoint(
     model = CausalLM(config, ms_dtype, operators, shard)
     check_names(expected_shapes(model, shard), {n: tuple(w.shape) for n, w in weights.items()}, str(path))
     for name, parameter in model.parameters_and_names():
-        parameter.name, part = name, shard.part(name, weights.pop(name).asnumpy())
+        parameter.name = name
+        part = shard.part(name, weights.pop(name).asnumpy())
         parameter.set_data(Tensor.from_numpy(np.array(part, NUMPY_DTYPES[ms_dtype], order="C")))
-    model.source, model.hf_config = str(path), hf_config(config, ms_dtype)
+    model.source = str(path)
+    model.hf_config = hf_config(config, ms_dtype)
     return model
 
 
@@ -127,7 +131,8 @@ def new_model(config: DecoderConfig, ms_dtype: ms.Type, seed: int, operators: Op
         if parameter.ndim == 2:
             value = rng.standard_normal(parameter.shape, np.float32) * config.hidden_size**-0.5
             parameter.set_data(Tensor.from_numpy(value.astype(NUMPY_DTYPES[ms_dtype])))
-    model.source, model.hf_config = None, hf_config(config, ms_dtype)
+    model.source = None
+    model.hf_config = hf_config(config, ms_dtype)
     return model
 
 

@@ -138,7 +138,7 @@ class Steps:
                 # a rank that has some of a layer's columns takes its part of one rank's numbers
                 weight = f"{name.rpartition('.')[0]}.weight"
                 width = shard.whole_shape(weight, (1, cell.columns))[1]
-                cell.draws.first = shard.place(weight, (1, width))[1].start or 0
+                cell.draws.first = shard.slices(weight, (1, width))[1].start or 0
                 draws.append(cell.draws)
                 columns.append(width)
         if self.noise is not None:

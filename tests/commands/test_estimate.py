@@ -113,10 +113,12 @@ def peak():
 def step(optimizer):
     optimizer(Tensor(1e-4, ms.float32), Tensor(1.0, ms.float32))[0].asnumpy()
 
-setup("CPU", cpu_operators=sys.argv[1] == "True")
-step(FlatAdamW([Parameter(Tensor(np.ones((2, 8), np.float32)), name="small")]))  # what MindSpore takes in any case
+operators = setup("CPU", cpu_operators=sys.argv[1] == "True")[0].operators
+small = Parameter(Tensor(np.ones((2, 8), np.float32)), name="small")
+step(FlatAdamW([small], operators=operators))  # what MindSpore takes in any case
 size = 1 << 22
-optimizer = FlatAdamW([Parameter(Tensor(np.ones((2, size // 2), np.float32)), name=f"large{i}") for i in range(4)])
+large = [Parameter(Tensor(np.ones((2, size // 2), np.float32)), name=f"large{i}") for i in range(4)]
+optimizer = FlatAdamW(large, operators=operators)
 before = peak()
 for _ in range(2):
     step(optimizer)
@@ -269,7 +271,7 @@ def test_a_process_holds_its_part_of_a_shared_model(tmp_path, capsys):
     shared = {"use_parallel": True, "parallel_config.model_parallel": 2, "load_checkpoint": str(tmp_path / "qwen")}
     config = load_config(None, flags=shared)
     job = job_of(config, read_sizes(config), "CPU")
-    parts = [Shard(1, 2).place(name, entry.shape) for name, entry in whole.items()]
+    parts = [Shard(1, 2).slices(name, entry.shape) for name, entry in whole.items()]
     held = [np.empty(entry.shape, bool)[part].size for entry, part in zip(whole.values(), parts, strict=True)]
     assert memory_estimate.parameters(job.sizes) == sum(held)
     command = ["estimate", "--load_checkpoint", shared["load_checkpoint"], "--device_target", "CPU"]
