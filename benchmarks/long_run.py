@@ -42,7 +42,7 @@ def main() -> None:
     from lora_ms.models.hub import new_model
     from lora_ms.recipes.data import plan_rows
     from lora_ms.recipes.outputs import weights_of
-    from lora_ms.recipes.train import NativeLoop, train
+    from lora_ms.recipes.train import NativeRun, train
     from lora_ms.runtime.device import setup
     from lora_ms.train.callbacks import TrainerCallback
     from lora_ms.train.evaluation import Evaluator
@@ -85,7 +85,7 @@ def main() -> None:
         )
         evaluator = Evaluator(model, held_out, 128, here)
         weights = weights_of(model, config, None)
-        train(NativeLoop(model, plan, settings, here, weights, evaluator=evaluator, callbacks=[watch]))
+        train(NativeRun(model, plan, settings, here, weights, evaluator=evaluator, callbacks=[watch]))
         written = {name: size_kb(Path(folder) / name) for name in sorted(os.listdir(folder))}
     print(f"memory after {args.steps} steps / after {EVERY}: {watch.memory[-1] / watch.memory[0]:.4f}")
     print(f"step time of the last thousand / of the second: {watch.times[-1] / watch.times[1]:.3f}")

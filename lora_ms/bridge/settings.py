@@ -103,7 +103,7 @@ def for_mindformers(given: dict, sections: dict, train_file: str, eval_file: str
     return settings
 
 
-def write(file: Path, asked: dict) -> None:
+def write_settings(file: Path, asked: dict) -> None:
     """Writes the configuration as a file, which MindFormers completes with its own defaults."""
     with storage.whole(file) as part:
         part.write_text(yaml.safe_dump(asked, sort_keys=False, allow_unicode=True), encoding="utf-8")

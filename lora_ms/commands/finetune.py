@@ -4,7 +4,7 @@ import sys
 from importlib import import_module
 
 from lora_ms.config import RunConfig
-from lora_ms.recipes.train import closing_lines, train
+from lora_ms.recipes.train import PreparedRun, closing_lines, train
 from lora_ms.train.log import Tee
 
 BACKENDS = {"native": "lora_ms.recipes.native", "mindformers": "lora_ms.recipes.mindformers"}
@@ -19,9 +19,9 @@ def run(config: RunConfig) -> None:
     backend = import_module(BACKENDS[config.backend])
     inputs = backend.read_inputs(config)
     with Tee() as log:
-        loop = backend.prepare(inputs, log)
-        outcome = train(loop)
-        if loop.runtime.is_main:
-            print(*closing_lines(loop, outcome), sep="\n")
+        prepared: PreparedRun = backend.prepare(inputs, log)
+        outcome = train(prepared)
+        if prepared.runtime.is_main:
+            print(*closing_lines(prepared, outcome), sep="\n")
     if outcome.stopped:
         sys.exit(130)

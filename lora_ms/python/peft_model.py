@@ -8,8 +8,8 @@ import numpy as np
 from mindspore import Tensor, nn
 from numpy.typing import NDArray
 
-from lora_ms.adapters import inject as injection
 from lora_ms.adapters.combine import combine
+from lora_ms.adapters.inject import build, report, select
 from lora_ms.adapters.methods.base import AdapterConfig
 from lora_ms.adapters.peft_format import read_adapter_config, read_cells, save_adapter
 from lora_ms.errors import LoraMsError
@@ -115,7 +115,7 @@ class PeftModel:
             LoraMsError: the name is taken, or ``config`` matches nothing.
         """
         with self.adapters.disabled():
-            cells = injection.build(self.model, config, injection.select(self.model, config))
+            cells = build(self.model, config, select(self.model, config))
         self._add(adapter_name, config, cells)
 
     def load_adapter(self, path: str | os.PathLike, adapter_name: str) -> None:
@@ -210,7 +210,7 @@ class PeftModel:
     def print_trainable_parameters(self) -> None:
         """Modules, trainable and total parameters, percentage."""
         config = None if self.active_adapter is None else self.active_peft_config
-        print(injection.report(self.model, config).line())
+        print(report(self.model, config).line())
 
     def save_pretrained(self, path: str | os.PathLike, selected_adapters: Sequence[str] | None = None) -> None:
         """Writes the active adapter in PEFT's format.

@@ -12,7 +12,7 @@ from lora_ms.python.model import ModelForCausalLM
 from lora_ms.python.peft_model import PeftModel
 from lora_ms.recipes import data
 from lora_ms.recipes.outputs import weights_of
-from lora_ms.recipes.train import NativeLoop, train
+from lora_ms.recipes.train import NativeRun, train
 from lora_ms.runtime import device
 from lora_ms.runtime.device import Runtime
 from lora_ms.train import tensorboard
@@ -183,7 +183,7 @@ class Trainer:
             self.peft.unmerge_adapter()
             config = self.peft.active_peft_config.for_run(plan.total_steps)
             hook = config.step_hook(self.model)
-        loop = NativeLoop(
+        run = NativeRun(
             self.model,
             plan,
             settings,
@@ -193,7 +193,7 @@ class Trainer:
             evaluator=self._evaluator(settings, runtime) if self.args.evaluates else None,
             callbacks=self.callbacks,
         )
-        outcome = train(loop)
+        outcome = train(run)
         if self.peft and hook is not None:
             self.peft.peft_config[str(self.peft.active_adapter)] = hook.config()
         return outcome

@@ -12,8 +12,8 @@ from mindspore import nn
 
 from lora_ms.adapters.matching import leaf_of
 from lora_ms.bridge import model, package, trainer
-from lora_ms.bridge import settings as theirs_settings
 from lora_ms.bridge.adapters import read_peft
+from lora_ms.bridge.settings import write_settings
 from lora_ms.bridge.trainer import StepNumbers
 from lora_ms.config import PetConfig, RunConfig, dump_config
 from lora_ms.errors import LoraMsError
@@ -31,7 +31,7 @@ from lora_ms.recipes.mindformers_network import (
 )
 from lora_ms.recipes.outputs import RUN_LOG, adapter_line
 from lora_ms.recipes.settings import settings_of
-from lora_ms.recipes.train import COMPILING
+from lora_ms.recipes.train import COMPILING, PreparedRun
 from lora_ms.runtime.device import peak_memory_mb
 from lora_ms.train.callbacks import RunState, StepRecord
 from lora_ms.train.checkpoint import Weights
@@ -73,7 +73,7 @@ def read_inputs(config: RunConfig) -> MindFormersInputs:
     return MindFormersInputs(config, pet, sizes, tokenizer)
 
 
-def prepare(inputs: MindFormersInputs, log: Tee) -> "MindFormersLoop":
+def prepare(inputs: MindFormersInputs, log: Tee) -> PreparedRun:
     """Starts the device, writes what MindFormers reads, and builds its model; prints what will be trained.
 
     Raises:
@@ -95,7 +95,7 @@ def prepare(inputs: MindFormersInputs, log: Tee) -> "MindFormersLoop":
         if train.count < batch_size:
             raise LoraMsError(f"{train.count} rows make no batch of {batch_size}: lower runner_config.batch_size")
         file = folder / "mindformers.yaml"
-        theirs_settings.write(file, asked)
+        write_settings(file, asked)
         if runtime.is_main:
             dump_config(config, str(output_dir / "config.yaml"))
         with explained(file), package.silenced(log):
@@ -104,25 +104,25 @@ def prepare(inputs: MindFormersInputs, log: Tee) -> "MindFormersLoop":
         print(built.describe(network, inputs.pet))
     # it resumes by itself, from load_checkpoint
     settings = replace(settings_of(config, inputs.sizes.max_position_embeddings), resume=False)
-    return MindFormersLoop(
+    return MindFormersRun(
         built,
         network,
         settings,
         theirs=theirs,
         file=file,
-        batch_size=batch_size,
+        asked=asked,
         held_out=held_out,
         tokenizer=inputs.tokenizer,
     )
 
 
-class MindFormersLoop:
-    """MindFormers' trainer on its ``network``: a ``recipes.train.Loop``.
+class MindFormersRun:
+    """A run of MindFormers' trainer on its ``network``.
 
     Args:
         built: what made the network.
         theirs: MindFormers' configuration, which it has read from ``file``.
-        batch_size: rows of one of its steps.
+        asked: what was written to ``file``.
         held_out: rows that it evaluates; None for none.
     """
 
@@ -134,7 +134,7 @@ class MindFormersLoop:
         *,
         theirs: Any,
         file: Path,
-        batch_size: int,
+        asked: dict[str, Any],
         held_out: MindRecordRows | None,
         tokenizer: "PreTrainedTokenizerBase | None",
     ):
@@ -146,7 +146,8 @@ class MindFormersLoop:
         self.runtime = built.runtime
         self.held_out = held_out
         self.tokenizer = tokenizer
-        self.batch_size = batch_size
+        self.batch_size = asked["runner_config"]["batch_size"]
+        self.checkpoint = asked["load_checkpoint"]
         self.progress = StepProgress(self)
         self.shapes = model.shapes(network)
         self.scores: Scores | None = None
@@ -165,9 +166,7 @@ class MindFormersLoop:
         try:
             with explained(self.file), package.silenced(self.built.log):
                 theirs = self.built.package.Trainer(args=self.theirs, model=self.network, callbacks=[callback])
-                theirs.finetune(
-                    resume_from_checkpoint=self.theirs.load_checkpoint or None, do_eval=self.held_out is not None
-                )
+                theirs.finetune(resume_from_checkpoint=self.checkpoint or None, do_eval=self.held_out is not None)
         finally:
             self.progress.end()
         return Outcome(callback.steps, stopped=False, losses=callback.losses)
@@ -207,20 +206,20 @@ class MindFormersLoop:
 class StepProgress:
     """Reports steps on the user's terminal from inside MindFormers, whose own output goes to the log."""
 
-    def __init__(self, loop: MindFormersLoop):
+    def __init__(self, run: MindFormersRun):
         self.out = sys.stdout
         self.err = sys.stderr
-        self.loop = loop
-        self.reporter = Reporter(loop.settings.logging_steps)
-        self.state = RunState(loop.network, loop.settings.output_dir, 0, loop.runtime.is_main)
+        self.run = run
+        self.reporter = Reporter(run.settings.logging_steps)
+        self.state = RunState(run.network, run.settings.output_dir, 0, run.runtime.is_main)
         self.steps_per_epoch = 0
         self.start = 0  # optimiser steps that were done before; above 0 in a resumed run
         self.clock = 0.0
 
     def begin(self) -> None:
         """MindFormers' trainer has read its data, and takes its first step."""
-        theirs = self.loop.theirs
-        most = self.loop.built.config.runner_config.max_steps
+        theirs = self.run.theirs
+        most = self.run.built.config.runner_config.max_steps
         self.steps_per_epoch = theirs.data_size
         total = self.steps_per_epoch * theirs.runner_config.origin_epochs
         self.start = self.state.step = theirs.runner_config.initial_step or 0
@@ -250,7 +249,7 @@ class StepProgress:
             tokens_per_second=round(numbers.tokens / seconds, 1),
             step_time_s=round(seconds, 4),
             wait_share=0.0,
-            peak_memory_mb=round(peak_memory_mb(self.loop.runtime.device), 1),
+            peak_memory_mb=round(peak_memory_mb(self.run.runtime.device), 1),
         )
         with redirect_stdout(self.out), redirect_stderr(self.err):
             self.reporter.on_step_end(self.state, record)
@@ -284,7 +283,7 @@ def evaluate(config: RunConfig) -> None:
         log.to(output_dir / RUN_LOG)
         asked = built.settings(rows, None)
         file = output_dir / FOLDER / "mindformers.yaml"
-        theirs_settings.write(file, asked)
+        write_settings(file, asked)
         with explained(file), package.silenced(log):
             network = built.network(built.read(file))
             found = scores_of(network, rows, asked["runner_config"]["batch_size"])

@@ -10,7 +10,7 @@ from typing import Any
 import mindspore as ms
 from mindspore import nn
 
-from lora_ms.adapters import inject as injection
+from lora_ms.adapters.inject import freeze
 from lora_ms.adapters.matching import leaf_of, matches
 from lora_ms.adapters.methods import METHODS
 from lora_ms.bridge import model, package, settings, trainer
@@ -230,7 +230,7 @@ class MindFormersModel:
             network = self.package.get_pet_model(network, asked)
         else:
             model.inject(self.package, network, self.lora, self.runtime.operators)
-            injection.freeze(network, pet.freeze_include, pet.freeze_exclude)
+            freeze(network, pet.freeze_include, pet.freeze_exclude)
         if self.config.load_adapter:
             self.load_adapter(network, Path(self.config.load_adapter))
         return network

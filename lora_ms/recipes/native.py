@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_ms.adapters import inject as injection
+from lora_ms.adapters.inject import report
 from lora_ms.config import RunConfig, dump_config
 from lora_ms.data.pipeline import Preparation
 from lora_ms.data.store import TokenStore
@@ -15,7 +15,7 @@ from lora_ms.recipes.evaluate import evaluator_for
 from lora_ms.recipes.model import build_model, compute_dtype, read_sizes
 from lora_ms.recipes.outputs import RUN_LOG, earlier_outputs, weights_of
 from lora_ms.recipes.settings import settings_of
-from lora_ms.recipes.train import NativeLoop
+from lora_ms.recipes.train import NativeRun
 from lora_ms.train import checkpoint, tensorboard
 from lora_ms.train.log import Tee
 
@@ -59,7 +59,7 @@ def read_inputs(config: RunConfig) -> NativeInputs:
     return NativeInputs(config, sizes, tokenizer, preparation, rows, held_out)
 
 
-def prepare(inputs: NativeInputs, log: Tee) -> NativeLoop:
+def prepare(inputs: NativeInputs, log: Tee) -> NativeRun:
     """Starts the device, and builds the model with its adapter; prints what will be trained.
 
     Raises:
@@ -85,7 +85,7 @@ def prepare(inputs: NativeInputs, log: Tee) -> NativeLoop:
     trained = adapter.attach(config, model, schedule_steps, runtime.shard)
     hook = None if trained is None else trained.step_hook(model)
     if runtime.is_main:
-        print(injection.report(model, trained, runtime.shard).line())
+        print(report(model, trained, runtime.shard).line())
         if hook is not None:
             print(hook.describe())
         log.to(output_dir / RUN_LOG)  # the first write: data, model and adapter are checked
@@ -99,4 +99,4 @@ def prepare(inputs: NativeInputs, log: Tee) -> NativeLoop:
     if runtime.is_main and earlier and not settings.resume:
         print(f"{output_dir} holds {', '.join(earlier)} of an earlier run; this one writes {weights.folder} as it ends")
     hooks = [] if hook is None else [hook]
-    return NativeLoop(model, plan, settings, runtime, weights, hooks=hooks, evaluator=evaluator)
+    return NativeRun(model, plan, settings, runtime, weights, hooks=hooks, evaluator=evaluator)

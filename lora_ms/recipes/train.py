@@ -30,8 +30,8 @@ from lora_ms.train.tensorboard import Summaries, TensorBoard
 COMPILING = "compiling the training step, which takes a while the first time …"
 
 
-class Loop(Protocol):
-    """A run that is ready for its first step: of our own loop (``NativeLoop``), or of MindFormers' trainer."""
+class PreparedRun(Protocol):
+    """A run that is ready for its first step: of our own loop (``NativeRun``), or of MindFormers' trainer."""
 
     settings: TrainSettings
     runtime: Runtime
@@ -47,7 +47,7 @@ class Loop(Protocol):
         """Takes all steps, or those until the user stops it."""
 
     def weights(self) -> Weights | None:
-        """How what was trained is written; None where it cannot be, which the user has been told."""
+        """How what was trained is written; None where it cannot be, of which ``closing_lines`` give the reason."""
 
     def end(self) -> None:
         """Everything is written."""
@@ -56,38 +56,38 @@ class Loop(Protocol):
         """What the user is told after the loss: of evaluations, and where the results are."""
 
 
-def train(loop: Loop) -> Outcome:
+def train(run: PreparedRun) -> Outcome:
     """Trains, and writes what was trained into ``output_dir``.
 
     Raises:
         LoraMsError: nothing to train, a loss that is not finite, or a checkpoint that does not fit.
     """
-    loop.begin()
-    outcome = loop.train()
-    weights = None if outcome.stopped else loop.weights()
+    run.begin()
+    outcome = run.train()
+    weights = None if outcome.stopped else run.weights()
     if weights is not None:
         weights.collect()
-        if loop.runtime.is_main:
-            checkpoint.put(loop.settings.output_dir / weights.folder, weights.finish or weights.write)
-    loop.end()
+        if run.runtime.is_main:
+            checkpoint.put(run.settings.output_dir / weights.folder, weights.finish or weights.write)
+    run.end()
     return outcome
 
 
-def closing_lines(loop: Loop, outcome: Outcome) -> list[str]:
+def closing_lines(run: PreparedRun, outcome: Outcome) -> list[str]:
     """What the user is told at the end of a run."""
     if outcome.stopped:
         return [
-            f"stopped after step {outcome.steps:,} of {loop.total_steps:,}, and saved",
+            f"stopped after step {outcome.steps:,} of {run.total_steps:,}, and saved",
             "to go on, give the same command with --resume_training True",
         ]
     lines = [f"stopped early: {outcome.reason}"] if outcome.reason else []
     loss = f"loss {outcome.first_loss:.4f} -> {outcome.last_loss:.4f} in" if outcome.losses else "nothing left of"
-    now = f", {len(outcome.losses):,} of them now" if loop.settings.resume else ""
-    return [*lines, f"{loss} {counted(outcome.steps, 'step')}{now}", *loop.closing_lines()]
+    now = f", {len(outcome.losses):,} of them now" if run.settings.resume else ""
+    return [*lines, f"{loss} {counted(outcome.steps, 'step')}{now}", *run.closing_lines()]
 
 
-class NativeLoop:
-    """Our own loop, on a model of ours.
+class NativeRun:
+    """A run of our own training loop on a model of ours.
 
     Args:
         weights: how what is trained is written and read.
@@ -128,7 +128,7 @@ class NativeLoop:
             hooks=hooks,
             rate_factors=factors,
         )
-        self.run = TrainingLoop(steps, weights, evaluator, [*callbacks_of(settings), *callbacks], monitor)
+        self.loop = TrainingLoop(steps, weights, evaluator, [*callbacks_of(settings), *callbacks], monitor)
 
     @property
     def total_steps(self) -> int:
@@ -142,14 +142,14 @@ class NativeLoop:
         if self.runtime.world > 1:
             barrier()
         if self.settings.resume:
-            self.run.restore(checkpoint.find(output_dir, self.settings.resume))
+            self.loop.restore(checkpoint.find(output_dir, self.settings.resume))
         elif self.runtime.is_main:
             old = checkpoint.clear(output_dir)
             if old:
                 print(f"removed the checkpoints of an earlier run: {', '.join(old)}")
         if self.runtime.is_main:
             plan = self.plan
-            start = self.run.state.step
+            start = self.loop.state.step
             storage.write_json(output_dir / DATA_REPORT, plan.reports)
             print(
                 f"training: {counted(plan.total_steps, 'step')} of {counted(plan.per_step, 'row')}, "
@@ -158,10 +158,10 @@ class NativeLoop:
             print(COMPILING, flush=True)
 
     def train(self) -> Outcome:
-        return self.run.train()
+        return self.loop.train()
 
     def weights(self) -> Weights:
-        return self.run.weights
+        return self.loop.weights
 
     def end(self) -> None:
         if self.runtime.world > 1:
@@ -170,9 +170,9 @@ class NativeLoop:
     def closing_lines(self) -> list[str]:
         output_dir = self.settings.output_dir
         lines = []
-        if self.run.evaluator is not None and self.settings.keep_best:
+        if self.loop.evaluator is not None and self.settings.keep_best:
             lines.append(f"weights of the best evaluation: {output_dir / checkpoint.BEST}")
-        return [*lines, adapter_line(output_dir, self.run.weights.folder)]
+        return [*lines, adapter_line(output_dir, self.loop.weights.folder)]
 
 
 def callbacks_of(settings: TrainSettings) -> list[TrainerCallback]:

@@ -16,7 +16,7 @@ from lora_ms.adapters.inject import inject
 from lora_ms.adapters.methods.lora import LoraConfig
 from lora_ms.models.decoder import CausalLM, DecoderConfig
 from lora_ms.models.hub import hugging_face_name, load_directory
-from lora_ms.runtime import device as runtime
+from lora_ms.runtime import device
 
 REFERENCE = Path(__file__).parents[1] / "reference"
 SEQ = 12  # ids in a row; MindFormers' causal mask has one size
@@ -52,7 +52,7 @@ def packages(tmp_path_factory):
                 from mindpet.delta import LoRADense
             from mindformers.models.llama import LlamaConfig, LlamaForCausalLM
             from mindformers.pet import get_pet_model
-        runtime.setup("CPU")
+        device.setup("CPU")
         yield SimpleNamespace(
             LlamaConfig=LlamaConfig,
             LlamaForCausalLM=LlamaForCausalLM,

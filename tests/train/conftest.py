@@ -98,10 +98,10 @@ def train(graph_mode, reference, rows, settings) -> Callable[..., Finished]:
         if held_out is not None:
             evaluator = Evaluator(model, held_out_plan(TokenStore.of(held_out), 4, None, 16, here), 128, here, sample)
         weights = weights_of(model, config, None)
-        loop = recipe.NativeLoop(
+        prepared = recipe.NativeRun(
             model, data_plan, chosen, here, weights, hooks=hooks, evaluator=evaluator, callbacks=callbacks
         )
-        outcome = recipe.train(loop)
+        outcome = recipe.train(prepared)
         return Finished(path, outcome, untimed(path), load_file(path / "adapter" / "adapter_model.safetensors"))
 
     return run
