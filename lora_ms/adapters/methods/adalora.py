@@ -6,7 +6,7 @@ with ``lora_rank``; by a schedule the least important triplets of all are set to
 average.
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -138,9 +138,10 @@ class AdaLoraConfig(AdapterConfig, LowRankOptions):
 
     # PEFT's files
 
-    def to_peft(self, specs: Mapping[str, LoraSpec]) -> dict[str, Any]:
+    def to_peft(self, specs: Mapping[str, LoraSpec], targets: Sequence[str]) -> dict[str, Any]:
         """``rank_pattern`` holds, by module, which ranks are left; the tensors in the file have these alone."""
         return {
+            "layers_to_transform": None,
             "lora_alpha": plain_number(self.lora_alpha),
             "lora_dropout": self.lora_dropout,
             "bias": self.bias,

@@ -321,9 +321,18 @@ class AdapterConfig(ABC):
 
     # PEFT's files
 
+    def tells_paths_apart(self, specs: Mapping[str, Any]) -> bool:
+        """Whether modules of one leaf name get keys of their own in ``adapter_config.json``, which then names paths."""
+        return False
+
     @abstractmethod
-    def to_peft(self, specs: Mapping[str, Any]) -> dict[str, Any]:
-        """The method's own keys of ``adapter_config.json``, for an adapter with these specs by module."""
+    def to_peft(self, specs: Mapping[str, Any], targets: Sequence[str]) -> dict[str, Any]:
+        """The method's own keys of ``adapter_config.json``.
+
+        Args:
+            specs: of the adapter, by module.
+            targets: leaf names, or whole paths, that say which modules these are.
+        """
 
     @classmethod
     @abstractmethod

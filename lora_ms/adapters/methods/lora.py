@@ -288,7 +288,7 @@ class LoraConfig(AdapterConfig, LowRankOptions):
 
     # PEFT's files
 
-    def to_peft(self, specs: Mapping[str, LoraSpec]) -> dict[str, Any]:
+    def to_peft(self, specs: Mapping[str, LoraSpec], targets: Sequence[str]) -> dict[str, Any]:
         """``r`` and ``lora_alpha`` are the commonest; those that differ stand in the two patterns, by whole path.
 
         The update that PiSSA and OLoRA subtract from the weight at the start goes into the file: an adapter of twice
@@ -300,6 +300,7 @@ class LoraConfig(AdapterConfig, LowRankOptions):
         rank = _commonest([spec.lora_rank for spec in specs.values()])
         alpha = _commonest([spec.lora_alpha for spec in specs.values()])
         return {
+            "layers_to_transform": None,  # target_modules says it all
             "lora_alpha": plain_number(alpha),
             "lora_dropout": self.lora_dropout,
             "bias": self.bias,
