@@ -27,7 +27,7 @@ UNSUPPORTED = (
 
 @dataclass(frozen=True)
 class Adapted:
-    """What stands in a model, by path: modules with an adapter, modules saved whole, and modules left plain."""
+    """The adapter in a model, by path: modules that it adapts, modules that it saves whole, and plain modules."""
 
     specs: Mapping[str, Any]  # of the adapters, as the method has them
     saved: tuple[str, ...] = ()

@@ -295,6 +295,10 @@ class AdaLoraConfig(AdapterConfig, LowRankOptions):
         given = ["bias"] if self.bias != "none" else []
         return [f"pet_type {self.PET_TYPE}", *given, *(["modules_to_save"] if self.modules_to_save else [])]
 
+    @property
+    def dropout(self) -> float:
+        return self.lora_dropout
+
     def cost(self, spec: LoraSpec, inputs: int, outputs: int) -> Cost:
         return Cost(trained=spec.lora_rank * (inputs + outputs), kept=spec.lora_rank)
 

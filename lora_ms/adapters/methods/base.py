@@ -132,7 +132,7 @@ class Update:
 
     def bias(self, bias: Array) -> Array:
         """The merged bias [out]."""
-        for name in ("bias", "base_layer.bias"):  # a trained copy stands in for the model's own
+        for name in ("bias", "base_layer.bias"):  # a trained copy replaces the model's own
             bias = bias if name not in self.tensors else self.tensor(name)
         return bias
 
@@ -469,6 +469,16 @@ class AdapterConfig(ABC):
     def not_split(self, training: bool) -> list[str]:
         """Keys of ``pet_config`` that ask for what is not computed where processes share each layer."""
         return [f"pet_type {self.PET_TYPE}", *(["modules_to_save"] if self.modules_to_save else [])]
+
+    @property
+    def dropout(self) -> float:
+        """Probability with which an input of an adapter is dropped in training."""
+        return 0.0
+
+    @property
+    def separate_dropout(self) -> bool:
+        """Whether an operator of its own drops it, even where native operators do so within a product."""
+        return False
 
     @abstractmethod
     def cost(self, spec: Any, inputs: int, outputs: int) -> Cost:
