@@ -57,7 +57,7 @@ def adapter_tensors(model: nn.Cell, config: AdapterConfig, shard: Shard = WHOLE)
 
 
 def adapted(model: nn.Cell) -> Adapted:
-    """What of an adapter stands in ``model``."""
+    """The adapter that is installed in ``model``."""
     cells = adapter_cells(model)
     return Adapted(
         specs={name: cell.spec for name, cell in adapted_layers(model).items()},
@@ -97,8 +97,8 @@ def save_as_lora(model: nn.Cell, path: Path, config: AdapterConfig, base_model: 
     lora, specs, tensors = form
     left_out = tuple(name for name in found.specs if name not in specs)
     storage.write_tensors(path / WEIGHTS, by_key({**modules, **tensors}))
-    standing = Adapted(specs, found.saved, (*found.plain, *left_out))
-    storage.write_json(path / CONFIG, to_peft(lora, standing, base_model))
+    written = Adapted(specs, found.saved, (*found.plain, *left_out))
+    storage.write_json(path / CONFIG, to_peft(lora, written, base_model))
     return True
 
 
@@ -220,7 +220,7 @@ def _same(copy: Array, weight: Parameter) -> bool:
 
 
 def restore_adapter(model: nn.Cell, path: str | os.PathLike, config: AdapterConfig, shard: Shard = WHOLE) -> None:
-    """Reads the adapter weights of directory ``path`` into the adapter that stands in ``model``."""
+    """Reads the adapter weights of directory ``path`` into the adapter that is installed in ``model``."""
     cells = adapter_cells(model)
     base = {name: cell.base for name, cell in cells.items()}
     faults = fill(cells, read_tensors(Path(path), shard), config, base)

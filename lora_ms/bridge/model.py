@@ -158,7 +158,7 @@ def _module(path: str) -> str:
 
 
 def load_factors(network: nn.Cell, adapter: Path, config: AdapterConfig, heads: Heads, fused: bool) -> None:
-    """Reads the PEFT ``adapter`` into the adapter of ``config`` that stands in ``network``.
+    """Reads the PEFT ``adapter`` into the adapter of ``config`` in ``network``.
 
     Raises:
         LoraMsError: it is another in its modules, ranks, alphas or kind; all differences are listed.

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from lora_ms.adapters.combine import METHODS, combine, read_adapter, write_adapter
+from lora_ms.adapters.combine import COMBINATIONS, combine, read_adapter, write_adapter
 from lora_ms.adapters.peft_files import base_name
 from lora_ms.data.tokenizer import load_tokenizer
 from lora_ms.errors import LoraMsError
@@ -10,7 +10,7 @@ from lora_ms.errors import LoraMsError
 
 def methods() -> dict[str, str]:
     """The methods of combining with what each does, for ``--help``."""
-    return METHODS
+    return COMBINATIONS
 
 
 def run(

@@ -20,7 +20,7 @@ DEFAULT = "default"
 
 
 class Logits(nn.Cell):
-    """The model's logits as a graph of their own, compiled with the cells that stand in the model at first."""
+    """The model's logits as a graph of their own, compiled with the cells that are in the model then."""
 
     def __init__(self, model: nn.Cell):
         super().__init__()

@@ -41,8 +41,8 @@ def job_of(config: RunConfig, sizes: DecoderConfig, device: Device) -> Job:
     sizes = replace(sizes, **{name: getattr(sizes, name) // processes for name in session.DIVIDED.values()})
     pet = config.pet_config
     costs = None
-    if pet is not None:
-        adapter = adapter_config(pet)
+    adapter = None if pet is None else adapter_config(pet)
+    if adapter is not None:
         modules = memory_estimate.modules(sizes)
         costs = {name: adapter.cost(spec, *modules[name]) for name, spec in adapter.specs(modules).items()}
     dtype = config.model.sizes.compute_dtype or default_dtype(device)
@@ -52,14 +52,14 @@ def job_of(config: RunConfig, sizes: DecoderConfig, device: Device) -> Job:
         lines=config.batch_size,
         length=data.seq_length(config, sizes.max_position_embeddings),
         costs=costs,
-        dropout=0.0 if pet is None else pet.lora_dropout,
+        dropout=0.0 if adapter is None else adapter.dropout,
+        separate_dropout=adapter is not None and adapter.separate_dropout,
         float16=dtype != "float32",
         recomputed=frozenset(recomputed_layers(config.recompute_config.recompute, sizes.num_hidden_layers)),
         tokenizer=beside_checkpoint.is_file() or bool(config.processor.tokenizer.vocab_file),
         device=device,
         swap=config.optimizer.swap,
         native=config.context.cpu_operators and has_native(device),
-        lora_bias=pet is not None and pet.lora_bias,
     )
 
 

@@ -74,17 +74,16 @@ class Job:
     sizes: Sizes  # of this process's part, where processes share a model
     lines: int  # of a micro-batch
     length: int  # tokens of a line
-    costs: (
-        Mapping[str, AdapterCost] | None
-    )  # of the adapter on each adapted module, by path; None: all parameters train
-    dropout: float = 0.0
+    # of the adapter on each adapted module, by path; None: all parameters train
+    costs: Mapping[str, AdapterCost] | None
+    dropout: float = 0.0  # on the inputs of adapters
+    separate_dropout: bool = False  # by an operator of its own, even with native ones
     float16: bool = False  # weights and activations; else float32
     recomputed: Collection[int] = field(default_factory=frozenset)  # layers whose activations are recomputed
     tokenizer: bool = True
     device: Literal["CPU", "Ascend"] = "CPU"
     swap: bool = False  # AdamW's moments in the host's memory between steps
     native: bool = False  # on the CPU: native operators in place of MindSpore's
-    lora_bias: bool = False
 
     @property
     def weight_width(self) -> int:
@@ -185,7 +184,9 @@ def _adapter_inputs(job: Job, dense: Mapping[str, tuple[int, int]], prefix: str)
     # numbers per token that the gradients of adapters need: their inputs, and what they keep besides
     adapted = [name for name in dense if name.startswith(prefix) and (job.costs is None or name in job.costs)]
     kept_besides = 0 if job.costs is None else sum(job.costs[name].kept for name in adapted)
-    if job.dropout and (not job.native or job.lora_bias):  # then each adapter has its own dropped input and its mask
+    if job.dropout and (
+        not job.native or job.separate_dropout
+    ):  # then each adapter has its own dropped input and its mask
         return kept_besides + 2 * sum(dense[name][0] for name in adapted)
     shared = {name.replace("k_proj", "q_proj").replace("v_proj", "q_proj").replace("up_", "gate_") for name in adapted}
     return kept_besides + sum(dense[name][0] for name in shared)

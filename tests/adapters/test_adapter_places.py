@@ -170,11 +170,11 @@ def test_two_groups_that_both_want_one_module_overlap(groups):
         ({"init_lora_weights": "orthogonal", "rank_pattern": {"q_proj": 5}},
          "init_lora_weights orthogonal expects even ranks, got 5"),
         ({"init_lora_weights": "pissa", "use_dora": True},
-         "init_lora_weights pissa goes with neither use_dora nor lora_bias"),
+         "init_lora_weights pissa does not support use_dora or lora_bias: leave them out"),
         ({"layer_groups": (group(0),), "rank_pattern": {"q_proj": 2}},
-         "layer_groups stands in place of rank_pattern, alpha_pattern and layers_to_transform"),
+         "layer_groups replaces rank_pattern, alpha_pattern and layers_to_transform: leave these out, or it"),
         ({"layer_groups": (group(0),), "layers_to_transform": 0},
-         "layer_groups stands in place of rank_pattern, alpha_pattern and layers_to_transform"),
+         "layer_groups replaces rank_pattern, alpha_pattern and layers_to_transform: leave these out, or it"),
     ],
 )  # fmt: skip
 def test_settings_out_of_range_or_at_odds(settings, message):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from lora_ms.adapters.arithmetic import dropped, elected, nearest, trimmed
-from lora_ms.adapters.combine import METHODS, Adapter, combine, read_adapter, write_adapter
+from lora_ms.adapters.combine import COMBINATIONS, Adapter, combine, read_adapter, write_adapter
 from lora_ms.adapters.methods.base import Pair
 from lora_ms.adapters.methods.lora import LoraConfig
 from lora_ms.adapters.peft_files import base_name
@@ -29,7 +29,7 @@ GOLDEN = {
     "dare_linear": ("abc", "dare_linear", {"density": 1.0}),
     "magnitude_prune": ("abc", "magnitude_prune", {"density": 0.5}),
 }
-PRUNING = [name for name in METHODS if name not in ("linear", "cat", "svd")]
+PRUNING = [name for name in COMBINATIONS if name not in ("linear", "cat", "svd")]
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""What all adapter cells have in common. An adapter cell stands in a model where the layer that it adapts stood."""
+"""What all adapter cells have in common. An adapter cell replaces the layer that it adapts, and holds it."""
 
 from collections.abc import Hashable, Iterator, Mapping
 from typing import Any, NamedTuple
