@@ -17,6 +17,7 @@ DIRECTIONS = {
     "__init__": ("adapters python errors", ""),
     "errors": ("", ""),
     "storage": ("errors", "numpy safetensors"),
+    "model_folder": ("storage errors", "numpy"),
     "runtime": ("runtime nn.parallel ops errors", "mindspore"),
     "config": ("config errors", "yaml pydantic"),
     "data": (
@@ -25,24 +26,24 @@ DIRECTIONS = {
     ),
     "ops": ("ops", "mindspore numpy"),
     "nn": ("nn ops", "mindspore numpy"),
-    "models": ("models nn ops storage errors", "mindspore numpy"),
-    "adapters": ("adapters nn ops storage errors", "mindspore numpy"),
+    "models": ("models nn ops model_folder storage errors", "mindspore numpy"),
+    "adapters": ("adapters nn ops model_folder storage errors", "mindspore numpy"),
     "train": (
         "train nn ops data adapters.peft_format adapters.methods runtime storage errors",
         "mindspore numpy tqdm matplotlib tensorboardX",
     ),
     "infer": ("infer nn ops data.template data.example errors", "mindspore numpy transformers sacrebleu"),
-    "bridge": ("bridge adapters models nn ops storage errors", "mindspore numpy yaml mindformers mindpet"),
+    "bridge": ("bridge adapters models nn ops model_folder storage errors", "mindspore numpy yaml mindformers mindpet"),
     "recipes": (
-        "recipes config bridge models adapters train infer data nn ops runtime storage errors",
+        "recipes config bridge models adapters train infer data nn ops runtime model_folder storage errors",
         "mindspore numpy transformers tqdm",
     ),
     "commands": (
-        "commands recipes config bridge models adapters train infer data nn ops runtime storage errors",
+        "commands recipes config bridge models adapters train infer data nn ops runtime model_folder storage errors",
         "mindspore numpy transformers tqdm",
     ),
     "python": (
-        "python recipes models adapters train infer data nn ops runtime storage errors",
+        "python recipes models adapters train infer data nn ops runtime model_folder storage errors",
         "mindspore numpy transformers",
     ),
     "cli": ("cli commands recipes config runtime adapters errors", ""),

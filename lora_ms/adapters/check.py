@@ -15,6 +15,7 @@ from lora_ms.adapters import peft_files as files
 from lora_ms.adapters.config import AdaLoraConfig, LoraConfig
 from lora_ms.adapters.matching import by_pattern, leaf_of
 from lora_ms.errors import LoraMsError
+from lora_ms.model_folder import open_model
 from lora_ms.storage import Entry
 
 OK, WARNING, FAULT = "ok", "warning", "fault"
@@ -147,8 +148,8 @@ def check_b(modules: Mapping[str, Mapping[str, Entry]]) -> Check:
 
 def base_entries(base: Path) -> dict[str, Entry]:
     """The tensors of the model's directory, the shared head included."""
-    stored, hf = storage.open_dir(base), storage.read_json(base / "config.json")
-    return hf_merge.with_head(stored, hf.get("tie_word_embeddings", f"{hf_merge.HEAD}.weight" not in stored))
+    folder = open_model(base, storage.read_json(base / "config.json"))
+    return hf_merge.with_head(folder.entries, folder.tied)
 
 
 def check_base(adapter: Path, base: Path | None, entries: Mapping[str, Entry], config: LoraConfig) -> Iterator[Check]:

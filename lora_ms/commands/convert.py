@@ -1,6 +1,9 @@
 """``lora-ms convert``: a model's weights from Hugging Face's names to MindFormers', or back, tensor by tensor."""
 
+from dataclasses import replace
 from pathlib import Path
+
+import numpy as np
 
 from lora_ms import storage
 from lora_ms.bridge import weights
@@ -8,6 +11,7 @@ from lora_ms.bridge.files import NAME_MAP, SUFFIXES, of_entry, read_file, write_
 from lora_ms.bridge.layout import heads_of
 from lora_ms.commands.merge import TYPES, check_output, copy_texts, merged_config
 from lora_ms.errors import LoraMsError
+from lora_ms.model_folder import EMBEDDING, HEAD, open_model, untied_notice
 from lora_ms.models.decoder import DecoderConfig
 from lora_ms.models.hub import check_names, read_config
 from lora_ms.models.mindformers_names import STYLES
@@ -65,9 +69,10 @@ def to_mindformers(
     """Writes one file, or a folder of safetensors files with MindSpore's index."""
     hf = storage.read_json(source / "config.json")
     heads = heads_of(hf, source / "config.json", contiguous)
-    stored = {name: of_entry(entry) for name, entry in storage.open_dir(source).items()}
-    if hf.get("tie_word_embeddings"):
-        stored.pop("lm_head.weight", None)  # a copy, where there is one
+    found = open_model(source, hf)
+    for line in found.notices:
+        print(line)
+    stored = {name: of_entry(entry) for name, entry in found.entries.items()}
     tensors = weights.to_mindformers(stored, style, concat, heads, dtype, source)
     total = sum(tensor.size for tensor in tensors.values())
     if target.suffix in SUFFIXES:
@@ -91,8 +96,12 @@ def to_hugging_face(
     sizes, hf = read_config(base)
     heads = heads_of(hf, base / "config.json", contiguous)
     tensors, left = weights.to_hugging_face(read_file(source), heads, storage.STORED.get(dtype), source)
-    if sizes.tie_word_embeddings:
-        tensors.pop("lm_head.weight", None)
+    unties = sizes.tie_word_embeddings and HEAD in tensors and not same_blocks(tensors[HEAD], tensors.get(EMBEDDING))
+    if unties:
+        sizes = replace(sizes, tie_word_embeddings=False)
+        print(untied_notice(source))
+    elif sizes.tie_word_embeddings:
+        tensors.pop(HEAD, None)
     check_names(shapes_of(sizes), {name: tensor.shape for name, tensor in tensors.items()}, str(source))
     check_output(target, base, base, overwrite)
     total = sum(tensor.size for tensor in tensors.values())
@@ -102,10 +111,17 @@ def to_hugging_face(
         copy_texts(base, base, folder)
         written = {tensor.dtype for tensor in tensors.values()}
         named = [name for name, stored in storage.STORED.items() if {stored} == written]
-        storage.write_json(folder / "config.json", merged_config(hf, named[0] if named else dtype, False))
+        storage.write_json(folder / "config.json", merged_config(hf, named[0] if named else dtype, unties))
     print(f"{len(tensors)} tensors, {storage.size_text(total)}: {target}")
     if left:
         print(f"left out: {len(left)} tensors that are no weights of the model, such as {left[0]}")
+
+
+def same_blocks(one: storage.Planned, other: storage.Planned | None) -> bool:
+    """Whether two tensors are written alike."""
+    if other is None or one.shape != other.shape:
+        return False
+    return all(np.array_equal(x, y) for x, y in zip(one.blocks(), other.blocks(), strict=True))
 
 
 def shapes_of(sizes: DecoderConfig) -> dict[str, tuple[int, ...]]:

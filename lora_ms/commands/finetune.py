@@ -226,6 +226,9 @@ def run(config: RunConfig) -> None:
                 print(f"seq_length {how.seq_length} is beyond the {made_for} positions that the model was made for")
             estimate.announce(config, sizes, runtime, plan.layout.shapes[-1])
         model = common.build_model(config, sizes, dtype, runtime.shard)
+        if runtime.is_main:
+            for line in model.notices:
+                print(line)
         schedule_steps = settings.schedule_steps if settings.schedule_steps > 0 else plan.total_steps
         adapter = attach_adapter(config, model, schedule_steps, runtime.shard)
         ranks = RankAllocator(model, adapter) if isinstance(adapter, AdaLoraConfig) else None

@@ -7,6 +7,7 @@ from lora_ms import storage
 from lora_ms.adapters import offline_merge as hf_merge
 from lora_ms.adapters import peft_files as files
 from lora_ms.errors import LoraMsError
+from lora_ms.model_folder import GENERATION, open_model
 
 TYPES = ("float16", "bfloat16", "float32", "auto")
 TOKENIZER_FILES = (
@@ -20,7 +21,6 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-GENERATION = "generation_config.json"
 
 
 def base_of(adapter: Path, load_checkpoint: str | None) -> Path:
@@ -112,24 +112,26 @@ def run(
             f"{base} is quantised ({method}): merge into the model that it was made of, then quantise the result"
         )
     check_output(output, base, adapter, overwrite)
-    stored = storage.open_dir(base)
-    tied = hf.get("tie_word_embeddings", f"{hf_merge.HEAD}.weight" not in stored)
-    entries = hf_merge.with_head(stored, tied)
+    stored = open_model(base, hf)
+    for line in stored.notices:
+        print(line)
+    entries = hf_merge.with_head(stored.entries, stored.tied)
     updates = hf_merge.read_updates(adapter, entries)
-    untied = tied and not hf_merge.still_tied(updates)
-    if tied and not untied:
+    tied = stored.tied and hf_merge.still_tied(updates)
+    if tied:
         entries.pop(f"{hf_merge.HEAD}.weight", None)
         updates.pop(hf_merge.HEAD, None)
     planned = hf_merge.plan(entries, updates, storage.STORED.get(dtype), safe_merge)
     size = sum(tensor.size for tensor in planned.values())
     print(f"merging {len(updates)} modules of {adapter} into {base}: {len(planned)} tensors, {storage.size_text(size)}")
-    if untied:
+    unties = hf.get("tie_word_embeddings", False) and not tied
+    if unties:
         print("the head and the embedding come apart: tie_word_embeddings becomes false")
     with storage.whole_folder(output, size) as folder:
         for file in storage.write_model(folder, planned, shard_size):
             print(f"  {file.name}  {storage.size_text(file.stat().st_size)}")
         copied = copy_texts(base, adapter, folder)
-        storage.write_json(folder / "config.json", merged_config(hf, dtype, untied))
+        storage.write_json(folder / "config.json", merged_config(hf, dtype, unties))
     print(f"merged model: {output}")
     if "tokenizer_config.json" in copied:
         print(f"try it: lora-ms chat --load_checkpoint {output}   (transformers and vLLM load it as it is)")

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 import mindspore as ms
 from mindspore import Tensor, nn, ops
 
+from lora_ms.models.rope_settings import longest_text
 from lora_ms.nn.attention import Attention, attention_bias, uses_flash
 from lora_ms.nn.layers import MLP, Embedding, Head, RMSNorm, SplitEmbedding
 from lora_ms.nn.parallel import WHOLE, Shard
 from lora_ms.nn.projection import WeightMatMul, stream_dtype
-from lora_ms.nn.rope import RotaryTables, inverse_frequencies
+from lora_ms.nn.rope import RotaryTables, rotation_of
 from lora_ms.ops.portable import RowMask
 
 
@@ -33,6 +34,11 @@ class DecoderConfig:
     tie_word_embeddings: bool = False
     eos_token_ids: tuple[int, ...] = ()
     flash_attention: bool = True  # the fused attention of Ascend, where there is one
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest text that the model is made for; see ``rope_settings.longest_text``."""
+        return longest_text(self.max_position_embeddings, self.rope_scaling)
 
 
 class DecoderLayer(nn.Cell):
@@ -92,8 +98,8 @@ class Decoder(nn.Cell):
             self.embed_tokens = Embedding(c.vocab_size, c.hidden_size, dtype)
         self.layers = nn.CellList([DecoderLayer(c, dtype, shard) for _ in range(c.num_hidden_layers)])
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype)
-        inv_freq = inverse_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
-        self.rotary_tables = RotaryTables(c.head_dim, heads, kv_heads, inv_freq, self.stream)
+        rotation = rotation_of(c.head_dim, c.rope_theta, c.rope_scaling, c.max_position_embeddings)
+        self.rotary_tables = RotaryTables(c.head_dim, heads, kv_heads, rotation, self.stream)
         self.row_mask = RowMask(heads, kv_heads, uses_flash(c.flash_attention, dtype))
 
     def construct(self, input_ids: Tensor, position_ids: Tensor, bias: Tensor, rows: Tensor | None = None) -> Tensor:
@@ -106,7 +112,9 @@ class Decoder(nn.Cell):
     def cached(self, input_ids: Tensor, cache: nn.Cell, start: Tensor, padding: Tensor) -> Tensor:
         """New tokens input_ids [b, s], from slot ``start`` [] of ``cache`` on -> [b * s, h] (see ``KVCache``)."""
         positions, rows, bias = cache(start, padding, input_ids.shape[1])
-        rope = self.rotary_tables(positions)
+        new = input_ids.shape[1]
+        ends = positions.reshape((-1, new))[:, -1:] + 1  # a prompt is padded on the left: the last token is the newest
+        rope = self.rotary_tables(positions, ops.tile(ends, (1, new)).reshape((-1,)))
         x = self.embed_tokens(input_ids.reshape((-1,))).astype(self.stream)
         for i in range(len(self.layers)):
             x = self.layers[i].cached(x, rope, bias, cache, i, rows)

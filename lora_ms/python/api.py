@@ -107,7 +107,10 @@ class AutoModelForCausalLM:
             LoraMsError: not such a directory, an unsupported architecture, or tensors that do not fit.
         """
         runtime_module.setup()
-        return hub.load_directory(Path(path), ms_dtype, Model)
+        model = hub.load_directory(Path(path), ms_dtype, Model)
+        for line in model.notices:
+            print(line)
+        return model
 
 
 class AutoTokenizer:

@@ -13,6 +13,7 @@ from lora_ms.config import ModelSizes, PetConfig, RunConfig
 from lora_ms.config.model import LayerGroupKeys
 from lora_ms.data.example import IGNORE_INDEX
 from lora_ms.errors import LoraMsError
+from lora_ms.model_folder import is_tied
 from lora_ms.models import hub
 from lora_ms.models.decoder import CausalLM, DecoderConfig
 from lora_ms.nn.parallel import WHOLE, Shard
@@ -157,9 +158,9 @@ def read_sizes(config: RunConfig) -> DecoderConfig:
     if not path.exists():
         raise LoraMsError(f"load_checkpoint: {path} does not exist; give a Hugging Face directory or a .ckpt file")
     if path.is_dir():
-        found, _ = hub.read_config(path)
+        found, hf = hub.read_config(path)
         check_sizes(sizes, found, path)
-        return found
+        return replace(found, tie_word_embeddings=is_tied(path, hf))
     if path.suffix not in (".ckpt", ".safetensors"):
         raise LoraMsError(f"load_checkpoint: {path} is neither a folder nor a .ckpt or .safetensors file")
     if (path.parent / "config.json").is_file() and sizes.hidden_size is None:
@@ -254,6 +255,9 @@ def model_for_use(config: RunConfig, runtime: Runtime) -> CausalLM:
     if not config.load_checkpoint:
         raise LoraMsError("load_checkpoint is missing: give the Hugging Face directory of the model")
     model = build_model(config, sizes, compute_dtype(config, runtime), runtime.shard)
+    if runtime.is_main:
+        for line in model.notices:
+            print(line)
     if config.load_adapter:
         load_adapter(model, config.load_adapter, shard=runtime.shard)
     return model.set_train(False)
