@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -72,7 +72,8 @@ def open_dir(path: Path) -> dict[str, Entry]:
     Raises:
         LoraMsError: neither, or both: then nothing says which of the two are the weights.
     """
-    single, weight_map = "model.safetensors", {}
+    single = "model.safetensors"
+    weight_map: Any = {}
     if (path / INDEX).is_file():
         weight_map = read_json(path / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:

@@ -210,6 +210,8 @@ def _dispatch(command: str | None, args: argparse.Namespace, free_form: list[str
     command = command or {"train": "finetune"}.get(config.run_mode, config.run_mode)
     if command == "predict" and not args.predict_data:
         raise LoraMsError('nothing to predict: give --predict_data "a prompt" "another"')
+    if args.system is not None and command not in ("predict", "chat"):
+        raise LoraMsError(f"--system is for predict and chat, not {command}: leave it out (rows have their own)")
     if command not in DATA_COMMANDS:
         with _ended_by_ctrl_c():
             import_module("lora_ms.runtime.device")
@@ -224,11 +226,11 @@ def _dispatch(command: str | None, args: argparse.Namespace, free_form: list[str
     elif command == "predict":
         from lora_ms.commands import predict
 
-        predict.run(config, args.predict_data)
+        predict.run(config, args.predict_data, args.system)
     elif command == "chat":
         from lora_ms.commands import chat
 
-        chat.run(config)
+        chat.run(config, args.system)
     elif command == "estimate":
         from lora_ms.commands import estimate
 

@@ -11,9 +11,10 @@ from lora_ms.data.formats import Reading
 from lora_ms.data.loader import DataPlan
 from lora_ms.data.readers import iter_rows
 from lora_ms.data.store import TokenStore
+from lora_ms.data.template import encode_prompt
 from lora_ms.errors import LoraMsError
 from lora_ms.infer.chat import Speaker
-from lora_ms.infer.generate import Generator
+from lora_ms.infer.generate import Generator, check_prompts
 from lora_ms.infer.questions import chrf, is_match, question_of
 from lora_ms.infer.sampling import Sampling
 from lora_ms.models.decoder import CausalLM
@@ -39,11 +40,16 @@ class Samples:
         if tokenizer is None:
             raise LoraMsError("evaluation.prompts need a tokenizer, and load_checkpoint has none: take the prompts out")
         self.prompts = config.evaluation.prompts
-        limit = model.config.max_position_embeddings
-        self.speaker = Speaker(Generator(model), tokenizer, Sampling(), config.evaluation.max_new_tokens, limit)
+        self.speaker = Speaker(
+            Generator(model), tokenizer, Sampling(), config.evaluation.max_new_tokens, model.config.longest
+        )
+        self.tokens = [encode_prompt(tokenizer, [Message("user", prompt)]) for prompt in self.prompts]
+        check_prompts(self.tokens, model.config.vocab_size)
+        for number, tokens in enumerate(self.tokens, 1):
+            self.speaker.limit(tokens, number, len(self.tokens))  # now, rather than in the midst of the run
 
     def __call__(self) -> list[dict[str, str]]:
-        answers = self.speaker.answers([[Message("user", prompt)] for prompt in self.prompts])
+        answers = self.speaker.continued(self.tokens)
         return [{"prompt": p, "answer": a} for p, a in zip(self.prompts, answers, strict=True)]
 
 

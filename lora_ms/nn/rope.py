@@ -81,15 +81,16 @@ def yarn_share(head_dim: int, theta: float, scaling: dict) -> NDArray[np.float64
 
 def attention_factor(scaling: dict) -> float:
     """YaRN's factor on cosine and sine: its own, or that of the paper, or a ratio of two such (DeepSeek's)."""
-
-    def magnitude(scale: float) -> float:
-        return 0.1 * scale * math.log(scaling["factor"]) + 1.0 if scaling["factor"] > 1 else 1.0
-
     if scaling.get("attention_factor") is not None:
         return float(scaling["attention_factor"])
     if scaling.get("mscale") and scaling.get("mscale_all_dim"):
-        return magnitude(scaling["mscale"]) / magnitude(scaling["mscale_all_dim"])
-    return magnitude(1.0)
+        return magnitude(scaling["factor"], scaling["mscale"]) / magnitude(scaling["factor"], scaling["mscale_all_dim"])
+    return magnitude(scaling["factor"])
+
+
+def magnitude(factor: float, mscale: float = 1.0) -> float:
+    """How much YaRN lengthens queries and keys at a context ``factor`` times the original."""
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 def row_lengths(position_ids: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import mindspore as ms
+import numpy as np
 
 from lora_ms.adapters.config import AdaLoraConfig, LayerGroup, LoraConfig
 from lora_ms.adapters.peft_format import load_adapter
@@ -16,7 +17,9 @@ from lora_ms.errors import LoraMsError
 from lora_ms.model_folder import is_tied
 from lora_ms.models import hub
 from lora_ms.models.decoder import CausalLM, DecoderConfig
+from lora_ms.models.rope_settings import ROPE_TYPES, YARN_OPTIONS, scaling_of
 from lora_ms.nn.parallel import WHOLE, Shard
+from lora_ms.nn.rope import magnitude, rotation_of
 from lora_ms.ops.portable import use_plain_operators
 from lora_ms.recipes import parallel
 from lora_ms.runtime import device as runtime_module
@@ -36,6 +39,8 @@ SIZES = {
     "qkv_has_bias": "attention_bias",
     "tie_word_embeddings": "tie_word_embeddings",
 }
+# MindFormers' names of the rotary scalings -> config.json's; NTK is a larger theta
+EXTEND_METHODS = {"PI": "linear", "linear": "linear", "DYNAMIC_NTK": "dynamic", "YARN": "yarn", "LLAMA3": "llama3"}
 
 
 def start(config: RunConfig) -> Runtime:
@@ -82,6 +87,7 @@ def decoder_config(sizes: ModelSizes) -> DecoderConfig:
         missing = [f"model.model_config.{name}" for name, value in needed.items() if value is None]
         raise LoraMsError(f"without a Hugging Face directory in load_checkpoint these are needed: {', '.join(missing)}")
     qwen3 = sizes.type == "Qwen3Config"
+    longest = sizes.max_position_embedding or sizes.seq_length or 2048
     eos = sizes.eos_token_id
     return DecoderConfig(
         vocab_size=vocab,
@@ -92,9 +98,9 @@ def decoder_config(sizes: ModelSizes) -> DecoderConfig:
         num_key_value_heads=sizes.n_kv_heads or heads,
         head_dim=sizes.head_dim or (128 if qwen3 else hidden // heads),
         rms_norm_eps=sizes.rms_norm_eps or 1e-5,
-        rope_theta=sizes.theta or 10000.0,
-        rope_scaling=rope_scaling_of(sizes),
-        max_position_embeddings=sizes.max_position_embedding or sizes.seq_length or 2048,
+        rope_theta=theta_of(sizes) or 10000.0,
+        rope_scaling=rope_scaling_of(sizes, longest),
+        max_position_embeddings=longest,
         attention_bias=bool(sizes.qkv_has_bias) or sizes.type == "Qwen2Config",
         qk_norm=qwen3,
         tie_word_embeddings=bool(sizes.tie_word_embeddings),
@@ -102,22 +108,42 @@ def decoder_config(sizes: ModelSizes) -> DecoderConfig:
     )
 
 
-def rope_scaling_of(sizes: ModelSizes) -> dict | None:
-    """``extend_method`` and ``scaling_factor`` in config.json's words.
+def rope_scaling_of(sizes: ModelSizes, longest: int) -> dict | None:
+    """``extend_method`` and ``scaling_factor`` in config.json's words; longest: the model's, in tokens.
+
+    DYNAMIC_NTK is transformers' rope_type dynamic. NTK has no scaling: it is a larger theta (see ``theta_of``).
 
     Raises:
-        LoraMsError: a method that is not computed here.
+        LoraMsError: keys of scaling_factor that are missing or out of range.
     """
-    scaling = sizes.scaling_factor
-    if sizes.extend_method not in ("None", "PI", "linear", "LLAMA3"):
-        raise LoraMsError(f"extend_method {sizes.extend_method} is not supported; supported: PI, LLAMA3")
-    if sizes.extend_method in ("PI", "linear"):
-        return {"rope_type": "linear", "factor": scaling or 1.0}
-    if sizes.extend_method == "LLAMA3":
-        names = {"original_max_position_embedding": "original_max_position_embeddings"}
-        given = scaling if isinstance(scaling, dict) else {}
-        return {"rope_type": "llama3", **{names.get(k, k): v for k, v in given.items()}}
-    return None
+    if sizes.extend_method not in EXTEND_METHODS:
+        return None
+    kind, given = EXTEND_METHODS[sizes.extend_method], sizes.scaling_factor
+    numbers = dict(given) if isinstance(given, dict) else {"factor": given or 1.0}
+    if "original_max_position_embedding" in numbers:
+        numbers["original_max_position_embeddings"] = numbers.pop("original_max_position_embedding")
+    known = (*ROPE_TYPES[kind], *(YARN_OPTIONS if kind == "yarn" else ()))
+    unknown = [key for key in numbers if key not in known]
+    if unknown:
+        raise LoraMsError(
+            f"scaling_factor: {unknown[0]} is unknown to extend_method {sizes.extend_method}; known: {', '.join(known)}"
+        )
+    numbers.setdefault("original_max_position_embeddings", longest)
+    scaling = scaling_of(kind, numbers, "scaling_factor: extend_method")
+    if scaling is not None and ("mscale" in scaling or "mscale_all_dim" in scaling):
+        # MindFormers takes their ratio even where one of them is 0
+        first, second = (magnitude(scaling["factor"], scaling.pop(key, 0.0)) for key in ("mscale", "mscale_all_dim"))
+        scaling["attention_factor"] = first / second
+    return scaling
+
+
+def theta_of(sizes: ModelSizes) -> float | None:
+    """Base of the rotary frequencies, which NTK multiplies by the factor; None where the YAML gives none."""
+    if sizes.extend_method != "NTK":
+        return sizes.theta
+    if isinstance(sizes.scaling_factor, dict) or sizes.theta is None:
+        raise LoraMsError("extend_method NTK needs theta, and a number as scaling_factor, by which it is multiplied")
+    return sizes.theta * (sizes.scaling_factor or 1.0)
 
 
 def _llama_width(sizes: ModelSizes, hidden_size: int) -> int:
@@ -131,17 +157,27 @@ def _llama_width(sizes: ModelSizes, hidden_size: int) -> int:
 
 def check_sizes(sizes: ModelSizes, found: DecoderConfig, where: Path) -> None:
     """Raises LoraMsError where the YAML gives sizes other than config.json's; all are listed with both values."""
-    given = sizes.model_dump()
+    given = {**sizes.model_dump(), "theta": theta_of(sizes)}
     faults = [
         f"{key}: {given[key]} in the YAML, {getattr(found, name)} in config.json"
         for key, name in SIZES.items()
         if given[key] is not None and given[key] != getattr(found, name)
     ]
-    scaling = rope_scaling_of(sizes)
-    if scaling is not None and scaling != found.rope_scaling:
+    scaling = rope_scaling_of(sizes, found.max_position_embeddings)
+    if scaling is not None and not same_rotation(scaling, found):
         faults.append(f"extend_method: {scaling} in the YAML, {found.rope_scaling} in config.json")
     if faults:
         raise LoraMsError(f"{where}: the YAML's model_config describes another model: {'; '.join(faults)}")
+
+
+def same_rotation(scaling: dict, found: DecoderConfig) -> bool:
+    """Whether ``scaling`` rotates as the model's does: config.json may leave out what the YAML spells out."""
+    ours, theirs = (
+        rotation_of(found.head_dim, found.rope_theta, each, found.max_position_embeddings)
+        for each in (scaling, found.rope_scaling)
+    )
+    same_settings = (ours.attention_factor, ours.growth) == (theirs.attention_factor, theirs.growth)
+    return same_settings and np.array_equal(ours.inv_freq, theirs.inv_freq)
 
 
 def read_sizes(config: RunConfig) -> DecoderConfig:
