@@ -314,6 +314,8 @@ def whole_folder(folder: Path, size: int) -> Iterator[Path]:
             if MODEL_FILES.fullmatch(file.name):
                 file.unlink()
         for file in sorted(part.iterdir(), key=lambda file: file.name == "config.json"):
+            if file.is_dir():
+                shutil.rmtree(folder / file.name, ignore_errors=True)
             os.replace(file, folder / file.name)
     except OSError as error:
         ours = error.filename is None or Path(error.filename).absolute().is_relative_to(folder.parent)

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,9 +13,9 @@ from lora_ms.adapters import lowrank
 from lora_ms.adapters import offline_merge as hf_merge
 from lora_ms.adapters import peft_files as files
 from lora_ms.adapters.config import AdaLoraConfig, LoraConfig
-from lora_ms.adapters.matching import by_pattern, leaf_of
+from lora_ms.adapters.matching import by_pattern, layer_index, leaf_of, place_of, ranges
 from lora_ms.errors import LoraMsError
-from lora_ms.model_folder import open_model
+from lora_ms.hf_folder import open_model
 from lora_ms.storage import Entry
 
 OK, WARNING, FAULT = "ok", "warning", "fault"
@@ -57,12 +57,15 @@ def check_files(adapter: Path, base: Path | None) -> Iterator[Check]:
     except LoraMsError as error:
         yield Check("tensors", FAULT, str(error))
         return
+    yield from check_spelling(adapter, entries)
     modules = hf_merge.modules_of(entries)
     lora = [name for name, tensors in modules.items() if any(factor.startswith("lora_") for factor in tensors)]
     yield from check_keys(adapter, config, entries, lora)
     yield check_ranks(config, modules)
     yield check_b(modules)
     yield from check_base(adapter, base, entries, config)
+    if base is not None:
+        yield from check_complete(config, set(modules), base)
     yield check_template(adapter, base)
     yield from check_vllm(config, raw, modules)
 
@@ -94,6 +97,40 @@ def check_keys(adapter: Path, config: LoraConfig, entries: Mapping[str, Entry], 
         files.check_patterns(adapter, config, lora)
     except LoraMsError as error:
         yield Check("patterns", FAULT, str(error))
+
+
+def check_spelling(adapter: Path, entries: Mapping[str, Entry]) -> Iterator[Check]:
+    """Names that PEFT reads and does not write."""
+    odd = [key for key in storage.read_header(adapter / files.WEIGHTS) if key not in entries]
+    if odd:
+        text = f"{counted(len(odd), 'tensor')} spelled as PEFT reads and vLLM does not: {odd[0]}; save it again"
+        yield Check("vLLM: names", WARNING, text)
+
+
+def check_complete(config: LoraConfig, held: Collection[str], base: Path) -> Iterator[Check]:
+    """Whether the file holds all that the settings name."""
+    try:
+        names = [key.removesuffix(".weight") for key, entry in base_entries(base).items() if len(entry.shape) == 2]
+        missing = missing_modules(config, held, names)
+    except (LoraMsError, re.error):
+        return  # said elsewhere in the table
+    if missing:
+        yield Check("complete", FAULT, f"{files.CONFIG} names modules of which it holds nothing: {missing}")
+
+
+def missing_modules(config: LoraConfig, held: Collection[str], names: Iterable[str]) -> str:
+    """Which of the modules ``names`` of a model the settings name and the file, with modules ``held``, does not hold.
+
+    ``q_proj of layers 2-3, lm_head``; empty where it holds them all.
+    """
+    wanted = [name for name in names if place_of(name, config) is not None]
+    missing = [name for name in wanted if name not in held]
+    missing += [name for name in config.modules_to_save if not any(module.endswith(name) for module in held)]
+    layers: dict[str, list[int]] = {}
+    for name in missing:
+        index = layer_index(name)
+        layers.setdefault(leaf_of(name), []).extend([] if index is None else [index])
+    return ", ".join(f"{leaf} of layers {ranges(found)}" if found else leaf for leaf, found in layers.items())
 
 
 def rank_of(tensors: Mapping[str, Entry]) -> int | None:
@@ -179,12 +216,14 @@ def check_base(adapter: Path, base: Path | None, entries: Mapping[str, Entry], c
 
 
 def template_of(folder: Path) -> str | None:
-    """The chat template of a directory, if any."""
+    """The chat template of a directory, if any; of several, the one named default."""
     if (folder / "chat_template.jinja").is_file():
         return (folder / "chat_template.jinja").read_text(encoding="utf-8")
     if (folder / "tokenizer_config.json").is_file():
         template = storage.read_json(folder / "tokenizer_config.json").get("chat_template")
-        return template if isinstance(template, str) else None
+        if isinstance(template, list):
+            template = {each["name"]: each["template"] for each in template}.get("default")
+        return template
     return None
 
 

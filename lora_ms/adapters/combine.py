@@ -23,7 +23,7 @@ from lora_ms.adapters.peft_files import (
     read_entries,
     split_key,
 )
-from lora_ms.errors import LoraMsError
+from lora_ms.errors import LoraMsError, listed
 
 DENSE_NAMES = ("lora_A.weight", "lora_B.weight")
 EMBEDDING_NAMES = ("lora_embedding_A", "lora_embedding_B")
@@ -209,7 +209,7 @@ def read_adapter(path: str | os.PathLike) -> Adapter:
         alpha = by_pattern(name, config.alpha_pattern, config.lora_alpha)
         tensors[name] = (a, b, lowrank.scaling_of(rank, alpha, config.use_rslora))
     if faults or not tensors:
-        raise LoraMsError(f"{path}: cannot be combined: {'; '.join(faults) or 'it holds no LoRA tensor'}")
+        raise LoraMsError(f"{path}: cannot be combined: {listed(faults) or 'it holds no LoRA tensor'}")
     return Adapter(config, tensors)
 
 

@@ -23,7 +23,7 @@ from lora_ms.adapters.peft_files import (
     read_entries,
     split_key,
 )
-from lora_ms.errors import LoraMsError
+from lora_ms.errors import LoraMsError, listed
 from lora_ms.storage import Entry, Planned
 
 HEAD, EMBEDDING = "lm_head", "model.embed_tokens"
@@ -184,8 +184,8 @@ def read_updates(path: Path, base: Mapping[str, Entry]) -> dict[str, Update]:
     base: the model's tensors; ``with_head`` has those of a tied one.
 
     Raises:
-        LoraMsError: no adapter, an unsupported kind, numbers that are not finite, or another model's adapter: every
-            tensor without a place and every shape that differs is listed.
+        LoraMsError: no adapter, an unsupported kind, numbers that are not finite, or another model's adapter: the
+            first tensors without a place or of another shape are listed.
     """
     config, entries = read_adapter_config(path), read_entries(path)
     modules = modules_of(entries)
@@ -193,7 +193,7 @@ def read_updates(path: Path, base: Mapping[str, Entry]) -> dict[str, Update]:
     check_patterns(path, config, lora)
     faults = fit_faults(entries, base, config)
     if faults or not lora:
-        raise LoraMsError(f"{path}: made for another model: {'; '.join(faults) or 'it holds no LoRA tensor'}")
+        raise LoraMsError(f"{path}: made for another model: {listed(faults) or 'it holds no LoRA tensor'}")
     bare = [name for name in lora if "lora_B.bias" in modules[name] and f"{name}.bias" not in base]
     if bare:
         raise LoraMsError(

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from lora_ms import storage
 from lora_ms.adapters import lowrank
+from lora_ms.adapters.check import missing_modules
 from lora_ms.adapters.config import AdaLoraConfig, LoraConfig
 from lora_ms.adapters.inject import (
     ADAPTERS,
@@ -36,7 +37,7 @@ from lora_ms.adapters.peft_files import (
     read_entries,
     split_key,
 )
-from lora_ms.errors import LoraMsError
+from lora_ms.errors import LoraMsError, listed
 from lora_ms.nn.parallel import WHOLE, Shard
 
 Array = NDArray[np.float32]
@@ -127,8 +128,8 @@ def load_adapter(
     lora_dropout: for further training; None keeps the adapter's own.
 
     Raises:
-        LoraMsError: the adapter was made for another model: every tensor without a layer and every shape that
-            differs is listed, and the model is as it was.
+        LoraMsError: the adapter was made for another model: the first tensors without a layer or of another shape
+            are listed, and the model is as it was.
     """
     path = Path(path)
     config = read_adapter_config(path)
@@ -137,8 +138,17 @@ def load_adapter(
     cells = read_cells(model, path, config, shard)
     for parameter in model.get_parameters():
         parameter.requires_grad = False
+    missing = missing_modules(config, cells, target_layers(model))
     place(model, cells)
-    return config, report(model, shard=shard)
+    found = report(model, shard=shard)
+    if missing:
+        found = replace(found, notes=(*found.notes, incomplete(path, missing)))
+    return config, found
+
+
+def incomplete(path: Path, missing: str) -> str:
+    """What is said of an adapter that holds less than its settings name."""
+    return f"warning: {path} holds nothing of {missing}, which its {CONFIG} names: these modules are the model's own"
 
 
 def read_cells(model: nn.Cell, path: Path, config: LoraConfig, shard: Shard = WHOLE) -> dict[str, nn.Cell]:
@@ -163,11 +173,11 @@ def read_cells(model: nn.Cell, path: Path, config: LoraConfig, shard: Shard = WH
     }
     if not where:
         faults = [f"{key} {value.shape} has no place in the model" for key, value in tensors.items()]
-        raise LoraMsError(f"{path}: made for another model: {'; '.join(faults) or 'it holds no LoRA tensor'}")
+        raise LoraMsError(f"{path}: made for another model: {listed(faults) or 'it holds no LoRA tensor'}")
     cells = build(model, replace(config, modules_to_save=(*config.modules_to_save, *saved)), where)
     faults = fill(cells, tensors, config, layers)
     if faults:
-        raise LoraMsError(f"{path}: made for another model: {'; '.join(faults)}")
+        raise LoraMsError(f"{path}: made for another model: {listed(faults)}")
     return cells
 
 
@@ -225,4 +235,4 @@ def restore_adapter(model: nn.Cell, path: str | os.PathLike, config: LoraConfig,
     """Reads the adapter weights of directory ``path`` into the adapter that stands in ``model``."""
     faults = fill(adapter_cells(model), read_tensors(Path(path), shard), config, dict(model.cells_and_names()))
     if faults:
-        raise LoraMsError(f"{path}: not the adapter of this run: {'; '.join(faults)}")
+        raise LoraMsError(f"{path}: not the adapter of this run: {listed(faults)}")

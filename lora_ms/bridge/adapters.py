@@ -15,7 +15,7 @@ from lora_ms.adapters.offline_merge import modules_of
 from lora_ms.adapters.peft_config import Adapted, to_peft
 from lora_ms.bridge.files import Stored, of_entry, planned
 from lora_ms.bridge.layout import Heads, inverse
-from lora_ms.errors import LoraMsError
+from lora_ms.errors import LoraMsError, listed
 from lora_ms.models.mindformers_names import FUSED, mindformers_module, split_name
 from lora_ms.storage import Planned
 
@@ -142,7 +142,7 @@ def read_peft(path: Path) -> tuple[dict[str, Factors], Scale]:
     if len(scales) > 1:
         faults.append("its modules differ in rank or alpha: " + ", ".join(f"{r} and {a:g}" for r, a in sorted(scales)))
     if faults or not factors:
-        raise LoraMsError(f"{path}: MindFormers has no place for it: {'; '.join(faults) or 'it holds no LoRA tensor'}")
+        raise LoraMsError(f"{path}: MindFormers has no place for it: {listed(faults) or 'it holds no LoRA tensor'}")
     return factors, scales.pop()
 
 

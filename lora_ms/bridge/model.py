@@ -23,7 +23,7 @@ from lora_ms.bridge.files import decoded, in_memory, of_entry, planned
 from lora_ms.bridge.layout import Heads, inverse
 from lora_ms.bridge.settings import ALONE
 from lora_ms.errors import LoraMsError
-from lora_ms.model_folder import open_model
+from lora_ms.hf_folder import open_model
 from lora_ms.models.decoder import DecoderConfig
 from lora_ms.models.hub import check_names
 from lora_ms.models.mindformers_names import FUSED, mindformers_module, split_name

@@ -11,7 +11,7 @@ from lora_ms.bridge.files import NAME_MAP, SUFFIXES, of_entry, read_file, write_
 from lora_ms.bridge.layout import heads_of
 from lora_ms.commands.merge import TYPES, check_output, copy_texts, merged_config
 from lora_ms.errors import LoraMsError
-from lora_ms.model_folder import EMBEDDING, HEAD, open_model, untied_notice
+from lora_ms.hf_folder import EMBEDDING, HEAD, open_model, untied_notice
 from lora_ms.models.decoder import DecoderConfig
 from lora_ms.models.hub import check_names, read_config
 from lora_ms.models.mindformers_names import STYLES

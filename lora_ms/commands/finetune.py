@@ -137,7 +137,9 @@ def load_agreeing(path: str, pet: PetConfig, wanted: LoraConfig, model: CausalLM
     given, stored = pet.model_fields_set, read_adapter_config(path)
     layers, saved = list(injection.target_layers(model)), set(injection.saved_layers(model, wanted))
     dropout = wanted.lora_dropout if "lora_dropout" in given else stored.lora_dropout
-    loaded, _ = load_adapter(model, path, dropout, shard)
+    loaded, found = load_adapter(model, path, dropout, shard)
+    for line in found.notes:
+        print(line)
     there = adapted(model)
     faults = []
 

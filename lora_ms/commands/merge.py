@@ -7,7 +7,7 @@ from lora_ms import storage
 from lora_ms.adapters import offline_merge as hf_merge
 from lora_ms.adapters import peft_files as files
 from lora_ms.errors import LoraMsError
-from lora_ms.model_folder import GENERATION, open_model
+from lora_ms.hf_folder import GENERATION, open_model
 
 TYPES = ("float16", "bfloat16", "float32", "auto")
 TOKENIZER_FILES = (
@@ -20,6 +20,7 @@ TOKENIZER_FILES = (
     "tokenizer.model",
     "chat_template.jinja",
     "chat_template.json",
+    "additional_chat_templates",  # a folder of further ones
 )
 
 
@@ -74,9 +75,9 @@ def copy_texts(base: Path, adapter: Path, output: Path) -> list[str]:
     copied = []
     for name in (*TOKENIZER_FILES, GENERATION):
         sources = [adapter] if whole and name != GENERATION else [adapter, base]
-        source = next((folder / name for folder in sources if (folder / name).is_file()), None)
+        source = next((folder / name for folder in sources if (folder / name).exists()), None)
         if source is not None:
-            shutil.copyfile(source, output / name)
+            (shutil.copytree if source.is_dir() else shutil.copyfile)(source, output / name)
             copied.append(name)
     return copied
 

@@ -5,10 +5,10 @@ from pathlib import Path
 from lora_ms.config import RunConfig
 from lora_ms.data.example import Message
 from lora_ms.errors import LoraMsError
+from lora_ms.hf_folder import GENERATION, SAMPLING, sampling_defaults
 from lora_ms.infer.chat import Speaker
 from lora_ms.infer.generate import Generator
 from lora_ms.infer.sampling import Sampling
-from lora_ms.model_folder import GENERATION, SAMPLING, sampling_defaults
 from lora_ms.models.decoder import CausalLM
 from lora_ms.recipes import data, parallel
 from lora_ms.recipes import session as common
@@ -39,7 +39,7 @@ def speaker_for(config: RunConfig, model: CausalLM) -> Speaker:
 
 
 def offered(config: RunConfig) -> list[str]:
-    """A line with the settings that the model's authors suggest, where the user chose none; they are not taken unasked."""
+    """A line with the settings that the model's authors suggest, where the user chose none; none is taken unasked."""
     if set(SAMPLING) & config.model.sizes.model_fields_set or not Path(config.load_checkpoint).is_dir():
         return []
     suggested = sampling_defaults(Path(config.load_checkpoint))

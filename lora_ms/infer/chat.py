@@ -89,8 +89,8 @@ class Speaker:
         """
         if len(prompt) >= self.max_length:
             raise LoraMsError(
-                f"{prompt_name(number, count)} has {len(prompt):,} tokens, and the model takes {self.max_length:,} with "
-                "the answer: shorten it"
+                f"{prompt_name(number, count)} has {len(prompt):,} tokens, and the model takes {self.max_length:,} "
+                "with the answer: shorten it"
             )
         return min(self.max_new_tokens, self.max_length - len(prompt))
 

@@ -13,7 +13,7 @@ from numpy.typing import DTypeLike
 
 from lora_ms import storage
 from lora_ms.errors import LoraMsError, listed
-from lora_ms.model_folder import (
+from lora_ms.hf_folder import (
     EMBEDDING,
     GENERATION,
     HEAD,

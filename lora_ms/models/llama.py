@@ -1,7 +1,7 @@
 """Llama's config.json as a ``DecoderConfig`` (Llama 2, 3, 3.1, 3.2, and DeepSeek-R1-Distill-Llama)."""
 
 from lora_ms.errors import LoraMsError
-from lora_ms.model_folder import end_tokens
+from lora_ms.hf_folder import end_tokens
 from lora_ms.models.decoder import DecoderConfig
 from lora_ms.models.rope_settings import rope
 

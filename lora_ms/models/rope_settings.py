@@ -1,9 +1,11 @@
-"""The rotary settings of config.json, as transformers reads them, in the layouts before and since its version 5."""
+"""The rotary settings of config.json, as transformers reads them, in the layouts before and since its version 5, and of
+MindFormers' YAML."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from lora_ms.errors import LoraMsError
+from lora_ms.nn.rope import magnitude
 
 ROPE_TYPES: dict[str, tuple[str, ...]] = {  # and the numbers that each needs
     "default": (),
@@ -12,6 +14,8 @@ ROPE_TYPES: dict[str, tuple[str, ...]] = {  # and the numbers that each needs
     "yarn": ("factor", "original_max_position_embeddings"),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
+# MindFormers' names of all but NTK
+EXTEND_METHODS = {"PI": "linear", "linear": "linear", "DYNAMIC_NTK": "dynamic", "YARN": "yarn", "LLAMA3": "llama3"}
 YARN_OPTIONS = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")
 
 
@@ -84,6 +88,41 @@ def scaling_of(kind: str, numbers: Mapping[str, Any], where: str) -> dict | None
         if not right or (key in needed and value <= 0):
             raise LoraMsError(f"{where} {kind}: {key} {value!r} is out of range")
     return None if kind == "default" else {"rope_type": kind, **found}
+
+
+def mindformers_rope(
+    theta: float | None, extend_method: str, scaling_factor: float | Mapping[str, Any] | None, longest: int
+) -> tuple[float | None, dict | None]:
+    """Base and scaling from MindFormers' keys; longest: the model's ``max_position_embeddings``, in tokens.
+
+    NTK is a larger base. DYNAMIC_NTK is config.json's rope_type dynamic (MindFormers' own grows in powers of two).
+
+    Raises:
+        LoraMsError: keys of scaling_factor that are unknown, missing or out of range.
+    """
+    if extend_method == "NTK":
+        if isinstance(scaling_factor, Mapping) or theta is None:
+            raise LoraMsError("extend_method NTK needs theta, and a number in scaling_factor to multiply it by")
+        return theta * (scaling_factor or 1.0), None
+    if extend_method not in EXTEND_METHODS:
+        return theta, None
+    kind = EXTEND_METHODS[extend_method]
+    numbers = dict(scaling_factor) if isinstance(scaling_factor, Mapping) else {"factor": scaling_factor or 1.0}
+    if "original_max_position_embedding" in numbers:
+        numbers["original_max_position_embeddings"] = numbers.pop("original_max_position_embedding")
+    known = (*ROPE_TYPES[kind], *(YARN_OPTIONS if kind == "yarn" else ()))
+    unknown = [key for key in numbers if key not in known]
+    if unknown:
+        raise LoraMsError(
+            f"scaling_factor: {unknown[0]} is unknown to extend_method {extend_method}; known: {', '.join(known)}"
+        )
+    numbers.setdefault("original_max_position_embeddings", longest)
+    scaling = scaling_of(kind, numbers, "scaling_factor: extend_method")
+    if scaling is not None and ("mscale" in scaling or "mscale_all_dim" in scaling):
+        # MindFormers takes their ratio even where one of them is 0
+        first = magnitude(scaling["factor"], scaling.pop("mscale", 1.0))
+        scaling["attention_factor"] = first / magnitude(scaling["factor"], scaling.pop("mscale_all_dim", 0.0))
+    return theta, scaling
 
 
 def longest_text(max_position_embeddings: int, scaling: Mapping[str, Any] | None) -> int:

@@ -23,6 +23,11 @@ class Rotation:
     attention_factor: float = 1.0
     growth: tuple[float, int] | None = None
 
+    def equals(self, other: "Rotation") -> bool:
+        """Whether both rotate alike."""
+        same = (self.attention_factor, self.growth) == (other.attention_factor, other.growth)
+        return same and np.array_equal(self.inv_freq, other.inv_freq)
+
 
 def rotation_of(head_dim: int, theta: float, scaling: dict | None, max_position_embeddings: int) -> Rotation:
     """The rotation of a model with config.json's ``rope_theta``, ``rope_scaling`` and ``max_position_embeddings``."""

@@ -9,9 +9,10 @@ from mindspore import Tensor, nn
 from numpy.typing import NDArray
 
 from lora_ms.adapters import inject as injection
+from lora_ms.adapters.check import missing_modules
 from lora_ms.adapters.combine import Adapter, combine
 from lora_ms.adapters.config import LoraConfig
-from lora_ms.adapters.peft_format import read_adapter_config, read_cells, save_adapter
+from lora_ms.adapters.peft_format import incomplete, read_adapter_config, read_cells, save_adapter
 from lora_ms.errors import LoraMsError
 from lora_ms.infer.generate import Generator
 from lora_ms.python.adapter_set import NamedAdapters, apart, together
@@ -127,6 +128,9 @@ class PeftModel:
         config = read_adapter_config(path)
         with self.adapters.disabled():
             cells = read_cells(self.model, Path(path), config)
+            missing = missing_modules(config, cells, injection.target_layers(self.model))
+        if missing:
+            print(incomplete(Path(path), missing))
         self._take_in(adapter_name, config, cells)
 
     def add_weighted_adapter(

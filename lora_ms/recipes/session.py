@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import mindspore as ms
-import numpy as np
 
 from lora_ms.adapters.config import AdaLoraConfig, LayerGroup, LoraConfig
 from lora_ms.adapters.peft_format import load_adapter
@@ -14,12 +13,12 @@ from lora_ms.config import ModelSizes, PetConfig, RunConfig
 from lora_ms.config.model import LayerGroupKeys
 from lora_ms.data.example import IGNORE_INDEX
 from lora_ms.errors import LoraMsError
-from lora_ms.model_folder import is_tied
+from lora_ms.hf_folder import is_tied
 from lora_ms.models import hub
 from lora_ms.models.decoder import CausalLM, DecoderConfig
-from lora_ms.models.rope_settings import ROPE_TYPES, YARN_OPTIONS, scaling_of
+from lora_ms.models.rope_settings import mindformers_rope
 from lora_ms.nn.parallel import WHOLE, Shard
-from lora_ms.nn.rope import magnitude, rotation_of
+from lora_ms.nn.rope import rotation_of
 from lora_ms.ops.portable import use_plain_operators
 from lora_ms.recipes import parallel
 from lora_ms.runtime import device as runtime_module
@@ -39,8 +38,6 @@ SIZES = {
     "qkv_has_bias": "attention_bias",
     "tie_word_embeddings": "tie_word_embeddings",
 }
-# MindFormers' names of the rotary scalings -> config.json's; NTK is a larger theta
-EXTEND_METHODS = {"PI": "linear", "linear": "linear", "DYNAMIC_NTK": "dynamic", "YARN": "yarn", "LLAMA3": "llama3"}
 
 
 def start(config: RunConfig) -> Runtime:
@@ -88,6 +85,7 @@ def decoder_config(sizes: ModelSizes) -> DecoderConfig:
         raise LoraMsError(f"without a Hugging Face directory in load_checkpoint these are needed: {', '.join(missing)}")
     qwen3 = sizes.type == "Qwen3Config"
     longest = sizes.max_position_embedding or sizes.seq_length or 2048
+    theta, scaling = mindformers_rope(sizes.theta, sizes.extend_method, sizes.scaling_factor, longest)
     eos = sizes.eos_token_id
     return DecoderConfig(
         vocab_size=vocab,
@@ -98,52 +96,14 @@ def decoder_config(sizes: ModelSizes) -> DecoderConfig:
         num_key_value_heads=sizes.n_kv_heads or heads,
         head_dim=sizes.head_dim or (128 if qwen3 else hidden // heads),
         rms_norm_eps=sizes.rms_norm_eps or 1e-5,
-        rope_theta=theta_of(sizes) or 10000.0,
-        rope_scaling=rope_scaling_of(sizes, longest),
+        rope_theta=theta or 10000.0,
+        rope_scaling=scaling,
         max_position_embeddings=longest,
         attention_bias=bool(sizes.qkv_has_bias) or sizes.type == "Qwen2Config",
         qk_norm=qwen3,
         tie_word_embeddings=bool(sizes.tie_word_embeddings),
         eos_token_ids=() if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
     )
-
-
-def rope_scaling_of(sizes: ModelSizes, longest: int) -> dict | None:
-    """``extend_method`` and ``scaling_factor`` in config.json's words; longest: the model's, in tokens.
-
-    DYNAMIC_NTK is transformers' rope_type dynamic. NTK has no scaling: it is a larger theta (see ``theta_of``).
-
-    Raises:
-        LoraMsError: keys of scaling_factor that are missing or out of range.
-    """
-    if sizes.extend_method not in EXTEND_METHODS:
-        return None
-    kind, given = EXTEND_METHODS[sizes.extend_method], sizes.scaling_factor
-    numbers = dict(given) if isinstance(given, dict) else {"factor": given or 1.0}
-    if "original_max_position_embedding" in numbers:
-        numbers["original_max_position_embeddings"] = numbers.pop("original_max_position_embedding")
-    known = (*ROPE_TYPES[kind], *(YARN_OPTIONS if kind == "yarn" else ()))
-    unknown = [key for key in numbers if key not in known]
-    if unknown:
-        raise LoraMsError(
-            f"scaling_factor: {unknown[0]} is unknown to extend_method {sizes.extend_method}; known: {', '.join(known)}"
-        )
-    numbers.setdefault("original_max_position_embeddings", longest)
-    scaling = scaling_of(kind, numbers, "scaling_factor: extend_method")
-    if scaling is not None and ("mscale" in scaling or "mscale_all_dim" in scaling):
-        # MindFormers takes their ratio even where one of them is 0
-        first, second = (magnitude(scaling["factor"], scaling.pop(key, 0.0)) for key in ("mscale", "mscale_all_dim"))
-        scaling["attention_factor"] = first / second
-    return scaling
-
-
-def theta_of(sizes: ModelSizes) -> float | None:
-    """Base of the rotary frequencies, which NTK multiplies by the factor; None where the YAML gives none."""
-    if sizes.extend_method != "NTK":
-        return sizes.theta
-    if isinstance(sizes.scaling_factor, dict) or sizes.theta is None:
-        raise LoraMsError("extend_method NTK needs theta, and a number as scaling_factor, by which it is multiplied")
-    return sizes.theta * (sizes.scaling_factor or 1.0)
 
 
 def _llama_width(sizes: ModelSizes, hidden_size: int) -> int:
@@ -157,27 +117,19 @@ def _llama_width(sizes: ModelSizes, hidden_size: int) -> int:
 
 def check_sizes(sizes: ModelSizes, found: DecoderConfig, where: Path) -> None:
     """Raises LoraMsError where the YAML gives sizes other than config.json's; all are listed with both values."""
-    given = {**sizes.model_dump(), "theta": theta_of(sizes)}
+    longest = found.max_position_embeddings
+    theta, scaling = mindformers_rope(sizes.theta, sizes.extend_method, sizes.scaling_factor, longest)
+    given = {**sizes.model_dump(), "theta": theta}
     faults = [
         f"{key}: {given[key]} in the YAML, {getattr(found, name)} in config.json"
         for key, name in SIZES.items()
         if given[key] is not None and given[key] != getattr(found, name)
     ]
-    scaling = rope_scaling_of(sizes, found.max_position_embeddings)
-    if scaling is not None and not same_rotation(scaling, found):
+    rotations = [rotation_of(found.head_dim, found.rope_theta, each, longest) for each in (scaling, found.rope_scaling)]
+    if scaling is not None and not rotations[0].equals(rotations[1]):  # one may leave out what the other spells out
         faults.append(f"extend_method: {scaling} in the YAML, {found.rope_scaling} in config.json")
     if faults:
         raise LoraMsError(f"{where}: the YAML's model_config describes another model: {'; '.join(faults)}")
-
-
-def same_rotation(scaling: dict, found: DecoderConfig) -> bool:
-    """Whether ``scaling`` rotates as the model's does: config.json may leave out what the YAML spells out."""
-    ours, theirs = (
-        rotation_of(found.head_dim, found.rope_theta, each, found.max_position_embeddings)
-        for each in (scaling, found.rope_scaling)
-    )
-    same_settings = (ours.attention_factor, ours.growth) == (theirs.attention_factor, theirs.growth)
-    return same_settings and np.array_equal(ours.inv_freq, theirs.inv_freq)
 
 
 def read_sizes(config: RunConfig) -> DecoderConfig:
@@ -295,5 +247,7 @@ def model_for_use(config: RunConfig, runtime: Runtime) -> CausalLM:
         for line in model.notices:
             print(line)
     if config.load_adapter:
-        load_adapter(model, config.load_adapter, shard=runtime.shard)
+        _, found = load_adapter(model, config.load_adapter, shard=runtime.shard)
+        for line in found.notes if runtime.is_main else ():
+            print(line)
     return model.set_train(False)

@@ -58,8 +58,8 @@ def typed(monkeypatch, request):
 @pytest.mark.parametrize(
     "typed", [["Who are you?", "/help", "/reset", "", "Who are you?", "/exit", "never"]], indirect=True
 )
-def test_a_conversation(typed, capsys, monkeypatch, graph_mode):
-    monkeypatch.chdir(cli.__file__.rsplit("/", 2)[0])
+def test_a_conversation(typed, capsys, monkeypatch, graph_mode, root):
+    monkeypatch.chdir(root)
     assert cli.main(["chat", "--load_checkpoint", MODEL, "--max_new_tokens", "24"]) == 0
     out = capsys.readouterr().out.splitlines()
     help_line = "/reset forgets the conversation, /exit leaves"
