@@ -86,7 +86,7 @@ def open_dir(path: Path) -> dict[str, Entry]:
                 f"{path}: holds {single} and {INDEX} with {left[0]}: which are the weights? Move the older ones away "
                 f"(transformers reads {single}, vLLM the others)"
             )
-        files = [single]  # the index is of shards that are gone
+        files, weight_map = [single], {}  # the index is of shards that are gone
     if not files:
         raise LoraMsError(f"{path}: holds no {single} and no {INDEX}")
     entries: dict[str, Entry] = {}
