@@ -130,7 +130,7 @@ def missing_modules(config: LoraConfig, held: Collection[str], names: Iterable[s
     for name in missing:
         index = layer_index(name)
         layers.setdefault(leaf_of(name), []).extend([] if index is None else [index])
-    return ", ".join(f"{leaf} of layers {ranges(found)}" if found else leaf for leaf, found in layers.items())
+    return ", ".join(f"{leaf} of layers {ranges(found)}" if found else leaf for leaf, found in sorted(layers.items()))
 
 
 def rank_of(tensors: Mapping[str, Entry]) -> int | None:

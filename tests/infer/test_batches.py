@@ -5,7 +5,6 @@ import random
 import numpy as np
 import pytest
 
-from lora_ms.data.example import Message
 from lora_ms.data.tokenizer import load_tokenizer
 from lora_ms.errors import LoraMsError
 from lora_ms.infer.chat import Speaker
@@ -154,13 +153,8 @@ def test_the_last_id_is_one(generator):
     check_prompts([[0, 2047]], 2048)
 
 
-def test_answers_end_at_every_end_token_that_is_known(tiny):
+@pytest.mark.parametrize(("more", "ends"), [([], (2,)), ([606], (2, 606)), ([2, 0], (0, 2))])
+def test_answers_end_at_every_end_token_that_is_known(tiny, more, ends):
     """The model's (config.json's and generation_config.json's), the tokenizer's, the template's and the user's."""
     model, tokenizer = tiny
-    found = Speaker(Generator(model), tokenizer, Sampling(), 60, 512, more_ends=[606])
-    assert found.eos_token_ids == (2, 606)
-    whole = Speaker(Generator(model), tokenizer, Sampling(), 24, 512).continued(
-        [tokenizer.encode("Who are you?")]
-    )  # fmt: skip
-    assert whole[0]
-    assert found.prompt_length([Message("user", "hi")]) < 20
+    assert Speaker(Recorder(model), tokenizer, Sampling(), 60, 512, more_ends=more).eos_token_ids == ends
