@@ -1,7 +1,5 @@
 """What a user's input or machine can cause."""
 
-from collections.abc import Sequence
-
 
 class LoraMsError(Exception):
     """What is wrong, where, and what to do about it, in one line.
@@ -12,12 +10,6 @@ class LoraMsError(Exception):
 
 class WriteError(LoraMsError):
     """A file or folder cannot be written: a full disk, or no permission. What stood there before is as it was."""
-
-
-def listed(items: Sequence[str], most: int = 10, separator: str = "; ") -> str:
-    """The first ``most`` of ``items`` and how many more there are."""
-    more = f"{separator}and {len(items) - most:,} more" if len(items) > most else ""
-    return separator.join(items[:most]) + more
 
 
 def out_of_memory(fault: Exception) -> str | None:

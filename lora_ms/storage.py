@@ -86,7 +86,8 @@ def open_dir(path: Path) -> dict[str, Entry]:
                 f"{path}: holds {single} and {INDEX} with {left[0]}: which are the weights? Move the older ones away "
                 f"(transformers reads {single}, vLLM the others)"
             )
-        files, weight_map = [single], {}  # the index is of shards that are gone
+        files = [single]  # the index is of shards that are gone
+        weight_map = {}
     if not files:
         raise LoraMsError(f"{path}: holds no {single} and no {INDEX}")
     entries: dict[str, Entry] = {}
@@ -236,7 +237,7 @@ def parse_size(text: str) -> int:
     """Bytes: ``5GB``, ``500MB``, ``2GiB`` or a plain number. Raises LoraMsError."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?i?B?)", text.strip(), re.IGNORECASE)
     if found is None or found[2].upper() not in UNITS or not float(found[1]):
-        raise LoraMsError(f"max_shard_size wants a size such as 5GB or 500MB, got {text!r}")
+        raise LoraMsError(f"max_shard_size expects a size such as 5GB or 500MB, got {text!r}")
     return int(float(found[1]) * UNITS[found[2].upper()])
 
 

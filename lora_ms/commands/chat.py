@@ -3,26 +3,26 @@
 import sys
 from collections.abc import Sequence
 
-from lora_ms.commands.predict import offered, speaker_for
 from lora_ms.config import RunConfig
 from lora_ms.data.example import Message
 from lora_ms.errors import LoraMsError
 from lora_ms.infer.chat import Speaker
-from lora_ms.recipes import parallel
-from lora_ms.recipes import session as common
+from lora_ms.recipes import session
+from lora_ms.recipes.generate import model_for_use, sampling_of, speaker_for, suggested_sampling
 
 HELP = "/reset forgets the conversation, /exit leaves"
 
 
 def fit_history(speaker: Speaker, history: list[Message], opening: Sequence[Message] = ()) -> int:
-    """Drops the oldest turns until prompt and answer fit the model; returns how many messages went.
+    """Drops the oldest turns until prompt and answer fit the model; returns the number of messages dropped.
 
-    opening: what stands before them, and stays.
+    opening: the messages before them, which stay.
 
     Raises:
         LoraMsError: the newest message alone is too long.
     """
-    dropped, room = 0, speaker.max_length - min(speaker.max_new_tokens, speaker.max_length // 2)
+    room = speaker.max_length - min(speaker.max_new_tokens, speaker.max_length // 2)
+    dropped = 0
     while (length := speaker.prompt_length([*opening, *history])) > room:
         if len(history) < 3:
             raise LoraMsError(f"this message makes a prompt of {length} tokens, and there is room for {room}")
@@ -32,7 +32,7 @@ def fit_history(speaker: Speaker, history: list[Message], opening: Sequence[Mess
 
 
 def show(text: str) -> None:
-    """To the terminal at once."""
+    """Writes to the terminal, at once."""
     sys.stdout.write(text)
     sys.stdout.flush()
 
@@ -42,10 +42,10 @@ def run(config: RunConfig, system: str | None = None) -> None:
 
     system: a message before the conversation, which /reset does not forget.
     """
-    parallel.check_alone(config, "chat")
-    runtime = common.start(config)
-    speaker = speaker_for(config, common.model_for_use(config, runtime))
-    for line in (*offered(config), f"chat: {HELP}"):
+    session.check_alone(config, "chat")
+    runtime = session.start(config)
+    speaker = speaker_for(config, model_for_use(config, runtime), sampling_of(config))
+    for line in (*suggested_sampling(config), f"chat: {HELP}"):
         print(line)
     opening = [Message("system", system)] if system else []
     history: list[Message] = []
@@ -67,7 +67,7 @@ def run(config: RunConfig, system: str | None = None) -> None:
 
 
 def turn(speaker: Speaker, history: list[Message], text: str, opening: Sequence[Message] = ()) -> None:
-    """One question and its streamed answer; Ctrl-C ends the answer and takes the question back."""
+    """One question and its streamed answer; Ctrl-C ends the answer, and both are forgotten."""
     history.append(Message("user", text))
     try:
         dropped = fit_history(speaker, history, opening)

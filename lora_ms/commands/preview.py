@@ -16,15 +16,16 @@ from lora_ms.data.report import Tally
 from lora_ms.data.store import TokenStore
 from lora_ms.errors import LoraMsError
 from lora_ms.recipes import data
+from lora_ms.text import counted
 
 ROWS = 3  # shown where no row is asked for
 COLOUR, GREY, PLAIN = "\x1b[1;32m", "\x1b[90m", "\x1b[0m"
 
 
 def run(config: RunConfig, row: int | None) -> None:
-    """Prints the first rows of ``train_dataset``, or what became of the row of that number in its file.
+    """Prints the first rows of ``train_dataset``, or what became of one of them.
 
-    row: as error lines name it: ``rows.jsonl:4`` is row 4, and so is ``rows.json[4]``.
+    row: its number in its file, as error lines have it: ``rows.jsonl:4`` is row 4, and so is ``rows.json[4]``.
 
     Raises:
         LoraMsError: there is no such row, none is kept, or there is no tokenizer.
@@ -33,13 +34,14 @@ def run(config: RunConfig, row: int | None) -> None:
     tokenizer = data.tokenizer_for(config, training=True)
     if tokenizer is None:
         raise LoraMsError("no tokenizer: give --load_checkpoint, or processor.tokenizer.vocab_file")
-    how = data.preparation(config, config.train_dataset, data.NO_LIMIT, _vocab_size(config))
+    preparation = data.preparation_of(config, config.train_dataset, data.NO_LIMIT, _vocab_size(config))
     tally = Tally()
-    rows = (kept for _, chunk in tokenise(read(sources, how, tally), tokenizer, how, tally) for kept in chunk)
+    chunks = tokenise(read(sources, preparation, tally), tokenizer, preparation, tally)
+    rows = (kept for _, chunk in chunks for kept in chunk)
     shown = list(islice(rows if row is None else of_number(rows, row), ROWS))
     if not shown:
         if row is None or tally.rows == tally.too_long - tally.cut + tally.masked:
-            finish(TokenStore.of([]), how, tally)  # says why
+            finish(TokenStore.of([]), preparation, tally)  # raises, with the reason
         raise LoraMsError(f"--row {row}: not among the rows that are kept, of {tally.rows:,} that were read")
     colours = sys.stdout.isatty()
     for item in shown:
@@ -52,7 +54,7 @@ def _vocab_size(config: RunConfig) -> int | None:
 
 
 def of_number(rows: Iterable[TokenRow], number: int) -> Iterator[TokenRow]:
-    """What the first row of that number became; no row behind it is read."""
+    """What the first row of that number became; no row after it is read."""
     where = None
     for row in rows:
         if where is None and number_of(row) == number:
@@ -64,16 +66,17 @@ def of_number(rows: Iterable[TokenRow], number: int) -> Iterator[TokenRow]:
 
 
 def number_of(row: TokenRow) -> int:
-    """The number of its line, or of its place in a list, that ends ``where``."""
+    """The number at the end of ``where``: of a line, or of an element of a list."""
     found = re.search(r"(\d+)\D*$", row.where)
     return int(found[1]) if found else 0
 
 
 def show(row: TokenRow, tokenizer, colours: bool) -> str:
-    """A heading, and the text of a row: labelled runs in colour, or, without colours, in double brackets."""
+    """A heading, and the text of a row: labelled parts in colour, or, without colours, in double brackets."""
     learnt = row.labels != IGNORE_INDEX
-    edges = np.flatnonzero(np.diff(learnt.astype(np.int8))) + 1
-    head = f"{row.where}: {len(row.input_ids)} tokens, {int(np.count_nonzero(learnt[1:]))} of them labels"
+    edges = np.flatnonzero(np.diff(learnt.astype(np.int8))) + 1  # where labelled parts begin and end
+    labels = int(np.count_nonzero(learnt[1:]))
+    head = f"{row.where}: {counted(len(row.input_ids), 'token')}, {labels:,} of them labels"
     parts = []
     for part in np.split(np.arange(len(learnt)), edges):
         text = tokenizer.decode(row.input_ids[part], clean_up_tokenization_spaces=False)

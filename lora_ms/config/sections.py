@@ -4,10 +4,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from lora_ms.config.values import Flag, Memory, NoEffect, Number, Path, Recompute, Section, Text, Texts, Whole
+from lora_ms.values import Flag, Memory, NoEffect, Number, Path, Recompute, Section, Text, Texts, Whole
 
 
-class Trainer(Section):
+class TrainerKeys(Section):
     """``trainer``: names only."""
 
     type: NoEffect = "CausalLanguageModelingTrainer"
@@ -39,9 +39,9 @@ def _handlers(value: Any) -> list[dict[str, Any]]:
     handlers = [value] if isinstance(value, dict) else value or []
     kinds = [handler.get("type") if isinstance(handler, dict) else handler for handler in handlers]
     if any(kind != "AlpacaInstructDataHandler" for kind in kinds):
-        raise ValueError("wants a list of {type: AlpacaInstructDataHandler, …}")
+        raise ValueError("expects a list of {type: AlpacaInstructDataHandler, …}")
     if any(type(handler.get("seq_length", 2)) is not int for handler in handlers):
-        raise ValueError("wants a whole number as seq_length")
+        raise ValueError("expects a whole number as seq_length")
     return handlers
 
 
@@ -132,7 +132,7 @@ class EvalDataset(Dataset):
     input_columns: NoEffect = ["input_ids"]
 
 
-class Evaluation(Section):
+class EvaluationKeys(Section):
     """``evaluation`` (ours): of held-out rows while training, with ``do_eval`` or ``validation_split``."""
 
     prompts: Texts = []  # answered by the model at each evaluation

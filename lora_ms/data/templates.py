@@ -4,16 +4,6 @@ Every assistant turn closes with the tokenizer's end token or the format's own. 
 system message.
 """
 
-from __future__ import annotations
-
-from pathlib import Path
-from typing import TYPE_CHECKING
-
-from lora_ms.errors import LoraMsError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 # What the formats themselves say: the wordings that models trained in them know.
 ALPACA_PREAMBLE = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request."
@@ -94,43 +84,3 @@ TEMPLATES = {
     # what MindFormers' AlpacaInstructDataHandler writes: Alpaca's prompt as a question to Vicuna
     "alpaca_vicuna": _with_system(_VICUNA, VICUNA_PREAMBLE).replace("QUESTION", f"({_ALPACA_QUESTION})"),
 }
-
-
-def template_of(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The tokenizer's own template, of several the one named default; Alpaca's for one without.
-
-    Raises LoraMsError where there are several and none of that name.
-    """
-    if isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
-        names = ", ".join(sorted(tokenizer.chat_template))
-        raise LoraMsError(
-            f"the tokenizer has several chat templates and no default: give --chat_template one of {names}"
-        )
-    return tokenizer.get_chat_template() if tokenizer.chat_template else TEMPLATES["alpaca"]
-
-
-def set_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Give the tokenizer the template `name`: one of ours, of its own, or in a file; it is saved with the tokenizer.
-
-    A named template begins with the tokenizer's begin token where the tokenizer puts it before every text.
-
-    Raises LoraMsError for an unknown name.
-    """
-    if name in TEMPLATES:
-        tokenizer.chat_template = ("{{ bos_token }}" if begins_with_bos(tokenizer) else "") + TEMPLATES[name]
-        return
-    named = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
-    if name in named:
-        tokenizer.chat_template = named[name]
-        return
-    if not Path(name).is_file():
-        raise LoraMsError(f"chat_template {name}: no such file, and none of {', '.join((*TEMPLATES, *sorted(named)))}")
-    try:
-        tokenizer.chat_template = Path(name).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise LoraMsError(f"chat_template {name}: not readable as UTF-8 text") from error
-
-
-def begins_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer itself puts its begin token before a text."""
-    return tokenizer.bos_token_id is not None and tokenizer("a").input_ids[0] == tokenizer.bos_token_id

@@ -11,10 +11,12 @@ from lora_ms.infer.sampling import Sampling
 
 
 class Stream:
-    """Turns the tokens of one answer into text as they come; half a character waits for its other half."""
+    """Turns the tokens of one answer into text as they come; an incomplete character waits for its last bytes."""
 
     def __init__(self, tokenizer, show: Callable[[str], None]):
-        self.tokenizer, self.show, self.shown = tokenizer, show, ""
+        self.tokenizer = tokenizer
+        self.show = show
+        self.shown = ""
         self.tokens: list[int] = []
 
     def add(self, token: int) -> None:
@@ -38,7 +40,7 @@ class Speaker:
     Args:
         generator: around the model.
         tokenizer: with a chat template, or the Alpaca prompt is used.
-        max_new_tokens: longest answer.
+        max_new_tokens: length of the longest answer.
         max_length: longest prompt and answer together, in tokens.
         more_ends: ids that end an answer, besides the tokenizer's, the model's and the chat template's own.
     """
@@ -52,8 +54,12 @@ class Speaker:
         max_length: int,
         more_ends: Sequence[int] = (),
     ):
-        self.generator, self.tokenizer, self.sampling = generator, tokenizer, sampling
-        self.max_new_tokens, self.max_length, self.calls = max_new_tokens, max_length, 0
+        self.generator = generator
+        self.tokenizer = tokenizer
+        self.sampling = sampling
+        self.max_new_tokens = max_new_tokens
+        self.max_length = max_length
+        self.calls = 0
         ends = {tokenizer.eos_token_id, *generator.model.config.eos_token_ids, *more_ends, turn_end(tokenizer)}
         self.eos_token_ids = tuple(sorted(end for end in ends if end is not None))
 
@@ -74,10 +80,10 @@ class Speaker:
         stream = Stream(self.tokenizer, show) if show else None
         new = self.generator.generate(
             prompts,
-            limits,
-            replace(self.sampling, seed=self.sampling.seed + self.calls),  # another answer when asked again
-            self.eos_token_ids,
-            (lambda row, token: stream.add(token) if row == 0 else None) if stream else None,
+            max_new_tokens=limits,
+            sampling=replace(self.sampling, seed=self.sampling.seed + self.calls),  # another answer when asked again
+            eos_token_ids=self.eos_token_ids,
+            on_token=(lambda row, token: stream.add(token) if row == 0 else None) if stream else None,
         )
         return [self.tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in new]
 

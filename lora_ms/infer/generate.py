@@ -62,10 +62,16 @@ class _Step(Graph):
     def __init__(self, model: nn.Cell, batch: int, length: int):
         super().__init__()
         c = model.config
-        group = c.num_attention_heads // c.num_key_value_heads
         self.model = model
         self.cache = KVCache(
-            c.num_hidden_layers, batch, c.num_key_value_heads, group, length, c.head_dim, model.model.stream
+            num_layers=c.num_hidden_layers,
+            batch=batch,
+            num_heads=c.num_attention_heads,
+            num_kv_heads=c.num_key_value_heads,
+            length=length,
+            head_dim=c.head_dim,
+            dtype=model.model.stream,
+            operators=model.operators,
         )
         self.argmax = ops.Argmax(-1, ms.int32)
 
@@ -105,8 +111,9 @@ class Generator:
         """
         sampling = sampling or Sampling()
         check_prompts(prompts, self.model.config.vocab_size)
-        limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
-        batch, longest = len(prompts), prompt_bucket(max(map(len, prompts)))
+        batch = len(prompts)
+        limits = [max_new_tokens] * batch if isinstance(max_new_tokens, int) else list(max_new_tokens)
+        longest = prompt_bucket(max(map(len, prompts)))
         length = -(-(longest + max(limits)) // CACHE_UNIT) * CACHE_UNIT
         if (batch, length) not in self.steps:
             self.steps[batch, length] = _Step(self.model, batch, length).set_train(False)
@@ -115,8 +122,10 @@ class Generator:
         for row, prompt in enumerate(prompts):
             ids[row, longest - len(prompt) :] = prompt
         padding = Tensor(np.array([longest - len(prompt) for prompt in prompts], np.int32))
-        rows = [_Row(*row) for row in zip(prompts, random_streams(prompts, sampling.seed), limits, strict=True)]
-        newest, start = Tensor(ids), 0
+        streams = random_streams(prompts, sampling.seed)
+        rows = [_Row(*row) for row in zip(prompts, streams, limits, strict=True)]
+        newest = Tensor(ids)
+        start = 0
         while not all(row.ended for row in rows):
             logits, best = step(newest, Tensor(start, ms.int32), padding)
             start = longest if start == 0 else start + 1
@@ -125,7 +134,8 @@ class Generator:
                 tokens = [choose(values[i], np.array(r.all), sampling, r.rng) for i, r in enumerate(rows)]
                 newest = Tensor(np.array(tokens, np.int32).reshape(-1, 1))
             else:
-                newest, tokens = best, best.asnumpy()[:, 0].tolist()
+                newest = best
+                tokens = best.asnumpy()[:, 0].tolist()
             for index, (state, token) in enumerate(zip(rows, tokens, strict=True)):
                 if state.ended:
                     continue
@@ -155,9 +165,9 @@ def pad_rows(
     prompts: Sequence[Sequence[int]], new: Sequence[Sequence[int]], pad_id: int, width: int
 ) -> NDArray[np.int32]:
     """[batch, width + new]: prompts padded on the left to ``width``, answers on the right to the longest."""
-    before, after = width, max(map(len, new))
-    out = np.full((len(prompts), before + after), pad_id, np.int32)
+    longest = max(map(len, new))
+    out = np.full((len(prompts), width + longest), pad_id, np.int32)
     for row, (prompt, answer) in enumerate(zip(prompts, new, strict=True)):
-        out[row, before - len(prompt) : before] = prompt
-        out[row, before : before + len(answer)] = answer
+        out[row, width - len(prompt) : width] = prompt
+        out[row, width : width + len(answer)] = answer
     return out

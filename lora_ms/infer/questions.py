@@ -26,7 +26,8 @@ def question_of(tokenizer, row: Example | Completion | TokenRow) -> Question:
         LoraMsError: nothing comes before the answer.
     """
     if isinstance(row, Example):
-        before, reference = row.messages[:-1], row.messages[-1].content
+        before = row.messages[:-1]
+        reference = row.messages[-1].content
         return Question(row.where, encode_prompt(tokenizer, before, row.input), before[-1].content, reference)
     tokens = encode(tokenizer, row) if isinstance(row, Completion) else row
     labelled = np.flatnonzero(tokens.labels != IGNORE_INDEX)

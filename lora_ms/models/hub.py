@@ -12,7 +12,7 @@ from mindspore import Parameter, Tensor
 from numpy.typing import DTypeLike
 
 from lora_ms import storage
-from lora_ms.errors import LoraMsError, listed
+from lora_ms.errors import LoraMsError
 from lora_ms.hf_folder import (
     EMBEDDING,
     GENERATION,
@@ -27,6 +27,8 @@ from lora_ms.models.llama import llama_config
 from lora_ms.models.mindformers_names import hugging_face_name
 from lora_ms.models.qwen import qwen2_config, qwen3_config
 from lora_ms.nn.parallel import WHOLE, Shard, split_axis
+from lora_ms.ops import PORTABLE, Operators
+from lora_ms.text import listed
 
 FAMILIES = {
     "LlamaForCausalLM": llama_config,
@@ -40,7 +42,7 @@ NUMPY_DTYPES: dict[ms.Type, DTypeLike] = {ms.float32: np.float32, ms.float16: np
 def read_config(path: Path) -> tuple[DecoderConfig, dict]:
     """The decoder's sizes and the parsed config.json of a Hugging Face directory.
 
-    Either file's ``eos_token_id`` ends an answer: config.json's and generation_config.json's.
+    An answer ends with an ``eos_token_id`` of config.json or of generation_config.json.
     """
     hf = storage.read_json(path / "config.json")
     names = hf.get("architectures") or ["none"]
@@ -55,7 +57,7 @@ def read_config(path: Path) -> tuple[DecoderConfig, dict]:
 
 
 def check_names(expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]], where: str) -> None:
-    """Raises one LoraMsError that counts the missing, surplus and misshaped tensors, and lists the first of them."""
+    """Raises one LoraMsError that counts the tensors that are missing, surplus or of another shape, and lists some."""
     faults = [f"missing {name} {shape}" for name, shape in expected.items() if name not in found]
     faults += [f"surplus {name} {shape}" for name, shape in found.items() if name not in expected]
     faults += [
@@ -77,10 +79,12 @@ def load_directory(
     ms_dtype: ms.Type = ms.float32,
     model_class: type[CausalLM] = CausalLM,
     flash_attention: bool = True,
+    operators: Operators = PORTABLE,
     shard: Shard = WHOLE,
 ) -> CausalLM:
     """The model of a Hugging Face directory, its weights converted one at a time to ``ms_dtype``.
 
+    operators: what it computes with, ``runtime.device.setup``'s.
     shard: with which ranks the model is shared; each reads its own part.
     """
     if ms_dtype not in NUMPY_DTYPES:
@@ -90,24 +94,31 @@ def load_directory(
     folder = open_model(path, hf)
     config = replace(config, tie_word_embeddings=folder.tied)
     entries = {name: entry for name, entry in folder.entries.items() if not name.endswith(FREQUENCIES)}
-    model = model_class(replace(config, flash_attention=flash_attention), ms_dtype, shard)
+    model = model_class(replace(config, flash_attention=flash_attention), ms_dtype, operators, shard)
     check_names(expected_shapes(model, shard), {n: e.shape for n, e in entries.items()}, str(path))
     for name, parameter in model.parameters_and_names():
-        parameter.name, entry, dtype = name, entries[name], NUMPY_DTYPES[ms_dtype]
+        parameter.name = name
+        entry = entries[name]
         if shard.count > 1 and split_axis(name) is not None:
-            value = storage.read_part(entry, shard.place(name, entry.shape), dtype)
+            value = storage.read_part(entry, shard.slices(name, entry.shape), NUMPY_DTYPES[ms_dtype])
         else:
-            value = storage.read(entry, dtype)
+            value = storage.read(entry, NUMPY_DTYPES[ms_dtype])
         parameter.set_data(Tensor.from_numpy(value))
+    model.source = str(path)
+    model.hf_config = hf
     if folder.tied != hf.get("tie_word_embeddings", False):
-        hf = {**hf, "tie_word_embeddings": folder.tied}
-    model.source, model.hf_config = str(path), hf
-    model.generation_config, model.notices = generation_config(path), folder.notices
+        model.hf_config = {**hf, "tie_word_embeddings": folder.tied}
+    model.generation_config = generation_config(path)
+    model.notices = folder.notices
     return model
 
 
 def load_checkpoint(
-    path: Path, config: DecoderConfig, ms_dtype: ms.Type = ms.float32, shard: Shard = WHOLE
+    path: Path,
+    config: DecoderConfig,
+    ms_dtype: ms.Type = ms.float32,
+    operators: Operators = PORTABLE,
+    shard: Shard = WHOLE,
 ) -> CausalLM:
     """The model of a MindSpore ``.ckpt`` or ``.safetensors`` file with MindFormers' names."""
     form = "safetensors" if path.suffix == ".safetensors" else "ckpt"
@@ -124,28 +135,34 @@ def load_checkpoint(
         if shared is head or np.array_equal(head.asnumpy(), shared.asnumpy()):
             del weights[HEAD]
         else:
-            config, notices = replace(config, tie_word_embeddings=False), (untied_notice(path),)
-    model = CausalLM(config, ms_dtype, shard)
+            config = replace(config, tie_word_embeddings=False)
+            notices = (untied_notice(path),)
+    model = CausalLM(config, ms_dtype, operators, shard)
     check_names(expected_shapes(model, shard), {n: tuple(w.shape) for n, w in weights.items()}, str(path))
     for name, parameter in model.parameters_and_names():
-        parameter.name, part = name, shard.part(name, weights.pop(name).asnumpy())
+        parameter.name = name
+        part = shard.part(name, weights.pop(name).asnumpy())
         parameter.set_data(Tensor.from_numpy(np.array(part, NUMPY_DTYPES[ms_dtype], order="C")))
-    model.source, model.hf_config = str(path), hf_config(config, ms_dtype)
-    model.generation_config, model.notices = {}, notices
+    model.source = str(path)
+    model.hf_config = hf_config(config, ms_dtype)
+    model.generation_config = {}
+    model.notices = notices
     return model
 
 
-def new_model(config: DecoderConfig, ms_dtype: ms.Type, seed: int) -> CausalLM:
+def new_model(config: DecoderConfig, ms_dtype: ms.Type, seed: int, operators: Operators = PORTABLE) -> CausalLM:
     """A model to train from nothing: matrices normal with variance 1 / hidden_size, norms one, biases zero."""
-    model = CausalLM(config, ms_dtype)
+    model = CausalLM(config, ms_dtype, operators)
     rng = np.random.default_rng(seed)
     for name, parameter in model.parameters_and_names():
         parameter.name = name
         if parameter.ndim == 2:
             value = rng.standard_normal(parameter.shape, np.float32) * config.hidden_size**-0.5
             parameter.set_data(Tensor.from_numpy(value.astype(NUMPY_DTYPES[ms_dtype])))
-    model.source, model.hf_config = None, hf_config(config, ms_dtype)
-    model.generation_config, model.notices = {}, ()
+    model.source = None
+    model.hf_config = hf_config(config, ms_dtype)
+    model.generation_config = {}
+    model.notices = ()
     return model
 
 

@@ -6,8 +6,8 @@ from lora_ms.models.decoder import DecoderConfig
 from lora_ms.models.rope_settings import rope
 
 
-def common(hf: dict) -> dict:
-    """The sizes that all families name alike."""
+def common_sizes(hf: dict) -> dict:
+    """The fields of ``DecoderConfig`` that all families have, by the names of config.json."""
     if hf.get("hidden_act", "silu") != "silu":
         raise LoraMsError(f"config.json: hidden_act {hf['hidden_act']!r} is not supported; supported: silu")
     theta, scaling = rope(hf)
@@ -30,8 +30,12 @@ def common(hf: dict) -> dict:
 
 
 def llama_config(hf: dict) -> DecoderConfig:
-    """hf: the parsed config.json. Raises LoraMsError where it asks for what the decoder does not compute."""
+    """hf: the parsed config.json.
+
+    Raises:
+        LoraMsError: it asks for what the decoder does not compute.
+    """
     for key in ("attention_bias", "mlp_bias"):
         if hf.get(key):
             raise LoraMsError(f"config.json: {key} true is not supported for Llama")
-    return DecoderConfig(**common(hf))
+    return DecoderConfig(**common_sizes(hf))

@@ -54,18 +54,19 @@ def inverse_frequencies(head_dim: int, theta: float, scaling: dict | None = None
     if kind == "linear":
         return inv_freq / scaling["factor"]
     if kind == "yarn":
-        keep = yarn_share(head_dim, theta, scaling)
+        kept_share = yarn_share(head_dim, theta, scaling)
     else:
-        # llama3: long waves are slowed by the factor, short ones are kept, those between are blended linearly in the
-        # number of turns that fit in the original context
+        # llama3: pairs that turn rarely within the original context are slowed by the factor, those that turn often
+        # are kept, and those between are blended, linearly in their number of turns
         turns = scaling["original_max_position_embeddings"] * inv_freq / (2 * math.pi)
-        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-        keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
-    return inv_freq * (keep + (1 - keep) / scaling["factor"])
+        low = scaling["low_freq_factor"]
+        high = scaling["high_freq_factor"]
+        kept_share = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return inv_freq * (kept_share + (1 - kept_share) / scaling["factor"])
 
 
 def yarn_share(head_dim: int, theta: float, scaling: dict) -> NDArray[np.float64]:
-    """The share of each pair's rotation that YaRN (Peng et al., 2023) keeps, [d / 2]; the rest it slows by the factor.
+    """The share of each pair's rotation that YaRN (Peng et al., 2023) keeps, [d / 2]; the rest is slowed by the factor.
 
     Pairs that turn more than beta_fast times within the original context are kept, those that turn less than
     beta_slow times are slowed, and those between are blended linearly in their index.
@@ -76,11 +77,13 @@ def yarn_share(head_dim: int, theta: float, scaling: dict) -> NDArray[np.float64
         positions = scaling["original_max_position_embeddings"] / (2 * math.pi * turns)
         return head_dim * math.log(positions) / (2 * math.log(theta))
 
-    first, last = index(scaling.get("beta_fast") or 32), index(scaling.get("beta_slow") or 1)
+    first = index(scaling.get("beta_fast") or 32)
+    last = index(scaling.get("beta_slow") or 1)
     if scaling.get("truncate", True):
-        first, last = math.floor(first), math.ceil(last)
-    first, last = max(first, 0), min(last, head_dim - 1)
-    width = last - first or 0.001  # transformers' own guard
+        first = math.floor(first)
+        last = math.ceil(last)
+    first = max(first, 0)
+    width = min(last, head_dim - 1) - first or 0.001  # transformers' own guard
     return 1.0 - np.clip((np.arange(head_dim // 2) - first) / width, 0.0, 1.0)
 
 
@@ -110,7 +113,7 @@ class RotaryTables(nn.Cell):
     """Cosine and sine of every token's rotations, spread over the heads.
 
     position_ids [t] -> (cos_q, sin_q [t * n_h, d], cos_k, sin_k [t * n_kv, d]). The query's tables carry the
-    attention's 1/sqrt(d), and the first half of the sine its minus sign (see ``RotaryKernel``).
+    attention's 1/sqrt(d), and the first half of the sine its minus sign (see ``ops.portable.Rotary``).
 
     lengths [t]: how many tokens the row of each token has, as far as it is known; it matters to dynamic NTK alone. None
     where position_ids hold whole rows, one after another.
@@ -118,7 +121,9 @@ class RotaryTables(nn.Cell):
 
     def __init__(self, head_dim: int, num_heads: int, num_kv_heads: int, rotation: Rotation, dtype: ms.Type):
         super().__init__()
-        self.head_dim, self.num_heads, self.num_kv_heads = head_dim, num_heads, num_kv_heads
+        self.head_dim = head_dim
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads
         self.inv_freq = Tensor(np.tile(rotation.inv_freq, 2), ms.float32)  # [d]
         self.sign = Tensor(np.repeat([-1.0, 1.0], head_dim // 2), ms.float32)
         self.attention_factor = rotation.attention_factor
@@ -132,6 +137,7 @@ class RotaryTables(nn.Cell):
             self.exponents = Tensor(np.tile(exponents, 2), ms.float32)
 
     def spread(self, table: Tensor, num_heads: int) -> Tensor:
+        """[t, d] -> [t * num_heads, d]: a row for every head of every token."""
         return ops.tile(table.astype(self.dtype), (1, num_heads)).reshape((-1, self.head_dim))
 
     def slowed(self, lengths: Tensor) -> Tensor:
@@ -144,9 +150,11 @@ class RotaryTables(nn.Cell):
         if self.grows:
             inv_freq = self.slowed(row_lengths(position_ids) if lengths is None else lengths)
         angles = position_ids.astype(ms.float32).reshape((-1, 1)) * inv_freq  # [t, d]
-        cos, sin = ops.cos(angles), ops.sin(angles) * self.sign
+        cos = ops.cos(angles)
+        sin = ops.sin(angles) * self.sign
         if self.attention_factor != 1.0:
-            cos, sin = cos * self.attention_factor, sin * self.attention_factor
+            cos = cos * self.attention_factor
+            sin = sin * self.attention_factor
         return (
             self.spread(cos * self.scale, self.num_heads),
             self.spread(sin * self.scale, self.num_heads),

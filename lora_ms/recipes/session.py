@@ -1,253 +1,98 @@
-"""What several commands begin with: the runtime, the tokenizer and the model that a configuration asks for."""
+"""The processes of a run, their device and their output folder: what is checked before, and how it starts."""
 
 import os
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import mindspore as ms
-
-from lora_ms.adapters.config import AdaLoraConfig, LayerGroup, LoraConfig
-from lora_ms.adapters.peft_format import load_adapter
-from lora_ms.config import ModelSizes, PetConfig, RunConfig
-from lora_ms.config.model import LayerGroupKeys
-from lora_ms.data.example import IGNORE_INDEX
+from lora_ms.config import RunConfig
 from lora_ms.errors import LoraMsError
-from lora_ms.hf_folder import is_tied
-from lora_ms.models import hub
-from lora_ms.models.decoder import CausalLM, DecoderConfig
-from lora_ms.models.rope_settings import mindformers_rope
-from lora_ms.nn.parallel import WHOLE, Shard
-from lora_ms.nn.rope import rotation_of
-from lora_ms.ops.portable import use_plain_operators
-from lora_ms.recipes import parallel
-from lora_ms.runtime import device as runtime_module
+from lora_ms.models.decoder import DecoderConfig
+from lora_ms.runtime import device
 from lora_ms.runtime.device import Runtime
 
-# YAML key -> DecoderConfig's; where both a YAML and a config.json give one, they must agree
-SIZES = {
-    "vocab_size": "vocab_size",
-    "hidden_size": "hidden_size",
-    "intermediate_size": "intermediate_size",
-    "num_layers": "num_hidden_layers",
+MODEL_PARALLEL = "parallel_config.model_parallel"
+# sizes that are divided among the processes that share a model: YAML key -> DecoderConfig's
+DIVIDED = {
     "num_heads": "num_attention_heads",
     "n_kv_heads": "num_key_value_heads",
-    "head_dim": "head_dim",
-    "rms_norm_eps": "rms_norm_eps",
-    "theta": "rope_theta",
-    "qkv_has_bias": "attention_bias",
-    "tie_word_embeddings": "tie_word_embeddings",
+    "intermediate_size": "intermediate_size",
+    "vocab_size": "vocab_size",
 }
 
 
 def start(config: RunConfig) -> Runtime:
-    """The runtime of ``config``; prints what the user should know of it."""
+    """Starts MindSpore on the device that ``config`` names; prints what the user should know."""
     context = config.context
-    runtime, notices = runtime_module.setup(
+    runtime, notices = device.setup(
         context.device_target,
         context.device_id,
-        config.seed,
-        config.use_parallel,
-        context.max_device_memory,
-        context.enable_graph_kernel,
-        config.parallel_config.model_parallel,
-        context.cpu_operators,
+        seed=config.seed,
+        use_parallel=config.use_parallel,
+        max_device_memory=context.max_device_memory,
+        graph_kernel=context.enable_graph_kernel,
+        model_parallel=config.parallel_config.model_parallel,
+        cpu_operators=context.cpu_operators,
+        plain_operators=context.low_memory,
     )
-    use_plain_operators(context.low_memory)
-    notices += parallel.notices(config, runtime)
     if runtime.is_main:
-        for line in (*config.notices(), *notices):
+        for line in (*config.notices(), *notices, *layout_notices(config, runtime)):
             print(line)
     return runtime
 
 
-def compute_dtype(config: RunConfig, runtime: Runtime) -> ms.Type:
-    """Type of weights and activations: the YAML's, else float32 on the CPU and float16 on Ascend."""
-    default = "float32" if runtime.device == "CPU" else "float16"
-    asked = config.model.sizes.compute_dtype or default
-    if asked == "bfloat16":
-        if runtime.is_main:
-            print(f"compute_dtype bfloat16 is not supported yet: computing in {default}")
-        asked = default
-    return {"float32": ms.float32, "float16": ms.float16}[asked]
+def serve_scheduler() -> int:
+    """The work of msrun's scheduler, which connects the other processes and waits for them; returns the exit status."""
+    device.setup("CPU", use_parallel=True)
+    return 0
 
 
-def decoder_config(sizes: ModelSizes) -> DecoderConfig:
-    """Sizes of a model that has no config.json, by MindFormers' conventions.
-
-    Raises:
-        LoraMsError: sizes that nothing can stand in for are missing; all are listed.
-    """
-    hidden, layers, heads, vocab = sizes.hidden_size, sizes.num_layers, sizes.num_heads, sizes.vocab_size
-    if hidden is None or layers is None or heads is None or vocab is None:
-        needed = {"hidden_size": hidden, "num_layers": layers, "num_heads": heads, "vocab_size": vocab}
-        missing = [f"model.model_config.{name}" for name, value in needed.items() if value is None]
-        raise LoraMsError(f"without a Hugging Face directory in load_checkpoint these are needed: {', '.join(missing)}")
-    qwen3 = sizes.type == "Qwen3Config"
-    longest = sizes.max_position_embedding or sizes.seq_length or 2048
-    theta, scaling = mindformers_rope(sizes.theta, sizes.extend_method, sizes.scaling_factor, longest)
-    eos = sizes.eos_token_id
-    return DecoderConfig(
-        vocab_size=vocab,
-        hidden_size=hidden,
-        intermediate_size=sizes.intermediate_size or _llama_width(sizes, hidden),
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=sizes.n_kv_heads or heads,
-        head_dim=sizes.head_dim or (128 if qwen3 else hidden // heads),
-        rms_norm_eps=sizes.rms_norm_eps or 1e-5,
-        rope_theta=theta or 10000.0,
-        rope_scaling=scaling,
-        max_position_embeddings=longest,
-        attention_bias=bool(sizes.qkv_has_bias) or sizes.type == "Qwen2Config",
-        qk_norm=qwen3,
-        tie_word_embeddings=bool(sizes.tie_word_embeddings),
-        eos_token_ids=() if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
-    )
+def sharing(config: RunConfig) -> int:
+    """The number of processes that share one model."""
+    return config.parallel_config.model_parallel if config.use_parallel else 1
 
 
-def _llama_width(sizes: ModelSizes, hidden_size: int) -> int:
-    # Llama's own rule: two thirds of four times the hidden size, perhaps widened, rounded up
-    width = int(8 * hidden_size / 3)
-    if sizes.ffn_dim_multiplier is not None:
-        width = int(sizes.ffn_dim_multiplier * width)
-    unit = sizes.multiple_of or 256
-    return -(-width // unit) * unit
-
-
-def check_sizes(sizes: ModelSizes, found: DecoderConfig, where: Path) -> None:
-    """Raises LoraMsError where the YAML gives sizes other than config.json's; all are listed with both values."""
-    longest = found.max_position_embeddings
-    theta, scaling = mindformers_rope(sizes.theta, sizes.extend_method, sizes.scaling_factor, longest)
-    given = {**sizes.model_dump(), "theta": theta}
-    faults = [
-        f"{key}: {given[key]} in the YAML, {getattr(found, name)} in config.json"
-        for key, name in SIZES.items()
-        if given[key] is not None and given[key] != getattr(found, name)
-    ]
-    rotations = [rotation_of(found.head_dim, found.rope_theta, each, longest) for each in (scaling, found.rope_scaling)]
-    if scaling is not None and not rotations[0].equals(rotations[1]):  # one may leave out what the other spells out
-        faults.append(f"extend_method: {scaling} in the YAML, {found.rope_scaling} in config.json")
-    if faults:
-        raise LoraMsError(f"{where}: the YAML's model_config describes another model: {'; '.join(faults)}")
-
-
-def read_sizes(config: RunConfig) -> DecoderConfig:
-    """The model's sizes, before any weight is read: from the Hugging Face directory, else from the YAML.
-
-    Raises:
-        LoraMsError: the checkpoint does not exist, is unsupported or contradicts the YAML.
-    """
-    sizes, path = config.model.sizes, Path(config.load_checkpoint)
-    if sizes.ignore_token_id != IGNORE_INDEX:
-        raise LoraMsError(f"ignore_token_id {sizes.ignore_token_id} is not supported: labels use {IGNORE_INDEX}")
-    if not config.load_checkpoint:
-        return decoder_config(sizes)
-    if not path.exists():
-        raise LoraMsError(f"load_checkpoint: {path} does not exist; give a Hugging Face directory or a .ckpt file")
-    if path.is_dir():
-        found, hf = hub.read_config(path)
-        check_sizes(sizes, found, path)
-        return replace(found, tie_word_embeddings=is_tied(path, hf))
-    if path.suffix not in (".ckpt", ".safetensors"):
-        raise LoraMsError(f"load_checkpoint: {path} is neither a folder nor a .ckpt or .safetensors file")
-    if (path.parent / "config.json").is_file() and sizes.hidden_size is None:
-        raise LoraMsError(f"load_checkpoint: {path} is a file of a Hugging Face folder; give the folder, {path.parent}")
-    return decoder_config(sizes)
-
-
-def build_model(config: RunConfig, sizes: DecoderConfig, dtype: ms.Type, shard: Shard = WHOLE) -> CausalLM:
-    """The bare model with its weights; with ``load_checkpoint: ''`` freshly initialised from ``seed``."""
-    path = Path(config.load_checkpoint)
-    sizes = replace(sizes, flash_attention=config.model.sizes.use_flash_attention)
-    if not config.load_checkpoint:
-        return hub.new_model(sizes, dtype, config.seed)
-    if path.is_dir():
-        return hub.load_directory(path, dtype, flash_attention=sizes.flash_attention, shard=shard)
-    if config.model.sizes.qkv_concat:
+def check_sharing(config: RunConfig, sizes: DecoderConfig) -> None:
+    """Raises LoraMsError where the processes cannot be arranged as ``parallel_config`` asks, or not with this model."""
+    asked = config.parallel_config
+    n = sharing(config)
+    if config.use_parallel:
+        for key, value in (("pipeline_stage", asked.pipeline_stage), ("context_parallel", asked.context_parallel)):
+            if value > 1:
+                raise LoraMsError(f"parallel_config.{key} {value} is not supported: set it to 1 (model_parallel is)")
+    odd = [f"{key} {getattr(sizes, name)}" for key, name in DIVIDED.items() if getattr(sizes, name) % n]
+    if odd:
         raise LoraMsError(
-            f"{path}: qkv_concat is not supported; give the model's Hugging Face directory, or make one with "
-            f"lora-ms convert --input {path} --output DIR --load_checkpoint DIR_WITH_CONFIG_JSON"
+            f"{MODEL_PARALLEL} {n} does not divide the model's {', '.join(odd)}: choose a number that does"
         )
-    return hub.load_checkpoint(path, sizes, dtype, shard)
+
+
+def check_alone(config: RunConfig, what: str) -> None:
+    """Raises LoraMsError where processes share a model, which ``what`` does not support."""
+    if sharing(config) > 1:
+        raise LoraMsError(
+            f"{MODEL_PARALLEL} {sharing(config)}: {what} runs with the whole model in each process; set it to 1"
+        )
+
+
+def layout_notices(config: RunConfig, runtime: Runtime) -> list[str]:
+    """How the processes share rows and model, for the user."""
+    asked = config.parallel_config
+    if not config.use_parallel:
+        n = asked.model_parallel
+        return [f"{MODEL_PARALLEL} {n} has no effect: use_parallel is False"] if n > 1 else []
+    layout = f"processes: {runtime.data_ranks} data-parallel x {runtime.shard.count} model-parallel"
+    other = asked.data_parallel not in (1, runtime.data_ranks)
+    return [layout + (f" (parallel_config.data_parallel is {asked.data_parallel})" if other else "")]
 
 
 def check_output(output_dir: Path) -> None:
-    """Raises LoraMsError where ``output_dir`` can be neither made nor written, so that a run does not train for hours
-    and then fail. Makes nothing."""
-    place = output_dir.absolute()
-    while not os.path.lexists(place):
-        place = place.parent
-    if not place.is_dir():
-        raise LoraMsError(f"output_dir {output_dir} cannot be written: {place} is not a folder")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise LoraMsError(f"output_dir {output_dir} cannot be written: no permission to write in {place}")
+    """Raises LoraMsError where ``output_dir`` can be neither created nor written. Creates nothing.
 
-
-def lora_config(pet: PetConfig) -> LoraConfig:
-    """``pet_config`` as the adapters take it; AdaLoRA's schedule awaits the length of the run.
-
-    Raises:
-        LoraMsError: values that exclude each other.
+    Checked first, so that a run does not train for hours and fail when it saves.
     """
-    targets, excluded = (
-        names if isinstance(names, str) else tuple(names) for names in (pet.target_modules, pet.exclude_modules)
-    )
-    common: dict[str, Any] = {
-        "lora_alpha": pet.lora_alpha,
-        "lora_dropout": pet.lora_dropout,
-        "target_modules": targets,
-        "exclude_layers": tuple(pet.exclude_layers),
-        "exclude_modules": excluded,
-        "layers_to_transform": pet.layers_to_transform,
-        "layers_pattern": tuple(pet.layers_pattern),
-        "modules_to_save": tuple(pet.modules_to_save),
-        "bias": pet.bias,
-    }
-    if pet.pet_type == "adalora":
-        rank = pet.init_rank or pet.lora_rank
-        return AdaLoraConfig(
-            rank,
-            **common,
-            target_rank=pet.target_rank or max(1, rank // 2),
-            tinit=pet.tinit or 0,
-            tfinal=pet.tfinal or 0,
-            delta_t=pet.delta_t,
-            beta1=pet.beta1,
-            beta2=pet.beta2,
-            orth_reg_weight=pet.orth_reg_weight,
-        )
-    return LoraConfig(
-        pet.lora_rank,
-        **common,
-        rank_pattern=pet.rank_pattern,
-        alpha_pattern=pet.alpha_pattern,
-        layer_groups=tuple(layer_group(group, pet) for group in pet.layer_groups),
-        use_rslora=pet.use_rslora,
-        use_dora=pet.use_dora,
-        lora_bias=pet.lora_bias,
-        init_lora_weights=pet.init_lora_weights,
-    )
-
-
-def layer_group(group: LayerGroupKeys, pet: PetConfig) -> LayerGroup:
-    """One entry of ``pet_config.layer_groups``; without an alpha it keeps the adapter's alpha / rank."""
-    alpha = pet.lora_alpha * group.lora_rank / pet.lora_rank if group.lora_alpha is None else group.lora_alpha
-    targets = tuple(group.target_modules) if isinstance(group.target_modules, list) else group.target_modules
-    return LayerGroup(tuple(group.layers), group.lora_rank, alpha, targets)
-
-
-def model_for_use(config: RunConfig, runtime: Runtime) -> CausalLM:
-    """A model to predict with, ``load_adapter`` swapped in."""
-    sizes = read_sizes(config)
-    if not config.load_checkpoint:
-        raise LoraMsError("load_checkpoint is missing: give the Hugging Face directory of the model")
-    model = build_model(config, sizes, compute_dtype(config, runtime), runtime.shard)
-    if runtime.is_main:
-        for line in model.notices:
-            print(line)
-    if config.load_adapter:
-        _, found = load_adapter(model, config.load_adapter, shard=runtime.shard)
-        for line in found.notes if runtime.is_main else ():
-            print(line)
-    return model.set_train(False)
+    existing = output_dir.absolute()
+    while not os.path.lexists(existing):
+        existing = existing.parent
+    if not existing.is_dir():
+        raise LoraMsError(f"output_dir {output_dir} cannot be written: {existing} is not a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise LoraMsError(f"output_dir {output_dir} cannot be written: no permission to write in {existing}")

@@ -18,7 +18,7 @@ from lora_ms.adapters.peft_format import load_adapter
 from lora_ms.errors import LoraMsError
 from lora_ms.hf_folder import open_model
 from lora_ms.models.hub import load_directory
-from lora_ms.python.api import Model
+from lora_ms.python.model import ModelForCausalLM
 from lora_ms.storage import read_json
 
 pytestmark = pytest.mark.usefixtures("graph_mode")
@@ -160,7 +160,9 @@ def test_loading_says_what_is_missing(reference, tmp_path, capsys, wanted, keys,
     line += "these modules are the model's own"
     _, found = load_adapter(load_directory(reference / "models" / "qwen2"), path)
     assert found.notes == (line,)
-    lora_ms.PeftModel.from_pretrained(load_directory(reference / "models" / "qwen2", model_class=Model), path)
+    lora_ms.PeftModel.from_pretrained(
+        load_directory(reference / "models" / "qwen2", model_class=ModelForCausalLM), path
+    )
     assert capsys.readouterr().out == f"{line}\n"
 
 
@@ -211,14 +213,14 @@ def test_another_models_adapter_is_told_in_short(reference, tmp_path, layers, co
     calls = {
         "load": lambda: load_adapter(load_directory(base), path),
         "merge": lambda: read_updates(path, open_model(base, read_json(base / "config.json")).entries),
-        "python": lambda: lora_ms.PeftModel.from_pretrained(load_directory(base, model_class=Model), path),
+        "python": lambda: lora_ms.PeftModel.from_pretrained(load_directory(base, model_class=ModelForCausalLM), path),
     }
     with pytest.raises(LoraMsError) as caught:
         calls[command]()
     text = str(caught.value).replace(str(path), "wide")
     assert text.startswith("wide: made for another model: ")
     # of the first two layers each shape is wrong, of the others each tensor has no place
-    assert text.endswith(f"; and {4 * layers - 10} more") and len(text) < 1500
+    assert text.endswith(f" and {4 * layers - 10} more") and len(text) < 1500
 
 
 def test_logits_of_an_incomplete_adapter_are_those_of_its_part(reference, golden, tmp_path):

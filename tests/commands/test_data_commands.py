@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lora_ms.cli import main as cli
+from lora_ms.cli.main import main
 from lora_ms.commands import preview
 from lora_ms.config import load_config
-from lora_ms.data.readers import read_rows
+from lora_ms.data.pipeline import read_rows
 from lora_ms.data.templates import TEMPLATES
 from lora_ms.errors import LoraMsError
 from lora_ms.recipes import data
@@ -27,40 +27,40 @@ def words(tmp_path, text_model, monkeypatch):
 
 
 def test_preview(words, capsys):
-    assert cli.main(["preview", *words, "--row", "1"]) == 0
+    assert main(["preview", *words, "--row", "1"]) == 0
     assert capsys.readouterr().out == (
         "rows.json[1]: 35 tokens, 9 of them labels\n"
         "<|im_start|>user\nsay hi<|im_end|>\n<|im_start|>assistant\n[[hi there<|im_end|>]]\n\n\n"
     )
-    assert cli.main(["preview", *words]) == 0
+    assert main(["preview", *words]) == 0
     assert capsys.readouterr().out.count(" of them labels\n") == 2
-    assert cli.main(["preview", *words, "--row", "3"]) == 2
+    assert main(["preview", *words, "--row", "3"]) == 2
     assert capsys.readouterr().err == "error: --row 3: not among the rows that are kept, of 2 that were read\n"
 
 
 def test_preview_counts_rows_as_the_file_does(words, capsys):
-    assert cli.main(["preview", *words, "--seq_length", "30", "--row", "2"]) == 0  # the first is too long
+    assert main(["preview", *words, "--seq_length", "30", "--row", "2"]) == 0  # the first is too long
     assert capsys.readouterr().out.startswith("rows.json[2]: ")
-    assert cli.main(["preview", *words, "--seq_length", "30", "--row", "1"]) == 2
+    assert main(["preview", *words, "--seq_length", "30", "--row", "1"]) == 2
     assert capsys.readouterr().err.startswith("error: --row 1: not among the rows that are kept, of 2 ")
     for more in ([], ["--row", "1"]):
-        assert cli.main(["preview", *words, "--seq_length", "5", *more]) == 2
+        assert main(["preview", *words, "--seq_length", "5", *more]) == 2
         assert capsys.readouterr().err.startswith("error: all 2 rows are longer than seq_length 5 (shortest: ")
 
 
 def test_preview_reads_no_further_than_its_row(words, tmp_path, capsys):
     good, text = json.dumps(ROWS[0]), tmp_path / "rows.jsonl"
     text.write_text("\n".join([good] * 600 + ["{"]))
-    assert cli.main(["preview", *words, "--train_dataset_dir", str(text), "--row", "2"]) == 0
+    assert main(["preview", *words, "--train_dataset_dir", str(text), "--row", "2"]) == 0
     assert capsys.readouterr().out.startswith("rows.jsonl:2: ")
     cut = ["--seq_length", "30", "--train_dataset.truncation", "cut", "--row", "9"]
-    assert cli.main(["preview", *words, *cut]) == 2
+    assert main(["preview", *words, *cut]) == 2
     assert capsys.readouterr().err.startswith("error: --row 9: not among the rows that are kept, of 2 ")
 
 
 def test_preview_names_a_token_that_the_model_does_not_have(words, tmp_path, capsys):
     (tmp_path / "tokens.jsonl").write_text('{"input_ids": [1, 99999], "prompt_len": 1}\n')
-    assert cli.main(["preview", *words, "--train_dataset_dir", str(tmp_path / "tokens.jsonl")]) == 2
+    assert main(["preview", *words, "--train_dataset_dir", str(tmp_path / "tokens.jsonl")]) == 2
     assert "tokens.jsonl:1: token id 99999 does not exist" in capsys.readouterr().err
 
 
@@ -85,13 +85,13 @@ def chatml_row(text_model):
 
 def test_preprocess(words, tmp_path, capsys):
     out = tmp_path / "out"
-    assert cli.main(["preprocess", *words, "--output_dir", str(out), "--report"]) == 0
+    assert main(["preprocess", *words, "--output_dir", str(out), "--report"]) == 0
     assert sorted(path.name for path in out.iterdir()) == ["data_report.json"]
     (report,) = json.loads((out / "data_report.json").read_text())
     assert (report["rows"], report["kept"], report["percentiles"]["longest"]) == (2, 2, 35)
     assert "rows to train on" in capsys.readouterr().out
     for _ in range(2):  # the second time, nothing is left to do
-        assert cli.main(["preprocess", *words, "--output_dir", str(out), "--layout", "mindformers"]) == 0
+        assert main(["preprocess", *words, "--output_dir", str(out), "--layout", "mindformers"]) == 0
     rows = read_rows(out)
     assert [int(np.count_nonzero(row.labels != -100)) for row in rows] == [9, 2]
     assert capsys.readouterr().out.endswith(f"2 rows in 1 MindRecord files: {out}\n")
@@ -99,7 +99,7 @@ def test_preprocess(words, tmp_path, capsys):
 
 def test_the_handler_of_mindformers(words, capsys):
     handler = ["--options", "train_dataset.data_loader.handler={type: AlpacaInstructDataHandler, seq_length: 400}"]
-    assert cli.main(["preview", *words[:4], *handler, "--row", "2"]) == 0
+    assert main(["preview", *words[:4], *handler, "--row", "2"]) == 0
     shown = capsys.readouterr().out
     assert "USER: Below is an instruction that describes a task, paired with an input" in shown
     assert "### Instruction:\na\n\n### Input:\nb\n\n### Response: ASSISTANT: [[c<|im_end|>]]" in shown
@@ -132,7 +132,7 @@ def test_a_mixture_and_an_eval_file(words, tmp_path, text_model, rows_file, caps
         "--eval_dataset_dir", str(rows_file), "--options", f"train_dataset.mix={json.dumps(mix)}",
         "pet_config={lora_rank: 2, target_modules: q_proj, lora_dropout: 0}",
     ]  # fmt: skip
-    assert cli.main(arguments) == 0
+    assert main(arguments) == 0
     printed = capsys.readouterr().out
     assert printed.count("data: ") == 2 and "step 4/4  eval loss " in printed
     assert sorted(path.name for path in (out / "best").glob("adapter_*")) == [
@@ -140,13 +140,13 @@ def test_a_mixture_and_an_eval_file(words, tmp_path, text_model, rows_file, caps
     ]  # fmt: skip
     reports = json.loads((out / "data_report.json").read_text())
     assert [report["rows"] for report in reports] == [8, 2]
-    assert cli.main([*arguments, "--options", "train_dataset.validation_split=0.5"]) == 2
+    assert main([*arguments, "--options", "train_dataset.validation_split=0.5"]) == 2
     assert "validation_split and mix are both given" in capsys.readouterr().err
 
 
 def test_held_out_rows(words, tmp_path, rows_file, capsys, graph_mode):
     arguments = [*words[:2], "--train_dataset_dir", str(rows_file), "--seq_length", "16", "--max_steps", "1"]
     arguments += ["--output_dir", str(tmp_path / "out"), "--options", "train_dataset.validation_split=0.25"]
-    assert cli.main(["finetune", *arguments, "--pet_config.target_modules", "q_proj"]) == 0
+    assert main(["finetune", *arguments, "--pet_config.target_modules", "q_proj"]) == 0
     printed = capsys.readouterr().out
-    assert "training: 1 steps of 1 rows, 6 an epoch" in printed and "step 1/1  eval loss " in printed
+    assert "training: 1 step of 1 row, 6 an epoch" in printed and "step 1/1  eval loss " in printed

@@ -17,6 +17,7 @@ from lora_ms.data.example import Message
 from lora_ms.data.template import encode_prompt
 from lora_ms.data.tokenizer import load_tokenizer
 from lora_ms.errors import LoraMsError
+from lora_ms.recipes.generate import sampling_of
 
 SUGGESTED = {"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.8, "repetition_penalty": 1.05}
 
@@ -91,7 +92,7 @@ class Listener:
 def listener(monkeypatch):
     found = Listener()
     for module in (predict, chat):
-        monkeypatch.setattr(module, "speaker_for", lambda config, model: found)
+        monkeypatch.setattr(module, "speaker_for", lambda config, model, sampling: found)
     return found
 
 
@@ -148,7 +149,7 @@ def test_other_commands_refuse_it(text_model, capsys, command):
 def test_zero_is_greedy(options, greedy):
     options = ["do_sample=True", *options]
     config = load_config(None, options=[f"model.model_config.{option}" for option in options])
-    assert predict.sampling_of(config).greedy == greedy
+    assert sampling_of(config).greedy == greedy
 
 
 def test_zero_answers_as_without_sampling(said, plain):
@@ -224,7 +225,7 @@ def suggest(folder, **settings) -> None:
 
 
 def line_of(flags: str) -> str:
-    return f"generation_config.json suggests {flags}; without these flags an answer is the likeliest tokens"
+    return f"generation_config.json suggests {flags}; without these flags an answer is the most likely tokens"
 
 
 LINE = line_of("--do_sample True --temperature 0.7 --top_k 20 --top_p 0.8 --repetition_penalty 1.05")

@@ -8,8 +8,7 @@ import pytest
 from lora_ms.adapters.check import template_of as template_in
 from lora_ms.cli import main as cli
 from lora_ms.data.example import Example, Message
-from lora_ms.data.template import encode_prompt, encode_text
-from lora_ms.data.templates import set_template, template_of
+from lora_ms.data.template import encode_prompt, encode_text, set_template, template_of
 from lora_ms.data.tokenizer import load_tokenizer
 from lora_ms.errors import LoraMsError
 from lora_ms.storage import whole_folder

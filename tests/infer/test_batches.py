@@ -16,10 +16,10 @@ MIXTURES = 200
 
 
 @pytest.fixture(scope="module")
-def tiny(graph_mode, root):
+def tiny(native, root):
     """The bundled model and its tokenizer."""
     folder = root / "examples" / "tiny" / "model"
-    return load_directory(folder), load_tokenizer(folder)
+    return load_directory(folder, operators=native), load_tokenizer(folder)
 
 
 @pytest.fixture(scope="module")
@@ -88,8 +88,8 @@ class Recorder:
     def __init__(self, model):
         self.model = model
 
-    def generate(self, prompts, limits, *_):
-        return [[limit] for limit in limits]
+    def generate(self, prompts, max_new_tokens, **_):
+        return [[limit] for limit in max_new_tokens]
 
 
 class Numbers:

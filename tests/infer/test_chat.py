@@ -1,10 +1,11 @@
 """Streaming whole characters, and a conversation at the terminal with the bundled model."""
 
 import builtins
+from pathlib import Path
 
 import pytest
 
-from lora_ms.cli import main as cli
+from lora_ms.cli.main import main
 from lora_ms.commands.chat import fit_history
 from lora_ms.data.example import Message
 from lora_ms.infer.chat import Stream
@@ -58,9 +59,9 @@ def typed(monkeypatch, request):
 @pytest.mark.parametrize(
     "typed", [["Who are you?", "/help", "/reset", "", "Who are you?", "/exit", "never"]], indirect=True
 )
-def test_a_conversation(typed, capsys, monkeypatch, graph_mode, root):
-    monkeypatch.chdir(root)
-    assert cli.main(["chat", "--load_checkpoint", MODEL, "--max_new_tokens", "24"]) == 0
+def test_a_conversation(typed, capsys, monkeypatch, graph_mode):
+    monkeypatch.chdir(Path(__file__).parents[2])
+    assert main(["chat", "--load_checkpoint", MODEL, "--max_new_tokens", "24"]) == 0
     out = capsys.readouterr().out.splitlines()
     help_line = "/reset forgets the conversation, /exit leaves"
     first, again = out[1], out[4]

@@ -50,9 +50,9 @@ def scaled(reference, tmp_path):
 
 @pytest.mark.parametrize("kind", ROPES)
 @pytest.mark.parametrize("name", NAMES)
-def test_logits_past_the_original_length(scaled, golden, name, kind):
+def test_logits_past_the_original_length(native, scaled, golden, name, kind):
     values = golden(f"rope_{name}")
-    model = load_directory(scaled(name, kind, newer=name == "qwen2"))
+    model = load_directory(scaled(name, kind, newer=name == "qwen2"), operators=native)
     logits = model(Tensor(values["input_ids"])).asnumpy()[0, values["positions"]]
     np.testing.assert_allclose(logits, values[f"{kind}/logits"], rtol=0, atol=1e-4)
 
@@ -62,18 +62,18 @@ def test_logits_past_the_original_length(scaled, golden, name, kind):
     [(name, kind) for name in NAMES for kind in ("dynamic", "yarn_betas")]
     + [("llama2", "linear"), ("qwen2", "yarn_mscale"), ("qwen3", "yarn_attention"), ("qwen3", "llama3")],
 )
-def test_generation_past_the_original_length(scaled, golden, name, kind):
+def test_generation_past_the_original_length(native, scaled, golden, name, kind):
     """Both prompts in one batch: one crosses the original length while it is answered, the other begins past it."""
     values = golden(f"rope_{name}")
     ids = values["input_ids"][0].tolist()
-    new = Generator(load_directory(scaled(name, kind))).generate([ids[:24], ids[:40]], 16)
+    new = Generator(load_directory(scaled(name, kind), operators=native)).generate([ids[:24], ids[:40]], 16)
     np.testing.assert_array_equal(new, [values[f"{kind}/crossing"], values[f"{kind}/beyond"]])
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "yarn_attention"])
-def test_both_sets_of_operators(own, scaled, golden, kind):
+def test_both_sets_of_operators(operators, scaled, golden, kind):
     values = golden("rope_qwen3")
-    model = load_directory(scaled("qwen3", kind))
+    model = load_directory(scaled("qwen3", kind), operators=operators)
     logits = model(Tensor(values["input_ids"])).asnumpy()[0, values["positions"]]
     np.testing.assert_allclose(logits, values[f"{kind}/logits"], rtol=0, atol=1e-4)
 

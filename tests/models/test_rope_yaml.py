@@ -8,7 +8,7 @@ from lora_ms.config.model import ModelSizes
 from lora_ms.errors import LoraMsError
 from lora_ms.models.decoder import DecoderConfig
 from lora_ms.nn.rope import rotation_of
-from lora_ms.recipes.session import check_sizes, decoder_config
+from lora_ms.recipes.model import check_sizes, decoder_config
 
 SIZES = {"hidden_size": 64, "num_layers": 2, "num_heads": 4, "vocab_size": 128, "max_position_embedding": 256}
 YARN = {"factor": 4.0, "original_max_position_embeddings": 64, "beta_slow": 1, "beta_fast": 32, "mscale": 1.0,

@@ -64,27 +64,28 @@ def train(graph_mode, reference, rows, settings) -> Callable[..., Finished]:
     """Trains LoRA on qwen2 (or ``name``): ``train(folder, dropout=…, plan={…}, prepare=…, **settings)``.
 
     plan: fields of the DataPlan to replace. prepare: called with the model before the run. callbacks: the run's.
-    held_out: rows to evaluate. sample: the Evaluator's.
+    held_out: rows to evaluate. sample: the Evaluator's. hooks: StepHooks.
     """
     import mindspore as ms
     from safetensors.numpy import load_file
 
-    from lora_ms.adapters.config import LoraConfig
     from lora_ms.adapters.inject import inject
+    from lora_ms.adapters.methods.lora import LoraConfig
     from lora_ms.data.store import TokenStore
     from lora_ms.models.hub import load_directory
+    from lora_ms.recipes import train as recipe
+    from lora_ms.recipes.data import held_out_plan, plan_rows
     from lora_ms.recipes.outputs import weights_of
-    from lora_ms.recipes.train import fit, held_out_plan, plan_rows
-    from lora_ms.runtime import device as runtime
+    from lora_ms.runtime import device
     from lora_ms.train.evaluation import Evaluator
 
     def run(
         path, dropout=0.0, plan=None, prepare=None, name="qwen2", dtype=ms.float32, data=rows, callbacks=(),
-        held_out=None, sample=None, **changes,
+        held_out=None, sample=None, hooks=(), **changes,
     ):  # fmt: skip
         path.mkdir(parents=True, exist_ok=True)
         chosen = settings(path, **changes)
-        here, _ = runtime.setup("CPU", seed=chosen.seed)
+        here, _ = device.setup("CPU", seed=chosen.seed)
         model = load_directory(reference / "models" / name, dtype)
         config = LoraConfig(4, 8.0, dropout, "all-linear")
         inject(model, config)
@@ -97,7 +98,10 @@ def train(graph_mode, reference, rows, settings) -> Callable[..., Finished]:
         if held_out is not None:
             evaluator = Evaluator(model, held_out_plan(TokenStore.of(held_out), 4, None, 16, here), 128, here, sample)
         weights = weights_of(model, config, None)
-        outcome = fit(model, data_plan, chosen, here, weights, 128, dtype, None, evaluator, callbacks)
+        loop = recipe.NativeLoop(
+            model, data_plan, chosen, here, weights, hooks=hooks, evaluator=evaluator, callbacks=callbacks
+        )
+        outcome = recipe.train(loop)
         return Finished(path, outcome, untimed(path), load_file(path / "adapter" / "adapter_model.safetensors"))
 
     return run
