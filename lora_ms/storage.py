@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -67,19 +67,33 @@ def _place(info: dict) -> tuple[str, tuple[int, ...], int, int]:
 
 
 def open_dir(path: Path) -> dict[str, Entry]:
-    """All tensors of a directory: one ``model.safetensors``, or shards named by an index."""
+    """All tensors of a directory: one ``model.safetensors``, or shards named by an index.
+
+    Raises:
+        LoraMsError: neither, or both: then nothing says which of the two are the weights.
+    """
+    single = "model.safetensors"
+    weight_map: Any = {}
     if (path / INDEX).is_file():
         weight_map = read_json(path / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise LoraMsError(f"{path / INDEX}: holds no weight_map")
-        files = sorted(set(weight_map.values()))
-    elif (path / "model.safetensors").is_file():
-        files = ["model.safetensors"]
-    else:
-        raise LoraMsError(f"{path}: holds no model.safetensors and no {INDEX}")
+    files = sorted(set(weight_map.values()))
+    if (path / single).is_file() and single not in files:
+        left = [file for file in files if (path / file).is_file()]
+        if left:
+            raise LoraMsError(
+                f"{path}: holds {single} and {INDEX} with {left[0]}: which are the weights? Move the older ones away "
+                f"(transformers reads {single}, vLLM the others)"
+            )
+        files = [single]  # the index is of shards that are gone
+        weight_map = {}
+    if not files:
+        raise LoraMsError(f"{path}: holds no {single} and no {INDEX}")
     entries: dict[str, Entry] = {}
     for file in files:
-        entries |= read_header(path / file)
+        found = read_header(path / file)
+        entries |= {name: entry for name, entry in found.items() if weight_map.get(name, file) == file}
     return entries
 
 
@@ -301,6 +315,8 @@ def whole_folder(folder: Path, size: int) -> Iterator[Path]:
             if MODEL_FILES.fullmatch(file.name):
                 file.unlink()
         for file in sorted(part.iterdir(), key=lambda file: file.name == "config.json"):
+            if file.is_dir():
+                shutil.rmtree(folder / file.name, ignore_errors=True)
             os.replace(file, folder / file.name)
     except OSError as error:
         ours = error.filename is None or Path(error.filename).absolute().is_relative_to(folder.parent)

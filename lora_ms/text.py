@@ -1,6 +1,7 @@
-"""Text for people: numbers with their nouns, and tables that fit a terminal."""
+"""Text for people: numbers with their nouns, lists that end, and tables that fit a terminal."""
 
 import textwrap
+from collections.abc import Sequence
 
 WIDTH = 80  # columns of a terminal
 
@@ -8,6 +9,12 @@ WIDTH = 80  # columns of a terminal
 def counted(number: int, noun: str) -> str:
     """``1 tensor``, ``2 tensors``, ``1,000 rows``."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def listed(items: Sequence[str], most: int = 10, separator: str = "; ") -> str:
+    """``a; b; c and 4 more``."""
+    more = f" and {len(items) - most:,} more" if len(items) > most else ""
+    return separator.join(items[:most]) + more
 
 
 def status_lines(name: str, status: str, text: str, name_width: int) -> list[str]:

@@ -66,6 +66,7 @@ FLAGS = [
     ("--load_adapter ad", "load_adapter", "ad"),
     ("--max_steps -1", "runner_config.max_steps", -1),
     ("--max_new_tokens 12", "model.model_config.max_new_tokens", 12),
+    ("--max_length 100", "model.model_config.max_decode_length", 100),
     ("--temperature 0.7", "model.model_config.temperature", 0.7),
     ("--top_k 50", "model.model_config.top_k", 50),
     ("--top_p 0.9", "model.model_config.top_p", 0.9),
@@ -114,7 +115,7 @@ def test_flag_lands_on_its_key(ran, flag, key, value):
 
 def test_table_covers_every_flag():
     given = {word[2:] for flag, *_ in FLAGS for word in flag.split() if word.startswith("--") and "." not in word}
-    assert given | {"config", "predict_data", "debug"} == {*main.FLAG_KEYS, *main.OTHER_FLAGS}
+    assert given | {"config", "predict_data", "system", "debug"} == {*main.FLAG_KEYS, *main.OTHER_FLAGS}
 
 
 def test_no_flag_keeps_the_yaml(ran):
@@ -140,7 +141,8 @@ def test_idle_flags_share_one_notice(ran):
 def test_commands(ran, words, task, run_mode):
     assert main.main([*words.split(), "--config", YAML]) == 0
     assert (ran[0][0], ran[0][1].run_mode) == (task, run_mode)
-    assert ran[0][2:] == (({"predict_data": ["a", "b"]},) if task == "predict" else ())
+    flags = {"predict": {"predict_data": ["a", "b"], "system": None}, "chat": {"system": None}}
+    assert ran[0][2:] == ((flags[task],) if task in flags else ())
 
 
 MERGE = {"load_adapter": "a", "load_checkpoint": None, "output_dir": "o", "dtype": "auto", "max_shard_size": "5GB",

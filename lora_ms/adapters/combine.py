@@ -23,6 +23,7 @@ from lora_ms.adapters.peft_files import (
     split_key,
 )
 from lora_ms.errors import LoraMsError
+from lora_ms.text import listed
 
 MAJORITIES = ("total", "frequency")
 
@@ -182,7 +183,7 @@ def read_adapter(path: str | os.PathLike) -> Adapter:
         except LoraMsError as error:
             faults.append(str(error))
     if faults or not tensors:
-        what = "; ".join(faults) or f"it holds no {config.title} tensor"
+        what = listed(faults) or f"it holds no {config.title} tensor"
         raise LoraMsError(f"{path}: cannot be combined: {what}")
     return Adapter(config, tensors)
 

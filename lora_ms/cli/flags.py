@@ -100,8 +100,9 @@ FLAGS: dict[str, list[tuple[str, str, Any, str, str]]] = {
     "generation": [
         ("prompts_file", "evaluation.prompts_file", str, "FILE", "for eval: questions with the answers expected"),
         ("max_new_tokens", f"{SIZES}.max_new_tokens", flag_int, "N", "longest answer, in tokens"),
+        ("max_length", f"{SIZES}.max_decode_length", flag_int, "N", "longest prompt and answer together"),
         ("do_sample", f"{SIZES}.do_sample", flag_bool, "BOOL", "False: always the most likely token"),
-        ("temperature", f"{SIZES}.temperature", flag_float, "X", "below 1: less random, above 1: more random"),
+        ("temperature", f"{SIZES}.temperature", flag_float, "X", "below 1: less random, above: more; 0: not random"),
         ("top_k", f"{SIZES}.top_k", flag_int, "N", "sample among the N most likely tokens; 0: all"),
         ("top_p", f"{SIZES}.top_p", flag_float, "X", "sample among the top tokens of probability X"),
         ("repetition_penalty", f"{SIZES}.repetition_penalty", flag_float, "X", "above 1: fewer repetitions; 1: off"),
@@ -128,9 +129,14 @@ IDLE_FLAGS: list[tuple[str, str, Any, str | None]] = [
     ("trust_remote_code", "trust_remote_code", flag_bool, None),
 ]
 FLAG_KEYS = {row[0]: row[1] for rows in FLAGS.values() for row in rows} | {row[0]: row[1] for row in IDLE_FLAGS}
-OTHER_FLAGS = ("config", "preset", "fill", "options", "predict_data", "debug")
+OTHER_FLAGS = ("config", "preset", "fill", "options", "predict_data", "system", "debug")
 # command -> those of its flags that are no keys of the configuration: arguments of its `run`
-COMMAND_FLAGS = {"predict": ("predict_data",), "preview": ("row",), "preprocess": ("report", "layout")}
+COMMAND_FLAGS = {
+    "predict": ("predict_data", "system"),
+    "chat": ("system",),
+    "preview": ("row",),
+    "preprocess": ("report", "layout"),
+}
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -153,6 +159,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     groups["training"].add_argument("--preset", metavar="NAME", help="small_dataset or large_dataset")
     groups["generation"].add_argument("--predict_data", nargs="+", metavar="TEXT", help="prompts")
+    text = "system message before the conversation (predict, chat)"
+    groups["generation"].add_argument("--system", metavar="TEXT", help=text)
     group = parser.add_argument_group("any key of the YAML")
     text = "such as optimizer.eps=1e-6; also as --optimizer.eps 1e-6"
     group.add_argument("--options", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=text)

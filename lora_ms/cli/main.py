@@ -164,6 +164,8 @@ def _run_command(command: str | None, args: argparse.Namespace, free_form: list[
     command = command or {"train": "finetune"}.get(config.run_mode, config.run_mode)
     if command == "predict" and not args.predict_data:
         raise LoraMsError('nothing to predict: give --predict_data "a prompt" "another"')
+    if args.system is not None and "system" not in COMMAND_FLAGS.get(command, ()):
+        raise LoraMsError(f"--system is for predict and chat, not {command}: leave it out (rows have their own)")
     with _ended_by_ctrl_c():
         module = import_module(MODULES[command])
     module.run(config, **{flag: getattr(args, flag) for flag in COMMAND_FLAGS.get(command, ())})

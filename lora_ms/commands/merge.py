@@ -5,6 +5,7 @@ from pathlib import Path
 from lora_ms import storage
 from lora_ms.adapters import offline_merge
 from lora_ms.errors import LoraMsError
+from lora_ms.hf_folder import open_model
 from lora_ms.recipes.model_folder import (
     base_of,
     check_adapter_folder,
@@ -46,24 +47,26 @@ def run(
             f"{base} is quantised ({method}): merge into the model that it was made of, then quantise the result"
         )
     check_output(output, base, adapter, overwrite)
-    stored = storage.open_dir(base)
-    tied = hf.get("tie_word_embeddings", f"{offline_merge.HEAD}.weight" not in stored)
-    entries = offline_merge.with_head(stored, tied)
+    stored = open_model(base, hf)
+    for line in stored.notices:
+        print(line)
+    entries = offline_merge.with_head(stored.entries, stored.tied)
     updates = offline_merge.read_updates(adapter, entries)
-    untied = tied and not offline_merge.still_tied(updates)
-    if tied and not untied:
+    tied = stored.tied and offline_merge.still_tied(updates)
+    if tied:
         entries.pop(f"{offline_merge.HEAD}.weight", None)
         updates.pop(offline_merge.HEAD, None)
     planned = offline_merge.plan(entries, updates, storage.STORED.get(dtype), safe_merge)
     size = sum(tensor.size for tensor in planned.values())
     print(f"merging {len(updates)} modules of {adapter} into {base}: {len(planned)} tensors, {storage.size_text(size)}")
-    if untied:
+    unties = hf.get("tie_word_embeddings", False) and not tied
+    if unties:
         print("the head and the embedding come apart: tie_word_embeddings becomes false")
     with storage.whole_folder(output, size) as folder:
         for file in storage.write_model(folder, planned, shard_size):
             print(f"  {file.name}  {storage.size_text(file.stat().st_size)}")
         copied = copy_texts(base, adapter, folder)
-        storage.write_json(folder / "config.json", config_for(hf, dtype, untied))
+        storage.write_json(folder / "config.json", config_for(hf, dtype, unties))
     print(f"merged model: {output}")
     if "tokenizer_config.json" in copied:
         print(f"try it: lora-ms chat --load_checkpoint {output}   (transformers and vLLM load it as it is)")

@@ -21,12 +21,23 @@ if TYPE_CHECKING:
 
 
 def template_of(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The tokenizer's own template; Alpaca's for one without."""
-    return tokenizer.chat_template or TEMPLATES["alpaca"]
+    """The tokenizer's own template, of several the one named default; Alpaca's for one without.
+
+    Raises LoraMsError where there are several and none of that name.
+    """
+    if not tokenizer.chat_template:
+        return TEMPLATES["alpaca"]
+    try:
+        return tokenizer.get_chat_template()
+    except ValueError:
+        names = ", ".join(sorted(tokenizer.chat_template))
+        raise LoraMsError(
+            f"the tokenizer has chat templates and no default: give --chat_template one of {names}"
+        ) from None
 
 
 def set_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Give the tokenizer the template `name`, or the one in the file of that name; it is saved with the tokenizer.
+    """Give the tokenizer the template `name`: one of ours, of its own, or in a file; it is saved with the tokenizer.
 
     A named template begins with the tokenizer's begin token where the tokenizer puts it before every text.
 
@@ -35,8 +46,13 @@ def set_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     if name in TEMPLATES:
         tokenizer.chat_template = ("{{ bos_token }}" if begins_with_bos(tokenizer) else "") + TEMPLATES[name]
         return
+    named = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
+    if name in named:
+        tokenizer.chat_template = named[name]
+        return
     if not Path(name).is_file():
-        raise LoraMsError(f"chat_template {name}: no such file, and none of {', '.join(TEMPLATES)}")
+        known = ", ".join((*TEMPLATES, *sorted(named)))
+        raise LoraMsError(f"chat_template {name}: no such file, and none of {known}")
     try:
         tokenizer.chat_template = Path(name).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -5,7 +5,8 @@ from dataclasses import replace
 
 from lora_ms.data.example import IGNORE_INDEX, Example, Message
 from lora_ms.data.template import encode, encode_prompt
-from lora_ms.infer.generate import Generator
+from lora_ms.errors import LoraMsError
+from lora_ms.infer.generate import Generator, prompt_name
 from lora_ms.infer.sampling import Sampling
 
 
@@ -69,18 +70,35 @@ class Speaker:
         return self.continued([encode_prompt(self.tokenizer, turns) for turns in conversations], show)
 
     def continued(self, prompts: Sequence[Sequence[int]], show: Callable[[str], None] | None = None) -> list[str]:
-        """What follows each prompt, given as tokens; see ``answers``."""
+        """What follows each prompt, given as tokens; see ``answers``.
+
+        Raises:
+            LoraMsError: a prompt that leaves no room for an answer, is empty, or has ids beyond the vocabulary.
+        """
+        limits = [self.limit(prompt, number, len(prompts)) for number, prompt in enumerate(prompts, 1)]
         self.calls += 1
-        room = self.max_length - max(map(len, prompts))
         stream = Stream(self.tokenizer, show) if show else None
         new = self.generator.generate(
             prompts,
-            max_new_tokens=max(1, min(self.max_new_tokens, room)),
+            max_new_tokens=limits,
             sampling=replace(self.sampling, seed=self.sampling.seed + self.calls),  # another answer when asked again
             eos_token_ids=self.eos_token_ids,
             on_token=(lambda row, token: stream.add(token) if row == 0 else None) if stream else None,
         )
         return [self.tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in new]
+
+    def limit(self, prompt: Sequence[int], number: int = 1, count: int = 1) -> int:
+        """Most new tokens after ``prompt``, the one of this number among ``count``.
+
+        Raises:
+            LoraMsError: not one fits.
+        """
+        if len(prompt) >= self.max_length:
+            raise LoraMsError(
+                f"{prompt_name(number, count)} has {len(prompt):,} tokens, and the model takes {self.max_length:,} "
+                "with the answer: shorten it"
+            )
+        return min(self.max_new_tokens, self.max_length - len(prompt))
 
     def prompt_length(self, conversation: Sequence[Message]) -> int:
         """Tokens of the prompt that ``answers`` would build."""

@@ -10,7 +10,8 @@ from mindspore import Tensor
 from numpy.typing import NDArray
 
 from lora_ms.data.tokenizer import load_tokenizer
-from lora_ms.infer.generate import Generator, pad_rows
+from lora_ms.errors import LoraMsError
+from lora_ms.infer.generate import Generator, pad_rows, prompt_name
 from lora_ms.infer.sampling import Sampling
 from lora_ms.models import hub
 from lora_ms.models.decoder import CausalLM
@@ -25,26 +26,28 @@ class ModelForCausalLM(CausalLM):
     def generate(
         self,
         input_ids: Tensor | NDArray | Sequence[Sequence[int]],
-        max_new_tokens: int = 64,
+        max_new_tokens: int | None = None,
         attention_mask: Tensor | NDArray | None = None,
         eos_token_id: int | Sequence[int] | None = None,
         pad_token_id: int = 0,
         generator: Generator | None = None,
+        max_length: int | None = None,
         **sampling,
     ) -> NDArray[np.int32]:
         """Prompts continued: [batch, prompt + new] token ids, as in transformers.
 
         Args:
             input_ids: [batch, prompt] ids, or a list of rows of any lengths (padded on the left in the result).
-            max_new_tokens: most new tokens of a row.
+            max_new_tokens: most new tokens of a row; None: 64, or as many as ``max_length`` leaves.
             attention_mask: [batch, prompt] of 0 and 1; 0 marks padding.
             eos_token_id: one or more ids that end a row; None for the model's own. Without any, rows run on.
             pad_token_id: fills the rest of a row that has ended.
             generator: holds the compiled graphs; None for the model's own.
+            max_length: most tokens of a row and its answer together, padding not counted.
             sampling: do_sample, temperature, top_k, top_p, repetition_penalty, seed (see ``Sampling``).
 
         Raises:
-            LoraMsError: an empty prompt or a setting out of range.
+            LoraMsError: an empty prompt, one longer than the model or ``max_length``, or a setting out of range.
             TypeError: an unknown setting.
         """
         unknown = set(sampling) - set(SAMPLING_NAMES)
@@ -58,7 +61,8 @@ class ModelForCausalLM(CausalLM):
             generator = self.__dict__.get("generator") or Generator(self)
             self.__dict__["generator"] = generator
         training = self.training
-        new = generator.generate(rows, max_new_tokens, Sampling(**sampling), ends)
+        limits = _limits(rows, self.config.longest, max_new_tokens, max_length)
+        new = generator.generate(rows, limits, Sampling(**sampling), ends)
         self.set_train(training)
         return pad_rows(rows, new, pad_token_id, max(map(len, input_ids)))
 
@@ -69,6 +73,29 @@ class ModelForCausalLM(CausalLM):
     def save_pretrained(self, path: str | os.PathLike) -> None:
         """Writes a Hugging Face folder in the type of the weights; transformers and vLLM load it."""
         hub.save_directory(self, path, hub.NUMPY_DTYPES[self.dtype])
+
+
+def _limits(
+    rows: Sequence[Sequence[int]], longest: int, max_new_tokens: int | None, max_length: int | None
+) -> list[int]:
+    """Most new tokens of each row.
+
+    Raises:
+        LoraMsError: a row is longer than ``longest``, or leaves no room for an answer.
+    """
+    limits = []
+    for number, row in enumerate(rows, 1):
+        name = prompt_name(number, len(rows))
+        if len(row) > longest:
+            raise LoraMsError(f"{name} has {len(row):,} tokens, and the model takes {longest:,}: shorten it")
+        if max_length is None:
+            limits.append(64 if max_new_tokens is None else max_new_tokens)
+            continue
+        room = max_length - len(row)
+        if room < 1:
+            raise LoraMsError(f"{name} has {len(row):,} tokens: max_length {max_length:,} leaves no room for an answer")
+        limits.append(room if max_new_tokens is None else min(room, max_new_tokens))
+    return limits
 
 
 def _rows(input_ids, attention_mask) -> list[list[int]]:
@@ -92,7 +119,10 @@ class AutoModelForCausalLM:
             LoraMsError: not such a folder, an unsupported architecture, or tensors that do not fit.
         """
         runtime, _ = device.setup()
-        return hub.load_directory(Path(path), ms_dtype, ModelForCausalLM, operators=runtime.operators)
+        model = hub.load_directory(Path(path), ms_dtype, ModelForCausalLM, operators=runtime.operators)
+        for line in model.notices:
+            print(line)
+        return model
 
 
 class AutoTokenizer:

@@ -8,10 +8,11 @@ import numpy as np
 from mindspore import Tensor, nn
 from numpy.typing import NDArray
 
+from lora_ms.adapters.check import missing_modules
 from lora_ms.adapters.combine import combine
-from lora_ms.adapters.inject import build, report, select
+from lora_ms.adapters.inject import build, report, select, target_layers
 from lora_ms.adapters.methods.base import AdapterConfig
-from lora_ms.adapters.peft_format import read_adapter_config, read_cells, save_adapter
+from lora_ms.adapters.peft_format import incomplete, read_adapter_config, read_cells, save_adapter
 from lora_ms.errors import LoraMsError
 from lora_ms.infer.generate import Generator
 from lora_ms.python.adapter_set import AdapterSet, attached, detached
@@ -127,6 +128,9 @@ class PeftModel:
         config = read_adapter_config(path)
         with self.adapters.disabled():
             cells = read_cells(self.model, Path(path), config)
+            missing = missing_modules(config, cells, target_layers(self.model))
+        if missing:
+            print(incomplete(Path(path), missing))
         self._add(adapter_name, config, cells)
 
     def add_weighted_adapter(

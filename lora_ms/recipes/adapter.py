@@ -60,7 +60,9 @@ def load_agreeing(path: str, pet: PetConfig, wanted: AdapterConfig, model: Causa
     stored = read_adapter_config(path)
     layers = list(target_layers(model))
     saved = set(saved_layers(model, wanted))
-    loaded, _ = load_adapter(model, path, stored.continued(pet, given), shard)
+    loaded, found = load_adapter(model, path, stored.continued(pet, given), shard)
+    for line in found.notes:
+        print(line)
     standing = adapted(model)
     faults = []
 

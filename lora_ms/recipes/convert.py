@@ -1,12 +1,16 @@
 """A model's weights from Hugging Face's names and files to MindFormers', and back, tensor by tensor."""
 
+from dataclasses import replace
 from pathlib import Path
+
+import numpy as np
 
 from lora_ms import storage
 from lora_ms.bridge import weights
 from lora_ms.bridge.files import NAME_MAP, SUFFIXES, of_entry, read_file, write_file
 from lora_ms.bridge.layout import heads_of
 from lora_ms.errors import LoraMsError
+from lora_ms.hf_folder import EMBEDDING, HEAD, open_model, untied_notice
 from lora_ms.models.decoder import DecoderConfig
 from lora_ms.models.hub import check_names, read_config
 from lora_ms.recipes.model_folder import check_output, config_for, copy_texts
@@ -30,9 +34,8 @@ def to_mindformers(
     """
     hf = storage.read_json(source / "config.json")
     heads = heads_of(hf, source / "config.json", contiguous)
-    stored = {name: of_entry(entry) for name, entry in storage.open_dir(source).items()}
-    if hf.get("tie_word_embeddings"):
-        stored.pop("lm_head.weight", None)  # a copy of the embedding, where there is one
+    found = open_model(source, hf)
+    stored = {name: of_entry(entry) for name, entry in found.entries.items()}
     tensors = weights.to_mindformers(stored, naming, concat, heads, dtype, source)
     total = sum(tensor.size for tensor in tensors.values())
     if target.suffix in SUFFIXES:
@@ -46,7 +49,10 @@ def to_mindformers(
             for file, names in shards.items():
                 storage.write_blocks(folder / file, {name: tensors[name] for name in names})
             storage.write_json(folder / NAME_MAP, {name: file for file, names in shards.items() for name in names})
-    return [f"{len(tensors)} tensors, {storage.size_text(total)}, under MindFormers' {naming} names: {target}"]
+    return [
+        *found.notices,
+        f"{len(tensors)} tensors, {storage.size_text(total)}, under MindFormers' {naming} names: {target}",
+    ]
 
 
 def to_hugging_face(
@@ -60,8 +66,11 @@ def to_hugging_face(
     sizes, hf = read_config(base)
     heads = heads_of(hf, base / "config.json", contiguous)
     tensors, left_out = weights.to_hugging_face(read_file(source), heads, storage.STORED.get(dtype), source)
-    if sizes.tie_word_embeddings:
-        tensors.pop("lm_head.weight", None)
+    unties = sizes.tie_word_embeddings and HEAD in tensors and not same_blocks(tensors[HEAD], tensors.get(EMBEDDING))
+    if unties:
+        sizes = replace(sizes, tie_word_embeddings=False)
+    elif sizes.tie_word_embeddings:
+        tensors.pop(HEAD, None)
     check_names(shapes_of(sizes), {name: tensor.shape for name, tensor in tensors.items()}, str(source))
     check_output(target, base, base, overwrite)
     total = sum(tensor.size for tensor in tensors.values())
@@ -71,11 +80,19 @@ def to_hugging_face(
         copy_texts(base, base, folder)
         written = {tensor.dtype for tensor in tensors.values()}
         named = [name for name, stored in storage.STORED.items() if {stored} == written]
-        storage.write_json(folder / "config.json", config_for(hf, named[0] if named else dtype, False))
-    lines = [f"{len(tensors)} tensors, {storage.size_text(total)}: {target}"]
+        storage.write_json(folder / "config.json", config_for(hf, named[0] if named else dtype, unties))
+    lines = [untied_notice(source)] if unties else []
+    lines += [f"{len(tensors)} tensors, {storage.size_text(total)}: {target}"]
     if left_out:
         lines.append(f"left out: {len(left_out)} tensors that are no weights of the model, such as {left_out[0]}")
     return lines
+
+
+def same_blocks(one: storage.Planned, other: storage.Planned | None) -> bool:
+    """Whether two tensors are written alike."""
+    if other is None or one.shape != other.shape:
+        return False
+    return all(np.array_equal(x, y) for x, y in zip(one.blocks(), other.blocks(), strict=True))
 
 
 def shapes_of(sizes: DecoderConfig) -> dict[str, tuple[int, ...]]:

@@ -10,9 +10,10 @@ from lora_ms.data.loader import DataPlan
 from lora_ms.data.pipeline import Preparation, read
 from lora_ms.data.report import Tally
 from lora_ms.data.store import TokenStore
+from lora_ms.data.template import encode_prompt
 from lora_ms.errors import LoraMsError
 from lora_ms.infer.chat import Speaker
-from lora_ms.infer.generate import Generator
+from lora_ms.infer.generate import Generator, check_prompts
 from lora_ms.infer.questions import chrf, is_match, question_of
 from lora_ms.infer.sampling import Sampling
 from lora_ms.models.decoder import CausalLM
@@ -58,11 +59,15 @@ class SampleAnswers:
             tokenizer,
             Sampling(),
             max_new_tokens=config.evaluation.max_new_tokens,
-            max_length=model.config.max_position_embeddings,
+            max_length=model.config.longest,
         )
+        self.tokens = [encode_prompt(tokenizer, [Message("user", prompt)]) for prompt in self.prompts]
+        check_prompts(self.tokens, model.config.vocab_size)
+        for number, tokens in enumerate(self.tokens, 1):
+            self.speaker.limit(tokens, number, len(self.tokens))  # now, rather than in the middle of the run
 
     def __call__(self) -> list[dict[str, str]]:
-        answers = self.speaker.answers([[Message("user", prompt)] for prompt in self.prompts])
+        answers = self.speaker.continued(self.tokens)
         return [{"prompt": p, "answer": a} for p, a in zip(self.prompts, answers, strict=True)]
 
 

@@ -8,8 +8,11 @@ import mindspore as ms
 from lora_ms.config import ModelSizes, RunConfig
 from lora_ms.data.example import IGNORE_INDEX
 from lora_ms.errors import LoraMsError
+from lora_ms.hf_folder import is_tied
 from lora_ms.models import hub
 from lora_ms.models.decoder import CausalLM, DecoderConfig
+from lora_ms.models.rope_settings import mindformers_rope
+from lora_ms.nn.rope import rotation_of
 from lora_ms.runtime.device import Runtime, default_dtype
 
 # YAML key -> DecoderConfig's; where both a YAML and a config.json give one, they must agree
@@ -51,6 +54,8 @@ def decoder_config(sizes: ModelSizes) -> DecoderConfig:
         missing = [f"model.model_config.{name}" for name, value in needed.items() if value is None]
         raise LoraMsError(f"without a Hugging Face directory in load_checkpoint these are needed: {', '.join(missing)}")
     qwen3 = sizes.type == "Qwen3Config"
+    longest = sizes.max_position_embedding or sizes.seq_length or 2048
+    theta, scaling = mindformers_rope(sizes.theta, sizes.extend_method, sizes.scaling_factor, longest)
     eos = sizes.eos_token_id
     return DecoderConfig(
         vocab_size=vocab,
@@ -61,32 +66,14 @@ def decoder_config(sizes: ModelSizes) -> DecoderConfig:
         num_key_value_heads=sizes.n_kv_heads or heads,
         head_dim=sizes.head_dim or (128 if qwen3 else hidden // heads),
         rms_norm_eps=sizes.rms_norm_eps or 1e-5,
-        rope_theta=sizes.theta or 10000.0,
-        rope_scaling=rope_scaling_of(sizes),
-        max_position_embeddings=sizes.max_position_embedding or sizes.seq_length or 2048,
+        rope_theta=theta or 10000.0,
+        rope_scaling=scaling,
+        max_position_embeddings=longest,
         attention_bias=bool(sizes.qkv_has_bias) or sizes.type == "Qwen2Config",
         qk_norm=qwen3,
         tie_word_embeddings=bool(sizes.tie_word_embeddings),
         eos_token_ids=() if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
     )
-
-
-def rope_scaling_of(sizes: ModelSizes) -> dict | None:
-    """``extend_method`` and ``scaling_factor`` in config.json's words.
-
-    Raises:
-        LoraMsError: a method that is not computed here.
-    """
-    scaling = sizes.scaling_factor
-    if sizes.extend_method not in ("None", "PI", "linear", "LLAMA3"):
-        raise LoraMsError(f"extend_method {sizes.extend_method} is not supported; supported: PI, LLAMA3")
-    if sizes.extend_method in ("PI", "linear"):
-        return {"rope_type": "linear", "factor": scaling or 1.0}
-    if sizes.extend_method == "LLAMA3":
-        names = {"original_max_position_embedding": "original_max_position_embeddings"}
-        given = scaling if isinstance(scaling, dict) else {}
-        return {"rope_type": "llama3", **{names.get(k, k): v for k, v in given.items()}}
-    return None
 
 
 def _llama_width(sizes: ModelSizes, hidden_size: int) -> int:
@@ -100,14 +87,18 @@ def _llama_width(sizes: ModelSizes, hidden_size: int) -> int:
 
 def check_sizes(sizes: ModelSizes, found: DecoderConfig, where: Path) -> None:
     """Raises LoraMsError where the YAML gives sizes other than config.json's; all are listed with both values."""
-    given = sizes.model_dump()
+    longest = found.max_position_embeddings
+    theta, scaling = mindformers_rope(sizes.theta, sizes.extend_method, sizes.scaling_factor, longest)
+    given = {**sizes.model_dump(), "theta": theta}
     faults = [
         f"{key}: {given[key]} in the YAML, {getattr(found, name)} in config.json"
         for key, name in SIZES.items()
         if given[key] is not None and given[key] != getattr(found, name)
     ]
-    scaling = rope_scaling_of(sizes)
-    if scaling is not None and scaling != found.rope_scaling:
+    here, there = (
+        rotation_of(found.head_dim, found.rope_theta, each, longest) for each in (scaling, found.rope_scaling)
+    )
+    if scaling is not None and not here.equals(there):  # one may leave out what the other spells out
         faults.append(f"extend_method: {scaling} in the YAML, {found.rope_scaling} in config.json")
     if faults:
         raise LoraMsError(f"{where}: the YAML's model_config describes another model: {'; '.join(faults)}")
@@ -127,9 +118,9 @@ def read_sizes(config: RunConfig) -> DecoderConfig:
     if not path.exists():
         raise LoraMsError(f"load_checkpoint: {path} does not exist; give a Hugging Face directory or a .ckpt file")
     if path.is_dir():
-        found, _ = hub.read_config(path)
+        found, hf = hub.read_config(path)
         check_sizes(sizes, found, path)
-        return found
+        return replace(found, tie_word_embeddings=is_tied(path, hf))
     if path.suffix not in (".ckpt", ".safetensors"):
         raise LoraMsError(f"load_checkpoint: {path} is neither a folder nor a .ckpt or .safetensors file")
     if (path.parent / "config.json").is_file() and sizes.hidden_size is None:
@@ -138,7 +129,17 @@ def read_sizes(config: RunConfig) -> DecoderConfig:
 
 
 def build_model(config: RunConfig, sizes: DecoderConfig, dtype: ms.Type, runtime: Runtime) -> CausalLM:
-    """The model with its weights, without adapter; with ``load_checkpoint: ''`` freshly initialised from ``seed``."""
+    """The model with its weights, without adapter; with ``load_checkpoint: ''`` freshly initialised from ``seed``.
+
+    Prints what the user should know of the folder.
+    """
+    model = _read_model(config, sizes, dtype, runtime)
+    for line in model.notices if runtime.is_main else ():
+        print(line)
+    return model
+
+
+def _read_model(config: RunConfig, sizes: DecoderConfig, dtype: ms.Type, runtime: Runtime) -> CausalLM:
     operators = runtime.operators
     path = Path(config.load_checkpoint)
     sizes = replace(sizes, flash_attention=config.model.sizes.use_flash_attention)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lora_ms.adapters import peft_files
 from lora_ms.errors import LoraMsError
+from lora_ms.hf_folder import GENERATION
 
 TYPES = ("float16", "bfloat16", "float32", "auto")  # of the weights that are written; auto: as they are stored
 TOKENIZER_FILES = (
@@ -20,8 +21,8 @@ TOKENIZER_FILES = (
     "tokenizer.model",
     "chat_template.jinja",
     "chat_template.json",
+    "additional_chat_templates",  # a folder of further ones
 )
-GENERATION = "generation_config.json"
 
 
 def check_type(dtype: str) -> None:
@@ -88,8 +89,9 @@ def copy_texts(base: Path, adapter: Path, output: Path) -> list[str]:
     copied = []
     for name in (*TOKENIZER_FILES, GENERATION):
         sources = [adapter] if from_adapter and name != GENERATION else [adapter, base]
-        source = next((folder / name for folder in sources if (folder / name).is_file()), None)
+        source = next((folder / name for folder in sources if (folder / name).exists()), None)
         if source is not None:
-            shutil.copyfile(source, output / name)
+            copy = shutil.copytree if source.is_dir() else shutil.copyfile
+            copy(source, output / name)
             copied.append(name)
     return copied

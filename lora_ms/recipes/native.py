@@ -76,9 +76,10 @@ def prepare(inputs: NativeInputs, log: Tee) -> NativeRun:
         checkpoint.find(output_dir, settings.resume)
     plan = data.plan_training(inputs.rows, tokenizer, settings, runtime)
     if runtime.is_main:
-        if settings.seq_length > sizes.max_position_embeddings:
-            longest = sizes.max_position_embeddings
-            print(f"seq_length {settings.seq_length} is beyond the {longest} positions that the model was made for")
+        if settings.seq_length > sizes.longest:
+            print(
+                f"seq_length {settings.seq_length} is beyond the {sizes.longest} positions that the model was made for"
+            )
         estimate.announce(config, sizes, runtime, plan.layout.shapes[-1])
     model = build_model(config, sizes, dtype, runtime)
     schedule_steps = settings.schedule_steps if settings.schedule_steps > 0 else plan.total_steps

@@ -226,7 +226,7 @@ def test_a_file_cut_short(checked, adapter):
 def test_a_model_that_is_broken(checked, adapter, tmp_path):
     (tmp_path / "base").mkdir()
     status, text = checked(adapter, tmp_path / "base")["shapes"]
-    assert status == "fault" and "holds no" in text
+    assert status == "fault" and "config.json: no such file" in text
 
 
 def test_templates(checked, adapter, text_model, monkeypatch):
