@@ -42,11 +42,23 @@ class RawRow(NamedTuple):
     value: Any  # the columns, a mapping; a RowFault where the row could not be read
 
 
+class ToolData(NamedTuple):
+    """The tools of a conversation, or a turn's calls of them."""
+
+    items: list[Any]  # for chat templates that take a list: tools or calls, as the row has them, parsed from JSON
+    text: str  # for chat templates that do not: the same as JSON
+
+
 class Message(NamedTuple):
     """One turn of a conversation."""
 
     role: str  # system | user | assistant | tool
     content: str
+    reasoning: str = ""  # what an assistant thought before it answered; "" also where `content` holds it in <think>
+    tool_calls: ToolData | None = None  # of an assistant
+    name: str = ""  # of the tool that answers
+    tool_call_id: str = ""  # of the call that a tool answers
+    learnt: bool = True  # False: an assistant's turn that is only read
 
 
 @dataclass(frozen=True)
@@ -56,6 +68,7 @@ class Example:
     where: str
     messages: tuple[Message, ...]
     input: str = ""  # Alpaca's "input": the tail of the last user message, which only the Alpaca prompt sets apart
+    tools: ToolData | None = None
 
 
 @dataclass(frozen=True)

@@ -280,8 +280,10 @@ class DataPlan:
         return self.rows.checksum()
 
     def epoch_of(self, step: int) -> float:
-        """Epochs that are done once `step` optimiser steps are done."""
-        return step / self.steps_per_epoch
+        """Epochs that are done once `step` optimiser steps are done: whole ones, and the share of the next one's rows."""
+        whole, steps = divmod(step, self.steps_per_epoch)
+        rows = min(len(self.rows), self.steps_per_epoch * self.per_step)  # of an epoch
+        return whole + steps * self.per_step / rows
 
 
 COLUMNS = ["input_ids", "position_ids", "target_index", "targets", "counts"]

@@ -1,7 +1,7 @@
 """Tables: CSV, Parquet, and folders that Hugging Face datasets has saved. Read in pieces, never whole."""
 
 import csv
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,7 @@ def _parquet(path: Path) -> Iterator[RawRow]:
             for batch in file.iter_batches(ROWS_AT_A_TIME):
                 for row in batch.to_pylist():
                     number += 1
-                    yield RawRow(str(path), f"{path.name}[{number}]", row)
+                    yield RawRow(str(path), f"{path.name}[{number}]", without_filled_nulls(row))
     except (pyarrow.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise LoraMsError(f"{path}: not readable as Parquet ({reason}); write it anew") from error
@@ -90,4 +90,20 @@ def _saved_dataset(path: Path, split: str) -> Iterator[RawRow]:
             raise LoraMsError(f"{path}: there is no split {split!r}; there are {', '.join(sorted(dataset))}")
         dataset = dataset[split]
     for number, row in enumerate(dataset, start=1):
-        yield RawRow(str(path), f"{path.name}[{number}]", row)
+        yield RawRow(str(path), f"{path.name}[{number}]", without_filled_nulls(row))
+
+
+def without_filled_nulls(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of an Arrow table without the nulls inside its columns' objects, which no one wrote.
+
+    Arrow gives all objects of a column the same keys, and a null for each that one of them did not have.
+    """
+    return {column: _without_nulls(value) for column, value in row.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    return value

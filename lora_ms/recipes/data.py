@@ -94,6 +94,7 @@ def preparation(config: RunConfig, dataset: Dataset, longest: int, vocab_size: i
         format=dataset.format,
         columns=dataset.columns,
         fill=config.data_fill,
+        keep_placeholders=not dataset.fill,
         split=dataset.data_loader.split or "train",
         num_samples=dataset.num_samples,
         turns=dataset.label_turns,

@@ -80,7 +80,8 @@ def chatml_row(text_model):
     from lora_ms.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(text_model)
-    return encode(tokenizer, Example("row", (Message("user", "a"), Message("assistant", "b")))), tokenizer
+    (row,) = encode(tokenizer, Example("row", (Message("user", "a"), Message("assistant", "b"))))
+    return row, tokenizer
 
 
 def test_preprocess(words, tmp_path, capsys):
