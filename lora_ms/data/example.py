@@ -11,6 +11,7 @@ Rows that come as token ids are TokenRows from the beginning.
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,10 +35,15 @@ class RowFault(Exception):
         return re.sub(r"\([^()]*\)|\d+", "…", self.text.split(":")[0])
 
 
+def shown_name(path: Path) -> str:
+    """The name of a file as text: bytes of it that are not UTF-8 as \\xca and the like."""
+    return path.name.encode(errors="surrogateescape").decode(errors="backslashreplace")
+
+
 class RawRow(NamedTuple):
     """One row as it stands in a file: a line of JSON, an entry of a list, a line of a table."""
 
-    file: str  # path of the file; "" for rows that were given as a list. The rows of a file have one format
+    file: Path | None  # None for rows that were given as a list. The rows of a file have one format
     where: str  # for error messages: "data.jsonl:12" (line), "data.json[3]" or "row 3" (counted from 1)
     value: Any  # the columns, a mapping; a RowFault where the row could not be read
 

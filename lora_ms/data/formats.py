@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_ms.data.example import IGNORE_INDEX, Completion, Example, Message, RawRow, Row, RowFault, TokenRow, ToolData
+from lora_ms.data.example import (
+    IGNORE_INDEX,
+    Completion,
+    Example,
+    Message,
+    RawRow,
+    Row,
+    RowFault,
+    TokenRow,
+    ToolData,
+    shown_name,
+)
 from lora_ms.errors import LoraMsError
 
 FORMATS = (
@@ -83,7 +94,7 @@ class Placeholders:
                 return match[0]
             raise RowFault(
                 f"the placeholder {match[0]} is not filled",
-                f"add --fill {key}=VALUE, or leave all such braces as they are with train_dataset.fill: False",
+                f"add --fill {key}=VALUE; or leave all such braces as they are with train_dataset.fill: False",
             )
 
         _check_characters(text)
@@ -203,13 +214,14 @@ def parse_rows(
     placeholders = placeholders or Placeholders()
     notes = notes or ParserNotes()
     faults = _Faults()
-    file = None
-    file_format = None
+    file: Path | None = None
+    asked = None if format == "auto" else format
+    file_format = asked
     for row in rows:
         if row.file != file:
             faults.raise_any()
             file = row.file
-            file_format = None if format == "auto" else format
+            file_format = asked
         try:
             if isinstance(row.value, RowFault):
                 raise row.value
@@ -232,7 +244,7 @@ def parse_rows(
             if reason:
                 notes.left_out[reason] += 1
                 continue
-            notes.add(os.path.basename(row.file) or "the dataset", fields.read_as, fields.unused())
+            notes.add(shown_name(row.file) if row.file else "the dataset", fields.read_as, fields.unused())
             if parsed is not None and not faults.count:
                 yield parsed
     faults.raise_any()
@@ -272,8 +284,9 @@ class _Faults:
         parts = [f"{where}: {fault.text}" for where, fault in self.first]
         if self.count > len(self.first):
             parts.append(f"and {self.count - len(self.first)} more such rows")
-        advice = dict.fromkeys(fault.advice for _, fault in self.first)
-        raise LoraMsError("; ".join([*parts, *advice]))
+        advice = dict.fromkeys(part for _, fault in self.first for part in fault.advice.split("; "))
+        ordered = sorted(advice, key=lambda part: part.startswith("or "))  # other ways out come last
+        raise LoraMsError("; ".join([*parts, *ordered]))
 
 
 def recognise(value: Any, asked: str = "auto") -> str:

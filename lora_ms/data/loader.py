@@ -280,7 +280,7 @@ class DataPlan:
         return self.rows.checksum()
 
     def epoch_of(self, step: int) -> float:
-        """Epochs that are done once `step` optimiser steps are done: whole ones, and the share of the next one's rows."""
+        """Epochs that are done once `step` optimiser steps are done, the last one by the share of its rows."""
         whole, steps = divmod(step, self.steps_per_epoch)
         rows = min(len(self.rows), self.steps_per_epoch * self.per_step)  # of an epoch
         return whole + steps * self.per_step / rows

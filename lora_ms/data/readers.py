@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from lora_ms.data.example import RawRow, RowFault
+from lora_ms.data.example import RawRow, RowFault, shown_name
 from lora_ms.data.mindrecord import read_mindrecord
 from lora_ms.data.tables import read_table, without_filled_nulls
 from lora_ms.errors import LoraMsError
@@ -50,7 +50,7 @@ def _rows_of(source: RowSource, split: str) -> Iterator[RawRow]:
         datasets = sys.modules.get("datasets")  # loaded by whoever has made one of its datasets
         of_arrow = datasets is not None and isinstance(source, datasets.Dataset)
         for number, row in enumerate(source, start=1):
-            yield RawRow("", f"row {number}", without_filled_nulls(row) if of_arrow else row)
+            yield RawRow(None, f"row {number}", without_filled_nulls(row) if of_arrow else row)
         return
     name = os.fspath(source)
     try:
@@ -163,7 +163,7 @@ def _json_lines(path: Path, file: BinaryIO) -> Iterator[RawRow]:
             value = _not_utf8(line, error)
         except (json.JSONDecodeError, RecursionError) as error:
             value = RowFault(f"not valid JSON ({_reason(error)})", advice)
-        yield RawRow(str(path), f"{path.name}:{number}", value)
+        yield RawRow(path, f"{shown_name(path)}:{number}", value)
 
 
 def _json_document(path: Path, raw: bytes) -> Iterator[RawRow]:
@@ -172,17 +172,19 @@ def _json_document(path: Path, raw: bytes) -> Iterator[RawRow]:
     except UnicodeDecodeError as error:
         fault = _not_utf8(raw, error)
         line = raw.count(b"\n", 0, error.start) + 1
-        raise LoraMsError(f"{path.name}:{line}: {fault.text}; {fault.advice}") from error
+        raise LoraMsError(f"{shown_name(path)}:{line}: {fault.text}; {fault.advice}") from error
     if not text.strip():
         return
     try:
         document = _loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
         place = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
-        raise LoraMsError(f"{path.name}{place}: not valid JSON ({_reason(error)}); write a list of objects") from error
+        raise LoraMsError(
+            f"{shown_name(path)}{place}: not valid JSON ({_reason(error)}); write a list of objects"
+        ) from error
     rows = document if isinstance(document, list) else [document]
     for number, row in enumerate(rows, start=1):
-        yield RawRow(str(path), f"{path.name}[{number}]", _without_repeated_keys(row))
+        yield RawRow(path, f"{shown_name(path)}[{number}]", _without_repeated_keys(row))
 
 
 class _Repeated(dict[str, Any]):

@@ -132,28 +132,7 @@ class Report:
             remarks.append(f"texts split at seq_length {self.seq_length}: {self.split:,}")
         if self.duplicates:
             remarks.append(f"duplicates: {self.duplicates:,} rows have the tokens of another")
-        return [*remarks, *self.notes()]
-
-    def notes(self) -> list[str]:
-        """What was done without being asked: turns not learnt, conversations split, columns renamed or unused."""
-        notes = []
-        if self.conversations_split:
-            notes.append(
-                f"conversations that became several rows: {self.conversations_split:,}; their chat template shows past "
-                "turns otherwise than they are written"
-            )
-        notes += [f"{text}: {count:,} of {self.turns:,}" for text, count in self.turn_notes.items()]
-        return [*notes, *self._column_notes()]
-
-    def _column_notes(self) -> list[str]:
-        notes = []
-        for file, columns in self.read_as.items():
-            pairs = ", ".join(f'"{theirs}" is read as {ours}' for theirs, ours in columns.items())
-            notes.append(f"{file}: {pairs}")
-        for file, counts in self.unused.items():
-            keys = ", ".join(f'"{key}" ({count:,})' for key, count in counts.items())
-            notes.append(f"{file}: keys without effect, and how often: {keys}")
-        return notes
+        return [*remarks, *notes_of(self)]
 
     def table(self) -> list[str]:
         """All counts, one a line."""
@@ -177,11 +156,29 @@ class Report:
             *((f"padding, {kind}", f"{value:.1%} of computed tokens") for kind, value in self.padding.items()),
         ]
         width = max(len(name) for name, _ in rows)
-        return [*(f"{name:{width}}  {value}" for name, value in rows), *self.notes()]
+        return [*(f"{name:{width}}  {value}" for name, value in rows), *notes_of(self)]
 
     def as_json(self) -> dict[str, Any]:
         """What ``data_report.json`` holds."""
         return asdict(self)
+
+
+def notes_of(counts: Tally | Report) -> list[str]:
+    """What was done without being asked: conversations split, turns not learnt, columns renamed or without effect."""
+    notes = []
+    if counts.conversations_split:
+        notes.append(
+            f"conversations that became several rows: {counts.conversations_split:,}; their chat template shows past "
+            "turns otherwise than they are written"
+        )
+    notes += [f"{text}: {count:,} of {counts.turns:,}" for text, count in counts.turn_notes.items()]
+    for file, columns in counts.read_as.items():
+        pairs = ", ".join(f'"{theirs}" is read as {ours}' for theirs, ours in columns.items())
+        notes.append(f"{file}: {pairs}")
+    for file, keys in counts.unused.items():
+        named = ", ".join(f'"{key}" ({count:,})' for key, count in keys.items())
+        notes.append(f"{file}: keys without effect, and how often: {named}")
+    return notes
 
 
 def percentiles(lengths: Counter[int]) -> dict[str, int]:

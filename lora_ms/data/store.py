@@ -40,7 +40,7 @@ class TokenStore(Sequence[TokenRow]):
         if isinstance(rows, TokenStore):
             return rows
         rows = list(rows)
-        names = [_encoded(row.where) for row in rows]
+        names = [row.where.encode() for row in rows]
         return cls(
             Columns(
                 ids=np.concatenate([np.empty(0, np.int32), *(row.input_ids for row in rows)]),
@@ -97,7 +97,7 @@ class TokenStore(Sequence[TokenRow]):
 
     def where(self, index: int) -> str:
         """Name of a row, for error messages."""
-        return self.columns.names[self._part(self.columns.name_ends, index)].tobytes().decode(errors="surrogateescape")
+        return self.columns.names[self._part(self.columns.name_ends, index)].tobytes().decode()
 
     @staticmethod
     def _part(ends: NDArray[np.int64], index: int) -> slice:
@@ -162,10 +162,6 @@ class TokenStore(Sequence[TokenRow]):
 DTYPES = {"ids": np.int32, "labels": np.int32, "ends": np.int64, "names": np.uint8, "name_ends": np.int64}
 
 
-def _encoded(name: str) -> bytes:
-    return name.encode(errors="surrogateescape")  # a file's name may hold bytes that are not UTF-8
-
-
 def _map(file: Path, dtype: type) -> NDArray:
     return np.memmap(file, dtype, "r") if file.stat().st_size else np.empty(0, dtype)
 
@@ -189,7 +185,7 @@ class StoreWriter:
 
     def add(self, row: TokenRow) -> None:
         """One more row."""
-        name = _encoded(row.where)
+        name = row.where.encode()
         self.rows += 1
         self.tokens += len(row.input_ids)
         self.letters += len(name)

@@ -163,7 +163,7 @@ def test_fill():
     )
     assert read_rows([HI | {"output": "{{AGE}}"}], fill={"AGE": 5})[0].messages[1].content == "5"
     assert fault([row], fill={"NAME": "x"}) == (
-        f"row 1: the placeholder {{{{作者}}}} is not filled; add --fill 作者=VALUE, {BRACES}"
+        f"row 1: the placeholder {{{{作者}}}} is not filled; add --fill 作者=VALUE; {BRACES}"
     )
 
 
@@ -316,7 +316,7 @@ ANSWER = "write the answer or remove the row"
         ({"input_ids": [1], "prompt_len": 0, "labels": [1]}, "both labels and prompt_len are given; give one of them"),
         (
             {"instruction": "{{x}}", "output": "b"},
-            f"the placeholder {{{{x}}}} is not filled; add --fill x=VALUE, {BRACES}",
+            f"the placeholder {{{{x}}}} is not filled; add --fill x=VALUE; {BRACES}",
         ),
     ],
 )
