@@ -33,6 +33,7 @@ SAID_SO = "assistant turns not learnt, as the data says (weight: 0 and the like)
 ONLY_LAST = "assistant turns not learnt, as label_turns is last"
 NOT_MARKED = "assistant turns not learnt: they are outside the {% generation %} marks of the chat template"
 NO_REASONING = "assistant turns learnt without their reasoning, which the chat template does not show"
+IN_PART = "assistant turns learnt in part: the chat template leaves some of them out of its {% generation %} marks"
 
 THINK, END_THINK = "<think>", "</think>"
 GENERATION = re.compile(r"\{%(-?)\s*(end)?generation\s*(-?)%\}")
@@ -203,8 +204,11 @@ def _conversation(chat: ChatFormat, row: Example, turns: Literal["all", "last"],
             wanted.add(number)
     as_written = {number: chat.turn(row, number) for number in numbers}
     for number in wanted:
-        if not as_written[number].spans:
+        turn = as_written[number]
+        if not turn.spans:
             notes[NOT_MARKED] += 1
+        elif not _shows("".join(turn.text[first:last] for first, last in turn.spans), row.messages[number]):
+            notes[IN_PART] += 1
     texts: list[Labelled] = []
     missing = set(wanted)
     for number in reversed(numbers):
@@ -233,8 +237,13 @@ class ChatFormat:
     end_tokens: tuple[str, ...]  # that may close a turn
     closing: str = ""  # the end token that closes an assistant's turn; "": none does
     takes_tools: bool = False  # as `tools`, a list; else they are written into the system message
-    takes_reasoning: bool = False  # as a message's `reasoning_content`
+    takes_reasoning: bool = False  # as a message's `reasoning_content`; else it is put before an answer in <think>
     calls: CallStyle | None = None  # how it takes calls of tools; None: they are written into the content
+
+    @property
+    def marked(self) -> bool:
+        """Whether it marks what is learnt, with {% generation %}."""
+        return GENERATION.search(self.template) is not None
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, with_tools: bool = False) -> ChatFormat:
@@ -296,11 +305,8 @@ class ChatFormat:
             return message
         content = _without_end(message.content, (self.tokenizer.eos_token or "", self.closing))
         reasoning = message.reasoning
-        if reasoning and not self.takes_reasoning:
-            if END_THINK in self.template:
-                content = f"{THINK}\n{reasoning}\n{END_THINK}\n\n{content}"
-            elif message.learnt:
-                notes[NO_REASONING] += 1
+        if reasoning and not self.takes_reasoning and (self.marked or END_THINK not in self.template):
+            notes[NO_REASONING] += message.learnt
             reasoning = ""
         calls = message.tool_calls
         if calls is not None and self.calls is None:
@@ -349,19 +355,18 @@ class ChatFormat:
         """The assistant's message of that number as it is to be written after the messages before it."""
         message = row.messages[number]
         prompt = self.render(row, number, prompt=True)
-        marked = GENERATION.search(self.template) is not None
-        text, spans = self._with_marks(row, number + 1) if marked else (self.render(row, number + 1, prompt=False), [])
-        start = len(prompt)
-        if marked:
+        if self.marked:
+            text, marks = self._with_marks(row, number + 1)
             start = len(os.path.commonprefix([prompt, text]))
-        elif not (text.startswith(prompt) and _shows(text[start:], message)):
-            text = self._as_written(row, number, prompt, text)
-        end = self._end(text)
-        ended = text[:end].endswith(self.end_tokens)
-        if not marked:
-            return Turn(text, start, end, [(start, end)], ended)
-        spans = [self._with_end_token(text, (max(first, start), last)) for first, last in spans if last > start]
-        return Turn(text, start, max([end, *(last for _, last in spans)]), spans, ended)
+            spans = [self._with_end_token(text, (max(first, start), last)) for first, last in marks if last > start]
+        else:
+            text = self.render(row, number + 1, prompt=False)
+            start = len(prompt)
+            if not (text.startswith(prompt) and _shows(text[start:], message)):
+                text = self._as_written(message, prompt, text)
+            spans = [(start, self._end(text))]
+        end = max([self._end(text), *(last for _, last in spans)])
+        return Turn(text, start, end, spans, ended=text[:end].endswith(self.end_tokens))
 
     def _with_marks(self, row: Example, count: int) -> tuple[str, list[tuple[int, int]]]:
         """The text of the first `count` messages, and its ranges between {% generation %} and {% endgeneration %}."""
@@ -384,22 +389,21 @@ class ChatFormat:
         stripped = text.rstrip()
         return len(stripped) if stripped.endswith(self.end_tokens) else len(text)
 
-    def _as_written(self, row: Example, number: int, prompt: str, text: str) -> str:
+    def _as_written(self, message: Message, prompt: str, text: str) -> str:
         """`prompt` and what the assistant writes after it, where the template's own `text` does not go on from it.
 
         A prompt that opens <think> (DeepSeek-R1's) has it closed by the answer. Reasoning that the template leaves out
         of every turn is put back before the answer.
         """
-        message = row.messages[number]
         reasoning, answer = _split_reasoning(message)
-        shared = len(os.path.commonprefix([prompt, text]))
-        written = text[shared:]  # as the template has the turn, perhaps with the end of its heading
-        before = self.render(row, number, prompt=False)
-        if not (shared >= len(before) and END_THINK not in written and _shows(written, answer)):
+        opened = prompt.rstrip().endswith(THINK)
+        heading = prompt[: prompt.rindex(THINK)] if opened else prompt
+        written = text[len(heading) :]  # the turn, as the template has it
+        if not (text.startswith(heading) and END_THINK not in written and _shows(written, answer)):
             closing = next((token for token in self.end_tokens if text.rstrip().endswith(token)), "")
             calls = "" if answer.tool_calls is None else answer.tool_calls.text
             written = answer.content + calls + closing
-        if prompt.rstrip().endswith(THINK):
+        if opened:
             inside = reasoning.lstrip().removeprefix(THINK).lstrip("\n") if reasoning else f"\n{END_THINK}\n\n"
             return prompt + inside + written.lstrip()
         return prompt + (reasoning + written.lstrip() if reasoning else written)
