@@ -1,6 +1,9 @@
 """Preview, preprocess, templates that travel, mixtures and held-out rows, from the command line."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +67,51 @@ def test_preview_names_a_token_that_the_model_does_not_have(words, tmp_path, cap
     assert "tokens.jsonl:1: token id 99999 does not exist" in capsys.readouterr().err
 
 
+def test_preview_says_what_it_left_out(words, tmp_path, capsys):
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    rows = [
+        {"messages": [*turns, turns[0], {**turns[1], "weight": 0}], "id": 3},
+        {"messages": [turns[0], {**turns[1], "train": False}]},
+        {"messages": [turns[0], {"role": "assistant", "content": "b" * 200}]},
+    ]
+    text = tmp_path / "rows.jsonl"
+    text.write_text("\n".join(map(json.dumps, rows)))
+    assert cli.main(["preview", *words, "--train_dataset_dir", str(text)]) == 0
+    assert capsys.readouterr().out.splitlines()[-4:] == [
+        "left out: 1 rows: every assistant turn is marked as not to be learnt",
+        "longer than seq_length 64: 1 rows, 0 of them cut and 1 dropped",
+        "assistant turns not learnt, as the data says (weight: 0 and the like): 1 of 3",
+        'rows.jsonl: keys without effect, and how often: "id" (1)',
+    ]
+
+
+def test_preview_shows_all_rows_that_a_conversation_becomes(words, tmp_path, capsys):
+    (tmp_path / "late.jinja").write_text(
+        "{% for m in messages %}{{ m.content if loop.last or m.role == 'user' else '-' }}<|im_end|>{% endfor %}"
+    )
+    turns = [{"role": role, "content": f"{role}{n}"} for n in range(5) for role in ("user", "assistant")]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": turns}))
+    arguments = ["preview", *words[:2], "--train_dataset_dir", str(tmp_path / "rows.jsonl"), "--row", "1"]
+    assert cli.main([*arguments, "--chat_template", str(tmp_path / "late.jinja")]) == 0
+    shown = capsys.readouterr().out
+    assert [f"[[assistant{n}<|im_end|>]]" in shown for n in range(5)] == [True] * 5
+    assert "user0<|im_end|>-<|im_end|>user1<|im_end|>[[assistant1<|im_end|>]]" in shown
+    assert "conversations that became several rows: 1; " in shown
+
+
+@pytest.mark.parametrize("encoding", ["gbk", "ascii"])
+def test_characters_that_the_terminal_does_not_have(words, tmp_path, encoding):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"instruction": "a", "output": "b", "😀": 1}), encoding="utf-8")
+    command = [sys.executable, "-m", "lora_ms.cli", "preview", *words[:2]]
+    done = subprocess.run(
+        [*command, "--train_dataset_dir", str(tmp_path / "rows.jsonl"), "--output_dir", str(tmp_path)],
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+        capture_output=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert b'how often: "?" (1)' in done.stdout and b"Traceback" not in done.stderr
+
+
 def test_preview_in_colour(chatml_row):
     row, tokenizer = chatml_row
     shown = preview.show(row, tokenizer, True)
@@ -96,6 +144,28 @@ def test_preprocess(words, tmp_path, capsys):
     rows = read_rows(out)
     assert [int(np.count_nonzero(row.labels != -100)) for row in rows] == [9, 2]
     assert capsys.readouterr().out.endswith(f"2 rows in 1 MindRecord files: {out}\n")
+
+
+def test_preprocess_names_a_token_that_the_model_does_not_have(words, tmp_path, capsys):
+    (tmp_path / "tokens.jsonl").write_text('{"input_ids": [1, 99999], "prompt_len": 1}\n')
+    rows = ["--train_dataset_dir", str(tmp_path / "tokens.jsonl"), "--output_dir", str(tmp_path / "out")]
+    for more in ([], ["--report"]):
+        assert cli.main(["preprocess", *words, *rows, *more]) == 2
+        assert capsys.readouterr().err.startswith(
+            "error: tokens.jsonl:1: token id 99999 does not exist in a vocabulary "
+        )
+    assert not (tmp_path / "out" / "train-00000.mindrecord").exists()
+
+
+def test_braces_by_the_yaml_key(words, tmp_path, capsys):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"instruction": "{{who}}?", "output": "{{x}}"}))
+    arguments = ["preview", *words, "--train_dataset_dir", str(tmp_path / "rows.jsonl")]
+    assert cli.main(arguments) == 2
+    assert "add --fill who=VALUE; or leave all such braces as they are with train_dataset.fill: False" in (
+        capsys.readouterr().err
+    )
+    assert cli.main([*arguments, "--train_dataset.fill", "False", "--fill", "who=Mira"]) == 0
+    assert "Mira?<|im_end|>\n<|im_start|>assistant\n[[{{x}}<|im_end|>]]" in capsys.readouterr().out
 
 
 def test_the_handler_of_mindformers(words, capsys):
