@@ -184,11 +184,13 @@ def split_off(
         raise LoraMsError(
             "validation_split and mix are both given: hold rows out in an eval_dataset, with do_eval: True"
         )
-    count = round(share * len(store))
-    if not 0 < count < len(store):
-        raise LoraMsError(f"validation_split {share} of {len(store)} rows leaves {count} to evaluate on: change it")
-    order = permutation(len(store), config.seed, 1 << 20)
-    return store.take(np.sort(order[count:])), store.take(np.sort(order[:count]))
+    source_of_row = store.sources()  # the rows of one conversation stay on one side
+    total = int(source_of_row[-1]) + 1
+    count = round(share * total)
+    if not 0 < count < total:
+        raise LoraMsError(f"validation_split {share} of {total} rows leaves {count} to evaluate on: change it")
+    held_out = np.isin(source_of_row, permutation(total, config.seed, 1 << 20)[:count])
+    return store.take(np.flatnonzero(~held_out)), store.take(np.flatnonzero(held_out))
 
 
 def run(config: RunConfig) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from lora_ms.cli import main as cli
-from lora_ms.commands import preview
+from lora_ms.commands import finetune, preview
 from lora_ms.config import load_config
 from lora_ms.data.pipeline import read_rows
 from lora_ms.data.templates import TEMPLATES
@@ -213,6 +213,25 @@ def test_a_mixture_and_an_eval_file(words, tmp_path, text_model, rows_file, caps
     assert [report["rows"] for report in reports] == [8, 2]
     assert cli.main([*arguments, "--options", "train_dataset.validation_split=0.5"]) == 2
     assert "validation_split and mix are both given" in capsys.readouterr().err
+
+
+def test_held_out_rows_tear_no_conversation(words, tmp_path, text_model):
+    (tmp_path / "late.jinja").write_text(
+        "{% for m in messages %}{{ m.content if loop.last or m.role == 'user' else '-' }}<|im_end|>{% endfor %}"
+    )
+    turns = [{"role": role, "content": f"{role}{n}"} for n in range(4) for role in ("user", "assistant")]
+    (tmp_path / "rows.jsonl").write_text("\n".join([json.dumps({"messages": turns})] * 10))
+    config = load_config(
+        None,
+        flags={"load_checkpoint": str(text_model)},
+        options=["train_dataset.validation_split=0.3", f"processor.tokenizer.chat_template={tmp_path / 'late.jinja'}"],
+    )
+    tokenizer = data.tokenizer_for(config, training=True)
+    preparation = data.preparation(config, config.train_dataset, 64, None)
+    store, _, _ = data.rows_of(config.train_dataset, [str(tmp_path / "rows.jsonl")], tokenizer, preparation)
+    kept, held_out = finetune.split_off(config, store, tokenizer, preparation)
+    assert (len(store), len(kept), len(held_out)) == (40, 28, 12)
+    assert not {row.where for row in kept} & {row.where for row in held_out}
 
 
 def test_held_out_rows(words, tmp_path, rows_file, capsys, graph_mode):

@@ -680,3 +680,12 @@ def fault_of(path: Path) -> str:
     with pytest.raises(LoraMsError) as error:
         read_rows(path)
     return str(error.value)
+
+
+def test_rows_of_one_conversation_have_one_source(with_template):
+    rows = read_rows(
+        [chat(Q, answer("b")), chat(*(turn for n in "abc" for turn in (("user", n), ("assistant", n))))] * 2
+    )
+    store, report = prepare_rows(rows, with_template(STRIPS), Preparation(seq_length=64))
+    assert len(store) == 8 and report.conversations_split == 2
+    assert store.sources().tolist() == [0, 1, 1, 1, 2, 3, 3, 3]
