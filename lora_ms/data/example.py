@@ -21,6 +21,10 @@ IGNORE_INDEX = -100
 """Label of a token that is not learnt; the value that Hugging Face and MindFormers use."""
 
 
+REASONING = ("reasoning_content", "reasoning", "thinking")
+"""Keys under which datasets and chat templates have what an assistant thought before its answer."""
+
+
 class RowFault(Exception):
     """A row that cannot be used: `text` says what is wrong with it, `advice` what to do."""
 

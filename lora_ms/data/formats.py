@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from lora_ms.data.example import (
     IGNORE_INDEX,
+    REASONING,
     Completion,
     Example,
     Message,
@@ -55,7 +56,6 @@ CALL_ROLES = ("function_call", "tool_call")  # roles whose text is a call of a t
 QUESTION = ("instruction", "question", "query")
 EXTRA = ("input", "context")
 ANSWER = ("output", "response", "answer")
-REASONING = ("reasoning_content", "reasoning", "thinking")
 # keys of an assistant's turn that say whether it is learnt; the second kind says it the other way round
 LEARNT = ("weight", "train", "training", "trainable", "loss", "loss_weight", "loss_scale", "loss_mask")
 NOT_LEARNT = ("masked",)
@@ -81,6 +81,7 @@ class Placeholders:
 
     values: Mapping[str, str] = field(default_factory=dict)
     keep_others: bool = False  # leave a {{KEY}} without a value as it is; False: it is an error
+    kept: Counter[str] = field(default_factory=Counter)  # those left: key -> times
 
     def fill(self, text: str) -> str:
         """The text with the values in place of its placeholders."""
@@ -91,6 +92,7 @@ class Placeholders:
             if key in self.values:
                 return str(self.values[key])  # an override such as AGE=5 arrives as a number
             if self.keep_others:
+                self.kept[key] += 1
                 return match[0]
             raise RowFault(
                 f"the placeholder {match[0]} is not filled",

@@ -172,7 +172,7 @@ def read(sources: Sequence[RowSource], preparation: Preparation, tally: Tally) -
     rows = parse_rows(
         raw_rows,
         preparation.format,
-        Placeholders(preparation.fill, preparation.keep_placeholders),
+        Placeholders(preparation.fill, preparation.keep_placeholders, tally.placeholders),
         ParserNotes(read_as=tally.read_as, unused=tally.unused, left_out=tally.skipped),
         on_fault,
     )
@@ -313,6 +313,7 @@ def finish(store: TokenStore, preparation: Preparation, tally: Tally) -> Report:
         cut_would_keep_tokens=tally.cut_would_keep_tokens,
         read_as=tally.read_as,
         unused={file: dict(counts) for file, counts in tally.unused.items()},
+        placeholders=dict(tally.placeholders),
     )
 
 

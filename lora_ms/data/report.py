@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 PERCENTILES = (50, 90, 99)
+NAMED = 10  # keys in one line
 # first code point, script: what a text is written in says which languages it may be
 SCRIPTS = (
     (0x0000, ""), (0x0041, "Latin"), (0x005B, ""), (0x0061, "Latin"), (0x007B, ""), (0x00C0, "Latin"),
@@ -56,6 +57,7 @@ class Tally:
     cut_would_keep_tokens: int = 0  # label tokens of that part
     read_as: dict[str, dict[str, str]] = field(default_factory=dict)  # file -> its name of a column -> ours
     unused: dict[str, Counter[str]] = field(default_factory=dict)  # file -> key without effect -> rows or messages
+    placeholders: Counter[str] = field(default_factory=Counter)  # without a value, left as they are -> times
 
     def state(self) -> dict[str, Any]:
         """For JSON; ``of`` takes it back."""
@@ -64,7 +66,7 @@ class Tally:
     @classmethod
     def of(cls, state: dict[str, Any]) -> Tally:
         """The tally whose ``state`` this is."""
-        counters = {key: Counter(state[key]) for key in ("skipped", "scripts", "turn_notes")}
+        counters = {key: Counter(state[key]) for key in ("skipped", "scripts", "turn_notes", "placeholders")}
         lengths = Counter({int(length): count for length, count in state["lengths"].items()})
         return cls(**{**state, **counters, "lengths": lengths})
 
@@ -73,6 +75,7 @@ class Tally:
         self.skipped.clear()
         self.read_as.clear()
         self.unused.clear()
+        self.placeholders.clear()
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,7 @@ class Report:
     cut_would_keep_tokens: int = 0  # label tokens of these parts
     read_as: dict[str, dict[str, str]] = field(default_factory=dict)  # file -> its name of a column -> ours
     unused: dict[str, dict[str, int]] = field(default_factory=dict)  # file -> key without effect -> rows or messages
+    placeholders: dict[str, int] = field(default_factory=dict)  # without a value, left as they are -> times
     padding: dict[str, float] = field(default_factory=dict)  # layout -> share of the computed tokens
     layout: str = ""  # how rows share lines, once the plan has fixed it
 
@@ -172,13 +176,23 @@ def notes_of(counts: Tally | Report) -> list[str]:
             "turns otherwise than they are written"
         )
     notes += [f"{text}: {count:,} of {counts.turns:,}" for text, count in counts.turn_notes.items()]
+    if counts.placeholders:
+        named = _named(counts.placeholders, "{{{{{}}}}}")
+        notes.append(f"placeholders left as they are, and how often: {named}")
     for file, columns in counts.read_as.items():
         pairs = ", ".join(f'"{theirs}" is read as {ours}' for theirs, ours in columns.items())
         notes.append(f"{file}: {pairs}")
     for file, keys in counts.unused.items():
-        named = ", ".join(f'"{key}" ({count:,})' for key, count in keys.items())
+        named = _named(keys, '"{}"')
         notes.append(f"{file}: keys without effect, and how often: {named}")
     return notes
+
+
+def _named(counts: Mapping[str, int], form: str) -> str:
+    """The first names with their counts, and how many more there are."""
+    shown = [f"{form.format(name)} ({count:,})" for name, count in list(counts.items())[:NAMED]]
+    more = len(counts) - len(shown)
+    return ", ".join(shown) + (f" and {more:,} more" if more else "")
 
 
 def percentiles(lengths: Counter[int]) -> dict[str, int]:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from lora_ms.data.example import IGNORE_INDEX, Completion, Example, Message, TokenRow, ToolData
+from lora_ms.data.example import IGNORE_INDEX, REASONING, Completion, Example, Message, TokenRow, ToolData
 from lora_ms.data.templates import ALPACA_PREAMBLE_WITH_INPUT, INPUT_HEADING, TEMPLATES
 from lora_ms.errors import LoraMsError
 
@@ -237,7 +237,7 @@ class ChatFormat:
     end_tokens: tuple[str, ...]  # that may close a turn
     closing: str = ""  # the end token that closes an assistant's turn; "": none does
     takes_tools: bool = False  # as `tools`, a list; else they are written into the system message
-    takes_reasoning: bool = False  # as a message's `reasoning_content`; else it is put before an answer in <think>
+    reasoning_key: str = ""  # under which it takes a turn's reasoning; "": it has none, and reasoning goes into <think>
     calls: CallStyle | None = None  # how it takes calls of tools; None: they are written into the content
 
     @property
@@ -267,7 +267,9 @@ class ChatFormat:
             end_tokens,
             closing=next((token for token in end_tokens if plain.endswith(token)), ""),
             takes_tools=takes_tools,
-            takes_reasoning=PROBE in chat.probe([question, {**answer, "reasoning_content": PROBE}]),
+            reasoning_key=next(
+                (key for key in REASONING if PROBE in chat.probe([question, {**answer, key: PROBE}])), ""
+            ),
             calls=calls,
         )
 
@@ -305,7 +307,7 @@ class ChatFormat:
             return message
         content = _without_end(message.content, (self.tokenizer.eos_token or "", self.closing))
         reasoning = message.reasoning
-        if reasoning and not self.takes_reasoning and (self.marked or END_THINK not in self.template):
+        if reasoning and not self.reasoning_key and (self.marked or END_THINK not in self.template):
             notes[NO_REASONING] += message.learnt
             reasoning = ""
         calls = message.tool_calls
@@ -343,8 +345,8 @@ class ChatFormat:
             shown = self.calls.message(message.content, message.tool_calls.items)
         else:
             shown = {"role": message.role, "content": message.content}
-        if message.reasoning:
-            shown["reasoning_content"] = message.reasoning
+        if message.reasoning and self.reasoning_key:
+            shown[self.reasoning_key] = message.reasoning
         if message.name:
             shown["name"] = message.name
         if message.tool_call_id:

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from lora_ms.adapters.config import AdaLoraConfig, LoraConfig
 from lora_ms.adapters.methods.adalora_ranks import RankAllocator, scheduled
-from lora_ms.data.pipeline import Preparation, prepare_rows, read_rows
+from lora_ms.data.pipeline import Preparation, prepare_rows, read, read_rows
+from lora_ms.data.report import Tally
 from lora_ms.data.tokenizer import load_tokenizer
 from lora_ms.errors import LoraMsError
 from lora_ms.infer.generate import Generator, pad_rows
@@ -263,7 +264,11 @@ class Trainer:
         print(*notices, sep="\n", end="\n" if notices else "")
         settings, vocab_size = self.args.settings(), self.model.config.vocab_size
         check(settings.report_to)
-        plan = plan_rows(read_rows(self.train_dataset), self.tokenizer, settings, runtime, vocab_size)
+        tally = Tally()
+        # whoever gives rows from Python fills their texts there: braces are text
+        preparation = Preparation(seq_length=settings.seq_length, keep_placeholders=True)
+        rows = read([self.train_dataset], preparation, tally)
+        plan = plan_rows(rows, self.tokenizer, settings, runtime, vocab_size, tally)
         config: LoraConfig | None = None
         ranks: RankAllocator | None = None
         if self.peft:
@@ -284,7 +289,7 @@ class Trainer:
     def _evaluator(self, settings: TrainSettings, runtime: runtime_module.Runtime) -> Evaluator:
         vocab_size, s = self.model.config.vocab_size, settings
         preparation = Preparation(seq_length=s.seq_length, vocab_size=vocab_size)
-        store, _ = prepare_rows(read_rows(self.eval_dataset), self.tokenizer, preparation)
+        store, _ = prepare_rows(read_rows(self.eval_dataset, keep_placeholders=True), self.tokenizer, preparation)
         plan = held_out_plan(
             store, self.args.per_device_eval_batch_size, self.tokenizer, s.seq_length, runtime, s.packing
         )

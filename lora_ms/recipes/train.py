@@ -12,7 +12,7 @@ from lora_ms import storage
 from lora_ms.data.example import Row
 from lora_ms.data.loader import DataPlan, Source
 from lora_ms.data.pipeline import Preparation, prepare_rows
-from lora_ms.data.report import Report
+from lora_ms.data.report import Report, Tally
 from lora_ms.data.store import TokenStore
 from lora_ms.data.tokenizer import pad_id
 from lora_ms.runtime.device import Runtime, barrier, memory_share
@@ -57,10 +57,20 @@ def held_out_plan(
     )
 
 
-def plan_rows(rows: Iterable[Row], tokenizer, settings: TrainSettings, runtime: Runtime, vocab_size: int) -> DataPlan:
-    """Tokenises and checks the rows, prints what became of them, and fixes the run's steps and shapes."""
+def plan_rows(
+    rows: Iterable[Row],
+    tokenizer,
+    settings: TrainSettings,
+    runtime: Runtime,
+    vocab_size: int,
+    tally: Tally | None = None,
+) -> DataPlan:
+    """Tokenises and checks the rows, prints what became of them, and fixes the run's steps and shapes.
+
+    tally: what was counted while the rows were read.
+    """
     preparation = Preparation(seq_length=settings.seq_length, vocab_size=vocab_size)
-    store, report = prepare_rows(rows, tokenizer, preparation)
+    store, report = prepare_rows(rows, tokenizer, preparation, tally)
     return plan_store(store, [report], (), tokenizer, settings, runtime)
 
 

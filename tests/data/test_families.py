@@ -188,21 +188,21 @@ def test_a_row_begins_with_the_tokens_of_its_prompt(family, name, conversation):
 
 
 @pytest.mark.parametrize(
-    ("name", "takes_tools", "takes_reasoning", "calls", "closing"),
+    ("name", "takes_tools", "reasoning_key", "calls", "closing"),
     [
-        ("chatml", False, False, None, "<|im_end|>"),
-        ("qwen2_5", True, False, (False, ""), "<|im_end|>"),
-        ("qwen3", True, True, (False, ""), "<|im_end|>"),
-        ("llama3_1", True, False, (False, ""), "<|eot_id|>"),
-        ("deepseek_r1", False, False, (True, None), "<｜end▁of▁sentence｜>"),
-        ("mistral", True, False, (False, ""), "</s>"),
-        ("hermes", True, False, (False, ""), "<|im_end|>"),
+        ("chatml", False, "", None, "<|im_end|>"),
+        ("qwen2_5", True, "", (False, ""), "<|im_end|>"),
+        ("qwen3", True, "reasoning_content", (False, ""), "<|im_end|>"),
+        ("llama3_1", True, "", (False, ""), "<|eot_id|>"),
+        ("deepseek_r1", False, "", (True, None), "<｜end▁of▁sentence｜>"),
+        ("mistral", True, "", (False, ""), "</s>"),
+        ("hermes", True, "", (False, ""), "<|im_end|>"),
     ],
 )
-def test_what_a_template_takes_is_found_out(family, name, takes_tools, takes_reasoning, calls, closing):
+def test_what_a_template_takes_is_found_out(family, name, takes_tools, reasoning_key, calls, closing):
     chat = ChatFormat.of(family(name), with_tools=True)
-    found = (chat.takes_tools, chat.takes_reasoning, chat.calls and tuple(chat.calls), chat.closing)
-    assert found == (takes_tools, takes_reasoning, calls, closing)
+    found = (chat.takes_tools, chat.reasoning_key, chat.calls and tuple(chat.calls), chat.closing)
+    assert found == (takes_tools, reasoning_key, calls, closing)
 
 
 def test_conversations_that_become_several_rows_are_counted(family):

@@ -189,6 +189,15 @@ def test_reasoning_in_all_its_spellings(with_template, turn):
     assert texts(with_template(template), chat(Q, turn)) == [(f"UqA{written}", [written])]
 
 
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_reaches_the_template_under_its_key(with_template, key):
+    tokenizer = with_template(
+        f"{{% for m in messages %}}{{{{ '(' + m.{key} + ')' if m.{key} else '' }}}}{{{{ m.content }}}}<|im_end|>"
+        "{% endfor %}"
+    )
+    assert texts(tokenizer, chat(Q, answer(reasoning="why"))) == [("q<|im_end|>(why)a<|im_end|>", ["(why)a<|im_end|>"])]
+
+
 def test_reasoning_that_contradicts_itself_is_refused():
     assert fault(chat(Q, answer(reasoning="x", thinking="y"))) == (
         "row 1: reasoning and thinking of message 2 differ; keep one of them"
@@ -553,6 +562,17 @@ def test_what_has_a_value_is_filled_where_the_rest_stays():
     row = {"instruction": "Who?", "output": "{{NAME}} writes {{x}}"}
     (kept,) = read_rows([row], fill={"NAME": "Mira"}, keep_placeholders=True)
     assert kept.messages[1].content == "Mira writes {{x}}"
+
+
+def test_braces_that_stay_are_counted():
+    tally = Tally()
+    rows = [*BRACES, {"instruction": "q", "output": " ".join(f"{{{{v{n}}}}}" for n in range(12))}]
+    texts = [row for row in rows if "instruction" in row]
+    list(read([texts], Preparation(seq_length=8, fill={"x": "1"}, keep_placeholders=True), tally))
+    assert notes_of(tally) == [
+        "placeholders left as they are, and how often: {{y}} (1), {{n}} (1), {{name}} (1), {{user}} (1), {{char}} (1), "
+        "{{v0}} (1), {{v1}} (1), {{v2}} (1), {{v3}} (1), {{v4}} (1) and 7 more"
+    ]
 
 
 # Columns of other names.
