@@ -10,6 +10,7 @@ Rows that come as token ids are TokenRows from the beginning.
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,6 +58,12 @@ class ToolData(NamedTuple):
 
     items: list[Any]  # for chat templates that take a list: tools or calls, as the row has them, parsed from JSON
     text: str  # for chat templates that do not: the same as JSON
+
+
+def function_of(item: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of a tool or of a call that has its name: OpenAI's lists wrap it."""
+    function = item.get("function")
+    return function if isinstance(function, Mapping) else item
 
 
 class Message(NamedTuple):

@@ -25,6 +25,7 @@ from lora_ms.data.example import (
     RowFault,
     TokenRow,
     ToolData,
+    function_of,
     shown_name,
 )
 from lora_ms.errors import LoraMsError
@@ -625,12 +626,6 @@ def _as_calls(value: Any) -> ToolData | None:
     if not items or not all(isinstance(item, Mapping) and function_of(item).get("name") for item in items):
         return None
     return _tool_data(items, value)
-
-
-def function_of(item: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The part of a tool or of a call that has its name: OpenAI's lists wrap it."""
-    function = item.get("function")
-    return function if isinstance(function, Mapping) else item
 
 
 def _parsed_items(value: Any) -> list[Any]:

@@ -11,7 +11,6 @@ labelled that its text shows so.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -21,7 +20,16 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from lora_ms.data.example import IGNORE_INDEX, REASONING, Completion, Example, Message, TokenRow, ToolData
+from lora_ms.data.example import (
+    IGNORE_INDEX,
+    REASONING,
+    Completion,
+    Example,
+    Message,
+    TokenRow,
+    ToolData,
+    function_of,
+)
 from lora_ms.data.templates import ALPACA_PREAMBLE_WITH_INPUT, INPUT_HEADING, TEMPLATES
 from lora_ms.errors import LoraMsError
 
@@ -122,12 +130,12 @@ def encode_rows(
     tokenizer.eos_token_id, with a label: a model that never learnt to stop does not stop.
 
     A template with {% generation %} marks says itself what is learnt of a turn; an end token right after it is, too.
-    Of a template without, it is all that follows the prompt.
+    Of a template without, or whose turn does not go on from its own prompt, it is all that follows the prompt.
 
     All rows are tokenised in a few calls, which the tokenizers library spreads over the cores.
     Raises LoraMsError where the template refuses the messages, or no end token exists.
     """
-    formats = {with_tools: ChatFormat.of(tokenizer, with_tools) for with_tools in _kinds(rows)}
+    formats: dict[bool, ChatFormat] = {}  # by whether a conversation has tools
     texts: list[list[Labelled]] = []
     encoded = []
     for row in rows:
@@ -136,7 +144,10 @@ def encode_rows(
             texts.append([_completion(tokenizer, row)])
             count = 0
         else:
-            texts.append(_conversation(formats[row.tools is not None], row, turns, notes))
+            with_tools = _has_list(row.tools)
+            if with_tools not in formats:
+                formats[with_tools] = ChatFormat.of(tokenizer, with_tools)
+            texts.append(_conversation(formats[with_tools], row, turns, notes))
             count = sum(message.role == "assistant" for message in row.messages)
         encoded.append(Encoded([], count, notes))
     flat = [labelled for group in texts for labelled in group]
@@ -148,8 +159,8 @@ def encode_rows(
     return encoded
 
 
-def _kinds(rows: Sequence[Example | Completion]) -> set[bool]:
-    return {row.tools is not None for row in rows if isinstance(row, Example)}
+def _has_list(tools: ToolData | None) -> bool:
+    return tools is not None and bool(tools.items)
 
 
 def encode_prompt(
@@ -159,7 +170,7 @@ def encode_prompt(
 
     input: the tail of the last user message that the Alpaca prompt sets apart; a chat template does not.
     """
-    chat = ChatFormat.of(tokenizer, tools is not None)
+    chat = ChatFormat.of(tokenizer, _has_list(tools))
     row = chat.prepared(Example("the prompt", tuple(messages), input, tools), Counter())
     text = chat.render(row, len(row.messages), prompt=True)
     edges: set[int] = set()
@@ -247,7 +258,7 @@ class ChatFormat:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, with_tools: bool = False) -> ChatFormat:
-        """The format of a tokenizer; with_tools: for conversations that have tools."""
+        """The format of a tokenizer; with_tools: for conversations that have a list of tools."""
         special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         end_tokens = tuple(token for token in [tokenizer.eos_token, *special] if token)
         chat = cls(tokenizer, template_of(tokenizer, [PROBE_TOOL] if with_tools else None), end_tokens)
@@ -296,7 +307,7 @@ class ChatFormat:
         """The row as the template can show it: what it does not take by itself is written into the texts."""
         messages = [self._shown(message, notes) for message in row.messages]
         tools = row.tools
-        if tools is not None and not (self.takes_tools and tools.items):
+        if tools is not None and not self.takes_tools:
             system = messages.pop(0).content if messages[0].role == "system" else ""
             messages.insert(0, Message("system", f"{system}\n\n{tools.text}".strip()))
             tools = None
@@ -322,7 +333,7 @@ class ChatFormat:
             return messages
         last = max(index for index, message in enumerate(messages) if message.role == "user")
         instruction = messages[last].content.removesuffix(f"\n{input}")
-        messages[last] = Message("user", f"{instruction}{INPUT_HEADING}{input}")
+        messages[last] = messages[last]._replace(content=f"{instruction}{INPUT_HEADING}{input}")
         if messages[0].role == "system" or "### Input:" in self.template:
             return messages
         return [Message("system", ALPACA_PREAMBLE_WITH_INPUT), *messages]
@@ -357,13 +368,11 @@ class ChatFormat:
         """The assistant's message of that number as it is to be written after the messages before it."""
         message = row.messages[number]
         prompt = self.render(row, number, prompt=True)
-        if self.marked:
-            text, marks = self._with_marks(row, number + 1)
-            start = len(os.path.commonprefix([prompt, text]))
+        text, marks = self._with_marks(row, number + 1)
+        start = len(prompt)
+        if self.marked and text.startswith(prompt):
             spans = [self._with_end_token(text, (max(first, start), last)) for first, last in marks if last > start]
         else:
-            text = self.render(row, number + 1, prompt=False)
-            start = len(prompt)
             if not (text.startswith(prompt) and _shows(text[start:], message)):
                 text = self._as_written(message, prompt, text)
             spans = [(start, self._end(text))]
@@ -423,7 +432,7 @@ class CallStyle(NamedTuple):
         return {"role": "assistant", "content": content or self.empty_content, "tool_calls": shown}
 
     def _call(self, call: Mapping[str, Any]) -> dict[str, Any]:
-        function = call["function"] if isinstance(call.get("function"), Mapping) else call
+        function = function_of(call)
         arguments = function.get("arguments", function.get("parameters", {}))
         if self.arguments_as_text and not isinstance(arguments, str):
             arguments = json.dumps(arguments, ensure_ascii=False)
@@ -492,16 +501,11 @@ def _shows(turn: str, message: Message) -> bool:
             return False
         place += len(_squeezed(part))
     calls = () if message.tool_calls is None else message.tool_calls.items
-    return all(_squeezed(_name_of(call)) in squeezed for call in calls)
+    return all(_squeezed(str(function_of(call).get("name", ""))) in squeezed for call in calls)
 
 
 def _squeezed(text: str) -> str:
     return "".join(text.replace(THINK, "").replace(END_THINK, "").split())
-
-
-def _name_of(call: Mapping[str, Any]) -> str:
-    function = call["function"] if isinstance(call.get("function"), Mapping) else call
-    return str(function.get("name", ""))
 
 
 def _default_bos(tokenizer: PreTrainedTokenizerBase, row: Example | Completion | None = None) -> list[int]:

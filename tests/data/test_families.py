@@ -218,6 +218,24 @@ def test_conversations_that_become_several_rows_are_counted(family):
     assert f"  {NO_REASONING}: 2 of 2" in report.lines()
 
 
+@pytest.mark.parametrize("name", ["qwen2_5", "qwen3", "llama3_1", "hermes"])
+def test_calls_of_sharegpt_are_the_calls_of_openai(family, name):
+    """As LLaMA-Factory's data has them: tools and calls as JSON in texts, in turns of their own roles."""
+    openai = CONVERSATIONS["tools"]
+    sharegpt = {
+        "conversations": [
+            {"from": "human", "value": "Weather in Rome?"},
+            {"from": "function_call", "value": json.dumps({"name": "get_weather", "arguments": {"city": "Rome"}})},
+            {"from": "observation", "value": "sunny"},
+            {"from": "gpt", "value": "It is sunny."},
+        ],
+        "tools": json.dumps([TOOL]),
+    }
+    encoded = encode_rows(family(name), read_rows([openai]) + read_rows([sharegpt]))
+    ours, theirs = ([(row.input_ids.tolist(), row.labels.tolist()) for row in each.rows] for each in encoded)
+    assert ours == theirs
+
+
 def test_past_reasoning_stays_where_only_tools_came_between(family):
     """Qwen3 shows the reasoning of all turns after the last question: one row holds them."""
     messages = [dict(message) for message in CONVERSATIONS["tools"]["messages"]]
