@@ -321,7 +321,8 @@ def check_vocabulary(store: TokenStore, vocab_size: int) -> None:
     """Raises LoraMsError where a token id is not below `vocab_size`, naming the first such row."""
     for first, last in store.chunks():
         start = int(store.columns.ends[first - 1]) if first else 0
-        if store.columns.ids[start : int(store.columns.ends[last - 1])].max(initial=0) >= vocab_size:
+        tokens = slice(start, int(store.columns.ends[last - 1]))
+        if max(part[tokens].max(initial=0) for part in (store.columns.ids, store.columns.labels)) >= vocab_size:
             for index in range(first, last):
                 _check_vocabulary(store[index], vocab_size)
         store.release()

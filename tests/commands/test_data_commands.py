@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from lora_ms.commands import finetune, preview
 from lora_ms.config import load_config
 from lora_ms.data.pipeline import read_rows
 from lora_ms.data.templates import TEMPLATES
+from lora_ms.data.tokenizer import load_tokenizer
 from lora_ms.errors import LoraMsError
 from lora_ms.recipes import data
 
@@ -125,7 +127,6 @@ def test_preview_in_colour(chatml_row):
 def chatml_row(text_model):
     from lora_ms.data.example import Example, Message
     from lora_ms.data.template import encode
-    from lora_ms.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(text_model)
     (row,) = encode(tokenizer, Example("row", (Message("user", "a"), Message("assistant", "b"))))
@@ -146,15 +147,41 @@ def test_preprocess(words, tmp_path, capsys):
     assert capsys.readouterr().out.endswith(f"2 rows in 1 MindRecord files: {out}\n")
 
 
-def test_preprocess_names_a_token_that_the_model_does_not_have(words, tmp_path, capsys):
-    (tmp_path / "tokens.jsonl").write_text('{"input_ids": [1, 99999], "prompt_len": 1}\n')
-    rows = ["--train_dataset_dir", str(tmp_path / "tokens.jsonl"), "--output_dir", str(tmp_path / "out")]
-    for more in ([], ["--report"]):
-        assert cli.main(["preprocess", *words, *rows, *more]) == 2
-        assert capsys.readouterr().err.startswith(
-            "error: tokens.jsonl:1: token id 99999 does not exist in a vocabulary "
-        )
-    assert not (tmp_path / "out" / "train-00000.mindrecord").exists()
+@pytest.mark.parametrize(
+    ("bad", "line"),
+    [
+        ({"input_ids": [1, 99999], "prompt_len": 1}, 1),
+        ({"input_ids": [1, 2, 2], "labels": [-100, 99999, 2]}, 1),
+        ({"input_ids": [99999, 2], "labels": [-100, 2]}, 1),
+        ({"input_ids": [1, 99999], "prompt_len": 1}, 300),
+    ],
+    ids=["an id", "a label", "a token that is not learnt", "a late row"],
+)
+def test_preprocess_names_a_token_that_the_model_does_not_have(words, tmp_path, capsys, bad, line):
+    rows = [{"input_ids": [1, 2], "prompt_len": 1}] * (line - 1) + [bad]
+    (tmp_path / "tokens.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ["--train_dataset_dir", str(tmp_path / "tokens.jsonl"), "--output_dir", str(tmp_path / "out")]
+    for more in ([], ["--report"], ["--layout", "mindformers"]):
+        assert cli.main(["preprocess", *words, *arguments, *more]) == 2
+        named = f"error: tokens.jsonl:{line}: token id 99999 does not exist in a vocabulary "
+        assert capsys.readouterr().err.startswith(named)
+    assert not list((tmp_path / "out").glob("*.mindrecord"))
+
+
+def test_a_text_with_a_token_that_the_model_does_not_have(words, tmp_path, text_model, capsys):
+    """The tokenizer has a token more than the embedding."""
+    folder = tmp_path / "model"
+    shutil.copytree(text_model, folder)
+    tokenizer = load_tokenizer(folder)
+    vocab_size = json.loads((folder / "config.json").read_text())["vocab_size"]
+    tokenizer.add_tokens([f"<new{n}>" for n in range(vocab_size + 1 - len(tokenizer))])
+    tokenizer.save_pretrained(folder)
+    row = {"instruction": "a", "output": f"b {tokenizer.convert_ids_to_tokens(vocab_size)}"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    arguments = ["--train_dataset_dir", str(tmp_path / "rows.jsonl"), "--output_dir", str(tmp_path / "out")]
+    for command in ("preprocess", "preview"):
+        assert cli.main([command, "--load_checkpoint", str(folder), *arguments]) == 2
+        assert f"rows.jsonl:1: token id {vocab_size} does not exist in a vocabulary of" in capsys.readouterr().err
 
 
 def test_braces_by_the_yaml_key(words, tmp_path, capsys):
