@@ -182,7 +182,9 @@ class DataPlan:
         total_steps = max_steps if max_steps > 0 else steps_per_epoch * epochs
         order: EpochOrder | MixedOrder
         if sources:
-            order = MixedOrder(sources, per_step, total_steps, seed, shuffle)
+            order = MixedOrder(
+                sources=sources, rows_per_step=per_step, total_steps=total_steps, seed=seed, shuffle=shuffle
+            )
         else:
             order = EpochOrder(
                 rows=len(store),

@@ -171,10 +171,10 @@ def read(sources: Sequence[RowSource], preparation: Preparation, tally: Tally) -
     on_fault = cleaner.count_fault if rules.skip_faulty else None
     rows = parse_rows(
         raw_rows,
-        preparation.format,
-        Placeholders(preparation.fill, preparation.keep_placeholders, tally.placeholders),
-        ParserNotes(read_as=tally.read_as, unused=tally.unused, left_out=tally.skipped),
-        on_fault,
+        format=preparation.format,
+        placeholders=Placeholders(preparation.fill, preparation.keep_placeholders, tally.placeholders),
+        notes=ParserNotes(read_as=tally.read_as, unused=tally.unused, left_out=tally.skipped),
+        on_fault=on_fault,
     )
     return cleaner.cleaned(rows)
 
