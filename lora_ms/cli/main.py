@@ -5,6 +5,7 @@ Nothing heavy is imported before the flags are read, so that ``--help`` answers 
 
 import argparse
 import difflib
+import io
 import os
 import signal
 import sys
@@ -68,6 +69,9 @@ def run_mindformer(argv: Sequence[str] | None = None) -> int:
 
 
 def _guarded(command: Callable[[list[str]], int], argv: list[str]) -> int:
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what the terminal cannot show is replaced
+            stream.reconfigure(errors="replace")
     try:
         try:
             status = command(argv)

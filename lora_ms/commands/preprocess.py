@@ -33,8 +33,13 @@ def run(config: RunConfig, report: bool, layout: str) -> None:
     check_output(output_dir)
     sources = data.sources_of(config.train_dataset, "train")
     tokenizer = data.tokenizer_for(config, training=True)
-    longest = read_sizes(config).max_position_embeddings if config.load_checkpoint else data.NO_LIMIT
-    preparation = data.preparation_of(config, config.train_dataset, longest, None)
+    longest = data.NO_LIMIT
+    vocab_size = None  # of a model that is not known
+    if config.load_checkpoint:
+        sizes = read_sizes(config)
+        longest = sizes.max_position_embeddings
+        vocab_size = sizes.vocab_size
+    preparation = data.preparation_of(config, config.train_dataset, longest, vocab_size)
     store, found = prepare(sources, tokenizer, preparation, always_cache=True)
     found = replace(found, padding=padding(config, store, preparation.seq_length))
     print(*found.table(), sep="\n")

@@ -11,8 +11,8 @@ import numpy as np
 from lora_ms import storage
 from lora_ms.config import RunConfig
 from lora_ms.data.example import IGNORE_INDEX, TokenRow
-from lora_ms.data.pipeline import finish, read, tokenise
-from lora_ms.data.report import Tally
+from lora_ms.data.pipeline import Preparation, finish, read, tokenise
+from lora_ms.data.report import Tally, notes_of
 from lora_ms.data.store import TokenStore
 from lora_ms.errors import LoraMsError
 from lora_ms.recipes import data
@@ -38,14 +38,29 @@ def run(config: RunConfig, row: int | None) -> None:
     tally = Tally()
     chunks = tokenise(read(sources, preparation, tally), tokenizer, preparation, tally)
     rows = (kept for _, chunk in chunks for kept in chunk)
-    shown = list(islice(rows if row is None else of_number(rows, row), ROWS))
+    shown = list(islice(rows, ROWS) if row is None else of_number(rows, row))
     if not shown:
-        if row is None or tally.rows == tally.too_long - tally.cut + tally.masked:
+        if row is None or not tally.kept:
             finish(TokenStore.of([]), preparation, tally)  # raises, with the reason
         raise LoraMsError(f"--row {row}: not among the rows that are kept, of {tally.rows:,} that were read")
     colours = sys.stdout.isatty()
     for item in shown:
         print(show(item, tokenizer, colours), end="\n\n")
+    for note in notes(tally, preparation):
+        print(note)
+
+
+def notes(tally: Tally, preparation: Preparation) -> list[str]:
+    """What became of the rows that were read so far, besides those shown."""
+    found = [f"left out: {count:,} rows: {reason}" for reason, count in tally.skipped.items()]
+    if tally.masked:
+        found.append(f"left out: {tally.masked:,} rows: no label")
+    if tally.too_long:
+        found.append(
+            f"longer than seq_length {preparation.seq_length}: {tally.too_long:,} rows, {tally.cut:,} of them cut and "
+            f"{tally.too_long - tally.cut:,} dropped"
+        )
+    return found + notes_of(tally)
 
 
 def _vocab_size(config: RunConfig) -> int | None:

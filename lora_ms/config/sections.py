@@ -92,6 +92,7 @@ class Dataset(Section):
     num_samples: Whole | None = Field(None, ge=1)  # only the first rows (ours)
     packing: Flag = True  # several rows in a line, each seeing itself alone: the same numbers, less padding (ours)
     length_buckets: Whole = Field(4, ge=1)  # lengths that rows are padded to where they are not packed (ours)
+    fill: Flag = True  # every {{NAME}} in a text needs a value (data_fill); False: one without stays as it is (ours)
     format: Literal["auto", "alpaca", "sharegpt", "messages", "prompt", "text", "tokens"] = "auto"  # (ours)
     columns: Annotated[dict[str, Text], BeforeValidator(lambda value: value or {})] = {}  # our name: the file's (ours)
     label_turns: Literal["all", "last"] = "all"  # assistant turns that are learnt (ours)

@@ -3,8 +3,8 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from lora_ms.data.example import IGNORE_INDEX, Example, Message
-from lora_ms.data.template import encode, encode_prompt
+from lora_ms.data.example import Message
+from lora_ms.data.template import encode_prompt, end_of_turn
 from lora_ms.errors import LoraMsError
 from lora_ms.infer.generate import Generator, prompt_name
 from lora_ms.infer.sampling import Sampling
@@ -26,12 +26,6 @@ class Stream:
         if not text.endswith("\ufffd"):
             self.show(text[len(self.shown) :])
             self.shown = text
-
-
-def turn_end(tokenizer) -> int:
-    """The token that a model trained here learns to end its turn with."""
-    turn = encode(tokenizer, Example("a turn", (Message("user", "a"), Message("assistant", "b"))))
-    return int(turn.labels[turn.labels != IGNORE_INDEX][-1])
 
 
 class Speaker:
@@ -60,7 +54,7 @@ class Speaker:
         self.max_new_tokens = max_new_tokens
         self.max_length = max_length
         self.calls = 0
-        ends = {tokenizer.eos_token_id, *generator.model.config.eos_token_ids, *more_ends, turn_end(tokenizer)}
+        ends = {tokenizer.eos_token_id, *generator.model.config.eos_token_ids, *more_ends, end_of_turn(tokenizer)}
         self.eos_token_ids = tuple(sorted(end for end in ends if end is not None))
 
     def answers(

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from lora_ms.data.pipeline import Preparation, prepare_rows, read_rows
+from lora_ms.data.pipeline import Preparation, prepare_rows, read, read_rows
+from lora_ms.data.report import Tally
 from lora_ms.errors import LoraMsError
 from lora_ms.python.model import ModelForCausalLM
 from lora_ms.python.peft_model import PeftModel
@@ -175,8 +176,12 @@ class Trainer:
         print(*notices, sep="\n", end="\n" if notices else "")
         settings = self.args.settings()
         tensorboard.check(settings.report_to)
-        rows = read_rows(self.train_dataset)
-        plan = data.plan_rows(rows, self.tokenizer, settings, runtime, self.model.config.vocab_size)
+        tally = Tally()
+        # whoever gives rows from Python fills their texts there: braces are text
+        preparation = Preparation(seq_length=settings.seq_length, keep_placeholders=True)
+        rows = read([self.train_dataset], preparation, tally)
+        vocab_size = self.model.config.vocab_size
+        plan = data.plan_rows(rows, self.tokenizer, settings, runtime, vocab_size=vocab_size, tally=tally)
         config = None
         hook = None
         if self.peft:
@@ -201,7 +206,7 @@ class Trainer:
     def _evaluator(self, settings: TrainSettings, runtime: Runtime) -> Evaluator:
         vocab_size = self.model.config.vocab_size
         preparation = Preparation(seq_length=settings.seq_length, vocab_size=vocab_size)
-        store, _ = prepare_rows(read_rows(self.eval_dataset), self.tokenizer, preparation)
+        store, _ = prepare_rows(read_rows(self.eval_dataset, keep_placeholders=True), self.tokenizer, preparation)
         plan = data.held_out_plan(
             store,
             self.args.per_device_eval_batch_size,

@@ -13,7 +13,7 @@ from lora_ms.data.clean import CleaningRules
 from lora_ms.data.example import Row
 from lora_ms.data.loader import DataPlan, Source, permutation
 from lora_ms.data.pipeline import Preparation, prepare, prepare_rows
-from lora_ms.data.report import Report
+from lora_ms.data.report import Report, Tally
 from lora_ms.data.store import TokenStore
 from lora_ms.data.template import set_template, template_of
 from lora_ms.data.templates import TEMPLATES
@@ -109,6 +109,7 @@ def preparation_of(config: RunConfig, dataset: Dataset, longest: int, vocab_size
         format=dataset.format,
         columns=dataset.columns,
         fill=config.data_fill,
+        keep_placeholders=not dataset.fill,
         split=dataset.data_loader.split or "train",
         num_samples=dataset.num_samples,
         turns=dataset.label_turns,
@@ -159,11 +160,13 @@ def split_off(
             "validation_split and mix are both given: hold rows out in an eval_dataset, with do_eval: True"
         )
     store = rows.store
-    count = round(share * len(store))
-    if not 0 < count < len(store):
-        raise LoraMsError(f"validation_split {share} of {len(store)} rows leaves {count} to evaluate on: change it")
-    order = permutation(len(store), config.seed, 1 << 20)
-    return rows._replace(store=store.take(np.sort(order[count:]))), store.take(np.sort(order[:count]))
+    source_of_row = store.sources()  # the rows of one conversation stay on one side
+    total = int(source_of_row[-1]) + 1
+    count = round(share * total)
+    if not 0 < count < total:
+        raise LoraMsError(f"validation_split {share} of {total} rows leaves {count} to evaluate on: change it")
+    held_out = np.isin(source_of_row, permutation(total, config.seed, 1 << 20)[:count])
+    return rows._replace(store=store.take(np.flatnonzero(~held_out))), store.take(np.flatnonzero(held_out))
 
 
 def plan_rows(
@@ -172,10 +175,11 @@ def plan_rows(
     settings: TrainSettings,
     runtime: Runtime,
     vocab_size: int,
+    tally: Tally | None = None,
 ) -> DataPlan:
-    """``plan_training`` of rows that are not yet tokens."""
+    """``plan_training`` of rows that are not yet tokens; tally: what was counted while they were read."""
     preparation = Preparation(seq_length=settings.seq_length, vocab_size=vocab_size)
-    store, report = prepare_rows(rows, tokenizer, preparation)
+    store, report = prepare_rows(rows, tokenizer, preparation, tally)
     return plan_training(PreparedRows(store, [report], []), tokenizer, settings, runtime)
 
 

@@ -85,6 +85,7 @@ class Quiz:
             format=dataset.format,
             columns=dataset.columns,
             fill=config.data_fill,
+            keep_placeholders=not dataset.fill,
             num_samples=dataset.num_samples,
         )
         rows = read([file], preparation, Tally())

@@ -158,7 +158,7 @@ def test_questions_of_every_format(text_model):
     found = question_of(tokenizer, Completion("row 2", "1+1=", "2"))
     assert (found.prompt, found.reference) == ("1+1=", "2")
     assert tokenizer.decode(found.tokens) == "1+1="
-    row = encode(tokenizer, Example("row 3", turns))
+    (row,) = encode(tokenizer, Example("row 3", turns))
     found = question_of(tokenizer, row)
     assert found.reference == "d e" and found.tokens == encode_prompt(tokenizer, turns[:3])
     for row in (Completion("row 4", "", "text"), TokenRow("row 5", np.arange(4), np.arange(4))):
