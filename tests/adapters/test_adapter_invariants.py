@@ -16,6 +16,8 @@ from lora_ms.adapters.peft_format import adapter_tensors, load_adapter, read_ten
 from lora_ms.errors import LoraMsError
 from lora_ms.models.decoder import CausalLM, DecoderConfig
 from lora_ms.models.hub import new_model
+from lora_ms.ops import select as select_operators
+from lora_ms.runtime import native_build
 
 pytestmark = pytest.mark.usefixtures("graph_mode")
 IDS = Tensor(np.random.default_rng(0).integers(0, 24, (2, 5)).astype(np.int32))
@@ -71,7 +73,10 @@ SIZES = DecoderConfig(
 
 def fresh(dtype: ms.Type = ms.float32) -> CausalLM:
     """A tied model with biases, none of them zero."""
-    model, rng = new_model(SIZES, dtype, seed=3), np.random.default_rng(3)
+    library, why = native_build.build()
+    assert library is not None, why
+    model = new_model(SIZES, dtype, seed=3, operators=select_operators("CPU", library=str(library)))
+    rng = np.random.default_rng(3)
     for parameter in model.get_parameters():
         if parameter.ndim == 1:
             value = parameter.asnumpy() + rng.standard_normal(parameter.shape) * 0.2

@@ -53,8 +53,8 @@ def eager() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def fresh(reference) -> Callable:
-    return lambda name: load_directory(reference / "models" / model_of(name)).set_train(False)
+def fresh(native, reference) -> Callable:
+    return lambda name: load_directory(reference / "models" / model_of(name), operators=native).set_train(False)
 
 
 @pytest.fixture(scope="module")

@@ -85,7 +85,7 @@ def test_pefts_tensors(stored, golden, name):
 
 @pytest.mark.usefixtures("graph_mode")
 @pytest.mark.parametrize("name", GOLDEN)
-def test_pefts_logits_through_the_engine(stored, reference, golden, tmp_path, name):
+def test_pefts_logits_through_the_engine(stored, native, reference, golden, tmp_path, name):
     from mindspore import Tensor
 
     from lora_ms.adapters.peft_format import load_adapter
@@ -93,7 +93,7 @@ def test_pefts_logits_through_the_engine(stored, reference, golden, tmp_path, na
 
     values, (adapters, method, options) = golden(f"combined/qwen2_{name}"), GOLDEN[name]
     write_adapter(combine([stored(one) for one in adapters], WEIGHTS, method, **options), tmp_path)
-    model = load_directory(reference / "models" / "qwen2")
+    model = load_directory(reference / "models" / "qwen2", operators=native)
     load_adapter(model, tmp_path)
     np.testing.assert_allclose(model(Tensor(values["input_ids"])).asnumpy(), values["logits"], rtol=0, atol=1e-4)
 

@@ -86,7 +86,7 @@ def train(graph_mode, reference, rows, settings) -> Callable[..., Finished]:
         path.mkdir(parents=True, exist_ok=True)
         chosen = settings(path, **changes)
         here, _ = device.setup("CPU", seed=chosen.seed)
-        model = load_directory(reference / "models" / name, dtype)
+        model = load_directory(reference / "models" / name, dtype, operators=here.operators)
         config = LoraConfig(4, 8.0, dropout, "all-linear")
         inject(model, config)
         if prepare is not None:

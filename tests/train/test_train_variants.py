@@ -84,10 +84,10 @@ def batches(z: dict[str, np.ndarray], step: int):
 
 
 @pytest.fixture(scope="module", params=list(CONFIGS))
-def traced(request, reference, golden) -> Traced:
+def traced(request, reference, golden, native) -> Traced:
     name, config = request.param, CONFIGS[request.param]
     z = golden(f"trace_{name}")
-    model = load_directory(reference / "models" / name.rpartition("_")[2])
+    model = load_directory(reference / "models" / name.rpartition("_")[2], operators=native)
     inject(model, config)
     start(model, config, z)
     model.set_train()
@@ -108,7 +108,7 @@ def traced(request, reference, golden) -> Traced:
         factors = [by_name[names[id(p)]] for p in params]
     optimizer = FlatAdamW(
         params, eps=float(z["eps"]), weight_decay=float(z["weight_decay"]), max_grad_norm=float(z["max_grad_norm"]),
-        rate_factors=factors, objectives=objectives, observers=observers,
+        rate_factors=factors, objectives=objectives, observers=observers, operators=native,
     )  # fmt: skip
     micro_step = MicroStep(SummedLoss(model, 128), optimizer)
     found = Traced(name, z, losses=[], norms=[], first={}, final={}, kept=[])
