@@ -1,4 +1,4 @@
-"""Files on disk: tensors mapped and read one at a time, and writing that is whole or not at all."""
+"""Files on disk: tensors mapped and read one at a time; files and folders written atomically."""
 
 import json
 import os
@@ -166,7 +166,7 @@ def read_json(file: Path) -> dict:
 
 @contextmanager
 def whole(file: Path) -> Iterator[Path]:
-    """A path to write instead of ``file``; renamed to it when the block ends well, removed when it does not.
+    """A path to write in place of ``file``: renamed to it at the end of the block, removed where the block fails.
 
     Raises:
         WriteError: the folder cannot be made or written.
@@ -195,7 +195,7 @@ def write_tensors(file: Path, tensors: dict[str, np.ndarray], metadata: dict[str
     from safetensors.numpy import save_file
 
     with whole(file) as part:
-        # safetensors writes the memory behind a view as it lies, in silence
+        # of a view, safetensors writes the memory behind it, without a warning
         tensors = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
         try:
             save_file(tensors, part, metadata={"format": "pt"} if metadata is None else metadata)
@@ -286,10 +286,12 @@ def write_blocks(file: Path, planned: Mapping[str, Planned]) -> None:
 
 @contextmanager
 def whole_folder(folder: Path, size: int) -> Iterator[Path]:
-    """A folder to fill instead of ``folder``, whose files come to stand in that when the block ends well.
+    """A folder to fill in place of ``folder``, whose files move there at the end of the block.
 
-    size: bytes that will be written. A folder that is new or empty appears at once. From one that holds other files
-    the weights go, lest old shards be taken for new ones, and the new files are moved in, ``config.json`` last.
+    A folder that is new or empty appears at once. From one that holds other files the old weights are removed, so that
+    their shards are not taken for new ones, and the new files are moved in, ``config.json`` last.
+
+    size: bytes that will be written.
 
     Raises:
         LoraMsError: too little room, or the folder cannot be made or written; it is as it was then.

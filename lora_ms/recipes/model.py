@@ -46,7 +46,7 @@ def decoder_config(sizes: ModelSizes) -> DecoderConfig:
     """Sizes of a model that has no config.json, by MindFormers' conventions.
 
     Raises:
-        LoraMsError: sizes that nothing can stand in for are missing; all are listed.
+        LoraMsError: sizes that have no default are missing; all are listed.
     """
     hidden, layers, heads, vocab = sizes.hidden_size, sizes.num_layers, sizes.num_heads, sizes.vocab_size
     if hidden is None or layers is None or heads is None or vocab is None:

@@ -42,17 +42,17 @@ def weights_of(
         hook: the method's ``StepHook``, which decides the adapter's settings at the end; None for none.
         shard: with which processes the model is shared.
     """
-    whole: dict[str, NDArray] = {}  # the adapter's tensors, where the model is shared with other processes
+    gathered: dict[str, NDArray] = {}  # the adapter's tensors, where processes share the model
 
     def collect() -> None:
         if adapter is not None and shard.count > 1:
-            whole.update(adapter_tensors(model, adapter, shard))
+            gathered.update(adapter_tensors(model, adapter, shard))
 
     def save(path: Path, config: AdapterConfig | None) -> None:
         if config is None:
             hub.save_directory(model, path)
         else:
-            save_adapter(model, path, config, model.source, whole or None)
+            save_adapter(model, path, config, model.source, gathered or None)
         if tokenizer is not None:
             tokenizer.save_pretrained(path)
 
@@ -65,13 +65,13 @@ def weights_of(
     def finish(path: Path) -> None:
         # a checkpoint holds what may yet come back; the end of the run does not
         config = hook.config()
-        beside = path.with_name(AS_LORA)
+        as_lora = path.with_name(AS_LORA)
         save(path, config)
         line = hook.summary()
-        if save_as_lora(model, beside, config, model.source):
+        if save_as_lora(model, as_lora, config, model.source):
             if tokenizer is not None:
-                tokenizer.save_pretrained(beside)
-            line += f"; as plain LoRA in {beside}"
+                tokenizer.save_pretrained(as_lora)
+            line += f"; as plain LoRA in {as_lora}"
         print(line)
 
     return Weights(

@@ -103,8 +103,7 @@ def available() -> float:
 def share(budget_mb: float | None = None) -> float:
     """Share of memory in use now, 0 to 1.
 
-    budget_mb: what this process may use, its own use is measured against it; None: the use of the whole machine, or of
-    the control group.
+    budget_mb: what this process may use, and the share is of; None: of all that the machine or the control group has.
     """
     total, free = system()
     if budget_mb is not None and budget_mb < total:

@@ -52,11 +52,7 @@ def packages(tmp_path_factory):
                 from mindpet.delta import LoRADense
             from mindformers.models.llama import LlamaConfig, LlamaForCausalLM
             from mindformers.pet import get_pet_model
-<<<<<<< ours
-        device.setup("CPU")
-=======
-        here, _ = runtime.setup("CPU")
->>>>>>> theirs
+        here, _ = device.setup("CPU")
         yield SimpleNamespace(
             operators=here.operators,
             LlamaConfig=LlamaConfig,
