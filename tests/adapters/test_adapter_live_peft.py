@@ -15,6 +15,7 @@ from mindspore import Tensor
 from lora_ms.adapters.inject import adapter_cells, inject
 from lora_ms.adapters.merge import merge
 from lora_ms.adapters.methods.adalora import AdaLoraConfig
+from lora_ms.adapters.methods.ia3 import IA3Config
 from lora_ms.adapters.methods.lora import LayerGroup, LoraConfig
 from lora_ms.adapters.peft_format import save_adapter
 from lora_ms.models.decoder import CausalLM
@@ -62,6 +63,9 @@ KINDS = {
     "pissa_rslora": made("qwen3", init_lora_weights="pissa", use_rslora=True),
     "olora": made("qwen2", init_lora_weights="olora", rank_pattern={"v_proj": 2}),
     "adalora": Made("qwen2", ADALORA),
+    "ia3": Made("qwen2", IA3Config()),
+    "ia3_paths": Made("llama3", IA3Config("o_proj|up_proj", feedforward_modules=r".*layers\.1\..*o_proj")),
+    "ia3_head": Made("qwen3", IA3Config(("v_proj", "lm_head"), feedforward_modules=(), modules_to_save="model.norm")),
     "adalora_allocated": Made("qwen3", replace(ADALORA, kept=KEPT)),
     "patterns": made("qwen3", rank_pattern={r"1\..*q_proj": 1, "q_proj": 2}, alpha_pattern={"v_proj": 7.0}),
     "patterns_rslora": made("llama3", rank_pattern={"q_proj": 2}, alpha_pattern={"v_proj": 7.5}, use_rslora=True),
