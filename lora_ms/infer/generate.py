@@ -57,7 +57,10 @@ def random_streams(prompts: Sequence[Sequence[int]], seed: int) -> list[np.rando
 
 
 class _Step(Graph):
-    """input_ids [b, s], start [], padding [b] -> (logits [b, v], likeliest token [b, 1]) of the next token."""
+    """input_ids [b, s], start [], padding [b] -> (logits [b, v], likeliest token [b, 1]) of the next token.
+
+    start: the cache slot of the first of the s tokens. padding: how many slots at the left of a line are padding.
+    """
 
     def __init__(self, model: nn.Cell, batch: int, length: int):
         super().__init__()
@@ -102,7 +105,7 @@ class Generator:
 
         Args:
             prompts: token ids, of any lengths, at least one each; all are generated in one batch.
-            max_new_tokens: most new tokens of every row, or of each.
+            max_new_tokens: most new tokens: one limit for all rows, or a list of one for each row.
             eos_token_ids: a row ends with the first of these.
             on_token: called with (row, token) as soon as a token is known.
 

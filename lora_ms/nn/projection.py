@@ -38,8 +38,8 @@ class Projection(nn.Cell):
         self.set_bias(None)
 
     def set_bias(self, bias: Parameter | None) -> None:
-        """bias: [out]; None for none. A constructor gives it after the weight, as ``nn.Dense`` does: optimisers and
-        checkpoints of all parameters go by this order."""
+        """Sets the bias [out]; None for none. Constructors call it again after they set the weight, as ``nn.Dense``
+        orders the two: optimisers and checkpoints of all parameters go by this order."""
         self.bias: Any = bias
         self.has_bias = bias is not None
 
@@ -53,7 +53,7 @@ class Projection(nn.Cell):
         raise NotImplementedError
 
     def multiply_back(self, grad: Tensor) -> Tensor:
-        """dy [t, out] -> dy W [t, in], in the type of dy; without a gradient."""
+        """dy [t, out] -> dy W [t, in], in the type of dy: the backward of ``multiply``, not differentiable itself."""
         raise NotImplementedError
 
     def adapted_product(self, dropout: float) -> nn.Cell:

@@ -47,10 +47,10 @@ class PreparedRun(Protocol):
         """Takes all steps, or those until the user stops it."""
 
     def weights(self) -> Weights | None:
-        """How what was trained is written; None where it cannot be, of which ``closing_lines`` give the reason."""
+        """The writer of what was trained; None where it cannot be written, and then ``closing_lines`` say why."""
 
     def end(self) -> None:
-        """Everything is written."""
+        """Called once everything is written, also after a stop."""
 
     def closing_lines(self) -> list[str]:
         """What the user is told after the loss: of evaluations, and where the results are."""

@@ -189,7 +189,7 @@ class Steps:
         }
 
     def begin(self, step: int, level: int = 0) -> None:
-        """The next step to be launched is ``step`` (from 0); level: of its micro-batches, see ``DataPlan.step``."""
+        """Feeds batches from ``step`` (from 0) on; level: how often micro-batches are halved, see ``DataPlan.step``."""
         self.upcoming = device_steps(self.plan, step, level)
         self.clock = time.perf_counter()
 
@@ -241,7 +241,8 @@ class Steps:
         """Waits for the pending steps, and returns their numbers.
 
         Raises:
-            LoraMsError: a loss or gradient that is not finite; no parameter was changed by it.
+            LoraMsError: a loss or gradient that is not finite (in float16, more than MAX_SKIPPED times in a row); no
+                parameter was changed by it.
         """
         pending, self.pending = self.pending, []
         sums = [sum(float(loss.asnumpy()) for loss in p.losses) for p in pending]

@@ -519,7 +519,9 @@ def test_files_that_are_broken(refused):
 
 def test_an_adapter_of_another_kind(refused):
     change("adapter/adapter_config.json", peft_type="VERA")
-    assert refused() == ("adapter/adapter_config.json: peft_type 'VERA' is not supported; supported: LORA, ADALORA, IA3")
+    assert refused() == (
+        "adapter/adapter_config.json: peft_type 'VERA' is not supported; supported: LORA, ADALORA, IA3"
+    )
 
 
 def test_biases_where_the_model_has_none(refused, reference):

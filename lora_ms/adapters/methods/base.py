@@ -145,7 +145,7 @@ class Update:
         self._read.clear()
 
     def keeps_tie(self, embedding: "Update") -> bool:
-        """Whether a head with this update and an embedding with ``embedding``, one tensor before, are one after."""
+        """Whether a head with this update, tied to an embedding with ``embedding``, stays tied once both are merged."""
         return False
 
 

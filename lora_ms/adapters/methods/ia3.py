@@ -97,7 +97,7 @@ class IA3Config(AdapterConfig):
         return len(kinds) > len({leaf for leaf, _ in kinds})
 
     def to_peft(self, specs: Mapping[str, IA3Spec], targets: Sequence[str]) -> dict[str, Any]:
-        """``feedforward_modules`` must be some of the very names that stand in ``target_modules``."""
+        """``feedforward_modules`` is a subset of ``targets``, in the same spelling: PEFT compares the names."""
         inputs = [name for name, spec in specs.items() if spec.feedforward]
         return {
             "feedforward_modules": [name for name in targets if any(ends_with(path, [name]) for path in inputs)],
@@ -123,7 +123,7 @@ class IA3Config(AdapterConfig):
 
 
 class IA3Update(Update):
-    """Rows of the weight and numbers of the bias times l, or columns of the weight."""
+    """Multiplies the rows of the weight and the bias by l; in a feed-forward module, the columns of the weight."""
 
     def __init__(self, tensors: Mapping[str, Entry], feedforward: bool):
         super().__init__(tensors)
