@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from lora_ms.cli.main import main
-from lora_ms.commands import finetune, preview
+from lora_ms.commands import preview
 from lora_ms.config import load_config
 from lora_ms.data.pipeline import read_rows
 from lora_ms.data.templates import TEMPLATES
@@ -254,11 +254,11 @@ def test_held_out_rows_tear_no_conversation(words, tmp_path, text_model):
         options=["train_dataset.validation_split=0.3", f"processor.tokenizer.chat_template={tmp_path / 'late.jinja'}"],
     )
     tokenizer = data.tokenizer_for(config, training=True)
-    preparation = data.preparation(config, config.train_dataset, 64, None)
-    store, _, _ = data.rows_of(config.train_dataset, [str(tmp_path / "rows.jsonl")], tokenizer, preparation)
-    kept, held_out = finetune.split_off(config, store, tokenizer, preparation)
-    assert (len(store), len(kept), len(held_out)) == (40, 28, 12)
-    assert not {row.where for row in kept} & {row.where for row in held_out}
+    preparation = data.preparation_of(config, config.train_dataset, 64, None)
+    rows = data.rows_of(config.train_dataset, [str(tmp_path / "rows.jsonl")], tokenizer, preparation)
+    kept, held_out = data.split_off(config, rows, tokenizer, preparation)
+    assert (len(rows.store), len(kept.store), len(held_out)) == (40, 28, 12)
+    assert not {row.where for row in kept.store} & {row.where for row in held_out}
 
 
 def test_held_out_rows(words, tmp_path, rows_file, capsys, graph_mode):
