@@ -4,7 +4,7 @@ from pathlib import Path
 
 from lora_ms.config import RunConfig
 from lora_ms.infer.sampling import Sampling
-from lora_ms.recipes import data, mindformers, session
+from lora_ms.recipes import data, session
 from lora_ms.recipes.adapter import check_parallel
 from lora_ms.recipes.evaluate import Quiz, has_label_tokens, plan_of
 from lora_ms.recipes.generate import model_for_use, speaker_for
@@ -15,6 +15,8 @@ from lora_ms.train.evaluation import Evaluator
 def run(config: RunConfig) -> None:
     """Prints the scores of ``eval_dataset``'s label tokens, and of the answers to ``evaluation.prompts_file``."""
     if config.backend == "mindformers":
+        from lora_ms.recipes import mindformers  # makes a temporary folder when it is imported
+
         mindformers.evaluate(config)
     else:
         evaluate(config)
