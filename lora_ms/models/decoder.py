@@ -71,20 +71,39 @@ class DecoderLayer(nn.Cell):
 
     def attend(self, x: Tensor, rope: tuple, visible: Visibility, rows: Tensor | None = None) -> Tensor:
         """The first half: x [t, h] -> [t, h], or [c, h]."""
-        mixed = self.self_attn.mix(self.input_layernorm(x), rope, visible)
+        q, k, v = self.project(x)
+        return self.join(x, self.self_attn.mix(q, k, v, rope, visible), rows)
+
+    def feed(self, x: Tensor) -> Tensor:
+        """The second half: x [t, h] -> [t, h]."""
+        gate, up = self.expand(x)
+        return self.contract(x, gate, up)
+
+    # the steps of the two halves, between which a gradient keeps what it needs
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [t, h] -> queries, keys and values; see ``Attention.project``."""
+        return self.self_attn.project(self.input_layernorm(x))
+
+    def join(self, x: Tensor, mixed: Tensor, rows: Tensor | None) -> Tensor:
+        """x [t, h] and what the attention mixed [t, n_h * d] -> [t, h], or [c, h]."""
         if rows is not None:
             x = ops.gather(x, rows, 0)
             mixed = ops.gather(mixed, rows, 0)
         return x + self.self_attn.output(mixed)
 
-    def feed(self, x: Tensor) -> Tensor:
-        """The second half."""
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def expand(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [t, h] -> gate and up; see ``MLP.expand``."""
+        return self.mlp.expand(self.post_attention_layernorm(x))
+
+    def contract(self, x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+        """x [t, h], gate and up -> [t, h]."""
+        return x + self.mlp.contract(gate, up)
 
     def cached(self, x: Tensor, rope: tuple, visible: Visibility, cache: tuple) -> Tensor:
         """New tokens only; see ``Attention.mix_cached``."""
-        mixed = self.self_attn.mix_cached(self.input_layernorm(x), rope, visible, cache)
-        return self.feed(x + self.self_attn.output(mixed))
+        q, k, v = self.project(x)
+        return self.feed(self.join(x, self.self_attn.mix_cached(q, k, v, rope, visible, cache), None))
 
 
 class Decoder(nn.Cell):

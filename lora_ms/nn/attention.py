@@ -50,28 +50,43 @@ class Attention(nn.Cell):
         self.attention = operators.attention(**sizes, dtype=dtype, flash=flash_attention)
         self.cached_attention = operators.cached_attention(**sizes, dtype=dtype, flash=flash_attention)
 
+    def norms(self) -> list[nn.Cell]:
+        """Those on queries and keys, if there are any."""
+        return [self.q_norm, self.k_norm] if self.qk_norm else []
+
     def normalised(self, x: Tensor, norm: nn.Cell) -> Tensor:
         """x [t, n * d] with each head normalised."""
         return norm(x.reshape((-1, self.head_dim))).reshape(x.shape)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [t, n_h * d], keys and values [t, n_kv * d], not rotated."""
+        """x [t, h] -> queries [t, n_h * d], keys and values [t, n_kv * d], neither normalised nor rotated."""
         x = self.sum_gradient(x)
-        q = self.q_proj(x)
-        k = self.k_proj(x)
-        if self.qk_norm:
-            q = self.normalised(q, self.q_norm)
-            k = self.normalised(k, self.k_norm)
-        return q, k, self.v_proj(x)
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
 
-    def mix(self, x: Tensor, rope: tuple, visible: Visibility) -> Tensor:
-        """Attention without its output projection: [t, h] -> [t, n_h * d]."""
-        q, k, v = self.project(x)
+    def normalise(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys as Qwen3 normalises them; of the others as they are."""
+        if self.qk_norm:
+            return self.normalised(q, self.q_norm), self.normalised(k, self.k_norm)
+        return q, k
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, rope: tuple, visible: Visibility) -> Tensor:
+        """Attention on what ``project`` gives -> [t, n_h * d]."""
+        q, k = self.normalise(q, k)
         return self.attention(q, k, v, rope, visible)
 
-    def mix_cached(self, x: Tensor, rope: tuple, visible: Visibility, cache: tuple) -> Tensor:
+    def mix_keeping(self, q: Tensor, k: Tensor, v: Tensor, rope: tuple, visible: Visibility) -> tuple[Tensor, ...]:
+        """As ``mix``, and what its gradient needs besides …."""
+        q, k = self.normalise(q, k)
+        return self.attention.keeping(q, k, v, rope, visible)
+
+    def mix_known(self, q: Tensor, k: Tensor, v: Tensor, rope: tuple, visible: Visibility, kept: tuple) -> Tensor:
+        """What ``mix_keeping`` gave, ``kept``, to be differentiated: [t, n_h * d]."""
+        q, k = self.normalise(q, k)
+        return self.attention.known(q, k, v, rope, visible, kept)
+
+    def mix_cached(self, q: Tensor, k: Tensor, v: Tensor, rope: tuple, visible: Visibility, cache: tuple) -> Tensor:
         """As ``mix``, for new tokens that also look at those in ``cache`` (keys, values, rows), where they are put."""
-        q, k, v = self.project(x)
+        q, k = self.normalise(q, k)
         return self.cached_attention(q, k, v, rope, visible, cache)
 
     def output(self, x: Tensor) -> Tensor:
@@ -79,4 +94,5 @@ class Attention(nn.Cell):
         return self.sum_output(self.o_proj(x))
 
     def construct(self, x: Tensor, rope: tuple, visible: Visibility) -> Tensor:
-        return self.output(self.mix(x, rope, visible))
+        q, k, v = self.project(x)
+        return self.output(self.mix(q, k, v, rope, visible))

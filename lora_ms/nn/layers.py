@@ -87,6 +87,15 @@ class MLP(nn.Cell):
         self.down_proj = projection(channels, hidden_size, has_bias=False, dtype=dtype, operators=operators)
         self.gated_silu = operators.gated_silu()
 
-    def construct(self, x: Tensor) -> Tensor:
+    def expand(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [t, h] -> gate(x) and up(x) [t, channels]."""
         x = self.sum_gradient(x)
-        return self.sum_output(self.down_proj(self.gated_silu(self.gate_proj(x), self.up_proj(x))))
+        return self.gate_proj(x), self.up_proj(x)
+
+    def contract(self, gate: Tensor, up: Tensor) -> Tensor:
+        """What ``expand`` gives -> [t, h]."""
+        return self.sum_output(self.down_proj(self.gated_silu(gate, up)))
+
+    def construct(self, x: Tensor) -> Tensor:
+        gate, up = self.expand(x)
+        return self.contract(gate, up)

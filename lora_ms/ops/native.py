@@ -47,10 +47,6 @@ def _transposed_times(a, b, *_):
     return [a[1], b[1]]
 
 
-def _adapted(x, weight, a, *_):
-    return [x[0], weight[0]], [x[0], a[0]]
-
-
 def _adapted_gradient(grad, x, low, b, *_):
     return list(low), [low[1], x[1]], list(b)
 
@@ -145,12 +141,16 @@ class AdaptedProduct(nn.Cell):
 
 
 class _AdaptedProduct(nn.Cell):
-    """``AdaptedProduct`` in float32 [t, out], and scaling dropout(x) A^T [t, rank], which the gradient needs."""
+    """``AdaptedProduct`` in float32 [t, out], and scaling dropout(x) A^T [t, rank], which the gradient needs.
+
+    Two operators: where the gradient is taken from kept inputs, the small one alone is run again.
+    """
 
     def __init__(self, library: str, dropout: float):
         super().__init__()
         self.rate = Tensor([dropout, 1.0 / (1.0 - dropout)], ms.float32)
-        self.forward = operator(library, "adapted_product", _adapted, 2)
+        self.low = operator(library, "low_rank_input", _times_transposed)
+        self.forward = operator(library, "times_transposed", _times_transposed)
         self.factors = operator(library, "adapted_product_gradient", _adapted_gradient, 3)
         self.times = operator(library, "times", _times)
         self.dropped_gradient = operator(library, "adapted_product_input_gradient", _times)
@@ -160,7 +160,8 @@ class _AdaptedProduct(nn.Cell):
         self, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scaling: Tensor, rows: Tensor, columns: Tensor
     ) -> tuple[Tensor, Tensor]:
         dropout = () if rows is None else (rows, columns, self.rate)
-        return self.forward(x, weight, a, b, scaling, *dropout)
+        low = self.low(x, a, scaling, *dropout)
+        return self.forward(x, weight, low, b), low
 
     def bprop(self, x, weight, a, b, scaling, rows, columns, out, dout):
         grad = dout[0]
@@ -226,12 +227,24 @@ class Attention(nn.Cell):
     the keys' tables are read; visible: ``first``, int32 [b, s].
     """
 
+    KEPT = 1  # the logarithms of each query's sum of exponentials, [t, n_h]
+
     def __init__(self, library: str):
         super().__init__()
         self.attention = _Attention(library)
+        self.known_attention = _KnownAttention(library)
 
     def construct(self, q: Tensor, k: Tensor, v: Tensor, rope: tuple, visible: Tensor) -> Tensor:
         return self.attention(q, k, v, rope[2], rope[3], visible)[0]
+
+    def keeping(self, q: Tensor, k: Tensor, v: Tensor, rope: tuple, visible: Tensor) -> tuple[Tensor, Tensor]:
+        """The output, and the sums."""
+        return self.attention(q, k, v, rope[2], rope[3], visible)
+
+    def known(self, q: Tensor, k: Tensor, v: Tensor, rope: tuple, visible: Tensor, kept: tuple) -> Tensor:
+        """The output, of what ``keeping`` gave."""
+        inputs = (q, k, v, rope[2], rope[3], visible)
+        return self.known_attention(*inputs, *kept)
 
 
 class _Attention(nn.Cell):
@@ -254,6 +267,25 @@ class _Attention(nn.Cell):
         inputs = (q, k, v, cos, sin, first)
         dq, dk, dv = self.gradient(*inputs, out[0], out[1], dout[0])
         return dq, dk, dv, ops.zeros_like(cos), ops.zeros_like(sin), ops.zeros_like(first)
+
+
+class _KnownAttention(nn.Cell):
+    """``_Attention`` whose output and sums are known: it gives the output, and has its gradient."""
+
+    def __init__(self, library: str):
+        super().__init__()
+        self.gradient = operator(library, "attention_gradient", _like_three, 3)
+
+    def construct(
+        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, first: Tensor, mixed: Tensor, sums: Tensor
+    ) -> Tensor:
+        return mixed
+
+    def bprop(self, q, k, v, cos, sin, first, mixed, sums, out, dout):
+        inputs = (q, k, v, cos, sin, first)
+        dq, dk, dv = self.gradient(*inputs, mixed, sums, dout)
+        constants = (ops.zeros_like(cos), ops.zeros_like(sin), ops.zeros_like(first))
+        return (dq, dk, dv) + constants + (ops.zeros_like(mixed), ops.zeros_like(sums))
 
 
 class CachedAttention(nn.Cell):

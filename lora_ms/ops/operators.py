@@ -51,7 +51,8 @@ class Operators:
     attention: Callable[..., nn.Cell]
     """num_heads, num_kv_heads, head_dim, dtype, flash -> cell: (q [t, n_h * d], k [t, n_kv * d], v [t, n_kv * d], not
     rotated, rope, visible) -> [t, n_h * d]. rope: ``nn.rope.RotaryTables``' four. dtype: of q, k and v. flash: by the
-    device's fused attention, if it has one for that type."""
+    device's fused attention, if it has one for that type. Its ``keeping`` also gives the ``KEPT`` tensors with which
+    ``known``, differentiated in another graph, does without a second forward pass."""
     cached_visibility: Callable[..., nn.Cell]
     """num_heads, num_kv_heads, length -> cell: (first [b, new] int32, start []) -> what ``cached_attention`` reads, for
     new tokens in the slots from ``start`` on of a cache of ``length`` slots a line."""

@@ -390,6 +390,16 @@ class Attention(ByHeads):
     has them. visible: what ``ScoreMask`` gives.
     """
 
+    KEPT = 0  # tensors that ``keeping`` gives besides the output
+
+    def keeping(self, q: Tensor, k: Tensor, v: Tensor, rope: tuple, visible: Tensor) -> tuple[Tensor, ...]:
+        """The output, and what the gradient needs besides and should not compute again …."""
+        return (self.construct(q, k, v, rope, visible),)
+
+    def known(self, q: Tensor, k: Tensor, v: Tensor, rope: tuple, visible: Tensor, kept: tuple) -> Tensor:
+        """The output, whose gradient may use what ``keeping`` gave; here it is all computed again."""
+        return self.construct(q, k, v, rope, visible)
+
     def construct(self, q: Tensor, k: Tensor, v: Tensor, rope: tuple, visible: Tensor) -> Tensor:
         batch = visible.shape[0] // self.num_kv_heads
         q, k, v = self.by_heads(q, k, v, rope, batch)

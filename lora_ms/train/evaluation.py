@@ -43,7 +43,7 @@ class _TopScores(Graph):
 
     def __init__(self, half_layers: Sequence[nn.Cell], loss: SummedLoss):
         super().__init__(auto_prefix=False)
-        self.half_layers = HalfLayers(half_layers)
+        self.half_layers = HalfLayers(half_layers, [True] * len(half_layers))
         self.loss = loss
 
     def construct(self, x: Tensor, *others) -> tuple[Tensor, Tensor]:
@@ -62,7 +62,7 @@ class LabelScores:
     def __init__(self, loss: SummedLoss):
         parts = ModelParts(loss.model)
         self.inputs = LayerInputs(loss.model.model)
-        self.shared = SharedLayers(parts)
+        self.shared = SharedLayers(parts, [True] * len(parts.half_layers))
         self.top = _TopScores(parts.half_layers[self.shared.top :], loss)
 
     def __call__(

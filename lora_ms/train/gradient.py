@@ -1,15 +1,16 @@
-"""The gradient of a micro-batch's loss, added to the optimiser's: one engine, however much is recomputed.
+"""The gradient of a micro-batch's loss, added to the optimiser's: one engine, however deep the model is, and however
+much is recomputed.
 
-Nothing recomputed: one graph, in which MindSpore differentiates the model as one part and keeps every activation.
+A few layers: one graph, in which MindSpore differentiates the model as one part and keeps every activation.
 
-Some layers recomputed: one graph. Of a recomputed half-layer its input alone is kept; the backward pass computes the
-rest again (``HalfLayersBackward``). That is less memory and more time.
+More layers: the same in several graphs. Blocks of a few layers run one after another in graphs that they share
+(``shared_layers.py``), so that neither compilation nor its memory grows with the depth; the top layers and the finish
+are one graph. A forward graph hands over what the backward graph of its block needs (``HalfLayersBackward``).
 
-All layers recomputed: the same parts in several graphs. Blocks of a few layers run one after another in graphs that
-they share (``shared_layers.py``), so that memory and compilation do not grow with the depth either; the top layers and
-the finish are one graph.
+Recomputed layers: of a recomputed half-layer its input alone is kept; the backward pass computes the rest again. That
+is less memory and more time.
 
-The numbers are the same in all three, to the bit. Recomputed dropout meets the same zeros: it draws from a table that
+The numbers are the same in all of them, to the bit. Recomputed dropout meets the same zeros: it draws from a table that
 does not change within a step (``nn/dropout.py``).
 
 ``Cell.recompute`` would be simpler, but saves next to nothing here: MindSpore takes a gradient that a cell writes by
@@ -34,7 +35,7 @@ from lora_ms.train.parts import (
     TopGradients,
     merge_tied,
 )
-from lora_ms.train.shared_layers import SharedLayers
+from lora_ms.train.shared_layers import SharedLayers, block_count
 
 
 def recomputed_layers(recompute: bool | int | Sequence[int], count: int) -> list[int]:
@@ -59,23 +60,33 @@ class MicroStep(Graph):
     Args:
         recompute: the layers whose activations are recomputed in the backward pass, as ``recomputed_layers`` takes it.
             Where there are any, the optimiser's parameters must stand in the model's order.
+        shares_graphs: whether a model of many layers is compiled block by block, too, where nothing is recomputed; its
+            parameters must then stand in that order.
     """
 
-    def __init__(self, loss: SummedLoss, optimizer: FlatAdamW, recompute: bool | int | Sequence[int] = False):
+    def __init__(
+        self,
+        loss: SummedLoss,
+        optimizer: FlatAdamW,
+        recompute: bool | int | Sequence[int] = False,
+        shares_graphs: bool = True,
+    ):
         super().__init__(auto_prefix=False)
         decoder, scale = loss.model.model, optimizer.loss_scale
         count = len(decoder.layers)
         layers = recomputed_layers(recompute, count)
-        self.keeps_all = not layers
+        shares_graphs = (shares_graphs and block_count(count) > 1) or len(layers) == count
+        self.is_whole = not layers and not shares_graphs
         self.shared: SharedLayers | None = None
         self.prepared: set[tuple] = set()  # shapes of batches
-        if self.keeps_all:
+        if self.is_whole:
             self.whole = LossGradients(loss, scale, optimizer.params, of_input=False)
             self.accumulate = Accumulate(optimizer)
             return
         parts = ModelParts(loss.model, optimizer.params)
+        recomputed = [i // 2 in layers for i in range(2 * count)]
         self.lowest = parts.lowest_half_layer
-        self.shared = SharedLayers(parts) if len(layers) == count else None
+        self.shared = SharedLayers(parts, recomputed) if shares_graphs else None
         first = 0 if self.shared is None else self.shared.top  # the first half-layer that is in no block
         self.inputs = LayerInputs(decoder)
         self.top = TopGradients(
@@ -84,7 +95,7 @@ class MicroStep(Graph):
             parts.finish_weights,
             half_layers=parts.half_layers[first:],
             weights=parts.weights[first:],
-            recomputed=[i // 2 in layers for i in range(first, len(parts.half_layers))],
+            recomputed=recomputed[first:],
             lowest=max(self.lowest - first, 0),
         )
         self.trains_embedding = parts.trains_embedding
@@ -93,7 +104,7 @@ class MicroStep(Graph):
 
     def construct(self, input_ids: Tensor, position_ids: Tensor, target_index: Tensor, targets: Tensor) -> Tensor:
         """All of it as one graph; with ``shared``, ``__call__`` runs several graphs instead."""
-        if self.keeps_all:
+        if self.is_whole:
             found = self.whole(input_ids, position_ids, target_index, targets)
             self.accumulate(*found[1:])
             return found[0]
@@ -112,15 +123,18 @@ class MicroStep(Graph):
         self, shared: SharedLayers, input_ids: Tensor, position_ids: Tensor, target_index: Tensor, targets: Tensor
     ) -> Tensor:
         x, *context = self.inputs(input_ids, position_ids)
-        kept: list[tuple[Tensor, ...]] = []  # of each block, the inputs of its half-layers, and its output
+        lowest = shared.block_of(self.lowest)  # the first block that needs a gradient
+        kept: list[tuple[Tensor, ...]] = []  # of each block from there on, what its gradient needs
         lower: list[Tensor] = []
         with shared.sharing():
-            for block in shared.blocks:
-                kept.append((x, *block.forward(x, context)))
-                x = kept[-1][-1]
+            for i, block in enumerate(shared.blocks):
+                outputs = block.forward(x, context)
+                if i >= lowest:
+                    kept.append((x, *outputs[:-1]))
+                x = outputs[-1]
             loss, grad, *upper = self.top(x, *context, target_index, targets)
-            for block in reversed(shared.blocks_from(self.lowest)):
-                grad, *own = block.backward(grad, context, kept.pop()[:-1])
+            for block in reversed(shared.blocks[lowest:]):
+                grad, *own = block.backward(grad, context, kept.pop())
                 lower = own + lower
         embedding = self.embedding(input_ids, grad) if self.trains_embedding else ()
         self.accumulate(*embedding, *lower, *upper)

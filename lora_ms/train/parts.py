@@ -70,45 +70,72 @@ class LayerInputs(nn.Cell):
 
 
 class AttentionHalf(nn.Cell):
-    """The first half of a layer: x [t, h], context, rows or none -> [t, h] or [c, h]."""
+    """The first half of a layer: (x [t, h], context, rows or none) -> [t, h] or [c, h]."""
 
     def __init__(self, layer: nn.Cell):
         super().__init__(auto_prefix=False)
         self.layer = layer
+        # tensors that a gradient needs besides x: queries, keys, values, what the attention mixed, and its own
+        self.kept = 4 + layer.self_attn.attention.KEPT
 
-    def construct(self, x, cos_q, sin_q, cos_k, sin_k, visibility, rows=None) -> Tensor:
-        return self.layer.attend(x, (cos_q, sin_q, cos_k, sin_k), visibility, rows)
+    def keeping(self, x: Tensor, context: tuple, rows: Tensor | None) -> tuple[Tensor, ...]:
+        """The output, and what a gradient needs …."""
+        q, k, v = self.layer.project(x)
+        mixed = self.layer.self_attn.mix_keeping(q, k, v, context[:-1], context[-1])
+        return (self.layer.join(x, mixed[0], rows), q, k, v) + mixed
+
+    def construct(self, x: Tensor, context: tuple, rows: Tensor | None) -> Tensor:
+        return self.layer.attend(x, context[:-1], context[-1], rows)
+
+    def backward(self, weights: Sequence[Parameter], recomputed: bool) -> nn.Cell:
+        return AttentionBackward(self, weights, recomputed)
 
 
 class FeedForwardHalf(nn.Cell):
-    """The second half of a layer: x [t, h] -> [t, h]."""
+    """The second half of a layer: x [t, h] -> [t, h]; called as ``AttentionHalf`` is."""
 
     def __init__(self, layer: nn.Cell):
         super().__init__(auto_prefix=False)
         self.layer = layer
+        self.kept = 2  # gate and up
 
-    def construct(self, x: Tensor) -> Tensor:
+    def keeping(self, x: Tensor, context: tuple, rows: Tensor | None) -> tuple[Tensor, ...]:
+        """The output, and what a gradient needs …."""
+        gate, up = self.layer.expand(x)
+        return self.layer.contract(x, gate, up), gate, up
+
+    def construct(self, x: Tensor, context: tuple, rows: Tensor | None) -> Tensor:
         return self.layer.feed(x)
+
+    def backward(self, weights: Sequence[Parameter], recomputed: bool) -> nn.Cell:
+        return FeedForwardBackward(self, weights, recomputed)
 
 
 class HalfLayers(nn.Cell):
-    """Layers, one after another: (x [t, h], context, rows or none) -> the outputs of all half-layers …."""
+    """Layers, one after another: (x [t, h], context, rows or none) -> of each half-layer what is kept of it …, and its
+    output.
 
-    def __init__(self, half_layers: Sequence[nn.Cell]):
+    Args:
+        recomputed: of each half-layer, whether nothing is kept of it.
+    """
+
+    def __init__(self, half_layers: Sequence[nn.Cell], recomputed: Sequence[bool]):
         super().__init__(auto_prefix=False)
         self.half_layers = nn.CellList(list(half_layers), auto_prefix=False)
+        self.recomputed = tuple(recomputed)
 
     def construct(self, x: Tensor, context: tuple, rows: Tensor | None = None) -> tuple[Tensor, ...]:
         count = len(self.half_layers)
         outputs: tuple[Tensor, ...] = ()
         for i in range(count):
-            if i % 2:
-                x = self.half_layers[i](x)
-            elif i == count - 2 and rows is not None:
-                x = self.half_layers[i](x, *context, rows)
+            own_rows = rows if i == count - 2 else None  # the last layer's attention leaves out the others
+            if self.recomputed[i]:
+                x = self.half_layers[i](x, context, own_rows)
+                outputs = outputs + (x,)
             else:
-                x = self.half_layers[i](x, *context)
-            outputs = outputs + (x,)
+                found = self.half_layers[i].keeping(x, context, own_rows)
+                x = found[0]
+                outputs = outputs + found[1:] + (x,)
         return outputs
 
 
@@ -161,40 +188,156 @@ class LossGradients(nn.Cell):
         return (values[1],) + gradients
 
 
-class PartBackward(nn.Cell):
-    """A part computed from its inputs, and its gradients: (inputs …, d output) -> (d of the first input, that of
-    ``weights`` [n], if there are any)."""
+class Project(nn.Cell):
+    """x [t, h] -> queries, keys and values of a layer."""
 
-    def __init__(self, part: nn.Cell, weights: Sequence[Parameter]):
+    def __init__(self, layer: nn.Cell):
         super().__init__(auto_prefix=False)
-        self.part = part
-        self.weights = ms.ParameterTuple(list(weights))
-        self.trains = len(weights) > 0
-        self.flatten = Flatten()
-        self.of_inputs_and_weights = ops.GradOperation(get_all=True, get_by_list=True, sens_param=True)
+        self.layer = layer
+
+    def construct(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.layer.project(x)
+
+
+class Mix(nn.Cell):
+    """Queries, keys and values, context …, what ``Attention.mix_keeping`` gave of them … -> the first of these."""
+
+    def __init__(self, layer: nn.Cell):
+        super().__init__(auto_prefix=False)
+        self.attention = layer.self_attn
+
+    def construct(self, q, k, v, cos_q, sin_q, cos_k, sin_k, visibility, *kept) -> Tensor:
+        return self.attention.mix_known(q, k, v, (cos_q, sin_q, cos_k, sin_k), visibility, kept)
+
+
+class Join(nn.Cell):
+    """x [t, h], mixed [t, n_h * d], rows [c] or none -> [t, h] or [c, h]."""
+
+    def __init__(self, layer: nn.Cell):
+        super().__init__(auto_prefix=False)
+        self.layer = layer
+
+    def construct(self, x: Tensor, mixed: Tensor, rows: Tensor | None = None) -> Tensor:
+        return self.layer.join(x, mixed, rows)
+
+
+class Expand(nn.Cell):
+    """x [t, h] -> a layer's gate and up."""
+
+    def __init__(self, layer: nn.Cell):
+        super().__init__(auto_prefix=False)
+        self.layer = layer
+
+    def construct(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.layer.expand(x)
+
+
+class Contract(nn.Cell):
+    """x [t, h], gate, up -> [t, h]."""
+
+    def __init__(self, layer: nn.Cell):
+        super().__init__(auto_prefix=False)
+        self.layer = layer
+
+    def construct(self, x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+        return self.layer.contract(x, gate, up)
+
+
+class StepBackward(nn.Cell):
+    """The gradients of one step of a layer: (inputs …, d outputs) -> (those of the inputs …), (those of the parameters
+    among ``weights`` that ``cells`` hold …).
+
+    The step is written as if it were computed again; the compiler leaves out what its gradients do not need, which is
+    every product. (A method whose gradient needs a product's result, such as DoRA, has it computed again.)
+    """
+
+    def __init__(self, step: nn.Cell, cells: Sequence[nn.Cell], weights: Sequence[Parameter]):
+        super().__init__(auto_prefix=False)
+        self.step = step
+        own = [weights[i] for i in indices_in(weights, *cells)]
+        self.weights = ms.ParameterTuple(own)
+        self.trains = len(own) > 0
+        self.of_both = ops.GradOperation(get_all=True, get_by_list=True, sens_param=True)
         self.of_inputs = ops.GradOperation(get_all=True, sens_param=True)
 
-    def construct(self, *inputs) -> tuple[Tensor, ...]:
+    def construct(self, *inputs) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         if self.trains:
-            d_inputs, d_weights = self.of_inputs_and_weights(self.part, self.weights)(*inputs)
-            return d_inputs[0], self.flatten(d_weights)
-        return (self.of_inputs(self.part)(*inputs)[0],)
+            return self.of_both(self.step, self.weights)(*inputs)
+        return self.of_inputs(self.step)(*inputs), ()
+
+
+class AttentionBackward(nn.Cell):
+    """Of ``AttentionHalf``: (x, what is kept, context, rows or none, d output) -> (d x, the gradient of ``weights``
+    [n], if there are any)."""
+
+    def __init__(self, half: AttentionHalf, weights: Sequence[Parameter], recomputed: bool):
+        super().__init__(auto_prefix=False)
+        layer, attention = half.layer, half.layer.self_attn
+        self.half = half
+        self.recomputed = recomputed
+        inner = [layer.input_layernorm, attention.q_proj, attention.k_proj, attention.v_proj]
+        self.project = StepBackward(Project(layer), inner, weights)
+        self.join = StepBackward(Join(layer), [attention.o_proj], weights)
+        self.mix = StepBackward(Mix(layer), attention.norms(), weights)
+        self.trains = len(weights) > 0
+        self.flatten = Flatten()
+
+    def construct(self, x: Tensor, kept: tuple, context: tuple, rows: Tensor | None, grad: Tensor) -> tuple:
+        if self.recomputed:
+            x = ops.depend(x, grad)
+            kept = self.half.keeping(x, context, rows)[1:]
+        mixed = kept[3]
+        if rows is None:
+            joined, d_output = self.join(x, mixed, grad)
+        else:
+            joined, d_output = self.join(x, mixed, rows, grad)
+        d_inner, d_norms = self.mix(*kept[:3], *context, *kept[3:], joined[1])
+        projected, d_projections = self.project(x, d_inner[:3])
+        d_x = joined[0] + projected[0]
+        if self.trains:
+            return d_x, self.flatten(d_projections + d_output + d_norms)  # the model's order
+        return (d_x,)
+
+
+class FeedForwardBackward(nn.Cell):
+    """Of ``FeedForwardHalf``, as ``AttentionBackward``."""
+
+    def __init__(self, half: FeedForwardHalf, weights: Sequence[Parameter], recomputed: bool):
+        super().__init__(auto_prefix=False)
+        layer, mlp = half.layer, half.layer.mlp
+        self.half = half
+        self.recomputed = recomputed
+        inner = [layer.post_attention_layernorm, mlp.gate_proj, mlp.up_proj]
+        self.expand = StepBackward(Expand(layer), inner, weights)
+        self.contract = StepBackward(Contract(layer), [mlp.down_proj], weights)
+        self.trains = len(weights) > 0
+        self.flatten = Flatten()
+
+    def construct(self, x: Tensor, kept: tuple, context: tuple, rows: Tensor | None, grad: Tensor) -> tuple:
+        if self.recomputed:
+            x = ops.depend(x, grad)
+            kept = self.half.keeping(x, context, rows)[1:]
+        gate, up = kept
+        contracted, d_down = self.contract(x, gate, up, grad)
+        expanded, d_inner = self.expand(x, contracted[1:])
+        d_x = contracted[0] + expanded[0]
+        if self.trains:
+            return d_x, self.flatten(d_inner + d_down)
+        return (d_x,)
 
 
 class HalfLayersBackward(nn.Cell):
-    """Of ``HalfLayers``: (d output, context, rows or none, the inputs of all half-layers) -> (d of the lowest one's
-    input, a gradient [n] for each half-layer that trains …).
+    """Of ``HalfLayers``: (d output, context, rows or none, of each half-layer its input and what is kept …) -> (d of
+    the lowest one's input, a gradient [n] for each half-layer that trains …).
 
     Args:
         weights: of each half-layer, the parameters that train.
-        recomputed: of each half-layer, whether its activations are recomputed here.
+        recomputed: of each half-layer, whether what it needs is computed here again, from its input.
         lowest: index of the first half-layer that needs a gradient.
 
-    Every half-layer is written as if it were computed anew from its input. A recomputed one is: ``ops.depend`` ties its
-    input to the gradient of its output, so that the compiler neither recognises the work of the forward pass, whose
-    activations it would keep instead, nor starts before that gradient is there. Without ``ops.depend`` it recognises
-    it, and nothing is computed twice. The last projection of a half-layer is never recomputed, as no gradient needs its
-    output.
+    Of a recomputed half-layer, ``ops.depend`` ties the input to the gradient of the output, so that the compiler
+    neither recognises the work of the forward pass, whose activations it would keep instead, nor starts before that
+    gradient is there.
     """
 
     def __init__(
@@ -205,26 +348,28 @@ class HalfLayersBackward(nn.Cell):
         lowest: int = 0,
     ):
         super().__init__(auto_prefix=False)
-        parts = [PartBackward(*pair) for pair in zip(half_layers, weights, strict=True)]
+        parts = [half.backward(*pair) for half, *pair in zip(half_layers, weights, recomputed, strict=True)]
         self.parts = nn.CellList(parts, auto_prefix=False)
-        self.recomputed = tuple(recomputed)
         self.lowest = lowest
+        counts = kept_counts(half_layers, recomputed)
+        self.ends = tuple(sum(1 + count for count in counts[: i + 1]) for i in range(len(counts)))
+        self.starts = (0,) + self.ends[:-1]
 
-    def construct(self, grad: Tensor, context: tuple, rows: Tensor | None, inputs: tuple) -> tuple[Tensor, ...]:
+    def construct(self, grad: Tensor, context: tuple, rows: Tensor | None, kept: tuple) -> tuple[Tensor, ...]:
         count = len(self.parts)
         found: tuple[Tensor, ...] = ()
         for j in range(count - self.lowest):
             i = count - 1 - j
-            x = ops.depend(inputs[i], grad) if self.recomputed[i] else inputs[i]
-            if i % 2:
-                gradients = self.parts[i](x, grad)
-            elif i == count - 2 and rows is not None:
-                gradients = self.parts[i](x, *context, rows, grad)
-            else:
-                gradients = self.parts[i](x, *context, grad)
+            own = kept[self.starts[i] : self.ends[i]]
+            gradients = self.parts[i](own[0], own[1:], context, rows if i == count - 2 else None, grad)
             grad = gradients[0]
             found = gradients[1:] + found
         return (grad,) + found
+
+
+def kept_counts(half_layers: Sequence[nn.Cell], recomputed: Sequence[bool]) -> list[int]:
+    """Of each half-layer, how many tensors ``HalfLayers`` keeps besides its input."""
+    return [0 if again else half.kept for half, again in zip(half_layers, recomputed, strict=True)]
 
 
 class TopGradients(Graph):
@@ -249,7 +394,7 @@ class TopGradients(Graph):
         lowest: int,
     ):
         super().__init__(auto_prefix=False)
-        self.forward = HalfLayers(half_layers)
+        self.forward = HalfLayers(half_layers, recomputed)
         self.backward = HalfLayersBackward(half_layers, weights, recomputed, lowest)
         self.finish = LossGradients(Finish(loss), loss_scale, finish_weights, of_input=True)
 

@@ -14,12 +14,17 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
 from lora_ms.nn.graph import Graph
-from lora_ms.train.parts import HalfLayers, HalfLayersBackward, ModelParts
+from lora_ms.train.parts import HalfLayers, HalfLayersBackward, ModelParts, kept_counts
 
 # Layers of a block. MindSpore runs a graph of up to 100 kernels in the caller's thread, which then waits for the two
 # others in a loop of its own: three threads on two cores, and half the speed, now and then. A layer has some 50
 # forward.
 BLOCK_LAYERS = 3
+
+
+def block_count(layers: int) -> int:
+    """Blocks of a model of so many layers: one to ``BLOCK_LAYERS`` of them are the top, and in no block."""
+    return (layers - 1) // BLOCK_LAYERS
 
 
 def kind_of(cells: Sequence[nn.Cell]) -> tuple:
@@ -49,28 +54,31 @@ def share_memory(owners: Sequence[Parameter], users: Sequence[Parameter]) -> Non
 
 
 class _BlockForward(Graph):
-    """(x [t, h], context …) -> the outputs of all half-layers …."""
+    """(x [t, h], context …) -> of each half-layer what is kept of it …, and its output."""
 
-    def __init__(self, half_layers: Sequence[nn.Cell]):
+    def __init__(self, half_layers: Sequence[nn.Cell], recomputed: Sequence[bool]):
         super().__init__(auto_prefix=False)
-        self.half_layers = HalfLayers(half_layers)
+        self.half_layers = HalfLayers(half_layers, recomputed)
 
     def construct(self, x: Tensor, *context) -> tuple[Tensor, ...]:
         return self.half_layers(x, context)
 
 
 class _BlockBackward(Graph):
-    """(d output, context …, the inputs of all half-layers …) -> (d x, the gradient of what trains [n], if any does)."""
+    """(d output, context …, of each half-layer its input and what is kept …) -> (d x, the gradient of what trains [n],
+    if any does)."""
 
-    def __init__(self, half_layers: Sequence[nn.Cell], weights: Sequence[Sequence[Parameter]]):
+    def __init__(
+        self, half_layers: Sequence[nn.Cell], weights: Sequence[Sequence[Parameter]], recomputed: Sequence[bool]
+    ):
         super().__init__(auto_prefix=False)
-        self.count = len(half_layers)
-        self.half_layers = HalfLayersBackward(half_layers, weights, [True] * self.count)
+        self.count = len(half_layers) + sum(kept_counts(half_layers, recomputed))  # of the tensors
+        self.half_layers = HalfLayersBackward(half_layers, weights, recomputed)
         self.concat = ops.Concat(0)
 
     def construct(self, grad: Tensor, *others) -> tuple[Tensor, ...]:
-        context, inputs = others[: -self.count], others[-self.count :]
-        found = self.half_layers(grad, context, None, inputs)
+        context, kept = others[: -self.count], others[-self.count :]
+        found = self.half_layers(grad, context, None, kept)
         return (found[0], self.concat(found[1:])) if len(found) > 1 else found
 
 
@@ -80,13 +88,18 @@ class BlockGraphs:
     Args:
         members: the cells of the model that the half-layers consist of.
         weights: of each half-layer, the parameters that train.
+        recomputed: of each half-layer, whether its activations are recomputed.
     """
 
     def __init__(
-        self, half_layers: Sequence[nn.Cell], members: Sequence[nn.Cell], weights: Sequence[Sequence[Parameter]]
+        self,
+        half_layers: Sequence[nn.Cell],
+        members: Sequence[nn.Cell],
+        weights: Sequence[Sequence[Parameter]],
+        recomputed: Sequence[bool],
     ):
-        self.forward = _BlockForward(half_layers)
-        self.backward = _BlockBackward(half_layers, weights)
+        self.forward = _BlockForward(half_layers, recomputed)
+        self.backward = _BlockBackward(half_layers, weights, recomputed)
         self.parameters = parameters_of(members)
         # these have the memory of the block's own parameters while the block has another's
         self.kept = [Parameter(Tensor(np.zeros(1), p.dtype), f"kept.{p.name}", False) for p in self.parameters]
@@ -104,38 +117,42 @@ class Block:
         share_memory(self.parameters, self.graphs.parameters)
         return self.graphs.forward(x, *context)
 
-    def backward(self, grad: Tensor, context: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def backward(self, grad: Tensor, context: Sequence[Tensor], kept: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """As ``_BlockBackward``; inside ``SharedLayers.sharing`` alone."""
         share_memory(self.parameters, self.graphs.parameters)
-        return self.graphs.backward(grad, *context, *inputs)
+        return self.graphs.backward(grad, *context, *kept)
 
 
 class SharedLayers:
     """The layers of a model below the top, in blocks of ``BLOCK_LAYERS``, each in the graphs of the first of its kind.
 
+    Args:
+        recomputed: of each half-layer of the model, whether its activations are recomputed.
+
     Attributes:
         top: index of the first half-layer that is in no block.
     """
 
-    def __init__(self, parts: ModelParts):
+    def __init__(self, parts: ModelParts, recomputed: Sequence[bool]):
         size = self.size = 2 * BLOCK_LAYERS  # half-layers of a block
-        self.top = (len(parts.half_layers) - 1) // size * size
+        self.top = block_count(len(parts.half_layers) // 2) * size
         self.blocks: list[Block] = []
         kinds: dict[Any, BlockGraphs] = {}
         for first in range(0, self.top, size):
-            half_layers = slice(first, first + size)
-            members = [cell for cells in parts.members[half_layers] for cell in cells]
-            kind = kind_of(members)
+            here = slice(first, first + size)
+            members = [cell for cells in parts.members[here] for cell in cells]
+            kind = (kind_of(members), tuple(recomputed[here]))
             if kind in kinds:
                 self.blocks.append(Block(kinds[kind], parameters_of(members)))
             else:
-                kinds[kind] = BlockGraphs(parts.half_layers[half_layers], members, parts.weights[half_layers])
-                self.blocks.append(Block(kinds[kind], kinds[kind].kept))
+                graphs = BlockGraphs(parts.half_layers[here], members, parts.weights[here], recomputed[here])
+                kinds[kind] = graphs
+                self.blocks.append(Block(graphs, graphs.kept))
         self.graphs = list(kinds.values())
 
-    def blocks_from(self, half_layer: int) -> list[Block]:
-        """The blocks from that of ``half_layer`` on."""
-        return self.blocks[half_layer // self.size :]
+    def block_of(self, half_layer: int) -> int:
+        """Index of the block with ``half_layer``; of one that is above all blocks, their number."""
+        return min(half_layer // self.size, len(self.blocks))
 
     @contextmanager
     def sharing(self) -> Iterator[None]:

@@ -131,7 +131,8 @@ def test_cross_entropy(call, v):
 def test_an_adapted_product(call, tokens, width, out, rank):
     x, w, a, b = normal(tokens, width), normal(out, width), normal(rank, width), normal(out, rank)
     grad, scaling = normal(tokens, out), np.array(1.5, np.float32)
-    y, low = call("adapted_product", [x, w, a, b, scaling], [(tokens, out), (tokens, rank)])
+    (low,) = call("low_rank_input", [x, a, scaling], [(tokens, rank)])
+    (y,) = call("times_transposed", [x, w, low, b], [(tokens, out)])
     wanted = 1.5 * x.astype(float) @ a.T
     close(low, wanted, 1e-4)
     close(y, x.astype(float) @ w.T + wanted @ b.T, 2e-4)
@@ -149,7 +150,8 @@ def test_an_adapted_product_with_dropout(call, tokens, width, out, rank):
     turns = (8 + 32 * rows) * (8 + 32 * columns)  # in float32, as the draws are
     kept = (turns - np.floor(turns) >= rate[0]) / 0.7
     more = [rows, columns, rate]
-    y, low = call("adapted_product", [x, w, a, b, scaling, *more], [(tokens, out), (tokens, rank)])
+    (low,) = call("low_rank_input", [x, a, scaling, *more], [(tokens, rank)])
+    (y,) = call("times_transposed", [x, w, low, b], [(tokens, out)])
     wanted = 1.5 * (x * kept) @ a.T
     close(low, wanted, 1e-4)
     close(y, x.astype(float) @ w.T + wanted @ b.T, 3e-4)

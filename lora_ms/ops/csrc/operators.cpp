@@ -137,26 +137,22 @@ OPERATOR(times) { return products(TIMES, ARGUMENTS); }
 // a^T b + …: a [k, m], b [k, n]
 OPERATOR(transposed_times) { return products(TRANSPOSED_TIMES, ARGUMENTS); }
 
-// x [t, in], W [out, in], A [rank, in], B [out, rank], scaling [] -> x W^T + low B^T [t, out], low = scaling x A^T. With
-// rows [t], columns [in], [rate, 1 / (1 - rate)] besides, the x of A is dropped out.
-OPERATOR(adapted_product) {
+// x [t, in], A [rank, in], scaling [] -> low = scaling x A^T [t, rank]. With rows [t], columns [in], [rate, 1 / (1 - rate)]
+// besides, x is dropped out.
+OPERATOR(low_rank_input) {
     Arguments arguments = ARGUMENTS;
-    const Tensor x = arguments.next(), weight = arguments.next(), a = arguments.next(), b = arguments.next();
-    const Tensor scaling = arguments.next();
-    const std::optional<Dropout> dropout = arguments.optional_dropout(2);
-    const Tensor y = arguments.next(), low = arguments.next();
-    const long tokens = x.size(0), in = x.size(1), out = weight.size(0), rank = a.size(0);
+    const Tensor x = arguments.next(), a = arguments.next(), scaling = arguments.next();
+    const std::optional<Dropout> dropout = arguments.optional_dropout(1);
+    const Tensor low = arguments.next();
+    const long tokens = x.size(0), in = x.size(1), rank = a.size(0);
     Numbers memory;
     low_product(dropped(dropout, x.matrix(), tokens, in, memory), a.matrix().transposed(), tokens, in, rank,
                 scaling.number(), low.floats());
-    const std::vector<Term> terms = {{x.matrix(), weight.matrix().transposed(), in},
-                                     {low.matrix(), b.matrix().transposed(), rank}};
-    product(terms, tokens, out, nullptr, 0, y.floats());
     return 0;
 }
 
-// Of the same: d_y [t, out], x, low, B, scaling -> d_low = scaling d_y B [t, rank], d_A = d_low^T x, d_B = d_y^T low;
-// with rows, columns and rate as there.
+// Of x W^T + low B^T: d_y [t, out], x, low, B, scaling -> d_low = scaling d_y B [t, rank], d_A = d_low^T x,
+// d_B = d_y^T low; with rows, columns and rate as there.
 OPERATOR(adapted_product_gradient) {
     Arguments arguments = ARGUMENTS;
     const Tensor d_y = arguments.next(), x = arguments.next(), low = arguments.next(), b = arguments.next();
