@@ -1,29 +1,21 @@
-"""Generation with a key-value cache: one graph for the prompt's length bucket, one for the step."""
+"""Generation with a key-value cache: a graph for pieces of prompts and a graph for single tokens, and no more of them
+whatever the prompts and answers are."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
 from zlib import crc32
 
-import mindspore as ms
 import numpy as np
-from mindspore import Tensor, nn, ops
+from mindspore import Tensor, nn
 from numpy.typing import NDArray
 
 from lora_ms.errors import LoraMsError
+from lora_ms.infer.cached_model import CachedModel
 from lora_ms.infer.sampling import Sampling, choose
-from lora_ms.nn.graph import Graph
-from lora_ms.nn.kv_cache import KVCache
 
-SHORTEST_BUCKET = 32  # tokens; prompts are padded to this times a power of two
-CACHE_UNIT = 64  # tokens; the cache's length is a multiple of this
-
-
-def prompt_bucket(length: int) -> int:
-    """Padded length of a prompt of ``length`` tokens: few lengths, few compilations."""
-    bucket = SHORTEST_BUCKET
-    while bucket < length:
-        bucket *= 2
-    return bucket
+PIECE = 64  # tokens of a prompt that are read at a time
+SHORTEST_CACHE = 512  # tokens; a cache that is read whole at every token has this times a power of two
+CACHE_BYTES = 2 << 30  # of a cache that costs nothing before it is filled; more where the answers need it
 
 
 def prompt_name(number: int, count: int) -> str:
@@ -56,39 +48,36 @@ def random_streams(prompts: Sequence[Sequence[int]], seed: int) -> list[np.rando
     return streams
 
 
-class _Step(Graph):
-    """input_ids [b, s], start [], padding [b] -> (logits [b, v], likeliest token [b, 1]) of the next token.
+def cache_length(model: nn.Cell, batch: int, needed: int) -> int:
+    """Tokens of a line of the cache: few lengths, few compilations.
 
-    start: the cache slot of the first of the s tokens. padding: how many slots at the left of a line are padding.
+    Where slots that are not in use cost nothing, it is the longest text of the model, as far as ``CACHE_BYTES`` allow;
+    else a few times what is needed, at most.
     """
-
-    def __init__(self, model: nn.Cell, batch: int, length: int):
-        super().__init__()
-        c = model.config
-        self.model = model
-        self.cache = KVCache(
-            num_layers=c.num_hidden_layers,
-            batch=batch,
-            num_heads=c.num_attention_heads,
-            num_kv_heads=c.num_key_value_heads,
-            length=length,
-            head_dim=c.head_dim,
-            dtype=model.model.stream,
-            operators=model.operators,
-        )
-        self.argmax = ops.Argmax(-1, ms.int32)
-
-    def construct(self, input_ids: Tensor, start: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
-        logits = self.model.next_logits(input_ids, self.cache, start, padding)
-        return logits, self.argmax(logits).reshape((-1, 1))
+    c = model.config
+    length = SHORTEST_CACHE
+    while length < needed:
+        length *= 2
+    if not model.operators.reads_used_slots:
+        return length
+    token = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * 4  # bytes
+    fitting = SHORTEST_CACHE
+    while 2 * fitting * token * batch <= CACHE_BYTES:
+        fitting *= 2
+    longest = -(-c.longest // PIECE) * PIECE
+    return max(length, min(longest, fitting))
 
 
 class Generator:
-    """Generates with ``model`` (a ``CausalLM``); keeps the compiled graphs between calls."""
+    """Generates with ``model`` (a ``CausalLM``); keeps the compiled graphs between calls.
 
-    def __init__(self, model: nn.Cell):
+    shares_graphs: see ``CachedModel``.
+    """
+
+    def __init__(self, model: nn.Cell, shares_graphs: bool = True):
         self.model = model.set_train(False)
-        self.steps: dict[tuple[int, int], _Step] = {}
+        self.shares_graphs = shares_graphs
+        self.compiled: list[CachedModel] = []
 
     def generate(
         self,
@@ -114,52 +103,90 @@ class Generator:
         """
         sampling = sampling or Sampling()
         check_prompts(prompts, self.model.config.vocab_size)
-        batch = len(prompts)
-        limits = [max_new_tokens] * batch if isinstance(max_new_tokens, int) else list(max_new_tokens)
-        longest = prompt_bucket(max(map(len, prompts)))
-        length = -(-(longest + max(limits)) // CACHE_UNIT) * CACHE_UNIT
-        if (batch, length) not in self.steps:
-            self.steps[batch, length] = _Step(self.model, batch, length).set_train(False)
-        step = self.steps[batch, length]
-        ids = np.zeros((batch, longest), np.int32)
-        for row, prompt in enumerate(prompts):
-            ids[row, longest - len(prompt) :] = prompt
-        padding = Tensor(np.array([longest - len(prompt) for prompt in prompts], np.int32))
+        limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
         streams = random_streams(prompts, sampling.seed)
         rows = [_Row(*row) for row in zip(prompts, streams, limits, strict=True)]
-        newest = Tensor(ids)
-        start = 0
-        while not all(row.ended for row in rows):
-            logits, best = step(newest, Tensor(start, ms.int32), padding)
-            start = longest if start == 0 else start + 1
-            if sampling.needs_logits:
-                values = logits.asnumpy()
-                tokens = [choose(values[i], np.array(r.all), sampling, r.rng) for i, r in enumerate(rows)]
-                newest = Tensor(np.array(tokens, np.int32).reshape(-1, 1))
-            else:
-                newest = best
-                tokens = best.asnumpy()[:, 0].tolist()
-            for index, (state, token) in enumerate(zip(rows, tokens, strict=True)):
-                if state.ended:
-                    continue
-                state.add(token, eos_token_ids)
+        model = self._model_for(rows)
+
+        def add(tokens: dict[int, int]) -> None:
+            for i, token in tokens.items():
+                rows[i].add(token, eos_token_ids)
                 if on_token is not None:
-                    on_token(index, token)
-        return [state.new for state in rows]
+                    on_token(i, token)
+
+        with model.running():
+            for begin in range(0, max(map(len, prompts)), PIECE):
+                add(self._read_piece(model, rows, begin, sampling))
+            while not all(row.ended for row in rows):
+                add(self._next_tokens(model, rows, sampling))
+        return [row.new for row in rows]
+
+    def _model_for(self, rows: Sequence["_Row"]) -> CachedModel:
+        """One with a line for each row, and slots for all their tokens: one that is compiled, where it has them."""
+        needed = max(len(row.all) + max(row.limit, 0) for row in rows)
+        needed = -(-needed // PIECE) * PIECE  # prompts are read by whole pieces
+        for model in sorted(self.compiled, key=lambda model: model.batch):
+            if model.batch >= len(rows) and model.length >= needed:
+                return model
+        length = cache_length(self.model, len(rows), needed)
+        self.compiled.append(CachedModel(self.model, len(rows), length, self.shares_graphs))
+        return self.compiled[-1]
+
+    def _read_piece(self, model: CachedModel, rows: Sequence["_Row"], begin: int, sampling: Sampling) -> dict[int, int]:
+        """The model reads the tokens [begin, begin + PIECE) of all prompts.
+
+        Returns the first new token of each row whose prompt ends there. Behind the end of a prompt stands padding, in
+        slots that new tokens will take.
+        """
+        ids = np.zeros((model.batch, PIECE), np.int32)
+        lengths = np.ones(model.batch, np.int32)
+        for i, row in enumerate(rows):
+            part = row.prompt[begin : begin + PIECE]
+            ids[i, : len(part)] = part
+            lengths[i] = len(row.prompt)
+        last = np.clip(lengths - 1 - begin, 0, PIECE - 1)  # of each line, the token after which the next one is wanted
+        found = model.run(ids, np.full(model.batch, begin), lengths, last)
+        ending = [i for i, row in enumerate(rows) if begin < len(row.prompt) <= begin + PIECE and not row.ended]
+        return self._chosen(found, rows, ending, sampling)
+
+    def _next_tokens(self, model: CachedModel, rows: Sequence["_Row"], sampling: Sampling) -> dict[int, int]:
+        """The next token of each row that has not ended."""
+        ids = np.zeros((model.batch, 1), np.int32)
+        slots = np.zeros(model.batch, np.int32)
+        for i, row in enumerate(rows):
+            ids[i] = row.all[-1]
+            slots[i] = len(row.all) - 1
+        found = model.run(ids, slots, slots + 1, np.zeros(model.batch))
+        return self._chosen(found, rows, [i for i, row in enumerate(rows) if not row.ended], sampling)
+
+    def _chosen(
+        self, found: tuple[Tensor, Tensor], rows: Sequence["_Row"], wanted: Sequence[int], sampling: Sampling
+    ) -> dict[int, int]:
+        """From the logits and the likeliest tokens of all lines, the tokens of the rows ``wanted``."""
+        if not wanted:
+            return {}
+        if not sampling.needs_logits:
+            best = found[1].asnumpy()
+            return {i: int(best[i]) for i in wanted}
+        logits = found[0].asnumpy()
+        return {i: choose(logits[i], np.array(rows[i].all), sampling, rows[i].rng) for i in wanted}
 
 
 class _Row:
     """One prompt and what has come of it."""
 
     def __init__(self, prompt: Sequence[int], rng: np.random.Generator, limit: int):
-        self.all = list(prompt)
+        self.prompt = list(prompt)
         self.new: list[int] = []
         self.rng = rng
         self.limit = limit  # most new tokens
         self.ended = limit < 1
 
+    @property
+    def all(self) -> list[int]:
+        return self.prompt + self.new
+
     def add(self, token: int, eos_token_ids: Sequence[int]) -> None:
-        self.all.append(token)
         self.new.append(token)
         self.ended = token in eos_token_ids or len(self.new) >= self.limit
 

@@ -145,16 +145,19 @@ class Decoder(nn.Cell):
             x = layer(x, rope, visible)
         return self.norm(self.layers[-1](x, rope, visible, rows))
 
-    def cached(self, input_ids: Tensor, cache: KVCache, start: Tensor, padding: Tensor) -> Tensor:
-        """New tokens input_ids [b, s], from slot ``start`` [] of ``cache`` on -> [b * s, h] (see ``KVCache``)."""
+    # generation: what stands before the layers, which are called one by one (``DecoderLayer.cached``)
+
+    def cached_inputs(self, input_ids: Tensor, cache: KVCache, start: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
+        """New tokens input_ids [b, s], from slot ``start`` [b] of ``cache`` on -> what the layers take.
+
+        lengths [b]: tokens of each line, as far as they are known; see ``RotaryTables``. Returns x [b * s, h], the
+        rotary tables of queries and keys (4), what each token sees, and the rows of the cache where they are put.
+        """
         new = input_ids.shape[1]
-        positions, rows, visible = cache(start, padding, new)
-        lengths = positions.reshape((-1, new))[:, -1:] + 1  # so far: the last token of every line is its newest
-        rope = self.rotary_tables(positions, ops.tile(lengths, (1, new)).reshape((-1,)))
+        positions, rows, visible = cache(start, new)
+        rope = self.rotary_tables(positions, ops.tile(lengths.reshape((-1, 1)), (1, new)).reshape((-1,)))
         x = self.embed_tokens(input_ids.reshape((-1,))).astype(self.stream)
-        for i in range(len(self.layers)):
-            x = self.layers[i].cached(x, rope, visible, cache.layer(i, rows))
-        return self.norm(x)
+        return (x,) + rope + (visible, rows)
 
 
 class CausalLM(nn.Cell):
@@ -202,11 +205,9 @@ class CausalLM(nn.Cell):
             position_ids = ops.tile(ops.arange(seq).reshape((1, seq)), (batch, 1))
         return self.model(input_ids, position_ids, rows)
 
-    def next_logits(self, input_ids: Tensor, cache: KVCache, start: Tensor, padding: Tensor) -> Tensor:
-        """input_ids [b, s], the newest tokens -> logits [b, v] float32 of the token after the last."""
-        batch, seq = input_ids.shape
-        x = self.model.cached(input_ids, cache, start, padding).reshape((batch, seq, -1))[:, -1]
-        return self.project(x, self.head_weight()).astype(ms.float32)
+    def logits_of(self, x: Tensor, rows: Tensor) -> Tensor:
+        """The last layer's output x [t, h] -> logits [c, v] float32 of what follows the tokens ``rows`` [c]."""
+        return self.project(self.model.norm(ops.gather(x, rows, 0)), self.head_weight()).astype(ms.float32)
 
     def construct(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """input_ids [b, s], attention_mask [b, s] of 0 and 1 -> logits [b, s, v] float32.

@@ -1,6 +1,7 @@
 """Keys and values of past tokens, at a fixed length, so that every step of generation has one shape."""
 
 import mindspore as ms
+import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
 from lora_ms.ops import Operators
@@ -10,8 +11,8 @@ from lora_ms.ops.operators import Visibility
 class KVCache(nn.Cell):
     """One buffer of keys and one of values a layer, each [b * n_kv * length, d], written in place.
 
-    Prompts are left-padded, so that all rows of a batch write the same slots. More than one new token is a prompt: it
-    starts at slot 0.
+    A token's slot is its position in its line. A slot may be written ahead of its token, by padding: nobody sees it
+    before the token is there.
 
     Args:
         length: slots of a line, in tokens.
@@ -35,23 +36,27 @@ class KVCache(nn.Cell):
         self.length = length
         shape = (batch * num_kv_heads * length, head_dim)
         layers = range(num_layers)
-        self.keys = ParameterTuple([Parameter(ops.zeros(shape, dtype), f"key_{i}", False) for i in layers])
-        self.values = ParameterTuple([Parameter(ops.zeros(shape, dtype), f"value_{i}", False) for i in layers])
+        self.keys = ParameterTuple([_empty(shape, dtype, f"key_{i}") for i in layers])
+        self.values = ParameterTuple([_empty(shape, dtype, f"value_{i}") for i in layers])
         self.visibility = operators.cached_visibility(num_heads=num_heads, num_kv_heads=num_kv_heads, length=length)
 
-    def construct(self, start: Tensor, padding: Tensor, new: int) -> tuple[Tensor, Tensor, Visibility]:
-        """Where ``new`` tokens from slot ``start`` [] go, after ``padding`` [b] slots that hold nothing.
+    def construct(self, start: Tensor, new: int) -> tuple[Tensor, Tensor, Visibility]:
+        """Where ``new`` tokens of each line from slot ``start`` [b] on go.
 
         Returns positions [b * new], buffer rows [b * n_kv * new] and what each new token sees.
         """
-        slots = (start + ops.arange(new)).reshape((1, new))
-        before = padding.reshape((-1, 1))
-        positions = ops.maximum(slots - before, 0)
-        lines = ops.arange(self.batch * self.num_kv_heads) * self.length
-        rows = lines.reshape((-1, 1)) + slots
-        first = ops.minimum(ops.tile(before, (1, new)), slots).astype(ms.int32)  # padding sees itself
-        return positions.reshape((-1,)), rows.reshape((-1,)).astype(ms.int32), self.visibility(first, start)
+        slots = start.reshape((-1, 1)) + ops.arange(new).reshape((1, new)).astype(ms.int32)  # [b, new]
+        lines = ops.arange(self.batch * self.num_kv_heads).reshape((self.batch, -1, 1)) * self.length
+        rows = lines.astype(ms.int32) + slots.reshape((-1, 1, new))
+        return slots.reshape((-1,)), rows.reshape((-1,)), self.visibility(ops.zeros_like(slots), start)
 
-    def layer(self, i: int, rows: Tensor) -> tuple:
-        """What the attention of layer i takes as its cache."""
-        return self.keys[i], self.values[i], rows
+    def of_layer(self, i: int) -> list[Parameter]:
+        """Keys and values of layer i."""
+        return [self.keys[i], self.values[i]]
+
+
+def _empty(shape: tuple[int, int], dtype: ms.Type, name: str) -> Parameter:
+    """A parameter of zeros, whose memory the system hands out when it is first written (a constructor would copy)."""
+    parameter = Parameter(Tensor(np.zeros(1), dtype), name, requires_grad=False)
+    parameter.assign_value(Tensor.from_numpy(np.zeros(shape, ms.dtype_to_nptype(dtype))))
+    return parameter

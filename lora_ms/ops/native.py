@@ -291,27 +291,23 @@ class _KnownAttention(nn.Cell):
 class CachedAttention(nn.Cell):
     """Attention of new tokens to those in a cache, into which they are written; it has no gradient.
 
-    More than one new token of a line is a prompt, which begins the cache and so looks at nothing but itself. cache: as
-    ``portable.CachedAttention`` takes it; visible: ``first``, int32 [b, new].
+    cache: as ``portable.CachedAttention`` takes it; visible: ``first``, int32 [b, new]. Slots that are not in use yet
+    cost nothing.
     """
 
     def __init__(self, library: str):
         super().__init__()
-        self.prompt = operator(library, "attention", _attention, 2)
         self.cache_rows = operator(library, "cache_rows", _cache_rows, 2)
-        self.next_token = operator(library, "cached_attention", _like_first)
+        self.attention = operator(library, "cached_attention", _like_first)
 
     def construct(self, q: Tensor, k: Tensor, v: Tensor, rope: tuple, visible: Tensor, cache: tuple) -> Tensor:
         keys, values, rows = cache
         heads = rows.shape[0] // visible.shape[1]  # b * n_kv
-        new_keys, new_values = self.cache_rows(k, v, rope[2], rope[3], visible)
+        positions = (rope[2], rope[3], visible)
+        new_keys, new_values = self.cache_rows(k, v, *positions)
         keys = portable.write_rows(keys, rows, new_keys, heads)
         values = portable.write_rows(values, rows, new_values, heads)
-        positions = (rope[2], rope[3], visible)
-        if visible.shape[1] > 1:
-            q = ops.depend(q, (keys, values))  # the compiler leaves out a write whose result nobody reads
-            return self.prompt(q, k, v, *positions)[0]
-        return self.next_token(q, keys, values, *positions, rows)
+        return self.attention(q, keys, values, *positions, rows)
 
 
 class HeadProduct(nn.Cell):

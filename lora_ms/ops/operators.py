@@ -54,8 +54,11 @@ class Operators:
     device's fused attention, if it has one for that type. Its ``keeping`` also gives the ``KEPT`` tensors with which
     ``known``, differentiated in another graph, does without a second forward pass."""
     cached_visibility: Callable[..., nn.Cell]
-    """num_heads, num_kv_heads, length -> cell: (first [b, new] int32, start []) -> what ``cached_attention`` reads, for
-    new tokens in the slots from ``start`` on of a cache of ``length`` slots a line."""
+    """num_heads, num_kv_heads, length -> cell: (first [b, new] int32, start [b]) -> what ``cached_attention`` reads,
+    for new tokens in the slots from ``start`` on of a cache of ``length`` slots a line."""
+    reads_used_slots: bool
+    """Whether ``cached_attention`` leaves alone the slots that are not in use yet, so that a long cache costs nothing
+    before it is filled."""
     cached_attention: Callable[..., nn.Cell]
     """As ``attention``, without a gradient, of new tokens to those in a cache, into which they are written: (q, k, v,
     rope, visible, (keys, values [b * n_kv * length, d] parameters, rows [b * n_kv * new] int32 that the new take))."""
@@ -106,6 +109,7 @@ PORTABLE = Operators(
     visibility=_no_flash(portable.ScoreMask),
     attention=_no_flash(portable.Attention),
     cached_visibility=portable.CachedScoreMask,
+    reads_used_slots=False,
     cached_attention=_no_flash(portable.CachedAttention),
     head_product=portable.HeadProduct,
     head_product_back=portable.HeadProductBack,
@@ -147,6 +151,7 @@ def _native(library: str) -> Operators:
         visibility=_unsized(native.FirstKeys),
         attention=_unsized(partial(native.Attention, library)),
         cached_visibility=_unsized(native.FirstKeys),
+        reads_used_slots=True,
         cached_attention=_unsized(partial(native.CachedAttention, library)),
         head_product=partial(native.HeadProduct, library),
         head_product_back=partial(native.HeadProductBack, library),

@@ -253,7 +253,7 @@ class ScoreMask(nn.Cell):
 
 
 class CachedScoreMask(nn.Cell):
-    """first [b, new] of new tokens in the slots from ``start`` [] on, of a cache of ``length`` slots -> like
+    """first [b, new] of new tokens in the slots from ``start`` [b] on, of a cache of ``length`` slots a line -> like
     ``ScoreMask``: [b * n_kv, g * new, length]."""
 
     def __init__(self, num_heads: int, num_kv_heads: int, length: int):
@@ -265,8 +265,8 @@ class CachedScoreMask(nn.Cell):
     def construct(self, first: Tensor, start: Tensor) -> Tensor:
         batch, new = first.shape
         keys = ops.arange(self.length).reshape((1, 1, -1))
-        slots = start + ops.arange(new)
-        seen = ops.logical_and(keys <= slots.reshape((1, new, 1)), keys >= first.reshape((batch, new, 1)))
+        slots = start.reshape((batch, 1, 1)) + ops.arange(new).reshape((1, new, 1))
+        seen = ops.logical_and(keys <= slots, keys >= first.reshape((batch, new, 1)))
         scores = ops.tile((1.0 - seen.astype(ms.float32)) * MASKED, (1, self.num_heads, 1))
         return scores.reshape((batch * self.num_kv_heads, -1, self.length))
 

@@ -25,6 +25,7 @@ from mindspore import Tensor, nn, ops
 
 from lora_ms.errors import LoraMsError
 from lora_ms.nn.graph import Graph
+from lora_ms.nn.sharing import block_count
 from lora_ms.train.optimizer import FlatAdamW
 from lora_ms.train.parts import (
     EmbeddingGradients,
@@ -35,7 +36,7 @@ from lora_ms.train.parts import (
     TopGradients,
     merge_tied,
 )
-from lora_ms.train.shared_layers import SharedLayers, block_count
+from lora_ms.train.shared_layers import SharedLayers
 
 
 def recomputed_layers(recompute: bool | int | Sequence[int], count: int) -> list[int]:

@@ -1,56 +1,15 @@
-"""Blocks of layers that share compiled graphs.
+"""A model's layers in blocks that share compiled graphs, forward and backward (see ``nn/sharing.py``)."""
 
-MindSpore keeps some 50 MB for each compiled layer and takes a second for it. Here a block of a few layers is compiled
-once, forward and backward, and runs with the parameters of each block in turn: ``set_data`` gives a parameter the
-memory of another, and the next run of the graph uses it; nothing is copied (so on the CPU; not tried on Ascend).
-"""
-
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
-import mindspore as ms
-import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
+from lora_ms.nn import sharing
 from lora_ms.nn.graph import Graph
+from lora_ms.nn.sharing import Place, block_count, kind_of, parameters_of
 from lora_ms.train.parts import HalfLayers, HalfLayersBackward, ModelParts, kept_counts
-
-# Layers of a block. MindSpore runs a graph of up to 100 kernels in the caller's thread, which then waits for the two
-# others in a loop of its own: three threads on two cores, and half the speed, now and then. A layer has some 50
-# forward.
-BLOCK_LAYERS = 3
-
-
-def block_count(layers: int) -> int:
-    """Blocks of a model of so many layers: one to ``BLOCK_LAYERS`` of them are the top, and in no block."""
-    return (layers - 1) // BLOCK_LAYERS
-
-
-def kind_of(cells: Sequence[nn.Cell]) -> tuple:
-    """Equal for cells that compute the same but for the values of their parameters."""
-    plain = (bool, int, float, str, tuple, type, ms.Type, type(None))
-    return tuple(
-        (
-            name,
-            type(part),
-            *((key, value) for key, value in vars(part).items() if key[0] != "_" and isinstance(value, plain)),
-            *((key, p.shape, p.dtype, p.requires_grad) for key, p in part.parameters_and_names(expand=False)),
-        )
-        for cell in cells
-        for name, part in cell.cells_and_names()
-    )
-
-
-def parameters_of(cells: Sequence[nn.Cell]) -> list[Parameter]:
-    """All of them, in the order of the cells."""
-    return [parameter for cell in cells for parameter in cell.get_parameters()]
-
-
-def share_memory(owners: Sequence[Parameter], users: Sequence[Parameter]) -> None:
-    """Each user has the memory, and so the value, of its owner from now on."""
-    for owner, user in zip(owners, users, strict=True):
-        user.set_data(owner, slice_shape=True)
 
 
 class _BlockForward(Graph):
@@ -100,9 +59,7 @@ class BlockGraphs:
     ):
         self.forward = _BlockForward(half_layers, recomputed)
         self.backward = _BlockBackward(half_layers, weights, recomputed)
-        self.parameters = parameters_of(members)
-        # these have the memory of the block's own parameters while the block has another's
-        self.kept = [Parameter(Tensor(np.zeros(1), p.dtype), f"kept.{p.name}", False) for p in self.parameters]
+        self.place = Place(parameters_of(members))
 
 
 class Block:
@@ -114,17 +71,18 @@ class Block:
 
     def forward(self, x: Tensor, context: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """As ``_BlockForward``; inside ``SharedLayers.sharing`` alone."""
-        share_memory(self.parameters, self.graphs.parameters)
+        self.graphs.place.take(self.parameters)
         return self.graphs.forward(x, *context)
 
     def backward(self, grad: Tensor, context: Sequence[Tensor], kept: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """As ``_BlockBackward``; inside ``SharedLayers.sharing`` alone."""
-        share_memory(self.parameters, self.graphs.parameters)
+        self.graphs.place.take(self.parameters)
         return self.graphs.backward(grad, *context, *kept)
 
 
 class SharedLayers:
-    """The layers of a model below the top, in blocks of ``BLOCK_LAYERS``, each in the graphs of the first of its kind.
+    """The layers of a model below the top, in blocks of ``sharing.BLOCK_LAYERS``; all blocks of a kind run in the
+    graphs of the first.
 
     Args:
         recomputed: of each half-layer of the model, whether its activations are recomputed.
@@ -134,7 +92,7 @@ class SharedLayers:
     """
 
     def __init__(self, parts: ModelParts, recomputed: Sequence[bool]):
-        size = self.size = 2 * BLOCK_LAYERS  # half-layers of a block
+        size = self.size = 2 * sharing.BLOCK_LAYERS  # half-layers of a block
         self.top = block_count(len(parts.half_layers) // 2) * size
         self.blocks: list[Block] = []
         kinds: dict[Any, BlockGraphs] = {}
@@ -147,20 +105,13 @@ class SharedLayers:
             else:
                 graphs = BlockGraphs(parts.half_layers[here], members, parts.weights[here], recomputed[here])
                 kinds[kind] = graphs
-                self.blocks.append(Block(graphs, graphs.kept))
+                self.blocks.append(Block(graphs, graphs.place.kept))
         self.graphs = list(kinds.values())
 
     def block_of(self, half_layer: int) -> int:
         """Index of the block with ``half_layer``; of one that is above all blocks, their number."""
         return min(half_layer // self.size, len(self.blocks))
 
-    @contextmanager
-    def sharing(self) -> Iterator[None]:
+    def sharing(self) -> AbstractContextManager[None]:
         """Inside, the parameters of the first block of a kind may have the memory of another block's."""
-        for graphs in self.graphs:
-            share_memory(graphs.parameters, graphs.kept)
-        try:
-            yield
-        finally:
-            for graphs in self.graphs:
-                share_memory(graphs.kept, graphs.parameters)
+        return sharing.sharing([graphs.place for graphs in self.graphs])

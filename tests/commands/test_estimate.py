@@ -242,11 +242,12 @@ def test_the_control_group_limits_the_cores(tmp_path, monkeypatch, name, text, w
 
 
 def test_constants_that_stand_in_two_places():
+    from lora_ms.nn import sharing
     from lora_ms.ops import portable
-    from lora_ms.train import parts, shared_layers
+    from lora_ms.train import parts
 
     copies = (memory_estimate.BLOCK, memory_estimate.CHUNK_NUMBERS, memory_estimate.PART_NUMBERS)
-    assert copies == (shared_layers.BLOCK_LAYERS, parts.CHUNK_NUMBERS, portable.PART_NUMBERS)
+    assert copies == (sharing.BLOCK_LAYERS, parts.CHUNK_NUMBERS, portable.PART_NUMBERS)
 
 
 def test_the_share_in_use(monkeypatch):

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from lora_ms.errors import LoraMsError
-from lora_ms.infer.generate import Generator, pad_rows, prompt_bucket
+from lora_ms.infer.generate import PIECE, Generator, cache_length, pad_rows
 from lora_ms.infer.sampling import Sampling
 from lora_ms.models.hub import load_directory
+from lora_ms.ops import PORTABLE
 
 MODELS = ("llama2", "llama3", "qwen2", "qwen3", "deepseek_r1_qwen")
 
@@ -25,7 +26,7 @@ def test_the_same_tokens_as_transformers(operators, reference, golden, name):
         for kind, sampling in (("greedy", Sampling()), ("penalty", Sampling(repetition_penalty=1.2))):
             new = generator.generate(prompts, 24, sampling)
             np.testing.assert_array_equal(np.array(new), values[f"{prefix}_{kind}"][:, 6:])
-    assert len(generator.steps) == 1  # one batch size, one length: two graphs in all
+    assert len(generator.compiled) == 1  # two graphs in all
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +62,23 @@ def test_an_empty_prompt_is_refused(qwen2):
         qwen2.generate([[1, 2], []], 4)
 
 
-def test_buckets_are_few():
-    assert [prompt_bucket(n) for n in (1, 32, 33, 64, 65, 1000)] == [32, 32, 64, 64, 128, 1024]
+def test_cache_lengths_are_few(native, reference):
+    model = load_directory(reference / "models" / "qwen2", operators=PORTABLE)
+    assert [cache_length(model, 1, n) for n in (1, 512, 513, 3000)] == [512, 512, 1024, 4096]
+    if native.reads_used_slots:  # the model's own length, which costs nothing before it is filled
+        model = load_directory(reference / "models" / "qwen2", operators=native)
+        whole = -(-model.config.longest // PIECE) * PIECE
+        assert [cache_length(model, 2, n) for n in (1, whole)] == [max(whole, 512)] * 2
+
+
+def test_prompts_of_several_pieces_and_fewer_rows(qwen2):
+    """Whatever the prompts are, the graphs stay the same two; alone and together they answer the same."""
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(1, 90, n).tolist() for n in (1, PIECE - 1, PIECE, PIECE + 1, 3 * PIECE + 5)]
+    together = qwen2.generate(prompts, 9)
+    graphs = len(qwen2.compiled)
+    assert [qwen2.generate([prompt], 9)[0] for prompt in prompts] == together
+    assert len(qwen2.compiled) == graphs
 
 
 def test_rows_of_unequal_length_are_padded_on_both_sides():

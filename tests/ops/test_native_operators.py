@@ -216,37 +216,46 @@ def test_attention(call, b, s, heads, kv_heads, d, rows):
     close(found[2], of_kv(np.einsum("bhij,bihd->bjhd", probs, grad)).reshape(b * s, -1))
 
 
-@pytest.mark.parametrize("b, length, heads, kv_heads, d, slot", [(2, 70, 4, 2, 24, 68), (3, 40, 2, 2, 64, 5)])
-def test_attention_to_a_cache(call, b, length, heads, kv_heads, d, slot):
-    """Tokens fill the cache up to ``slot``, whose query then looks at them; the lines begin at slots of their own."""
-    first = np.arange(b, dtype=np.int32)[:, None]
-    q, k, v = normal(b, heads * d), normal(b * (slot + 1), kv_heads * d), normal(b * (slot + 1), kv_heads * d)
-    angles = np.tile(np.arange(slot + 1), b)[:, None] * 1e4 ** (-np.arange(0, d, 2) / d)
-    cos, sin = np.cos(np.tile(angles, 2)), np.sin(np.tile(angles, 2)) * np.repeat([-1, 1], d // 2)
-    tables = [np.repeat(x, kv_heads, 0).astype(np.float32) for x in (cos, sin)]
-    seen = np.zeros((b, slot + 1), np.int32)
-    rows = call("cache_rows", [k, v, *tables, seen], [(k.size // d, d)] * 2)
+@pytest.mark.parametrize("new", [1, 7, 61])
+@pytest.mark.parametrize("b, length, heads, kv_heads, d, slot", [(2, 140, 4, 2, 24, 68), (3, 70, 2, 2, 64, 5)])
+def test_attention_to_a_cache(call, b, length, heads, kv_heads, d, slot, new):
+    """Line i has filled its cache up to slot + i, and gets new tokens, which look at all; a window hides the first."""
+    n, kv = slot + b + new, b * kv_heads  # slots in use, and lines of the cache
+    slots = slot + np.arange(b)[:, None] + np.arange(new)[None]  # [b, new]
+    first = np.minimum(np.arange(b)[:, None] + np.arange(new)[None], slots).astype(np.int32)
+    q, k, v = normal(b * new, heads * d), normal(b * n, kv_heads * d), normal(b * n, kv_heads * d)
 
-    def rotated(x, n, cos, sin):
-        x = x.astype(float).reshape(-1, n, d)
+    def tables(positions, repeats):
+        angles = positions.reshape(-1, 1) * 1e4 ** (-np.arange(0, d, 2) / d)
+        cos, sin = np.cos(np.tile(angles, 2)), np.sin(np.tile(angles, 2)) * np.repeat([-1, 1], d // 2)
+        return cos, sin, [np.repeat(x, repeats, 0).astype(np.float32) for x in (cos, sin)]
+
+    def rotated(x, heads, cos, sin):
+        x = x.astype(float).reshape(-1, heads, d)
         return x * cos[:, None] + np.roll(x, d // 2, -1) * sin[:, None]
 
     def by_heads(x):
-        return x.reshape(b, slot + 1, kv_heads, d).transpose(0, 2, 1, 3).reshape(b * kv_heads, slot + 1, d)
+        return x.reshape(b, n, kv_heads, d).transpose(0, 2, 1, 3).reshape(kv, n, d)
 
+    cos, sin, spread = tables(np.tile(np.arange(n), b), kv_heads)
+    rows = call("cache_rows", [k, v, *spread, np.zeros((b, n), np.int32)], [(k.size // d, d)] * 2)
     key, value = by_heads(rotated(k, kv_heads, cos, sin)), by_heads(v.astype(float))
     close(rows[0], key.reshape(-1, d))
     close(rows[1], value.reshape(-1, d))
-    keys, values = (np.full((b * kv_heads, length, d), np.nan, np.float32) for _ in range(2))
-    keys[:, : slot + 1], values[:, : slot + 1] = key, value
-    newest = [x.reshape(b, slot + 1, -1)[:, -1] for x in (cos, sin)]
-    spread = [np.repeat(x, kv_heads, 0).astype(np.float32) for x in newest]
-    out = call("cached_attention", [q, keys, values, *spread, first, np.array([slot, 0], np.int32)], [q.shape])[0]
-    query = rotated(q, heads, *newest).reshape(b * kv_heads, heads // kv_heads, d) / np.sqrt(d)
-    hidden = np.arange(slot + 1)[None] < np.repeat(first, kv_heads, 0)
-    probs = np.exp(np.where(hidden[:, None], -np.inf, np.einsum("ngd,njd->ngj", query, key)))
+    keys, values = (np.full((kv, length, d), np.nan, np.float32) for _ in range(2))
+    for line in range(kv):
+        used = slots[line // kv_heads, -1] + 1
+        keys[line, :used], values[line, :used] = key[line, :used], value[line, :used]
+    places = (np.arange(kv).reshape(b, kv_heads, 1) * length + slots[:, None]).astype(np.int32).ravel()
+    cos, sin, spread = tables(slots, kv_heads)
+    out = call("cached_attention", [q, keys, values, *spread, first, places], [q.shape])[0]
+    query = rotated(q, heads, cos, sin).reshape(b, new, kv_heads, -1, d) / np.sqrt(d)
+    scores = np.einsum("bikgd,bkjd->bikgj", query, key.reshape(b, kv_heads, n, d))
+    seen = (np.arange(n) >= first[..., None]) & (np.arange(n) <= slots[..., None])  # [b, new, n]
+    probs = np.exp(np.where(seen[:, :, None, None], scores, -np.inf))
     probs /= probs.sum(-1, keepdims=True)
-    close(out, np.einsum("ngj,njd->ngd", probs, value).reshape(b, -1))
+    wanted = np.einsum("bikgj,bkjd->bikgd", probs, value.reshape(b, kv_heads, n, d))
+    close(out, wanted.reshape(b * new, -1))
 
 
 @pytest.mark.parametrize("taken", [1, 0])

@@ -40,13 +40,13 @@ def test_all_forms_say_the_same(native):
 
 
 def test_what_new_tokens_see_in_a_cache(native):
-    """Slots 2 and 3 of a cache of 6 are written. The second line begins at slot 3, so that slot 2 is padding there."""
-    first, start = Tensor(np.array([[0, 0], [2, 3]], np.int32)), Tensor(2, ms.int32)
+    """Two tokens of each line are new in a cache of 6 slots: from slot 2 on, and from slot 3 on with a window of 2."""
+    first, start = Tensor(np.array([[0, 0], [2, 3]], np.int32)), Tensor(np.array([2, 3], np.int32))
     sizes = {"num_heads": 4, "num_kv_heads": 2, "length": 6}
     np.testing.assert_array_equal(native.cached_visibility(**sizes)(first, start).asnumpy(), first.asnumpy())
     scores = portable.CachedScoreMask(**sizes)(first, start).asnumpy()
     assert scores.shape == (2 * 2, 2 * 2, 6)
-    seen = [[[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 0, 0]], [[0, 0, 1, 0, 0, 0], [0, 0, 0, 1, 0, 0]]]
+    seen = [[[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 0, 0]], [[0, 0, 1, 1, 0, 0], [0, 0, 0, 1, 1, 0]]]
     for line, block in zip(seen, scores.reshape(2, 4, 2, 6), strict=True):
         for head in block:
             np.testing.assert_array_equal(head == 0, np.array(line, bool))

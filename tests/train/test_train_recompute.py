@@ -5,10 +5,10 @@ import pytest
 
 from lora_ms.errors import LoraMsError
 from lora_ms.models.decoder import DecoderConfig
-from lora_ms.train import shared_layers
+from lora_ms.nn import sharing
+from lora_ms.nn.sharing import BLOCK_LAYERS
 from lora_ms.train.gradient import MicroStep, recomputed_layers
 from lora_ms.train.optimizer import FlatAdamW, LossScaling
-from lora_ms.train.shared_layers import BLOCK_LAYERS
 
 
 def small(**changes) -> DecoderConfig:
@@ -75,7 +75,7 @@ def test_gradients_with_one_layer_computed_again(tied):
 @pytest.mark.parametrize("block", [1, BLOCK_LAYERS])
 def test_gradients_block_by_block(tied, block, monkeypatch):
     """Two micro-batches; the layers have their own values afterwards."""
-    monkeypatch.setattr(shared_layers, "BLOCK_LAYERS", block)
+    monkeypatch.setattr(sharing, "BLOCK_LAYERS", block)
     loss, batch, params, value, gradients = tied
     before = {name: parameter.asnumpy() for name, parameter in loss.parameters_and_names()}
     optimizer = FlatAdamW(list(params), loss_scaling=LossScaling(2.0, dynamic=False))

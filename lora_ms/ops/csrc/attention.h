@@ -105,43 +105,56 @@ inline Exponentials exponentiate(float *row, long from, long to) {
     return {top, sum(total)};
 }
 
+// Numbers of memory that `attend` needs for `keys` of them.
+inline long attend_numbers(const Attention &a, long keys) {
+    return padded(keys) * a.dim + keys * padded(a.dim) + QUERIES * (a.dim + padded(keys) + 16);
+}
+
+// The queries of one head of a line look at keys and values [count, d], the keys rotated; values are value_row apart.
+// The line's tokens are the keys from `offset` on, of which each sees those from `first` up to itself. log_sum [b * s,
+// n_h], where there is one: of each query's exponentiated scores.
+inline void attend(const Attention &a, long line, long head, const float *keys, const float *values, long value_row,
+                   long count, long offset, Scratch &scratch, float *out, float *log_sum) {
+    const float scale = 1.0f / std::sqrt(static_cast<float>(a.dim));
+    const long token = line * a.seq, score_row = padded(count) + 16;  // rows 2^n apart would share sets of the cache
+    const int32_t *start = a.first + token;
+    float *key_panels = scratch.take(padded(count) * a.dim), *value_panels = scratch.take(count * padded(a.dim));
+    float *queries = scratch.take(QUERIES * a.dim), *scores = scratch.take(QUERIES * score_row);
+    pack({keys, 1, a.dim}, a.dim, count, key_panels);
+    pack({values, value_row, 1}, count, a.dim, value_panels);
+    for (long i = 0; i < a.seq; i += QUERIES) {
+        const long end = std::min(a.seq, i + QUERIES), low = a.first_panel(start, i, end), seen = offset + end - low;
+        const long q_at = (token + i) * a.q_row() + head * a.dim;
+        a.rotate(a.q + q_at, a.q_row(), token + i, end - i, scale, queries, a.dim);
+        const Piece product = {{queries, a.dim, 1}, key_panels + low * a.dim, a.dim, a.dim};
+        multiply(&product, 1, end - i, seen, nullptr, 0, scores, score_row);
+        float inverse[QUERIES];
+        for (long r = 0; r < end - i; r++) {
+            float *row = scores + r * score_row;
+            const long from = start[i + r] - low, to = offset + i + r + 1 - low;
+            const Exponentials found = exponentiate(row, from, to);
+            std::fill(row, row + from, 0.0f);
+            std::fill(row + to, row + seen, 0.0f);
+            inverse[r] = 1.0f / found.total;
+            if (log_sum) log_sum[(token + i + r) * a.heads + head] = found.top + std::log(found.total);
+        }
+        const Piece mix = {{scores, score_row, 1}, value_panels + low * COLUMNS, seen, count};
+        multiply(&mix, 1, end - i, a.dim, nullptr, 0, out + q_at, a.q_row());
+        for (long r = 0; r < end - i; r++)
+            for (long p = 0; p < a.dim; p++) out[q_at + r * a.q_row() + p] *= inverse[r];
+    }
+}
+
 // out [b * s, n_h * d]; log_sum [b * s, n_h]: of each query's exponentiated scores, for the gradient.
 inline void attention(const Attention &a, float *out, float *log_sum) {
-    const float scale = 1.0f / std::sqrt(static_cast<float>(a.dim));
-    const long padded_seq = padded(a.seq), padded_dim = padded(a.dim), group = a.heads / a.kv_heads;
-    const long score_row = padded_seq + 16;  // of scores: rows 2^n apart would share a few sets of the cache
+    const long group = a.heads / a.kv_heads;
     Threads::shared().run(a.batch * a.heads, [&](long task) {
         const long line = task / a.heads, head = task % a.heads, token = line * a.seq;
-        const int32_t *start = a.first + token;
-        Scratch scratch(a.seq * a.dim + padded_seq * a.dim + a.seq * padded_dim + QUERIES * (a.dim + score_row));
-        float *keys = scratch.take(a.seq * a.dim), *key_panels = scratch.take(padded_seq * a.dim);
-        float *value_panels = scratch.take(a.seq * padded_dim);
-        float *queries = scratch.take(QUERIES * a.dim), *scores = scratch.take(QUERIES * score_row);
+        Scratch scratch(a.seq * a.dim + attend_numbers(a, a.seq));
+        float *keys = scratch.take(a.seq * a.dim);
         const long kv_at = token * a.kv_row() + head / group * a.dim;
         a.rotate(a.k + kv_at, a.kv_row(), token, a.seq, 1.0f, keys, a.dim);
-        pack({keys, 1, a.dim}, a.dim, a.seq, key_panels);
-        pack({a.v + kv_at, a.kv_row(), 1}, a.seq, a.dim, value_panels);
-        for (long i = 0; i < a.seq; i += QUERIES) {
-            const long end = std::min(a.seq, i + QUERIES), low = a.first_panel(start, i, end), count = end - low;
-            const long q_at = (token + i) * a.q_row() + head * a.dim;
-            a.rotate(a.q + q_at, a.q_row(), token + i, end - i, scale, queries, a.dim);
-            const Piece product = {{queries, a.dim, 1}, key_panels + low * a.dim, a.dim, a.dim};
-            multiply(&product, 1, end - i, count, nullptr, 0, scores, score_row);
-            float inverse[QUERIES];
-            for (long r = 0; r < end - i; r++) {
-                float *row = scores + r * score_row;
-                const long from = start[i + r] - low, to = i + r + 1 - low;
-                const Exponentials found = exponentiate(row, from, to);
-                std::fill(row, row + from, 0.0f);
-                std::fill(row + to, row + count, 0.0f);
-                inverse[r] = 1.0f / found.total;
-                log_sum[(token + i + r) * a.heads + head] = found.top + std::log(found.total);
-            }
-            const Piece mix = {{scores, score_row, 1}, value_panels + low * COLUMNS, count, a.seq};
-            multiply(&mix, 1, end - i, a.dim, nullptr, 0, out + q_at, a.q_row());
-            for (long r = 0; r < end - i; r++)
-                for (long p = 0; p < a.dim; p++) out[q_at + r * a.q_row() + p] *= inverse[r];
-        }
+        attend(a, line, head, keys, a.v + kv_at, a.kv_row(), a.seq, 0, scratch, out, log_sum);
     });
 }
 
@@ -231,13 +244,23 @@ inline void cache_rows(const Attention &a, float *keys, float *values) {
     });
 }
 
-// One new token of each line looks at those in a cache, keys and values [b * n_kv, length, d], from `first` [b] up to
-// its own `slot`; q [b, n_h * d] -> out like q. a.seq is 1; k and v of `a` are the cache's.
-inline void cached_attention(const Attention &a, long length, long slot, float *out) {
+// New tokens of each line look at those in a cache, keys and values [b * n_kv, length, d], from `first` [b, s] up to
+// their own slots, which follow one another; q [b * s, n_h * d] -> out like q. slots [b]: of each line's first new token.
+// k and v of `a` are the cache's.
+inline void cached_attention(const Attention &a, long length, const std::vector<long> &slots, float *out) {
     const float scale = 1.0f / std::sqrt(static_cast<float>(a.dim));
     const long group = a.heads / a.kv_heads;
+    if (a.seq > 1) {
+        Threads::shared().run(a.batch * a.heads, [&](long task) {
+            const long line = task / a.heads, head = task % a.heads, count = slots[line] + a.seq;
+            const long at = (line * a.kv_heads + head / group) * length * a.dim;
+            Scratch scratch(attend_numbers(a, count));
+            attend(a, line, head, a.k + at, a.v + at, a.dim, count, slots[line], scratch, out, nullptr);
+        });
+        return;
+    }
     Threads::shared().run(a.batch * a.kv_heads, [&](long task) {
-        const long line = task / a.kv_heads, low = a.first[line], count = slot + 1 - low;
+        const long line = task / a.kv_heads, low = a.first[line], count = slots[line] + 1 - low;
         const float *keys = a.k + (task * length + low) * a.dim, *values = a.v + (task * length + low) * a.dim;
         Scratch scratch(a.dim + count);
         float *query = scratch.take(a.dim), *scores = scratch.take(count);

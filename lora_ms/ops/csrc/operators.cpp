@@ -286,8 +286,8 @@ OPERATOR(cache_rows) {
     return 0;
 }
 
-// q [b, n_h * d], keys, values [b * n_kv, length, d], cos, sin [b * n, d], first [b, 1], rows of the cache [n], of
-// which the first is the slot of all -> like q
+// q [b * s, n_h * d], keys, values [b * n_kv, length, d], cos, sin [b * s * n, d], first [b, s], rows of the cache
+// [b * n_kv * s] that the new tokens have -> like q
 OPERATOR(cached_attention) {
     Arguments arguments = ARGUMENTS;
     const Tensor q = arguments.next(), keys = arguments.next(), values = arguments.next();
@@ -295,6 +295,10 @@ OPERATOR(cached_attention) {
     const Tensor out = arguments.next();
     Attention a = attention_of(q, keys, values, cos, sin, first);
     a.kv_heads = keys.size(0) / a.batch;  // the cache has them beside the lines
-    lora_ms::cached_attention(a, keys.size(1), rows.ints()[0], out.floats());
+    const long length = keys.size(1);
+    std::vector<long> slots(a.batch);
+    for (long line = 0; line < a.batch; line++)
+        slots[line] = rows.ints()[line * a.kv_heads * a.seq] - line * a.kv_heads * length;
+    lora_ms::cached_attention(a, length, slots, out.floats());
     return 0;
 }
