@@ -83,7 +83,7 @@ class CachedModel:
     Many layers run in blocks of a few, which share their graphs, so that compilation does not grow with the depth.
     """
 
-    def __init__(self, model: nn.Cell, batch: int, length: int, shares_graphs: bool):
+    def __init__(self, model: nn.Cell, batch: int, length: int):
         c = model.config
         self.batch = batch
         self.length = length
@@ -98,7 +98,8 @@ class CachedModel:
             operators=model.operators,
         )
         layers = list(model.model.layers)
-        top = BLOCK_LAYERS * block_count(len(layers)) if shares_graphs and block_count(len(layers)) > 1 else 0
+        shares_graphs = model.operators.lends_memory and block_count(len(layers)) > 1
+        top = BLOCK_LAYERS * block_count(len(layers)) if shares_graphs else 0  # the first layer that is in no block
         self.inputs = _Inputs(model, cache).set_train(False)
         self.top = _Top(model, layers[top:], cache, top).set_train(False)
         self.whole = _Whole(self.inputs, self.top).set_train(False) if top == 0 else None

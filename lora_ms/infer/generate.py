@@ -69,14 +69,10 @@ def cache_length(model: nn.Cell, batch: int, needed: int) -> int:
 
 
 class Generator:
-    """Generates with ``model`` (a ``CausalLM``); keeps the compiled graphs between calls.
+    """Generates with ``model`` (a ``CausalLM``); keeps the compiled graphs between calls."""
 
-    shares_graphs: see ``CachedModel``.
-    """
-
-    def __init__(self, model: nn.Cell, shares_graphs: bool = True):
+    def __init__(self, model: nn.Cell):
         self.model = model.set_train(False)
-        self.shares_graphs = shares_graphs
         self.compiled: list[CachedModel] = []
 
     def generate(
@@ -129,7 +125,7 @@ class Generator:
             if model.batch >= len(rows) and model.length >= needed:
                 return model
         length = cache_length(self.model, len(rows), needed)
-        self.compiled.append(CachedModel(self.model, len(rows), length, self.shares_graphs))
+        self.compiled.append(CachedModel(self.model, len(rows), length))
         return self.compiled[-1]
 
     def _read_piece(self, model: CachedModel, rows: Sequence["_Row"], begin: int, sampling: Sampling) -> dict[int, int]:

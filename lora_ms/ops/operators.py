@@ -56,6 +56,8 @@ class Operators:
     cached_visibility: Callable[..., nn.Cell]
     """num_heads, num_kv_heads, length -> cell: (first [b, new] int32, start [b]) -> what ``cached_attention`` reads,
     for new tokens in the slots from ``start`` on of a cache of ``length`` slots a line."""
+    lends_memory: bool
+    """Whether a compiled graph computes with whatever memory its parameters have been given since (``nn/sharing.py``)."""
     reads_used_slots: bool
     """Whether ``cached_attention`` leaves alone the slots that are not in use yet, so that a long cache costs nothing
     before it is filled."""
@@ -109,6 +111,7 @@ PORTABLE = Operators(
     visibility=_no_flash(portable.ScoreMask),
     attention=_no_flash(portable.Attention),
     cached_visibility=portable.CachedScoreMask,
+    lends_memory=True,
     reads_used_slots=False,
     cached_attention=_no_flash(portable.CachedAttention),
     head_product=portable.HeadProduct,
@@ -121,6 +124,7 @@ PORTABLE = Operators(
 ASCEND_PLAIN = replace(
     PORTABLE,
     name="ascend, not fused",
+    lends_memory=False,  # not tried there
     stream_dtype=ascend.stream_dtype,
     attention=_no_flash(ascend.PlainAttention),
     cached_attention=_no_flash(ascend.PlainCachedAttention),

@@ -60,23 +60,15 @@ class MicroStep(Graph):
 
     Args:
         recompute: the layers whose activations are recomputed in the backward pass, as ``recomputed_layers`` takes it.
-            Where there are any, the optimiser's parameters must stand in the model's order.
-        shares_graphs: whether a model of many layers is compiled block by block, too, where nothing is recomputed; its
-            parameters must then stand in that order.
+            Where there are any, or many layers, the optimiser's parameters must stand in the model's order.
     """
 
-    def __init__(
-        self,
-        loss: SummedLoss,
-        optimizer: FlatAdamW,
-        recompute: bool | int | Sequence[int] = False,
-        shares_graphs: bool = True,
-    ):
+    def __init__(self, loss: SummedLoss, optimizer: FlatAdamW, recompute: bool | int | Sequence[int] = False):
         super().__init__(auto_prefix=False)
         decoder, scale = loss.model.model, optimizer.loss_scale
         count = len(decoder.layers)
         layers = recomputed_layers(recompute, count)
-        shares_graphs = (shares_graphs and block_count(count) > 1) or len(layers) == count
+        shares_graphs = (loss.model.operators.lends_memory and block_count(count) > 1) or len(layers) == count
         self.is_whole = not layers and not shares_graphs
         self.shared: SharedLayers | None = None
         self.prepared: set[tuple] = set()  # shapes of batches
