@@ -57,7 +57,7 @@ class Operators:
     """num_heads, num_kv_heads, length -> cell: (first [b, new] int32, start [b]) -> what ``cached_attention`` reads,
     for new tokens in the slots from ``start`` on of a cache of ``length`` slots a line."""
     lends_memory: bool
-    """Whether a compiled graph computes with whatever memory its parameters have been given since (``nn/sharing.py``)."""
+    """Whether a compiled graph computes with what memory its parameters have been given since (``nn/sharing.py``)."""
     reads_used_slots: bool
     """Whether ``cached_attention`` leaves alone the slots that are not in use yet, so that a long cache costs nothing
     before it is filled."""

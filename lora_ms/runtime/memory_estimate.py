@@ -20,7 +20,7 @@ GRAPH_ADAPTER = 4.8
 GRAPH_DROPOUT = 0.8  # of an adapter with dropout
 GRAPH_UPDATE = 1.2  # of an adapter, in the optimiser
 GRAPH_RECOMPUTED = 1.25  # factor on a layer that is recomputed
-BLOCK = 3  # layers that share their graphs with others where all are recomputed; as in train.layerwise
+BLOCK = 3  # layers that share their graphs with others; as in nn.sharing
 INDEX = 12  # bytes that kernels keep of every number of a layer's hidden states, for as long as the graph lives
 INDEX_NATIVE = 4  # with native operators, besides a few of MindSpore's
 GAPS = 1.05  # size of the memory pool over what it holds
@@ -175,8 +175,9 @@ def kept(job: Job, layer: int) -> tuple[float, float]:
     feed_forward = tokens * (h + (2 if job.native else 3) * s.intermediate_size)
     dense = modules(s)
     prefix = f"model.layers.{layer}."
-    attention += tokens * _adapter_inputs(job, dense, f"{prefix}self_attn.")
-    feed_forward += tokens * _adapter_inputs(job, dense, f"{prefix}mlp.")
+    if layer >= in_blocks(job):  # a block's backward graph computes the inputs of adapters again
+        attention += tokens * _adapter_inputs(job, dense, f"{prefix}self_attn.")
+        feed_forward += tokens * _adapter_inputs(job, dense, f"{prefix}mlp.")
     return attention * job.width / MB, feed_forward * job.width / MB
 
 
@@ -209,13 +210,18 @@ def tables(job: Job) -> float:
     return (rotary + mask) / MB
 
 
+def in_blocks(job: Job) -> int:
+    """How many layers, from the lowest, run in blocks that share graphs; as in train.gradient."""
+    count = job.sizes.num_hidden_layers
+    blocks = (count - 1) // BLOCK
+    shares = len({*job.recomputed}) == count or (job.device == "CPU" and blocks > 1)
+    return BLOCK * blocks if shares else 0
+
+
 def compiled(job: Job) -> list[int]:
-    """Layers that have graphs: where all layers are recomputed, the first block and the last layers alone."""
-    layers = list(range(job.sizes.num_hidden_layers))
-    if {*job.recomputed} != {*layers}:
-        return layers
-    blocks = (len(layers) - 1) // BLOCK
-    return [*layers[: BLOCK * min(blocks, 1)], *layers[BLOCK * blocks :]]
+    """Layers that have graphs: the first block of those that share theirs, and all others."""
+    count = in_blocks(job)
+    return [*range(min(count, BLOCK)), *range(count, job.sizes.num_hidden_layers)]
 
 
 def operators_mb(job: Job) -> float:
@@ -226,7 +232,7 @@ def operators_mb(job: Job) -> float:
             adapters[int(name.split(".")[2])] += 1
     adapter = GRAPH_ADAPTER + GRAPH_DROPOUT * (job.dropout > 0)
     with_graphs = compiled(job)
-    # layers that share graphs recompute outside them
+    # a layer that shares its graphs has them forward and backward apart, so that nothing is there twice
     recomputed = {*job.recomputed} if len(with_graphs) == len(adapters) else ()
     layer = GRAPH_LAYER_NATIVE if job.native else GRAPH_LAYER
     layers = ((layer + adapter * adapters[i]) * (GRAPH_RECOMPUTED if i in recomputed else 1.0) for i in with_graphs)
