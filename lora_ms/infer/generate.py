@@ -72,6 +72,7 @@ class _Step(Graph):
             num_heads=c.num_attention_heads,
             num_kv_heads=c.num_key_value_heads,
             length=length,
+            windows=c.windows,
             head_dim=c.head_dim,
             dtype=model.model.stream,
             operators=model.operators,

@@ -3,6 +3,7 @@
 import mindspore as ms
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
+from lora_ms.nn.attention import first_in_window
 from lora_ms.ops import Operators
 from lora_ms.ops.operators import Visibility
 
@@ -15,6 +16,7 @@ class KVCache(nn.Cell):
 
     Args:
         length: slots of a line, in tokens.
+        windows: the different ones among the layers: tokens that a query sees, itself included; 0: all before it.
         dtype: of what flows between layers.
     """
 
@@ -25,6 +27,7 @@ class KVCache(nn.Cell):
         num_heads: int,
         num_kv_heads: int,
         length: int,
+        windows: tuple[int, ...],
         head_dim: int,
         dtype: ms.Type,
         operators: Operators,
@@ -33,16 +36,17 @@ class KVCache(nn.Cell):
         self.batch = batch
         self.num_kv_heads = num_kv_heads
         self.length = length
+        self.windows = windows
         shape = (batch * num_kv_heads * length, head_dim)
         layers = range(num_layers)
         self.keys = ParameterTuple([Parameter(ops.zeros(shape, dtype), f"key_{i}", False) for i in layers])
         self.values = ParameterTuple([Parameter(ops.zeros(shape, dtype), f"value_{i}", False) for i in layers])
         self.visibility = operators.cached_visibility(num_heads=num_heads, num_kv_heads=num_kv_heads, length=length)
 
-    def construct(self, start: Tensor, padding: Tensor, new: int) -> tuple[Tensor, Tensor, Visibility]:
+    def construct(self, start: Tensor, padding: Tensor, new: int) -> tuple[Tensor, Tensor, tuple[Visibility, ...]]:
         """Where ``new`` tokens from slot ``start`` [] go, after ``padding`` [b] slots that hold nothing.
 
-        Returns positions [b * new], buffer rows [b * n_kv * new] and what each new token sees.
+        Returns positions [b * new], buffer rows [b * n_kv * new] and what each new token sees through each window.
         """
         slots = (start + ops.arange(new)).reshape((1, new))
         before = padding.reshape((-1, 1))
@@ -50,7 +54,11 @@ class KVCache(nn.Cell):
         lines = ops.arange(self.batch * self.num_kv_heads) * self.length
         rows = lines.reshape((-1, 1)) + slots
         first = ops.minimum(ops.tile(before, (1, new)), slots).astype(ms.int32)  # padding sees itself
-        return positions.reshape((-1,)), rows.reshape((-1,)).astype(ms.int32), self.visibility(first, start)
+        places = slots.astype(ms.int32)
+        visible: tuple[Visibility, ...] = ()
+        for window in self.windows:
+            visible = visible + (self.visibility(first_in_window(first, places, window), start),)
+        return positions.reshape((-1,)), rows.reshape((-1,)).astype(ms.int32), visible
 
     def layer(self, i: int, rows: Tensor) -> tuple:
         """What the attention of layer i takes as its cache."""

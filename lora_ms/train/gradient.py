@@ -97,8 +97,8 @@ class MicroStep(Graph):
             found = self.whole(input_ids, position_ids, target_index, targets)
             self.accumulate(*found[1:])
             return found[0]
-        inputs = self.inputs(input_ids, position_ids)
-        found = self.top(*inputs, target_index, targets)
+        x, rope, visible = self.inputs.by_layer(self.inputs(input_ids, position_ids))
+        found = self.top(x, *rope, *visible, target_index, targets)
         embedding = self.embedding(input_ids, found[1]) if self.trains_embedding else ()
         self.accumulate(*embedding, *found[2:])
         return found[0]
@@ -111,16 +111,16 @@ class MicroStep(Graph):
     def _in_shared_graphs(
         self, shared: SharedLayers, input_ids: Tensor, position_ids: Tensor, target_index: Tensor, targets: Tensor
     ) -> Tensor:
-        x, *context = self.inputs(input_ids, position_ids)
+        x, rope, visible = self.inputs.by_layer(self.inputs(input_ids, position_ids))
         kept: list[tuple[Tensor, ...]] = []  # of each block, the inputs of its half-layers, and its output
         lower: list[Tensor] = []
         with shared.sharing():
             for block in shared.blocks:
-                kept.append((x, *block.forward(x, context)))
+                kept.append((x, *block.forward(x, rope, visible)))
                 x = kept[-1][-1]
-            loss, grad, *upper = self.top(x, *context, target_index, targets)
+            loss, grad, *upper = self.top(x, *rope, *visible[shared.top // 2 :], target_index, targets)
             for block in reversed(shared.blocks_from(self.lowest)):
-                grad, *own = block.backward(grad, context, kept.pop()[:-1])
+                grad, *own = block.backward(grad, rope, visible, kept.pop()[:-1])
                 lower = own + lower
         embedding = self.embedding(input_ids, grad) if self.trains_embedding else ()
         self.accumulate(*embedding, *lower, *upper)

@@ -3,9 +3,10 @@
 In the order of computation: the embedding; for each layer two half-layers, attention and feed-forward, each behind a
 norm and beside a residual; the finish, which is the last norm, the head and the loss.
 
-Shapes: b lines of s tokens; t = b * s; c label slots; h hidden size. ``context`` is what all layers take beside x: the
-rotary tables of queries and keys, and what each query may see. ``rows`` [c] are the tokens that have a label: the last
-layer goes on with these alone once its attention has seen all.
+Shapes: b lines of s tokens; t = b * s; c label slots; h hidden size. Beside x all layers take ``rope``, the rotary
+tables of queries and keys, and each takes its own of ``visible``, what a query may see, which a sliding window limits:
+layers with and without a window can share a graph. ``rows`` [c] are the tokens that have a label: the last layer goes
+on with these alone once its attention has seen all.
 """
 
 from collections.abc import Sequence
@@ -19,6 +20,8 @@ from lora_ms.nn.parallel import WHOLE, Shard
 from lora_ms.train.optimizer import Flatten
 
 CHUNK_NUMBERS = 1 << 24  # logits held at once in the loss: 64 MB in float32
+
+ROTARY_TABLES = 4  # of ``nn.rope.RotaryTables``
 
 
 class SummedLoss(nn.Cell):
@@ -57,7 +60,7 @@ class Embed(nn.Cell):
 
 
 class LayerInputs(nn.Cell):
-    """What the first layer takes: ids, positions [b, s] -> (x [t, h], context …)."""
+    """What the layers take: ids, positions [b, s] -> (x [t, h], rope …, what a query sees through each window …)."""
 
     def __init__(self, decoder: nn.Cell):
         super().__init__(auto_prefix=False)
@@ -66,18 +69,22 @@ class LayerInputs(nn.Cell):
 
     def construct(self, input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, ...]:
         tables = self.decoder.rotary_tables(position_ids.reshape((-1,)))
-        return (self.embed(input_ids),) + tables + (self.decoder.visibility(position_ids),)
+        return (self.embed(input_ids),) + tables + self.decoder.visibility(position_ids)
+
+    def by_layer(self, found: tuple[Tensor, ...]) -> tuple[Tensor, tuple, tuple]:
+        """What ``construct`` returned, as x, rope and visible of each layer."""
+        return found[0], found[1 : 1 + ROTARY_TABLES], self.decoder.of_layers(found[1 + ROTARY_TABLES :])
 
 
 class AttentionHalf(nn.Cell):
-    """The first half of a layer: x [t, h], context, rows or none -> [t, h] or [c, h]."""
+    """The first half of a layer: x [t, h], rope …, visible, rows or none -> [t, h] or [c, h]."""
 
     def __init__(self, layer: nn.Cell):
         super().__init__(auto_prefix=False)
         self.layer = layer
 
-    def construct(self, x, cos_q, sin_q, cos_k, sin_k, visibility, rows=None) -> Tensor:
-        return self.layer.attend(x, (cos_q, sin_q, cos_k, sin_k), visibility, rows)
+    def construct(self, x, cos_q, sin_q, cos_k, sin_k, visible, rows=None) -> Tensor:
+        return self.layer.attend(x, (cos_q, sin_q, cos_k, sin_k), visible, rows)
 
 
 class FeedForwardHalf(nn.Cell):
@@ -92,22 +99,22 @@ class FeedForwardHalf(nn.Cell):
 
 
 class HalfLayers(nn.Cell):
-    """Layers, one after another: (x [t, h], context, rows or none) -> the outputs of all half-layers …."""
+    """Layers in turn: (x [t, h], rope, visible of each layer, rows or none) -> the outputs of all half-layers …."""
 
     def __init__(self, half_layers: Sequence[nn.Cell]):
         super().__init__(auto_prefix=False)
         self.half_layers = nn.CellList(list(half_layers), auto_prefix=False)
 
-    def construct(self, x: Tensor, context: tuple, rows: Tensor | None = None) -> tuple[Tensor, ...]:
+    def construct(self, x: Tensor, rope: tuple, visible: tuple, rows: Tensor | None = None) -> tuple[Tensor, ...]:
         count = len(self.half_layers)
         outputs: tuple[Tensor, ...] = ()
         for i in range(count):
             if i % 2:
                 x = self.half_layers[i](x)
             elif i == count - 2 and rows is not None:
-                x = self.half_layers[i](x, *context, rows)
+                x = self.half_layers[i](x, *rope, visible[i // 2], rows)
             else:
-                x = self.half_layers[i](x, *context)
+                x = self.half_layers[i](x, *rope, visible[i // 2])
             outputs = outputs + (x,)
         return outputs
 
@@ -182,8 +189,8 @@ class PartBackward(nn.Cell):
 
 
 class HalfLayersBackward(nn.Cell):
-    """Of ``HalfLayers``: (d output, context, rows or none, the inputs of all half-layers) -> (d of the lowest one's
-    input, a gradient [n] for each half-layer that trains …).
+    """Of ``HalfLayers``: (d output, rope, visible of each layer, rows or none, the inputs of all half-layers) -> (d of
+    the lowest one's input, a gradient [n] for each half-layer that trains …).
 
     Args:
         weights: of each half-layer, the parameters that train.
@@ -210,7 +217,9 @@ class HalfLayersBackward(nn.Cell):
         self.recomputed = tuple(recomputed)
         self.lowest = lowest
 
-    def construct(self, grad: Tensor, context: tuple, rows: Tensor | None, inputs: tuple) -> tuple[Tensor, ...]:
+    def construct(
+        self, grad: Tensor, rope: tuple, visible: tuple, rows: Tensor | None, inputs: tuple
+    ) -> tuple[Tensor, ...]:
         count = len(self.parts)
         found: tuple[Tensor, ...] = ()
         for j in range(count - self.lowest):
@@ -219,9 +228,9 @@ class HalfLayersBackward(nn.Cell):
             if i % 2:
                 gradients = self.parts[i](x, grad)
             elif i == count - 2 and rows is not None:
-                gradients = self.parts[i](x, *context, rows, grad)
+                gradients = self.parts[i](x, *rope, visible[i // 2], rows, grad)
             else:
-                gradients = self.parts[i](x, *context, grad)
+                gradients = self.parts[i](x, *rope, visible[i // 2], grad)
             grad = gradients[0]
             found = gradients[1:] + found
         return (grad,) + found
@@ -230,8 +239,8 @@ class HalfLayersBackward(nn.Cell):
 class TopGradients(Graph):
     """The upper layers and the finish, and their gradients, in one graph.
 
-    (x [t, h], context …, rows [c], targets [c]) -> (loss [], d x, a gradient [n] for each half-layer that trains …,
-    the gradients of the finish's ``weights`` …).
+    (x [t, h], rope …, visible of each layer …, rows [c], targets [c]) -> (loss [], d x, a gradient [n] for each
+    half-layer that trains …, the gradients of the finish's ``weights`` …).
 
     Args:
         finish_weights: the parameters of the finish that train.
@@ -254,10 +263,11 @@ class TopGradients(Graph):
         self.finish = LossGradients(Finish(loss), loss_scale, finish_weights, of_input=True)
 
     def construct(self, x: Tensor, *others) -> tuple[Tensor, ...]:
-        context, rows, targets = others[:-2], others[-2], others[-1]
-        outputs = self.forward(x, context, rows)
+        rope, visible = others[:ROTARY_TABLES], others[ROTARY_TABLES:-2]
+        rows, targets = others[-2], others[-1]
+        outputs = self.forward(x, rope, visible, rows)
         finished = self.finish(outputs[-1], targets)
-        found = self.backward(finished[1], context, rows, (x,) + outputs[:-1])
+        found = self.backward(finished[1], rope, visible, rows, (x,) + outputs[:-1])
         return (finished[0],) + found + finished[2:]
 
 

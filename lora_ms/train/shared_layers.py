@@ -14,7 +14,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
 from lora_ms.nn.graph import Graph
-from lora_ms.train.parts import HalfLayers, HalfLayersBackward, ModelParts
+from lora_ms.train.parts import ROTARY_TABLES, HalfLayers, HalfLayersBackward, ModelParts
 
 # Layers of a block. MindSpore runs a graph of up to 100 kernels in the caller's thread, which then waits for the two
 # others in a loop of its own: three threads on two cores, and half the speed, now and then. A layer has some 50
@@ -55,18 +55,19 @@ def share_memory(owners: Sequence[Parameter], users: Sequence[Parameter]) -> Non
 
 
 class _BlockForward(Graph):
-    """(x [t, h], context …) -> the outputs of all half-layers …."""
+    """(x [t, h], rope …, visible of each layer …) -> the outputs of all half-layers …."""
 
     def __init__(self, half_layers: Sequence[nn.Cell]):
         super().__init__(auto_prefix=False)
         self.half_layers = HalfLayers(half_layers)
 
-    def construct(self, x: Tensor, *context) -> tuple[Tensor, ...]:
-        return self.half_layers(x, context)
+    def construct(self, x: Tensor, *others) -> tuple[Tensor, ...]:
+        return self.half_layers(x, others[:ROTARY_TABLES], others[ROTARY_TABLES:])
 
 
 class _BlockBackward(Graph):
-    """(d output, context …, the inputs of all half-layers …) -> (d x, the gradient of what trains [n], if any does)."""
+    """(d output, rope …, visible of each layer …, the inputs of all half-layers …) -> (d x, the gradient of what trains
+    [n], if any does)."""
 
     def __init__(self, half_layers: Sequence[nn.Cell], weights: Sequence[Sequence[Parameter]]):
         super().__init__(auto_prefix=False)
@@ -75,8 +76,8 @@ class _BlockBackward(Graph):
         self.concat = ops.Concat(0)
 
     def construct(self, grad: Tensor, *others) -> tuple[Tensor, ...]:
-        context, inputs = others[: -self.count], others[-self.count :]
-        found = self.half_layers(grad, context, None, inputs)
+        rope, visible = others[:ROTARY_TABLES], others[ROTARY_TABLES : -self.count]
+        found = self.half_layers(grad, rope, visible, None, others[-self.count :])
         return (found[0], self.concat(found[1:])) if len(found) > 1 else found
 
 
@@ -99,21 +100,27 @@ class BlockGraphs:
 
 
 class Block:
-    """A block: the graphs that it runs in, and the parameters that it runs them with."""
+    """A block: the graphs that it runs in, and the parameters that it runs them with.
 
-    def __init__(self, graphs: BlockGraphs, parameters: Sequence[Parameter]):
+    layers: indices of its layers, a slice. ``visible`` below is of all layers of the model.
+    """
+
+    def __init__(self, graphs: BlockGraphs, parameters: Sequence[Parameter], layers: slice):
         self.graphs = graphs
         self.parameters = parameters
+        self.layers = layers
 
-    def forward(self, x: Tensor, context: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def forward(self, x: Tensor, rope: Sequence[Tensor], visible: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """As ``_BlockForward``; inside ``SharedLayers.sharing`` alone."""
         share_memory(self.parameters, self.graphs.parameters)
-        return self.graphs.forward(x, *context)
+        return self.graphs.forward(x, *rope, *visible[self.layers])
 
-    def backward(self, grad: Tensor, context: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def backward(
+        self, grad: Tensor, rope: Sequence[Tensor], visible: Sequence[Tensor], inputs: Sequence[Tensor]
+    ) -> tuple[Tensor, ...]:
         """As ``_BlockBackward``; inside ``SharedLayers.sharing`` alone."""
         share_memory(self.parameters, self.graphs.parameters)
-        return self.graphs.backward(grad, *context, *inputs)
+        return self.graphs.backward(grad, *rope, *visible[self.layers], *inputs)
 
 
 class SharedLayers:
@@ -131,12 +138,13 @@ class SharedLayers:
         for first in range(0, self.top, size):
             half_layers = slice(first, first + size)
             members = [cell for cells in parts.members[half_layers] for cell in cells]
+            layers = slice(first // 2, (first + size) // 2)
             kind = kind_of(members)
             if kind in kinds:
-                self.blocks.append(Block(kinds[kind], parameters_of(members)))
+                self.blocks.append(Block(kinds[kind], parameters_of(members), layers))
             else:
                 kinds[kind] = BlockGraphs(parts.half_layers[half_layers], members, parts.weights[half_layers])
-                self.blocks.append(Block(kinds[kind], kinds[kind].kept))
+                self.blocks.append(Block(kinds[kind], kinds[kind].kept, layers))
         self.graphs = list(kinds.values())
 
     def blocks_from(self, half_layer: int) -> list[Block]:
