@@ -46,6 +46,11 @@ def llama_sizes(sizes: DecoderConfig, seq_length: int) -> dict[str, Any]:
             f"backend mindformers: head_dim {sizes.head_dim} times {sizes.num_attention_heads} heads is not "
             f"hidden_size {sizes.hidden_size}, as MindFormers' Llama has it; leave the backend native"
         )
+    if sizes.sliding_layers and sizes.sliding_window < seq_length:
+        raise LoraMsError(
+            f"backend mindformers: a sliding window of {sizes.sliding_window} tokens is not computed there on rows of "
+            f"{seq_length}; leave the backend native"
+        )
     found: dict[str, Any] = {
         "seq_length": seq_length,
         "hidden_size": sizes.hidden_size,

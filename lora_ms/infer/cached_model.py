@@ -26,26 +26,32 @@ class _Inputs(Graph):
 
 
 class _Layers(nn.Cell):
-    """Layers, one after another: x [b * s, h], what stands beside it … -> [b * s, h]."""
+    """Layers, one after another: x [b * s, h], what stands beside it … -> [b * s, h].
 
-    def __init__(self, layers: Sequence[nn.Cell], cache: KVCache, first: int):
+    windows: of each layer, the index of its window; first: the first one's number, in the cache.
+    """
+
+    def __init__(self, layers: Sequence[nn.Cell], windows: Sequence[int], cache: KVCache, first: int):
         super().__init__(auto_prefix=False)
         self.layers = nn.CellList(list(layers), auto_prefix=False)
         self.keys = ParameterTuple(cache.keys[first : first + len(layers)])
         self.values = ParameterTuple(cache.values[first : first + len(layers)])
+        self.windows = tuple(windows)
 
     def construct(self, x: Tensor, context: tuple) -> Tensor:
+        rope, rows = context[:4], context[4]
         for i in range(len(self.layers)):
-            x = self.layers[i].cached(x, context[:4], context[4], (self.keys[i], self.values[i], context[5]))
+            visible = context[5 + self.windows[i]]
+            x = self.layers[i].cached(x, rope, visible, (self.keys[i], self.values[i], rows))
         return x
 
 
 class _Block(Graph):
-    """x [b * s, h], what stands beside it … -> [b * s, h], by a few layers."""
+    """x [b * s, h], what stands beside it … -> [b * s, h]."""
 
-    def __init__(self, layers: Sequence[nn.Cell], cache: KVCache, first: int):
+    def __init__(self, layers: _Layers):
         super().__init__(auto_prefix=False)
-        self.layers = _Layers(layers, cache, first)
+        self.layers = layers
 
     def construct(self, x: Tensor, *context) -> Tensor:
         return self.layers(x, context)
@@ -54,10 +60,10 @@ class _Block(Graph):
 class _Top(Graph):
     """x [b * s, h], what stands beside it …, rows [b] -> (logits [b, v] of the tokens ``rows``, likeliest ids [b])."""
 
-    def __init__(self, model: nn.Cell, layers: Sequence[nn.Cell], cache: KVCache, first: int):
+    def __init__(self, model: nn.Cell, layers: _Layers):
         super().__init__(auto_prefix=False)
         self.model = model
-        self.layers = _Layers(layers, cache, first)
+        self.layers = layers
         self.argmax = ops.Argmax(-1, ms.int32)
 
     def construct(self, x: Tensor, *others) -> tuple[Tensor, Tensor]:
@@ -93,25 +99,28 @@ class CachedModel:
             num_heads=c.num_attention_heads,
             num_kv_heads=c.num_key_value_heads,
             length=length,
+            windows=c.windows,
             head_dim=c.head_dim,
             dtype=model.model.stream,
             operators=model.operators,
         )
-        layers = list(model.model.layers)
+        layers, windows = list(model.model.layers), c.window_indices
         shares_graphs = model.operators.lends_memory and block_count(len(layers)) > 1
         top = BLOCK_LAYERS * block_count(len(layers)) if shares_graphs else 0  # the first layer that is in no block
         self.inputs = _Inputs(model, cache).set_train(False)
-        self.top = _Top(model, layers[top:], cache, top).set_train(False)
+        self.top = _Top(model, _Layers(layers[top:], windows[top:], cache, top)).set_train(False)
         self.whole = _Whole(self.inputs, self.top).set_train(False) if top == 0 else None
         self.blocks: list[tuple[_Block, Place, list[Parameter]]] = []  # the graph, its place, and who takes it
         kinds: dict[tuple, tuple[_Block, Place]] = {}
         for first in range(0, top, BLOCK_LAYERS):
-            own = layers[first : first + BLOCK_LAYERS]
+            here = slice(first, first + BLOCK_LAYERS)
+            own = layers[here]
             buffers = [buffer for i in range(first, first + BLOCK_LAYERS) for buffer in cache.of_layer(i)]
             parameters = parameters_of(own) + buffers
-            kind = kind_of(own)
+            kind = (kind_of(own), windows[here])
             if kind not in kinds:
-                kinds[kind] = (_Block(own, cache, first).set_train(False), Place(parameters))
+                graph = _Block(_Layers(own, windows[here], cache, first)).set_train(False)
+                kinds[kind] = (graph, Place(parameters))
                 parameters = kinds[kind][1].kept
             self.blocks.append((*kinds[kind], parameters))
         self.places = [place for _, place in kinds.values()]

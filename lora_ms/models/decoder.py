@@ -7,7 +7,7 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 
 from lora_ms.models.rope_settings import longest_text
-from lora_ms.nn.attention import Attention
+from lora_ms.nn.attention import Attention, first_in_window
 from lora_ms.nn.kv_cache import KVCache
 from lora_ms.nn.layers import MLP, Embedding, Head, RMSNorm, SplitEmbedding
 from lora_ms.nn.parallel import WHOLE, Shard
@@ -31,11 +31,28 @@ class DecoderConfig:
     rope_theta: float
     rope_scaling: dict | None = None
     max_position_embeddings: int = 2048  # tokens
+    sliding_window: int = 0  # tokens that a query of ``sliding_layers`` sees, itself included
+    sliding_layers: tuple[int, ...] = ()  # indices; the other layers see all before a query
     attention_bias: bool = False  # biases on q, k and v (Qwen2)
     qk_norm: bool = False  # normalised queries and keys (Qwen3)
     tie_word_embeddings: bool = False
     eos_token_ids: tuple[int, ...] = ()
     flash_attention: bool = True  # use the device's fused attention, where it has one
+
+    @property
+    def layer_windows(self) -> tuple[int, ...]:
+        """Of each layer, the tokens that a query sees, itself included; 0: all before it."""
+        return tuple(self.sliding_window if i in self.sliding_layers else 0 for i in range(self.num_hidden_layers))
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """The different ones among ``layer_windows``: one, or two."""
+        return tuple(dict.fromkeys(self.layer_windows))
+
+    @property
+    def window_indices(self) -> tuple[int, ...]:
+        """Of each layer, the index of its window in ``windows``."""
+        return tuple(self.windows.index(window) for window in self.layer_windows)
 
     @property
     def longest(self) -> int:
@@ -109,7 +126,8 @@ class DecoderLayer(nn.Cell):
 class Decoder(nn.Cell):
     """input_ids [b, s] -> normalised hidden states [t, h], or those of the tokens ``rows`` [c] alone.
 
-    position_ids [b, s]: where a line holds several rows, each from 0; a token sees its own row, up to itself.
+    position_ids [b, s]: where a line holds several rows, each from 0; a token sees its own row, up to itself; in a
+    layer with a sliding window, the last tokens of these.
     """
 
     def __init__(self, config: DecoderConfig, dtype: ms.Type, operators: Operators, shard: Shard):
@@ -124,6 +142,8 @@ class Decoder(nn.Cell):
         else:
             self.embed_tokens = Embedding.zeros(c.vocab_size, c.hidden_size, dtype)
         self.layers = nn.CellList([DecoderLayer(c, dtype, operators, shard) for _ in range(c.num_hidden_layers)])
+        self.windows = c.windows
+        self.window_indices = c.window_indices
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype, operators)
         rotation = rotation_of(c.head_dim, c.rope_theta, c.rope_scaling, c.max_position_embeddings)
         self.rotary_tables = RotaryTables(c.head_dim, heads, kv_heads, rotation, self.stream)
@@ -131,19 +151,30 @@ class Decoder(nn.Cell):
             num_heads=heads, num_kv_heads=kv_heads, dtype=dtype, flash=c.flash_attention
         )
 
-    def visibility(self, position_ids: Tensor) -> Visibility:
-        """What every token sees: position_ids [b, s], from 0 in each row."""
+    def visibility(self, position_ids: Tensor) -> tuple[Visibility, ...]:
+        """What every token sees through each of ``windows``: position_ids [b, s], from 0 in each row."""
         batch, seq = position_ids.shape
-        places = Tensor(np.arange(seq, dtype=np.int32)[None])
-        return self.make_visible(ops.tile(places, (batch, 1)) - position_ids.astype(ms.int32))
+        places = ops.tile(Tensor(np.arange(seq, dtype=np.int32)[None]), (batch, 1))
+        first = places - position_ids.astype(ms.int32)
+        visible: tuple[Visibility, ...] = ()
+        for window in self.windows:
+            visible = visible + (self.make_visible(first_in_window(first, places, window)),)
+        return visible
+
+    def of_layers(self, visible: tuple[Visibility, ...]) -> tuple[Visibility, ...]:
+        """What every token sees in each layer, of what it sees through each of ``windows``."""
+        found: tuple[Visibility, ...] = ()
+        for i in self.window_indices:
+            found = found + (visible[i],)
+        return found
 
     def construct(self, input_ids: Tensor, position_ids: Tensor, rows: Tensor | None = None) -> Tensor:
         rope = self.rotary_tables(position_ids.reshape((-1,)))
-        visible = self.visibility(position_ids)
+        visible = self.of_layers(self.visibility(position_ids))
         x = self.embed_tokens(input_ids.reshape((-1,))).astype(self.stream)  # [t, h]
-        for layer in self.layers[:-1]:
-            x = layer(x, rope, visible)
-        return self.norm(self.layers[-1](x, rope, visible, rows))
+        for i in range(len(self.layers) - 1):
+            x = self.layers[i](x, rope, visible[i])
+        return self.norm(self.layers[-1](x, rope, visible[-1], rows))
 
     # generation: what stands before the layers, which are called one by one (``DecoderLayer.cached``)
 
@@ -151,13 +182,14 @@ class Decoder(nn.Cell):
         """New tokens input_ids [b, s], from slot ``start`` [b] of ``cache`` on -> what the layers take.
 
         lengths [b]: tokens of each line, as far as they are known; see ``RotaryTables``. Returns x [b * s, h], the
-        rotary tables of queries and keys (4), what each token sees, and the rows of the cache where they are put.
+        rotary tables of queries and keys (4), the rows of the cache where they are put, and what each token sees
+        through each of ``windows`` ….
         """
         new = input_ids.shape[1]
         positions, rows, visible = cache(start, new)
         rope = self.rotary_tables(positions, ops.tile(lengths.reshape((-1, 1)), (1, new)).reshape((-1,)))
         x = self.embed_tokens(input_ids.reshape((-1,))).astype(self.stream)
-        return (x,) + rope + (visible, rows)
+        return (x,) + rope + (rows,) + visible
 
 
 class CausalLM(nn.Cell):

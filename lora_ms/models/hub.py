@@ -25,13 +25,15 @@ from lora_ms.hf_folder import (
 from lora_ms.models.decoder import CausalLM, DecoderConfig
 from lora_ms.models.llama import llama_config
 from lora_ms.models.mindformers_names import hugging_face_name
-from lora_ms.models.qwen import qwen2_config, qwen3_config
+from lora_ms.models.mistral import mistral_config
+from lora_ms.models.qwen import ATTENTION, qwen2_config, qwen3_config
 from lora_ms.nn.parallel import WHOLE, Shard, split_axis
 from lora_ms.ops import PORTABLE, Operators
 from lora_ms.text import listed
 
 FAMILIES = {
     "LlamaForCausalLM": llama_config,
+    "MistralForCausalLM": mistral_config,
     "Qwen2ForCausalLM": qwen2_config,
     "Qwen3ForCausalLM": qwen3_config,
 }
@@ -177,7 +179,7 @@ def restore(model: CausalLM, path: str | os.PathLike) -> None:
 def hf_config(config: DecoderConfig, ms_dtype: ms.Type) -> dict:
     """A config.json for a model that came without one."""
     architecture = "Qwen3ForCausalLM" if config.qk_norm else "Qwen2ForCausalLM" if config.attention_bias else None
-    architecture = architecture or "LlamaForCausalLM"
+    architecture = architecture or ("MistralForCausalLM" if config.sliding_layers else "LlamaForCausalLM")
     names = (
         "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
         "head_dim rms_norm_eps rope_theta rope_scaling max_position_embeddings tie_word_embeddings"
@@ -191,7 +193,18 @@ def hf_config(config: DecoderConfig, ms_dtype: ms.Type) -> dict:
         "eos_token_id": (eos[0] if len(eos) == 1 else eos) if eos else None,
         "torch_dtype": "float16" if ms_dtype == ms.float16 else "float32",
         **hf,
+        **window_keys(config),
     }
+
+
+def window_keys(config: DecoderConfig) -> dict:
+    """The keys of config.json for a sliding window, if there is one; a Mistral has it in all layers."""
+    if not config.sliding_layers:
+        return {}
+    if not (config.qk_norm or config.attention_bias):
+        return {"sliding_window": config.sliding_window}
+    kinds = [ATTENTION[window > 0] for window in config.layer_windows]
+    return {"use_sliding_window": True, "sliding_window": config.sliding_window, "layer_types": kinds}
 
 
 def check_plain(model: CausalLM) -> None:

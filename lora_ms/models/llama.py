@@ -29,6 +29,20 @@ def common_sizes(hf: dict) -> dict:
     }
 
 
+def window_of(hf: dict) -> int:
+    """Tokens of the sliding window that config.json asks for; 0 for none.
+
+    Raises:
+        LoraMsError: sliding_window is no number of tokens.
+    """
+    window = hf["sliding_window"]
+    if window is None:
+        return 0
+    if type(window) is not int or window < 1:
+        raise LoraMsError(f"config.json: sliding_window {window!r} is no number of tokens")
+    return window
+
+
 def llama_config(hf: dict) -> DecoderConfig:
     """hf: the parsed config.json.
 

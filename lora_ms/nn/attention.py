@@ -1,12 +1,20 @@
 """Self-attention with grouped key/value heads, rotary positions and, for Qwen3, normalised queries and keys."""
 
 import mindspore as ms
-from mindspore import Tensor, nn
+from mindspore import Tensor, nn, ops
 
 from lora_ms.nn.layers import RMSNorm, projection
 from lora_ms.nn.parallel import WHOLE, Shard, sum_gradient, sum_output
 from lora_ms.ops import Operators
 from lora_ms.ops.operators import Visibility
+
+
+def first_in_window(first: Tensor, places: Tensor, window: int) -> Tensor:
+    """The earliest key [b, s] that each query sees: ``first`` [b, s], or that of its last ``window`` tokens.
+
+    places [b, s] or [1, s]: the queries' own places in their lines. window: in tokens, the query included; 0 for none.
+    """
+    return ops.maximum(first, places - (window - 1)) if window else first
 
 
 class Attention(nn.Cell):

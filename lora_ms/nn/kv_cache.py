@@ -4,6 +4,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
+from lora_ms.nn.attention import first_in_window
 from lora_ms.ops import Operators
 from lora_ms.ops.operators import Visibility
 
@@ -16,6 +17,7 @@ class KVCache(nn.Cell):
 
     Args:
         length: slots of a line, in tokens.
+        windows: the different ones among the layers: tokens that a query sees, itself included; 0: all before it.
         dtype: of what flows between layers.
     """
 
@@ -26,6 +28,7 @@ class KVCache(nn.Cell):
         num_heads: int,
         num_kv_heads: int,
         length: int,
+        windows: tuple[int, ...],
         head_dim: int,
         dtype: ms.Type,
         operators: Operators,
@@ -34,21 +37,25 @@ class KVCache(nn.Cell):
         self.batch = batch
         self.num_kv_heads = num_kv_heads
         self.length = length
+        self.windows = windows
         shape = (batch * num_kv_heads * length, head_dim)
         layers = range(num_layers)
         self.keys = ParameterTuple([_empty(shape, dtype, f"key_{i}") for i in layers])
         self.values = ParameterTuple([_empty(shape, dtype, f"value_{i}") for i in layers])
         self.visibility = operators.cached_visibility(num_heads=num_heads, num_kv_heads=num_kv_heads, length=length)
 
-    def construct(self, start: Tensor, new: int) -> tuple[Tensor, Tensor, Visibility]:
+    def construct(self, start: Tensor, new: int) -> tuple[Tensor, Tensor, tuple[Visibility, ...]]:
         """Where ``new`` tokens of each line from slot ``start`` [b] on go.
 
-        Returns positions [b * new], buffer rows [b * n_kv * new] and what each new token sees.
+        Returns positions [b * new], buffer rows [b * n_kv * new] and what each new token sees through each window.
         """
         slots = start.reshape((-1, 1)) + ops.arange(new).reshape((1, new)).astype(ms.int32)  # [b, new]
         lines = ops.arange(self.batch * self.num_kv_heads).reshape((self.batch, -1, 1)) * self.length
         rows = lines.astype(ms.int32) + slots.reshape((-1, 1, new))
-        return slots.reshape((-1,)), rows.reshape((-1,)), self.visibility(ops.zeros_like(slots), start)
+        visible: tuple[Visibility, ...] = ()
+        for window in self.windows:
+            visible = visible + (self.visibility(first_in_window(ops.zeros_like(slots), slots, window), start),)
+        return slots.reshape((-1,)), rows.reshape((-1,)), visible
 
     def of_layer(self, i: int) -> list[Parameter]:
         """Keys and values of layer i."""

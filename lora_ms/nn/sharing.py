@@ -30,11 +30,17 @@ def kind_of(cells: Sequence[nn.Cell]) -> tuple:
             name,
             type(part),
             *((key, value) for key, value in vars(part).items() if key[0] != "_" and isinstance(value, plain)),
+            *((key, value.asnumpy().tobytes()) for key, value in vars(part).items() if is_constant(value)),
             *((key, p.shape, p.dtype, p.requires_grad) for key, p in part.parameters_and_names(expand=False)),
         )
         for cell in cells
         for name, part in cell.cells_and_names()
     )
+
+
+def is_constant(value: object) -> bool:
+    """Whether a cell's attribute is a tensor that a compiled graph holds for good."""
+    return isinstance(value, Tensor) and not isinstance(value, Parameter)
 
 
 def parameters_of(cells: Sequence[nn.Cell]) -> list[Parameter]:

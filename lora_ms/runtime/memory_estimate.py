@@ -53,6 +53,8 @@ class Sizes(Protocol):
     def attention_bias(self) -> bool: ...
     @property
     def tie_word_embeddings(self) -> bool: ...
+    @property
+    def windows(self) -> tuple[int, ...]: ...
 
 
 class AdapterCost(Protocol):
@@ -202,12 +204,12 @@ def working(job: Job) -> tuple[float, float]:
 
 
 def tables(job: Job) -> float:
-    """MB of the rotary tables and of the attention mask, which all layers share."""
+    """MB of the rotary tables, which all layers share, and of the attention masks, one for each kind of window."""
     s = job.sizes
     tokens = job.lines * job.length
     rotary = 2 * tokens * (s.num_attention_heads + s.num_key_value_heads) * s.head_dim * job.width
-    mask = job.lines * job.length**2 * (1 if job.fused else 4 * s.num_attention_heads)
-    return (rotary + mask) / MB
+    masks = len(s.windows) * job.lines * job.length**2 * (1 if job.fused else 4 * s.num_attention_heads)
+    return (rotary + masks) / MB
 
 
 def in_blocks(job: Job) -> int:

@@ -12,7 +12,7 @@ from lora_ms.data.loader import DataPlan
 from lora_ms.nn.graph import Graph
 from lora_ms.runtime.device import Runtime
 from lora_ms.train.callbacks import EvaluationRecord
-from lora_ms.train.parts import HalfLayers, LayerInputs, ModelParts, SummedLoss
+from lora_ms.train.parts import ROTARY_TABLES, HalfLayers, LayerInputs, ModelParts, SummedLoss
 from lora_ms.train.shared_layers import SharedLayers
 
 HIGHEST_LOG = 700.0  # its exponential is still a float
@@ -39,7 +39,7 @@ class Scores:
 
 
 class _TopScores(Graph):
-    """The last layers and the finish: (x, context …, rows [c], targets [c]) -> ``LabelScores``' two."""
+    """The last layers and the finish: (x, rope …, visible of each …, rows [c], targets [c]) -> ``LabelScores``' two."""
 
     def __init__(self, half_layers: Sequence[nn.Cell], loss: SummedLoss):
         super().__init__(auto_prefix=False)
@@ -47,8 +47,9 @@ class _TopScores(Graph):
         self.loss = loss
 
     def construct(self, x: Tensor, *others) -> tuple[Tensor, Tensor]:
-        context, rows, targets = others[:-2], others[-2], others[-1]
-        outputs = self.half_layers(x, context, rows)
+        rope, visible = others[:ROTARY_TABLES], others[ROTARY_TABLES:-2]
+        rows, targets = others[-2], others[-1]
+        outputs = self.half_layers(x, rope, visible, rows)
         loss, _, right = self.loss.of_output(outputs[-1], targets)
         return loss, right
 
@@ -68,11 +69,11 @@ class LabelScores:
     def __call__(
         self, input_ids: Tensor, position_ids: Tensor, target_index: Tensor, targets: Tensor
     ) -> tuple[Tensor, Tensor]:
-        x, *context = self.inputs(input_ids, position_ids)
+        x, rope, visible = self.inputs.by_layer(self.inputs(input_ids, position_ids))
         with self.shared.sharing():
             for block in self.shared.blocks:
-                x = block.forward(x, context)[-1]
-        return self.top(x, *context, target_index, targets)
+                x = block.forward(x, rope, visible)[-1]
+        return self.top(x, *rope, *visible[self.shared.top // 2 :], target_index, targets)
 
 
 class Evaluator:

@@ -101,8 +101,8 @@ class MicroStep(Graph):
             found = self.whole(input_ids, position_ids, target_index, targets)
             self.accumulate(*found[1:])
             return found[0]
-        inputs = self.inputs(input_ids, position_ids)
-        found = self.top(*inputs, target_index, targets)
+        x, rope, visible = self.inputs.by_layer(self.inputs(input_ids, position_ids))
+        found = self.top(x, *rope, *visible, target_index, targets)
         embedding = self.embedding(input_ids, found[1]) if self.trains_embedding else ()
         self.accumulate(*embedding, *found[2:])
         return found[0]
@@ -115,19 +115,19 @@ class MicroStep(Graph):
     def _in_shared_graphs(
         self, shared: SharedLayers, input_ids: Tensor, position_ids: Tensor, target_index: Tensor, targets: Tensor
     ) -> Tensor:
-        x, *context = self.inputs(input_ids, position_ids)
+        x, rope, visible = self.inputs.by_layer(self.inputs(input_ids, position_ids))
         lowest = shared.block_of(self.lowest)  # the first block that needs a gradient
         kept: list[tuple[Tensor, ...]] = []  # of each block from there on, what its gradient needs
         lower: list[Tensor] = []
         with shared.sharing():
             for i, block in enumerate(shared.blocks):
-                outputs = block.forward(x, context)
+                outputs = block.forward(x, rope, visible)
                 if i >= lowest:
                     kept.append((x, *outputs[:-1]))
                 x = outputs[-1]
-            loss, grad, *upper = self.top(x, *context, target_index, targets)
+            loss, grad, *upper = self.top(x, *rope, *visible[shared.top // 2 :], target_index, targets)
             for block in reversed(shared.blocks[lowest:]):
-                grad, *own = block.backward(grad, context, kept.pop())
+                grad, *own = block.backward(grad, rope, visible, kept.pop())
                 lower = own + lower
         embedding = self.embedding(input_ids, grad) if self.trains_embedding else ()
         self.accumulate(*embedding, *lower, *upper)

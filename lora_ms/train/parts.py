@@ -3,9 +3,10 @@
 In the order of computation: the embedding; for each layer two half-layers, attention and feed-forward, each behind a
 norm and beside a residual; the finish, which is the last norm, the head and the loss.
 
-Shapes: b lines of s tokens; t = b * s; c label slots; h hidden size. ``context`` is what all layers take beside x: the
-rotary tables of queries and keys, and what each query may see. ``rows`` [c] are the tokens that have a label: the last
-layer goes on with these alone once its attention has seen all.
+Shapes: b lines of s tokens; t = b * s; c label slots; h hidden size. Beside x all layers take ``rope``, the rotary
+tables of queries and keys, and each takes its own of ``visible``, what a query may see, which a sliding window limits:
+layers with and without a window can share a graph. ``rows`` [c] are the tokens that have a label: the last layer goes
+on with these alone once its attention has seen all.
 """
 
 from collections.abc import Sequence
@@ -19,6 +20,8 @@ from lora_ms.nn.parallel import WHOLE, Shard
 from lora_ms.train.optimizer import Flatten
 
 CHUNK_NUMBERS = 1 << 24  # logits held at once in the loss: 64 MB in float32
+
+ROTARY_TABLES = 4  # of ``nn.rope.RotaryTables``
 
 
 class SummedLoss(nn.Cell):
@@ -57,7 +60,7 @@ class Embed(nn.Cell):
 
 
 class LayerInputs(nn.Cell):
-    """What the first layer takes: ids, positions [b, s] -> (x [t, h], context …)."""
+    """What the layers take: ids, positions [b, s] -> (x [t, h], rope …, what a query sees through each window …)."""
 
     def __init__(self, decoder: nn.Cell):
         super().__init__(auto_prefix=False)
@@ -66,11 +69,15 @@ class LayerInputs(nn.Cell):
 
     def construct(self, input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, ...]:
         tables = self.decoder.rotary_tables(position_ids.reshape((-1,)))
-        return (self.embed(input_ids),) + tables + (self.decoder.visibility(position_ids),)
+        return (self.embed(input_ids),) + tables + self.decoder.visibility(position_ids)
+
+    def by_layer(self, found: tuple[Tensor, ...]) -> tuple[Tensor, tuple, tuple]:
+        """What ``construct`` returned, as x, rope and visible of each layer."""
+        return found[0], found[1 : 1 + ROTARY_TABLES], self.decoder.of_layers(found[1 + ROTARY_TABLES :])
 
 
 class AttentionHalf(nn.Cell):
-    """The first half of a layer: (x [t, h], context, rows or none) -> [t, h] or [c, h]."""
+    """The first half of a layer: (x [t, h], rope, visible, rows or none) -> [t, h] or [c, h]."""
 
     def __init__(self, layer: nn.Cell):
         super().__init__(auto_prefix=False)
@@ -78,14 +85,14 @@ class AttentionHalf(nn.Cell):
         # tensors that a gradient needs besides x: queries, keys, values, what the attention mixed, and its own
         self.kept = 4 + layer.self_attn.attention.KEPT
 
-    def keeping(self, x: Tensor, context: tuple, rows: Tensor | None) -> tuple[Tensor, ...]:
+    def keeping(self, x: Tensor, rope: tuple, visible: Tensor, rows: Tensor | None) -> tuple[Tensor, ...]:
         """The output, and what a gradient needs …."""
         q, k, v = self.layer.project(x)
-        mixed = self.layer.self_attn.mix_keeping(q, k, v, context[:-1], context[-1])
+        mixed = self.layer.self_attn.mix_keeping(q, k, v, rope, visible)
         return (self.layer.join(x, mixed[0], rows), q, k, v) + mixed
 
-    def construct(self, x: Tensor, context: tuple, rows: Tensor | None) -> Tensor:
-        return self.layer.attend(x, context[:-1], context[-1], rows)
+    def construct(self, x: Tensor, rope: tuple, visible: Tensor, rows: Tensor | None) -> Tensor:
+        return self.layer.attend(x, rope, visible, rows)
 
     def backward(self, weights: Sequence[Parameter], recomputed: bool) -> nn.Cell:
         return AttentionBackward(self, weights, recomputed)
@@ -99,12 +106,12 @@ class FeedForwardHalf(nn.Cell):
         self.layer = layer
         self.kept = 2  # gate and up
 
-    def keeping(self, x: Tensor, context: tuple, rows: Tensor | None) -> tuple[Tensor, ...]:
+    def keeping(self, x: Tensor, rope: tuple, visible: Tensor, rows: Tensor | None) -> tuple[Tensor, ...]:
         """The output, and what a gradient needs …."""
         gate, up = self.layer.expand(x)
         return self.layer.contract(x, gate, up), gate, up
 
-    def construct(self, x: Tensor, context: tuple, rows: Tensor | None) -> Tensor:
+    def construct(self, x: Tensor, rope: tuple, visible: Tensor, rows: Tensor | None) -> Tensor:
         return self.layer.feed(x)
 
     def backward(self, weights: Sequence[Parameter], recomputed: bool) -> nn.Cell:
@@ -112,8 +119,8 @@ class FeedForwardHalf(nn.Cell):
 
 
 class HalfLayers(nn.Cell):
-    """Layers, one after another: (x [t, h], context, rows or none) -> of each half-layer what is kept of it …, and its
-    output.
+    """Layers, one after another: (x [t, h], rope, visible of each layer, rows or none) -> of each half-layer what is
+    kept of it …, and its output.
 
     Args:
         recomputed: of each half-layer, whether nothing is kept of it.
@@ -124,16 +131,16 @@ class HalfLayers(nn.Cell):
         self.half_layers = nn.CellList(list(half_layers), auto_prefix=False)
         self.recomputed = tuple(recomputed)
 
-    def construct(self, x: Tensor, context: tuple, rows: Tensor | None = None) -> tuple[Tensor, ...]:
+    def construct(self, x: Tensor, rope: tuple, visible: tuple, rows: Tensor | None = None) -> tuple[Tensor, ...]:
         count = len(self.half_layers)
         outputs: tuple[Tensor, ...] = ()
         for i in range(count):
             own_rows = rows if i == count - 2 else None  # the last layer's attention leaves out the others
             if self.recomputed[i]:
-                x = self.half_layers[i](x, context, own_rows)
+                x = self.half_layers[i](x, rope, visible[i // 2], own_rows)
                 outputs = outputs + (x,)
             else:
-                found = self.half_layers[i].keeping(x, context, own_rows)
+                found = self.half_layers[i].keeping(x, rope, visible[i // 2], own_rows)
                 x = found[0]
                 outputs = outputs + found[1:] + (x,)
         return outputs
@@ -200,7 +207,7 @@ class Project(nn.Cell):
 
 
 class Mix(nn.Cell):
-    """Queries, keys and values, context …, what ``Attention.mix_keeping`` gave of them … -> the first of these."""
+    """Queries, keys and values, rope …, visible, and what ``Attention.mix_keeping`` gave … -> the first of these."""
 
     def __init__(self, layer: nn.Cell):
         super().__init__(auto_prefix=False)
@@ -267,8 +274,8 @@ class StepBackward(nn.Cell):
 
 
 class AttentionBackward(nn.Cell):
-    """Of ``AttentionHalf``: (x, what is kept, context, rows or none, d output) -> (d x, the gradient of ``weights``
-    [n], if there are any)."""
+    """Of ``AttentionHalf``: (x and what is kept, rope, visible, rows or none, d output) -> (d x, the gradient of
+    ``weights`` [n], if there are any)."""
 
     def __init__(self, half: AttentionHalf, weights: Sequence[Parameter], recomputed: bool):
         super().__init__(auto_prefix=False)
@@ -282,16 +289,17 @@ class AttentionBackward(nn.Cell):
         self.trains = len(weights) > 0
         self.flatten = Flatten()
 
-    def construct(self, x: Tensor, kept: tuple, context: tuple, rows: Tensor | None, grad: Tensor) -> tuple:
+    def construct(self, kept: tuple, rope: tuple, visible: Tensor, rows: Tensor | None, grad: Tensor) -> tuple:
+        x, kept = kept[0], kept[1:]
         if self.recomputed:
             x = ops.depend(x, grad)
-            kept = self.half.keeping(x, context, rows)[1:]
+            kept = self.half.keeping(x, rope, visible, rows)[1:]
         mixed = kept[3]
         if rows is None:
             joined, d_output = self.join(x, mixed, grad)
         else:
             joined, d_output = self.join(x, mixed, rows, grad)
-        d_inner, d_norms = self.mix(*kept[:3], *context, *kept[3:], joined[1])
+        d_inner, d_norms = self.mix(*kept[:3], *rope, visible, *kept[3:], joined[1])
         projected, d_projections = self.project(x, d_inner[:3])
         d_x = joined[0] + projected[0]
         if self.trains:
@@ -313,10 +321,11 @@ class FeedForwardBackward(nn.Cell):
         self.trains = len(weights) > 0
         self.flatten = Flatten()
 
-    def construct(self, x: Tensor, kept: tuple, context: tuple, rows: Tensor | None, grad: Tensor) -> tuple:
+    def construct(self, kept: tuple, rope: tuple, visible: Tensor, rows: Tensor | None, grad: Tensor) -> tuple:
+        x, kept = kept[0], kept[1:]
         if self.recomputed:
             x = ops.depend(x, grad)
-            kept = self.half.keeping(x, context, rows)[1:]
+            kept = self.half.keeping(x, rope, visible, rows)[1:]
         gate, up = kept
         contracted, d_down = self.contract(x, gate, up, grad)
         expanded, d_inner = self.expand(x, contracted[1:])
@@ -327,8 +336,8 @@ class FeedForwardBackward(nn.Cell):
 
 
 class HalfLayersBackward(nn.Cell):
-    """Of ``HalfLayers``: (d output, context, rows or none, of each half-layer its input and what is kept …) -> (d of
-    the lowest one's input, a gradient [n] for each half-layer that trains …).
+    """Of ``HalfLayers``: (d output, rope, visible of each layer, rows or none, of each half-layer its input and what is
+    kept …) -> (d of the lowest one's input, a gradient [n] for each half-layer that trains …).
 
     Args:
         weights: of each half-layer, the parameters that train.
@@ -355,13 +364,15 @@ class HalfLayersBackward(nn.Cell):
         self.ends = tuple(sum(1 + count for count in counts[: i + 1]) for i in range(len(counts)))
         self.starts = (0,) + self.ends[:-1]
 
-    def construct(self, grad: Tensor, context: tuple, rows: Tensor | None, kept: tuple) -> tuple[Tensor, ...]:
+    def construct(
+        self, grad: Tensor, rope: tuple, visible: tuple, rows: Tensor | None, kept: tuple
+    ) -> tuple[Tensor, ...]:
         count = len(self.parts)
         found: tuple[Tensor, ...] = ()
         for j in range(count - self.lowest):
             i = count - 1 - j
             own = kept[self.starts[i] : self.ends[i]]
-            gradients = self.parts[i](own[0], own[1:], context, rows if i == count - 2 else None, grad)
+            gradients = self.parts[i](own, rope, visible[i // 2], rows if i == count - 2 else None, grad)
             grad = gradients[0]
             found = gradients[1:] + found
         return (grad,) + found
@@ -375,8 +386,8 @@ def kept_counts(half_layers: Sequence[nn.Cell], recomputed: Sequence[bool]) -> l
 class TopGradients(Graph):
     """The upper layers and the finish, and their gradients, in one graph.
 
-    (x [t, h], context …, rows [c], targets [c]) -> (loss [], d x, a gradient [n] for each half-layer that trains …,
-    the gradients of the finish's ``weights`` …).
+    (x [t, h], rope …, visible of each layer …, rows [c], targets [c]) -> (loss [], d x, a gradient [n] for each
+    half-layer that trains …, the gradients of the finish's ``weights`` …).
 
     Args:
         finish_weights: the parameters of the finish that train.
@@ -399,10 +410,11 @@ class TopGradients(Graph):
         self.finish = LossGradients(Finish(loss), loss_scale, finish_weights, of_input=True)
 
     def construct(self, x: Tensor, *others) -> tuple[Tensor, ...]:
-        context, rows, targets = others[:-2], others[-2], others[-1]
-        outputs = self.forward(x, context, rows)
+        rope, visible = others[:ROTARY_TABLES], others[ROTARY_TABLES:-2]
+        rows, targets = others[-2], others[-1]
+        outputs = self.forward(x, rope, visible, rows)
         finished = self.finish(outputs[-1], targets)
-        found = self.backward(finished[1], context, rows, (x,) + outputs[:-1])
+        found = self.backward(finished[1], rope, visible, rows, (x,) + outputs[:-1])
         return (finished[0],) + found + finished[2:]
 
 

@@ -9,23 +9,23 @@ from mindspore import Parameter, Tensor, nn, ops
 from lora_ms.nn import sharing
 from lora_ms.nn.graph import Graph
 from lora_ms.nn.sharing import Place, block_count, kind_of, parameters_of
-from lora_ms.train.parts import HalfLayers, HalfLayersBackward, ModelParts, kept_counts
+from lora_ms.train.parts import ROTARY_TABLES, HalfLayers, HalfLayersBackward, ModelParts, kept_counts
 
 
 class _BlockForward(Graph):
-    """(x [t, h], context …) -> of each half-layer what is kept of it …, and its output."""
+    """(x [t, h], rope …, visible of each layer …) -> of each half-layer what is kept of it …, and its output."""
 
     def __init__(self, half_layers: Sequence[nn.Cell], recomputed: Sequence[bool]):
         super().__init__(auto_prefix=False)
         self.half_layers = HalfLayers(half_layers, recomputed)
 
-    def construct(self, x: Tensor, *context) -> tuple[Tensor, ...]:
-        return self.half_layers(x, context)
+    def construct(self, x: Tensor, *others) -> tuple[Tensor, ...]:
+        return self.half_layers(x, others[:ROTARY_TABLES], others[ROTARY_TABLES:])
 
 
 class _BlockBackward(Graph):
-    """(d output, context …, of each half-layer its input and what is kept …) -> (d x, the gradient of what trains [n],
-    if any does)."""
+    """(d output, rope …, visible of each layer …, of each half-layer its input and what is kept …) -> (d x, the
+    gradient of what trains [n], if any does)."""
 
     def __init__(
         self, half_layers: Sequence[nn.Cell], weights: Sequence[Sequence[Parameter]], recomputed: Sequence[bool]
@@ -36,8 +36,8 @@ class _BlockBackward(Graph):
         self.concat = ops.Concat(0)
 
     def construct(self, grad: Tensor, *others) -> tuple[Tensor, ...]:
-        context, kept = others[: -self.count], others[-self.count :]
-        found = self.half_layers(grad, context, None, kept)
+        rope, visible = others[:ROTARY_TABLES], others[ROTARY_TABLES : -self.count]
+        found = self.half_layers(grad, rope, visible, None, others[-self.count :])
         return (found[0], self.concat(found[1:])) if len(found) > 1 else found
 
 
@@ -63,21 +63,27 @@ class BlockGraphs:
 
 
 class Block:
-    """A block: the graphs that it runs in, and the parameters that it runs them with."""
+    """A block: the graphs that it runs in, and the parameters that it runs them with.
 
-    def __init__(self, graphs: BlockGraphs, parameters: Sequence[Parameter]):
+    layers: indices of its layers, a slice. ``visible`` below is of all layers of the model.
+    """
+
+    def __init__(self, graphs: BlockGraphs, parameters: Sequence[Parameter], layers: slice):
         self.graphs = graphs
         self.parameters = parameters
+        self.layers = layers
 
-    def forward(self, x: Tensor, context: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def forward(self, x: Tensor, rope: Sequence[Tensor], visible: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """As ``_BlockForward``; inside ``SharedLayers.sharing`` alone."""
         self.graphs.place.take(self.parameters)
-        return self.graphs.forward(x, *context)
+        return self.graphs.forward(x, *rope, *visible[self.layers])
 
-    def backward(self, grad: Tensor, context: Sequence[Tensor], kept: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def backward(
+        self, grad: Tensor, rope: Sequence[Tensor], visible: Sequence[Tensor], kept: Sequence[Tensor]
+    ) -> tuple[Tensor, ...]:
         """As ``_BlockBackward``; inside ``SharedLayers.sharing`` alone."""
         self.graphs.place.take(self.parameters)
-        return self.graphs.backward(grad, *context, *kept)
+        return self.graphs.backward(grad, *rope, *visible[self.layers], *kept)
 
 
 class SharedLayers:
@@ -99,13 +105,14 @@ class SharedLayers:
         for first in range(0, self.top, size):
             here = slice(first, first + size)
             members = [cell for cells in parts.members[here] for cell in cells]
+            layers = slice(first // 2, (first + size) // 2)
             kind = (kind_of(members), tuple(recomputed[here]))
             if kind in kinds:
-                self.blocks.append(Block(kinds[kind], parameters_of(members)))
+                self.blocks.append(Block(kinds[kind], parameters_of(members), layers))
             else:
                 graphs = BlockGraphs(parts.half_layers[here], members, parts.weights[here], recomputed[here])
                 kinds[kind] = graphs
-                self.blocks.append(Block(graphs, graphs.place.kept))
+                self.blocks.append(Block(graphs, graphs.place.kept, layers))
         self.graphs = list(kinds.values())
 
     def block_of(self, half_layer: int) -> int:

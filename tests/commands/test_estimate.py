@@ -35,7 +35,7 @@ sys.exit(status)
 def sizes_of(config: dict) -> SimpleNamespace:
     heads = config["num_attention_heads"]
     bias = config["model_type"] == "qwen2"
-    return SimpleNamespace(**config, head_dim=config["hidden_size"] // heads, attention_bias=bias)
+    return SimpleNamespace(**config, head_dim=config["hidden_size"] // heads, attention_bias=bias, windows=(0,))
 
 
 def write_model(folder, config: dict) -> None:
@@ -139,7 +139,7 @@ def test_vectors_of_the_optimiser(native, python, python_env):
 
 SEVEN_BILLION = SimpleNamespace(
     vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
-    num_key_value_heads=32, head_dim=128, attention_bias=False, tie_word_embeddings=False,
+    num_key_value_heads=32, head_dim=128, attention_bias=False, tie_word_embeddings=False, windows=(0,),
 )  # fmt: skip
 
 

@@ -124,7 +124,7 @@ def test_an_unknown_architecture_is_refused(edited):
     path = edited("llama2", architectures=["GPT2LMHeadModel"])
     assert error_of(path) == (
         f"{path}: architecture GPT2LMHeadModel is not supported; "
-        "supported: LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM"
+        "supported: LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM"
     )
 
 
@@ -135,10 +135,26 @@ def test_an_unknown_architecture_is_refused(edited):
          "config.json: rope_type 'longrope' is not supported; supported: default, linear, dynamic, yarn, llama3"),
         ("llama2", {"rope_scaling": {"type": "su", "factor": 4.0}},
          "config.json: rope_type 'su' is not supported; supported: default, linear, dynamic, yarn, llama3"),
-        ("qwen2", {"use_sliding_window": True},
-         "config.json: use_sliding_window true is not supported; set it to false"),
-        ("qwen3", {"use_sliding_window": True},
-         "config.json: use_sliding_window true is not supported; set it to false"),
+        ("qwen2", {"layer_types": ["sliding_attention", "full_attention"]},
+         "config.json: layer_types has sliding_attention, but use_sliding_window is not true or sliding_window is "
+         "null: set both, or take layer_types out"),
+        ("qwen3", {"use_sliding_window": True, "sliding_window": 8, "layer_types": ["full_attention"]},
+         "config.json: layer_types ['full_attention'] is not supported; supported: full_attention or "
+         "sliding_attention for each of the 2 layers"),
+        ("qwen3", {"layer_types": ["full_attention", "chunked_attention"]},
+         "config.json: layer_types ['full_attention', 'chunked_attention'] is not supported; supported: "
+         "full_attention or sliding_attention for each of the 2 layers"),
+        ("qwen3", {"layer_types": "full_attention"},
+         "config.json: layer_types full_attention is not supported; supported: full_attention or sliding_attention "
+         "for each of the 2 layers"),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": -8, "layer_types": None, "max_window_layers": 0},
+         "config.json: sliding_window -8 is no number of tokens"),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": "8"},
+         "config.json: sliding_window '8' is no number of tokens"),
+        ("qwen3", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": "all", "layer_types": None},
+         "config.json: max_window_layers 'all' is no number of layers"),
+        ("llama2", {"architectures": ["MistralForCausalLM"], "sliding_window": 0},
+         "config.json: sliding_window 0 is no number of tokens"),
         ("qwen3", {"attention_bias": True}, "config.json: attention_bias true is not supported for Qwen3"),
         ("llama2", {"attention_bias": True}, "config.json: attention_bias true is not supported for Llama"),
         ("llama2", {"mlp_bias": True}, "config.json: mlp_bias true is not supported for Llama"),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -152,6 +153,20 @@ def test_a_run_goes_on_under_another_layout(launch, finished):
         np.testing.assert_allclose(found, losses[STEPS // 2 :], rtol=1e-5)
         for key, value in launch.adapter("one").items():
             np.testing.assert_allclose(launch.adapter(name)[key], value, rtol=0, atol=1e-5, err_msg=key)
+
+
+def test_layers_with_a_window_among_two_ranks(launch):
+    """Each rank has half of the heads, and all see as far as in one process."""
+    folder = shutil.copytree(launch.root / "tests/reference/models/qwen2", launch.folder / "windowed")
+    hf = json.loads((folder / "config.json").read_text())
+    hf |= {"use_sliding_window": True, "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
+    (folder / "config.json").write_text(json.dumps(hf))
+    more = ["--load_checkpoint", str(folder), "--runner_config.max_steps", "4"]
+    for ran in (launch.alone("windowed one", *more), launch.finish(launch.start("windowed tp2", 1, 2, *more))):
+        assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert_same_run(launch, "windowed tp2", "windowed one")
+    first, full = (launch.records(name)[0]["loss"] for name in ("windowed one", "one"))
+    assert abs(first - full) > 1e-3
 
 
 @pytest.fixture

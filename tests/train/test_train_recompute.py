@@ -1,5 +1,7 @@
 """Activations computed again: the same numbers, with dropout, with a tied head, in any choice of layers."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -103,3 +105,70 @@ def test_blocks_of_a_kind_share_their_graphs(native, pattern, kinds):
     params = [p for p in model.get_parameters() if p.requires_grad]
     shared = MicroStep(SummedLoss(model, 40), FlatAdamW(params), True).shared
     assert (len(shared.blocks), len(shared.graphs), shared.top) == (2, kinds, 12)
+
+
+METHODS = {
+    "dora": {"use_dora": True},
+    "lora_bias": {"lora_bias": True},
+    "pissa": {"init_lora_weights": "pissa"},
+    "trained biases": {"bias": "all"},
+    "whole modules": {"modules_to_save": ["input_layernorm"]},
+    "ia3": None,
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_block_by_block(native, method, monkeypatch):
+    """What a layer has of its own, each block has in the graphs that they share."""
+    import mindspore as ms
+    from mindspore import Tensor
+
+    from lora_ms.adapters.inject import inject
+    from lora_ms.adapters.methods.ia3 import IA3Config
+    from lora_ms.adapters.methods.lora import LoraConfig
+    from lora_ms.models.hub import new_model
+    from lora_ms.train.evaluation import LabelScores
+    from lora_ms.train.parts import SummedLoss
+
+    monkeypatch.setattr(sharing, "BLOCK_LAYERS", 1)
+    model = new_model(small(num_hidden_layers=3, attention_bias=True), ms.float32, 0, native)
+    options = METHODS[method]
+    targets = ["k_proj", "down_proj"]
+    chosen = IA3Config(targets, feedforward_modules=["down_proj"]) if options is None else LoraConfig(
+        2, 4.0, 0.0, targets, **options)  # fmt: skip
+    inject(model, chosen)
+    rng = np.random.default_rng(2)
+    for parameter in model.trainable_params():  # B too: at zero, A has no gradient
+        change = rng.normal(0, 0.2, parameter.shape).astype(np.float32)
+        parameter.set_data(Tensor(parameter.asnumpy() + change))
+    loss = SummedLoss(model, 40).set_train()
+    ids = rng.integers(0, 40, 12).astype(np.int32)
+    places = np.arange(12, dtype=np.int32)
+    batch = [Tensor(part) for part in (ids[None], places[None], places[:-1], ids[1:])]
+    found = []
+    for lends_memory, recompute in ((False, False), (True, False), (True, True)):  # as a whole; kept; computed again
+        model.operators = replace(native, lends_memory=lends_memory)
+        optimizer = FlatAdamW(model.trainable_params(), operators=native)
+        step = MicroStep(loss, optimizer, recompute)
+        found.append((float(step(*batch).asnumpy()), optimizer.grad.asnumpy().copy()))
+        assert (step.shared is not None) == lends_memory
+    assert (len(step.shared.blocks), len(step.shared.graphs)) == (2, 1)
+    for loss_value, gradient in found[1:]:
+        assert loss_value == pytest.approx(found[0][0], rel=1e-6)
+        np.testing.assert_allclose(gradient, found[0][1], rtol=1e-4, atol=1e-6)
+    evaluated = LabelScores(loss)(*batch)[0]
+    assert float(evaluated.asnumpy()) == pytest.approx(found[0][0], rel=1e-6)
+
+
+def test_a_constant_of_ones_own_keeps_a_layer_apart(native):
+    """A tensor that is no parameter is part of a compiled graph, and so of the kind of a layer."""
+    import mindspore as ms
+    from mindspore import Tensor, nn
+
+    class Constant(nn.Cell):
+        def __init__(self, value: float):
+            super().__init__()
+            self.value = Tensor([value], ms.float32)
+
+    one, same, other = (sharing.kind_of([Constant(value)]) for value in (1.0, 1.0, 2.0))
+    assert one == same != other

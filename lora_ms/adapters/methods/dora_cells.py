@@ -44,11 +44,14 @@ class DoRADense(LoRADense):
         super().__init__(*args, **kwargs)
         ones = initializer("ones", (self.base.out_channels,))
         self.lora_magnitude = Parameter(ones, name="lora_magnitude")
+        # |W|^2 of each row: a parameter and no constant, as layers that share a compiled graph each have their own
+        zeros = initializer("zeros", (self.base.out_channels,))
+        self.base_norms = Parameter(zeros, name="base_norms", requires_grad=False)
         self.column_scale = self.base.operators.column_scale()
         self.on_weight_changed()
 
     def on_weight_changed(self) -> None:
-        self.base_norms = Tensor(np.square(lowrank.row_norms(self.base.numbers())))  # [out]
+        self.base_norms.set_data(Tensor(np.square(lowrank.row_norms(self.base.numbers()))))
         self.lora_magnitude.set_data(Tensor(lowrank.row_norms(super().merged_weight())))
 
     def tensors(self) -> dict[str, Parameter]:
