@@ -1,0 +1,231 @@
+"""A name for a graph that MindSpore is about to compile: equal names promise equal graphs.
+
+MindSpore's own compile cache compares the text of source files and the order of compilations, and nothing of
+constants, sizes or shapes. What decides a graph here is read from the cells themselves: every attribute of every cell
+(numbers, constants by their bytes, primitives with their attributes, parameters by name, shape and type), the inputs,
+the sources of this package, and the settings and versions underneath. An attribute of a kind that is not known here
+makes a graph unnameable; it is then compiled afresh each time.
+"""
+
+import dataclasses
+import functools
+import importlib.metadata
+import os
+import platform
+import sys
+import types
+from collections.abc import Iterable, Mapping
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import mindspore as ms
+import numpy as np
+from mindspore import Parameter, Tensor, nn
+from mindspore.ops import Primitive
+
+from lora_ms.runtime.native_build import processor
+
+PACKAGE = Path(__file__).parents[1]
+TRUSTED = ("lora_ms", "mindspore", "numpy")  # packages whose sources the name stands for
+PLAIN = (bool, int, float, complex, str, bytes, type(None), type(...), slice, range, np.generic, np.dtype)
+OWN_KEYS = frozenset({"training", "mixed_precision_type", "_jit_config_dict", "_amp_level", "requires_grad"})
+CHILDREN = ("_params", "_cells", "_buffers", "_params_list", "_primitives")  # where a cell keeps what it is made of
+# of a cell: text with addresses (what it tells are attributes, too), the call that a Graph is in, its last name
+IDLE_KEYS = frozenset({"_cell_init_args", "_call", "current_phase"})
+# of a run of msrun, and of this cache: they decide no graph. Rank and world are in the settings below
+IDLE_VARIABLES = ("MS_SCHED_", "MS_ROLE", "MS_NODE_", "MS_COMPILER_CACHE_", "MS_DEV_FORCE_USE_COMPILE_CACHE", "MS_TOPO")
+
+
+class Unnameable(Exception):
+    """The graph holds something whose value cannot be read."""
+
+
+def graph_digest(cell: nn.Cell, inputs: Iterable[Any]) -> str:
+    """32 hexadecimal digits for the graph of ``cell`` on ``inputs``, of which only shapes and types count.
+
+    Raises:
+        Unnameable: the cell holds a value of an unknown kind, or a class from outside ``TRUSTED``.
+    """
+    reader = _Reader()
+    reader.add("surroundings", surroundings())
+    reader.add("globals", _module_globals())
+    for value in inputs:
+        reader.input(value)
+    reader.read(cell)
+    return reader.hash.hexdigest()
+
+
+class _Reader:
+    """Feeds everything that decides a graph to one hash, objects that are met again by their number."""
+
+    def __init__(self) -> None:
+        self.hash = blake2b(digest_size=16)
+        self.seen: dict[int, int] = {}
+        self.kept: list[Any] = []  # so that no number of an object is given twice
+
+    def add(self, *parts: Any) -> None:
+        self.hash.update(repr(parts).encode())
+        self.hash.update(b"\0")
+
+    def input(self, value: Any) -> None:
+        if isinstance(value, Tensor):  # a Parameter is one
+            self.add("input", type(value).__name__, tuple(value.shape), str(value.dtype))
+        elif isinstance(value, tuple | list):
+            self.add("inputs", type(value).__name__, len(value))
+            for one in value:
+                self.input(one)
+        else:
+            self.read(value)
+
+    def met(self, value: Any) -> bool:
+        """Whether ``value`` was read before; if so its number stands for it."""
+        number = self.seen.setdefault(id(value), len(self.seen))
+        self.add("object", number)
+        if number < len(self.kept):
+            return True
+        self.kept.append(value)
+        return False
+
+    def read(self, value: Any) -> None:
+        if isinstance(value, PLAIN):
+            self.add(type(value).__name__, value)
+        elif isinstance(value, type):
+            self.type_name(value)
+        elif isinstance(value, Parameter):
+            self.parameter(value)
+        elif isinstance(value, Tensor):
+            self.array("tensor", value.asnumpy(), str(value.dtype))
+        elif isinstance(value, np.ndarray):
+            self.array("array", value, str(value.dtype))
+        elif isinstance(value, Mapping):
+            self.add("mapping", type(value).__name__, len(value))
+            for key, one in value.items():
+                self.read(key)
+                self.read(one)
+        elif isinstance(value, tuple | list):
+            self.add("sequence", type(value).__name__, len(value))
+            for one in value:
+                self.read(one)
+        elif isinstance(value, set | frozenset):
+            self.add("set", sorted(map(repr, value)))
+        elif isinstance(value, nn.Cell):
+            self.cell(value)
+        else:
+            self.other(value)
+
+    def parameter(self, value: Parameter) -> None:
+        if not self.met(value):
+            self.add("parameter", value.name, tuple(value.shape), str(value.dtype), value.requires_grad)
+
+    def array(self, kind: str, value: np.ndarray, dtype: str) -> None:
+        self.add(kind, value.shape, dtype)
+        self.hash.update(np.ascontiguousarray(value).tobytes())
+
+    def cell(self, cell: nn.Cell) -> None:
+        if self.met(cell):
+            return
+        self.type_name(type(cell))
+        self.read(cell.get_flags())
+        for key in (*CHILDREN, *sorted(OWN_KEYS)):
+            self.add(key)
+            self.read(getattr(cell, key))
+        for key in sorted(vars(cell).keys() - _bare_cell()):
+            if key not in IDLE_KEYS:
+                self.add(key)
+                self.read(vars(cell)[key])
+
+    def other(self, value: Any) -> None:
+        if isinstance(value, types.FunctionType):
+            self.function(value)
+        elif isinstance(value, types.MethodType):
+            self.function(value.__func__)
+            self.read(value.__self__)
+        elif isinstance(value, functools.partial):
+            self.read((value.func, value.args, value.keywords))
+        elif isinstance(value, types.BuiltinFunctionType):
+            self.add("builtin", value.__module__, value.__qualname__)
+        elif type(value).__module__.startswith("mindspore._c_expression") and not vars_of(value):
+            self.add("type", str(value))  # such as mindspore.float32
+        elif isinstance(value, Primitive) or dataclasses.is_dataclass(value) or _trusted(type(value).__module__):
+            if not self.met(value):
+                self.type_name(type(value))
+                for key, one in sorted(vars_of(value).items()):
+                    self.add(key)
+                    self.read(one)
+        else:
+            raise Unnameable(f"a value of {type(value).__module__}.{type(value).__qualname__}")
+
+    def function(self, value: types.FunctionType) -> None:
+        if not _trusted(value.__module__):
+            raise Unnameable(f"a function of {value.__module__}")
+        self.add("function", value.__module__, value.__qualname__, value.__code__.co_firstlineno)
+        if not self.met(value):
+            self.read((value.__defaults__, value.__kwdefaults__))
+            for one in value.__closure__ or ():
+                self.read(one.cell_contents)
+
+    def type_name(self, value: type) -> None:
+        if not _trusted(value.__module__) and value.__module__ != "builtins":
+            raise Unnameable(f"class {value.__module__}.{value.__qualname__}")
+        self.add("class", value.__module__, value.__qualname__)
+
+
+def vars_of(value: Any) -> Mapping[str, Any]:
+    """Attributes of an object, those in slots included."""
+    slots = [name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ())]
+    found = {name: getattr(value, name) for name in slots if hasattr(value, name) and not name.startswith("__")}
+    return {**found, **getattr(value, "__dict__", {})}
+
+
+def _trusted(module: str | None) -> bool:
+    return (module or "").partition(".")[0] in TRUSTED
+
+
+@functools.cache
+def _bare_cell() -> frozenset[str]:
+    """The attributes that every cell has: MindSpore's bookkeeping."""
+    return frozenset(vars(nn.Cell()))
+
+
+def _module_globals() -> list[tuple[str, str, str]]:
+    """Plain values in this package's modules that are loaded: a graph takes them in as constants."""
+    found = []
+    for name, module in sorted(sys.modules.items()):
+        if name.partition(".")[0] == PACKAGE.name and module is not None:
+            values = sorted(vars(module).items())
+            found += [(name, key, repr(one)) for key, one in values if key[:2] != "__" and _is_plain(one)]
+    return found
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, PLAIN) or (isinstance(value, tuple) and all(map(_is_plain, value)))
+
+
+@functools.cache
+def sources() -> str:
+    """Of every source file of this package, C++ included."""
+    found = blake2b(digest_size=16)
+    for path in sorted(PACKAGE.rglob("*")):
+        if path.suffix in (".py", ".h", ".cpp"):
+            found.update(f"{path.relative_to(PACKAGE)}\0".encode())
+            found.update(path.read_bytes())
+    return found.hexdigest()
+
+
+def versions() -> tuple[str, ...]:
+    """Of what computes underneath."""
+    packages = ("mindspore", "numpy")
+    return (platform.python_version(), ms.__version__, *map(importlib.metadata.version, packages))
+
+
+def surroundings() -> tuple[Any, ...]:
+    """What decides a graph besides its cells and inputs: sources, versions, processor, settings of MindSpore."""
+    keys = ("mode", "device_target", "enable_graph_kernel", "graph_kernel_flags", "jit_level", "jit_config")
+    settings = [(key, repr(ms.get_context(key))) for key in (*keys, "deterministic", "max_call_depth")]
+    variables = sorted(
+        (name, value)
+        for name, value in os.environ.items()
+        if name.startswith(("MS_", "ASCEND_", "HCCL_")) and not name.startswith(IDLE_VARIABLES)
+    )
+    return sources(), versions(), processor(), settings, variables
