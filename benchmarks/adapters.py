@@ -43,8 +43,9 @@ def ours(args, ids: np.ndarray) -> dict[str, float]:
 
     import lora_ms
     from lora_ms.runtime.device import setup
+    from lora_ms.train.gradient import MicroStep
     from lora_ms.train.optimizer import FlatAdamW
-    from lora_ms.train.step import MicroStep, SummedLoss
+    from lora_ms.train.parts import SummedLoss
 
     setup("CPU")
     index = np.arange(ids.size).reshape(ids.shape)[:, :-1].ravel().astype(np.int32)

@@ -34,8 +34,8 @@ def main() -> None:
 
     import numpy as np
 
-    from lora_ms.adapters.config import LoraConfig
     from lora_ms.adapters.inject import inject
+    from lora_ms.adapters.methods.lora import LoraConfig
     from lora_ms.data.example import TokenRow
     from lora_ms.data.loader import DataPlan
     from lora_ms.models.decoder import DecoderConfig
@@ -83,7 +83,7 @@ def main() -> None:
             rows[256:], batch_size=8, accumulation=1, epochs=1, seed=0, shuffle=False, pad_id=0, seq_length=16
         )
         evaluator = Evaluator(model, held_out, 128, here)
-        fit(model, plan, settings, here, weights_of(model, config, None), 128, ms.float32, None, evaluator, [watch])
+        fit(model, plan, settings, here, weights_of(model, config, None), 128, ms.float32, (), evaluator, [watch])
         written = {name: size_kb(Path(folder) / name) for name in sorted(os.listdir(folder))}
     print(f"memory after {args.steps} steps / after {EVERY}: {watch.memory[-1] / watch.memory[0]:.4f}")
     print(f"step time of the last thousand / of the second: {watch.times[-1] / watch.times[1]:.3f}")

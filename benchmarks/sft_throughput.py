@@ -56,15 +56,15 @@ def ours(args):
     import mindspore as ms
     from mindspore import Tensor
 
-    from lora_ms.adapters.config import LoraConfig
     from lora_ms.adapters.inject import inject
+    from lora_ms.adapters.methods.lora import LoraConfig
     from lora_ms.data.example import TokenRow
-    from lora_ms.data.feed import feed
-    from lora_ms.data.loader import DataPlan
+    from lora_ms.data.loader import DataPlan, device_steps
     from lora_ms.models.hub import load_directory
     from lora_ms.runtime.device import setup
+    from lora_ms.train.gradient import MicroStep
     from lora_ms.train.optimizer import FlatAdamW
-    from lora_ms.train.step import MicroStep, SummedLoss
+    from lora_ms.train.parts import SummedLoss
 
     setup("CPU")
     model = load_directory(args.model)
@@ -93,7 +93,7 @@ def ours(args):
         micro(Tensor(blank), Tensor(blank), Tensor(slots), Tensor(slots - 100)).asnumpy()
     optimizer(Tensor(0.0, ms.float32), Tensor(1.0, ms.float32))[0].asnumpy()
     yield None
-    for batches, _, count in feed(plan, 0):
+    for batches, _, count in device_steps(plan, 0):
         losses = [micro(*batch) for batch in batches]
         optimizer(Tensor(1e-4, ms.float32), Tensor(count, ms.float32))[0].asnumpy()
         computed = sum(batch[0].size for batch in batches)

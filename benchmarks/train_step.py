@@ -37,21 +37,22 @@ def ours(args):
     import mindspore as ms
     from mindspore import Tensor
 
-    from lora_ms.adapters.config import LoraConfig
     from lora_ms.adapters.inject import inject
+    from lora_ms.adapters.methods.lora import LoraConfig
     from lora_ms.data.example import TokenRow
     from lora_ms.data.loader import DataPlan
     from lora_ms.models.hub import load_directory
     from lora_ms.runtime.device import setup
+    from lora_ms.train.gradient import MicroStep
     from lora_ms.train.optimizer import FlatAdamW
-    from lora_ms.train.step import SummedLoss, micro_step
+    from lora_ms.train.parts import SummedLoss
 
     setup("CPU", graph_kernel=args.graph_kernel)
     model = load_directory(args.model)
     inject(model, LoraConfig(RANK, ALPHA, args.dropout, TARGETS))
     model.set_train(True)
     optimizer = FlatAdamW([p for p in model.get_parameters() if p.requires_grad])
-    micro = micro_step(SummedLoss(model, args.vocab), optimizer, args.recompute)
+    micro = MicroStep(SummedLoss(model, args.vocab), optimizer, args.recompute)
     data = [TokenRow(str(i), *pair) for i, pair in enumerate(zip(*rows(args), strict=True))]
     plan = DataPlan.build(
         data, batch_size=args.batch, accumulation=1, epochs=1, seed=0, shuffle=False, pad_id=0, seq_length=args.seq

@@ -29,10 +29,12 @@ def __getattr__(name: str):
         from lora_ms.python import peft_model
 
         return getattr(peft_model, name)
-    if name in ("LoraConfig", "AdaLoraConfig"):
-        from lora_ms.adapters import config
+    if name.endswith("Config"):
+        from lora_ms.adapters.methods import METHODS
 
-        return getattr(config, name)
+        configs = {method.__name__: method for method in METHODS.values()}
+        if name in configs:
+            return configs[name]
     if name in __all__:
         from lora_ms.python import api
 

@@ -4,7 +4,7 @@ import json
 import os
 import struct
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,25 +18,31 @@ REFERENCE = ROOT / "tests" / "reference"
 
 
 @pytest.fixture(scope="session")
-def graph_mode() -> None:
+def runtime():
+    """What a run begins with: MindSpore's static graphs, on the CPU, and our own operators."""
+    from lora_ms.runtime import device
+
+    return device.setup("CPU")[0]
+
+
+@pytest.fixture(scope="session")
+def graph_mode(runtime) -> None:
     """MindSpore as training uses it: static graphs, on the CPU."""
-    from lora_ms.runtime import device as runtime
-
-    runtime.setup("CPU")
 
 
-@pytest.fixture(scope="module", params=["own operators", "MindSpore's"])
-def own(request, graph_mode) -> Iterator[bool]:
-    """Whether cells that a test makes compute with our own operators for the CPU; it runs once so, once with
-    MindSpore's. Fails where ours cannot be compiled."""
-    from lora_ms.ops import native as operators
-    from lora_ms.runtime import native_build as cpu
+@pytest.fixture(scope="session")
+def native(runtime):
+    """Our own operators; fails where they cannot be compiled."""
+    assert runtime.operators.name == "native"
+    return runtime.operators
 
-    library, why = cpu.build()
-    assert library is not None, why
-    operators.use(str(library) if request.param == "own operators" else "")
-    yield operators.there()
-    operators.use(str(library))
+
+@pytest.fixture(scope="module", params=["native", "portable"])
+def operators(request, native):
+    """A test that takes these runs once with our own operators, and once with MindSpore's."""
+    from lora_ms.ops import PORTABLE
+
+    return native if request.param == "native" else PORTABLE
 
 
 @pytest.fixture(scope="session")
@@ -130,3 +136,41 @@ def python_env() -> dict[str, str]:
 def python() -> str:
     """The Python that runs the tests."""
     return sys.executable
+
+
+@pytest.fixture
+def gradients() -> Callable:
+    """``gradients(cell, places, *inputs)``: the cell's output, a number, and its gradients in the inputs ``places``."""
+    from mindspore import Tensor, nn, ops
+
+    class Gradient(nn.Cell):
+        def __init__(self, cell: nn.Cell, places: tuple[int, ...]):
+            super().__init__()
+            self.grad = ops.value_and_grad(cell, places)
+
+        def construct(self, *inputs):
+            return self.grad(*inputs)
+
+    def run(cell, places, *inputs):
+        value, grads = Gradient(cell, places)(*(Tensor(x) for x in inputs))
+        grads = grads if isinstance(grads, tuple) else (grads,)  # MindSpore returns a single one bare
+        return value.asnumpy(), [g.asnumpy() for g in grads]
+
+    return run
+
+
+@pytest.fixture
+def squares() -> Callable:
+    """``squares(cell)``: a cell that gives the sum of the squares of what ``cell`` gives."""
+    from mindspore import nn
+
+    class Squares(nn.Cell):
+        def __init__(self, cell: nn.Cell):
+            super().__init__()
+            self.cell = cell
+
+        def construct(self, x):
+            y = self.cell(x)
+            return (y * y).sum()
+
+    return Squares

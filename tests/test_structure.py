@@ -18,7 +18,8 @@ DIRECTIONS = {
     "errors": ("", ""),
     "storage": ("errors", "numpy safetensors"),
     "runtime": ("runtime nn.parallel ops errors", "mindspore"),
-    "config": ("config errors", "yaml pydantic"),
+    "values": ("", "pydantic"),
+    "config": ("config adapters.methods values errors", "yaml pydantic"),
     "data": (
         "data runtime.host storage errors",
         "numpy transformers mindspore.dataset mindspore.mindrecord datasets pyarrow",
@@ -26,9 +27,9 @@ DIRECTIONS = {
     "ops": ("ops", "mindspore numpy"),
     "nn": ("nn ops", "mindspore numpy"),
     "models": ("models nn ops storage errors", "mindspore numpy"),
-    "adapters": ("adapters nn ops storage errors", "mindspore numpy"),
+    "adapters": ("adapters nn ops storage values errors", "mindspore numpy"),
     "train": (
-        "train nn ops data adapters.peft_format adapters.methods runtime storage errors",
+        "train nn ops data adapters.methods.PARAMETERS runtime storage errors",
         "mindspore numpy tqdm matplotlib tensorboardX",
     ),
     "infer": ("infer nn ops data.template data.example errors", "mindspore numpy transformers sacrebleu"),

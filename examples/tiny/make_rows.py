@@ -5,7 +5,7 @@ import json
 import random
 from pathlib import Path
 
-from lora_ms.data.readers import read_rows
+from lora_ms.data.pipeline import read_rows
 from lora_ms.data.template import encode
 from lora_ms.data.tokenizer import load_tokenizer
 

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from lora_ms.adapters.methods.base import Pair
+
 Array = NDArray[np.floating]
-Factors = tuple[Array, Array, float]  # A, B and the number that scales their product
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def elected(tensors: Sequence[Array], weights: Sequence[float], majority_sign_me
 
 
 def combined_pair(
-    parts: Sequence[Factors], weights: Sequence[float], method: str, rank: int, mix: Mix
+    parts: Sequence[Pair], weights: Sequence[float], method: str, rank: int, mix: Mix
 ) -> tuple[Array, Array]:
     """A and B, to be scaled by 1, of one module, by a name of ``combine.METHODS``; ``rank``: of an svd method."""
     factors = [weight * scaling for weight, (_, _, scaling) in zip(weights, parts, strict=True)]

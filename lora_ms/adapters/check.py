@@ -9,18 +9,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lora_ms import storage
-from lora_ms.adapters import lowrank
-from lora_ms.adapters import offline_merge as hf_merge
-from lora_ms.adapters import peft_files as files
-from lora_ms.adapters.config import AdaLoraConfig, LoraConfig
-from lora_ms.adapters.matching import by_pattern, leaf_of
+from lora_ms.adapters import offline_merge, peft_files
+from lora_ms.adapters.matching import leaf_of
+from lora_ms.adapters.methods.base import AdapterConfig
 from lora_ms.errors import LoraMsError
 from lora_ms.storage import Entry
 
 OK, WARNING, FAULT = "ok", "warning", "fault"
 SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # values that vLLM's --max-lora-rank takes; 16 by default
-B_FACTORS = ("lora_B.weight", "lora_B", "lora_embedding_B")
 MERGE = "merge it instead: lora-ms merge"
+
+Modules = Mapping[str, Mapping[str, Entry]]  # tensors of the file by module and name
 
 
 class Check(NamedTuple):
@@ -45,115 +44,116 @@ def counted(number: int, thing: str) -> str:
 def check_files(adapter: Path, base: Path | None) -> Iterator[Check]:
     """Every check that the files of ``adapter`` and of the model ``base`` can answer, in the order of the table."""
     try:
-        config, raw = files.read_adapter_config(adapter), storage.read_json(adapter / files.CONFIG)
-        yield Check("settings", OK, settings_text(config))
+        config, raw = peft_files.read_adapter_config(adapter), storage.read_json(adapter / peft_files.CONFIG)
+        yield Check("settings", OK, config.describe())
     except LoraMsError as error:
         yield Check("settings", FAULT, str(error))
         return
     try:
-        entries = files.read_entries(adapter)
-        files.check_finite(adapter, entries)
+        entries = peft_files.read_entries(adapter)
+        peft_files.check_finite(adapter, entries)
     except LoraMsError as error:
         yield Check("tensors", FAULT, str(error))
         return
-    modules = hf_merge.modules_of(entries)
-    lora = [name for name, tensors in modules.items() if any(factor.startswith("lora_") for factor in tensors)]
-    yield from check_keys(adapter, config, entries, lora)
-    yield check_ranks(config, modules)
-    yield check_b(modules)
+    modules = offline_merge.modules_of(entries)
+    adapted = {name: tensors for name, tensors in modules.items() if config.adapts(tensors)}
+    yield from check_keys(adapter, config, entries, list(adapted))
+    yield from check_ranks(config, adapted)
+    yield from check_idle(config, adapted, saved=any("weight" in tensors for tensors in modules.values()))
     yield from check_base(adapter, base, entries, config)
     yield check_template(adapter, base)
     yield from check_vllm(config, raw, modules)
 
 
-def settings_text(config: LoraConfig) -> str:
-    kind = "AdaLoRA" if isinstance(config, AdaLoraConfig) else "DoRA" if config.use_dora else "LoRA"
-    if config.use_rslora:
-        kind += " with rsLoRA"
-    if isinstance(config.init_lora_weights, str):
-        kind += f", begun by {config.init_lora_weights}"
-    rank, alpha = config.lora_rank, config.lora_alpha
-    return f"{kind}, rank {rank}, alpha {alpha:g}, scaling {lowrank.scaling_of(rank, alpha, config.use_rslora):g}"
-
-
-def check_keys(adapter: Path, config: LoraConfig, entries: Mapping[str, Entry], lora: list[str]) -> Iterator[Check]:
+def check_keys(
+    adapter: Path, config: AdapterConfig, entries: Mapping[str, Entry], adapted: list[str]
+) -> Iterator[Check]:
     """Names of tensors, and whether the patterns of the settings fit them."""
-    odd = [key for key in entries if files.split_key(key) is None]
-    bare = [key for key in entries if not key.startswith(files.PREFIX)]
+    odd = [key for key in entries if peft_files.split_key(key) is None]
+    bare = [key for key in entries if not key.startswith(peft_files.PREFIX)]
     if odd:
         yield Check("keys", FAULT, f"{counted(len(odd), 'tensor')} of no known name: {listed(odd)}")
     elif bare:
-        yield Check("keys", FAULT, f"{len(bare)} without the prefix {files.PREFIX}, which PEFT wants: {listed(bare)}")
-    elif not lora:
-        yield Check("keys", FAULT, "it holds no LoRA tensor")
+        yield Check(
+            "keys", FAULT, f"{len(bare)} without the prefix {peft_files.PREFIX}, which PEFT wants: {listed(bare)}"
+        )
+    elif not adapted:
+        yield Check("keys", FAULT, f"it holds no {config.title} tensor")
     else:
-        leaves = ", ".join(sorted({leaf_of(name) for name in lora}))
-        yield Check("keys", OK, f"{counted(len(entries), 'tensor')}, LoRA on {counted(len(lora), 'module')}: {leaves}")
+        leaves = ", ".join(sorted({leaf_of(name) for name in adapted}))
+        count, where = counted(len(entries), "tensor"), counted(len(adapted), "module")
+        yield Check("keys", OK, f"{count}, {config.title} on {where}: {leaves}")
     try:
-        files.check_patterns(adapter, config, lora)
+        peft_files.check_patterns(adapter, config, adapted)
     except LoraMsError as error:
         yield Check("patterns", FAULT, str(error))
 
 
-def rank_of(tensors: Mapping[str, Entry]) -> int | None:
-    """The rank by the tensors of a module; None where they are no pair."""
-    for a, b in (("lora_A.weight", "lora_B.weight"), ("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B")):
-        if a in tensors and b in tensors and len(tensors[a].shape) == len(tensors[b].shape) == 2:
-            rank = tensors[a].shape[0]
-            return rank if rank == tensors[b].shape[1] else None
-    return None
+def shapes_of(tensors: Mapping[str, Entry]) -> dict[str, tuple[int, ...]]:
+    return {name: entry.shape for name, entry in tensors.items()}
 
 
-def check_ranks(config: LoraConfig, modules: Mapping[str, Mapping[str, Entry]]) -> Check:
-    """Ranks by the tensors against those by the settings."""
+def check_ranks(config: AdapterConfig, adapted: Modules) -> Iterator[Check]:
+    """Ranks by the tensors against those by the settings, where the method has ranks."""
     faults: list[str] = []
     ranks: Counter[int | None] = Counter()
-    for name, tensors in modules.items():
-        if not any(factor.startswith("lora_") for factor in tensors):
-            continue
-        rank, wanted = rank_of(tensors), [int(by_pattern(name, config.rank_pattern, config.lora_rank))]
-        if isinstance(config, AdaLoraConfig) and name in config.kept:
-            wanted.append(sum(config.kept[name]))
+    for name, tensors in adapted.items():
+        rank, expected = config.rank_of(shapes_of(tensors)), config.ranks(name)
+        if not expected:
+            return
         ranks[rank] += 1
         if rank is None:
             faults.append(f"{name}: A and B are no pair")
-        elif rank not in wanted:
-            faults.append(f"{name}: rank {rank} by its tensors, {wanted[-1]} by {files.CONFIG}")
+        elif rank not in expected:
+            faults.append(f"{name}: rank {rank} by its tensors, {expected[-1]} by {peft_files.CONFIG}")
     if faults:
-        return Check("ranks", FAULT, listed(faults))
-    if len(ranks) > 1:
+        yield Check("ranks", FAULT, listed(faults))
+    elif len(ranks) > 1:
         parts = (f"{rank} on {counted(count, 'module')}" for rank, count in sorted(ranks.items()))
-        return Check("ranks", OK, ", ".join(parts))
-    return Check("ranks", OK, f"{listed([str(rank) for rank in ranks])} everywhere, as {files.CONFIG} says")
+        yield Check("ranks", OK, ", ".join(parts))
+    else:
+        found = listed([str(rank) for rank in ranks])
+        yield Check("ranks", OK, f"{found} everywhere, as {peft_files.CONFIG} says")
 
 
-def check_b(modules: Mapping[str, Mapping[str, Entry]]) -> Check:
-    """An adapter whose B are zero has learnt nothing: the file is of a run that did not train, or not saved whole."""
-    zero, count = [], 0
-    for name, tensors in modules.items():
-        pair = [entry for factor, entry in tensors.items() if factor in (*B_FACTORS, "lora_embedding_A", "lora_E")]
-        if not pair or rank_of(tensors) == 0:  # AdaLoRA may leave a module nothing
+def check_idle(config: AdapterConfig, adapted: Modules, saved: bool) -> Iterator[Check]:
+    """Whether the adapter changes anything; one that does not is of a run that did not train, or not saved whole.
+
+    saved: whether the file holds whole modules besides, which may be all that was trained.
+    """
+    idle, count = [], 0
+    for name, tensors in adapted.items():
+        deciding = {tensor: entry for tensor, entry in tensors.items() if tensor in config.IDLE}
+        if not deciding or config.rank_of(shapes_of(tensors)) == 0:  # AdaLoRA may leave a module nothing
             continue
         count += 1
-        if not all(any(block.any() for block in storage.read_blocks(entry)) for entry in pair):
-            zero.append(name)
-    saved = any("weight" in tensors for tensors in modules.values())
-    if zero and len(zero) == count:
-        return Check("B not zero", WARNING if saved else FAULT, "every B is zero: LoRA changes nothing")
-    if zero:
-        return Check("B not zero", WARNING, f"{len(zero)} of {count} modules change nothing: {listed(zero)}")
-    return Check("B not zero", OK, f"all {count} modules change something")
+        if any(is_filled(entry, config.IDLE[tensor]) for tensor, entry in deciding.items()):
+            idle.append(name)
+    title, text = config.IDLE_CHECK
+    if idle and len(idle) == count:
+        yield Check(title, WARNING if saved else FAULT, text)
+    elif idle:
+        yield Check(title, WARNING, f"{len(idle)} of {count} modules change nothing: {listed(idle)}")
+    else:
+        yield Check(title, OK, f"all {count} modules change something")
+
+
+def is_filled(entry: Entry, number: float) -> bool:
+    """Whether a tensor holds nothing but ``number``."""
+    return all((block == number).all() for block in storage.read_blocks(entry))
 
 
 def base_entries(base: Path) -> dict[str, Entry]:
     """The tensors of the model's directory, the shared head included."""
     stored, hf = storage.open_dir(base), storage.read_json(base / "config.json")
-    return hf_merge.with_head(stored, hf.get("tie_word_embeddings", f"{hf_merge.HEAD}.weight" not in stored))
+    return offline_merge.with_head(stored, hf.get("tie_word_embeddings", f"{offline_merge.HEAD}.weight" not in stored))
 
 
-def check_base(adapter: Path, base: Path | None, entries: Mapping[str, Entry], config: LoraConfig) -> Iterator[Check]:
+def check_base(
+    adapter: Path, base: Path | None, entries: Mapping[str, Entry], config: AdapterConfig
+) -> Iterator[Check]:
     """The model that the adapter names, and whether the adapter fits the one that is here."""
-    named = files.base_name(adapter)
+    named = peft_files.base_name(adapter)
     if named is None:
         text = "the adapter names no model: whoever loads it must know which (base_model_name_or_path)"
         yield Check("base model", WARNING, text)
@@ -167,12 +167,14 @@ def check_base(adapter: Path, base: Path | None, entries: Mapping[str, Entry], c
         yield Check("shapes", WARNING, "not compared: give --load_checkpoint with the model's folder")
         return
     try:
-        faults = hf_merge.fit_faults(entries, base_entries(base), config)
+        faults = offline_merge.fit_faults(entries, base_entries(base), config)
     except LoraMsError as error:
         yield Check("shapes", FAULT, str(error))
         return
     if faults:
-        yield Check("shapes", FAULT, f"made for another model than {base}: {listed(faults).replace(files.PREFIX, '')}")
+        yield Check(
+            "shapes", FAULT, f"made for another model than {base}: {listed(faults).replace(peft_files.PREFIX, '')}"
+        )
     else:
         yield Check("shapes", OK, f"every tensor has its place in {base}")
 
@@ -199,12 +201,30 @@ def check_template(adapter: Path, base: Path | None) -> Check:
     return Check("chat template", OK, "with the adapter" + ("" if theirs is None else ", the same as the model's"))
 
 
-def check_vllm(
-    config: LoraConfig, raw: Mapping[str, Any], modules: Mapping[str, Mapping[str, Entry]]
-) -> Iterator[Check]:
+def check_vllm(config: AdapterConfig, raw: Mapping[str, Any], modules: Modules) -> Iterator[Check]:
     """What vLLM, which reads r and lora_alpha alone, would make of it."""
-    ranks = [rank for tensors in modules.values() if (rank := rank_of(tensors)) is not None]
-    rank = max([*ranks, config.lora_rank])
+    yield from check_vllm_rank(config, modules)
+    refused = config.vllm_refuses()
+    if raw.get("modules_to_save"):
+        refused.append(f"modules_to_save {raw['modules_to_save']}")
+    if any(tensor.endswith("bias") for tensors in modules.values() for tensor in tensors):
+        refused.append("trained biases")
+    if refused:
+        yield Check("vLLM: kind", WARNING, f"vLLM does not serve {', '.join(refused)}; {MERGE}")
+    ignored = config.vllm_ignores()
+    if ignored:
+        yield Check("vLLM: numbers", WARNING, f"vLLM does not read {', '.join(ignored)} and computes wrongly; {MERGE}")
+    if not refused and not ignored:
+        yield Check("vLLM: kind", OK, "nothing that vLLM would refuse or ignore")
+
+
+def check_vllm_rank(config: AdapterConfig, modules: Modules) -> Iterator[Check]:
+    """Whether the largest rank, by the tensors and by the settings, is among those that vLLM serves."""
+    stored = [rank for tensors in modules.values() if (rank := config.rank_of(shapes_of(tensors))) is not None]
+    ranks = [*stored, *config.ranks("")]
+    if not ranks:
+        return
+    rank = max(ranks)
     enough = next((served for served in SERVED_RANKS if served >= rank), None)
     if rank <= 16:
         yield Check("vLLM: rank", OK, f"{rank} is within the default of 16")
@@ -212,26 +232,6 @@ def check_vllm(
         yield Check("vLLM: rank", WARNING, f"vLLM takes ranks up to {SERVED_RANKS[-1]}, not {rank}; {MERGE}")
     else:
         yield Check("vLLM: rank", WARNING, f"{rank} is over the default of 16: start it with --max-lora-rank {enough}")
-    trained = sorted({factor for tensors in modules.values() for factor in tensors if factor.endswith("bias")})
-    refused = {
-        "AdaLoRA": isinstance(config, AdaLoraConfig),
-        "DoRA": config.use_dora,
-        f"modules_to_save {raw.get('modules_to_save')}": bool(raw.get("modules_to_save")),
-        "trained biases": bool(trained),
-    }
-    faults = [name for name, found in refused.items() if found]
-    if faults:
-        yield Check("vLLM: kind", WARNING, f"vLLM does not serve {', '.join(faults)}; {MERGE}")
-    wrong = {
-        "rank_pattern": bool(config.rank_pattern),
-        "alpha_pattern": bool(config.alpha_pattern),
-        f"init_lora_weights {config.init_lora_weights}": lowrank.takes_out(str(config.init_lora_weights)),
-    }
-    ignored = [name for name, found in wrong.items() if found]
-    if ignored:
-        yield Check("vLLM: numbers", WARNING, f"vLLM does not read {', '.join(ignored)} and computes wrongly; {MERGE}")
-    if not faults and not ignored:
-        yield Check("vLLM: kind", OK, "nothing that vLLM would refuse or ignore")
 
 
 def size_of(entries: Mapping[str, Entry]) -> int:

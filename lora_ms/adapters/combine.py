@@ -9,10 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from lora_ms import storage
-from lora_ms.adapters import lowrank
-from lora_ms.adapters.arithmetic import Array, Factors, Mix, combined_pair, widened
-from lora_ms.adapters.config import AdaLoraConfig, LoraConfig
-from lora_ms.adapters.matching import EMBEDDINGS, Place, by_pattern, leaf_of
+from lora_ms.adapters.arithmetic import Array, Mix, combined_pair, widened
+from lora_ms.adapters.matching import leaf_of
+from lora_ms.adapters.methods.base import AdapterConfig, Pair
 from lora_ms.adapters.peft_config import Adapted, to_peft
 from lora_ms.adapters.peft_files import (
     CONFIG,
@@ -25,8 +24,6 @@ from lora_ms.adapters.peft_files import (
 )
 from lora_ms.errors import LoraMsError
 
-DENSE_NAMES = ("lora_A.weight", "lora_B.weight")
-EMBEDDING_NAMES = ("lora_embedding_A", "lora_embedding_B")
 MAJORITIES = ("total", "frequency")
 
 METHODS = {
@@ -52,19 +49,11 @@ class Adapter:
         LoraMsError: the settings ask for more than LoRA, which no sum of A and B can hold.
     """
 
-    config: LoraConfig
-    tensors: Mapping[str, Factors]
+    config: AdapterConfig
+    tensors: Mapping[str, Pair]
 
     def __post_init__(self):
-        config = self.config
-        found = {
-            "DoRA": config.use_dora,
-            "AdaLoRA": isinstance(config, AdaLoraConfig),
-            "lora_bias": config.lora_bias,
-            f"bias: {config.bias}": config.bias != "none",
-            f"modules_to_save: {', '.join(config.modules_to_save)}": config.modules_to_save,
-        }
-        extra = [name for name, present in found.items() if present]
+        extra = self.config.not_a_pair()
         if extra:
             raise LoraMsError(f"an adapter with {'; '.join(extra)} cannot be combined: LoRA and rsLoRA alone can")
 
@@ -102,7 +91,7 @@ def combine(
     if not names:
         raise LoraMsError("nothing to combine: the adapters are empty")
     check_shapes(adapters, names, method)
-    largest = max(len(a) for adapter in adapters for a, _, _ in adapter.tensors.values())
+    largest = max(len(pair.a) for adapter in adapters for pair in adapter.tensors.values())
     mix = Mix(method.removesuffix("_svd"), density or 1.0, np.random.default_rng(rng), majority_sign_method)
     pairs = {}
     for name in names:
@@ -110,10 +99,10 @@ def combine(
         parts, shares = [adapters[i].tensors[name] for i in there], [weights[i] for i in there]
         pairs[name] = combined_pair(parts, shares, method, rank or largest, mix)
     new_rank = rank or max(len(a) for a, _ in pairs.values())
-    tensors = {name: (*widened(*pair, new_rank), 1.0) for name, pair in pairs.items()}
-    targets = names if any(not by_leaf(adapter.config) for adapter in adapters) else {leaf_of(name) for name in names}
-    config = LoraConfig(new_rank, float(new_rank), adapters[0].config.lora_dropout, tuple(sorted(targets)))
-    return Adapter(config, tensors)
+    tensors = {name: Pair(*widened(a, b, new_rank), 1.0) for name, (a, b) in pairs.items()}
+    by_leaf = all(adapter.config.selects_by_leaf for adapter in adapters)
+    targets = {leaf_of(name) for name in names} if by_leaf else names
+    return Adapter(adapters[0].config.combined(new_rank, tuple(sorted(targets))), tensors)
 
 
 def check_arguments(count: int, weights: Sequence[float], method: str, density: float | None, rank: int | None) -> None:
@@ -158,18 +147,6 @@ def check_shapes(adapters: Sequence[Adapter], names: Iterable[str], method: str)
                 )
 
 
-def by_leaf(config: LoraConfig) -> bool:
-    """Whether leaf names say which modules ``config`` chooses, as far as its tensors exist."""
-    targets, narrowed = config.target_modules, config.layers_to_transform is not None or config.layer_groups
-    listed = not isinstance(targets, str) and not any("." in target for target in targets)
-    return listed and not (narrowed or config.exclude_modules or config.exclude_layers)
-
-
-def factor_names(name: str) -> tuple[str, str]:
-    """What PEFT calls A and B of the module at path ``name``."""
-    return EMBEDDING_NAMES if leaf_of(name) in EMBEDDINGS else DENSE_NAMES
-
-
 def read_adapter(path: str | os.PathLike) -> Adapter:
     """The adapter of directory ``path``, float32.
 
@@ -179,9 +156,9 @@ def read_adapter(path: str | os.PathLike) -> Adapter:
     """
     path = Path(path)
     config = read_adapter_config(path)
-    if lowrank.takes_out(str(config.init_lora_weights)):
+    if config.changed_base:
         raise LoraMsError(
-            f"{path}: init_lora_weights {config.init_lora_weights} changed the base weights, on which no other adapter "
+            f"{path}: {config.changed_base} changed the base weights, on which no other adapter "
             "stands: save it converted to LoRA (PEFT: path_initial_model_for_weight_conversion)"
         )
     try:
@@ -189,45 +166,43 @@ def read_adapter(path: str | os.PathLike) -> Adapter:
     except LoraMsError as error:
         raise LoraMsError(f"{path}: {error}") from None
     stored = {key: storage.read(entry, np.float32) for key, entry in read_entries(path).items()}
-    halves: dict[str, dict[str, Array]] = {}
+    modules: dict[str, dict[str, Array]] = {}
     faults = [f"{key} holds NaN or infinity" for key, value in stored.items() if not np.isfinite(value).all()]
     for key, value in stored.items():
         found = split_key(key)
-        if found is not None and found.factor in factor_names(found.name):
-            halves.setdefault(found.name, {})[found.factor] = value
-        elif found is None or found.factor != "base_layer.weight":  # PEFT's copy of the embedding
+        if found is not None and found.tensor in config.TENSORS:
+            modules.setdefault(found.module, {})[found.tensor] = value
+        elif found is None or found.tensor != "base_layer.weight":  # PEFT's copy of the embedding
             faults.append(f"{key} is no factor of LoRA")
-    check_patterns(path, config, list(halves))
+    check_patterns(path, config, list(modules))
     tensors = {}
-    for name, pair in halves.items():
-        a, b = (pair.get(half) for half in factor_names(name))
-        rank = int(by_pattern(name, config.rank_pattern, config.lora_rank))
-        if a is None or b is None or a.ndim != 2 or b.ndim != 2 or len(a) != rank or b.shape[1] != rank:
-            shapes = {half: value.shape for half, value in pair.items()}
-            faults.append(f"{name} has {shapes}, should have A and B of rank {rank}")
-            continue
-        alpha = by_pattern(name, config.alpha_pattern, config.lora_alpha)
-        tensors[name] = (a, b, lowrank.scaling_of(rank, alpha, config.use_rslora))
+    for name, values in modules.items():
+        try:
+            tensors[name] = config.pair(name, values)
+        except LoraMsError as error:
+            faults.append(str(error))
     if faults or not tensors:
-        raise LoraMsError(f"{path}: cannot be combined: {'; '.join(faults) or 'it holds no LoRA tensor'}")
+        what = "; ".join(faults) or f"it holds no {config.title} tensor"
+        raise LoraMsError(f"{path}: cannot be combined: {what}")
     return Adapter(config, tensors)
 
 
 def write_adapter(adapter: Adapter, path: str | os.PathLike, base_model: str | None = None) -> None:
-    """Writes the adapter into directory ``path`` in PEFT's format, each file whole or not at all.
+    """Writes the adapter into directory ``path`` in PEFT's format, each file atomically.
 
     Raises:
         LoraMsError: a factor is not finite (nothing is written then), or the directory cannot be written.
     """
-    path, config, stored, places = Path(path), adapter.config, {}, {}
-    for name, (a, b, scaling) in adapter.tensors.items():
-        if not (np.isfinite(a).all() and np.isfinite(b).all()):
+    path, config = Path(path), adapter.config
+    stored: dict[str, Array] = {}
+    specs = {}
+    for name, pair in adapter.tensors.items():
+        if not (np.isfinite(pair.a).all() and np.isfinite(pair.b).all()):
             raise LoraMsError(f"{name} holds NaN or infinity; {path} was not written")
-        rank = len(a)
-        for half, value in zip(factor_names(name), (a, b), strict=True):
-            stored[f"{PREFIX}{name}.{half}"] = np.ascontiguousarray(value, np.float32)
-        places[name] = Place(rank, round(scaling / lowrank.scaling_of(rank, 1.0, config.use_rslora), 9))
+        for tensor, value in config.pair_tensors(name, pair).items():
+            stored[f"{PREFIX}{name}.{tensor}"] = np.ascontiguousarray(value, np.float32)
+        specs[name] = config.pair_spec(pair)
     # whole paths are written where a leaf name would take in modules that have no tensors
-    plain = () if by_leaf(config) else tuple(places)
+    plain = () if config.selects_by_leaf else tuple(specs)
     storage.write_tensors(path / WEIGHTS, stored)
-    storage.write_json(path / CONFIG, to_peft(config, Adapted(places, plain=plain), base_model))
+    storage.write_json(path / CONFIG, to_peft(config, Adapted(specs, plain=plain), base_model))

@@ -1,42 +1,31 @@
-"""Swaps adapter cells in for the layers that ``target_modules`` names, and freezes the rest."""
+"""Puts adapter cells in the place of the layers that ``target_modules`` names, and freezes the rest."""
 
 import fnmatch
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
-import mindspore as ms
-import numpy as np
-from mindspore import Tensor, nn
-from mindspore.common.initializer import initializer
+from mindspore import nn
 
-from lora_ms.adapters.config import AdaLoraConfig, LoraConfig
-from lora_ms.adapters.matching import Place, gaps, leaf_of, places, ranges
-from lora_ms.adapters.methods.embedding_cells import DoRAEmbedding, LoRAEmbedding
-from lora_ms.adapters.methods.lora_cells import AdaLoRADense, DoRADense, LoRADense, default_a
-from lora_ms.adapters.methods.modules_to_save_cells import TrainedDense, TrainedEmbedding, TrainedHead, TrainedNorm
+from lora_ms.adapters.methods import modules_to_save_cells
+from lora_ms.adapters.methods.base import AdapterConfig, Target
+from lora_ms.adapters.methods.base_cells import AdapterCell
 from lora_ms.errors import LoraMsError
-from lora_ms.nn.layers import Embedding, Head, RMSNorm
-from lora_ms.nn.parallel import WHOLE, Shard, split_axis
-from lora_ms.nn.projection import ProductDense
+from lora_ms.nn.layers import Embedding, Head
+from lora_ms.nn.parallel import WHOLE, Shard
+from lora_ms.nn.projection import DenseProjection
+from lora_ms.ops import PORTABLE, Operators
 
-ADAPTERS = (LoRADense, LoRAEmbedding)
-TRAINED = (TrainedHead, TrainedDense, TrainedEmbedding, TrainedNorm)
-TARGETS = (nn.Dense, ProductDense, Head, Embedding)  # exactly these: their subclasses are adapters
-COPIES = {
-    nn.Dense: TrainedDense,
-    ProductDense: TrainedDense,
-    Head: TrainedHead,
-    Embedding: TrainedEmbedding,
-    RMSNorm: TrainedNorm,
-}
+TARGETS = (nn.Dense, DenseProjection, Head, Embedding)  # exactly these: a subclass computes something else
 
 
 @dataclass(frozen=True)
 class InjectReport:
-    """What was swapped, and how many numbers train."""
+    """What got an adapter, and how many numbers train."""
 
     modules: tuple[str, ...]
+    title: str  # of the method
     trainable: int
     total: int
     notes: tuple[str, ...] = ()
@@ -44,29 +33,41 @@ class InjectReport:
     def line(self) -> str:
         """One line for the user, and one for each note."""
         share = 100 * self.trainable / self.total
-        what = f"LoRA on {len(self.modules)} modules" if self.modules else "no adapter"
+        what = f"{self.title} on {len(self.modules)} modules" if self.modules else "no adapter"
         train = f"{what}: {self.trainable:,} of {self.total:,} parameters train ({share:.2f}%)"
         return "\n".join((train, *self.notes))
 
 
+def cells_of(model: nn.Cell) -> dict[str, nn.Cell]:
+    """Every cell by dotted path, but for what is inside a layer or an adapter."""
+    found: dict[str, nn.Cell] = {}
+    inside = None
+    for name, cell in model.cells_and_names():
+        if inside is None or not name.startswith(inside):
+            found[name] = cell
+            if isinstance(cell, AdapterCell) or type(cell) in modules_to_save_cells.COPIES:
+                inside = f"{name}."
+    return found
+
+
 def target_layers(model: nn.Cell) -> dict[str, nn.Cell]:
     """Every layer that can take an adapter by dotted path: dense layers, the head, the embedding."""
-    return {name: cell for name, cell in model.cells_and_names() if type(cell) in TARGETS}
+    return {name: cell for name, cell in cells_of(model).items() if type(cell) in TARGETS}
 
 
-def lora_layers(model: nn.Cell) -> dict[str, nn.Cell]:
-    """Every adapter by dotted path."""
-    return {name: cell for name, cell in model.cells_and_names() if isinstance(cell, ADAPTERS)}
+def adapter_cells(model: nn.Cell) -> dict[str, AdapterCell]:
+    """Every cell that belongs to the adapter, modules saved whole included, by dotted path."""
+    return {name: cell for name, cell in cells_of(model).items() if isinstance(cell, AdapterCell)}
 
 
-def adapter_cells(model: nn.Cell) -> dict[str, nn.Cell]:
-    """Every cell that belongs to the adapter, whole trained layers included, by dotted path."""
-    return {name: cell for name, cell in model.cells_and_names() if isinstance(cell, (*ADAPTERS, *TRAINED))}
+def adapted_layers(model: nn.Cell) -> dict[str, AdapterCell]:
+    """Every adapter by dotted path, modules saved whole left out."""
+    return {name: cell for name, cell in adapter_cells(model).items() if cell.spec is not None}
 
 
-def select(model: nn.Cell, config: LoraConfig) -> dict[str, Place]:
-    """Paths of the layers that ``config`` asks for, with rank and alpha; errors as in ``matching.places``."""
-    return places(target_layers(model), config)
+def select(model: nn.Cell, config: AdapterConfig) -> dict[str, Any]:
+    """Paths of the layers that ``config`` asks for, with their specs; errors as in ``AdapterConfig.specs``."""
+    return config.specs(target_layers(model))
 
 
 def cell_at(model: nn.Cell, name: str) -> nn.Cell:
@@ -76,7 +77,7 @@ def cell_at(model: nn.Cell, name: str) -> nn.Cell:
     return model
 
 
-def place(model: nn.Cell, cells: Mapping[str, nn.Cell]) -> None:
+def install(model: nn.Cell, cells: Mapping[str, nn.Cell]) -> None:
     """Puts ``cells`` at their dotted paths, and gives every parameter its path as its name."""
     for name, cell in cells.items():
         path, _, leaf = name.rpartition(".")
@@ -91,116 +92,94 @@ def place(model: nn.Cell, cells: Mapping[str, nn.Cell]) -> None:
     model.compile_cache.clear()
 
 
-def starting_a(name: str, layer: nn.Cell, rank: int, shard: Shard) -> Tensor | None:
-    """This rank's columns of the A that one rank would have drawn; None where it is not split."""
-    if shard.count == 1 or split_axis(f"{name}.lora_a") is None:
-        return None
-    whole = initializer(default_a(), (rank, layer.in_channels * shard.count), ms.float32).init_data()
-    return Tensor(np.ascontiguousarray(shard.part(f"{name}.lora_a", whole.asnumpy())))
-
-
-def adapter_on(
-    layer: nn.Cell,
-    config: LoraConfig,
-    where: Place,
-    a_init: Tensor | None = None,
-    compute_dtype: ms.Type | None = None,
-) -> nn.Cell:
-    """A fresh adapter cell on ``layer``; ``a_init``: the A to start from, of plain LoRA."""
-    if type(layer) is Embedding:
-        if isinstance(config, AdaLoraConfig) or config.lora_bias or not isinstance(config.init_lora_weights, bool):
-            raise LoraMsError("on the embedding LoRA, rsLoRA and DoRA are supported, without bias or init_lora_weights")
-        return (DoRAEmbedding if config.use_dora else LoRAEmbedding)(layer, *where, use_rslora=config.use_rslora)
-    if isinstance(config, AdaLoraConfig):
-        return AdaLoRADense.from_dense(layer, *where, config.lora_dropout, train_bias=config.bias != "none")
-    return (DoRADense if config.use_dora else LoRADense).from_dense(
-        layer,
-        *where,
-        config.lora_dropout,
-        config.init_lora_weights,
-        config.bias != "none",
-        use_rslora=config.use_rslora,
-        lora_bias=config.lora_bias,
-        lora_a_init=a_init,
-        compute_dtype=compute_dtype,
-    )
-
-
-def saved_layers(model: nn.Cell, config: LoraConfig) -> dict[str, nn.Cell]:
+def saved_layers(model: nn.Cell, config: AdapterConfig) -> dict[str, nn.Cell]:
     """The whole layers that ``modules_to_save`` names, by path.
 
     Raises:
-        LoraMsError: a name that fits nothing, or nothing that can be trained whole.
+        LoraMsError: a name that matches nothing, or nothing that can be trained whole.
     """
-    found: dict[str, nn.Cell] = {}
-    for wanted in config.modules_to_save:
+    cells, found = cells_of(model), dict[str, nn.Cell]()
+    for suffix in config.modules_to_save:
         # by the end of the name, even amid a word, as PEFT has it: norm is every norm
-        fitting = {name: cell for name, cell in model.cells_and_names() if name.endswith(wanted)}
-        if not fitting:
-            raise LoraMsError(f"modules_to_save {wanted!r} fits no module of the model")
-        wrong = [name for name, cell in fitting.items() if type(cell) not in COPIES]
+        matching = {name: cell for name, cell in cells.items() if name.endswith(suffix)}
+        if not matching:
+            raise LoraMsError(f"modules_to_save {suffix!r} fits no module of the model")
+        wrong = [name for name, cell in matching.items() if type(cell) not in modules_to_save_cells.COPIES]
         if wrong:
-            raise LoraMsError(f"modules_to_save {wanted!r}: {wrong[0]} is no dense layer, norm, embedding or head")
-        found |= fitting
+            raise LoraMsError(f"modules_to_save {suffix!r}: {wrong[0]} is no dense layer, norm, embedding or head")
+        found |= matching
     return found
 
 
-def build(model: nn.Cell, config: LoraConfig, where: Mapping[str, Place], shard: Shard = WHOLE) -> dict[str, nn.Cell]:
-    """The cells of a fresh adapter by path, not yet in ``model``; ``shard``: with which ranks the layers are shared."""
-    layers = target_layers(model)
-    cells = {name: COPIES[type(cell)](cell) for name, cell in saved_layers(model, config).items()}
-    for name, place in where.items():
-        cells[name] = adapter_on(layers[name], config, place, starting_a(name, layers[name], place.lora_rank, shard))
-    if config.bias == "all":
-        rest = {
-            name: layer
-            for name, layer in layers.items()
-            if name not in cells and COPIES.get(type(layer)) is TrainedDense
-        }
-        cells |= {name: TrainedDense(layer, weight=False) for name, layer in rest.items() if layer.has_bias}
+def build(
+    model: nn.Cell,
+    config: AdapterConfig,
+    specs: Mapping[str, Any],
+    shard: Shard = WHOLE,
+    operators: Operators = PORTABLE,
+) -> dict[str, nn.Cell]:
+    """The cells of a fresh adapter by path, not yet in ``model``.
+
+    Args:
+        specs: of the modules to adapt.
+        shard: with which processes the layers are shared.
+        operators: what adapters on layers that are no projections compute with.
+    """
+    layers, copies = target_layers(model), modules_to_save_cells.COPIES
+    cells = {name: copies[type(layer)](layer) for name, layer in saved_layers(model, config).items()}
+    for name, spec in specs.items():
+        cells[name] = config.build(Target(name, layers[name], shard, operators), spec)
+    if config.trains_all_biases:
+        for name, layer in layers.items():
+            if name not in cells and copies.get(type(layer)) is modules_to_save_cells.TrainedDense and layer.has_bias:
+                cells[name] = modules_to_save_cells.TrainedDense(layer, weight=False)
     return cells
 
 
-def inject(
-    model: nn.Cell, config: LoraConfig, where: Mapping[str, Place] | None = None, shard: Shard = WHOLE
-) -> InjectReport:
-    """Swaps a fresh adapter in, in place; ``where`` overrides the choice of ``config.target_modules``.
-
-    Afterwards the adapter's parameters alone are trainable.
-    """
-    cells = build(model, config, select(model, config) if where is None else where, shard)
+def freeze_all(model: nn.Cell) -> None:
     for parameter in model.get_parameters():
         parameter.requires_grad = False
-    place(model, cells)
+
+
+def inject(
+    model: nn.Cell,
+    config: AdapterConfig,
+    specs: Mapping[str, Any] | None = None,
+    shard: Shard = WHOLE,
+    operators: Operators = PORTABLE,
+) -> InjectReport:
+    """Puts a fresh adapter into ``model``, whose parameters it freezes; arguments as in ``build``.
+
+    specs: None for the modules that ``config.target_modules`` names.
+    """
+    cells = build(model, config, select(model, config) if specs is None else specs, shard, operators)
+    freeze_all(model)
+    install(model, cells)
     return report(model, config, shard)
 
 
-def report(model: nn.Cell, config: LoraConfig | None = None, shard: Shard = WHOLE) -> InjectReport:
-    """Counts what stands in ``model`` now, on all ranks of ``shard`` together."""
+def report(model: nn.Cell, config: AdapterConfig | None = None, shard: Shard = WHOLE) -> InjectReport:
+    """Counts what stands in ``model`` now, on all processes of ``shard`` together; ``config`` adds its notes."""
     sizes = [
         (math.prod(shard.whole_shape(p.name, tuple(p.shape))), p.requires_grad)
         for p in model.get_parameters()
         if p.ndim  # a scalar is a setting, no weight
     ]
-    notes = []
-    if config is not None:
-        left = gaps(config, (name for name, _ in model.cells_and_names()))
-        notes += [f"layers without an adapter: {ranges(left)}"] if left else []
-        if config.lora_dropout and any(leaf_of(name) == "lm_head" for name in lora_layers(model)):
-            notes.append("lora_dropout does not reach the adapter on the head")
+    adapted = adapted_layers(model)
     return InjectReport(
-        tuple(lora_layers(model)),
-        sum(size for size, trained in sizes if trained),
-        sum(size for size, _ in sizes),
-        tuple(notes),
+        modules=tuple(adapted),
+        title=next((cell.TITLE for cell in adapted.values()), ""),
+        trainable=sum(size for size, trained in sizes if trained),
+        total=sum(size for size, _ in sizes),
+        notes=() if config is None else tuple(config.notes(cells_of(model), adapted)),
     )
 
 
 def freeze(model: nn.Cell, freeze_include: Iterable[str] = (), freeze_exclude: Iterable[str] = ()) -> None:
-    """Freezes parameters whose path fits a shell pattern of ``freeze_include`` and none of ``freeze_exclude``.
+    """Freezes parameters whose path matches a shell pattern of ``freeze_include`` and none of ``freeze_exclude``.
 
     Raises:
-        LoraMsError: a pattern that fits no parameter, or nothing left to train.
+        LoraMsError: a pattern that matches no parameter, or nothing left to train.
     """
     names = [name for name, _ in model.parameters_and_names()]
     for pattern in (*freeze_include, *freeze_exclude):

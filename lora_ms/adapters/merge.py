@@ -3,7 +3,7 @@
 import numpy as np
 from mindspore import nn
 
-from lora_ms.adapters.inject import adapter_cells, place
+from lora_ms.adapters.inject import adapter_cells, install
 from lora_ms.errors import LoraMsError
 
 
@@ -25,5 +25,5 @@ def merged_cells(model: nn.Cell, safe_merge: bool = False) -> dict[str, nn.Cell]
 
 def merge(model: nn.Cell, safe_merge: bool = False) -> nn.Cell:
     """Replaces every adapter cell of ``model`` by the plain layer of the merged weight, in place."""
-    place(model, merged_cells(model, safe_merge))
+    install(model, merged_cells(model, safe_merge))
     return model

@@ -7,49 +7,48 @@ from typing import NamedTuple
 import numpy as np
 
 from lora_ms import storage
-from lora_ms.adapters.config import LoraConfig
 from lora_ms.adapters.matching import by_pattern
+from lora_ms.adapters.methods import METHODS, modules_to_save
+from lora_ms.adapters.methods.base import AdapterConfig
 from lora_ms.adapters.peft_config import from_peft
 from lora_ms.errors import LoraMsError
 
-PREFIX = "base_model.model."
+PREFIX = "base_model.model."  # PEFT wraps the model twice, and keeps both attributes in the tensors' names
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
-# ends of a tensor's name behind the module's path, an end before those that it ends with
-FACTORS = (
-    "lora_A.weight",
-    "lora_B.weight",
-    "lora_B.bias",
-    "lora_A",
-    "lora_B",
-    "lora_E",
-    "lora_embedding_A",
-    "lora_embedding_B",
-    "lora_magnitude_vector",
-    "base_layer.bias",
-    "base_layer.weight",
-    "weight",
-    "bias",
-)
+
+
+def _tensor_names() -> tuple[str, ...]:
+    """All names that a module's tensors may have, a name before those that it ends with."""
+    names = {name for method in METHODS.values() for name in method.TENSORS}
+    # PEFT puts the untouched weight beside an adapter on the head or the embedding, and trained biases into base_layer
+    names |= {*modules_to_save.TENSORS, *(f"base_layer.{name}" for name in modules_to_save.TENSORS)}
+    return tuple(sorted(names, key=lambda name: (-len(name), name)))
+
+
+TENSOR_NAMES = _tensor_names()
 
 
 class Key(NamedTuple):
-    """A tensor's name taken apart: the module's dotted path, and which of its tensors."""
+    """A key of the file taken apart: the module's dotted path, and which of its tensors."""
 
-    name: str
-    factor: str
+    module: str
+    tensor: str
 
 
 def split_key(key: str) -> Key | None:
-    """None where ``key`` ends as no tensor of an adapter does."""
+    """None where ``key`` ends as no tensor of an adapter does.
+
+    A path may itself hold "weight" or "lora_A", so the names are matched at the end alone, the longest first.
+    """
     path = key.removeprefix(PREFIX)
-    for factor in FACTORS:
-        if path.endswith("." + factor):
-            return Key(path[: -len(factor) - 1], factor)
+    for tensor in TENSOR_NAMES:
+        if path.endswith("." + tensor):
+            return Key(path[: -len(tensor) - 1], tensor)
     return None
 
 
-def read_adapter_config(path: str | os.PathLike) -> LoraConfig:
+def read_adapter_config(path: str | os.PathLike) -> AdapterConfig:
     """The settings of the adapter in directory ``path``."""
     file = Path(path) / CONFIG
     if not file.is_file():
@@ -75,9 +74,9 @@ def check_finite(path: Path, entries: dict[str, storage.Entry]) -> None:
             raise LoraMsError(f"{path}: {key} holds NaN or infinity")
 
 
-def check_patterns(path: Path, config: LoraConfig, names: list[str]) -> None:
-    """Raises LoraMsError where a rank or alpha pattern of the file fits none of its own modules."""
-    for key, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
+def check_patterns(path: Path, config: AdapterConfig, names: list[str]) -> None:
+    """Raises LoraMsError where a pattern of the file, such as a rank's, matches none of its own modules ``names``."""
+    for key, patterns in config.patterns().items():
         for pattern in patterns:
             if not any(by_pattern(name, {pattern: 1.0}, 0.0) for name in names):
                 raise LoraMsError(f"{path}: {key} {pattern!r} matches none of the adapter's modules")

@@ -1,4 +1,4 @@
-"""Adapters in PEFT's format: ``adapter_config.json`` and ``adapter_model.safetensors``."""
+"""Adapters in PEFT's format, from and to a model: ``adapter_config.json`` and ``adapter_model.safetensors``."""
 
 import os
 from collections.abc import Mapping
@@ -10,24 +10,22 @@ from mindspore import Parameter, Tensor, nn
 from numpy.typing import NDArray
 
 from lora_ms import storage
-from lora_ms.adapters import lowrank
-from lora_ms.adapters.config import AdaLoraConfig, LoraConfig
 from lora_ms.adapters.inject import (
-    ADAPTERS,
-    TRAINED,
     InjectReport,
+    adapted_layers,
     adapter_cells,
     build,
-    lora_layers,
-    place,
+    cells_of,
+    freeze_all,
+    install,
     report,
     target_layers,
 )
-from lora_ms.adapters.matching import Place, by_pattern
+from lora_ms.adapters.methods.base import AdapterConfig
+from lora_ms.adapters.methods.base_cells import AdapterCell
 from lora_ms.adapters.peft_config import Adapted, to_peft
 from lora_ms.adapters.peft_files import (
     CONFIG,
-    FACTORS,
     PREFIX,
     WEIGHTS,
     check_finite,
@@ -38,64 +36,46 @@ from lora_ms.adapters.peft_files import (
 )
 from lora_ms.errors import LoraMsError
 from lora_ms.nn.parallel import WHOLE, Shard
+from lora_ms.ops import PORTABLE, Operators
 
 Array = NDArray[np.float32]
 
 
-def adapter_tensors(model: nn.Cell, config: LoraConfig, shard: Shard = WHOLE) -> dict[str, Array]:
-    """Every adapter tensor under PEFT's name, float32 (shapes: ``nn.lora``), whole; all ranks of ``shard`` call it."""
-    tensors: dict[str, Array] = {}
-    for name, cell in adapter_cells(model).items():
-        values = {factor: parameter.asnumpy() for factor, parameter in cell.tensors().items()}
-        tensors |= {f"{PREFIX}{name}.{factor}": value for factor, value in packed(name, cell, values, config).items()}
-    return shard.gather(tensors)
+def stored_tensors(model: nn.Cell, config: AdapterConfig) -> dict[str, dict[str, Array]]:
+    """What the file gets of every adapter cell: numbers by module and tensor (shapes: ``AdapterConfig.shapes``)."""
+    return {name: config.pack(name, cell.export()) for name, cell in adapter_cells(model).items()}
 
 
-def packed(name: str, cell: nn.Cell, values: dict[str, Array], config: LoraConfig) -> dict[str, Array]:
-    """``values`` of one cell as they are stored: the ranks that AdaLoRA kept, and what PiSSA changed."""
-    if isinstance(config, AdaLoraConfig) and name in config.kept:
-        kept = np.array(config.kept[name])
-        ranks = {"lora_A": (kept,), "lora_E": (kept,), "lora_B": (slice(None), kept)}
-        return {factor: value[ranks[factor]] if factor in ranks else value for factor, value in values.items()}
-    if isinstance(cell, ADAPTERS) and isinstance(cell, nn.Dense) and cell.start is not None:
-        a, b = lowrank.without_start(values["lora_A.weight"], values["lora_B.weight"], *cell.start)
-        return {**values, "lora_A.weight": a, "lora_B.weight": b}
-    return values
+def by_key(modules: Mapping[str, Mapping[str, Array]]) -> dict[str, Array]:
+    """Numbers by PEFT's keys, from those by module and tensor."""
+    return {f"{PREFIX}{name}.{tensor}": value for name, tensors in modules.items() for tensor, value in tensors.items()}
 
 
-def unpacked(name: str, values: dict[str, Array], config: LoraConfig) -> dict[str, Array]:
-    """The reverse of ``packed`` for AdaLoRA: ranks that were dropped come back as zeros."""
-    if not isinstance(config, AdaLoraConfig) or name not in config.kept:
-        return values
-    kept, full = np.array(config.kept[name]), {}
-    for factor, value in values.items():
-        axis = {"lora_A": 0, "lora_E": 0, "lora_B": 1}.get(factor)
-        if axis is not None and value.shape[axis] == kept.sum():
-            wide = np.zeros(tuple(len(kept) if i == axis else n for i, n in enumerate(value.shape)), np.float32)
-            wide[(slice(None),) * axis + (kept,)] = value
-            value = wide
-        full[factor] = value
-    return full
+def adapter_tensors(model: nn.Cell, config: AdapterConfig, shard: Shard = WHOLE) -> dict[str, Array]:
+    """Every adapter tensor by PEFT's key, float32, whole; all processes of ``shard`` call it."""
+    return shard.gather(by_key(stored_tensors(model, config)))
 
 
 def adapted(model: nn.Cell) -> Adapted:
     """What of an adapter stands in ``model``."""
     cells = adapter_cells(model)
-    places = {name: Place(cell.lora_rank, cell.lora_alpha) for name, cell in lora_layers(model).items()}
-    saved = tuple(name for name, cell in cells.items() if isinstance(cell, TRAINED) and "weight" in cell.tensors())
-    return Adapted(places, saved, tuple(target_layers(model)))
+    return Adapted(
+        specs={name: cell.spec for name, cell in adapted_layers(model).items()},
+        saved=tuple(name for name, cell in cells.items() if cell.spec is None and "weight" in cell.tensors()),
+        plain=tuple(target_layers(model)),
+    )
 
 
 def save_adapter(
     model: nn.Cell,
     path: str | os.PathLike,
-    config: LoraConfig,
+    config: AdapterConfig,
     base_model: str | None = None,
     tensors: dict[str, Array] | None = None,
 ) -> None:
-    """Writes the adapter of ``model`` into directory ``path``, each file whole or not at all.
+    """Writes the adapter of ``model`` into directory ``path``, each file atomically.
 
-    tensors: what ``adapter_tensors`` returned, where layers are shared with other ranks.
+    tensors: what ``adapter_tensors`` returned, where layers are shared with other processes.
 
     Raises:
         LoraMsError: an adapter weight is not finite (nothing is written then), or the directory cannot be written.
@@ -108,8 +88,22 @@ def save_adapter(
     storage.write_json(path / CONFIG, to_peft(config, adapted(model), base_model))
 
 
+def save_as_lora(model: nn.Cell, path: Path, config: AdapterConfig, base_model: str | None = None) -> bool:
+    """Writes the adapter of ``model`` into directory ``path`` as plain LoRA; False where it has no such form."""
+    modules, found = stored_tensors(model, config), adapted(model)
+    form = config.as_lora({name: modules.pop(name) for name in found.specs})
+    if form is None:
+        return False
+    lora, specs, tensors = form
+    left_out = tuple(name for name in found.specs if name not in specs)
+    storage.write_tensors(path / WEIGHTS, by_key({**modules, **tensors}))
+    standing = Adapted(specs, found.saved, (*found.plain, *left_out))
+    storage.write_json(path / CONFIG, to_peft(lora, standing, base_model))
+    return True
+
+
 def read_tensors(path: Path, shard: Shard = WHOLE) -> dict[str, Array]:
-    """Every tensor of the adapter in directory ``path``, float32, by PEFT's name; this rank's part of each.
+    """Every tensor of the adapter in directory ``path``, float32, by PEFT's key; this process's part of each.
 
     Raises:
         LoraMsError: a truncated file, or a tensor that is not finite.
@@ -120,51 +114,53 @@ def read_tensors(path: Path, shard: Shard = WHOLE) -> dict[str, Array]:
 
 
 def load_adapter(
-    model: nn.Cell, path: str | os.PathLike, lora_dropout: float | None = None, shard: Shard = WHOLE
-) -> tuple[LoraConfig, InjectReport]:
-    """Swaps the adapter of directory ``path`` into a bare ``model``; the layers are those that the file names.
+    model: nn.Cell,
+    path: str | os.PathLike,
+    config: AdapterConfig | None = None,
+    shard: Shard = WHOLE,
+    operators: Operators = PORTABLE,
+) -> tuple[AdapterConfig, InjectReport]:
+    """Puts the adapter of directory ``path`` into a bare ``model``, on the layers that the file names.
 
-    lora_dropout: for further training; None keeps the adapter's own.
+    Args:
+        config: in place of the file's own settings, for further training.
+        shard: with which processes the layers are shared.
+        operators: what adapters on layers that are no projections compute with.
 
     Raises:
         LoraMsError: the adapter was made for another model: every tensor without a layer and every shape that
             differs is listed, and the model is as it was.
     """
     path = Path(path)
-    config = read_adapter_config(path)
-    if lora_dropout is not None:
-        config = replace(config, lora_dropout=lora_dropout)
-    cells = read_cells(model, path, config, shard)
-    for parameter in model.get_parameters():
-        parameter.requires_grad = False
-    place(model, cells)
+    config = read_adapter_config(path) if config is None else config
+    cells = read_cells(model, path, config, shard, operators)
+    freeze_all(model)
+    install(model, cells)
     return config, report(model, shard=shard)
 
 
-def read_cells(model: nn.Cell, path: Path, config: LoraConfig, shard: Shard = WHOLE) -> dict[str, nn.Cell]:
+def read_cells(
+    model: nn.Cell, path: Path, config: AdapterConfig, shard: Shard = WHOLE, operators: Operators = PORTABLE
+) -> dict[str, nn.Cell]:
     """The cells of the adapter in ``path`` by dotted path, with its numbers, not yet in ``model``.
 
     Raises:
         LoraMsError: see ``load_adapter``.
     """
-    tensors, layers = read_tensors(path, shard), dict(model.cells_and_names())
+    tensors, layers = read_tensors(path, shard), cells_of(model)
     keys = [split_key(key) for key in tensors]
-    named = [found for found in keys if found is not None and found.name in layers]
-    lora = [found.name for found in named if found.factor.startswith("lora_")]
-    saved = tuple(found.name for found in named if found.factor == "weight")
-    check_patterns(path, config, lora)
-    where = {
-        name: Place(
-            int(by_pattern(name, config.rank_pattern, config.lora_rank)),
-            by_pattern(name, config.alpha_pattern, config.lora_alpha),
-        )
-        for name in lora
-        if name in target_layers(model)
-    }
-    if not where:
+    known = [found for found in keys if found is not None and found.module in layers]
+    named = [found.module for found in known if config.adapts([found.tensor])]
+    saved = tuple(found.module for found in known if found.tensor == "weight")
+    check_patterns(path, config, named)
+    targets = target_layers(model)
+    specs = {name: config.spec(name) for name in named if name in targets}
+    if not specs:
         faults = [f"{key} {value.shape} has no place in the model" for key, value in tensors.items()]
-        raise LoraMsError(f"{path}: made for another model: {'; '.join(faults) or 'it holds no LoRA tensor'}")
-    cells = build(model, replace(config, modules_to_save=(*config.modules_to_save, *saved)), where)
+        what = "; ".join(faults) or f"it holds no {config.title} tensor"
+        raise LoraMsError(f"{path}: made for another model: {what}")
+    with_saved = replace(config, modules_to_save=(*config.modules_to_save, *saved))
+    cells = build(model, with_saved, specs, operators=operators)
     faults = fill(cells, tensors, config, layers)
     if faults:
         raise LoraMsError(f"{path}: made for another model: {'; '.join(faults)}")
@@ -172,57 +168,61 @@ def read_cells(model: nn.Cell, path: Path, config: LoraConfig, shard: Shard = WH
 
 
 def fill(
-    cells: Mapping[str, nn.Cell], tensors: Mapping[str, Array], config: LoraConfig, base: Mapping[str, nn.Cell]
+    cells: Mapping[str, nn.Cell], tensors: Mapping[str, Array], config: AdapterConfig, base: Mapping[str, nn.Cell]
 ) -> list[str]:
-    """Puts ``tensors`` (by PEFT's names) into ``cells``, all or none; returns what does not fit.
+    """Puts ``tensors`` (by PEFT's keys) into ``cells``, all or none; returns what does not fit.
 
-    base: the bare model's cells, for copies of base weights that PEFT puts beside an adapter on the embedding.
+    base: the layers under ``cells``, for copies of their weights that PEFT puts beside an adapter on the embedding.
     """
-    wanted: list[tuple[Parameter, Array]] = []
-    faults, known = [], set()
+    modules: dict[str, dict[str, Array]] = {}
+    faults, unknown = [], []
+    for key, value in tensors.items():
+        found = split_key(key)
+        if found is None or found.module not in cells:
+            unknown.append(f"{key} {value.shape} has no place in the model")
+        else:
+            modules.setdefault(found.module, {})[found.tensor] = value
+    numbers: list[tuple[Parameter, Array]] = []
     for name, cell in cells.items():
-        prefix = f"{PREFIX}{name}."
-        stored = {key.removeprefix(prefix): tensors[key] for key in tensors if key.startswith(prefix)}
-        stored = {factor: value for factor, value in stored.items() if factor in FACTORS}
-        known |= {prefix + factor for factor in stored}
-        copy = stored.pop("base_layer.weight", None)
-        if copy is not None and not _same(copy, base[name].weight):
-            faults.append(f"{prefix}base_layer.weight is another than the model's")
-        values, parameters = unpacked(name, stored, config), cell.tensors()
-        values = split_start(cell, values)
-        faults += [f"{prefix}{factor} is missing" for factor in parameters if factor not in values]
-        faults += [
-            f"{prefix}{factor} {values[factor].shape} has no place" for factor in values if factor not in parameters
-        ]
-        for factor, parameter in parameters.items():
-            if factor in values and values[factor].shape != tuple(parameter.shape):
-                faults.append(f"{prefix}{factor} is {stored[factor].shape}, should be {tuple(parameter.shape)}")
-            elif factor in values:
-                wanted.append((parameter, values[factor]))
-    faults += [f"{key} {tensors[key].shape} has no place in the model" for key in tensors if key not in known]
+        misfits, fitting = fit_module(name, cell, modules.get(name, {}), config, base)
+        faults += misfits
+        numbers += fitting
+    faults += unknown
     if not faults:
-        for parameter, value in wanted:
+        for parameter, value in numbers:
             parameter.set_data(Tensor.from_numpy(np.ascontiguousarray(value)))
     return faults
+
+
+def fit_module(
+    name: str, cell: AdapterCell, stored: dict[str, Array], config: AdapterConfig, base: Mapping[str, nn.Cell]
+) -> tuple[list[str], list[tuple[Parameter, Array]]]:
+    """What of the ``stored`` tensors of module ``name`` does not fit its cell, and the numbers of the parameters that
+    it fits."""
+    prefix = f"{PREFIX}{name}."
+    faults, numbers = [], []
+    copy = stored.pop("base_layer.weight", None)
+    if copy is not None and not _same(copy, base[name].weight):
+        faults.append(f"{prefix}base_layer.weight is another than the model's")
+    values, parameters = cell.accept(config.unpack(name, stored)), cell.tensors()
+    faults += [f"{prefix}{tensor} is missing" for tensor in parameters if tensor not in values]
+    faults += [f"{prefix}{tensor} {values[tensor].shape} has no place" for tensor in values if tensor not in parameters]
+    for tensor, parameter in parameters.items():
+        if tensor in values and values[tensor].shape != tuple(parameter.shape):
+            faults.append(f"{prefix}{tensor} is {stored[tensor].shape}, should be {tuple(parameter.shape)}")
+        elif tensor in values:
+            numbers.append((parameter, values[tensor]))
+    return faults, numbers
 
 
 def _same(copy: Array, weight: Parameter) -> bool:
     return copy.shape == tuple(weight.shape) and np.allclose(copy, weight.asnumpy(), rtol=1e-2, atol=1e-4)
 
 
-def split_start(cell: nn.Cell, values: dict[str, Array]) -> dict[str, Array]:
-    """Of a pair of twice the rank, as ``packed`` writes it: the trained half; the cell starts from the other."""
-    if not isinstance(cell, nn.Dense) or not isinstance(cell, ADAPTERS) or cell.start is None:
-        return values
-    rank, a, b = cell.lora_rank, values.get("lora_A.weight"), values.get("lora_B.weight")
-    if a is None or b is None or len(a) != 2 * rank or b.shape[1] != 2 * rank:
-        return values
-    cell.start_again(a[rank:], -b[:, rank:])
-    return {**values, "lora_A.weight": a[:rank], "lora_B.weight": b[:, :rank]}
-
-
-def restore_adapter(model: nn.Cell, path: str | os.PathLike, config: LoraConfig, shard: Shard = WHOLE) -> None:
+def restore_adapter(model: nn.Cell, path: str | os.PathLike, config: AdapterConfig, shard: Shard = WHOLE) -> None:
     """Reads the adapter weights of directory ``path`` into the adapter that stands in ``model``."""
-    faults = fill(adapter_cells(model), read_tensors(Path(path), shard), config, dict(model.cells_and_names()))
+    cells = adapter_cells(model)
+    base = {name: cell.base for name, cell in cells.items()}
+    faults = fill(cells, read_tensors(Path(path), shard), config, base)
     if faults:
         raise LoraMsError(f"{path}: not the adapter of this run: {'; '.join(faults)}")

@@ -8,9 +8,8 @@ from typing import NamedTuple
 import numpy as np
 
 from lora_ms.adapters import peft_files
-from lora_ms.adapters.config import AdaLoraConfig, LoraConfig
-from lora_ms.adapters.lowrank import takes_out
-from lora_ms.adapters.matching import Place, by_pattern, layer_index
+from lora_ms.adapters.matching import layer_index
+from lora_ms.adapters.methods.lora import DENSE_PAIR, LoraConfig, LoraSpec
 from lora_ms.adapters.offline_merge import modules_of
 from lora_ms.adapters.peft_config import Adapted, to_peft
 from lora_ms.bridge.files import Stored, of_entry, planned
@@ -104,46 +103,38 @@ def peft_tensors(factors: Mapping[str, Factors]) -> dict[str, Planned]:
 
 def peft_config(factors: Mapping[str, Factors], lora_alpha: float, base: str | None) -> dict:
     """``adapter_config.json``."""
-    places = {module: Place(len(f.a.words), lora_alpha) for module, f in factors.items()}
-    layers = range(1 + max((layer_index(module) or 0 for module in places), default=0))
-    inside = {module_parts(module)[1] for module in places if layer_index(module) is not None}
+    specs = {module: LoraSpec(len(f.a.words), lora_alpha) for module, f in factors.items()}
+    layers = range(1 + max((layer_index(module) or 0 for module in specs), default=0))
+    inside = {module_parts(module)[1] for module in specs if layer_index(module) is not None}
     everywhere = [f"model.layers.{layer}.{name}" for layer in layers for name in sorted(inside)]
-    plain = tuple(name for name in everywhere if name not in places)
-    rank = next(iter(places.values())).lora_rank
-    return to_peft(LoraConfig(rank, lora_alpha), Adapted(places, (), plain), base)
+    plain = tuple(name for name in everywhere if name not in specs)
+    rank = next(iter(specs.values())).lora_rank
+    return to_peft(LoraConfig(rank, lora_alpha), Adapted(specs, (), plain), base)
 
 
-class Scale(NamedTuple):
-    """The one rank and alpha that MindFormers' adapters have, as its ``pet_config`` says them."""
-
-    lora_rank: int
-    lora_alpha: float
-
-
-def read_peft(path: Path) -> tuple[dict[str, Factors], Scale]:
-    """The adapter in PEFT directory ``path``, where MindFormers can hold it.
+def read_peft(path: Path) -> tuple[dict[str, Factors], LoraSpec]:
+    """The adapter in PEFT directory ``path``, where MindFormers can hold it, and the one rank and alpha that
+    ``pet_config`` then has for it.
 
     Raises:
         LoraMsError: it is more than plain LoRA on dense layers, of one rank and alpha; all reasons are listed.
     """
     config, modules = peft_files.read_adapter_config(path), modules_of(peft_files.read_entries(path))
-    faults = ["it is AdaLoRA"] if isinstance(config, AdaLoraConfig) else []
-    faults += ["it is DoRA"] if config.use_dora else []
-    faults += [f"it starts from {config.init_lora_weights}"] if takes_out(str(config.init_lora_weights)) else []
-    factors, scales = {}, set()
+    faults = [f"it is {config.title}"] if config.title != LoraConfig().title else []
+    faults += [f"it starts from {config.changed_base}"] if config.changed_base else []
+    factors, specs = {}, set()
     for module, tensors in modules.items():
-        if set(tensors) != {"lora_A.weight", "lora_B.weight"}:
+        if set(tensors) != {*DENSE_PAIR}:
             faults.append(f"{module} holds {', '.join(sorted(tensors))}")
             continue
-        factors[module] = Factors(of_entry(tensors["lora_A.weight"]), of_entry(tensors["lora_B.weight"]))
-        rank = int(by_pattern(module, config.rank_pattern, config.lora_rank))
-        alpha = by_pattern(module, config.alpha_pattern, config.lora_alpha)
-        scales.add(Scale(rank, alpha * rank**0.5 if config.use_rslora else alpha))
-    if len(scales) > 1:
-        faults.append("its modules differ in rank or alpha: " + ", ".join(f"{r} and {a:g}" for r, a in sorted(scales)))
+        a, b = (of_entry(tensors[name]) for name in DENSE_PAIR)
+        factors[module] = Factors(a, b)
+        specs.add(config.plain_spec(module))
+    if len(specs) > 1:
+        faults.append("its modules differ in rank or alpha: " + ", ".join(f"{r} and {a:g}" for r, a in sorted(specs)))
     if faults or not factors:
         raise LoraMsError(f"{path}: MindFormers has no place for it: {'; '.join(faults) or 'it holds no LoRA tensor'}")
-    return factors, scales.pop()
+    return factors, specs.pop()
 
 
 def mindformers_tensors(

@@ -11,12 +11,11 @@ from numpy.typing import NDArray
 
 from lora_ms import storage
 from lora_ms.adapters import inject as injection
-from lora_ms.adapters.config import AdaLoraConfig, LoraConfig
-from lora_ms.adapters.matching import Place, by_pattern, places
+from lora_ms.adapters.methods.base import AdapterConfig, Target
 from lora_ms.adapters.offline_merge import modules_of
 from lora_ms.adapters.peft_config import Adapted, to_peft
-from lora_ms.adapters.peft_files import CONFIG, PREFIX, WEIGHTS, read_adapter_config, read_entries
-from lora_ms.adapters.peft_format import packed
+from lora_ms.adapters.peft_files import CONFIG, WEIGHTS, read_adapter_config, read_entries
+from lora_ms.adapters.peft_format import by_key
 from lora_ms.bridge import adapters, weights
 from lora_ms.bridge.adapters import module_parts
 from lora_ms.bridge.files import decoded, in_memory, of_entry, planned
@@ -26,10 +25,11 @@ from lora_ms.errors import LoraMsError
 from lora_ms.models.decoder import DecoderConfig
 from lora_ms.models.hub import check_names
 from lora_ms.models.mindformers_names import FUSED, mindformers_module, split_name
+from lora_ms.nn.parallel import WHOLE
+from lora_ms.ops import Operators
 
 Array = NDArray[np.float32]
 MINDPET_FACTORS = {"mindpet_delta_lora_a": "lora_A.weight", "mindpet_delta_lora_b": "lora_B.weight"}
-OUT = ("lora_B.weight", "lora_B.bias", "lora_magnitude_vector", "base_layer.bias")  # a row for each output
 
 
 def llama_sizes(sizes: DecoderConfig, seq_length: int) -> dict[str, Any]:
@@ -113,29 +113,30 @@ def linear_layers(package: SimpleNamespace, network: nn.Cell) -> dict[str, tuple
     return found
 
 
-def inject(package: SimpleNamespace, network: nn.Cell, config: LoraConfig) -> None:
-    """Swaps our LoRA in for MindFormers' linear layers, in place; the adapter alone is trainable afterwards.
+def inject(package: SimpleNamespace, network: nn.Cell, config: AdapterConfig, operators: Operators) -> None:
+    """Puts our adapter cells in the place of MindFormers' linear layers; the adapter alone trains afterwards.
 
     Raises:
-        LoraMsError: what the choice of modules can be wrong about, or a kind of adapter that is native's alone.
+        LoraMsError: what the choice of modules can be wrong about, or a kind of adapter that only native trains.
     """
-    if isinstance(config, AdaLoraConfig) or config.modules_to_save or config.bias == "all":
-        raise LoraMsError("backend mindformers goes without AdaLoRA, modules_to_save and bias all: use backend native")
+    unsupported = [] if config.WITH_MINDFORMERS else [config.title]
+    unsupported += ["modules_to_save"] if config.modules_to_save else []
+    unsupported += ["bias all"] if config.trains_all_biases else []
+    if unsupported:
+        raise LoraMsError(f"backend mindformers does not support {', '.join(unsupported)}: use backend native")
     layers, cells = linear_layers(package, network), {}
-    for module, place in places(layers, config).items():
+    for module, spec in config.specs(layers).items():
         path, linear = layers[module]
-        cell = injection.adapter_on(linear, config, place, compute_dtype=linear.dtype)
-        cell.matmul = linear.matmul  # which MindFormers may have sharded
-        cells[path] = cell
-    for parameter in network.get_parameters():
-        parameter.requires_grad = False
-    injection.place(network, cells)
+        target = Target(module, linear, WHOLE, operators, compute_dtype=linear.dtype)
+        cells[path] = config.build(target, spec)
+    injection.freeze_all(network)
+    injection.install(network, cells)
 
 
 def factor_parameters(network: nn.Cell) -> dict[str, dict[str, Parameter]]:
     """What is trained of an adapter, MindPet's or ours, by Hugging Face's module path and PEFT's name."""
     found: dict[str, dict[str, Parameter]] = {}
-    for path, cell in injection.lora_layers(network).items():
+    for path, cell in injection.adapted_layers(network).items():
         found[_module(path)] = dict(cell.tensors())
     for parameter in network.get_parameters():
         path, _, leaf = parameter.name.rpartition(".")
@@ -156,7 +157,7 @@ def _module(path: str) -> str:
     return split.module
 
 
-def load_factors(network: nn.Cell, adapter: Path, config: LoraConfig, heads: Heads, fused: bool) -> None:
+def load_factors(network: nn.Cell, adapter: Path, config: AdapterConfig, heads: Heads, fused: bool) -> None:
     """Reads the PEFT ``adapter`` into the adapter of ``config`` that stands in ``network``.
 
     Raises:
@@ -173,14 +174,14 @@ def load_factors(network: nn.Cell, adapter: Path, config: LoraConfig, heads: Hea
     wanted = {f"{m}.{factor}": p for m, ps in factor_parameters(network).items() for factor, p in ps.items()}
     expected = {name: tuple(parameter.shape) for name, parameter in wanted.items()}
     check_names(expected, {name: tensor.shape for name, tensor in ours.items()}, f"load_adapter {adapter}")
-    alphas = {_module(path): cell.lora_alpha for path, cell in injection.lora_layers(network).items()}
-    for module in {name.partition(".lora_")[0] for name in wanted}:
-        here = alphas.get(module, config.lora_alpha), config.use_rslora
-        there = by_pattern(parts_of(module)[0], stored.alpha_pattern, stored.lora_alpha), stored.use_rslora
-        if here != there:
+    specs = {_module(path): cell.spec for path, cell in injection.adapted_layers(network).items()}
+    for module in factor_parameters(network):
+        part = parts_of(module)[0]
+        here, there = specs.get(module, config.spec(module)), stored.spec(part)
+        if here != there or config.scaling(module) != stored.scaling(part):
             raise LoraMsError(
-                f"load_adapter {adapter}: {module}: lora_alpha {there[0]:g} and use_rslora {there[1]} in the adapter, "
-                f"{here[0]:g} and {here[1]} in pet_config"
+                f"load_adapter {adapter}: {module}: {there} and scaling {stored.scaling(part):g} in the adapter, "
+                f"{here} and scaling {config.scaling(module):g} in pet_config"
             )
     for name, parameter in wanted.items():
         parameter.set_data(Tensor(decoded(ours[name].dtype, in_memory(ours[name])), parameter.dtype))
@@ -192,23 +193,24 @@ def shapes(network: nn.Cell) -> dict[str, tuple[int, ...]]:
     return {f"{m}.{factor}": tuple(p.shape) for m, parameters in found.items() for factor, p in parameters.items()}
 
 
-def adapter_arrays(network: nn.Cell, config: LoraConfig, heads: Heads) -> dict[str, dict[str, Array]]:
+def adapter_arrays(network: nn.Cell, config: AdapterConfig, heads: Heads) -> dict[str, dict[str, Array]]:
     """The trained adapter by Hugging Face's module path and PEFT's name, joint matrices split."""
-    cells = {_module(path): cell for path, cell in injection.lora_layers(network).items()}
+    cells = {_module(path): cell for path, cell in injection.adapted_layers(network).items()}
     found: dict[str, dict[str, Array]] = {}
     for module, parameters in factor_parameters(network).items():
         values = {factor: p.asnumpy().astype(np.float32) for factor, p in parameters.items()}
         if module in cells:
-            values = packed(module, cells[module], values, config)
+            values = config.pack(module, cells[module].export())
         prefix, inside = module_parts(module)
         if inside not in FUSED:
             found[module] = values
             continue
-        rows, start = len(values["lora_B.weight"]), 0
+        rows = next(len(values[tensor]) for tensor in config.ROW_TENSORS if tensor in values)
+        start = 0
         back = inverse(heads.order(module, rows))
         for part, height in zip(FUSED[inside], heads.heights(module, rows), strict=True):
             own = back[start : start + height]
-            found[prefix + part] = {k: v[own] if k in OUT else v for k, v in values.items()}
+            found[prefix + part] = {k: v[own] if k in config.ROW_TENSORS else v for k, v in values.items()}
             start += height
     return found
 
@@ -220,9 +222,9 @@ def parts_of(module: str) -> tuple[str, ...]:
 
 
 def save_adapter(
-    network: nn.Cell, folder: Path, config: LoraConfig, heads: Heads, linear: list[str], base: str
+    network: nn.Cell, folder: Path, config: AdapterConfig, heads: Heads, linear: list[str], base: str
 ) -> None:
-    """Writes the trained adapter as a PEFT directory, each file whole or not at all.
+    """Writes the trained adapter as a PEFT directory, each file atomically.
 
     linear: paths of all layers that could have one. base: the model it belongs to.
 
@@ -230,13 +232,13 @@ def save_adapter(
         LoraMsError: a value that is not finite; nothing is written then.
     """
     arrays = adapter_arrays(network, config, heads)
-    tensors = {f"{PREFIX}{m}.{factor}": value for m, values in arrays.items() for factor, value in values.items()}
+    tensors = by_key(arrays)
     for name, value in tensors.items():
         if not np.isfinite(value).all():
             raise LoraMsError(f"{name} holds NaN or infinity; {folder} was not written")
-    where = dict.fromkeys(arrays, Place(config.lora_rank, config.lora_alpha))  # MindPet's: one for all
-    for path, cell in injection.lora_layers(network).items():
-        where |= dict.fromkeys(parts_of(_module(path)), Place(cell.lora_rank, cell.lora_alpha))
-    plain = tuple(part for module in linear for part in parts_of(module) if part not in where)
+    specs: dict[str, Any] = {module: config.spec(module) for module in arrays}  # MindPet's, which has no cells of ours
+    for path, cell in injection.adapted_layers(network).items():
+        specs |= dict.fromkeys(parts_of(_module(path)), cell.spec)
+    plain = tuple(part for module in linear for part in parts_of(module) if part not in specs)
     storage.write_tensors(folder / WEIGHTS, tensors)
-    storage.write_json(folder / CONFIG, to_peft(config, Adapted(where, (), plain), base))
+    storage.write_json(folder / CONFIG, to_peft(config, Adapted(specs, (), plain), base))

@@ -69,8 +69,8 @@ def check_logits(adapter: Path, base: Path) -> Check:
     from lora_ms.runtime import device as runtime
 
     try:
-        runtime.setup()
-        model = hub.load_directory(base).set_train(False)
+        here, _ = runtime.setup()
+        model = hub.load_directory(base, operators=here.operators).set_train(False)
         ids = Tensor(prompt_ids(adapter, base, model.config.vocab_size))
         before = model(ids).asnumpy()
         load_adapter(model, adapter)

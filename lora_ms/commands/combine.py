@@ -35,4 +35,5 @@ def run(
             load_tokenizer(path).save_pretrained(output_dir)
             break
     count, modules = len(adapters), len(combined.tensors)
-    print(f"{count} adapters combined by {method}: rank {combined.config.lora_rank} on {modules} modules, {output_dir}")
+    new_rank = max(len(pair.a) for pair in combined.tensors.values())
+    print(f"{count} adapters combined by {method}: rank {new_rank} on {modules} modules, {output_dir}")

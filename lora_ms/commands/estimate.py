@@ -3,18 +3,18 @@
 from dataclasses import replace
 from pathlib import Path
 
-from lora_ms.adapters.matching import places
 from lora_ms.config import RunConfig
 from lora_ms.data.packing import Shape
 from lora_ms.models.decoder import DecoderConfig
 from lora_ms.recipes import data, parallel
 from lora_ms.recipes import session as common
+from lora_ms.recipes.adapter import adapter_config
 from lora_ms.runtime import host as machine
 from lora_ms.runtime import memory_estimate as memory
 from lora_ms.runtime import native_build as cpu
 from lora_ms.runtime.device import Runtime, ascend_is_present
 from lora_ms.runtime.memory_estimate import Job
-from lora_ms.train.recompute import recomputed_layers
+from lora_ms.train.gradient import recomputed_layers
 
 # MB that a run can have of each. On the Orange Pi host and card share the memory, and the system takes 1.5 GB of it.
 DEVICES = {
@@ -43,8 +43,8 @@ def job_of(config: RunConfig, sizes: DecoderConfig, device: str) -> Job:
     part = {name: getattr(sizes, name) // processes for name in parallel.DIVIDED.values()}
     sizes, ranks = replace(sizes, **part), None
     if config.pet_config is not None:
-        found = places(memory.modules(sizes), common.lora_config(config.pet_config))
-        ranks = {name: place.lora_rank for name, place in found.items()}
+        found = adapter_config(config.pet_config).specs(memory.modules(sizes))
+        ranks = {name: spec.lora_rank for name, spec in found.items()}
     count = sizes.num_hidden_layers
     asked = config.model.sizes.compute_dtype or ("float32" if device == "CPU" else "float16")
     return Job(

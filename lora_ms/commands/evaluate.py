@@ -7,9 +7,9 @@ from lora_ms import storage
 from lora_ms.commands import predict
 from lora_ms.config import RunConfig
 from lora_ms.data.example import Message
-from lora_ms.data.formats import Reading
 from lora_ms.data.loader import DataPlan
-from lora_ms.data.readers import iter_rows
+from lora_ms.data.pipeline import Preparation, read
+from lora_ms.data.report import Tally
 from lora_ms.data.store import TokenStore
 from lora_ms.errors import LoraMsError
 from lora_ms.infer.chat import Speaker
@@ -63,8 +63,15 @@ class Quiz:
         file, tokenizer = config.evaluation.prompts_file, data.tokenizer_for(config)
         if tokenizer is None:
             raise LoraMsError("prompts_file needs a tokenizer: load_checkpoint must be a Hugging Face folder with one")
-        how = config.eval_dataset
-        rows = iter_rows([file], Reading(how.format, how.columns, config.data_fill), how.num_samples)
+        dataset = config.eval_dataset
+        preparation = Preparation(
+            seq_length=data.NO_LIMIT,
+            format=dataset.format,
+            columns=dataset.columns,
+            fill=config.data_fill,
+            num_samples=dataset.num_samples,
+        )
+        rows = read([file], preparation, Tally())
         try:
             self.questions = [question_of(tokenizer, row) for row in rows]
         except LoraMsError as error:

@@ -1,49 +1,28 @@
 """``lora-ms finetune``: from a model and a file of rows to an adapter."""
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from lora_ms.adapters import inject as injection
-from lora_ms.adapters.config import AdaLoraConfig, LoraConfig
-from lora_ms.adapters.matching import places
-from lora_ms.adapters.methods.adalora_ranks import RankAllocator, scheduled
-from lora_ms.adapters.peft_format import adapted, load_adapter, read_adapter_config
 from lora_ms.commands import estimate, evaluate
 from lora_ms.config import PetConfig, RunConfig, dump_config
 from lora_ms.config.sections import LossScale
-from lora_ms.data.order import permutation
+from lora_ms.data.loader import permutation
 from lora_ms.data.pipeline import Preparation
 from lora_ms.data.store import TokenStore
 from lora_ms.errors import LoraMsError
-from lora_ms.models.decoder import CausalLM
-from lora_ms.nn.parallel import Shard
 from lora_ms.recipes import data, parallel
 from lora_ms.recipes import session as common
-from lora_ms.recipes.outputs import PLAIN, weights_of
+from lora_ms.recipes.adapter import adapter_config, attach
+from lora_ms.recipes.outputs import AS_LORA, weights_of
 from lora_ms.recipes.train import fit, plan_store
 from lora_ms.train import checkpoint
 from lora_ms.train.groups import Group
 from lora_ms.train.log import Tee
 from lora_ms.train.settings import TrainSettings
 from lora_ms.train.tensorboard import check
-
-# keys in which load_adapter and pet_config must agree where the user gave them; those of ranks, by the place they fill
-AGREEING = ("use_rslora", "use_dora", "lora_bias", "bias")
-RANKED = {
-    "lora_rank": {"lora_rank", "init_rank", "rank_pattern", "layer_groups"},
-    "lora_alpha": {"lora_alpha", "alpha_pattern", "layer_groups"},
-}
-PLACING = {
-    "target_modules",
-    "exclude_layers",
-    "exclude_modules",
-    "layers_to_transform",
-    "layers_pattern",
-    "layer_groups",
-}
 
 
 def settings_of(config: RunConfig, longest: int) -> TrainSettings:
@@ -106,65 +85,6 @@ def settings_of(config: RunConfig, longest: int) -> TrainSettings:
     )
 
 
-def attach_adapter(config: RunConfig, model: CausalLM, total_steps: int, shard: Shard) -> LoraConfig | None:
-    """Swaps in what ``pet_config`` or ``load_adapter`` asks for; None where all parameters train.
-
-    Raises:
-        LoraMsError: the two disagree, or match nothing.
-    """
-    pet = config.pet_config
-    if pet is None:
-        if config.load_adapter:
-            raise LoraMsError("load_adapter is given and pet_config is null: remove one of them")
-        return None
-    wanted = common.lora_config(pet)
-    if config.load_adapter:
-        wanted = load_agreeing(config.load_adapter, pet, wanted, model, shard)
-    else:
-        injection.inject(model, wanted, shard=shard)
-    injection.freeze(model, pet.freeze_include, pet.freeze_exclude)
-    if isinstance(wanted, AdaLoraConfig) and not wanted.kept:
-        return scheduled(wanted, total_steps, pet.tinit, pet.tfinal)
-    return wanted
-
-
-def load_agreeing(path: str, pet: PetConfig, wanted: LoraConfig, model: CausalLM, shard: Shard) -> LoraConfig:
-    """Swaps the adapter in ``path`` in for further training; returns its settings.
-
-    Raises:
-        LoraMsError: it is another than ``pet_config`` says, in keys that the user gave; all are listed.
-    """
-    given, stored = pet.model_fields_set, read_adapter_config(path)
-    layers, saved = list(injection.target_layers(model)), set(injection.saved_layers(model, wanted))
-    dropout = wanted.lora_dropout if "lora_dropout" in given else stored.lora_dropout
-    loaded, _ = load_adapter(model, path, dropout, shard)
-    there = adapted(model)
-    faults = []
-
-    def compare(key: str, others: set[str], here: object, stored: object, where: str = "") -> None:
-        if here != stored and not given.isdisjoint(others):
-            faults.append(f"{key}{where}: {here} in pet_config, {stored} in the adapter")
-
-    kinds = ["adalora" if isinstance(c, AdaLoraConfig) else "lora" for c in (wanted, stored)]
-    compare("pet_type", {"pet_type"}, *kinds)
-    free = given.isdisjoint(PLACING)  # where the adapter alone says which modules it stands on
-    chosen = places(layers, replace(wanted, target_modules=tuple(there.places)) if free else wanted)
-    for index, (key, others) in enumerate(RANKED.items()):
-        both = [name for name in chosen if name in there.places]
-        odd = [name for name in both if chosen[name][index] != there.places[name][index]]
-        if odd:
-            here, stored_value = chosen[odd[0]][index], there.places[odd[0]][index]
-            compare(key, others, here, stored_value, "" if len(odd) == len(both) else f" of {odd[0]}")
-    for key in AGREEING:
-        compare(key, {key}, getattr(wanted, key), getattr(stored, key))
-    if not free and chosen.keys() != there.places.keys():
-        faults.append(f"target_modules: {len(chosen)} modules by pet_config, {len(there.places)} in the adapter")
-    compare("modules_to_save", {"modules_to_save"}, sorted(saved), sorted(there.saved))
-    if faults:
-        raise LoraMsError(f"load_adapter {path}: {'; '.join(faults)}")
-    return loaded
-
-
 def split_off(
     config: RunConfig, store: TokenStore, tokenizer, how: Preparation
 ) -> tuple[TokenStore, TokenStore | None]:
@@ -205,7 +125,7 @@ def run(config: RunConfig) -> None:
             "load_checkpoint is missing: give the model to put the adapter on (pet_config: null trains anew)"
         )
     # what is wrong with pet_config shows before anything is read
-    parallel.check_training(config, None if config.pet_config is None else common.lora_config(config.pet_config))
+    parallel.check_training(config, None if config.pet_config is None else adapter_config(config.pet_config))
     sizes = common.read_sizes(config)
     parallel.check(config, sizes)
     tokenizer = data.tokenizer_for(config, training=True)
@@ -225,27 +145,28 @@ def run(config: RunConfig) -> None:
                 made_for = sizes.max_position_embeddings
                 print(f"seq_length {how.seq_length} is beyond the {made_for} positions that the model was made for")
             estimate.announce(config, sizes, runtime, plan.layout.shapes[-1])
-        model = common.build_model(config, sizes, dtype, runtime.shard)
+        model = common.build_model(config, sizes, dtype, runtime.operators, runtime.shard)
         schedule_steps = settings.schedule_steps if settings.schedule_steps > 0 else plan.total_steps
-        adapter = attach_adapter(config, model, schedule_steps, runtime.shard)
-        ranks = RankAllocator(model, adapter) if isinstance(adapter, AdaLoraConfig) else None
+        adapter = attach(config, model, schedule_steps, runtime.shard)
+        hook = None if adapter is None else adapter.step_hook(model)
         if runtime.is_main:
             print(injection.report(model, adapter, runtime.shard).line())
-            if ranks is not None:
-                print(ranks.describe())
+            if hook is not None:
+                print(hook.describe())
             log.to(output_dir / "run.log")  # the first write: data, model and adapter are checked
             if not settings.resume:
                 dump_config(config, str(output_dir / "config.yaml"))
         evaluator = None
         if held_out is not None:
             evaluator = evaluate.evaluator_for(config, model, held_out, tokenizer, how.seq_length, runtime)
-        weights = weights_of(model, adapter, tokenizer, ranks, runtime.shard)
-        former = [name for name in (*checkpoint.FOLDERS, PLAIN) if (output_dir / name).is_dir()]
+        weights = weights_of(model, adapter, tokenizer, hook, runtime.shard)
+        former = [name for name in (*checkpoint.FOLDERS, AS_LORA) if (output_dir / name).is_dir()]
         if runtime.is_main and former and not settings.resume:
             print(
                 f"{output_dir} holds {', '.join(former)} of an earlier run; this one writes {weights.folder} as it ends"
             )
-        outcome = fit(model, plan, settings, runtime, weights, sizes.vocab_size, dtype, ranks, evaluator)
+        hooks = [] if hook is None else [hook]
+        outcome = fit(model, plan, settings, runtime, weights, sizes.vocab_size, dtype, hooks, evaluator)
         if runtime.is_main and outcome.stopped:
             print(f"stopped after step {outcome.steps:,} of {plan.total_steps:,}, and saved")
             print("to go on, give the same command with --resume_training True")

@@ -7,9 +7,9 @@ import numpy as np
 
 from lora_ms import storage
 from lora_ms.config import RunConfig
-from lora_ms.data.cache import prepare
 from lora_ms.data.loader import DataPlan
 from lora_ms.data.mindrecord import write_mindrecord
+from lora_ms.data.pipeline import prepare
 from lora_ms.data.store import TokenStore
 from lora_ms.data.tokenizer import pad_id
 from lora_ms.recipes import data
@@ -31,14 +31,14 @@ def run(config: RunConfig, report_only: bool, layout: str) -> None:
     sources = data.sources_of(config.train_dataset, "train")
     tokenizer = data.tokenizer_for(config, training=True)
     longest = common.read_sizes(config).max_position_embeddings if config.load_checkpoint else data.NO_LIMIT
-    how = data.preparation(config, config.train_dataset, longest, None)
-    store, report = prepare(sources, tokenizer, how, always=True)
-    report = replace(report, padding=padding(config, store, how.seq_length))
+    preparation = data.preparation(config, config.train_dataset, longest, None)
+    store, report = prepare(sources, tokenizer, preparation, always_cache=True)
+    report = replace(report, padding=padding(config, store, preparation.seq_length))
     print(*report.table(), sep="\n")
     storage.write_json(output_dir / DATA_REPORT, [report.as_json()])
     if report_only:
         return
-    width = how.seq_length + 1 if layout == "mindformers" else None
+    width = preparation.seq_length + 1 if layout == "mindformers" else None
     written = write(store, output_dir, width, pad_id(tokenizer))
     print(f"{len(store):,} rows in {written} MindRecord files: {output_dir}")
 

@@ -33,13 +33,14 @@ def run(config: RunConfig, row: int | None) -> None:
     tokenizer = data.tokenizer_for(config, training=True)
     if tokenizer is None:
         raise LoraMsError("no tokenizer: give --load_checkpoint, or processor.tokenizer.vocab_file")
-    how = data.preparation(config, config.train_dataset, data.NO_LIMIT, _vocab_size(config))
+    preparation = data.preparation(config, config.train_dataset, data.NO_LIMIT, _vocab_size(config))
     tally = Tally()
-    rows = (kept for _, chunk in tokenise(read(sources, how, tally), tokenizer, how, tally) for kept in chunk)
+    chunks = tokenise(read(sources, preparation, tally), tokenizer, preparation, tally)
+    rows = (kept for _, chunk in chunks for kept in chunk)
     shown = list(islice(rows if row is None else of_number(rows, row), ROWS))
     if not shown:
         if row is None or tally.rows == tally.too_long - tally.cut + tally.masked:
-            finish(TokenStore.of([]), how, tally)  # says why
+            finish(TokenStore.of([]), preparation, tally)  # says why
         raise LoraMsError(f"--row {row}: not among the rows that are kept, of {tally.rows:,} that were read")
     colours = sys.stdout.isatty()
     for item in shown:

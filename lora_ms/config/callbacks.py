@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from lora_ms.config.values import NoEffect, Path, Section, Whole
+from lora_ms.values import NoEffect, Path, Section, Whole
 
 
 class CheckpointMonitor(Section):

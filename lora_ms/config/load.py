@@ -13,8 +13,8 @@ from pydantic import ValidationError
 from lora_ms.config.presets import LOW_MEMORY, PRESETS
 from lora_ms.config.problems import describe
 from lora_ms.config.schema import MINDFORMERS_SECTIONS, RunConfig, key_of, move_pet_config, without_effect
-from lora_ms.config.values import Section
 from lora_ms.errors import LoraMsError
+from lora_ms.values import Section
 
 PET_CONFIG = ("model", "model_config", "pet_config")
 

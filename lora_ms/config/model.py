@@ -1,77 +1,23 @@
 """``model`` and, inside it, ``pet_config``: what is trained, and the adapter that is put on it."""
 
-from typing import Annotated, Literal
+import dataclasses
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, create_model, model_validator
 
-from lora_ms.config.values import (
-    AlphaPattern,
-    Exclusions,
-    Flag,
-    Init,
-    Layers,
-    NoEffect,
-    Number,
-    RankPattern,
-    Scaling,
-    Section,
-    Targets,
-    Text,
-    Texts,
-    TokenIds,
-    Whole,
-    WholeOrNumber,
-)
+from lora_ms.adapters.methods import METHODS
+from lora_ms.adapters.methods.base import REQUIRED, AdapterConfig, Key, keys_of
+from lora_ms.values import Flag, NoEffect, Number, Scaling, Section, Text, Texts, TokenIds, Whole
 
 ExtendMethod = Literal["None", "PI", "linear", "NTK", "DYNAMIC_NTK", "YARN", "LLAMA3"]
 
 
-class LayerGroupKeys(Section):
-    """One entry of ``pet_config.layer_groups``: layers that share a rank."""
+class PetKeys(Section):
+    """What ``pet_config`` holds whatever the method."""
 
-    layers: Layers  # indices from 0: 3, [0, 1, 8], "0-10" or "0-3,8"
-    lora_rank: Whole = Field(ge=1)
-    lora_alpha: WholeOrNumber | None = Field(None, gt=0)  # None: the scaling lora_alpha / lora_rank of pet_config
-    target_modules: Targets | None = None  # None: those of pet_config
-
-
-class PetConfig(Section):
-    """LoRA. ``pet_config: null`` in the YAML means no adapter: all parameters are trained."""
-
-    pet_type: Literal["lora", "adalora"] = "lora"
+    pet_type: str = "lora"  # one of METHODS
     lora_impl: Literal["mindpet", "lora_ms"] = "mindpet"  # whose cells, with backend mindformers (ours)
-    lora_rank: Whole = Field(16, ge=1)  # rows of A, columns of B
-    lora_alpha: WholeOrNumber = Field(16, gt=0)  # the adapter's output is scaled by lora_alpha / lora_rank
-    lora_dropout: Number = Field(0.05, ge=0, lt=1)  # probability, on the adapter's input
-    target_modules: Targets = ".*wq|.*wk|.*wv|.*wo"  # regex (str), suffixes (list), or all-linear
-    exclude_layers: Texts = []  # modules left without an adapter although target_modules matches
-    exclude_modules: Exclusions = []  # the same as PEFT has it: regex for the whole path (str), or suffixes (list)
-    layers_to_transform: Layers | None = None  # layers with adapters; None: all
-    layers_pattern: Texts = []  # names of the list that these count in, where a model has several
-    rank_pattern: RankPattern = {}  # other ranks: {regex for the end of a module's path: rank}
-    alpha_pattern: AlphaPattern = {}  # other alphas, in the same way
-    layer_groups: list[LayerGroupKeys] = []  # ranks by ranges of layers, in place of the two patterns
-    modules_to_save: Texts = []  # whole modules to train beside the adapter: lm_head, embed_tokens, norm …
-    use_rslora: Flag = False  # scale by lora_alpha / sqrt(lora_rank)
-    use_dora: Flag = False  # train the length of each row of the weight apart from its direction
-    lora_bias: Flag = False  # a bias beside each B
-    bias: Literal["none", "all", "lora_only"] = "none"  # which biases of the base model train
-    init_lora_weights: Init = True  # True: A Kaiming uniform, B zero; gaussian, orthogonal, pissa, pissa_niter_N, olora
-
-    loraplus_lr_ratio: Number = Field(1.0, gt=0)  # learning rate of B over that of A (LoRA+); 1: one rate for both
-    loraplus_lr_embedding: Number = Field(1e-6, gt=0)  # highest rate of an adapter on the embedding, with LoRA+
     neftune_noise_alpha: Number = Field(0.0, ge=0)  # noise on the embedding in training, 5 to 15; 0: none
-
-    # adalora: from init_rank everywhere to target_rank on average, by importance
-    init_rank: Whole | None = Field(None, ge=1)  # None: lora_rank
-    target_rank: Whole | None = Field(None, ge=1)  # None: half of that
-    tinit: Whole | None = Field(None, ge=0)  # optimiser steps before ranks fall; None: a tenth of the run
-    tfinal: Whole | None = Field(None, ge=1)  # optimiser steps at the end with ranks fixed; None: three tenths
-    delta_t: Whole = Field(1, ge=1)  # optimiser steps between two allocations of rank
-    beta1: Number = Field(0.85, gt=0, lt=1)  # smoothing of the importance
-    beta2: Number = Field(0.85, gt=0, lt=1)  # smoothing of its spread
-    orth_reg_weight: Number = Field(0.5, ge=0)  # weight in the loss of how far A and B are from orthogonal
-
     freeze_include: Texts = []  # parameter names (with *) to freeze besides the base model's
     freeze_exclude: Texts = []  # parameter names (with *) to train besides the adapter
     lora_a_init: NoEffect = None  # init_lora_weights says how A and B start
@@ -80,23 +26,69 @@ class PetConfig(Section):
     compute_dtype: NoEffect = None
 
     @model_validator(mode="after")
-    def _adalora_alone(self) -> "PetConfig":
-        adalora = self.pet_type == "adalora"
-        keys, reason = (LORA_KEYS, "AdaLoRA goes without") if adalora else (ADALORA_KEYS, "set pet_type: adalora")
-        fields = type(self).model_fields
-        wrong = [name for name in keys if getattr(self, name) != fields[name].get_default()]
+    def _keys_of_one_method(self) -> "PetKeys":
+        method, fields = METHODS[self.pet_type], type(self).model_fields
+        own, wrong = method_keys(method), []
+        for name in OPTIONS:
+            if name not in own and getattr(self, name) != fields[name].get_default():
+                wrong.append(name)
+            elif name in own and name not in self.model_fields_set:
+                self.__dict__[name] = own[name].default  # methods may differ in it; the key stays one that is not given
         if wrong:
-            raise ValueError(f"{', '.join(wrong)} with pet_type {self.pet_type}: {reason}")
-        if self.init_rank not in (None, self.lora_rank) and self.lora_rank != fields["lora_rank"].default:
-            raise ValueError(f"init_rank {self.init_rank} and lora_rank {self.lora_rank} differ: give one of the two")
+            others = [name for name, other in METHODS.items() if all(key in method_keys(other) for key in wrong)]
+            change = f", or set pet_type: {' or '.join(others)}" if others else ""
+            raise ValueError(f"{', '.join(wrong)} with pet_type {self.pet_type}: leave them out{change}")
+        method.check_yaml(self)
         return self
 
 
-ADALORA_KEYS = ("init_rank", "target_rank", "tinit", "tfinal", "delta_t", "beta1", "beta2", "orth_reg_weight")
-LORA_KEYS = (
-    *("rank_pattern", "alpha_pattern", "layer_groups", "use_rslora", "use_dora", "lora_bias"),
-    *("init_lora_weights", "loraplus_lr_ratio"),
-)
+def method_keys(method: type[AdapterConfig]) -> dict[str, Key]:
+    """All keys of ``pet_config`` that belong to a method."""
+    return {**keys_of(method), **method.YAML_KEYS}
+
+
+def field_of(key: Key) -> Any:
+    """A key as pydantic takes a field's declaration."""
+    kind = key.type
+    entry: Any = next(iter(get_args(kind)), None)
+    if isinstance(entry, type) and dataclasses.is_dataclass(entry):  # a list of sections
+        fields: dict[str, Any] = {name: field_of(inner) for name, inner in keys_of(entry).items()}
+        section = create_model(entry.__name__, __base__=Section, **fields)
+        kind = list[section]  # type: ignore[valid-type]
+    kind = key.bounds.on(kind)
+    if key.default is REQUIRED:
+        return (kind, ...)
+    return (kind | None if key.default is None else kind, key.default)
+
+
+def options_of_all() -> dict[str, Key]:
+    """The options of all methods; one that several have is the first's."""
+    found: dict[str, Key] = {}
+    for method in METHODS.values():
+        for name, key in method_keys(method).items():
+            found.setdefault(name, key)
+    return found
+
+
+OPTIONS = options_of_all()
+
+if TYPE_CHECKING:
+
+    class PetConfig(PetKeys):
+        """``pet_config``, with every option of every method; ``null`` trains all parameters."""
+
+        def __init__(self, **keys: Any): ...
+
+        def __getattr__(self, name: str) -> Any: ...
+
+else:
+    PetConfig = create_model(
+        "PetConfig",
+        __base__=PetKeys,
+        __doc__="``pet_config``, with every option of every method; ``null`` trains all parameters.",
+        pet_type=(Literal[tuple(METHODS)], next(iter(METHODS))),
+        **{name: field_of(key) for name, key in OPTIONS.items()},
+    )
 
 
 class ModelSizes(Section):

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from lora_ms.config.values import Flag, NoEffect, Number, Regex, Section, Whole
+from lora_ms.values import Flag, NoEffect, Number, Regex, Section, Whole
 
 
 class ParamGroup(Section):

@@ -10,7 +10,7 @@ from pydantic.fields import FieldInfo
 from lora_ms.config.callbacks import CALLBACKS
 from lora_ms.config.schema import RunConfig, key_of
 from lora_ms.config.sections import MAPPING, NUMBER
-from lora_ms.config.values import Section
+from lora_ms.values import Section
 
 TAGS = {*CALLBACKS, NUMBER, MAPPING}  # pydantic puts these into an error's place; they are no keys
 

@@ -35,8 +35,8 @@ from lora_ms.config.sections import (
     RunnerWrapper,
     Trainer,
 )
-from lora_ms.config.values import NO_EFFECT, Flag, Folder, NoEffect, Path, Reports, Section, Whole
 from lora_ms.errors import LoraMsError
+from lora_ms.values import NO_EFFECT, Flag, Folder, NoEffect, Path, Reports, Section, Whole
 
 Kind = TypeVar("Kind", bound=Section)
 RunMode = Literal["finetune", "train", "eval", "predict"]

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from lora_ms.config.values import Flag, Memory, NoEffect, Number, Path, Recompute, Section, Text, Texts, Whole
+from lora_ms.values import Flag, Memory, NoEffect, Number, Path, Recompute, Section, Text, Texts, Whole
 
 
 class Trainer(Section):

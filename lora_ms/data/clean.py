@@ -1,18 +1,15 @@
 """Rules that leave rows out before they are tokenised, each of them counted."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from hashlib import blake2b
-from typing import Any
 
-from lora_ms.data.example import Completion, Example, Message, TokenRow
-from lora_ms.data.fields import RowFault
-from lora_ms.data.formats import Row
+from lora_ms.data.example import Completion, Example, Message, RawRow, Row, RowFault, TokenRow
 
 
 @dataclass(frozen=True)
-class Clean:
+class CleaningRules:
     """What to leave out; nothing by default, where a faulty row stops the run."""
 
     required: tuple[str, ...] = ()  # columns that must not be empty
@@ -24,41 +21,59 @@ class Clean:
 
 
 class Cleaner:
-    """Applies the rules to one row after another and counts in ``skipped`` what they leave out."""
+    """Applies the rules to one row after another and counts in ``skipped``, by reason, the rows that they leave out."""
 
-    def __init__(self, rules: Clean, skipped: Counter[str]) -> None:
-        self.rules, self.skipped = rules, skipped
-        self.seen: set[bytes] = set()
+    def __init__(self, rules: CleaningRules, skipped: Counter[str]) -> None:
+        self.rules = rules
+        self.skipped = skipped
+        self.seen: set[bytes] = set()  # digests of the questions so far
 
-    def accept(self, row: Mapping[str, Any]) -> bool:
-        """Before parsing: whether all required columns hold something."""
-        empty = [key for key in self.rules.required if not str("" if row.get(key) is None else row[key]).strip()]
-        if empty:
-            self.skipped[f"{empty[0]} is empty"] += 1
-        return not empty
+    def with_required(self, rows: Iterable[RawRow]) -> Iterator[RawRow]:
+        """The rows in which no required column is empty."""
+        for row in rows:
+            empty = self._empty_column(row)
+            if empty is None:
+                yield row
+            else:
+                self.skipped[f"{empty} is empty"] += 1
 
-    def fault(self, where: str, fault: RowFault) -> None:
-        """A row that cannot be used, with ``skip_faulty``."""
+    def _empty_column(self, row: RawRow) -> str | None:
+        if not isinstance(row.value, Mapping):
+            return None
+        for column in self.rules.required:
+            value = row.value.get(column)
+            if value is None or not str(value).strip():
+                return column
+        return None
+
+    def count_fault(self, fault: RowFault) -> None:
+        """Counts a row that cannot be used, with ``skip_faulty``."""
         self.skipped[fault.kind] += 1
 
-    def keep(self, row: Row) -> Row | None:
-        """After parsing: the row, trimmed if so wished; None to leave it out."""
-        if isinstance(row, TokenRow):
-            return row
-        if self.rules.trim:
-            row = _trimmed(row)
-        texts = _texts(row)
-        length = sum(map(len, texts))
-        if length < self.rules.min_chars or (self.rules.max_chars and length > self.rules.max_chars):
-            self.skipped["too short" if length < self.rules.min_chars else "too long in characters"] += 1
-            return None
+    def cleaned(self, rows: Iterable[Row]) -> Iterator[Row]:
+        """The rows that the rules keep, trimmed where the rules say so."""
+        for row in rows:
+            if not isinstance(row, TokenRow):
+                if self.rules.trim:
+                    row = _trimmed(row)
+                reason = self._reason_to_skip(row)
+                if reason:
+                    self.skipped[reason] += 1
+                    continue
+            yield row
+
+    def _reason_to_skip(self, row: Example | Completion) -> str:
+        length = sum(map(len, _texts(row)))
+        if length < self.rules.min_chars:
+            return "too short"
+        if self.rules.max_chars and length > self.rules.max_chars:
+            return "too long in characters"
         if self.rules.dedupe:
-            key = blake2b("\0".join(_questions(row)).encode(), digest_size=12).digest()
-            if key in self.seen:
-                self.skipped["duplicate"] += 1
-                return None
-            self.seen.add(key)
-        return row
+            digest = blake2b("\0".join(_questions(row)).encode(), digest_size=12).digest()
+            if digest in self.seen:
+                return "duplicate"
+            self.seen.add(digest)
+        return ""
 
 
 def _trimmed(row: Example | Completion) -> Example | Completion:

@@ -7,17 +7,6 @@ import numpy as np
 from lora_ms.data.example import IGNORE_INDEX, Batch, TokenRow
 
 
-def label_count(row: TokenRow) -> int:
-    """Number of next-token targets in a row. A label on the first token is none: nothing comes before it."""
-    return int(np.count_nonzero(row.labels[1:] != IGNORE_INDEX))
-
-
-def fed_length(row: TokenRow) -> int:
-    """Number of leading tokens that the model must see: those before the last target. What follows teaches nothing."""
-    learnt = np.flatnonzero(row.labels[1:] != IGNORE_INDEX)
-    return int(learnt[-1]) + 1 if learnt.size else 0
-
-
 def collate(lines: Sequence[Sequence[TokenRow]], batch_size: int, seq_length: int, capacity: int, pad_id: int) -> Batch:
     """Up to `batch_size` lines of `seq_length` tokens, each of one row or several; missing lines are all padding.
 
@@ -35,20 +24,26 @@ def collate(lines: Sequence[Sequence[TokenRow]], batch_size: int, seq_length: in
         raise ValueError(f"{len(lines)} lines in a batch of {batch_size}")
     input_ids = np.full((batch_size, seq_length), pad_id, np.int32)
     position_ids = np.zeros((batch_size, seq_length), np.int32)
-    index, targets, tokens, fed = [], [], 0, 0
+    index = []
+    targets = []
+    tokens = 0
+    input_tokens = 0
     for number in range(batch_size):
         start = 0
         for row in lines[number] if number < len(lines) else ():
-            end = start + fed_length(row)
+            length = row.input_length
+            end = start + length
             if end > seq_length:
                 raise ValueError(f"{row.where}: ends at token {end} of a line of {seq_length}")
-            input_ids[number, start:end] = row.input_ids[: end - start]
-            position_ids[number, start:end] = np.arange(end - start)
-            following = row.labels[1:]
-            learnt = np.flatnonzero(following != IGNORE_INDEX)
-            index.append(number * seq_length + start + learnt)
-            targets.append(following[learnt])
-            tokens, fed, start = tokens + len(row.input_ids), fed + end - start, end
+            input_ids[number, start:end] = row.input_ids[:length]
+            position_ids[number, start:end] = np.arange(length)
+            learnt = row.learnt
+            # the shift: the token at position t is the target of the one before it
+            index.append(number * seq_length + start + learnt - 1)
+            targets.append(row.labels[learnt])
+            tokens += len(row.input_ids)
+            input_tokens += length
+            start = end
         position_ids[number, start:] = np.arange(seq_length - start)
     label_tokens = sum(map(len, targets))
     if label_tokens > capacity:
@@ -58,4 +53,12 @@ def collate(lines: Sequence[Sequence[TokenRow]], batch_size: int, seq_length: in
     if targets:
         target_index[:label_tokens] = np.concatenate(index)
         padded_targets[:label_tokens] = np.concatenate(targets)
-    return Batch(input_ids, position_ids, target_index, padded_targets, tokens, fed, label_tokens)
+    return Batch(
+        input_ids=input_ids,
+        position_ids=position_ids,
+        target_index=target_index,
+        targets=padded_targets,
+        tokens=tokens,
+        input_tokens=input_tokens,
+        label_tokens=label_tokens,
+    )

@@ -1,13 +1,45 @@
-"""The types that a row of training data goes through: Example (text) -> TokenRow -> Batch."""
+"""The types that a row of training data passes through, in their order.
 
+    RawRow                        a line of a file                              readers.py
+    Example, Completion           a conversation; a text without a template     formats.py
+    TokenRow                      its tokens and labels                         template.py
+    TokenStore                    the rows of a dataset, in flat arrays         store.py
+    Batch, DeviceBatch            rows of one step, in a fixed shape            collate.py, loader.py
+
+Rows that come as token ids are TokenRows from the beginning.
+"""
+
+import re
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 IGNORE_INDEX = -100
 """Label of a token that is not learnt; the value that Hugging Face and MindFormers use."""
+
+
+class RowFault(Exception):
+    """A row that cannot be used: `text` says what is wrong with it, `advice` what to do."""
+
+    def __init__(self, text: str, advice: str) -> None:
+        super().__init__(text)
+        self.text = text
+        self.advice = advice
+
+    @property
+    def kind(self) -> str:
+        """What is wrong, in words that many rows share: without numbers and quoted parts."""
+        return re.sub(r"\([^()]*\)|\d+", "…", self.text.split(":")[0])
+
+
+class RawRow(NamedTuple):
+    """One row as it stands in a file: a line of JSON, an entry of a list, a line of a table."""
+
+    file: str  # path of the file; "" for rows that were given as a list. The rows of a file have one format
+    where: str  # for error messages: "data.jsonl:12" (line), "data.json[3]" or "row 3" (counted from 1)
+    value: Any  # the columns, a mapping; a RowFault where the row could not be read
 
 
 class Message(NamedTuple):
@@ -21,7 +53,7 @@ class Message(NamedTuple):
 class Example:
     """A conversation whose assistant turns are to be learnt."""
 
-    where: str  # for error messages: "data.jsonl:12" (line), "data.json[3]" or "row 3" (counted from 1)
+    where: str
     messages: tuple[Message, ...]
     input: str = ""  # Alpaca's "input": the tail of the last user message, which only the Alpaca prompt sets apart
 
@@ -44,6 +76,20 @@ class TokenRow:
     input_ids: NDArray[np.int32]  # [n]
     labels: NDArray[np.int32]  # [n]
 
+    @property
+    def learnt(self) -> NDArray[np.int64]:
+        """Positions of the tokens that are learnt. Position 0 never is: no token comes before it to predict it."""
+        return np.flatnonzero(self.labels[1:] != IGNORE_INDEX) + 1
+
+    @property
+    def input_length(self) -> int:
+        """Number of leading tokens that the model must see: those before the last learnt one."""
+        learnt = self.learnt
+        return int(learnt[-1]) if learnt.size else 0
+
+
+Row = Example | Completion | TokenRow
+
 
 class Batch(NamedTuple):
     """One micro-batch of b lines of s tokens, with the next-token targets as a list of c slots.
@@ -58,6 +104,23 @@ class Batch(NamedTuple):
     position_ids: NDArray[np.int32]  # [b, s]
     target_index: NDArray[np.int32]  # [c]
     targets: NDArray[np.int32]  # [c]
-    tokens: int  # of the rows, whether computed or not
-    fed: int  # tokens of input_ids that are not padding
+    tokens: int  # of the rows, those after the last target included
+    input_tokens: int  # tokens of input_ids that are not padding
     label_tokens: int  # used slots
+
+
+class DeviceBatch(NamedTuple):
+    """The arrays of a Batch as MindSpore Tensors."""
+
+    input_ids: Any  # [b, s] int32
+    position_ids: Any  # [b, s] int32
+    target_index: Any  # [c] int32
+    targets: Any  # [c] int32
+
+
+class DeviceStep(NamedTuple):
+    """One optimiser step of one rank."""
+
+    batches: list[DeviceBatch]  # perhaps none: then this rank only takes part in the sums over the ranks
+    tokens: int  # of this rank's rows
+    label_tokens: int  # on all ranks

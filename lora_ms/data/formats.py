@@ -1,13 +1,15 @@
-"""What one row may look like, and what it becomes: dict -> Example, Completion or TokenRow."""
+"""What one row may look like, and what it becomes: RawRow -> Example, Completion or TokenRow."""
 
+import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from lora_ms.data.example import IGNORE_INDEX, Completion, Example, Message, TokenRow
-from lora_ms.data.fields import RowFault, filled, int_array, list_of, quoted, text_of
+from lora_ms.data.example import IGNORE_INDEX, Completion, Example, Message, RawRow, Row, RowFault, TokenRow
 from lora_ms.errors import LoraMsError
 
 FORMATS = (
@@ -28,78 +30,103 @@ ROLES = {
 }
 FAULTS_SHOWN = 5
 NO_ANSWER_ADVICE = "write the answer or remove the row"
-Row = Example | Completion | TokenRow
+PLACEHOLDER = re.compile(r"\{\{(\w+)\}\}")
 
 
-@dataclass(frozen=True)
-class Reading:
-    """How the rows of a file are read."""
-
-    format: str = "auto"  # or a key of PARSERS
-    columns: Mapping[str, str] = field(default_factory=dict)  # our name of a column -> the file's
-    fill: Mapping[str, str] = field(default_factory=dict)  # what stands for {{KEY}} in every text
-    accept: Callable[[Mapping[str, Any]], bool] | None = None  # asked before a row is parsed; False: leave it out
-    keep: Callable[[Row], Row | None] | None = None  # the last word on a parsed row; None: leave it out
-    on_fault: Callable[[str, RowFault], None] | None = None  # called for a row that cannot be used; None: an error
+def rename_columns(rows: Iterable[RawRow], columns: Mapping[str, str]) -> Iterator[RawRow]:
+    """The rows with the columns under our names; columns: our name of a column -> the file's."""
+    for row in rows:
+        if columns and isinstance(row.value, Mapping):
+            row = row._replace(value=_renamed(row.value, columns))
+        yield row
 
 
-def parse_rows(rows: Iterable[tuple[str, Any]], reading: Reading) -> Iterator[Row]:
-    """Parse (where, row) pairs of one file. The first row decides the format, and every row must have it.
-
-    A RowFault in place of a row stands for one that could not even be read.
-    Raises LoraMsError naming up to five faulty rows in one line, after a look at all of them.
-    """
-    faults: list[tuple[str, RowFault]] = []
-    count, first = 0, None if reading.format == "auto" else reading.format
-    for where, row in rows:
-        try:
-            if isinstance(row, RowFault):
-                raise row
-            row = _renamed(row, reading.columns)
-            if reading.accept is not None and isinstance(row, Mapping) and not reading.accept(row):
-                continue
-            name = recognise(row, reading.format)
-            first = first or name
-            if name != first:
-                raise RowFault(f"the format is {name}, but the first row's is {first}", "keep one format in one file")
-            read = PARSERS[name](where, row, reading.fill)
-            parsed = read if reading.keep is None else reading.keep(read)
-        except RowFault as fault:
-            if reading.on_fault is not None:
-                reading.on_fault(where, fault)
-                continue
-            count += 1
-            faults = [*faults, (where, fault)][:FAULTS_SHOWN]
-        else:
-            if parsed is not None and not faults:
-                yield parsed
-    if faults:
-        raise LoraMsError(_one_line(faults, count))
-
-
-def _renamed(row: Any, columns: Mapping[str, str]) -> Any:
-    if not columns or not isinstance(row, Mapping):
-        return row
-    missing = [theirs for theirs in columns.values() if theirs not in row]
+def _renamed(value: Mapping[str, Any], columns: Mapping[str, str]) -> Mapping[str, Any] | RowFault:
+    missing = [theirs for theirs in columns.values() if theirs not in value]
     if missing:
-        names = ", ".join(quoted(key) for key in row)
-        raise RowFault(f"there is no column {quoted(missing[0])}, which columns asks for", f"columns here: {names}")
-    rest = {key: value for key, value in row.items() if key not in columns.values()}
-    return rest | {ours: row[theirs] for ours, theirs in columns.items()}
+        names = ", ".join(quoted(key) for key in value)
+        return RowFault(f"there is no column {quoted(missing[0])}, which columns asks for", f"columns here: {names}")
+    rest = {key: item for key, item in value.items() if key not in columns.values()}
+    return rest | {ours: value[theirs] for ours, theirs in columns.items()}
 
 
-def recognise(row: Any, asked: str = "auto") -> str:
+def parse_rows(
+    rows: Iterable[RawRow],
+    format: str = "auto",
+    fill: Mapping[str, str] | None = None,
+    on_fault: Callable[[RowFault], None] | None = None,
+) -> Iterator[Row]:
+    """Parse rows. The first row of a file decides the file's format, and every row of it must have it.
+
+    format: a key of PARSERS, or "auto".
+    fill: what stands for {{KEY}} in every text.
+    on_fault: called for a row that cannot be used, which is then left out; None: such a row is an error.
+
+    Raises LoraMsError naming up to five faulty rows of a file in one line, after a look at all of them.
+    """
+    faults = _Faults()
+    file = None
+    file_format = None
+    for row in rows:
+        if row.file != file:
+            faults.raise_any()
+            file = row.file
+            file_format = None if format == "auto" else format
+        try:
+            if isinstance(row.value, RowFault):
+                raise row.value
+            name = recognise(row.value, format)
+            file_format = file_format or name
+            if name != file_format:
+                text = f"the format is {name}, but the first row's is {file_format}"
+                raise RowFault(text, "keep one format in one file")
+            parsed = PARSERS[name](row.where, row.value, fill or {})
+        except RowFault as fault:
+            if on_fault is None:
+                faults.add(row.where, fault)
+            else:
+                on_fault(fault)
+        else:
+            if not faults.count:
+                yield parsed
+    faults.raise_any()
+
+
+class _Faults:
+    """The faulty rows of a file."""
+
+    def __init__(self) -> None:
+        self.first: list[tuple[str, RowFault]] = []
+        self.count = 0
+
+    def add(self, where: str, fault: RowFault) -> None:
+        self.count += 1
+        if self.count <= FAULTS_SHOWN:
+            self.first.append((where, fault))
+
+    def raise_any(self) -> None:
+        """Raises LoraMsError where there are any."""
+        if not self.count:
+            return
+        parts = [f"{where}: {fault.text}" for where, fault in self.first]
+        if self.count > len(self.first):
+            parts.append(f"and {self.count - len(self.first)} more such rows")
+        advice = dict.fromkeys(fault.advice for _, fault in self.first)
+        raise LoraMsError("; ".join([*parts, *advice]))
+
+
+def recognise(value: Any, asked: str = "auto") -> str:
     """Name the format of a row, a key of PARSERS; `asked` is it, unless it is "auto"."""
-    if not isinstance(row, Mapping):
-        raise RowFault(f"a row must be an object with keys, not {type(row).__name__}", f"known formats: {FORMATS}")
+    if not isinstance(value, Mapping):
+        raise RowFault(f"a row must be an object with keys, not {type(value).__name__}", f"known formats: {FORMATS}")
     for name, sets in KEYS.items():
-        if asked in ("auto", name) and any(all(row.get(key) is not None for key in keys) for keys in sets):
+        if asked in ("auto", name) and any(all(value.get(key) is not None for key in keys) for keys in sets):
             return name
     for name, sets in KEYS.items():  # a null is no value, but it may show what was meant
-        if asked in ("auto", name) and any(all(key in row for key in keys) for keys in sets):
+        if asked in ("auto", name) and any(all(key in value for key in keys) for keys in sets):
             return name
-    keys = ", ".join(quoted(key) for key in row) or "(none)"
-    if row.keys() - {"system", "id"} == {"prompt"} and asked in ("auto", "prompt"):
+    keys = ", ".join(quoted(key) for key in value) or "(none)"
+    if value.keys() - {"system", "id"} == {"prompt"} and asked in ("auto", "prompt"):
         raise RowFault('no answer: "completion" is missing', NO_ANSWER_ADVICE)
     text = f"keys {keys} fit no format" if asked == "auto" else f"keys {keys} do not fit the format {asked}"
     raise RowFault(text, f"known formats: {FORMATS}")
@@ -128,8 +155,10 @@ def token_row(where: str, input_ids: Any, labels: Any) -> TokenRow:
 
 
 def _parse_alpaca(where: str, row: Mapping[str, Any], fill: Mapping[str, str]) -> Example:
-    instruction, extra = text_of(row, "instruction", fill), text_of(row, "input", fill)
-    system, output = text_of(row, "system", fill), text_of(row, "output", fill)
+    instruction = text_of(row, "instruction", fill)
+    extra = text_of(row, "input", fill)
+    system = text_of(row, "system", fill)
+    output = text_of(row, "output", fill)
     if not output.strip():
         raise RowFault(f'no answer: "output" is {"empty" if "output" in row else "missing"}', NO_ANSWER_ADVICE)
     if not (instruction + extra).strip():
@@ -210,7 +239,8 @@ def _joined(turn: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 def _parse_prompt(where: str, row: Mapping[str, Any], fill: Mapping[str, str]) -> Completion | Example:
     if isinstance(row["prompt"], list) and isinstance(row["completion"], list):
         return _parse_messages(where, {**row, "messages": [*row["prompt"], *row["completion"]]}, fill)
-    prompt, completion = text_of(row, "prompt", fill), text_of(row, "completion", fill)
+    prompt = text_of(row, "prompt", fill)
+    completion = text_of(row, "completion", fill)
     if not completion.strip():
         raise RowFault('no answer: "completion" is empty', NO_ANSWER_ADVICE)
     if not prompt.strip():
@@ -259,8 +289,67 @@ PARSERS: dict[str, Callable[[str, Mapping[str, Any], Mapping[str, str]], Row]] =
 }
 
 
-def _one_line(faults: list[tuple[str, RowFault]], count: int) -> str:
-    parts = [f"{where}: {fault.text}" for where, fault in faults]
-    if count > len(faults):
-        parts.append(f"and {count - len(faults)} more such rows")
-    return "; ".join([*parts, *dict.fromkeys(fault.advice for _, fault in faults)])
+def text_of(row: Mapping[str, Any], key: str, fill: Mapping[str, str], name: str | None = None) -> str:
+    """The text of a column, filled in; "" where it is missing or null. name: of the column, in error messages."""
+    value = row.get(key)
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise RowFault(f"{name or quoted(key)} is {type(value).__name__}, not text", "put it in quotation marks")
+    return filled(value, fill)
+
+
+def list_of(row: Mapping[str, Any], key: str) -> list[Any]:
+    """The list in a column, perhaps written as JSON; [] where it is missing, null or empty."""
+    value = _from_json(row.get(key))
+    if value is None or value == "":
+        return []
+    if not isinstance(value, list | tuple):
+        raise RowFault(f'"{key}" is {type(value).__name__}, not a list', "correct the row")
+    return list(value)
+
+
+def filled(text: str, fill: Mapping[str, str]) -> str:
+    """The text with `fill` in place of its placeholders."""
+
+    # One pass, so that a text about templates keeps its own braces with fill {"name": "{{name}}"}.
+    def replace(match: re.Match[str]) -> str:
+        key = match[1]
+        if key not in fill:
+            raise RowFault(f"the placeholder {match[0]} is not filled", f"add --fill {key}=VALUE")
+        return str(fill[key])  # an override such as AGE=5 arrives as a number
+
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON may escape half of a surrogate pair, which no tokenizer takes
+        half = f"\\u{ord(text[error.start]):04x}"
+        raise RowFault(f"the text holds {half}, half of a character", "remove it") from error
+    return PLACEHOLDER.sub(replace, text)
+
+
+def int_array(name: str, values: Any) -> NDArray[np.int64]:
+    """A flat list of whole numbers of at most 32 bits, perhaps written as JSON, as an array [n]."""
+    try:
+        array = np.asarray(_from_json(values))
+    except ValueError:  # a ragged list of lists
+        array = np.asarray([None])
+    if array.size == 0 and array.ndim == 1:
+        return array.astype(np.int64)
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise RowFault(f"{name} is no list of whole numbers", "give a flat list of token ids")
+    if array.max() > np.iinfo(np.int32).max or array.min() < np.iinfo(np.int32).min:
+        raise RowFault(f"{name} holds a number beyond 32 bits", "give a flat list of token ids")
+    return array.astype(np.int64)
+
+
+def _from_json(value: Any) -> Any:
+    """A list that a CSV file holds as JSON; all else as it is."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        with suppress(ValueError):
+            return json.loads(value)
+    return value
+
+
+def quoted(value: Any) -> str:
+    """The value as JSON."""
+    return json.dumps(value, ensure_ascii=False, default=str)

@@ -1,19 +1,117 @@
-"""From rows to the plan of a whole run: which rows each optimiser step takes, in which shapes."""
+"""The plan of a whole run: which rows each optimiser step takes, in which shapes, and the steps as Tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lora_ms.data.collate import collate
-from lora_ms.data.example import Batch, TokenRow
-from lora_ms.data.order import EpochOrder, MixedOrder, Source
-from lora_ms.data.packing import Kind, Layout, MicroBatch, plan_layout, thinner
+from lora_ms.data.example import Batch, DeviceBatch, DeviceStep, TokenRow
+from lora_ms.data.packing import Kind, Layout, MicroBatch, plan_layout, smaller_batches
 from lora_ms.data.store import TokenStore
 from lora_ms.errors import LoraMsError
+
+Ints = NDArray[np.int64]
+
+
+class Source(NamedTuple):
+    """One dataset of a mixture: its rows follow those of the source before it."""
+
+    rows: int
+    weight: float  # share of the rows of the first step, in proportion to the other sources'
+    weight_end: float  # of the last step; in between the share moves on a line
+
+
+@lru_cache(maxsize=16)
+def permutation(rows: int, *seed: int) -> Ints:
+    """A fixed shuffle."""
+    order = np.random.default_rng(seed).permutation(rows)
+    order.flags.writeable = False  # shared by all callers
+    return order
+
+
+@dataclass(frozen=True, eq=False)
+class EpochOrder:
+    """Every row once per epoch. Any step can be asked for at any time."""
+
+    rows: int
+    rows_per_step: int
+    steps_per_epoch: int
+    total_steps: int
+    seed: int
+    shuffle: bool
+
+    def step(self, step: int) -> Ints:
+        """Rows of optimiser step `step` (from 0)."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        order = permutation(self.rows, self.seed, epoch) if self.shuffle else np.arange(self.rows)
+        return order[within * self.rows_per_step : (within + 1) * self.rows_per_step]
+
+    def distinct_steps(self) -> range:
+        """The steps that differ: without shuffling, epochs are all alike."""
+        return range(self.total_steps if self.shuffle else min(self.total_steps, self.steps_per_epoch))
+
+    def identity(self) -> dict[str, object]:
+        """What a run must share to go on with this order, besides rows and seed."""
+        return {}
+
+
+@dataclass(frozen=True, eq=False)
+class MixedOrder:
+    """Several datasets in shares that follow their weights to within a row; each goes round in its own epochs."""
+
+    sources: Sequence[Source]
+    rows_per_step: int
+    total_steps: int
+    seed: int
+    shuffle: bool
+
+    @cached_property
+    def _taken(self) -> Ints:
+        """[steps + 1, sources]: rows taken of each source before a step."""
+        weights = np.array([[s.weight, s.weight_end] for s in self.sources], float)
+        weights /= weights.sum(0)
+        done = np.arange(self.total_steps) / max(self.total_steps - 1, 1)
+        shares = weights[:, :1].T + done[:, None] * (weights[:, 1] - weights[:, 0])  # [steps, sources]
+        owed = np.cumsum(self.rows_per_step * shares, 0)
+        taken = np.zeros((self.total_steps + 1, len(self.sources)), np.int64)
+        for step in range(self.total_steps):
+            due = np.maximum(owed[step] - taken[step], 0.0)
+            now = np.floor(due).astype(np.int64)
+            # the rest goes to the largest remainders; what is too much comes off the smallest
+            for _ in range(self.rows_per_step - int(now.sum())):
+                now[np.argmax(due - now)] += 1
+            while now.sum() > self.rows_per_step:
+                now[np.argmin(np.where(now > 0, due - now, np.inf))] -= 1
+            taken[step + 1] = taken[step] + now
+        return taken
+
+    def step(self, step: int) -> Ints:
+        """Rows of optimiser step `step` (from 0)."""
+        parts = []
+        first = 0
+        for number, source in enumerate(self.sources):
+            counted = np.arange(self._taken[step, number], self._taken[step + 1, number])
+            epochs, within = np.divmod(counted, source.rows)
+            if self.shuffle:
+                orders = {int(e): permutation(source.rows, self.seed, int(e), number + 1) for e in set(epochs)}
+                within = np.array([orders[int(e)][w] for e, w in zip(epochs, within, strict=True)], np.int64)
+            parts.append(first + within)
+            first += source.rows
+        return np.concatenate(parts)
+
+    def distinct_steps(self) -> range:
+        """The steps that differ."""
+        return range(self.total_steps)
+
+    def identity(self) -> dict[str, object]:
+        """What a run must share to go on with this order, besides rows and seed."""
+        return {"mix": [list(source) for source in self.sources], "mix_steps": self.total_steps}
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +154,7 @@ class DataPlan:
         kind: Kind = "padded",
         buckets: int = 4,
         sources: Sequence[Source] = (),
-        lines: bool = False,
+        prefer_many_lines: bool = False,
     ) -> DataPlan:
         """Fix the run's steps and shapes.
 
@@ -67,11 +165,13 @@ class DataPlan:
         max_steps: number of optimiser steps, whatever `epochs` says; -1: all of `epochs`.
         buckets: most lengths of line, for kind "bucketed".
         sources: datasets to mix by weight, in the order of the rows; none: every row once per epoch.
-        lines: packed, micro-batches of many lines rather than of long ones, so that they can be made smaller.
+        prefer_many_lines: packed, micro-batches of many lines rather than of long ones, so that they can be made
+            smaller while the run goes on.
 
         Raises LoraMsError when drop_remainder leaves no step.
         """
-        store, per_step = TokenStore.of(rows), batch_size * accumulation * world
+        store = TokenStore.of(rows)
+        per_step = batch_size * accumulation * world
         steps_per_epoch = len(store) // per_step if drop_remainder else -(-len(store) // per_step)
         if steps_per_epoch == 0:
             raise LoraMsError(
@@ -80,22 +180,42 @@ class DataPlan:
                 "set drop_remainder: False or lower batch_size"
             )
         total_steps = max_steps if max_steps > 0 else steps_per_epoch * epochs
-        order: EpochOrder | MixedOrder = EpochOrder(len(store), per_step, steps_per_epoch, total_steps, seed, shuffle)
+        order: EpochOrder | MixedOrder
         if sources:
             order = MixedOrder(sources, per_step, total_steps, seed, shuffle)
+        else:
+            order = EpochOrder(
+                rows=len(store),
+                rows_per_step=per_step,
+                steps_per_epoch=steps_per_epoch,
+                total_steps=total_steps,
+                seed=seed,
+                shuffle=shuffle,
+            )
         layout = plan_layout(
             kind,
-            store.fed,
+            store.input_lengths,
             store.label_counts,
-            (order.step(step) for step in order.kinds_of_step()),
+            (order.step(step) for step in order.distinct_steps()),
             batch_size=batch_size,
             buckets=buckets,
             seq_length=seq_length,
             per_step=per_step,
             world=world,
-            lines=lines,
+            prefer_many_lines=prefer_many_lines,
         )
-        return cls(store, order, layout, per_step, rank, world, pad_id, steps_per_epoch, total_steps, batch_size)
+        return cls(
+            rows=store,
+            order=order,
+            layout=layout,
+            per_step=per_step,
+            rank=rank,
+            world=world,
+            pad_id=pad_id,
+            steps_per_epoch=steps_per_epoch,
+            total_steps=total_steps,
+            usual_lines=batch_size,
+        )
 
     def step(self, step: int, level: int = 0) -> tuple[list[Batch], int]:
         """This rank's micro-batches of optimiser step `step` (from 0), and the label tokens of all ranks' together.
@@ -104,15 +224,23 @@ class DataPlan:
         Raises IndexError beyond total_steps.
         """
         taken = self.step_rows(step)
-        laid = self.layout.lay(self.rows.fed[taken], self.rows.label_counts[taken])[self.rank :: self.world]
-        batches = [self._collate(taken, batch) for whole in laid for batch in thinner(whole, level)]
-        return batches, int(self.rows.label_counts[taken].sum())
+        label_counts = self.rows.label_counts[taken]
+        of_all_ranks = self.layout.arrange(self.rows.input_lengths[taken], label_counts)
+        ours = of_all_ranks[self.rank :: self.world]
+        batches = [self._collate(taken, part) for batch in ours for part in smaller_batches(batch, level)]
+        return batches, int(label_counts.sum())
 
-    def _collate(self, taken: NDArray[np.int64], batch: MicroBatch) -> Batch:
+    def _collate(self, taken: Ints, batch: MicroBatch) -> Batch:
         lines = [[self.rows[int(taken[i])] for i in line] for line in batch.lines]
-        return collate(lines, *batch.shape, self.pad_id)
+        return collate(
+            lines,
+            batch_size=batch.shape.lines,
+            seq_length=batch.shape.length,
+            capacity=batch.shape.capacity,
+            pad_id=self.pad_id,
+        )
 
-    def step_rows(self, step: int) -> NDArray[np.int64]:
+    def step_rows(self, step: int) -> Ints:
         """Indices of the rows that all ranks together take in optimiser step `step`."""
         if not 0 <= step < self.total_steps:
             raise IndexError(f"step {step} of {self.total_steps}")
@@ -131,16 +259,21 @@ class DataPlan:
     def padding(self) -> dict[str, float]:
         """Share of padding in the computed tokens: as laid out, and ("usual") with each batch as long as its longest
         row. Of some dozen steps."""
-        fed = computed = usual = 0
+        input_tokens = 0
+        computed = 0
+        usual = 0
         for step in range(0, self.total_steps, max(1, self.total_steps // 50)):
             taken = self.step_rows(step)
-            lengths = self.rows.fed[taken]
-            fed += int(lengths.sum())
-            laid = self.layout.lay(lengths, self.rows.label_counts[taken])
-            computed += sum(batch.shape.lines * batch.shape.length for batch in laid)
+            lengths = self.rows.input_lengths[taken]
+            input_tokens += int(lengths.sum())
+            batches = self.layout.arrange(lengths, self.rows.label_counts[taken])
+            computed += sum(batch.shape.lines * batch.shape.length for batch in batches)
             starts = np.arange(0, len(taken), self.usual_lines)
             usual += int((np.maximum.reduceat(lengths, starts) * np.diff(starts, append=len(taken))).sum())
-        return {self.layout.kind: round(1 - fed / computed, 4), "usual": round(1 - fed / usual, 4)}
+        return {
+            self.layout.kind: round(1 - input_tokens / computed, 4),
+            "usual": round(1 - input_tokens / usual, 4),
+        }
 
     def checksum(self) -> int:
         """Tells whether the rows are the same."""
@@ -149,3 +282,37 @@ class DataPlan:
     def epoch_of(self, step: int) -> float:
         """Epochs that are done once `step` optimiser steps are done."""
         return step / self.steps_per_epoch
+
+
+COLUMNS = ["input_ids", "position_ids", "target_index", "targets", "counts"]
+
+
+def device_steps(plan: DataPlan, start: int, level: int = 0) -> Iterator[DeviceStep]:
+    """The steps of a plan from `start` on as Tensors, their micro-batches at `level` (see `DataPlan.step`).
+
+    They are made in MindSpore's own data thread while the device computes.
+    """
+    import mindspore.dataset as ds
+
+    def micro_batches() -> Iterator[tuple[NDArray, ...]]:
+        """The arrays of a batch, and [micro-batches of the step still to come, tokens, label tokens of the step]."""
+        for step in range(start, plan.total_steps):
+            batches, label_tokens = plan.step(step, level)
+            for number, batch in enumerate(batches, start=1):
+                arrays = (batch.input_ids, batch.position_ids, batch.target_index, batch.targets)
+                yield *arrays, np.array([len(batches) - number, batch.tokens, label_tokens], np.int64)
+            if not batches:  # nothing for this rank, which still takes part in the step
+                yield *(np.zeros(1, np.int32) for _ in range(4)), np.array([-1, 0, label_tokens], np.int64)
+
+    dataset = ds.GeneratorDataset(micro_batches, COLUMNS, shuffle=False, num_parallel_workers=1)
+    batches: list[DeviceBatch] = []
+    tokens = 0
+    for *tensors, counts in dataset.create_tuple_iterator(num_epochs=1, do_copy=False):
+        to_come, more_tokens, label_tokens = counts.asnumpy().tolist()
+        tokens += more_tokens
+        if to_come >= 0:
+            batches.append(DeviceBatch(*tensors))
+        if to_come <= 0:
+            yield DeviceStep(batches, tokens, label_tokens)
+            batches = []
+            tokens = 0

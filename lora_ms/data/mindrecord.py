@@ -8,16 +8,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_ms.data.example import IGNORE_INDEX, TokenRow
-from lora_ms.data.fields import RowFault
-from lora_ms.data.formats import token_row
+from lora_ms.data.example import IGNORE_INDEX, RawRow, TokenRow
 from lora_ms.errors import LoraMsError
 
 ROWS_WRITTEN = 2000  # together
 
 
-def read_mindrecord(path: Path) -> Iterator[tuple[str, Any]]:
-    """(where, row) of one MindRecord file with columns input_ids [n] and, optionally, labels [n] (else: all is learnt).
+def read_mindrecord(path: Path) -> Iterator[RawRow]:
+    """The rows of one MindRecord file: columns input_ids [n] and, optionally, labels [n] (else: all is learnt).
 
     Rows are stored at one length, filled up with a pad token whose label is -100: that tail is cut off here.
     Without labels, padding cannot be told from text, and the row stays whole.
@@ -25,13 +23,8 @@ def read_mindrecord(path: Path) -> Iterator[tuple[str, Any]]:
     if not path.with_name(f"{path.name}.db").is_file():
         raise LoraMsError(f"{path}: its index {path.name}.db is missing; copy it beside the file")
     for number, row in enumerate(_mindrecord_rows(path), start=1):
-        where = f"{path.name}[{number}]"
-        try:
-            trimmed = trim_padding(token_row(where, row["input_ids"], row.get("labels", row["input_ids"])))
-        except RowFault as fault:
-            yield where, fault
-        else:
-            yield where, {"input_ids": trimmed.input_ids, "labels": trimmed.labels}
+        ids, labels = trim_padding(row["input_ids"], row.get("labels", row["input_ids"]))
+        yield RawRow(str(path), f"{path.name}[{number}]", {"input_ids": ids, "labels": labels})
 
 
 def _mindrecord_rows(path: Path) -> Iterator[dict[str, NDArray[Any]]]:
@@ -52,10 +45,23 @@ def _mindrecord_rows(path: Path) -> Iterator[dict[str, NDArray[Any]]]:
         raise LoraMsError(f"{path}: not readable as MindRecord ({reason}); write it anew") from error
 
 
+def trim_padding(ids: NDArray[Any], labels: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Cut the tail of unlearnt tokens that repeat the row's last id. Nothing learnt comes after, so no loss changes.
+
+    ids, labels [n], of integers; arrays of another shape or type come back as they are, to be refused as a row.
+    """
+    if ids.ndim != 1 or ids.shape != labels.shape or not ids.size:
+        return ids, labels
+    padding = (ids == ids[-1]) & (labels == IGNORE_INDEX)
+    kept = np.flatnonzero(~padding)
+    length = int(kept[-1]) + 1 if kept.size else 1
+    return ids[:length].copy(), labels[:length].copy()  # a view would keep the padding in memory
+
+
 def write_mindrecord(path: Path, rows: Iterable[TokenRow], width: int | None, pad_id: int) -> None:
     """Write one file with columns input_ids and labels, unshifted.
 
-    width: tokens of every row, filled up with `pad_id` and label -100, as MindFormers wants them (seq_length + 1);
+    width: tokens of every row, filled up with `pad_id` and label -100, as MindFormers expects them (seq_length + 1);
         None keeps each row as long as it is.
     """
     from mindspore.mindrecord import FileWriter
@@ -65,16 +71,18 @@ def write_mindrecord(path: Path, rows: Iterable[TokenRow], width: int | None, pa
     column = {"type": "int32", "shape": [-1 if width is None else width]}
     writer.add_schema({"input_ids": column, "labels": column}, "token rows of lora_ms")
     rows = iter(rows)
-    while piece := [_filled(row, width, pad_id) for row in islice(rows, ROWS_WRITTEN)]:
+    while piece := [_padded(row, width, pad_id) for row in islice(rows, ROWS_WRITTEN)]:
         writer.write_raw_data(piece)
     writer.commit()
 
 
-def _filled(row: TokenRow, width: int | None, pad_id: int) -> dict[str, NDArray[np.int32]]:
+def _padded(row: TokenRow, width: int | None, pad_id: int) -> dict[str, NDArray[np.int32]]:
     if width is None:
         return {"input_ids": np.array(row.input_ids), "labels": np.array(row.labels)}
-    ids, labels = np.full(width, pad_id, np.int32), np.full(width, IGNORE_INDEX, np.int32)
-    ids[: len(row.input_ids)], labels[: len(row.labels)] = row.input_ids, row.labels
+    ids = np.full(width, pad_id, np.int32)
+    labels = np.full(width, IGNORE_INDEX, np.int32)
+    ids[: len(row.input_ids)] = row.input_ids
+    labels[: len(row.labels)] = row.labels
     return {"input_ids": ids, "labels": labels}
 
 
@@ -88,12 +96,3 @@ def fixed_width(path: Path, width: int) -> int:
     import mindspore.dataset as ds
 
     return ds.MindDataset([str(path)], shuffle=False, num_parallel_workers=1).get_dataset_size()
-
-
-def trim_padding(row: TokenRow) -> TokenRow:
-    """Cut the tail of unlearnt tokens that repeat the row's last id. Nothing learnt comes after, so no loss changes."""
-    ids, labels = row.input_ids, row.labels
-    padding: NDArray[np.bool_] = (ids == ids[-1]) & (labels == IGNORE_INDEX)
-    kept = np.flatnonzero(~padding)
-    length = int(kept[-1]) + 1 if kept.size else 1
-    return TokenRow(row.where, ids[:length].copy(), labels[:length].copy())  # a view would keep the padding in memory

@@ -1,6 +1,7 @@
 """Which rows share a line, and which lines a micro-batch: padded, in length buckets, or packed.
 
-All three lay out the rows of one optimiser step, which are the same whatever the layout: so are loss and gradient.
+All three arrange the rows of one optimiser step, which are the same whatever the layout: so are loss and gradient.
+Rows are known here by two numbers each: `lengths`, the tokens that the model must see, and `labels`, the targets.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ SAMPLED_ROWS = 2048  # rows on which the shapes are tried out
 COMPILE_TOKENS = 30_000  # tokens that could be computed while one more shape is compiled
 ATTENTION_LENGTH = 2048  # tokens of a line at which its attention costs as much as the rest
 SLOT_COST = 0.3  # of a target slot, in tokens
-EPOCHS = 3  # that a run is thought to have
+EPOCHS = 3  # that a run is assumed to have
 STEP_COST = 24  # of starting a micro-batch, in tokens
 
 
@@ -44,7 +45,7 @@ class MicroBatch(NamedTuple):
     lines: list[list[int]]
 
 
-def thinner(batch: MicroBatch, level: int) -> list[MicroBatch]:
+def smaller_batches(batch: MicroBatch, level: int) -> list[MicroBatch]:
     """The rows of a micro-batch in several with 1 / 2^`level` of its lines each, at least one."""
     lines, length, capacity = batch.shape
     fewer = max(1, lines >> level)
@@ -62,61 +63,65 @@ def round_up(value: int, fine: int, coarse: int, above: int) -> int:
 
 @dataclass(frozen=True)
 class Layout:
-    """How the rows of a step are laid out; `shapes` are the only ones used, in ascending order of cost."""
+    """How the rows of a step are arranged; `shapes` are the only ones used, in ascending order of cost."""
 
     kind: Kind
     batch_size: int  # rows of a micro-batch where it is not packed
     shapes: tuple[Shape, ...]
 
-    def lay(self, fed: Ints, labels: Ints) -> list[MicroBatch]:
-        """Lay out one step: fed [rows] tokens to see, labels [rows] targets. The ranks take the results in turn."""
+    def arrange(self, lengths: Ints, labels: Ints) -> list[MicroBatch]:
+        """The micro-batches of one step: lengths, labels [rows]. The ranks take the results in turn."""
         if self.kind == "packed":
-            return self._packed(fed, labels)
-        order = np.arange(len(fed)) if self.kind == "padded" else np.argsort(fed, kind="stable")
-        return [
-            MicroBatch(self._shape_for(int(fed[chunk].max()), int(labels[chunk].sum())), [[int(i)] for i in chunk])
-            for chunk in (order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size))
-        ]
+            return self._packed(lengths, labels)
+        order = np.arange(len(lengths)) if self.kind == "padded" else np.argsort(lengths, kind="stable")
+        batches = []
+        for start in range(0, len(order), self.batch_size):
+            chunk = order[start : start + self.batch_size]
+            shape = self._shape_for(int(lengths[chunk].max()), int(labels[chunk].sum()))
+            batches.append(MicroBatch(shape, [[int(row)] for row in chunk]))
+        return batches
 
     def _shape_for(self, longest: int, targets: int, lines: int = 1) -> Shape:
         return next(s for s in self.shapes if s.length >= longest and s.capacity >= targets and s.lines >= lines)
 
-    def _packed(self, fed: Ints, labels: Ints) -> list[MicroBatch]:
+    def _packed(self, lengths: Ints, labels: Ints) -> list[MicroBatch]:
         largest = self.shapes[-1]
-        packed = first_fit(fed, labels, largest.length, largest.capacity // largest.lines)
-        return self._grouped(packed, fed, labels)
+        packed = first_fit(lengths, labels, largest.length, largest.capacity // largest.lines)
+        return self._grouped(packed, lengths, labels)
 
-    def _grouped(self, packed: tuple[list[list[int]], Ints], fed: Ints, labels: Ints) -> list[MicroBatch]:
+    def _grouped(self, packed: tuple[list[list[int]], Ints], lengths: Ints, labels: Ints) -> list[MicroBatch]:
         lines, fills = packed
         # fullest first, so that what is left over for the smaller shapes is least
         order = np.argsort(-fills[:, 0], kind="stable")
-        batches, size = [], self.shapes[-1].lines
+        batches = []
+        size = self.shapes[-1].lines
         for start in range(0, len(lines), size):
             group = order[start : start + size]
             shape = self._shape_for(int(fills[group, 0].max()), int(fills[group, 1].sum()), len(group))
             batches.append(MicroBatch(shape, [lines[i] for i in group]))
-        return batches[:-1] + self._split(batches[-1], fed, labels)
+        return batches[:-1] + self._split(batches[-1], lengths, labels)
 
-    def _split(self, last: MicroBatch, fed: Ints, labels: Ints) -> list[MicroBatch]:
+    def _split(self, last: MicroBatch, lengths: Ints, labels: Ints) -> list[MicroBatch]:
         """The last micro-batch, or smaller ones with its rows where they cost less."""
-        best, rows = [last], np.array([row for line in last.lines for row in line])
+        best = [last]
+        rows = np.array([row for line in last.lines for row in line])
         for shape in self.shapes:
             slots = shape.capacity // shape.lines
-            if shape.cost >= last.shape.cost or fed[rows].max() > shape.length or labels[rows].max() > slots:
+            if shape.cost >= last.shape.cost or lengths[rows].max() > shape.length or labels[rows].max() > slots:
                 continue
-            packed, _ = first_fit(fed[rows], labels[rows], shape.length, slots)
+            packed, _ = first_fit(lengths[rows], labels[rows], shape.length, slots)
             lines = [[int(rows[i]) for i in line] for line in packed]
             split = [MicroBatch(shape, lines[i : i + shape.lines]) for i in range(0, len(lines), shape.lines)]
             best = min(best, split, key=lambda batches: sum(batch.shape.cost for batch in batches))
         return best
 
 
-def first_fit(fed: Ints, labels: Ints, length: int, capacity: int) -> tuple[list[list[int]], Ints]:
+def first_fit(lengths: Ints, labels: Ints, length: int, capacity: int) -> tuple[list[list[int]], Ints]:
     """First-fit-decreasing: rows in lines of `length` tokens and `capacity` targets; [lines, 2] are their sums."""
     lines: list[list[int]] = []
-    fills = np.zeros((len(fed), 2), np.int64)
-    for row in np.argsort(-fed, kind="stable"):
-        need = (fed[row], labels[row])
+    fills = np.zeros((len(lengths), 2), np.int64)
+    for row in np.argsort(-lengths, kind="stable"):
+        need = (lengths[row], labels[row])
         used = fills[: len(lines)]
         fits = np.flatnonzero((used[:, 0] + need[0] <= length) & (used[:, 1] + need[1] <= capacity))
         place = int(fits[0]) if fits.size else len(lines)
@@ -129,7 +134,7 @@ def first_fit(fed: Ints, labels: Ints, length: int, capacity: int) -> tuple[list
 
 def plan_layout(
     kind: Kind,
-    fed: Ints,
+    lengths: Ints,
     labels: Ints,
     steps: Sequence[Ints] | Iterator[Ints],
     *,
@@ -138,29 +143,40 @@ def plan_layout(
     seq_length: int,
     per_step: int,
     world: int,
-    lines: bool = False,
+    prefer_many_lines: bool = False,
 ) -> Layout:
     """The shapes of a run of which `steps` are the rows, `per_step` each, in the order of the steps.
 
-    lines: as many lines in a micro-batch as it has room for, none longer than the longest row needs.
+    prefer_many_lines: as many lines in a micro-batch as it has room for, none longer than the longest row needs.
 
     Padded and bucketed shapes come from all steps and so always suffice. Packed shapes are tried out on some of the
     rows; what they cannot hold opens another line.
     """
     if kind == "packed":
-        return _plan_packed(fed, labels, per_step, batch_size, seq_length, world, lines)
-    lengths, targets = [], []
+        return _plan_packed(
+            lengths,
+            labels,
+            per_step=per_step,
+            batch_size=batch_size,
+            seq_length=seq_length,
+            world=world,
+            prefer_many_lines=prefer_many_lines,
+        )
+    longest_of_batches = []
+    labels_of_batches = []
     for taken in steps:
-        order = taken if kind == "padded" else taken[np.argsort(fed[taken], kind="stable")]
+        order = taken if kind == "padded" else taken[np.argsort(lengths[taken], kind="stable")]
         starts = np.arange(0, len(order), batch_size)
-        lengths.append(np.maximum.reduceat(fed[order], starts))
-        targets.append(np.add.reduceat(labels[order], starts))
-    longest, most = np.concatenate(lengths), np.concatenate(targets)
-    top = padded_length(int(fed.max()), seq_length)
+        longest_of_batches.append(np.maximum.reduceat(lengths[order], starts))
+        labels_of_batches.append(np.add.reduceat(labels[order], starts))
+    longest = np.concatenate(longest_of_batches)
+    label_sums = np.concatenate(labels_of_batches)
+    top = padded_length(int(lengths.max()), seq_length)
     edges = [top] if kind == "padded" else _edges(longest, buckets, top)
-    shapes, capacity = [], 0
+    shapes = []
+    capacity = 0
     for edge in edges:
-        inside = most[longest <= edge]
+        inside = label_sums[longest <= edge]
         largest = round_up(max(int(inside.max(initial=0)), 1), 16, 64, above=64)
         capacity = max(capacity, min(largest, batch_size * edge))
         shapes.append(Shape(batch_size, edge, capacity))
@@ -192,36 +208,41 @@ def _edges(longest: Ints, buckets: int, top: int) -> list[int]:
 
 
 def _plan_packed(
-    fed: Ints,
+    lengths: Ints,
     labels: Ints,
+    *,
     per_step: int,
     batch_size: int,
     seq_length: int,
     world: int,
-    in_lines: bool,
+    prefer_many_lines: bool,
 ) -> Layout:
+    """Tries shapes out on some steps, and takes those of the lowest cost."""
     # of rows at random, whatever the run's steps: a run that goes on longer must find the same shapes
-    mixed = np.random.default_rng(0).permutation(len(fed))[: max(SAMPLED_ROWS, per_step)]
+    mixed = np.random.default_rng(0).permutation(len(lengths))[: max(SAMPLED_ROWS, per_step)]
     starts = range(0, max(len(mixed) - per_step + 1, 1), per_step)
-    sample = [(fed[taken], labels[taken]) for taken in (mixed[start : start + per_step] for start in starts)]
-    shortest_line = padded_length(int(fed.max()), seq_length)
+    sample = [(lengths[taken], labels[taken]) for taken in (mixed[start : start + per_step] for start in starts)]
+    total_steps = EPOCHS * -(-len(lengths) // per_step)
+    shortest_line = padded_length(int(lengths.max()), seq_length)
     room = batch_size * shortest_line  # tokens that a padded micro-batch would have
+    longest_line = shortest_line if prefer_many_lines else max(min(seq_length, room), shortest_line)
     best: tuple[float, Layout] | None = None
     length = shortest_line
-    while length <= (shortest_line if in_lines else max(min(seq_length, room), shortest_line)):
-        packed = [first_fit(*rows, length, length) for rows in sample]
+    while length <= longest_line:
+        packed = [first_fit(*step, length, length) for step in sample]
         filled = np.concatenate([fills[:, 1] for _, fills in packed])
         most = _slots(max(int(labels.max()), int(filled.max())), length)
         typical = _slots(int(np.quantile(filled, 0.85)), length)
-        lines = 1 << (batch_size.bit_length() - 1) if in_lines else 1
+        lines = 1 << (batch_size.bit_length() - 1) if prefer_many_lines else 1
         while lines * length <= room:
             for parts in ((), (2,), (4,), (2, 4)):
                 for slots in ((most,), (typical, most)) if typical < most else ((most,),):
                     layout = Layout("packed", batch_size, _shapes(lines, length, slots, parts))
-                    laid = [
-                        layout._grouped(*both)[::world] for both in zip(packed, *zip(*sample, strict=True), strict=True)
+                    arranged = [
+                        layout._grouped(lines_of_step, *step)[::world]
+                        for lines_of_step, step in zip(packed, sample, strict=True)
                     ]
-                    cost = _run_cost(laid, EPOCHS * -(-len(fed) // per_step))
+                    cost = _run_cost(arranged, total_steps)
                     if best is None or cost < 0.995 * best[0]:
                         best = (cost, layout)
             lines *= 2

@@ -1,23 +1,29 @@
-"""From rows to a store of tokens: cleaned, tokenised, cut or dropped, checked and counted."""
+"""From files to a store of tokens: rows are read, parsed, cleaned, tokenised, cut or dropped, checked and counted.
+
+The stages are generators over the rows, one after another: `read` and `tokenise` are their order.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
-from os import PathLike
-from typing import TYPE_CHECKING, Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 from zlib import adler32, crc32
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_ms.data.clean import Clean, Cleaner
-from lora_ms.data.example import IGNORE_INDEX, Completion, Example, TokenRow
-from lora_ms.data.formats import Reading, Row
-from lora_ms.data.readers import iter_rows
+from lora_ms import storage
+from lora_ms.data import cache
+from lora_ms.data.clean import Cleaner, CleaningRules
+from lora_ms.data.example import IGNORE_INDEX, Completion, Example, Row, TokenRow
+from lora_ms.data.formats import parse_rows, rename_columns
+from lora_ms.data.readers import RowSource, find_files, read_sources
 from lora_ms.data.report import Report, Tally, percentiles, repeated, scripts_of, shares
-from lora_ms.data.store import TokenStore
+from lora_ms.data.store import StoreWriter, TokenStore
 from lora_ms.data.template import encode_rows
 from lora_ms.errors import LoraMsError
 
@@ -26,6 +32,9 @@ if TYPE_CHECKING:
 
 ROWS_NAMED = 5
 ROWS_TOGETHER = 256  # tokenised in one call
+SMALL = 64 << 20  # bytes of files that are tokenised in memory, without a cache
+SAVE_EVERY = 20_000  # rows
+STATE, REPORT = "state.json", "report.json"
 
 
 @dataclass(frozen=True)
@@ -34,35 +43,86 @@ class Preparation:
 
     seq_length: int  # tokens of the longest row kept
     vocab_size: int | None = None  # ids must be below it; None: not checked
-    format: str = "auto"
+    format: str = "auto"  # or a key of formats.PARSERS
     columns: Mapping[str, str] = field(default_factory=dict)  # our name of a column -> the file's
     fill: Mapping[str, str] = field(default_factory=dict)  # what stands for {{KEY}} in every text
     split: str = "train"  # of a Hugging Face dataset
     num_samples: int | None = None  # only the first rows
     turns: Literal["all", "last"] = "all"  # assistant turns that carry labels
     truncation: Literal["error", "drop", "cut"] = "drop"  # what is done with rows longer than seq_length
-    clean: Clean = Clean()
+    clean: CleaningRules = CleaningRules()
 
 
-Source = str | PathLike[str] | Sequence[Mapping[str, Any]]
+def prepare(
+    sources: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase | None,
+    preparation: Preparation,
+    *,
+    always_cache: bool = False,
+    say: Callable[[str], None] = print,
+) -> tuple[TokenStore, Report]:
+    """The rows of `sources` as tokens: from the cache, or into it where the files are large or `always_cache` is set.
+
+    say: told of progress.
+    """
+    files = [file for source in sources for file in _all_files(source, preparation.split)]
+    if not always_cache and sum(file.stat().st_size for file in files) < SMALL:
+        tally = Tally()
+        return prepare_rows(read(sources, preparation, tally), tokenizer, preparation, tally)
+    # The tokens are the same for models of all vocabulary sizes, which are checked below.
+    vocab_size = preparation.vocab_size
+    preparation = replace(preparation, vocab_size=None)
+    folder = cache.folder_of(files, tokenizer, asdict(preparation))
+    with cache.locked(folder):
+        if not (folder / REPORT).is_file():
+            _build(folder, sources, tokenizer, preparation, say)
+    store = TokenStore.load(folder)
+    if vocab_size is not None:
+        check_vocabulary(store, vocab_size)
+    return store, Report(**storage.read_json(folder / REPORT))
 
 
-def read(sources: Sequence[Source], how: Preparation, tally: Tally) -> Iterator[Row]:
-    """The rows of all sources, cleaned; `tally` counts those left out."""
-    cleaner = Cleaner(how.clean, tally.skipped)
-    reading = Reading(
-        how.format,
-        how.columns,
-        how.fill,
-        cleaner.accept if how.clean.required else None,
-        cleaner.keep if how.clean != Clean() else None,
-        cleaner.fault if how.clean.skip_faulty else None,
-    )
-    return iter_rows(sources, reading, how.num_samples, how.split)
+def _all_files(source: str, split: str) -> list[Path]:
+    found = find_files(source, split)
+    return [file for path in found for file in (sorted(path.rglob("*")) if path.is_dir() else [path]) if file.is_file()]
+
+
+def _build(
+    folder: Path,
+    sources: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase | None,
+    preparation: Preparation,
+    say: Callable[[str], None],
+) -> None:
+    """Tokenises into `folder`; a build that was killed goes on from the last state that it wrote."""
+    state = storage.read_json(folder / STATE) if (folder / STATE).is_file() else {}
+    tally = Tally.of(state["tally"]) if state else Tally()
+    tally.skipped.clear()  # the rows before are read again, though not tokenised
+    done = state.get("taken", 0)
+    rows = read(sources, preparation, tally)
+    if done:
+        say(f"going on after {done:,} rows that were tokenised before")
+        next(islice(rows, done - 1, None), None)
+    saved = 0
+    with closing(StoreWriter(folder, **state.get("written", {}))) as writer:
+        for taken, token_rows in tokenise(rows, tokenizer, preparation, tally):
+            for row in token_rows:
+                writer.add(row)
+            if taken - saved >= SAVE_EVERY:
+                saved = taken
+                position = {"written": writer.flush(), "taken": done + taken, "tally": tally.state()}
+                storage.write_json(folder / STATE, position)
+                say(f"{done + taken:,} rows tokenised")
+    store = TokenStore.load(folder)
+    storage.write_json(folder / REPORT, finish(store, preparation, tally).as_json())
+    (folder / STATE).unlink(missing_ok=True)
 
 
 def prepare_rows(
-    rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase | None, how: Preparation, tally: Tally | None = None
+    rows: Iterable[Row],
+    tokenizer: PreTrainedTokenizerBase | None,
+    preparation: Preparation,
+    tally: Tally | None = None,
 ) -> tuple[TokenStore, Report]:
     """Tokenise the text rows, drop or cut rows longer than seq_length, and check that every row teaches something.
 
@@ -72,15 +132,45 @@ def prepare_rows(
     Raises LoraMsError, naming rows, when nothing remains, when a row has no label, or when an id is out of range.
     """
     tally = tally or Tally()
-    store = TokenStore.of(row for _, chunk in tokenise(rows, tokenizer, how, tally) for row in chunk)
-    return store, finish(store, how, tally)
+    chunks = tokenise(rows, tokenizer, preparation, tally)
+    store = TokenStore.of(row for _, chunk in chunks for row in chunk)
+    return store, finish(store, preparation, tally)
+
+
+def read_rows(source: RowSource, *, fill: Mapping[str, str] | None = None, num_samples: int | None = None) -> list[Row]:
+    """The rows of one source as a list, none of them left out.
+
+    source: a file, a folder (its supported files, sorted by name), a glob, or a sequence of dicts.
+    fill: what stands for {{KEY}} in every string of a text row. A {{KEY}} that is not filled is an error;
+        text that is about such braces keeps them with fill {"KEY": "{{KEY}}"}.
+    num_samples: only the first rows; None: all.
+
+    Raises LoraMsError, with the file and line, for whatever cannot be read or learnt from.
+    """
+    return list(parse_rows(read_sources([source], num_samples=num_samples), fill=fill))
+
+
+def read(sources: Sequence[RowSource], preparation: Preparation, tally: Tally) -> Iterator[Row]:
+    """The rows of all sources, parsed and cleaned; `tally` counts those left out.
+
+    Raises LoraMsError, with the file and line, for whatever cannot be read or learnt from.
+    """
+    rules = preparation.clean
+    cleaner = Cleaner(rules, tally.skipped)
+    raw_rows = read_sources(sources, preparation.split, preparation.num_samples)
+    raw_rows = rename_columns(raw_rows, preparation.columns)
+    raw_rows = cleaner.with_required(raw_rows)
+    on_fault = cleaner.count_fault if rules.skip_faulty else None
+    rows = parse_rows(raw_rows, preparation.format, preparation.fill, on_fault)
+    return cleaner.cleaned(rows)
 
 
 def tokenise(
-    rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase | None, how: Preparation, tally: Tally
+    rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase | None, preparation: Preparation, tally: Tally
 ) -> Iterator[tuple[int, list[TokenRow]]]:
     """Some hundred rows at a time as tokens, each time with the number of rows taken from `rows` so far."""
-    rows, taken = iter(rows), 0
+    rows = iter(rows)
+    taken = 0
     while chunk := list(islice(rows, ROWS_TOGETHER)):
         taken += len(chunk)
         texts = [row for row in chunk if not isinstance(row, TokenRow)]
@@ -88,61 +178,63 @@ def tokenise(
             raise LoraMsError(
                 f"{texts[0].where}: a text row needs a tokenizer; give one, or rows of input_ids and labels"
             )
-        encoded = iter(encode_rows(tokenizer, texts, how.turns) if tokenizer is not None else [])
+        encoded = iter(encode_rows(tokenizer, texts, preparation.turns) if tokenizer is not None else [])
         tally.rows += len(chunk)
         tally.scripts += scripts_of(_letters(texts))
         kept = []
         for row in chunk:
             tokens = row if isinstance(row, TokenRow) else next(encoded)
-            if how.vocab_size is not None:
-                _check_vocabulary(tokens, how.vocab_size)
-            kept += _within(row, tokens, how, tally)
+            if preparation.vocab_size is not None:
+                _check_vocabulary(tokens, preparation.vocab_size)
+            kept += _within_limit(row, tokens, preparation, tally)
         yield taken, kept
 
 
 def _letters(rows: Iterable[Example | Completion]) -> Iterator[str]:
     for row in rows:
         if isinstance(row, Completion):
-            yield from (row.prompt, row.completion)
+            yield row.prompt
+            yield row.completion
         else:
             yield from (message.content for message in row.messages)
 
 
-def _within(row: Row, tokens: TokenRow, how: Preparation, tally: Tally) -> list[TokenRow]:
+def _within_limit(row: Row, tokens: TokenRow, preparation: Preparation, tally: Tally) -> list[TokenRow]:
     """The row, or what becomes of it where it is too long."""
-    length, limit = len(tokens.input_ids), how.seq_length + isinstance(row, TokenRow)
+    length = len(tokens.input_ids)
+    limit = preparation.seq_length + isinstance(row, TokenRow)
     if length < min(tally.lengths, default=length + 1):
         tally.shortest = tokens.where
     tally.lengths[length] += 1
-    if how.clean.skip_faulty and not np.count_nonzero(tokens.labels[1:] != IGNORE_INDEX):
+    if preparation.clean.skip_faulty and not tokens.learnt.size:
         tally.masked += 1
         return []
     if length <= limit:
         return [tokens]
     if isinstance(row, Completion) and not row.prompt:
         tally.split += 1
-        return _pieces(tokens, how.seq_length)
+        return _pieces(tokens, preparation.seq_length)
     tally.too_long += 1
-    lost = int(np.count_nonzero(tokens.labels[limit:] != IGNORE_INDEX))
-    if how.truncation == "error":
+    if preparation.truncation == "error":
         raise LoraMsError(
-            f"{tokens.where}: {length} tokens, and seq_length is {how.seq_length}; raise it, or set truncation to "
-            "drop or cut"
+            f"{tokens.where}: {length} tokens, and seq_length is {preparation.seq_length}; raise it, or set "
+            "truncation to drop or cut"
         )
-    cut = _cut(tokens, limit) if how.truncation == "cut" else None
-    tally.cut += cut is not None
-    tally.answer_tokens_lost += lost if cut is not None else int(np.count_nonzero(tokens.labels != IGNORE_INDEX))
-    return [] if cut is None else [cut]
+    cut = _cut(tokens, limit) if preparation.truncation == "cut" else None
+    if cut is None:
+        tally.answer_tokens_lost += int(np.count_nonzero(tokens.labels != IGNORE_INDEX))
+        return []
+    tally.cut += 1
+    tally.answer_tokens_lost += int(np.count_nonzero(tokens.labels[limit:] != IGNORE_INDEX))
+    return [cut]
 
 
 def _cut(row: TokenRow, limit: int) -> TokenRow | None:
     """The first tokens of a row and the end of its answer; None where nothing of the answer would remain."""
     end = np.flatnonzero(row.labels != IGNORE_INDEX)[-1:]
-    keep = np.concatenate([np.arange(limit - len(end)), end])
-    labels = row.labels[keep]
-    if np.count_nonzero(labels[1:] != IGNORE_INDEX) < 2:
-        return None
-    return TokenRow(row.where, row.input_ids[keep], labels)
+    keep = np.arange(limit) if not end.size or end[0] < limit else np.concatenate([np.arange(limit - len(end)), end])
+    cut = TokenRow(row.where, row.input_ids[keep], row.labels[keep])
+    return cut if len(cut.learnt) >= 2 else None
 
 
 def _pieces(row: TokenRow, limit: int) -> list[TokenRow]:
@@ -155,16 +247,7 @@ def _pieces(row: TokenRow, limit: int) -> list[TokenRow]:
     return pieces
 
 
-def _check_vocabulary(row: TokenRow, vocab_size: int) -> None:
-    largest = int(max(row.input_ids.max(), row.labels.max()))
-    if largest >= vocab_size:
-        raise LoraMsError(
-            f"{row.where}: token id {largest} does not exist in a vocabulary of {vocab_size}; "
-            "is the tokenizer, or the tokenised data, another model's?"
-        )
-
-
-def finish(store: TokenStore, how: Preparation, tally: Tally) -> Report:
+def finish(store: TokenStore, preparation: Preparation, tally: Tally) -> Report:
     """The report; raises LoraMsError where nothing remains or a row teaches nothing."""
     left_out = tally.skipped.total()
     if not tally.rows:
@@ -175,15 +258,15 @@ def finish(store: TokenStore, how: Preparation, tally: Tally) -> Report:
         shortest = min(tally.lengths)
         subject = "the only row is" if tally.rows == 1 else f"all {tally.rows} rows are"
         raise LoraMsError(
-            f"{subject} longer than seq_length {how.seq_length} (shortest: {shortest} tokens, {tally.shortest}); "
-            "raise seq_length"
+            f"{subject} longer than seq_length {preparation.seq_length} (shortest: {shortest} tokens, "
+            f"{tally.shortest}); raise seq_length"
         )
     _check_labels(store)
     return Report(
         rows=tally.rows + left_out,
         kept=len(store),
         dropped_too_long=tally.too_long - tally.cut,
-        seq_length=how.seq_length,
+        seq_length=preparation.seq_length,
         tokens=int(store.lengths.sum()),
         label_tokens=int(store.label_counts.sum()),
         longest=int(store.lengths.max()),
@@ -206,6 +289,15 @@ def check_vocabulary(store: TokenStore, vocab_size: int) -> None:
             for index in range(first, last):
                 _check_vocabulary(store[index], vocab_size)
         store.release()
+
+
+def _check_vocabulary(row: TokenRow, vocab_size: int) -> None:
+    largest = int(max(row.input_ids.max(), row.labels.max()))
+    if largest >= vocab_size:
+        raise LoraMsError(
+            f"{row.where}: token id {largest} does not exist in a vocabulary of {vocab_size}; "
+            "is the tokenizer, or the tokenised data, another model's?"
+        )
 
 
 def _check_labels(store: TokenStore) -> None:

@@ -1,78 +1,62 @@
-"""From a file, a folder, a glob or a list of dicts to rows: list[Example | TokenRow]."""
+"""From a file, a folder, a glob or a list of dicts to raw rows, one in memory at a time."""
 
 import glob
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from lora_ms.data.formats import Reading, Row, parse_rows
-from lora_ms.data.json_files import read_json
+from lora_ms.data.example import RawRow, RowFault
 from lora_ms.data.mindrecord import read_mindrecord
 from lora_ms.data.tables import read_table
 from lora_ms.errors import LoraMsError
 
 SUPPORTED = ".json, .jsonl, .csv, .tsv, .parquet, .mindrecord, or a folder saved by Hugging Face datasets"
+BOM = b"\xef\xbb\xbf"
+
+RowSource = str | os.PathLike[str] | Sequence[Mapping[str, Any]]
 
 
-def read_rows(
-    source: str | os.PathLike[str] | Sequence[Mapping[str, Any]],
-    *,
-    fill: Mapping[str, str] | None = None,
-    num_samples: int | None = None,
-) -> list[Row]:
-    """Read the first `num_samples` rows (None: all) of `source` into a list.
+def read_sources(
+    sources: Sequence[RowSource], split: str = "train", num_samples: int | None = None
+) -> Iterator[RawRow]:
+    """The first `num_samples` rows (None: all) of all sources, one file after another.
 
-    source: a file, a folder (its supported files, sorted by name), a glob, or a sequence of dicts.
-    fill: what stands for {{KEY}} in every string of a text row. A {{KEY}} that is not filled is an error;
-        text that is about such braces keeps them with fill {"KEY": "{{KEY}}"}.
-
-    Raises LoraMsError, with the file and line, for whatever cannot be read or learnt from.
-    """
-    return list(iter_rows([source], Reading(fill=fill or {}), num_samples))
-
-
-def iter_rows(
-    sources: Sequence[str | os.PathLike[str] | Sequence[Mapping[str, Any]]],
-    reading: Reading,
-    num_samples: int | None = None,
-    split: str = "train",
-) -> Iterator[Row]:
-    """The first `num_samples` rows of all sources, one file after another, one row in memory at a time.
-
+    sources: each a file, a folder (its supported files, sorted by name), a glob, or a sequence of dicts.
     split: which part of a Hugging Face dataset that has several.
 
-    Raises LoraMsError, with the file and line, for whatever cannot be read or learnt from.
+    Raises LoraMsError, naming the file, for a path that leads nowhere, an unreadable file and a source without rows.
     """
     if num_samples is not None and num_samples < 1:
         raise LoraMsError(f"num_samples is {num_samples}; give 1 or more, or leave it out to read all rows")
-    left = num_samples
+    return islice(_rows_of_all(sources, split), num_samples)
+
+
+def _rows_of_all(sources: Sequence[RowSource], split: str) -> Iterator[RawRow]:
     for source in sources:
-        name = os.fspath(source) if isinstance(source, str | os.PathLike) else "the dataset"
-        count = 0
-        for pairs in _files(name, split) if isinstance(source, str | os.PathLike) else [_numbered(source)]:
-            for row in parse_rows(islice(pairs, left), reading):
-                count += 1
-                yield row
-                left = None if left is None else left - 1
-            if left == 0:
-                return
-        if not count and (reading.accept, reading.keep, reading.on_fault) == (None, None, None):
+        row = None
+        for row in _rows_of(source, split):
+            yield row
+        if row is None:
+            name = os.fspath(source) if isinstance(source, str | os.PathLike) else "the dataset"
             raise LoraMsError(f"{name}: there are no rows; give at least one")
 
 
-def _numbered(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Any]]:
-    return ((f"row {number}", row) for number, row in enumerate(rows, start=1))
-
-
-def _files(source: str, split: str) -> Iterator[Iterator[tuple[str, Any]]]:
+def _rows_of(source: RowSource, split: str) -> Iterator[RawRow]:
+    if not isinstance(source, str | os.PathLike):
+        for number, row in enumerate(source, start=1):
+            yield RawRow("", f"row {number}", row)
+        return
+    name = os.fspath(source)
     try:
-        files = find_files(source, split)
+        files = find_files(name, split)
     except (OSError, RuntimeError) as error:  # a name too long, a folder not to be entered, an unknown ~user
         reason = error.strerror if isinstance(error, OSError) else str(error).rstrip(".")
-        raise LoraMsError(f"{source:.80}: {reason}; check the path of the dataset") from error
-    return (read_file(path, split) for path in files)
+        raise LoraMsError(f"{name:.80}: {reason}; check the path of the dataset") from error
+    for file in files:
+        yield from read_file(file, split)
 
 
 def find_files(source: str, split: str = "train") -> list[Path]:
@@ -126,11 +110,84 @@ def _has_mindrecord_header(path: Path) -> bool:
     return head[8:10] == b'{"' and b'"header_size"' in head
 
 
-def read_file(path: Path, split: str) -> Iterator[tuple[str, Any]]:
-    """(where, row) of one file; a RowFault stands for a line that is none."""
+def read_file(path: Path, split: str) -> Iterator[RawRow]:
+    """The rows of one file."""
     kind = kind_of(path)
     if kind == ".mindrecord":
         return read_mindrecord(path)
     if kind in (".csv", ".tsv", ".parquet", "datasets"):
         return read_table(path, str(kind), split)
     return read_json(path)
+
+
+def read_json(path: Path) -> Iterator[RawRow]:
+    """The rows of a JSON file: one object a line, read line by line; or a list or an object, read whole."""
+    try:
+        with open(path, "rb") as file:
+            if path.suffix.lower() == ".jsonl" or _has_one_object_a_line(file):
+                yield from _json_lines(path, file)
+            else:
+                yield from _json_document(path, file.read())
+    except OSError as error:
+        raise LoraMsError(f"{path}: cannot be read: {error.strerror}; check its permissions") from error
+
+
+def _has_one_object_a_line(file: BinaryIO) -> bool:
+    """Whether a file named .json begins with a whole object on a line of its own, and more follows."""
+    first = next((line for line in file if line.removeprefix(BOM).strip()), b"")
+    more = any(line.strip() for line in file)
+    file.seek(0)
+    try:
+        return more and isinstance(json.loads(first.removeprefix(BOM)), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _json_lines(path: Path, file: BinaryIO) -> Iterator[RawRow]:
+    # by bytes: text would also be split at U+2028 and its like, which JSON strings may hold
+    advice = ""
+    for number, raw in enumerate(file, start=1):
+        line = (raw.removeprefix(BOM) if number == 1 else raw).rstrip(b"\r\n")
+        if not line.strip():
+            continue
+        if not advice:
+            is_list = line.strip()[:2] in (b"[", b"[{")
+            advice = "a list of objects needs the name .json" if is_list else "write one object per line"
+        value: Any
+        try:
+            value = json.loads(line)
+        except UnicodeDecodeError as error:
+            value = _not_utf8(line, error)
+        except (json.JSONDecodeError, RecursionError) as error:
+            value = RowFault(f"not valid JSON ({_reason(error)})", advice)
+        yield RawRow(str(path), f"{path.name}:{number}", value)
+
+
+def _json_document(path: Path, raw: bytes) -> Iterator[RawRow]:
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        fault = _not_utf8(raw, error)
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise LoraMsError(f"{path.name}:{line}: {fault.text}; {fault.advice}") from error
+    if not text.strip():
+        return
+    try:
+        document = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        place = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise LoraMsError(f"{path.name}{place}: not valid JSON ({_reason(error)}); write a list of objects") from error
+    rows = document if isinstance(document, list) else [document]
+    for number, row in enumerate(rows, start=1):
+        yield RawRow(str(path), f"{path.name}[{number}]", row)
+
+
+def _not_utf8(raw: bytes, error: UnicodeDecodeError) -> RowFault:
+    advice = "save the file as UTF-8 (from GBK: iconv -f GBK -t UTF-8)"
+    return RowFault(f"byte 0x{raw[error.start]:02x} is not UTF-8", advice)
+
+
+def _reason(error: json.JSONDecodeError | RecursionError) -> str:
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    return f"{error.msg.removesuffix(' at')} at column {error.colno}"

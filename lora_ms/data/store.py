@@ -28,7 +28,7 @@ class Columns(NamedTuple):
 
 
 class TokenStore(Sequence[TokenRow]):
-    """A sequence of ``TokenRow`` over flat arrays."""
+    """A sequence of ``TokenRow`` over flat arrays. A row is made when it is asked for."""
 
     def __init__(self, columns: Columns, key: str = "") -> None:
         self.columns = columns
@@ -43,11 +43,11 @@ class TokenStore(Sequence[TokenRow]):
         names = [row.where.encode() for row in rows]
         return cls(
             Columns(
-                np.concatenate([np.empty(0, np.int32), *(row.input_ids for row in rows)]),
-                np.concatenate([np.empty(0, np.int32), *(row.labels for row in rows)]),
-                np.cumsum([len(row.input_ids) for row in rows], dtype=np.int64),
-                np.frombuffer(b"".join(names), np.uint8),
-                np.cumsum([len(name) for name in names], dtype=np.int64),
+                ids=np.concatenate([np.empty(0, np.int32), *(row.input_ids for row in rows)]),
+                labels=np.concatenate([np.empty(0, np.int32), *(row.labels for row in rows)]),
+                ends=np.cumsum([len(row.input_ids) for row in rows], dtype=np.int64),
+                names=np.frombuffer(b"".join(names), np.uint8),
+                name_ends=np.cumsum([len(name) for name in names], dtype=np.int64),
             )
         )
 
@@ -61,11 +61,11 @@ class TokenStore(Sequence[TokenRow]):
         letters = np.cumsum([0, *(len(part.names) for part in parts)])
         return cls(
             Columns(
-                np.concatenate([part.ids for part in parts]),
-                np.concatenate([part.labels for part in parts]),
-                np.concatenate([part.ends + start for part, start in zip(parts, tokens, strict=False)]),
-                np.concatenate([part.names for part in parts]),
-                np.concatenate([part.name_ends + start for part, start in zip(parts, letters, strict=False)]),
+                ids=np.concatenate([part.ids for part in parts]),
+                labels=np.concatenate([part.labels for part in parts]),
+                ends=np.concatenate([part.ends + start for part, start in zip(parts, tokens, strict=False)]),
+                names=np.concatenate([part.names for part in parts]),
+                name_ends=np.concatenate([part.name_ends + start for part, start in zip(parts, letters, strict=False)]),
             )
         )
 
@@ -110,31 +110,33 @@ class TokenStore(Sequence[TokenRow]):
 
     @cached_property
     def label_counts(self) -> NDArray[np.int64]:
-        """Next-token targets of each row."""
+        """Tokens of each row that are learnt; the size of ``TokenRow.learnt``."""
         return self._targets[0]
 
     @cached_property
-    def fed(self) -> NDArray[np.int64]:
-        """Leading tokens of each row that the model must see: those before its last target."""
+    def input_lengths(self) -> NDArray[np.int64]:
+        """Leading tokens of each row that the model must see; as ``TokenRow.input_length``."""
         return self._targets[1]
 
     @cached_property
     def _targets(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        counts, fed = np.zeros(len(self), np.int64), np.zeros(len(self), np.int64)
+        counts = np.zeros(len(self), np.int64)
+        input_lengths = np.zeros(len(self), np.int64)
         for first, last in self.chunks():
             start = int(self.columns.ends[first - 1]) if first else 0
             learnt = self.columns.labels[start : int(self.columns.ends[last - 1])] != IGNORE_INDEX
             starts = np.concatenate([[0], self.columns.ends[first : last - 1] - start]).astype(np.int64)
             learnt[starts] = False  # nothing comes before a first token
             counts[first:last] = np.add.reduceat(learnt, starts, dtype=np.int64)
-            places = np.where(learnt, np.arange(len(learnt)), 0)
-            fed[first:last] = np.maximum(np.maximum.reduceat(places, starts) - starts, 0)
+            positions = np.where(learnt, np.arange(len(learnt)), 0)
+            input_lengths[first:last] = np.maximum(np.maximum.reduceat(positions, starts) - starts, 0)
             self.release()
-        return counts, fed
+        return counts, input_lengths
 
     def chunks(self) -> Iterator[tuple[int, int]]:
         """Ranges of rows of about ``CHUNK`` tokens."""
-        first, ends = 0, self.columns.ends
+        ends = self.columns.ends
+        first = 0
         while first < len(self):
             start = int(ends[first - 1]) if first else 0
             last = max(int(np.searchsorted(ends, start + CHUNK, "right")), first + 1)
@@ -172,7 +174,9 @@ class StoreWriter:
 
     def __init__(self, folder: Path, rows: int = 0, tokens: int = 0, letters: int = 0) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.rows, self.tokens, self.letters = rows, tokens, letters
+        self.rows = rows
+        self.tokens = tokens
+        self.letters = letters
         sizes = {"ids": tokens, "labels": tokens, "ends": rows, "names": letters, "name_ends": rows}
         self.files = {}
         for name, count in sizes.items():
@@ -182,7 +186,9 @@ class StoreWriter:
     def add(self, row: TokenRow) -> None:
         """One more row."""
         name = row.where.encode()
-        self.rows, self.tokens, self.letters = self.rows + 1, self.tokens + len(row.input_ids), self.letters + len(name)
+        self.rows += 1
+        self.tokens += len(row.input_ids)
+        self.letters += len(name)
         self.files["ids"].write(row.input_ids.tobytes())
         self.files["labels"].write(row.labels.tobytes())
         self.files["ends"].write(self.tokens.to_bytes(8, "little"))

@@ -5,20 +5,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lora_ms.data.fields import RowFault
+from lora_ms.data.example import RawRow, RowFault
 from lora_ms.errors import LoraMsError
 
 ROWS_AT_A_TIME = 512
 
 
-def read_table(path: Path, kind: str, split: str) -> Iterator[tuple[str, Any]]:
-    """(where, row) of one file or folder."""
+def read_table(path: Path, kind: str, split: str) -> Iterator[RawRow]:
+    """The rows of one file or folder."""
     if kind == ".parquet":
         return _parquet(path)
-    return _saved(path, split) if kind == "datasets" else _csv(path, "\t" if kind == ".tsv" else ",")
+    if kind == "datasets":
+        return _saved_dataset(path, split)
+    return _csv(path, "\t" if kind == ".tsv" else ",")
 
 
-def _csv(path: Path, delimiter: str) -> Iterator[tuple[str, Any]]:
+def _csv(path: Path, delimiter: str) -> Iterator[RawRow]:
     csv.field_size_limit(1 << 30)
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
@@ -28,22 +30,27 @@ def _csv(path: Path, delimiter: str) -> Iterator[tuple[str, Any]]:
             while True:
                 where = f"{path.name}:{reader.line_num + 1}"
                 try:
-                    values = next(reader)
+                    fields = next(reader)
                 except StopIteration:
                     return
                 except csv.Error as error:
-                    yield where, RowFault(f"not valid CSV ({error})", "put fields with commas or quotes in quotes")
+                    fault = RowFault(f"not valid CSV ({error})", "put fields with commas or quotes in quotes")
+                    yield RawRow(str(path), where, fault)
                     continue
-                if len(values) == len(names):
-                    yield where, dict(zip(names, values, strict=True))
-                elif values:
-                    text = f"{len(values)} fields, and the first line names {len(names)} columns"
-                    yield where, RowFault(text, "put fields with commas in quotation marks")
+                if fields:
+                    yield RawRow(str(path), where, _by_column(names, fields))
     except UnicodeDecodeError as error:
         advice = "save the file as UTF-8 (from GBK: iconv -f GBK -t UTF-8)"
         raise LoraMsError(f"{path.name}: byte 0x{error.object[error.start]:02x} is not UTF-8; {advice}") from error
     except OSError as error:
         raise LoraMsError(f"{path}: cannot be read: {error.strerror}; check its permissions") from error
+
+
+def _by_column(names: list[str], fields: list[str]) -> dict[str, str] | RowFault:
+    if len(fields) != len(names):
+        text = f"{len(fields)} fields, and the first line names {len(names)} columns"
+        return RowFault(text, "put fields with commas in quotation marks")
+    return dict(zip(names, fields, strict=True))
 
 
 def _check_columns(path: Path, names: list[str]) -> None:
@@ -52,7 +59,7 @@ def _check_columns(path: Path, names: list[str]) -> None:
         raise LoraMsError(f"{path.name}: the column {twice[0]!r} is there twice; rename or remove one")
 
 
-def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
+def _parquet(path: Path) -> Iterator[RawRow]:
     import pyarrow
     import pyarrow.parquet
 
@@ -63,15 +70,16 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
             for batch in file.iter_batches(ROWS_AT_A_TIME):
                 for row in batch.to_pylist():
                     number += 1
-                    yield f"{path.name}[{number}]", row
+                    yield RawRow(str(path), f"{path.name}[{number}]", row)
     except (pyarrow.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise LoraMsError(f"{path}: not readable as Parquet ({reason}); write it anew") from error
 
 
-def _saved(path: Path, split: str) -> Iterator[tuple[str, Any]]:
+def _saved_dataset(path: Path, split: str) -> Iterator[RawRow]:
     from datasets import DatasetDict, load_from_disk
 
+    dataset: Any
     try:
         dataset = load_from_disk(str(path))
     except Exception as error:  # whatever a damaged folder makes of Arrow, JSON and pickles
@@ -82,4 +90,4 @@ def _saved(path: Path, split: str) -> Iterator[tuple[str, Any]]:
             raise LoraMsError(f"{path}: there is no split {split!r}; there are {', '.join(sorted(dataset))}")
         dataset = dataset[split]
     for number, row in enumerate(dataset, start=1):
-        yield f"{path.name}[{number}]", row
+        yield RawRow(str(path), f"{path.name}[{number}]", row)

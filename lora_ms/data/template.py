@@ -1,4 +1,5 @@
-"""From messages to tokens and labels, with the tokenizer's chat template or else the Alpaca prompt.
+"""From messages to tokens and labels, with the tokenizer's chat template or else the Alpaca prompt:
+Example or Completion -> TokenRow.
 
 Training and chat share `encode_prompt`'s text: what a turn is trained to follow is what it will be asked to follow.
 """
@@ -6,16 +7,45 @@ Training and chat share `encode_prompt`'s text: what a turn is trained to follow
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
 from lora_ms.data.example import IGNORE_INDEX, Completion, Example, Message, TokenRow
-from lora_ms.data.templates import ALPACA_PREAMBLE_WITH_INPUT, INPUT_HEADING, begins_with_bos, template_of
+from lora_ms.data.templates import ALPACA_PREAMBLE_WITH_INPUT, INPUT_HEADING, TEMPLATES
 from lora_ms.errors import LoraMsError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+def template_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The tokenizer's own template; Alpaca's for one without."""
+    return tokenizer.chat_template or TEMPLATES["alpaca"]
+
+
+def set_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Give the tokenizer the template `name`, or the one in the file of that name; it is saved with the tokenizer.
+
+    A named template begins with the tokenizer's begin token where the tokenizer puts it before every text.
+
+    Raises LoraMsError for an unknown name.
+    """
+    if name in TEMPLATES:
+        tokenizer.chat_template = ("{{ bos_token }}" if begins_with_bos(tokenizer) else "") + TEMPLATES[name]
+        return
+    if not Path(name).is_file():
+        raise LoraMsError(f"chat_template {name}: no such file, and none of {', '.join(TEMPLATES)}")
+    try:
+        tokenizer.chat_template = Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise LoraMsError(f"chat_template {name}: not readable as UTF-8 text") from error
+
+
+def begins_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer itself puts its begin token before a text."""
+    return tokenizer.bos_token_id is not None and tokenizer("a").input_ids[0] == tokenizer.bos_token_id
 
 
 class Labelled(NamedTuple):
@@ -24,7 +54,7 @@ class Labelled(NamedTuple):
     text: str
     spans: list[tuple[int, int]]
     ended: bool  # the last span closes with an end token
-    silent: int = 0  # the first spans, which are not learnt after all
+    not_learnt: int = 0  # how many of the first spans are not learnt after all
 
 
 def encode(
@@ -51,16 +81,16 @@ def encode_rows(
     rendered = [_labelled(tokenizer, row, turns) for row in rows]
     texts = [labelled.text for labelled in rendered]
     whole = _ids(tokenizer, texts)
-    heads = [labelled.text[:end] for labelled in rendered for span in labelled.spans for end in span]
+    heads = [labelled.text[:edge] for labelled in rendered for edge in _edges(labelled.spans)]
     lengths = iter(_ids(tokenizer, [head for head in heads if head]))
     encoded = []
     for row, labelled, ids in zip(rows, rendered, whole, strict=True):
-        boundaries = [boundary for span in labelled.spans for boundary in span]
+        boundaries = _edges(labelled.spans)
         before = [next(lengths) if boundary else [] for boundary in boundaries]
         positions = [len(head) for head in before]
         if any(head != ids[: len(head)] for head in before):
             ids, positions = _tokenise(tokenizer, labelled.text, boundaries)
-        encoded.append(_token_row(tokenizer, row, ids, positions[2 * labelled.silent :], labelled.ended))
+        encoded.append(_token_row(tokenizer, row, ids, positions[2 * labelled.not_learnt :], labelled.ended))
     return encoded
 
 
@@ -94,13 +124,17 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message
     text = _render(tokenizer, "the prompt", messages, True)
     # split where training splits it, so that past turns have the tokens that they had
     spans = _earlier(tokenizer, "the prompt", text, messages)
-    return [*_default_bos(tokenizer), *_tokenise(tokenizer, text, [edge for span in spans for edge in span])[0]]
+    return [*_default_bos(tokenizer), *_tokenise(tokenizer, text, _edges(spans))[0]]
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, instruction: str, system: str | None = None) -> list[int]:
     """Tokens of the prompt for one question, with a system message if given."""
     first = [Message("system", system)] if system else []
     return encode_prompt(tokenizer, [*first, Message("user", instruction)])
+
+
+def _edges(spans: Sequence[tuple[int, int]]) -> list[int]:
+    return [edge for span in spans for edge in span]
 
 
 def _labelled(tokenizer: PreTrainedTokenizerBase, row: Example | Completion, turns: str) -> Labelled:

@@ -4,16 +4,6 @@ Every assistant turn closes with the tokenizer's end token or the format's own. 
 system message.
 """
 
-from __future__ import annotations
-
-from pathlib import Path
-from typing import TYPE_CHECKING
-
-from lora_ms.errors import LoraMsError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 # What the formats themselves say: the wordings that models trained in them know.
 ALPACA_PREAMBLE = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request."
@@ -94,31 +84,3 @@ TEMPLATES = {
     # what MindFormers' AlpacaInstructDataHandler writes: Alpaca's prompt as a question to Vicuna
     "alpaca_vicuna": _with_system(_VICUNA, VICUNA_PREAMBLE).replace("QUESTION", f"({_ALPACA_QUESTION})"),
 }
-
-
-def template_of(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The tokenizer's own template; Alpaca's for one without."""
-    return tokenizer.chat_template or TEMPLATES["alpaca"]
-
-
-def set_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Give the tokenizer the template `name`, or the one in the file of that name; it is saved with the tokenizer.
-
-    A named template begins with the tokenizer's begin token where the tokenizer puts it before every text.
-
-    Raises LoraMsError for an unknown name.
-    """
-    if name in TEMPLATES:
-        tokenizer.chat_template = ("{{ bos_token }}" if begins_with_bos(tokenizer) else "") + TEMPLATES[name]
-        return
-    if not Path(name).is_file():
-        raise LoraMsError(f"chat_template {name}: no such file, and none of {', '.join(TEMPLATES)}")
-    try:
-        tokenizer.chat_template = Path(name).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise LoraMsError(f"chat_template {name}: not readable as UTF-8 text") from error
-
-
-def begins_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer itself puts its begin token before a text."""
-    return tokenizer.bos_token_id is not None and tokenizer("a").input_ids[0] == tokenizer.bos_token_id

@@ -30,10 +30,16 @@ class _Step(Graph):
     def __init__(self, model: nn.Cell, batch: int, length: int):
         super().__init__()
         c = model.config
-        group = c.num_attention_heads // c.num_key_value_heads
         self.model = model
         self.cache = KVCache(
-            c.num_hidden_layers, batch, c.num_key_value_heads, group, length, c.head_dim, model.model.stream
+            num_layers=c.num_hidden_layers,
+            batch=batch,
+            num_heads=c.num_attention_heads,
+            num_kv_heads=c.num_key_value_heads,
+            length=length,
+            head_dim=c.head_dim,
+            dtype=model.model.stream,
+            operators=model.operators,
         )
         self.argmax = ops.Argmax(-1, ms.int32)
 

@@ -3,14 +3,16 @@
 from dataclasses import dataclass
 
 import mindspore as ms
+import numpy as np
 from mindspore import Tensor, nn, ops
 
-from lora_ms.nn.attention import Attention, attention_bias, uses_flash
+from lora_ms.nn.attention import Attention
+from lora_ms.nn.kv_cache import KVCache
 from lora_ms.nn.layers import MLP, Embedding, Head, RMSNorm, SplitEmbedding
 from lora_ms.nn.parallel import WHOLE, Shard
-from lora_ms.nn.projection import WeightMatMul, stream_dtype
 from lora_ms.nn.rope import RotaryTables, inverse_frequencies
-from lora_ms.ops.portable import RowMask
+from lora_ms.ops import PORTABLE, Operators
+from lora_ms.ops.operators import Visibility
 
 
 @dataclass(frozen=True)
@@ -38,93 +40,118 @@ class DecoderConfig:
 class DecoderLayer(nn.Cell):
     """Attention and feed-forward, each behind a norm and beside a residual; x [t, h]."""
 
-    def __init__(self, config: DecoderConfig, dtype: ms.Type, shard: Shard):
+    def __init__(self, config: DecoderConfig, dtype: ms.Type, operators: Operators, shard: Shard):
         super().__init__()
         c = config
-        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype)
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype, operators)
         self.self_attn = Attention(
-            c.hidden_size,
-            c.num_attention_heads,
-            c.num_key_value_heads,
-            c.head_dim,
-            c.attention_bias,
-            c.rms_norm_eps if c.qk_norm else None,
-            c.flash_attention,
-            dtype,
-            shard,
+            hidden_size=c.hidden_size,
+            num_heads=c.num_attention_heads,
+            num_kv_heads=c.num_key_value_heads,
+            head_dim=c.head_dim,
+            qkv_bias=c.attention_bias,
+            qk_norm_eps=c.rms_norm_eps if c.qk_norm else None,
+            flash_attention=c.flash_attention,
+            dtype=dtype,
+            operators=operators,
+            shard=shard,
         )
-        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype)
-        self.mlp = MLP(c.hidden_size, c.intermediate_size, dtype, shard)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype, operators)
+        self.mlp = MLP(c.hidden_size, c.intermediate_size, dtype, operators, shard)
 
-    def construct(self, x: Tensor, rope: tuple, bias: Tensor, rows: Tensor | None = None) -> Tensor:
+    def construct(self, x: Tensor, rope: tuple, visible: Visibility, rows: Tensor | None = None) -> Tensor:
         """rows [c]: the tokens whose output is wanted, all where None; only they pass the output projections."""
-        return self.feed(self.attend(x, rope, bias, rows))
+        return self.feed(self.attend(x, rope, visible, rows))
 
-    def attend(self, x: Tensor, rope: tuple, bias: Tensor, rows: Tensor | None = None) -> Tensor:
+    def attend(self, x: Tensor, rope: tuple, visible: Visibility, rows: Tensor | None = None) -> Tensor:
         """The first half: x [t, h] -> [t, h], or [c, h]."""
-        mixed = self.self_attn.mix(self.input_layernorm(x), rope, bias)
+        mixed = self.self_attn.mix(self.input_layernorm(x), rope, visible)
         if rows is not None:
-            x, mixed = ops.gather(x, rows, 0), ops.gather(mixed, rows, 0)
+            x = ops.gather(x, rows, 0)
+            mixed = ops.gather(mixed, rows, 0)
         return x + self.self_attn.output(mixed)
 
     def feed(self, x: Tensor) -> Tensor:
         """The second half."""
         return x + self.mlp(self.post_attention_layernorm(x))
 
-    def cached(self, x: Tensor, rope: tuple, bias: Tensor, cache: nn.Cell, layer: int, rows: Tensor) -> Tensor:
+    def cached(self, x: Tensor, rope: tuple, visible: Visibility, cache: tuple) -> Tensor:
         """New tokens only; see ``Attention.mix_cached``."""
-        mixed = self.self_attn.mix_cached(self.input_layernorm(x), rope, bias, cache, layer, rows)
+        mixed = self.self_attn.mix_cached(self.input_layernorm(x), rope, visible, cache)
         return self.feed(x + self.self_attn.output(mixed))
 
 
 class Decoder(nn.Cell):
-    """input_ids [b, s] -> normalised hidden states [t, h], or those of the tokens ``rows`` [c] alone."""
+    """input_ids [b, s] -> normalised hidden states [t, h], or those of the tokens ``rows`` [c] alone.
 
-    def __init__(self, config: DecoderConfig, dtype: ms.Type, shard: Shard):
+    position_ids [b, s]: where a line holds several rows, each from 0; a token sees its own row, up to itself.
+    """
+
+    def __init__(self, config: DecoderConfig, dtype: ms.Type, operators: Operators, shard: Shard):
         super().__init__()
         c = config
         heads, kv_heads = c.num_attention_heads // shard.count, c.num_key_value_heads // shard.count
-        self.num_heads, self.num_kv_heads = heads, kv_heads
-        self.stream = stream_dtype(dtype)
+        self.operators = operators
+        self.stream = operators.stream_dtype(dtype)
         if shard.count > 1:
             self.embed_tokens: Embedding = SplitEmbedding(c.vocab_size, c.hidden_size, dtype, shard)
         else:
-            self.embed_tokens = Embedding(c.vocab_size, c.hidden_size, dtype)
-        self.layers = nn.CellList([DecoderLayer(c, dtype, shard) for _ in range(c.num_hidden_layers)])
-        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype)
+            self.embed_tokens = Embedding.zeros(c.vocab_size, c.hidden_size, dtype)
+        self.layers = nn.CellList([DecoderLayer(c, dtype, operators, shard) for _ in range(c.num_hidden_layers)])
+        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype, operators)
         inv_freq = inverse_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
         self.rotary_tables = RotaryTables(c.head_dim, heads, kv_heads, inv_freq, self.stream)
-        self.row_mask = RowMask(heads, kv_heads, uses_flash(c.flash_attention, dtype))
+        self.make_visible = operators.visibility(
+            num_heads=heads, num_kv_heads=kv_heads, dtype=dtype, flash=c.flash_attention
+        )
 
-    def construct(self, input_ids: Tensor, position_ids: Tensor, bias: Tensor, rows: Tensor | None = None) -> Tensor:
+    def visibility(self, position_ids: Tensor) -> Visibility:
+        """What every token sees: position_ids [b, s], from 0 in each row."""
+        batch, seq = position_ids.shape
+        places = Tensor(np.arange(seq, dtype=np.int32)[None])
+        return self.make_visible(ops.tile(places, (batch, 1)) - position_ids.astype(ms.int32))
+
+    def construct(self, input_ids: Tensor, position_ids: Tensor, rows: Tensor | None = None) -> Tensor:
         rope = self.rotary_tables(position_ids.reshape((-1,)))
+        visible = self.visibility(position_ids)
         x = self.embed_tokens(input_ids.reshape((-1,))).astype(self.stream)  # [t, h]
         for layer in self.layers[:-1]:
-            x = layer(x, rope, bias)
-        return self.norm(self.layers[-1](x, rope, bias, rows))
+            x = layer(x, rope, visible)
+        return self.norm(self.layers[-1](x, rope, visible, rows))
 
-    def cached(self, input_ids: Tensor, cache: nn.Cell, start: Tensor, padding: Tensor) -> Tensor:
+    def cached(self, input_ids: Tensor, cache: KVCache, start: Tensor, padding: Tensor) -> Tensor:
         """New tokens input_ids [b, s], from slot ``start`` [] of ``cache`` on -> [b * s, h] (see ``KVCache``)."""
-        positions, rows, bias = cache(start, padding, input_ids.shape[1])
+        positions, rows, visible = cache(start, padding, input_ids.shape[1])
         rope = self.rotary_tables(positions)
         x = self.embed_tokens(input_ids.reshape((-1,))).astype(self.stream)
         for i in range(len(self.layers)):
-            x = self.layers[i].cached(x, rope, bias, cache, i, rows)
+            x = self.layers[i].cached(x, rope, visible, cache.layer(i, rows))
         return self.norm(x)
 
 
 class CausalLM(nn.Cell):
     """A decoder with its head: ``logits = model(input_ids, attention_mask)``.
 
-    shard: with which ranks it is shared; on more than one, it is there for its loss alone, and has no logits.
+    Args:
+        dtype: of the weights.
+        operators: what all its cells compute with.
+        shard: with which ranks it is shared; on more than one, it is there for its loss alone, and has no logits.
     """
 
-    def __init__(self, config: DecoderConfig, dtype: ms.Type = ms.float32, shard: Shard = WHOLE):
+    def __init__(
+        self,
+        config: DecoderConfig,
+        dtype: ms.Type = ms.float32,
+        operators: Operators = PORTABLE,
+        shard: Shard = WHOLE,
+    ):
         super().__init__()
-        self.config, self.dtype = config, dtype
-        self.model = Decoder(config, dtype, shard)
-        self.project = WeightMatMul()
-        self.lm_head = Head(config.hidden_size, config.vocab_size // shard.count, "zeros", has_bias=False, dtype=dtype)
+        self.config, self.dtype, self.operators = config, dtype, operators
+        self.model = Decoder(config, dtype, operators, shard)
+        self.project = operators.product()
+        self.lm_head = Head.zeros(
+            config.hidden_size, config.vocab_size // shard.count, has_bias=False, dtype=dtype, operators=operators
+        )
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
@@ -143,21 +170,37 @@ class CausalLM(nn.Cell):
         batch, seq = input_ids.shape
         if position_ids is None:
             position_ids = ops.tile(ops.arange(seq).reshape((1, seq)), (batch, 1))
-        return self.model(input_ids, position_ids, self.model.row_mask(position_ids), rows)
+        return self.model(input_ids, position_ids, rows)
 
-    def next_logits(self, input_ids: Tensor, cache: nn.Cell, start: Tensor, padding: Tensor) -> Tensor:
+    def next_logits(self, input_ids: Tensor, cache: KVCache, start: Tensor, padding: Tensor) -> Tensor:
         """input_ids [b, s], the newest tokens -> logits [b, v] float32 of the token after the last."""
         batch, seq = input_ids.shape
         x = self.model.cached(input_ids, cache, start, padding).reshape((batch, seq, -1))[:, -1]
         return self.project(x, self.head_weight()).astype(ms.float32)
 
     def construct(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """input_ids [b, s], attention_mask [b, s] of 0 and 1 -> logits [b, s, v] float32."""
+        """input_ids [b, s], attention_mask [b, s] of 0 and 1 -> logits [b, s, v] float32.
+
+        The logits of masked tokens mean nothing.
+        """
         batch, seq = input_ids.shape
         if attention_mask is None:
             x = self.hidden_states(input_ids)
         else:
-            bias = attention_bias(attention_mask, batch, seq, self.model.num_heads, self.model.num_kv_heads)
-            positions = ops.maximum(ops.cumsum(attention_mask.astype(ms.int32), 1) - 1, 0)
-            x = self.model(input_ids, positions, bias)
+            places = left_places(attention_mask)
+            moved = ops.scatter_nd(places.reshape((-1, 1)), input_ids.reshape((-1,)), (batch * seq,))
+            x = ops.gather(self.hidden_states(moved.reshape((batch, seq))), places, 0)
         return self.project(x, self.head_weight()).astype(ms.float32).reshape((batch, seq, -1))
+
+
+def left_places(attention_mask: Tensor) -> Tensor:
+    """attention_mask [b, s] of 0 and 1 -> where each token goes, among b * s, when the real tokens of every line move
+    to its left, in their order, and the masked ones behind them; [b * s] int32."""
+    batch, seq = attention_mask.shape
+    real = attention_mask.astype(ms.int32)
+    before = ops.cumsum(real, 1) - 1  # places of real tokens
+    masked_before = ops.cumsum(1 - real, 1) - 1
+    behind = ops.tile(real.sum(1).reshape((batch, 1)), (1, seq)) + masked_before
+    place = real * before + (1 - real) * behind
+    lines = ops.tile((ops.arange(batch) * seq).reshape((batch, 1)), (1, seq))
+    return (lines + place).reshape((-1,)).astype(ms.int32)

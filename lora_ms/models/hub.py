@@ -18,6 +18,7 @@ from lora_ms.models.llama import llama_config
 from lora_ms.models.mindformers_names import hugging_face_name
 from lora_ms.models.qwen import qwen2_config, qwen3_config
 from lora_ms.nn.parallel import WHOLE, Shard, split_axis
+from lora_ms.ops import PORTABLE, Operators
 
 FAMILIES = {
     "LlamaForCausalLM": llama_config,
@@ -67,10 +68,12 @@ def load_directory(
     ms_dtype: ms.Type = ms.float32,
     model_class: type[CausalLM] = CausalLM,
     flash_attention: bool = True,
+    operators: Operators = PORTABLE,
     shard: Shard = WHOLE,
 ) -> CausalLM:
     """The model of a Hugging Face directory, its weights converted one at a time to ``ms_dtype``.
 
+    operators: what it computes with, ``runtime.device.setup``'s.
     shard: with which ranks the model is shared; each reads its own part.
     """
     if ms_dtype not in NUMPY_DTYPES:
@@ -78,7 +81,7 @@ def load_directory(
     path = Path(path)
     config, hf = read_config(path)
     entries = {n: e for n, e in storage.open_dir(path).items() if not _skippable(n, config.tie_word_embeddings)}
-    model = model_class(replace(config, flash_attention=flash_attention), ms_dtype, shard)
+    model = model_class(replace(config, flash_attention=flash_attention), ms_dtype, operators, shard)
     check_names(expected_shapes(model, shard), {n: e.shape for n, e in entries.items()}, str(path))
     for name, parameter in model.parameters_and_names():
         parameter.name, entry, dtype = name, entries[name], NUMPY_DTYPES[ms_dtype]
@@ -92,7 +95,11 @@ def load_directory(
 
 
 def load_checkpoint(
-    path: Path, config: DecoderConfig, ms_dtype: ms.Type = ms.float32, shard: Shard = WHOLE
+    path: Path,
+    config: DecoderConfig,
+    ms_dtype: ms.Type = ms.float32,
+    operators: Operators = PORTABLE,
+    shard: Shard = WHOLE,
 ) -> CausalLM:
     """The model of a MindSpore ``.ckpt`` or ``.safetensors`` file with MindFormers' names."""
     form = "safetensors" if path.suffix == ".safetensors" else "ckpt"
@@ -102,7 +109,7 @@ def load_checkpoint(
         raise LoraMsError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]})") from None
     weights = {hugging_face_name(name): value for name, value in stored.items()}
     weights = {n: w for n, w in weights.items() if not _skippable(n, config.tie_word_embeddings)}
-    model = CausalLM(config, ms_dtype, shard)
+    model = CausalLM(config, ms_dtype, operators, shard)
     check_names(expected_shapes(model, shard), {n: tuple(w.shape) for n, w in weights.items()}, str(path))
     for name, parameter in model.parameters_and_names():
         parameter.name, part = name, shard.part(name, weights.pop(name).asnumpy())
@@ -111,9 +118,9 @@ def load_checkpoint(
     return model
 
 
-def new_model(config: DecoderConfig, ms_dtype: ms.Type, seed: int) -> CausalLM:
+def new_model(config: DecoderConfig, ms_dtype: ms.Type, seed: int, operators: Operators = PORTABLE) -> CausalLM:
     """A model to train from nothing: matrices normal with variance 1 / hidden_size, norms one, biases zero."""
-    model = CausalLM(config, ms_dtype)
+    model = CausalLM(config, ms_dtype, operators)
     rng = np.random.default_rng(seed)
     for name, parameter in model.parameters_and_names():
         parameter.name = name

@@ -1,4 +1,4 @@
-"""Random numbers in the graph, and dropout by them.
+"""Random numbers inside a graph, and dropout that uses them.
 
 t + h uniform numbers are drawn, and the fractional part of their outer product stands for t * h draws. MindSpore's own
 Dropout on the CPU draws in several threads and chooses their number by timing its first calls, so that two runs of one
@@ -9,36 +9,41 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
+from lora_ms.nn.graph import Graph
+from lora_ms.ops import portable
+
 
 class Draws(nn.Cell):
     """Uniform numbers in [0, 1), [t, h] for x [t, h].
 
-    By themselves they go on from call to call. A training loop, whose runs must be resumable, lets them ``follow`` a
-    table instead, which it fills anew for every micro-batch.
+    Every call draws new ones. In a training loop, whose runs must be resumable, they ``follow`` a table instead, which
+    the loop fills for every micro-batch.
     """
 
     def __init__(self):
         super().__init__()
         # from NumPy's stream, which mindspore.set_seed sets
         rows, columns = (int(seed) for seed in np.random.randint(1, 2**31 - 1, 2))
-        self.rows, self.columns = ops.UniformReal(rows, 1), ops.UniformReal(columns, 1)
-        self.rows.recompute(False)  # drawn once a step: a block computed again must meet the same zeros
+        self.rows = ops.UniformReal(rows, 1)
+        self.columns = ops.UniformReal(columns, 1)
+        self.rows.recompute(False)  # drawn once a step: a recomputed block must meet the same zeros
         self.columns.recompute(False)
-        self.outer = ops.MatMul()
-        self.floor = ops.Floor()
-        self.followed, self.split = False, 0
-        self.first = 0  # number of the first column, where a layer holds a part of them
+        self.uniform = portable.OuterUniform()
+        self.followed = False
+        self.split = 0
+        self.first = 0  # index of the first column, where a process has a part of the layer's
 
     def follow(self, table: Parameter, number: int, split: int) -> None:
         """Takes its numbers from row ``number`` of ``table``: those of x's rows from the first column on, those of its
         columns from column ``split`` on."""
-        self.followed, self.split = True, split
+        self.followed = True
+        self.split = split
         # the number is a parameter, so that layers can share a graph
         self.number = Parameter(Tensor([number], ms.int32), f"draws.{number}", requires_grad=False)
         self.table = table
 
     def leave(self) -> None:
-        """Draws by itself again."""
+        """Stops following the table."""
         if self.followed:
             self.followed = False
             del self.table, self.number
@@ -52,41 +57,45 @@ class Draws(nn.Cell):
 
     def construct(self, x: Tensor) -> Tensor:
         rows, columns = self.numbers(x)
-        # factors of 8 to 40: products of many turns, yet exact to 1e-4 of one in float32
-        turns = self.outer(8.0 + 32.0 * rows, 8.0 + 32.0 * columns)
-        return turns - self.floor(turns)
+        return self.uniform(rows, columns)
 
 
 class DropoutKernel(nn.Cell):
-    """Zeroes each number of x [t, h] with ``probability`` and divides the others by what is left, in training."""
+    """Zeroes each number of x [t, h] with ``probability`` and divides the others by what is left, in training.
 
-    def __init__(self, probability: float):
+    columns: h, of which a training loop makes room for as many numbers.
+    """
+
+    def __init__(self, probability: float, columns: int):
         super().__init__()
         self.probability = probability
+        self.columns = columns
         self.draws = Draws()
+        self.dropout = portable.Dropout(probability)
 
     def construct(self, x: Tensor) -> Tensor:
         if not self.training or self.probability == 0:
             return x
-        kept = (self.draws(x) >= self.probability).astype(x.dtype)
-        return x * ops.stop_gradient(kept * (1.0 / (1.0 - self.probability)))
+        rows, columns = self.draws.numbers(x)
+        return self.dropout(x, rows, columns)
 
 
 class DrawTable:
     """The numbers of all ``Draws`` of a model in training, as a function of seed, step and micro-batch.
 
     Args:
-        draws: those that take part.
+        draws: those that will follow the table.
         rows: most rows of x, in tokens.
         columns: most columns of x, all parts together.
     """
 
     def __init__(self, draws: list[Draws], rows: int, columns: int, seed: int):
-        self.draws, self.seed = draws, seed
+        self.draws = draws
+        self.seed = seed
         self.table = Parameter(Tensor(np.zeros((len(draws), rows + columns), np.float32)), "draws", requires_grad=False)
         self.put = _Put(self.table)
-        for number, one in enumerate(draws):
-            one.follow(self.table, number, rows)
+        for number, draw in enumerate(draws):
+            draw.follow(self.table, number, rows)
 
     def fill(self, step: int, batch: int) -> None:
         """For micro-batch ``batch`` (of all ranks') of optimiser step ``step``."""
@@ -94,12 +103,12 @@ class DrawTable:
         self.put(Tensor(rng.random(self.table.shape, np.float32)))
 
     def close(self) -> None:
-        """The draws go on by themselves."""
-        for one in self.draws:
-            one.leave()
+        """The draws stop following the table."""
+        for draw in self.draws:
+            draw.leave()
 
 
-class _Put(nn.Cell):
+class _Put(Graph):
     """Assigns the table, in a graph of its own: in one with the model, some of its reads may come before."""
 
     def __init__(self, table: Parameter):

@@ -12,8 +12,8 @@ Compiling = Callable[[nn.Cell, tuple[Any, ...]], AbstractContextManager[None]]
 class Graph(nn.Cell):
     """A cell that Python calls many times, with many cells in it.
 
-    At every call, MindSpore (2.7 to 2.10) writes the graph's name into each cell inside, which only a compilation
-    reads: 10 us a cell, 5 ms a token for 8 layers. Here it does so when the name is another than the last.
+    At every call, MindSpore (2.7 to 2.10) writes the name of the compiled graph into each cell inside, though only a
+    compilation reads it: 10 us a cell, 5 ms a token for 8 layers. Here the name is written when it has changed.
 
     Attributes:
         compiling: what goes around a compilation of any ``Graph`` in this process, given the cell and its inputs.

@@ -3,8 +3,8 @@
 import mindspore as ms
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
-from lora_ms.ops import native as cpu
-from lora_ms.ops.portable import MASKED
+from lora_ms.ops import Operators
+from lora_ms.ops.operators import Visibility
 
 
 class KVCache(nn.Cell):
@@ -12,44 +12,46 @@ class KVCache(nn.Cell):
 
     Prompts are left-padded, so that all rows of a batch write the same slots. More than one new token is a prompt: it
     starts at slot 0.
+
+    Args:
+        length: slots of a line, in tokens.
+        dtype: of what flows between layers.
     """
 
     def __init__(
-        self, num_layers: int, batch: int, num_kv_heads: int, group: int, length: int, head_dim: int, dtype: ms.Type
+        self,
+        num_layers: int,
+        batch: int,
+        num_heads: int,
+        num_kv_heads: int,
+        length: int,
+        head_dim: int,
+        dtype: ms.Type,
+        operators: Operators,
     ):
         super().__init__()
-        self.batch, self.num_kv_heads, self.group, self.length = batch, num_kv_heads, group, length
-        self.own = cpu.there()
+        self.batch = batch
+        self.num_kv_heads = num_kv_heads
+        self.length = length
         shape = (batch * num_kv_heads * length, head_dim)
         layers = range(num_layers)
         self.keys = ParameterTuple([Parameter(ops.zeros(shape, dtype), f"key_{i}", False) for i in layers])
         self.values = ParameterTuple([Parameter(ops.zeros(shape, dtype), f"value_{i}", False) for i in layers])
+        self.visibility = operators.cached_visibility(num_heads=num_heads, num_kv_heads=num_kv_heads, length=length)
 
-    def construct(self, start: Tensor, padding: Tensor, new: int) -> tuple[Tensor, Tensor, Tensor]:
+    def construct(self, start: Tensor, padding: Tensor, new: int) -> tuple[Tensor, Tensor, Visibility]:
         """Where ``new`` tokens from slot ``start`` [] go, after ``padding`` [b] slots that hold nothing.
 
-        Returns positions [b * new], buffer rows [b * n_kv * new] and the attention's bias
-        [b * n_kv, g * new, length]; where the CPU has operators of ours, the first slot that a token sees instead,
-        int32 [b, new].
+        Returns positions [b * new], buffer rows [b * n_kv * new] and what each new token sees.
         """
-        slots = start + ops.arange(new)  # [new]
-        positions = ops.maximum(slots.reshape((1, new)) - padding.reshape((-1, 1)), 0)
-        first = ops.arange(self.batch * self.num_kv_heads) * self.length
-        rows = first.reshape((-1, 1)) + slots.reshape((1, new))
-        if self.own:
-            first = ops.minimum(ops.tile(padding.reshape((-1, 1)), (1, new)), slots.reshape((1, new)))
-            return positions.reshape((-1,)), rows.reshape((-1,)).astype(ms.int32), first.astype(ms.int32)
-        keys = ops.arange(self.length)
-        seen = ops.logical_and(
-            keys.reshape((1, 1, -1)) <= slots.reshape((1, new, 1)),
-            keys.reshape((1, 1, -1)) >= padding.reshape((-1, 1, 1)),
-        )  # [b, new, length]
-        bias = ops.tile((1.0 - seen.astype(ms.float32)) * MASKED, (1, self.num_kv_heads * self.group, 1))
-        bias = bias.reshape((self.batch * self.num_kv_heads, -1, self.length))
-        return positions.reshape((-1,)), rows.reshape((-1,)).astype(ms.int32), bias
+        slots = (start + ops.arange(new)).reshape((1, new))
+        before = padding.reshape((-1, 1))
+        positions = ops.maximum(slots - before, 0)
+        lines = ops.arange(self.batch * self.num_kv_heads) * self.length
+        rows = lines.reshape((-1, 1)) + slots
+        first = ops.minimum(ops.tile(before, (1, new)), slots).astype(ms.int32)  # padding sees itself
+        return positions.reshape((-1,)), rows.reshape((-1,)).astype(ms.int32), self.visibility(first, start)
 
-    def write(self, buffer: Parameter, rows: Tensor, new: Tensor) -> Tensor:
-        """Puts ``new`` [b * n_kv, s, d] into ``buffer``; returns all of it, [b * n_kv, length, d]."""
-        head_dim = new.shape[-1]
-        written = ops.scatter_update(buffer, rows, new.reshape((-1, head_dim)))
-        return written.reshape((-1, self.length, head_dim))
+    def layer(self, i: int, rows: Tensor) -> tuple:
+        """What the attention of layer i takes as its cache."""
+        return self.keys[i], self.values[i], rows

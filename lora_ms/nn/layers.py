@@ -1,35 +1,38 @@
-"""Normalisation, the feed-forward block and the embedding."""
+"""Normalisation, the feed-forward block, the embedding and the head."""
 
 import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import initializer
 
 from lora_ms.nn.parallel import WHOLE, Shard, enter, leave
-from lora_ms.nn.projection import ProductDense, stream_dtype
-from lora_ms.ops import native as cpu
-from lora_ms.ops.portable import GatedSiLUKernel, RMSNormKernel
+from lora_ms.nn.projection import DenseProjection, Projection
+from lora_ms.ops import PORTABLE, Operators
+
+# kinds of weights by the type that a model is loaded in
+PROJECTIONS: dict[ms.Type, type[DenseProjection]] = {
+    ms.float32: DenseProjection,
+    ms.float16: DenseProjection,
+}
 
 
-def dense(in_features: int, out_features: int, has_bias: bool, dtype: ms.Type) -> nn.Dense:
-    """A ``nn.Dense`` whose weights are to be loaded, hence zero until then."""
-    kind = ProductDense if cpu.there() or stream_dtype(dtype) != dtype else nn.Dense
-    return kind(in_features, out_features, "zeros", "zeros", has_bias, dtype=dtype)
+def projection(in_channels: int, out_channels: int, has_bias: bool, dtype: ms.Type, operators: Operators) -> Projection:
+    """A projection whose numbers are to be loaded, zero until then."""
+    return PROJECTIONS[dtype].zeros(in_channels, out_channels, has_bias, dtype, operators)
 
 
-class Head(nn.Dense):
-    """The projection to the vocabulary, whose weight the loss and the logits ask for and multiply themselves."""
-
-    def whole_weight(self) -> Tensor:
-        return self.weight
+class Head(DenseProjection):
+    """The projection to the vocabulary: the loss and the logits ask for ``whole_weight`` and multiply it themselves."""
 
 
 class RMSNorm(nn.Cell):
     """Root-mean-square normalisation (Zhang and Sennrich, 2019) of x [t, h]."""
 
-    def __init__(self, hidden_size: int, eps: float, dtype: ms.Type):
+    def __init__(self, hidden_size: int, eps: float, dtype: ms.Type, operators: Operators = PORTABLE):
         super().__init__()
+        self.eps = eps
+        self.operators = operators
         self.weight = Parameter(initializer("ones", (hidden_size,), dtype), name="weight")
-        self.kernel = RMSNormKernel(eps)
+        self.kernel = operators.rms_norm(eps)
 
     def construct(self, x: Tensor) -> Tensor:
         return self.kernel(x, self.weight)
@@ -38,9 +41,14 @@ class RMSNorm(nn.Cell):
 class Embedding(nn.Cell):
     """Rows of ``weight`` [v, h] by id."""
 
-    def __init__(self, vocab_size: int, hidden_size: int, dtype: ms.Type):
+    def __init__(self, weight: Parameter):
         super().__init__()
-        self.weight = Parameter(initializer("zeros", (vocab_size, hidden_size), dtype), name="weight")
+        self.weight = weight
+
+    @classmethod
+    def zeros(cls, vocab_size: int, hidden_size: int, dtype: ms.Type) -> "Embedding":
+        """An embedding whose numbers are to be loaded."""
+        return cls(Parameter(initializer("zeros", (vocab_size, hidden_size), dtype), name="weight"))
 
     def construct(self, input_ids: Tensor) -> Tensor:
         return ops.gather(self.weight, input_ids, 0)
@@ -51,31 +59,34 @@ class SplitEmbedding(Embedding):
 
     def __init__(self, vocab_size: int, hidden_size: int, dtype: ms.Type, shard: Shard):
         self.rows = vocab_size // shard.count
-        super().__init__(self.rows, hidden_size, dtype)
+        super().__init__(Parameter(initializer("zeros", (self.rows, hidden_size), dtype), name="weight"))
         self.first = shard.index * self.rows
         self.leave = leave(shard)
         self.outer = ops.MatMul()
 
     def construct(self, input_ids: Tensor) -> Tensor:
         row = input_ids - self.first
-        own = ops.logical_and(row >= 0, row < self.rows)
-        x = ops.gather(self.weight, row * own.astype(row.dtype), 0)
-        spread = self.outer(own.astype(x.dtype).reshape((-1, 1)), ops.ones((1, x.shape[-1]), x.dtype))
+        here = ops.logical_and(row >= 0, row < self.rows)
+        x = ops.gather(self.weight, row * here.astype(row.dtype), 0)
+        spread = self.outer(here.astype(x.dtype).reshape((-1, 1)), ops.ones((1, x.shape[-1]), x.dtype))
         return self.leave(x * spread)
 
 
 class MLP(nn.Cell):
     """``down(silu(gate(x)) * up(x))`` (Shazeer, 2020) for x [t, h]; of ``shard``, this rank's channels."""
 
-    def __init__(self, hidden_size: int, intermediate_size: int, dtype: ms.Type, shard: Shard = WHOLE):
+    def __init__(
+        self, hidden_size: int, intermediate_size: int, dtype: ms.Type, operators: Operators, shard: Shard = WHOLE
+    ):
         super().__init__()
-        intermediate_size //= shard.count
-        self.enter, self.leave = enter(shard), leave(shard)
-        self.gate_proj = dense(hidden_size, intermediate_size, False, dtype)
-        self.up_proj = dense(hidden_size, intermediate_size, False, dtype)
-        self.down_proj = dense(intermediate_size, hidden_size, False, dtype)
-        self.gated = GatedSiLUKernel()
+        channels = intermediate_size // shard.count
+        self.enter = enter(shard)
+        self.leave = leave(shard)
+        self.gate_proj = projection(hidden_size, channels, has_bias=False, dtype=dtype, operators=operators)
+        self.up_proj = projection(hidden_size, channels, has_bias=False, dtype=dtype, operators=operators)
+        self.down_proj = projection(channels, hidden_size, has_bias=False, dtype=dtype, operators=operators)
+        self.gated_silu = operators.gated_silu()
 
     def construct(self, x: Tensor) -> Tensor:
         x = self.enter(x)
-        return self.leave(self.down_proj(self.gated(self.gate_proj(x), self.up_proj(x))[0]))
+        return self.leave(self.down_proj(self.gated_silu(self.gate_proj(x), self.up_proj(x))))

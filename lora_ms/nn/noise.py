@@ -25,7 +25,7 @@ class NoisyEmbedding(nn.Cell):
 
 
 class EmbeddingNoise:
-    """Lets a ``NoisyEmbedding`` stand in ``decoder`` while a gradient is taken, and at no other time.
+    """Puts a ``NoisyEmbedding`` into ``decoder`` while a gradient is taken, and only then.
 
     Args:
         decoder: a cell with ``embed_tokens``.
@@ -33,7 +33,8 @@ class EmbeddingNoise:
     """
 
     def __init__(self, decoder: nn.Cell, alpha: float):
-        self.decoder, self.alpha = decoder, alpha
+        self.decoder = decoder
+        self.alpha = alpha
         self.plain = decoder.embed_tokens
         self.noisy = self._named(NoisyEmbedding, self.plain)
 

@@ -1,143 +1,203 @@
-"""Products with weights in half precision, beside activations in full.
+"""Weights that multiply: ``y = x W^T + b``. What type the weight has, only its ``Projection`` knows."""
 
-MindSpore's kernels on the CPU do little in float16: each elementwise one keeps 16 bytes of index for every number, for
-as long as the graph lives, and a matrix product makes float32 of both factors, of all weights before the first is used.
-There, what flows between products is float32. Our own operators widen a weight as they use it; for MindSpore's it is
-widened when it is needed, and for one product.
-"""
+from typing import Any
 
 import mindspore as ms
 import numpy as np
-from mindspore import Tensor, nn, ops
+from mindspore import Parameter, Tensor, nn, ops
+from mindspore.common.initializer import initializer
+from numpy.typing import NDArray
 
-from lora_ms.ops import native as cpu
-from lora_ms.ops.native import MatMul
-from lora_ms.ops.portable import on_ascend
-
-PART_NUMBERS = 1 << 24  # of the head that are widened at once: 64 MB
+from lora_ms.ops import Operators
 
 
-def stream_dtype(dtype: ms.Type) -> ms.Type:
-    """The type of what flows between layers whose weights have ``dtype``."""
-    return dtype if on_ascend() else ms.float32
+class Projection(nn.Cell):
+    """A linear layer, ``activation(x W^T + b)`` for x [..., in] -> [..., out].
 
-
-class WeightMatMul(nn.Cell):
-    """``x W^T`` for x [t, in] and W [out, in], in the type of x."""
-
-    def __init__(self):
-        super().__init__()
-        self.product = MatMul("times")
-        self.product_t = MatMul("times_transposed")
-        self.t_product = MatMul("transposed_times")
-
-    def construct(self, x: Tensor, weight: Tensor) -> Tensor:
-        return self.product_t(x, weight)
-
-    def bprop(self, x, weight, out, dout):
-        return self.product(dout, weight), self.t_product(dout, x).astype(weight.dtype)
-
-
-class AdaptedMatMul(nn.Cell):
-    """``x W^T + scaling x A^T B^T`` by our own operators, as one product whose inner dimension is longer by the rank.
-
-    x [t, in] float32, W [out, in], A [rank, in], B [out, rank], scaling [], not trained -> [t, out], and
-    scaling x A^T [t, rank].
+    Args:
+        in_channels: size of the input's last axis.
+        out_channels: size of the output's last axis.
+        bias: [out]; None for none.
+        activation: applied to the output; None for none.
+        operators: what it computes with.
     """
 
-    def __init__(self):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        bias: Parameter | None,
+        activation: nn.Cell | ops.Primitive | None,
+        operators: Operators,
+    ):
         super().__init__()
-        self.forward, self.factors, self.times = cpu.adapted(), cpu.adapted_gradient(), cpu.times()
-        self.transposed_times = cpu.transposed_times()
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.operators = operators
+        self.has_bias = bias is not None
+        self.bias: Any = bias
+        self.bias_add = ops.BiasAdd()
+        self.has_activation = activation is not None
+        self.activation: Any = activation
 
-    def construct(self, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scaling: Tensor) -> tuple[Tensor, Tensor]:
-        return self.forward(x, weight, a, b, scaling)
+    @property
+    def weight_dtype(self) -> ms.Type:
+        """The type in which ``replaced`` keeps a dense weight or bias."""
+        raise NotImplementedError
 
-    def bprop(self, x, weight, a, b, scaling, out, dout):
-        grad = dout[0]
-        d_low, d_a, d_b = self.factors(grad, x, out[1], b, scaling)
-        d_x = self.times(grad, weight, d_low, a)
-        return d_x, self.transposed_times(grad, x).astype(weight.dtype), d_a, d_b, ops.zeros_like(scaling)
+    def multiply(self, x: Tensor) -> Tensor:
+        """x [t, in] -> x W^T [t, out], in the type of x."""
+        raise NotImplementedError
 
+    def multiply_back(self, grad: Tensor) -> Tensor:
+        """dy [t, out] -> dy W [t, in], in the type of dy; without a gradient."""
+        raise NotImplementedError
 
-class DroppedMatMul(nn.Cell):
-    """``AdaptedMatMul`` whose x of A is dropped out, by numbers of ``Draws``: rows [t, 1] and columns [1, in].
+    def adapted_product(self, dropout: float) -> nn.Cell:
+        """What ``multiply_adapted`` takes as ``product``; an adapter makes one for itself, with its own dropout."""
+        raise NotImplementedError
 
-    Nothing of [t, in] is kept but x.
-    """
+    def multiply_adapted(
+        self,
+        product: nn.Cell,
+        x: Tensor,
+        a: Tensor,
+        b: Tensor,
+        scaling: Tensor,
+        draws: tuple = (None, None),
+    ) -> Tensor:
+        """x [t, in] -> x W^T + scaling dropout(x) A^T B^T [t, out], A [rank, in], B [out, rank], scaling [].
 
-    def __init__(self, probability: float):
-        super().__init__()
-        self.rate = Tensor([probability, 1.0 / (1.0 - probability)], ms.float32)
-        self.forward, self.factors, self.input = cpu.adapted(), cpu.adapted_gradient(), cpu.dropped_gradient()
-        self.transposed_times = cpu.transposed_times()
+        draws: the random numbers of the dropout, rows [t, 1] and columns [1, in]; (None, None) for none.
+        """
+        raise NotImplementedError
 
-    def construct(
-        self, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scaling: Tensor, rows: Tensor, columns: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        return self.forward(x, weight, a, b, scaling, rows, columns, self.rate)
+    def multiply_rows(self, rows: Tensor) -> Tensor:
+        """A few rows [n, in] float32 -> [n, out] float32, by the portable product whatever ``operators`` are."""
+        raise NotImplementedError
 
-    def bprop(self, x, weight, a, b, scaling, rows, columns, out, dout):
-        grad = dout[0]
-        d_low, d_a, d_b = self.factors(grad, x, out[1], b, scaling, rows, columns, self.rate)
-        d_x = self.input(grad, weight, d_low, a, rows, columns, self.rate)
-        d_weight = self.transposed_times(grad, x).astype(weight.dtype)
-        return d_x, d_weight, d_a, d_b, ops.zeros_like(scaling), ops.zeros_like(rows), ops.zeros_like(columns)
+    def numbers(self) -> NDArray[np.float32]:
+        """The weight [out, in], on the host."""
+        raise NotImplementedError
 
+    def replaced(self, weight: NDArray, bias: NDArray | None = None, dtype: ms.Type | None = None) -> "Projection":
+        """A projection like this one, with the weight [out, in] and the bias [out] given, in ``weight_dtype`` or
+        ``dtype``."""
+        raise NotImplementedError
 
-class HeadProduct(nn.Cell):
-    """The products with the head [v, h]; of one in float16, MindSpore's on the CPU take a widened part at a time."""
+    def with_weight(self, weight: NDArray) -> "Projection":
+        """A projection like this one with the weight [out, in] given, which shares the bias."""
+        raise NotImplementedError
 
-    def __init__(self):
-        super().__init__()
-        self.wide = not on_ascend()
-        self.in_parts = self.wide and not cpu.there()
-        self.product = MatMul("times")
-        self.product_t = MatMul("times_transposed")
+    def with_bias(self, bias: Parameter) -> "Projection":
+        """A projection like this one with the bias [out] given, which shares the weight."""
+        raise NotImplementedError
 
-    def part(self, head: Tensor, start: int, rows: int, ready: Tensor) -> Tensor:
-        """Rows of the head in float32, once ``ready`` is there; a gather, as slices are taken in float32 alone."""
-        index = np.arange(start, min(start + rows, head.shape[0]), dtype=np.int32)
-        # no number is above infinity; ops.depend on a parameter is optimised away
-        nothing = (ready.reshape((-1,))[:1] > np.inf).astype(ms.int32)
-        return ops.gather(head, Tensor(index, ms.int32) + nothing, 0).astype(ms.float32)
+    def trainable(self) -> "DenseProjection":
+        """A projection with a float32 copy of the weight, which trains, and this bias."""
+        raise NotImplementedError
 
-    def logits(self, hidden: Tensor, head: Tensor) -> Tensor:
-        """hidden [c, h] -> [c, v] float32."""
-        if head.dtype == ms.float32 or not self.in_parts:
-            return self.product_t(hidden.astype(ms.float32 if self.wide else head.dtype), head).astype(ms.float32)
-        x, rows = hidden.astype(ms.float32), max(1, PART_NUMBERS // head.shape[1])
-        parts: list[Tensor] = []
-        for start in range(0, head.shape[0], rows):
-            ready = parts[-1] if parts else x
-            parts.append(self.product_t(x, self.part(head, start, rows, ready)))
-        return ops.concat(parts, 1)
+    def add_bias(self, y: Tensor) -> Tensor:
+        """y [t, out] -> y + b."""
+        return self.bias_add(y, self.bias.astype(y.dtype)) if self.has_bias else y
 
-    def mixed(self, probs: Tensor, head: Tensor) -> Tensor:
-        """probs [c, v] float32 -> probs head [c, h]."""
-        if head.dtype == ms.float32 or not self.in_parts:
-            return self.product(probs.astype(ms.float32 if self.wide else head.dtype), head)
-        rows = max(1, PART_NUMBERS // head.shape[1])
-        total = self.product(probs[:, :rows], self.part(head, 0, rows, probs))
-        for start in range(rows, head.shape[0], rows):
-            total = total + self.product(probs[:, start : start + rows], self.part(head, start, rows, total))
-        return total
+    def finish(self, y: Tensor) -> Tensor:
+        """y = x W^T [t, out] -> what the layer gives, with bias and activation."""
+        y = self.add_bias(y)
+        return self.activation(y) if self.has_activation else y
 
-
-class WeightBias(nn.Cell):
-    """``x + bias`` in the type of x."""
-
-    def __init__(self):
-        super().__init__()
-        self.add = ops.BiasAdd()
-
-    def construct(self, x: Tensor, bias: Tensor) -> Tensor:
-        return self.add(x, bias.astype(x.dtype))
+    def construct(self, x: Tensor) -> Tensor:
+        shape = x.shape
+        if len(shape) == 2:
+            return self.finish(self.multiply(x))
+        return self.finish(self.multiply(x.reshape((-1, shape[-1])))).reshape(shape[:-1] + (-1,))
 
 
-class ProductDense(nn.Dense):
-    """A dense layer by ``WeightMatMul``: its weight and bias may be in half precision where what flows is in full."""
+class DenseProjection(Projection):
+    """A projection whose ``weight`` [out, in] is float32 or float16, whatever the type of x."""
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.matmul, self.bias_add = WeightMatMul(), WeightBias()
+    def __init__(
+        self,
+        weight: Parameter,
+        bias: Parameter | None,
+        operators: Operators,
+        activation: nn.Cell | ops.Primitive | None = None,
+    ):
+        out_channels, in_channels = weight.shape
+        super().__init__(in_channels, out_channels, bias, activation, operators)
+        self.weight = weight
+        self.product = operators.product()
+        self.product_back = operators.product_back()
+        self.product_of_rows = ops.MatMul(transpose_b=True)
+
+    @classmethod
+    def zeros(
+        cls, in_channels: int, out_channels: int, has_bias: bool, dtype: ms.Type, operators: Operators
+    ) -> "DenseProjection":
+        """A layer whose numbers are to be loaded."""
+        weight = Parameter(initializer("zeros", (out_channels, in_channels), dtype), name="weight")
+        bias = Parameter(initializer("zeros", (out_channels,), dtype), name="bias") if has_bias else None
+        return cls(weight, bias, operators)
+
+    @property
+    def weight_dtype(self) -> ms.Type:
+        return self.weight.dtype
+
+    def multiply(self, x: Tensor) -> Tensor:
+        return self.product(x, self.weight)
+
+    def multiply_back(self, grad: Tensor) -> Tensor:
+        return self.product_back(grad, self.weight)
+
+    def multiply_rows(self, rows: Tensor) -> Tensor:
+        return self.product_of_rows(rows, self.weight.astype(ms.float32))
+
+    def whole_weight(self) -> Tensor:
+        """The weight [out, in] in the graph: for the head, whose product the loss and the logits form themselves."""
+        return self.weight
+
+    def adapted_product(self, dropout: float) -> nn.Cell:
+        return self.operators.adapted_product(dropout)
+
+    def multiply_adapted(
+        self,
+        product: nn.Cell,
+        x: Tensor,
+        a: Tensor,
+        b: Tensor,
+        scaling: Tensor,
+        draws: tuple = (None, None),
+    ) -> Tensor:
+        return product(x, self.weight, a, b, scaling, rows=draws[0], columns=draws[1])
+
+    def numbers(self) -> NDArray[np.float32]:
+        return self.weight.asnumpy().astype(np.float32)
+
+    def replaced(self, weight: NDArray, bias: NDArray | None = None, dtype: ms.Type | None = None) -> "DenseProjection":
+        dtype = self.weight_dtype if dtype is None else dtype
+        new_bias = None if bias is None else Parameter(Tensor(bias, dtype), name="bias")
+        return self._like(Parameter(Tensor(weight, dtype), name="weight"), new_bias)
+
+    def with_weight(self, weight: NDArray) -> "DenseProjection":
+        return self._like(Parameter(Tensor(weight, self.weight.dtype), name=self.weight.name), self.bias)
+
+    def with_bias(self, bias: Parameter) -> "DenseProjection":
+        return self._like(self.weight, bias)
+
+    def trainable(self) -> "DenseProjection":
+        return self._like(Parameter(Tensor(self.numbers()), name=self.weight.name), self.bias)
+
+    def _like(self, weight: Parameter, bias: Parameter | None) -> "DenseProjection":
+        return type(self)(weight, bias, self.operators, self.activation)
+
+
+def projection_of(cell: nn.Cell, operators: Operators) -> Projection:
+    """``cell`` where it is a projection; else, of a ``nn.Dense`` or a cell like it, one that shares its parameters."""
+    if isinstance(cell, Projection):
+        return cell
+    dense: Any = cell
+    names = [(parameter, parameter.name) for parameter in dense.get_parameters()]
+    made = DenseProjection(dense.weight, dense.bias if dense.has_bias else None, operators, dense.activation)
+    for parameter, name in names:
+        parameter.name = name
+    return made

@@ -1,44 +1,38 @@
-"""The operators of ``ops/csrc`` as MindSpore's custom operators.
+"""The C++ operators of ``ops/csrc`` as MindSpore's custom operators.
 
-All take and give float32, but for indices, and for right factors of products and the weight of ``adapted``, which may
-be float16.
+They compute in float32 and give the type of their input; right factors of products may be float16, and are widened as
+they are used. MindSpore's own operators on the CPU are one pass over memory each, and its matrix products pack both
+factors anew. These fuse what belongs together, leave out the half of a causal mask that nothing sees, and keep nothing
+but what they return.
 
-MindSpore's own operators on the CPU are one pass over memory each, and its matrix products pack both factors anew.
-These fuse what belongs together, leave a causal mask's other half out, and keep nothing but what they return.
+Every class takes the path of the compiled library first.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import mindspore as ms
 from mindspore import Tensor, nn, ops
 
+from lora_ms.ops import portable
+
 RIGHT_FACTORS = (ms.float32, ms.float16)  # types of right factors that these operators read
-
-_library = ""
-
-
-def use(library: str) -> None:
-    """Cells made from now on compute with ``library``, or, where it is empty, with MindSpore's operators."""
-    global _library
-    _library = library
-
-
-def there() -> bool:
-    """Whether cells take these operators; asked once, when a cell is made."""
-    return _library != ""
 
 
 @cache
-def _custom(library: str, name: str, shapes: Callable, outputs: int) -> ops.Custom:
+def operator(library: str, name: str, shapes: Callable, outputs: int = 1) -> Any:
+    """The operator ``name``; shapes: from those of the inputs to that of the output, or to a tuple of ``outputs``."""
     types = ms.float32 if outputs == 1 else (ms.float32,) * outputs
     return ops.Custom(f"{library}:{name}", shapes, types, "aot")
 
 
-def _operator(name: str, shapes: Callable[..., Sequence], outputs: int = 1) -> Any:
-    """None where there are no operators. shapes: from those of the inputs to that of the output, or to a tuple."""
-    return _custom(_library, name, shapes, outputs) if there() else None
+def right_factor(weight: Tensor) -> Tensor:
+    """A weight in a type that the operators read."""
+    return weight if weight.dtype in RIGHT_FACTORS else weight.astype(ms.float32)
+
+
+# The shapes of outputs from those of inputs.
 
 
 def _times_transposed(a, b, *_):
@@ -53,53 +47,12 @@ def _transposed_times(a, b, *_):
     return [a[1], b[1]]
 
 
-def times_transposed() -> Any:
-    """(a [m, k], b [n, k], a2, b2, …, start [m, n] or [n], if any) -> start + a b^T + a2 b2^T + … [m, n]."""
-    return _operator("times_transposed", _times_transposed)
-
-
-def times() -> Any:
-    """(a [m, k], b [k, n], a2, b2, …, start, if any) -> start + a b + a2 b2 + … [m, n]."""
-    return _operator("times", _times)
-
-
-def transposed_times() -> Any:
-    """(a [k, m], b [k, n]) -> a^T b [m, n]."""
-    return _operator("transposed_times", _transposed_times)
-
-
 def _adapted(x, weight, a, *_):
     return [x[0], weight[0]], [x[0], a[0]]
 
 
-def adapted() -> Any:
-    """(x [t, in], W [out, in], A [rank, in], B [out, rank], scaling []) -> x W^T + low B^T, low = scaling x A^T.
-
-    One product, whose inner dimension is longer by the rank: [t, out]; and low [t, rank]. With rows [t], columns [in]
-    of ``Draws`` and [rate, 1 / (1 - rate)] besides, the x of A is dropped out.
-    """
-    return _operator("adapted", _adapted, 2)
-
-
 def _adapted_gradient(grad, x, low, b, *_):
     return list(low), [low[1], x[1]], list(b)
-
-
-def adapted_gradient() -> Any:
-    """(d_y [t, out], x [t, in], low [t, rank], B [out, rank], scaling []) -> d_low = scaling d_y B, d_A, d_B.
-
-    With dropout, rows, columns and rate besides.
-    """
-    return _operator("adapted_gradient", _adapted_gradient, 3)
-
-
-def _input_gradient(grad, weight, *_):
-    return [grad[0], weight[1]]
-
-
-def dropped_gradient() -> Any:
-    """(d_y [t, out], W [out, in], d_low [t, rank], A [rank, in], rows, columns, rate) -> d_y W + dropout(d_low A)."""
-    return _operator("dropped_gradient", _input_gradient)
 
 
 def _like_first(x, *_):
@@ -110,68 +63,187 @@ def _like_two(x, *_):
     return list(x), list(x)
 
 
-def _of_rows(x, *_):
-    return [x[0]], [x[0]], list(x)
+def _like_three(x, y, z, *_):
+    return list(x), list(y), list(z)
 
 
-def cross_entropy() -> Any:
-    """(logits [c, v], targets [c] int32) -> losses [c], whether the target has the largest logit [c], d logits
-    [c, v]; all 0 where a target is negative."""
-    return _operator("cross_entropy", _of_rows, 3)
+def _columns_of_first(x, *_):
+    return [x[1]]
 
 
-class RMSNormOperator(nn.Cell):
-    """``RMSNormKernel`` for float32 x [t, h]."""
-
-    def __init__(self, eps: float):
-        super().__init__()
-        self.eps = Tensor([eps], ms.float32)
-        self.forward = _operator("norm", _like_first)
-        self.gradient = _operator("norm_gradient", _like_first)
-        self.weight_gradient = _operator("norm_weight_gradient", lambda x, *_: [x[1]])
-
-    def construct(self, x: Tensor, weight: Tensor) -> Tensor:
-        return self.forward(x, weight.astype(ms.float32), self.eps)
-
-    def bprop(self, x, weight, out, dout):
-        dx = self.gradient(x, weight.astype(ms.float32), self.eps, dout)
-        return dx, self.weight_gradient(x, self.eps, dout).astype(weight.dtype)
+def _cross_entropy(logits, *_):
+    return [logits[0]], [logits[0]], list(logits)
 
 
-class GatedSiLUOperator(nn.Cell):
-    """``GatedSiLUKernel`` for float32."""
-
-    def __init__(self):
-        super().__init__()
-        self.forward, self.gradient = _operator("gated", _like_first), _operator("gated_gradient", _like_two, 2)
-
-    def construct(self, gate: Tensor, up: Tensor) -> Tensor:
-        return self.forward(gate, up)
-
-    def bprop(self, gate, up, out, dout):
-        return self.gradient(gate, up, dout)
-
-
-def _attended(q, k, v, cos, sin, first):
+def _attention(q, k, v, cos, *_):
     return list(q), [q[0], q[1] // cos[1]]
 
 
-def _like_three(q, k, v, *_):
-    return list(q), list(k), list(v)
+def _adamw(old, *_):
+    return list(old), list(old), list(old)
 
 
-class CausalAttentionOperator(nn.Cell):
-    """Rotary positions, causal attention scaled by 1/sqrt(d), and nothing of [s, s] kept.
+def _cache_rows(k, v, cos, *_):
+    rows = [k[0] * k[1] // cos[1], cos[1]]
+    return rows, list(rows)
 
-    q [b * s, n_h * d], k, v [b * s, n_kv * d], not rotated; cos, sin [b * s * n, d], a token's n rows equal, the minus
-    sign of the rotation in the first half of sin; first [b, s] int32: the earliest key that a query sees, in its line
-    -> [b * s, n_h * d] and the logarithm of each query's sum of exponentials [b * s, n_h].
+
+class Product(nn.Cell):
+    """``x W^T`` for x [t, in] and W [out, in]."""
+
+    def __init__(self, library: str):
+        super().__init__()
+        self.forward = operator(library, "times_transposed", _times_transposed)
+        self.input_gradient = operator(library, "times", _times)
+        self.weight_gradient = operator(library, "transposed_times", _transposed_times)
+
+    def construct(self, x: Tensor, weight: Tensor) -> Tensor:
+        return self.forward(x.astype(ms.float32), right_factor(weight)).astype(x.dtype)
+
+    def bprop(self, x, weight, out, dout):
+        grad = dout.astype(ms.float32)
+        d_x = self.input_gradient(grad, right_factor(weight)).astype(x.dtype)
+        return d_x, self.weight_gradient(grad, x.astype(ms.float32)).astype(weight.dtype)
+
+
+class ProductBack(nn.Cell):
+    """``dy W`` for dy [t, out] and W [out, in]; it has no gradient."""
+
+    def __init__(self, library: str):
+        super().__init__()
+        self.forward = operator(library, "times", _times)
+
+    def construct(self, grad: Tensor, weight: Tensor) -> Tensor:
+        return self.forward(grad.astype(ms.float32), right_factor(weight)).astype(grad.dtype)
+
+
+class AdaptedProduct(nn.Cell):
+    """``x W^T + scaling dropout(x) A^T B^T``, as one product whose inner dimension is longer by the rank.
+
+    x [t, in], W [out, in], A [rank, in], B [out, rank], scaling [], not trained. rows [t, 1], columns [1, in]: the
+    random numbers of ``portable.Dropout``, whose zeros are the same; None for no dropout. No mask and no dropped input
+    are kept for the gradient: both are formed again.
     """
 
-    def __init__(self):
+    def __init__(self, library: str, dropout: float):
         super().__init__()
-        self.forward = _operator("attention", _attended, 2)
-        self.gradient = _operator("attention_gradient", _like_three, 3)
+        self.product = _AdaptedProduct(library, dropout)
+
+    def construct(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        a: Tensor,
+        b: Tensor,
+        scaling: Tensor,
+        rows: Tensor | None = None,
+        columns: Tensor | None = None,
+    ) -> Tensor:
+        wide = (x.astype(ms.float32), right_factor(weight), a.astype(ms.float32), b.astype(ms.float32))
+        y = self.product(*wide, scaling.astype(ms.float32), rows, columns)[0]
+        return y.astype(x.dtype)
+
+
+class _AdaptedProduct(nn.Cell):
+    """``AdaptedProduct`` in float32 [t, out], and scaling dropout(x) A^T [t, rank], which the gradient needs."""
+
+    def __init__(self, library: str, dropout: float):
+        super().__init__()
+        self.rate = Tensor([dropout, 1.0 / (1.0 - dropout)], ms.float32)
+        self.forward = operator(library, "adapted_product", _adapted, 2)
+        self.factors = operator(library, "adapted_product_gradient", _adapted_gradient, 3)
+        self.times = operator(library, "times", _times)
+        self.dropped_gradient = operator(library, "adapted_product_input_gradient", _times)
+        self.transposed_times = operator(library, "transposed_times", _transposed_times)
+
+    def construct(
+        self, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scaling: Tensor, rows: Tensor, columns: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        dropout = () if rows is None else (rows, columns, self.rate)
+        return self.forward(x, weight, a, b, scaling, *dropout)
+
+    def bprop(self, x, weight, a, b, scaling, rows, columns, out, dout):
+        grad = dout[0]
+        inputs = (grad, x, out[1], b, scaling)
+        d_weight = self.transposed_times(grad, x).astype(weight.dtype)
+        if rows is None:
+            d_low, d_a, d_b = self.factors(*inputs)
+            d_x = self.times(grad, weight, d_low, a)
+            return d_x, d_weight, d_a, d_b, ops.zeros_like(scaling), 0, 0
+        dropout = (rows, columns, self.rate)
+        d_low, d_a, d_b = self.factors(*inputs, *dropout)
+        d_x = self.dropped_gradient(grad, weight, d_low, a, *dropout)
+        return d_x, d_weight, d_a, d_b, ops.zeros_like(scaling), ops.zeros_like(rows), ops.zeros_like(columns)
+
+
+class RMSNorm(nn.Cell):
+    """``x / sqrt(mean(x^2) + eps) * weight`` over the last axis; x [t, h], weight [h]."""
+
+    def __init__(self, library: str, eps: float):
+        super().__init__()
+        self.eps = Tensor([eps], ms.float32)
+        self.forward = operator(library, "rms_norm", _like_first)
+        self.input_gradient = operator(library, "rms_norm_gradient", _like_first)
+        self.weight_gradient = operator(library, "rms_norm_weight_gradient", _columns_of_first)
+
+    def construct(self, x: Tensor, weight: Tensor) -> Tensor:
+        return self.forward(x.astype(ms.float32), weight.astype(ms.float32), self.eps).astype(x.dtype)
+
+    def bprop(self, x, weight, out, dout):
+        y = x.astype(ms.float32)
+        grad = dout.astype(ms.float32)
+        d_x = self.input_gradient(y, weight.astype(ms.float32), self.eps, grad).astype(x.dtype)
+        return d_x, self.weight_gradient(y, self.eps, grad).astype(weight.dtype)
+
+
+class GatedSiLU(nn.Cell):
+    """``silu(gate) * up``, with ``silu(z) = z sigmoid(z)``, elementwise."""
+
+    def __init__(self, library: str):
+        super().__init__()
+        self.forward = operator(library, "gated_silu", _like_first)
+        self.gradient = operator(library, "gated_silu_gradient", _like_two, 2)
+
+    def construct(self, gate: Tensor, up: Tensor) -> Tensor:
+        return self.forward(gate.astype(ms.float32), up.astype(ms.float32)).astype(gate.dtype)
+
+    def bprop(self, gate, up, out, dout):
+        d_gate, d_up = self.gradient(gate.astype(ms.float32), up.astype(ms.float32), dout.astype(ms.float32))
+        return d_gate.astype(gate.dtype), d_up.astype(up.dtype)
+
+
+class FirstKeys(nn.Cell):
+    """``first`` as it is: the attention here reads it itself."""
+
+    def construct(self, first: Tensor, start: Tensor | None = None) -> Tensor:
+        return first
+
+
+class Attention(nn.Cell):
+    """Rotary positions and causal attention over tokens, scaled by 1/sqrt(d); nothing of [s, s] is kept.
+
+    q [t, n_h * d], k, v [t, n_kv * d], not rotated -> [t, n_h * d]; rope as ``portable.Attention`` takes it, of which
+    the keys' tables are read; visible: ``first``, int32 [b, s].
+    """
+
+    def __init__(self, library: str):
+        super().__init__()
+        self.attention = _Attention(library)
+
+    def construct(self, q: Tensor, k: Tensor, v: Tensor, rope: tuple, visible: Tensor) -> Tensor:
+        return self.attention(q, k, v, rope[2], rope[3], visible)[0]
+
+
+class _Attention(nn.Cell):
+    """``Attention``, and the logarithm of each query's sum of exponentials [t, n_h], which the gradient needs.
+
+    cos, sin [t * n_kv, d]: a token's rows are equal, and the minus sign of the rotation is in the first half of sin.
+    """
+
+    def __init__(self, library: str):
+        super().__init__()
+        self.forward = operator(library, "attention", _attention, 2)
+        self.gradient = operator(library, "attention_gradient", _like_three, 3)
 
     def construct(
         self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, first: Tensor
@@ -179,58 +251,101 @@ class CausalAttentionOperator(nn.Cell):
         return self.forward(q, k, v, cos, sin, first)
 
     def bprop(self, q, k, v, cos, sin, first, out, dout):
-        dq, dk, dv = self.gradient(q, k, v, cos, sin, first, out[0], out[1], dout[0])
+        inputs = (q, k, v, cos, sin, first)
+        dq, dk, dv = self.gradient(*inputs, out[0], out[1], dout[0])
         return dq, dk, dv, ops.zeros_like(cos), ops.zeros_like(sin), ops.zeros_like(first)
 
 
-def _like_three_vectors(old, *_):
-    return list(old), list(old), list(old)
+class CachedAttention(nn.Cell):
+    """Attention of new tokens to those in a cache, into which they are written; it has no gradient.
 
-
-def adamw() -> Any:
-    """(old, grad, exp_avg, exp_avg_sq [n], rate, decay [n] or [], step [7]) -> old, exp_avg, exp_avg_sq after a step.
-
-    step: the gradient's factor; 1, or 0 where the moments shall stay; 1 - beta1, 1 - beta2, 1 / (1 - beta1^count),
-    1 / sqrt(1 - beta2^count); eps.
-    """
-    return _operator("adamw", _like_three_vectors, 3)
-
-
-def _rows_of_heads(k, v, cos, *_):
-    return [k[0] * k[1] // cos[1], cos[1]], [k[0] * k[1] // cos[1], cos[1]]
-
-
-def cache_rows() -> Any:
-    """(k, v, cos, sin, first), as ``CausalAttentionOperator`` takes them -> k, rotated, and v, as ``KVCache`` has them.
-
-    Both [b * n_kv * s, d].
-    """
-    return _operator("cache_rows", _rows_of_heads, 2)
-
-
-def attend_cache() -> Any:
-    """(q [b, n_h * d], keys, values [b * n_kv, length, d], cos, sin [b * n, d], first [b, 1], rows [n]) -> like q.
-
-    Attention of one new token of each line, in slot ``rows[0]`` of the cache, to those from slot ``first`` on.
-    """
-    return _operator("attend_cache", _like_first)
-
-
-class MatMul(nn.Cell):
-    """A product in the type of ``a``, in float32 by these operators, where they are there, else by MindSpore's.
-
-    kind: ``times``, ``times_transposed`` or ``transposed_times``, as the functions of these names. It has no gradient.
+    More than one new token of a line is a prompt, which begins the cache and so looks at nothing but itself. cache: as
+    ``portable.CachedAttention`` takes it; visible: ``first``, int32 [b, new].
     """
 
-    def __init__(self, kind: str):
+    def __init__(self, library: str):
         super().__init__()
-        self.there = there()
-        self.own = {"times": times, "times_transposed": times_transposed, "transposed_times": transposed_times}[kind]()
-        self.plain = ops.MatMul(kind == "transposed_times", kind == "times_transposed")
+        self.prompt = operator(library, "attention", _attention, 2)
+        self.cache_rows = operator(library, "cache_rows", _cache_rows, 2)
+        self.next_token = operator(library, "cached_attention", _like_first)
 
-    def construct(self, a: Tensor, b: Tensor) -> Tensor:
-        if self.there and a.dtype == ms.float32 and b.dtype in RIGHT_FACTORS:
-            return self.own(a, b)
-        if a.dtype != b.dtype:
-            b = ops.depend(b, a).astype(a.dtype)  # not before a is there
-        return self.plain(a, b)
+    def construct(self, q: Tensor, k: Tensor, v: Tensor, rope: tuple, visible: Tensor, cache: tuple) -> Tensor:
+        keys, values, rows = cache
+        heads = rows.shape[0] // visible.shape[1]  # b * n_kv
+        new_keys, new_values = self.cache_rows(k, v, rope[2], rope[3], visible)
+        keys = portable.write_rows(keys, rows, new_keys, heads)
+        values = portable.write_rows(values, rows, new_values, heads)
+        positions = (rope[2], rope[3], visible)
+        if visible.shape[1] > 1:
+            q = ops.depend(q, (keys, values))  # the compiler leaves out a write whose result nobody reads
+            return self.prompt(q, k, v, *positions)[0]
+        return self.next_token(q, keys, values, *positions, rows)
+
+
+class HeadProduct(nn.Cell):
+    """hidden [c, h] and the head [v, h] -> logits [c, v] float32."""
+
+    def __init__(self, library: str):
+        super().__init__()
+        self.product = operator(library, "times_transposed", _times_transposed)
+
+    def construct(self, hidden: Tensor, head: Tensor) -> Tensor:
+        return self.product(hidden.astype(ms.float32), right_factor(head))
+
+
+class HeadProductBack(nn.Cell):
+    """probs [c, v] float32 and the head [v, h] -> probs head [c, h]."""
+
+    def __init__(self, library: str):
+        super().__init__()
+        self.product = operator(library, "times", _times)
+
+    def construct(self, probs: Tensor, head: Tensor) -> Tensor:
+        return self.product(probs, right_factor(head))
+
+
+class CrossEntropy(nn.Cell):
+    """``portable.CrossEntropy``, whose softmax, loss and gradient are one pass over the logits."""
+
+    def __init__(self, library: str):
+        super().__init__()
+        self.head_product = HeadProduct(library)
+        self.head_product_back = HeadProductBack(library)
+        self.cross_entropy = operator(library, "cross_entropy", _cross_entropy, 3)
+        self.transposed_times = operator(library, "transposed_times", _transposed_times)
+
+    def construct(self, hidden: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        loss, right, d_logits = self.cross_entropy(self.head_product(hidden, head), targets)
+        return loss.sum(), self.head_product_back(d_logits, head), right.sum()
+
+    def head_gradient(self, hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+        """d loss / d head [v, h]; the logits are computed again."""
+        x = hidden.astype(ms.float32)
+        d_logits = self.cross_entropy(self.head_product(x, head.astype(ms.float32)), targets)[2]
+        return self.transposed_times(d_logits, x).astype(head.dtype)
+
+
+class AdamW(portable.AdamW):
+    """``portable.AdamW`` in one pass over memory."""
+
+    def __init__(self, library: str, beta1: float, beta2: float, eps: float):
+        super().__init__(beta1, beta2, eps)
+        self.step = operator(library, "adamw", _adamw, 3)
+        self.stack = ops.Stack()
+
+    def construct(
+        self,
+        old: Tensor,
+        grad: Tensor,
+        exp_avg: Tensor,
+        exp_avg_sq: Tensor,
+        scale: Tensor,
+        taken: Tensor,
+        count: Tensor,
+        rate: Tensor,
+        decay: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        # in the order of `Step` in csrc/rows.h
+        numbers = (scale, taken, *self.shares(), *self.corrections(count), Tensor(self.eps, ms.float32))
+        vectors = (old, grad, exp_avg, exp_avg_sq)
+        return self.step(*vectors, rate, decay, self.stack(numbers))

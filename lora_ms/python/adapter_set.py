@@ -1,110 +1,77 @@
-"""Several adapters of one model by name: which cells stand in the model says which of them is at work."""
+"""Several adapters of one model by name: which cells stand in the model says which of them is active."""
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
 
-import numpy as np
 from mindspore import Parameter, Tensor, nn
-from numpy.typing import NDArray
 
-from lora_ms.adapters.combine import Adapter, factor_names
-from lora_ms.adapters.config import LoraConfig
-from lora_ms.adapters.inject import build, cell_at, place
-from lora_ms.adapters.matching import Place
+from lora_ms.adapters.combine import Adapter
+from lora_ms.adapters.inject import build, cell_at, install
 from lora_ms.adapters.merge import merged_cells
-from lora_ms.adapters.methods.lora_cells import AdaLoRADense, DoRADense, LoRADense
-from lora_ms.adapters.multi_adapter import Factors, MixedLoRADense, choice_values
-from lora_ms.adapters.peft_format import packed
+from lora_ms.adapters.methods.base import AdapterConfig, Pair
+from lora_ms.adapters.methods.base_cells import AdapterCell, State
+from lora_ms.adapters.multi_adapter import MultiAdapterDense, choice_values
 from lora_ms.errors import LoraMsError
 
 BASE = "__base__"  # in a mixed batch, as in PEFT: a row without an adapter
-Cells = Mapping[str, nn.Cell]
-
-
-class Numbers(NamedTuple):
-    """What a cell holds that another adapter of the same shape could put there."""
-
-    tensors: dict[str, NDArray[np.float32]]
-    lora_alpha: float | None
-    scaling: float | None
-
-
-def numbers_of(cell: nn.Cell) -> Numbers:
-    tensors = {factor: parameter.asnumpy().copy() for factor, parameter in cell.tensors().items()}
-    if isinstance(cell, LoRADense) or "lora_embedding_A" in tensors:
-        return Numbers(tensors, cell.lora_alpha, float(cell.scaling.asnumpy()))
-    return Numbers(tensors, None, None)
-
-
-def put(cell: nn.Cell, numbers: Numbers) -> None:
-    for factor, parameter in cell.tensors().items():
-        parameter.set_data(Tensor(numbers.tensors[factor]))
-    if numbers.scaling is not None:
-        cell.lora_alpha = numbers.lora_alpha
-        cell.scaling.set_data(Tensor(np.float32(numbers.scaling)))
+HEAD = "lm_head"  # whose weight the loss and the logits multiply themselves: no rows of it can differ
+Cells = Mapping[str, AdapterCell]
 
 
 def shape_of(cells: Cells) -> Hashable:
     """Equal for adapters that differ in their numbers alone, and so can share cells and compiled graphs."""
-    parts = []
-    for name, cell in sorted(cells.items()):
-        shapes = tuple((factor, tuple(p.shape)) for factor, p in cell.tensors().items())
-        dense = isinstance(cell, LoRADense)
-        dropout = cell.lora_dropout.probability if dense else 0.0
-        own_weight = id(cell) if dense and cell.start is not None else 0  # what PiSSA left is of no use to another
-        parts.append((name, type(cell).__name__, shapes, dropout, own_weight))
-    return tuple(parts)
+    return tuple((name, cell.shape_key()) for name, cell in sorted(cells.items()))
 
 
-class NamedAdapters:
-    """The adapters of ``model``, a bare one at first.
+class AdapterSet:
+    """The adapters of ``model``, a bare one at first, by name.
 
-    The plain layers are kept: to take an adapter out is to put them back, exactly.
+    The plain layers are kept: removing an adapter puts them back, exactly. Adapters of equal shapes share one set of
+    cells, which holds the numbers of one of them; those of the others wait in ``_waiting``.
 
     Args:
-        changed: called after other cells have come to stand in the model.
+        changed: called after other cells have been installed in the model.
     """
 
     def __init__(self, model: nn.Cell, changed: Callable[[], None]):
         self.model, self.changed = model, changed
         self.base: dict[str, nn.Cell] = {}
-        self.configs: dict[str, LoraConfig] = {}
+        self.configs: dict[str, AdapterConfig] = {}
         self.active: str | None = None
-        self.standing: Hashable = BASE  # a key for compiled graphs
+        self.installed: Hashable = BASE  # what stands in the model; a key for compiled graphs
         self.merged = False
         self._shapes: dict[str, Hashable] = {}
         self._cells: dict[Hashable, Cells] = {}
-        self._holder: dict[Hashable, str] = {}  # whose numbers the cells of a shape hold
-        self._waiting: dict[str, dict[str, Numbers]] = {}
+        self._holder: dict[Hashable, str] = {}  # the adapter whose numbers the cells of a shape hold
+        self._waiting: dict[str, dict[str, State]] = {}
         self._mixed: dict[Hashable, tuple] = {}
 
-    def stand(self, key: Hashable, cells: Cells) -> None:
-        """Lets ``cells`` stand in the model, and plain layers elsewhere."""
-        if self.standing != key:
-            place(self.model, {**self.base, **cells})
-            self.standing = key
+    def install(self, key: Hashable, cells: Mapping[str, nn.Cell]) -> None:
+        """Puts ``cells`` into the model, and plain layers everywhere else."""
+        if self.installed != key:
+            install(self.model, {**self.base, **cells})
+            self.installed = key
             self.changed()
 
-    def bare(self) -> None:
-        """Takes every adapter out."""
-        self.stand(BASE, {})
+    def uninstall(self) -> None:
+        """Puts plain layers everywhere."""
+        self.install(BASE, {})
         self.merged = False
 
-    def add(self, name: str, config: LoraConfig, cells: Cells) -> None:
-        """Takes ``cells``, built on the bare model, in as the adapter ``name``; it is not yet at work.
+    def add(self, name: str, config: AdapterConfig, cells: Cells) -> None:
+        """Adds ``cells``, built on the bare model, as the adapter ``name``; it is not yet active.
 
         Raises:
             LoraMsError: the name is taken, or no name.
         """
         if name in self.configs or name == BASE or not name:
             raise LoraMsError(f"adapter name {name!r} is taken: give another")
-        self.bare()
+        self.uninstall()
         self.base |= {path: cell_at(self.model, path) for path in cells if path not in self.base}
         shape = shape_of(cells)
         self.configs[name], self._shapes[name] = config, shape
         if shape in self._cells:
-            self._waiting[name] = {path: numbers_of(cell) for path, cell in cells.items()}
+            self._waiting[name] = {path: cell.state() for path, cell in cells.items()}
         else:
             self._cells[shape], self._holder[shape] = cells, name
         self._mixed.clear()
@@ -117,50 +84,50 @@ class NamedAdapters:
         cells, holder = self._cells[shape], self._holder.get(shape)
         if holder != name:
             if holder is not None:
-                self._waiting[holder] = {path: numbers_of(cell) for path, cell in cells.items()}
-            for path, numbers in self._waiting.pop(name).items():
-                put(cells[path], numbers)
+                self._waiting[holder] = {path: cell.state() for path, cell in cells.items()}
+            for path, state in self._waiting.pop(name).items():
+                cells[path].load_state(state)
             self._holder[shape] = name
         return cells
 
-    def use(self, name: str) -> None:
-        """Puts the adapter ``name`` to work: no base weight moves, and equal shapes compile nothing."""
+    def activate(self, name: str) -> None:
+        """Makes ``name`` the active adapter: no base weight moves, and equal shapes compile nothing."""
         cells = self.cells_of(name)
-        self.stand(self._shapes[name], cells)
+        self.install(self._shapes[name], cells)
         self.active, self.merged = name, False
 
     def remove(self, name: str) -> None:
-        """Forgets the adapter ``name``; the first of the others is at work then."""
+        """Removes the adapter ``name``; where it was active, the first of the others is then."""
         self.cells_of(name)  # so that the cells hold its numbers and those of others wait
         shape = self._shapes.pop(name)
         del self.configs[name], self._holder[shape]
         self._mixed.clear()
         if shape not in self._shapes.values():
-            self.bare()
+            self.uninstall()
             del self._cells[shape]
         if self.active == name:
-            self.bare()
+            self.uninstall()
             self.active = next(iter(self.configs), None)
             if self.active is not None:
-                self.use(self.active)
+                self.activate(self.active)
 
     def merge(self, safe_merge: bool = False) -> None:
-        """Lets plain layers with merged weights stand in for the adapter; a second time changes nothing."""
+        """Installs plain layers with merged weights in place of the adapter; a second time changes nothing."""
         if self.active is not None and not self.merged:
-            self.use(self.active)
-            self.stand(("merged", object()), merged_cells(self.model, safe_merge))
+            self.activate(self.active)
+            self.install(("merged", object()), merged_cells(self.model, safe_merge))
             self.merged = True
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Without any adapter inside the block; as before after it."""
-        standing, merged = self.standing, self.merged
+        """Inside the block, the model without any adapter."""
+        installed, merged = self.installed, self.merged
         cells = {path: cell_at(self.model, path) for path in self.base}
-        self.bare()
+        self.uninstall()
         try:
             yield
         finally:
-            self.stand(standing, cells)
+            self.install(installed, cells)
             self.merged = merged
 
     @contextmanager
@@ -172,68 +139,53 @@ class NamedAdapters:
             raise LoraMsError(f"no adapter {', '.join(unknown)}; there are: {', '.join(order)}, {BASE}")
         rows = [None if name == BASE else order.index(name) for name in names]
         active, merged, values = self.active, self.merged, choice_values(rows, len(order))
-        factors = self._factors(order)
+        pairs = self._pairs(order)
         key = ("mixed", tuple(order), len(names))
         if key not in self._mixed:
             choice = Parameter(Tensor(values), name="choice", requires_grad=False)
-            cells = {path: MixedLoRADense(self.base[path], found, choice) for path, found in factors.items()}
+            cells = {path: MultiAdapterDense(self.base[path], found, choice) for path, found in pairs.items()}
             self._mixed[key] = (object(), choice, cells)
         stamp, choice, cells = self._mixed[key]
         choice.set_data(Tensor(values))
-        for path, found in factors.items():
+        for path, found in pairs.items():
             cells[path].fill(found)
-        self.stand((key, stamp), cells)
+        self.install((key, stamp), cells)
         try:
             yield
         finally:
             if active is not None:
-                self.use(active)
+                self.activate(active)
             if merged:
                 self.merge()
 
-    def _factors(self, order: Sequence[str]) -> dict[str, dict[int, Factors]]:
-        factors: dict[str, dict[int, Factors]] = {}
+    def _pairs(self, order: Sequence[str]) -> dict[str, dict[int, Pair]]:
+        """By path and index of the adapter; raises LoraMsError where one cannot share a batch with others."""
+        pairs: dict[str, dict[int, Pair]] = {}
         for index, name in enumerate(order):
             for path, cell in self.cells_of(name).items():
-                factors.setdefault(path, {})[index] = factors_of(name, path, cell, self.configs[name])
-        return factors
+                pair = cell.pair()
+                if pair is None or not cell.joins_batches or path.endswith(HEAD):
+                    raise LoraMsError(
+                        f"adapter {name!r} cannot share a batch with others: {path} is more than LoRA on a dense layer"
+                    )
+                pairs.setdefault(path, {})[index] = pair
+        return pairs
 
 
-def apart(config: LoraConfig, cells: Cells) -> Adapter:
+def detached(config: AdapterConfig, cells: Cells) -> Adapter:
     """The adapter that ``cells`` hold, apart from any model; errors as in ``combine.Adapter``."""
     Adapter(config, {})  # kinds that have other tensors are refused first
-    return Adapter(config, {path: factors_at(path, cell, config) for path, cell in cells.items()})
+    pairs = {path: cell.pair() for path, cell in cells.items()}
+    return Adapter(config, {path: pair for path, pair in pairs.items() if pair is not None})
 
 
-def together(model: nn.Cell, adapter: Adapter) -> Cells:
+def attached(model: nn.Cell, adapter: Adapter) -> Cells:
     """Cells of ``adapter`` for the bare ``model``, not yet in it."""
-    where = {path: Place(len(a), scaling * len(a)) for path, (a, _, scaling) in adapter.tensors.items()}
-    cells = build(model, adapter.config, where)
-    for path, (a, b, scaling) in adapter.tensors.items():
-        put(cells[path], Numbers(dict(zip(factor_names(path), (a, b), strict=True)), where[path].lora_alpha, scaling))
+    config = adapter.config
+    specs = {path: config.pair_spec(pair) for path, pair in adapter.tensors.items()}
+    cells = build(model, config, specs)
+    for path, pair in adapter.tensors.items():
+        parameters = cells[path].tensors()
+        for tensor, value in config.pair_tensors(path, pair).items():
+            parameters[tensor].set_data(Tensor(value))
     return cells
-
-
-def factors_of(name: str, path: str, cell: nn.Cell, config: LoraConfig) -> Factors:
-    """A, B and scaling of one cell for a mixed batch.
-
-    Raises:
-        LoraMsError: a kind of adapter that rows of one batch cannot share.
-    """
-    plain = isinstance(cell, LoRADense) and not isinstance(cell, DoRADense)
-    if not plain or path.endswith("lm_head") or cell.has_lora_bias or cell.trains_bias:
-        raise LoraMsError(
-            f"adapter {name!r} cannot share a batch with others: {path} is more than LoRA on a dense layer"
-        )
-    return factors_at(path, cell, config)
-
-
-def factors_at(path: str, cell: nn.Cell, config: LoraConfig) -> Factors:
-    """Copies of A, B and scaling of an adapter cell: ``scaling B A`` is its update of the untouched weight."""
-    values = {factor: parameter.asnumpy().copy() for factor, parameter in cell.tensors().items()}
-    scaling = float(cell.scaling.asnumpy())
-    if isinstance(cell, AdaLoRADense):
-        return Factors(values["lora_A"] * values["lora_E"], values["lora_B"], scaling)
-    values = packed(path, cell, values, config)
-    a, b = (values[factor] for factor in factor_names(path))
-    return Factors(a, b, scaling)

@@ -11,10 +11,8 @@ import numpy as np
 from mindspore import Tensor
 from numpy.typing import NDArray
 
-from lora_ms.adapters.config import AdaLoraConfig, LoraConfig
-from lora_ms.adapters.methods.adalora_ranks import RankAllocator, scheduled
-from lora_ms.data.pipeline import Preparation, prepare_rows
-from lora_ms.data.readers import read_rows
+from lora_ms.adapters.methods.base import AdapterConfig
+from lora_ms.data.pipeline import Preparation, prepare_rows, read_rows
 from lora_ms.data.tokenizer import load_tokenizer
 from lora_ms.errors import LoraMsError
 from lora_ms.infer.generate import Generator, pad_rows
@@ -106,8 +104,8 @@ class AutoModelForCausalLM:
         Raises:
             LoraMsError: not such a directory, an unsupported architecture, or tensors that do not fit.
         """
-        runtime_module.setup()
-        return hub.load_directory(Path(path), ms_dtype, Model)
+        runtime, _ = runtime_module.setup()
+        return hub.load_directory(Path(path), ms_dtype, Model, operators=runtime.operators)
 
 
 class AutoTokenizer:
@@ -265,27 +263,25 @@ class Trainer:
         settings, vocab_size = self.args.settings(), self.model.config.vocab_size
         check(settings.report_to)
         plan = plan_rows(read_rows(self.train_dataset), self.tokenizer, settings, runtime, vocab_size)
-        config: LoraConfig | None = None
-        ranks: RankAllocator | None = None
+        config: AdapterConfig | None = None
+        hook = None
         if self.peft:
             self.peft.unmerge_adapter()
-            config = self.peft.active_peft_config
-        if isinstance(config, AdaLoraConfig):
-            if not config.kept:
-                config = scheduled(config, plan.total_steps, config.tinit or None, config.tfinal or None)
-            ranks = RankAllocator(self.model, config)
-        weights = weights_of(self.model, config, self.tokenizer, ranks)
+            config = self.peft.active_peft_config.for_run(plan.total_steps)
+            hook = config.step_hook(self.model)
+        weights = weights_of(self.model, config, self.tokenizer, hook)
         evaluator = self._evaluator(settings, runtime) if self.args.evaluates else None
         sizes = (vocab_size, self.model.dtype)
-        outcome = fit(self.model, plan, settings, runtime, weights, *sizes, ranks, evaluator, self.callbacks)
-        if self.peft and ranks is not None:
-            self.peft.peft_config[str(self.peft.active_adapter)] = ranks.config()
+        hooks = [] if hook is None else [hook]
+        outcome = fit(self.model, plan, settings, runtime, weights, *sizes, hooks, evaluator, self.callbacks)
+        if self.peft and hook is not None:
+            self.peft.peft_config[str(self.peft.active_adapter)] = hook.config()
         return outcome
 
     def _evaluator(self, settings: TrainSettings, runtime: runtime_module.Runtime) -> Evaluator:
         vocab_size, s = self.model.config.vocab_size, settings
-        how = Preparation(seq_length=s.seq_length, vocab_size=vocab_size)
-        store, _ = prepare_rows(read_rows(self.eval_dataset), self.tokenizer, how)
+        preparation = Preparation(seq_length=s.seq_length, vocab_size=vocab_size)
+        store, _ = prepare_rows(read_rows(self.eval_dataset), self.tokenizer, preparation)
         plan = held_out_plan(
             store, self.args.per_device_eval_batch_size, self.tokenizer, s.seq_length, runtime, s.packing
         )

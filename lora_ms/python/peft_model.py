@@ -9,12 +9,12 @@ from mindspore import Tensor, nn
 from numpy.typing import NDArray
 
 from lora_ms.adapters import inject as injection
-from lora_ms.adapters.combine import Adapter, combine
-from lora_ms.adapters.config import LoraConfig
+from lora_ms.adapters.combine import combine
+from lora_ms.adapters.methods.base import AdapterConfig
 from lora_ms.adapters.peft_format import read_adapter_config, read_cells, save_adapter
 from lora_ms.errors import LoraMsError
 from lora_ms.infer.generate import Generator
-from lora_ms.python.adapter_set import NamedAdapters, apart, together
+from lora_ms.python.adapter_set import AdapterSet, attached, detached
 
 DEFAULT = "default"
 
@@ -31,15 +31,15 @@ class Logits(nn.Cell):
 
 
 class PeftModel:
-    """A model with one or more named adapters, one of them at work.
+    """A model with one or more named adapters, one of them active.
 
-    Calling it gives the model's logits; ``model`` is the Cell itself, in which the adapter at work stands.
+    Calling it gives the model's logits; ``model`` is the Cell itself, into which the active adapter is installed.
     Graphs are compiled once for each shape of adapter, and kept.
     """
 
     def __init__(self, model: nn.Cell):
         self.model = model
-        self.adapters = NamedAdapters(model, model.cells_have_changed)
+        self.adapters = AdapterSet(model, model.cells_have_changed)
         self.graphs: dict[Hashable, tuple[Logits, Generator]] = {}
         for parameter in model.get_parameters():
             parameter.requires_grad = False
@@ -56,26 +56,26 @@ class PeftModel:
         return peft
 
     @property
-    def peft_config(self) -> dict[str, LoraConfig]:
+    def peft_config(self) -> dict[str, AdapterConfig]:
         """The settings of every adapter by name."""
         return self.adapters.configs
 
     @property
     def active_adapter(self) -> str | None:
-        """The name of the adapter at work; None where all are deleted."""
+        """The name of the active adapter; None where all are deleted."""
         return self.adapters.active
 
     @property
-    def active_peft_config(self) -> LoraConfig:
-        """The settings of the adapter at work."""
+    def active_peft_config(self) -> AdapterConfig:
+        """The settings of the active adapter."""
         if self.adapters.active is None:
-            raise LoraMsError("no adapter is at work: load one")
+            raise LoraMsError("no adapter is active: load one")
         return self.adapters.configs[self.adapters.active]
 
     # logits and text
 
     def _graphs(self) -> tuple[Logits, Generator]:
-        key = self.adapters.standing
+        key = self.adapters.installed
         if key not in self.graphs:
             self.graphs[key] = (Logits(self.model).set_train(False), Generator(self.model))
         return self.graphs[key]
@@ -85,7 +85,7 @@ class PeftModel:
     ) -> Tensor:
         """Logits [b, s, v] float32 of input_ids [b, s].
 
-        adapter_names: one adapter for each row, ``__base__`` for none; None: the adapter at work for all.
+        adapter_names: one adapter for each row, ``__base__`` for none; None: the active adapter for all.
         """
         if adapter_names is None:
             self.model.set_train(False)
@@ -108,18 +108,18 @@ class PeftModel:
 
     # the adapters
 
-    def add_adapter(self, adapter_name: str, config: LoraConfig) -> None:
-        """A fresh adapter beside those that are there; the first is at work at once.
+    def add_adapter(self, adapter_name: str, config: AdapterConfig) -> None:
+        """Adds a fresh adapter; the first becomes active.
 
         Raises:
             LoraMsError: the name is taken, or ``config`` matches nothing.
         """
         with self.adapters.disabled():
             cells = injection.build(self.model, config, injection.select(self.model, config))
-        self._take_in(adapter_name, config, cells)
+        self._add(adapter_name, config, cells)
 
     def load_adapter(self, path: str | os.PathLike, adapter_name: str) -> None:
-        """Loads the adapter of directory ``path`` beside those that are there; the first is at work at once.
+        """Adds the adapter of directory ``path``; the first becomes active.
 
         Raises:
             LoraMsError: as ``from_pretrained``, or the name is taken.
@@ -127,7 +127,7 @@ class PeftModel:
         config = read_adapter_config(path)
         with self.adapters.disabled():
             cells = read_cells(self.model, Path(path), config)
-        self._take_in(adapter_name, config, cells)
+        self._add(adapter_name, config, cells)
 
     def add_weighted_adapter(
         self,
@@ -145,29 +145,25 @@ class PeftModel:
         Raises:
             LoraMsError: adapters or arguments that do not go together.
         """
-        parts = [self._apart(name) for name in adapters]
+        parts = [detached(self.peft_config[name], self.adapters.cells_of(name)) for name in adapters]
         combined = combine(parts, weights, combination_type, density, svd_rank, seed, majority_sign_method)
         if self.active_adapter is not None:
             self.set_adapter(self.active_adapter)
         with self.adapters.disabled():
-            cells = together(self.model, combined)
-        self._take_in(adapter_name, combined.config, cells)
+            cells = attached(self.model, combined)
+        self._add(adapter_name, combined.config, cells)
 
-    def _apart(self, name: str) -> Adapter:
-        cells = self.adapters.cells_of(name)
-        return apart(self.peft_config[name], cells)
-
-    def _take_in(self, name: str, config: LoraConfig, cells: Mapping[str, nn.Cell]) -> None:
+    def _add(self, name: str, config: AdapterConfig, cells: Mapping[str, nn.Cell]) -> None:
         active = self.adapters.active
         self.adapters.add(name, config, cells)
-        self.adapters.use(name if active is None else active)
+        self.adapters.activate(name if active is None else active)
 
     def set_adapter(self, adapter_name: str) -> None:
-        """Puts another adapter to work. Between adapters of equal shapes nothing is compiled."""
-        self.adapters.use(adapter_name)
+        """Makes another adapter active. Between adapters of equal shapes nothing is compiled."""
+        self.adapters.activate(adapter_name)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Forgets an adapter; where it was at work, the first of the others is."""
+        """Removes an adapter; where it was active, the first of the others becomes so."""
         self.adapters.remove(adapter_name)
 
     def disable_adapter(self):
@@ -175,7 +171,7 @@ class PeftModel:
         return self.adapters.disabled()
 
     def merge_adapter(self, safe_merge: bool = False) -> None:
-        """Lets merged weights stand in for the adapter at work, which ``unmerge_adapter`` brings back exactly.
+        """Puts merged weights in place of the active adapter, which ``unmerge_adapter`` brings back exactly.
 
         safe_merge: refuse merged weights that are not finite; the model is as it was then.
         """
@@ -184,21 +180,21 @@ class PeftModel:
     def unmerge_adapter(self) -> None:
         """Undoes ``merge_adapter``."""
         if self.adapters.active is not None:
-            self.adapters.use(self.adapters.active)
+            self.adapters.activate(self.adapters.active)
 
     def merge_and_unload(self, safe_merge: bool = False) -> nn.Cell:
-        """The model with the adapter folded into its weights; this wrapper is spent afterwards."""
+        """The model with the adapter folded into its weights; this wrapper has no adapter left."""
         self.adapters.merge(safe_merge)
-        return self._spent()
+        return self._release()
 
     def unload(self) -> nn.Cell:
-        """The base model without any adapter; this wrapper is spent afterwards."""
-        self.adapters.bare()
-        return self._spent()
+        """The base model without any adapter; this wrapper has no adapter left."""
+        self.adapters.uninstall()
+        return self._release()
 
-    def _spent(self) -> nn.Cell:
+    def _release(self) -> nn.Cell:
         model, self.graphs = self.model, {}
-        self.adapters = NamedAdapters(model, model.cells_have_changed)
+        self.adapters = AdapterSet(model, model.cells_have_changed)
         return model
 
     # files and figures
@@ -209,21 +205,21 @@ class PeftModel:
         print(injection.report(self.model, config).line())
 
     def save_pretrained(self, path: str | os.PathLike, selected_adapters: Sequence[str] | None = None) -> None:
-        """Writes the adapter at work in PEFT's format.
+        """Writes the active adapter in PEFT's format.
 
         selected_adapters: write these instead, each into a folder of its name, the one named default into ``path``.
         """
         active = self.adapters.active
         if active is None:
-            raise LoraMsError("no adapter is at work: nothing to save")
+            raise LoraMsError("no adapter is active: nothing to save")
         for name in selected_adapters or (active,):
-            self.adapters.use(name)
+            self.adapters.activate(name)
             folder = Path(path) if selected_adapters is None or name == DEFAULT else Path(path) / name
             save_adapter(self.model, folder, self.peft_config[name], self.model.source)
-        self.adapters.use(active)
+        self.adapters.activate(active)
 
 
-def get_peft_model(model: nn.Cell, config: LoraConfig, adapter_name: str = DEFAULT) -> PeftModel:
+def get_peft_model(model: nn.Cell, config: AdapterConfig, adapter_name: str = DEFAULT) -> PeftModel:
     """The bare ``model`` with a fresh adapter; the model's own parameters are frozen.
 
     Raises:

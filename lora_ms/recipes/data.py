@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING
 
 from lora_ms.config import RunConfig
 from lora_ms.config.sections import Dataset
-from lora_ms.data import clean
-from lora_ms.data.cache import prepare
-from lora_ms.data.order import Source
-from lora_ms.data.pipeline import Preparation
+from lora_ms.data.clean import CleaningRules
+from lora_ms.data.loader import Source
+from lora_ms.data.pipeline import Preparation, prepare
 from lora_ms.data.report import Report
 from lora_ms.data.store import TokenStore
-from lora_ms.data.templates import TEMPLATES, set_template, template_of
+from lora_ms.data.template import set_template, template_of
+from lora_ms.data.templates import TEMPLATES
 from lora_ms.data.tokenizer import load_tokenizer
 from lora_ms.errors import LoraMsError
 
@@ -35,7 +35,8 @@ def tokenizer_for(config: RunConfig, training: bool = False) -> "PreTrainedToken
     Raises:
         LoraMsError: not ``training``, and the template is not the one that the adapter was trained with.
     """
-    named, asked = config.processor.tokenizer.vocab_file, config.processor.tokenizer.chat_template
+    named = config.processor.tokenizer.vocab_file
+    asked = config.processor.tokenizer.chat_template
     handlers = config.train_dataset.data_loader.handler
     if not asked and handlers and training:
         asked = "alpaca_vicuna"  # what AlpacaInstructDataHandler writes
@@ -55,7 +56,8 @@ def tokenizer_for(config: RunConfig, training: bool = False) -> "PreTrainedToken
 def _check_template(adapter: str, tokenizer: "PreTrainedTokenizerBase") -> None:
     if not adapter or not (Path(adapter) / "tokenizer_config.json").is_file():
         return
-    trained, here = template_of(load_tokenizer(adapter)), template_of(tokenizer)
+    trained = template_of(load_tokenizer(adapter))
+    here = template_of(tokenizer)
     if trained != here:
         raise LoraMsError(
             f"load_adapter {adapter} was trained with another chat template ({_named(trained)}) than the one here "
@@ -96,7 +98,7 @@ def preparation(config: RunConfig, dataset: Dataset, longest: int, vocab_size: i
         num_samples=dataset.num_samples,
         turns=dataset.label_turns,
         truncation=dataset.truncation,
-        clean=clean.Clean(
+        clean=CleaningRules(
             required=tuple(rules.required),
             min_chars=rules.min_chars,
             max_chars=rules.max_chars,
@@ -108,13 +110,13 @@ def preparation(config: RunConfig, dataset: Dataset, longest: int, vocab_size: i
 
 
 def rows_of(
-    dataset: Dataset, sources: list[str], tokenizer: "PreTrainedTokenizerBase | None", how: Preparation
+    dataset: Dataset, sources: list[str], tokenizer: "PreTrainedTokenizerBase | None", preparation: Preparation
 ) -> tuple[TokenStore, list[Report], list[Source]]:
     """The rows of a dataset as tokens, a report of each part that is mixed, and the shares of the parts (if any)."""
     if not dataset.mix:
-        store, report = prepare(sources, tokenizer, how)
+        store, report = prepare(sources, tokenizer, preparation)
         return store, [report], []
-    parts = [prepare([source], tokenizer, how) for source in sources]
+    parts = [prepare([source], tokenizer, preparation) for source in sources]
     shares = [
         Source(len(store), part.weight, part.weight if part.weight_end is None else part.weight_end)
         for (store, _), part in zip(parts, dataset.mix, strict=True)

@@ -16,9 +16,10 @@ from lora_ms.config import PetConfig, RunConfig, dump_config
 from lora_ms.errors import LoraMsError
 from lora_ms.recipes import data
 from lora_ms.recipes import session as common
+from lora_ms.recipes.adapter import adapter_config
 from lora_ms.recipes.mindformers_run import FOLDER, Rows, Run, check, explained, rows_of, sizes_of, start
 from lora_ms.runtime.device import peak_memory_mb
-from lora_ms.train.callbacks import Record, RunState
+from lora_ms.train.callbacks import RunState, StepRecord
 from lora_ms.train.evaluation import Scores
 from lora_ms.train.log import Tee
 from lora_ms.train.report import Reporter
@@ -58,7 +59,7 @@ class Screen:
         """One step is done; returns whether it was the last."""
         now = time.perf_counter()
         seconds, self.clock = now - self.clock, now
-        record = Record(
+        record = StepRecord(
             step=self.start + step,
             epoch=round((self.start + step) / self.per_epoch, 4),
             loss=loss,
@@ -86,7 +87,7 @@ def run(config: RunConfig) -> None:
     package.found_version()
     if not config.load_checkpoint:
         raise LoraMsError("load_checkpoint is missing: give the model to put the adapter on")
-    common.lora_config(pet)
+    adapter_config(pet)
     data.sources_of(config.train_dataset, "train")
     sizes = sizes_of(config)
     tokenizer = data.tokenizer_for(config, training=True)

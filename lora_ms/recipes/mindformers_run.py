@@ -20,6 +20,7 @@ from lora_ms.errors import LoraMsError
 from lora_ms.models.decoder import DecoderConfig
 from lora_ms.recipes import data
 from lora_ms.recipes import session as common
+from lora_ms.recipes.adapter import adapter_config
 from lora_ms.runtime import device as runtime_module
 from lora_ms.runtime.device import Runtime
 from lora_ms.train.log import Tee
@@ -210,12 +211,12 @@ class Run:
         self.linear = list(model.linear_layers(self.package, network))
         if pet is None:
             return network
-        self.lora = common.lora_config(pet)
+        self.lora = adapter_config(pet)
         if pet.lora_impl == "mindpet":
             asked = pet_settings(pet, self.linear, self.on_cpu)
             network = self.package.get_pet_model(network, asked)
         else:
-            model.inject(self.package, network, self.lora)
+            model.inject(self.package, network, self.lora, self.runtime.operators)
             injection.freeze(network, pet.freeze_include, pet.freeze_exclude)
         if self.config.load_adapter:
             model.load_factors(network, Path(self.config.load_adapter), self.lora, self.heads, fused)

@@ -1,37 +1,42 @@
-"""How a run writes and reads what it trains, by the kind of it."""
+"""How a run writes and reads what it trains: an adapter, or all parameters."""
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from numpy.typing import NDArray
 
-from lora_ms.adapters.config import LoraConfig
-from lora_ms.adapters.methods.adalora_ranks import RankAllocator, save_plain_lora
-from lora_ms.adapters.peft_format import adapter_tensors, restore_adapter, save_adapter
+from lora_ms.adapters.methods.base import AdapterConfig
+from lora_ms.adapters.peft_format import adapter_tensors, restore_adapter, save_adapter, save_as_lora
 from lora_ms.models import hub
 from lora_ms.models.decoder import CausalLM
 from lora_ms.nn.parallel import WHOLE, Shard
 from lora_ms.train.checkpoint import Weights
 
-PLAIN = "adapter_lora"  # beside adapter/: what an AdaLoRA run reached, as LoRA
-SCHEDULE = ("target_rank", "tinit", "tfinal", "delta_t", "beta1", "beta2", "orth_reg_weight", "total_steps")
+AS_LORA = "adapter_lora"  # beside adapter/: the same as plain LoRA, where the method has such a form
 
 
 def weights_of(
     model: CausalLM,
-    adapter: LoraConfig | None,
+    adapter: AdapterConfig | None,
     tokenizer,
-    ranks: RankAllocator | None = None,
+    hook: Any = None,
     shard: Shard = WHOLE,
 ) -> Weights:
-    """How what was trained is written and read; ``ranks`` are those of an AdaLoRA run."""
+    """How what was trained is written and read.
+
+    Args:
+        adapter: its settings; None where all parameters train.
+        hook: the method's ``StepHook``, which decides the adapter's settings at the end; None for none.
+        shard: with which processes the model is shared.
+    """
     whole: dict[str, NDArray] = {}  # the adapter's tensors, where the model is shared with other processes
 
     def collect() -> None:
         if adapter is not None and shard.count > 1:
             whole.update(adapter_tensors(model, adapter, shard))
 
-    def save(path: Path, config: LoraConfig | None) -> None:
+    def save(path: Path, config: AdapterConfig | None) -> None:
         if config is None:
             hub.save_directory(model, path)
         else:
@@ -45,23 +50,22 @@ def weights_of(
         else:
             restore_adapter(model, path, adapter, shard)
 
-    def finish(ranks: RankAllocator, path: Path) -> None:
-        # what a checkpoint does not leave out: until the last cut every rank may come back
-        config, plain = ranks.config(), path.with_name(PLAIN)
+    def finish(path: Path) -> None:
+        # a checkpoint holds what may yet come back; the end of the run does not
+        config, beside = hook.config(), path.with_name(AS_LORA)
         save(path, config)
-        save_plain_lora(model, plain, config, model.source)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(plain)
-        print(f"{ranks.line()}; as plain LoRA in {plain}")
+        line = hook.summary()
+        if save_as_lora(model, beside, config, model.source):
+            if tokenizer is not None:
+                tokenizer.save_pretrained(beside)
+            line += f"; as plain LoRA in {beside}"
+        print(line)
 
-    identity = {} if adapter is None else adapter.identity()
-    if ranks is not None:
-        identity |= {key: getattr(adapter, key) for key in SCHEDULE}
     return Weights(
-        "model" if adapter is None else "adapter",
-        lambda path: save(path, adapter),
-        read,
-        identity,
-        None if ranks is None else partial(finish, ranks),
-        collect,
+        folder="model" if adapter is None else "adapter",
+        write=partial(save, config=adapter),
+        read=read,
+        identity={} if adapter is None else adapter.identity(),
+        finish=None if hook is None else finish,
+        collect=collect,
     )

@@ -1,8 +1,7 @@
 """What a configuration asks of several processes, checked before any weight is read."""
 
-from lora_ms.adapters.config import AdaLoraConfig, LoraConfig
-from lora_ms.adapters.matching import place_of
-from lora_ms.adapters.peft_format import read_adapter_config
+from lora_ms.adapters.methods.base import AdapterConfig
+from lora_ms.adapters.peft_files import read_adapter_config
 from lora_ms.config import RunConfig
 from lora_ms.errors import LoraMsError
 from lora_ms.models.decoder import DecoderConfig
@@ -42,25 +41,23 @@ def check(config: RunConfig, sizes: DecoderConfig) -> None:
     if odd:
         raise LoraMsError(f"{KEY} {n} does not divide the model's {', '.join(odd)}: choose a number that does")
     if n > 1 and config.load_adapter:
-        check_adapter(config, read_adapter_config(config.load_adapter), ())
+        check_adapter(config, read_adapter_config(config.load_adapter), training=False)
 
 
-def check_training(config: RunConfig, adapter: LoraConfig | None) -> None:
+def check_training(config: RunConfig, adapter: AdapterConfig | None) -> None:
     """Raises LoraMsError where processes that share a model cannot train what is asked for; None: all parameters."""
     if config.evaluation.prompts:
         check_alone(config, "evaluation.prompts")
     if sharing(config) > 1 and adapter is None:
         raise LoraMsError(f"{KEY} {sharing(config)} trains adapters only: give pet_config, or set it to 1")
     if sharing(config) > 1 and adapter is not None:
-        check_adapter(config, adapter, ("init_lora_weights",))
+        check_adapter(config, adapter, training=True)
 
 
-def check_adapter(config: RunConfig, adapter: LoraConfig, more: tuple[str, ...]) -> None:
-    """Raises LoraMsError for what is not computed on split layers, by pet_config's keys, those of ``more`` included."""
-    plain, found = LoraConfig(), ["pet_type adalora"] if isinstance(adapter, AdaLoraConfig) else []
-    for key in ("use_dora", "lora_bias", "bias", "modules_to_save", *more):
-        found += [key] if getattr(adapter, key) != getattr(plain, key) else []
-    found += [f"{name} in target_modules" for name in ENDS if place_of(name, adapter) is not None]
+def check_adapter(config: RunConfig, adapter: AdapterConfig, training: bool) -> None:
+    """Raises LoraMsError for what is not computed on split layers, by pet_config's keys."""
+    found = adapter.not_split(training)
+    found += [f"{name} in target_modules" for name in ENDS if adapter.choose(name) is not None]
     if found:
         raise LoraMsError(f"{KEY} {sharing(config)} goes without {', '.join(found)}: leave it out, or set it to 1")
 

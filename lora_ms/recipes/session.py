@@ -3,20 +3,17 @@
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import mindspore as ms
 
-from lora_ms.adapters.config import AdaLoraConfig, LayerGroup, LoraConfig
 from lora_ms.adapters.peft_format import load_adapter
-from lora_ms.config import ModelSizes, PetConfig, RunConfig
-from lora_ms.config.model import LayerGroupKeys
+from lora_ms.config import ModelSizes, RunConfig
 from lora_ms.data.example import IGNORE_INDEX
 from lora_ms.errors import LoraMsError
 from lora_ms.models import hub
 from lora_ms.models.decoder import CausalLM, DecoderConfig
 from lora_ms.nn.parallel import WHOLE, Shard
-from lora_ms.ops.portable import use_plain_operators
+from lora_ms.ops import PORTABLE, Operators
 from lora_ms.recipes import parallel
 from lora_ms.runtime import device as runtime_module
 from lora_ms.runtime.device import Runtime
@@ -43,14 +40,14 @@ def start(config: RunConfig) -> Runtime:
     runtime, notices = runtime_module.setup(
         context.device_target,
         context.device_id,
-        config.seed,
-        config.use_parallel,
-        context.max_device_memory,
-        context.enable_graph_kernel,
-        config.parallel_config.model_parallel,
-        context.cpu_operators,
+        seed=config.seed,
+        use_parallel=config.use_parallel,
+        max_device_memory=context.max_device_memory,
+        graph_kernel=context.enable_graph_kernel,
+        model_parallel=config.parallel_config.model_parallel,
+        cpu_operators=context.cpu_operators,
+        plain_operators=context.low_memory,
     )
-    use_plain_operators(context.low_memory)
     notices += parallel.notices(config, runtime)
     if runtime.is_main:
         for line in (*config.notices(), *notices):
@@ -167,20 +164,26 @@ def read_sizes(config: RunConfig) -> DecoderConfig:
     return decoder_config(sizes)
 
 
-def build_model(config: RunConfig, sizes: DecoderConfig, dtype: ms.Type, shard: Shard = WHOLE) -> CausalLM:
+def build_model(
+    config: RunConfig,
+    sizes: DecoderConfig,
+    dtype: ms.Type,
+    operators: Operators = PORTABLE,
+    shard: Shard = WHOLE,
+) -> CausalLM:
     """The bare model with its weights; with ``load_checkpoint: ''`` freshly initialised from ``seed``."""
     path = Path(config.load_checkpoint)
     sizes = replace(sizes, flash_attention=config.model.sizes.use_flash_attention)
     if not config.load_checkpoint:
-        return hub.new_model(sizes, dtype, config.seed)
+        return hub.new_model(sizes, dtype, config.seed, operators)
     if path.is_dir():
-        return hub.load_directory(path, dtype, flash_attention=sizes.flash_attention, shard=shard)
+        return hub.load_directory(path, dtype, flash_attention=sizes.flash_attention, operators=operators, shard=shard)
     if config.model.sizes.qkv_concat:
         raise LoraMsError(
             f"{path}: qkv_concat is not supported; give the model's Hugging Face directory, or make one with "
             f"lora-ms convert --input {path} --output DIR --load_checkpoint DIR_WITH_CONFIG_JSON"
         )
-    return hub.load_checkpoint(path, sizes, dtype, shard)
+    return hub.load_checkpoint(path, sizes, dtype, operators, shard)
 
 
 def check_output(output_dir: Path) -> None:
@@ -195,65 +198,12 @@ def check_output(output_dir: Path) -> None:
         raise LoraMsError(f"output_dir {output_dir} cannot be written: no permission to write in {place}")
 
 
-def lora_config(pet: PetConfig) -> LoraConfig:
-    """``pet_config`` as the adapters take it; AdaLoRA's schedule awaits the length of the run.
-
-    Raises:
-        LoraMsError: values that exclude each other.
-    """
-    targets, excluded = (
-        names if isinstance(names, str) else tuple(names) for names in (pet.target_modules, pet.exclude_modules)
-    )
-    common: dict[str, Any] = {
-        "lora_alpha": pet.lora_alpha,
-        "lora_dropout": pet.lora_dropout,
-        "target_modules": targets,
-        "exclude_layers": tuple(pet.exclude_layers),
-        "exclude_modules": excluded,
-        "layers_to_transform": pet.layers_to_transform,
-        "layers_pattern": tuple(pet.layers_pattern),
-        "modules_to_save": tuple(pet.modules_to_save),
-        "bias": pet.bias,
-    }
-    if pet.pet_type == "adalora":
-        rank = pet.init_rank or pet.lora_rank
-        return AdaLoraConfig(
-            rank,
-            **common,
-            target_rank=pet.target_rank or max(1, rank // 2),
-            tinit=pet.tinit or 0,
-            tfinal=pet.tfinal or 0,
-            delta_t=pet.delta_t,
-            beta1=pet.beta1,
-            beta2=pet.beta2,
-            orth_reg_weight=pet.orth_reg_weight,
-        )
-    return LoraConfig(
-        pet.lora_rank,
-        **common,
-        rank_pattern=pet.rank_pattern,
-        alpha_pattern=pet.alpha_pattern,
-        layer_groups=tuple(layer_group(group, pet) for group in pet.layer_groups),
-        use_rslora=pet.use_rslora,
-        use_dora=pet.use_dora,
-        lora_bias=pet.lora_bias,
-        init_lora_weights=pet.init_lora_weights,
-    )
-
-
-def layer_group(group: LayerGroupKeys, pet: PetConfig) -> LayerGroup:
-    """One entry of ``pet_config.layer_groups``; without an alpha it keeps the adapter's alpha / rank."""
-    alpha = pet.lora_alpha * group.lora_rank / pet.lora_rank if group.lora_alpha is None else group.lora_alpha
-    targets = tuple(group.target_modules) if isinstance(group.target_modules, list) else group.target_modules
-    return LayerGroup(tuple(group.layers), group.lora_rank, alpha, targets)
-
-
 def model_for_use(config: RunConfig, runtime: Runtime) -> CausalLM:
     """A model to predict with, ``load_adapter`` swapped in."""
     sizes = read_sizes(config)
     if not config.load_checkpoint:
         raise LoraMsError("load_checkpoint is missing: give the Hugging Face directory of the model")
-    model = build_model(config, sizes, compute_dtype(config, runtime), runtime.shard)
+    model = build_model(config, sizes, compute_dtype(config, runtime), runtime.operators, runtime.shard)
     if config.load_adapter:
         load_adapter(model, config.load_adapter, shard=runtime.shard)
     return model.set_train(False)

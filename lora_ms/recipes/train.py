@@ -9,9 +9,9 @@ import mindspore as ms
 from mindspore import nn
 
 from lora_ms import storage
-from lora_ms.data.formats import Row
-from lora_ms.data.loader import DataPlan
-from lora_ms.data.order import Source
+from lora_ms.adapters.methods.training import rate_factors
+from lora_ms.data.example import Row
+from lora_ms.data.loader import DataPlan, Source
 from lora_ms.data.pipeline import Preparation, prepare_rows
 from lora_ms.data.report import Report
 from lora_ms.data.store import TokenStore
@@ -19,10 +19,11 @@ from lora_ms.data.tokenizer import pad_id
 from lora_ms.runtime.device import Runtime, barrier, memory_share
 from lora_ms.train import checkpoint
 from lora_ms.train.adaptive import MemoryMonitor
-from lora_ms.train.callbacks import Companion, EarlyStopping, TrainerCallback
+from lora_ms.train.callbacks import EarlyStopping, TrainerCallback
 from lora_ms.train.checkpoint import Weights
 from lora_ms.train.evaluation import Evaluator
-from lora_ms.train.loop import Outcome, Run
+from lora_ms.train.hooks import StepHook
+from lora_ms.train.loop import Outcome, TrainingLoop
 from lora_ms.train.profile import Profiling
 from lora_ms.train.report import Reporter
 from lora_ms.train.settings import TrainSettings
@@ -60,8 +61,8 @@ def held_out_plan(
 
 def plan_rows(rows: Iterable[Row], tokenizer, settings: TrainSettings, runtime: Runtime, vocab_size: int) -> DataPlan:
     """Tokenises and checks the rows, prints what became of them, and fixes the run's steps and shapes."""
-    how = Preparation(seq_length=settings.seq_length, vocab_size=vocab_size)
-    store, report = prepare_rows(rows, tokenizer, how)
+    preparation = Preparation(seq_length=settings.seq_length, vocab_size=vocab_size)
+    store, report = prepare_rows(rows, tokenizer, preparation)
     return plan_store(store, [report], (), tokenizer, settings, runtime)
 
 
@@ -94,7 +95,7 @@ def plan_store(
         kind=s.layout,
         buckets=s.length_buckets,
         sources=sources,
-        lines=s.adaptive_batch,
+        prefer_many_lines=s.adaptive_batch,
     )
     waste = plan.padding()
     finished = [dataclasses.replace(report, layout=plan.describe(), padding=waste) for report in reports]
@@ -130,7 +131,7 @@ def fit(
     weights: Weights,
     vocab_size: int,
     dtype: ms.Type,
-    companion: Companion | None = None,
+    hooks: Sequence[StepHook] = (),
     evaluator: Evaluator | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Outcome:
@@ -143,8 +144,20 @@ def fit(
     monitor = None
     if settings.adaptive_batch:
         monitor = MemoryMonitor(plan.levels, partial(memory_share, runtime.device, settings.memory_budget_mb))
-    steps = Steps(model, plan, settings, runtime, vocab_size, dtype == ms.float16, companion)
-    run = Run(steps, weights, evaluator, looking_on, monitor)
+    ratio, factors = settings.loraplus_lr_ratio, {}
+    if ratio != 1:
+        factors = rate_factors(model, ratio, settings.loraplus_lr_embedding / (settings.learning_rate or 1.0))
+    steps = Steps(
+        model,
+        plan,
+        settings,
+        runtime,
+        vocab_size,
+        loss_scaling=settings.loss_scaling if dtype == ms.float16 else None,
+        hooks=hooks,
+        rate_factors=factors,
+    )
+    run = TrainingLoop(steps, weights, evaluator, looking_on, monitor)
     if runtime.is_main:
         checkpoint.recover(output_dir)
     if runtime.world > 1:

@@ -3,7 +3,7 @@
 import os
 import resource
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,14 +14,14 @@ from mindspore import ops
 
 from lora_ms.errors import LoraMsError
 from lora_ms.nn.parallel import WHOLE, Shard, SumOverRanks
-from lora_ms.ops import native as nn_cpu
+from lora_ms.ops import PORTABLE, Operators, select
 from lora_ms.runtime import host as machine
 from lora_ms.runtime import native_build as cpu
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where a process runs: its device, and its place among the processes of the run.
+    """Where a process runs: its device and operators, and its place among the processes of the run.
 
     ``shard.count`` neighbouring ranks share the model and see the same rows; those that differ in their rows, and have
     the same part of the model, form ``data_group``.
@@ -32,6 +32,7 @@ class Runtime:
     world: int = 1
     shard: Shard = WHOLE
     data_group: str = ""
+    operators: Operators = PORTABLE  # what cells are to compute with
 
     @property
     def is_main(self) -> bool:
@@ -68,12 +69,14 @@ def setup(
     graph_kernel: bool = False,
     model_parallel: int = 1,
     cpu_operators: bool = True,
+    plain_operators: bool = False,
 ) -> tuple[Runtime, list[str]]:
     """Prepares MindSpore, in static-graph mode; returns notices for the user beside the runtime. May be repeated.
 
     device_id: which Ascend card; None leaves the choice to the environment.
     model_parallel: how many processes share one model, with use_parallel.
-    cpu_operators: on the CPU, let cells made from now on compute with our own operators (``ops/csrc``).
+    cpu_operators: on the CPU, compute with our C++ operators (``ops/csrc``), where they can be compiled.
+    plain_operators: on Ascend, compute without its fused operators, which the 310B lacks in training.
 
     Raises:
         LoraMsError: use_parallel without msrun's environment, or communication that does not come up.
@@ -92,12 +95,12 @@ def setup(
     if graph_kernel:
         notices += _fuse_kernels(device)
     runtime = _join(device, model_parallel) if use_parallel else Runtime(device)
+    library = ""
     if cpu_operators and device == "CPU":
-        notices += _own_operators(runtime.world)
-    else:
-        nn_cpu.use("")
+        library, lines = _native_library(runtime.world)
+        notices += lines
     ms.set_seed(seed)
-    return runtime, notices
+    return replace(runtime, operators=select(device, plain_operators, library)), notices
 
 
 def _fuse_kernels(device: str) -> list[str]:
@@ -114,15 +117,13 @@ def _fuse_kernels(device: str) -> list[str]:
     return []
 
 
-def _own_operators(processes: int) -> list[str]:
-    """Lets cells compute with our operators, which are compiled the first time; says so where that cannot be."""
+def _native_library(processes: int) -> tuple[str, list[str]]:
+    """The path of our operators, compiled the first time; or "", and a line that says why there are none."""
     library, why = cpu.build()
     if library is None:
-        nn_cpu.use("")
-        return [f"our own operators for the CPU could not be compiled, so a step takes longer: {why}"]
+        return "", [f"our own operators for the CPU could not be compiled, so a step takes longer: {why}"]
     cpu.set_threads(library, machine.cores() // processes)
-    nn_cpu.use(str(library))
-    return []
+    return str(library), []
 
 
 def _join(device: str, model_parallel: int) -> Runtime:

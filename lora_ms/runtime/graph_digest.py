@@ -139,7 +139,7 @@ class _Reader:
         if isinstance(value, types.FunctionType):
             self.function(value)
         elif isinstance(value, types.MethodType):
-            self.function(value.__func__)
+            self.other(value.__func__)
             self.read(value.__self__)
         elif isinstance(value, functools.partial):
             self.read((value.func, value.args, value.keywords))

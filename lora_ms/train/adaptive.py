@@ -1,9 +1,11 @@
-"""Micro-batches that follow the memory there is; an optimiser step takes the same rows whatever their size."""
+"""``runner_config.adaptive_batch``: smaller micro-batches where memory is short. An optimiser step takes the same rows
+whatever their size."""
 
 from collections.abc import Callable
 
-HIGH, LOW = 0.85, 0.60  # of the memory in use: above the one micro-batches get smaller, below the other larger
-REST = 10  # optimiser steps between two changes: a new size is compiled first, and takes memory for it
+HIGH = 0.85  # share of memory in use above which micro-batches get smaller
+LOW = 0.60  # and below which they get larger
+REST = 10  # optimiser steps between two changes: a new size has to be compiled, which takes memory, too
 
 
 class MemoryMonitor:
@@ -15,8 +17,10 @@ class MemoryMonitor:
     """
 
     def __init__(self, levels: int, used: Callable[[], float]):
-        self.levels, self.used = levels, used
-        self.level, self.rested = 0, REST
+        self.levels = levels
+        self.used = used
+        self.level = 0
+        self.rested = REST  # steps since the last change
 
     def next_level(self, too_much: bool, little: bool) -> int:
         """The level of the next step.
@@ -27,5 +31,6 @@ class MemoryMonitor:
         wanted = self.level + (1 if too_much else -1 if little else 0)
         wanted = min(max(wanted, 0), self.levels)
         if wanted != self.level and self.rested > REST:
-            self.level, self.rested = wanted, 0
+            self.level = wanted
+            self.rested = 0
         return self.level

@@ -1,21 +1,20 @@
-"""What may look on while a model trains, and stop it."""
+"""Callbacks of a training run, and what they are told."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
-from mindspore import Parameter, nn
+from mindspore import nn
 
 
 @dataclass(frozen=True)
-class Record:
+class StepRecord:
     """One optimiser step."""
 
     step: int  # from 1
     epoch: float
-    loss: float | None  # nats per label token; None where it overflowed in float16
+    loss: float | None  # nats per label token, with all extra terms; None where it overflowed in float16
     grad_norm: float | None  # before clipping; None where it overflowed in float16 and the step was left out
     learning_rate: float
     tokens: int  # without padding, on this rank
@@ -24,15 +23,16 @@ class Record:
     step_time_s: float
     wait_share: float  # of the step's time, spent waiting for data
     peak_memory_mb: float
+    terms: dict[str, float | None] = field(default_factory=dict)  # what loss is the sum of, where that is several
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class EvaluationRecord:
     """One evaluation, after optimiser step ``step``."""
 
     step: int
     epoch: float
-    eval_loss: float  # nats per label token
+    eval_loss: float  # mean cross-entropy, nats per label token
     eval_perplexity: float
     eval_accuracy: float  # share of the label tokens that have the highest logit
     eval_label_tokens: int
@@ -43,7 +43,7 @@ class Evaluation:
 
 @dataclass
 class RunState:
-    """What a run has come to; ``stop`` ends it after the step under way."""
+    """Where a run is; ``stop`` ends it after the current step."""
 
     model: nn.Cell
     output_dir: Path
@@ -53,7 +53,7 @@ class RunState:
     reason: str = ""  # why the run is to end before its last step
     best_step: int = 0  # of the lowest evaluation loss; 0: none yet
     best_loss: float | None = None
-    worse: int = 0  # evaluations since
+    worse: int = 0  # evaluations since the best
 
     def stop(self, reason: str) -> None:
         """Ends the run as if this were its last step."""
@@ -61,15 +61,15 @@ class RunState:
 
 
 class TrainerCallback:
-    """Called at the points of a run; all methods do nothing until overridden. Every process of a run has its own."""
+    """Methods that a run calls, to be overridden; they do nothing here. Every process of a run has its own."""
 
     def on_train_begin(self, state: RunState) -> None:
         """Before the first step; ``state.step`` is above 0 in a resumed run."""
 
-    def on_step_end(self, state: RunState, record: Record) -> None:
+    def on_step_end(self, state: RunState, record: StepRecord) -> None:
         """The numbers of an optimiser step have come from the device."""
 
-    def on_evaluate(self, state: RunState, evaluation: Evaluation) -> None:
+    def on_evaluate(self, state: RunState, evaluation: EvaluationRecord) -> None:
         """The held-out rows have been evaluated."""
 
     def on_save(self, state: RunState, path: Path) -> None:
@@ -88,17 +88,7 @@ class EarlyStopping(TrainerCallback):
     def __init__(self, patience: int):
         self.patience = patience
 
-    def on_evaluate(self, state: RunState, evaluation: Evaluation) -> None:
+    def on_evaluate(self, state: RunState, evaluation: EvaluationRecord) -> None:
         if state.worse >= self.patience:
             best = f"{state.best_loss:.4f} at step {state.best_step}"
             state.stop(f"no better evaluation in the last {state.worse} (best: {best})")
-
-
-class Companion(Protocol):
-    """What goes along with the steps of a run, such as AdaLoRA's rank allocator."""
-
-    def cells(self, params: list[Parameter]) -> tuple[nn.Cell | None, nn.Cell | None]:
-        """``FlatAdamW``'s penalty and observer for the trainable parameters."""
-
-    def after_step(self, step: int) -> None:
-        """Called when optimiser step ``step`` (from 0) is on the device."""

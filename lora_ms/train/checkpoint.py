@@ -1,4 +1,4 @@
-"""Checkpoints of a run: weights, optimiser and position, each directory whole or not at all."""
+"""Checkpoints of a run: weights, optimiser and position, each directory written atomically."""
 
 import os
 import re
@@ -15,10 +15,9 @@ from lora_ms.train.optimizer import FlatAdamW
 
 OPTIMIZER = "optimizer.safetensors"
 STATE = "trainer_state.json"
-PART, OLD = ".part", ".old"  # ends of names: a folder that is being written, one that is being replaced
+PART = ".part"  # end of the name of a folder that is being written
+OLD = ".old"  # of one that is being replaced
 BEST = "best"  # under output_dir: the weights of the lowest evaluation loss
-
-
 FOLDERS = ("adapter", "model")  # under output_dir: what was trained, an adapter or all parameters
 
 
@@ -30,16 +29,14 @@ class Weights:
     write: Callable[[Path], None]
     read: Callable[[Path], None]
     identity: Mapping[str, object]  # what decides how the weights are used, such as lora_alpha
-    finish: Callable[[Path], None] | None = (
-        None  # writes them at the end of the run, where that is not as in a checkpoint
-    )
+    finish: Callable[[Path], None] | None = None  # writes them when the run ends; None: ``write`` does
     collect: Callable[[], None] = lambda: None  # called by every process before the main one writes
 
 
 def replace_folder(part: Path, final: Path) -> None:
-    """Puts the finished folder ``part`` where ``final`` is or is not; what it holds lasts from then on.
+    """Renames the finished folder ``part`` to ``final``, which may exist; its files are on disk before.
 
-    Killed in between, ``recover_folders`` finishes it.
+    ``recover_folders`` finishes what was killed halfway.
     """
     for file in part.iterdir():
         with open(file, "rb") as stream:
@@ -53,7 +50,7 @@ def replace_folder(part: Path, final: Path) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Removes ``folder``, which is never seen in part."""
+    """Removes ``folder`` atomically."""
     gone = folder.with_name(folder.name + PART)
     shutil.rmtree(gone, ignore_errors=True)
     os.replace(folder, gone)
@@ -61,8 +58,8 @@ def remove_folder(folder: Path) -> None:
 
 
 def recover_folders(parent: Path, names: str) -> None:
-    """Clears up what a killed run has left half done of folders ``names`` (a glob): parts go, and a folder put aside
-    comes back."""
+    """Clears up after a killed run, among folders ``names`` (a glob): unfinished ones are removed, and one that was
+    about to be replaced comes back."""
     for folder in parent.glob(f"{names}{OLD}"):
         final = folder.with_name(folder.name.removesuffix(OLD))
         if final.exists():
@@ -90,14 +87,14 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 
 
 def recover(output_dir: Path) -> None:
-    """Clears up what a run that was killed while it saved has left half done."""
+    """Clears up after a run that was killed while it saved."""
     recover_folders(folder_of(output_dir), "step_*")
     for name in (BEST, *FOLDERS):
         recover_folders(output_dir, name)
 
 
 def put(final: Path, fill: Callable[[Path], None]) -> None:
-    """Makes folder ``final``, or replaces it, by what ``fill`` writes; it is never seen in part.
+    """Writes folder ``final``, or replaces it, atomically; ``fill`` writes what is to be in it.
 
     Raises:
         WriteError: it cannot be written; what stood there before is as it was.
@@ -143,7 +140,7 @@ def save(
 
 
 def clear(output_dir: Path) -> list[str]:
-    """Removes the checkpoints of an earlier run, among which a new one would lose its own; returns their names."""
+    """Removes the checkpoints of an earlier run, so that they are not taken for the new one's; returns their names."""
     old = [path.name for path in list_checkpoints(output_dir)]
     shutil.rmtree(folder_of(output_dir), ignore_errors=True)
     shutil.rmtree(output_dir / BEST, ignore_errors=True)

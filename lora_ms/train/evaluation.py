@@ -2,17 +2,18 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from mindspore import Tensor, nn
 
 from lora_ms.data.loader import DataPlan
+from lora_ms.nn.graph import Graph
 from lora_ms.runtime.device import Runtime
-from lora_ms.train.callbacks import Evaluation
-from lora_ms.train.layerwise import LabelScores
-from lora_ms.train.step import SummedLoss
+from lora_ms.train.callbacks import EvaluationRecord
+from lora_ms.train.parts import HalfLayers, LayerInputs, ModelParts, SummedLoss
+from lora_ms.train.shared_layers import SharedLayers
 
 HIGHEST_LOG = 700.0  # its exponential is still a float
 
@@ -30,11 +31,48 @@ class Scores:
         return math.exp(min(self.loss, HIGHEST_LOG))
 
     def line(self) -> str:
-        """For people."""
+        """As one line for the user."""
         return (
             f"loss {self.loss:.4f}  perplexity {self.perplexity:.3f}  accuracy {self.accuracy:.1%}  "
             f"on {self.label_tokens:,} label tokens"
         )
+
+
+class _TopScores(Graph):
+    """The last layers and the finish: (x, context …, rows [c], targets [c]) -> ``LabelScores``' two."""
+
+    def __init__(self, half_layers: Sequence[nn.Cell], loss: SummedLoss):
+        super().__init__(auto_prefix=False)
+        self.half_layers = HalfLayers(half_layers)
+        self.loss = loss
+
+    def construct(self, x: Tensor, *others) -> tuple[Tensor, Tensor]:
+        context, rows, targets = others[:-2], others[-2], others[-1]
+        outputs = self.half_layers(x, context, rows)
+        loss, _, right = self.loss.of_output(outputs[-1], targets)
+        return loss, right
+
+
+class LabelScores:
+    """What an evaluation counts, of the batch that ``SummedLoss`` takes; in the shared graphs of the gradient engine.
+
+    -> (summed cross-entropy [] float32, label tokens that have the highest logit [] float32).
+    """
+
+    def __init__(self, loss: SummedLoss):
+        parts = ModelParts(loss.model)
+        self.inputs = LayerInputs(loss.model.model)
+        self.shared = SharedLayers(parts)
+        self.top = _TopScores(parts.half_layers[self.shared.top :], loss)
+
+    def __call__(
+        self, input_ids: Tensor, position_ids: Tensor, target_index: Tensor, targets: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        x, *context = self.inputs(input_ids, position_ids)
+        with self.shared.sharing():
+            for block in self.shared.blocks:
+                x = block.forward(x, context)[-1]
+        return self.top(x, *context, target_index, targets)
 
 
 class Evaluator:
@@ -56,14 +94,17 @@ class Evaluator:
         runtime: Runtime,
         sample: Callable[[], list[dict[str, str]]] | None = None,
     ):
-        self.model, self.plan, self.sample = model, plan, sample
+        self.model = model
+        self.plan = plan
+        self.sample = sample
         self.label_scores = LabelScores(SummedLoss(model, vocab_size, runtime.shard))
         self.sum_over_data = runtime.data_sum()
 
     def scores(self) -> Scores:
-        """Of one pass; leaves the model in the mode of use."""
+        """Of one pass over the rows; the model is left as ``set_train(False)``."""
         self.model.set_train(False)
-        sums, tokens = np.zeros(2), 0
+        sums = np.zeros(2)
+        tokens = 0
         for step in range(self.plan.steps_per_epoch):
             batches, label_tokens = self.plan.step(step)
             for batch in batches:
@@ -71,22 +112,23 @@ class Evaluator:
             tokens += label_tokens
         if self.sum_over_data is not None:
             sums = self.sum_over_data(Tensor(sums.astype(np.float32))).asnumpy()
-        return Scores(float(sums[0]) / tokens, float(sums[1]) / tokens, tokens)
+        return Scores(loss=float(sums[0]) / tokens, accuracy=float(sums[1]) / tokens, label_tokens=tokens)
 
-    def evaluate(self, step: int, epoch: float, best_loss: float | None) -> Evaluation:
+    def evaluate(self, step: int, epoch: float, best_loss: float | None) -> EvaluationRecord:
         """After optimiser step ``step``; the best one's loss is below ``best_loss``, of those before."""
-        begun, training = time.perf_counter(), self.model.training
+        begun = time.perf_counter()
+        training = self.model.training
         scores = self.scores()
         samples = [] if self.sample is None else self.sample()
         self.model.set_train(training)
-        return Evaluation(
-            step,
-            round(epoch, 4),
-            scores.loss,
-            scores.perplexity,
-            scores.accuracy,
-            scores.label_tokens,
-            round(time.perf_counter() - begun, 3),
-            samples,
-            best_loss is None or scores.loss < best_loss,
+        return EvaluationRecord(
+            step=step,
+            epoch=round(epoch, 4),
+            eval_loss=scores.loss,
+            eval_perplexity=scores.perplexity,
+            eval_accuracy=scores.accuracy,
+            eval_label_tokens=scores.label_tokens,
+            eval_time_s=round(time.perf_counter() - begun, 3),
+            samples=samples,
+            best=best_loss is None or scores.loss < best_loss,
         )

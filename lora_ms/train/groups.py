@@ -1,4 +1,4 @@
-"""Learning rates and weight decay of their own for adapters, head, base, or any parameters by name."""
+"""``optimizer.groups``: parameters with a learning rate and weight decay of their own."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -6,13 +6,14 @@ from typing import NamedTuple
 
 from mindspore import Parameter
 
+from lora_ms.adapters.methods import PARAMETERS
 from lora_ms.errors import LoraMsError
 
 KINDS = ("adapters", "head", "base")
 
 
 class Group(NamedTuple):
-    """Parameters, and what holds for them in place of the run's own; None: the run's own."""
+    """Some parameters, and the settings that replace the run's own for them; None: the run's own."""
 
     params: str  # one of KINDS, or a regular expression that fits whole dotted names
     learning_rate: float | None = None  # the highest; rises and falls with the run's
@@ -20,28 +21,28 @@ class Group(NamedTuple):
 
 
 def kind_of(name: str) -> str:
-    """Which of KINDS parameter ``name`` is: an adapter's, the head's own weight, or another of the model's."""
-    if name.rpartition(".")[2].startswith("lora_"):
+    """Which of KINDS parameter ``name`` belongs to."""
+    if name.rpartition(".")[2] in PARAMETERS:
         return "adapters"
     return "head" if name.startswith("lm_head.") else "base"
 
 
 def assign(names: Sequence[str], groups: Sequence[Group]) -> list[Group | None]:
-    """The first group that each parameter fits; None for none.
+    """For each parameter the first group that it belongs to; None for none.
 
     Raises:
-        LoraMsError: a group that no parameter falls to; what there is to train is listed.
+        LoraMsError: a group without parameters; what there is to train is listed.
     """
 
     def fits(group: Group, name: str) -> bool:
         return kind_of(name) == group.params if group.params in KINDS else bool(re.fullmatch(group.params, name))
 
     found = [next((group for group in groups if fits(group, name)), None) for name in names]
-    idle = [group.params for group in groups if group not in found]
-    if idle:
+    empty = [group.params for group in groups if group not in found]
+    if empty:
         there = ", ".join(kind for kind in KINDS if kind in map(kind_of, names))
         raise LoraMsError(
-            f"optimizer.groups: params {idle[0]!r} fits no trainable parameter that an earlier group leaves; "
+            f"optimizer.groups: params {empty[0]!r} fits no trainable parameter that an earlier group leaves; "
             f"trainable: {there} (such as {names[0]})"
         )
     return found
@@ -57,11 +58,12 @@ def rates_and_decays(
     """
     if learning_rate == 0 and any(group.learning_rate for group in groups):
         raise LoraMsError("optimizer.groups give learning rates, and learning_rate is 0: set it above 0")
-    rates, decays = [], []
+    rates: list[float] = []
+    decays: list[float] = []
     for group in assign(list(params), groups):
-        here = group or Group("")
-        rates.append(1.0 if here.learning_rate is None else here.learning_rate / (learning_rate or 1.0))
-        decays.append(weight_decay if here.weight_decay is None else here.weight_decay)
+        own = group or Group("")
+        rates.append(1.0 if own.learning_rate is None else own.learning_rate / (learning_rate or 1.0))
+        decays.append(weight_decay if own.weight_decay is None else own.weight_decay)
     return rates, decays
 
 

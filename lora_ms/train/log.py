@@ -9,7 +9,7 @@ from lora_ms.errors import LoraMsError
 
 
 class Tee:
-    """While open, what is printed is kept as well: in memory, and in a file from ``to(path)`` on."""
+    """Inside ``with``, what is printed is also kept: in memory, and from ``to(path)`` on in a file."""
 
     def __init__(self) -> None:
         self.copy: TextIO = io.StringIO()
@@ -41,15 +41,13 @@ class Tee:
         self.copy = file
 
     def write(self, text: str) -> int:
-        """To both."""
+        """To screen and file."""
         self.copy.write(text)
         return self.screen.write(text)
 
     def flush(self) -> None:
-        """Both."""
         self.copy.flush()
         self.screen.flush()
 
     def isatty(self) -> bool:
-        """As the screen."""
         return self.screen.isatty()

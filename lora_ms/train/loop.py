@@ -1,4 +1,4 @@
-"""The loop around the training step: feeds batches, reads losses, evaluates, saves, stops when asked to."""
+"""The loop around the training step: reads losses, evaluates, saves, stops when asked to."""
 
 import time
 from collections.abc import Sequence
@@ -40,7 +40,7 @@ class Outcome:
         return self.losses[-1]
 
 
-class Run:
+class TrainingLoop:
     """One training run: the optimiser steps, and what happens between them.
 
     Args:
@@ -58,11 +58,20 @@ class Run:
         callbacks: Sequence[TrainerCallback] = (),
         monitor: MemoryMonitor | None = None,
     ):
-        self.steps, self.weights = steps, weights
-        self.plan, self.settings, self.runtime = steps.plan, steps.settings, steps.runtime
-        self.evaluator, self.callbacks, self.monitor = evaluator, callbacks, monitor
-        s, total, main = self.settings, self.plan.total_steps, self.runtime.is_main
-        self.state = RunState(steps.model, s.output_dir, total, main)
+        self.steps = steps
+        self.weights = weights
+        self.plan = steps.plan
+        self.settings = steps.settings
+        self.runtime = steps.runtime
+        self.evaluator = evaluator
+        self.callbacks = callbacks
+        self.monitor = monitor
+        self.state = RunState(
+            steps.model,
+            output_dir=self.settings.output_dir,
+            total_steps=self.plan.total_steps,
+            is_main=self.runtime.is_main,
+        )
         self.sum_over_ranks = SumOverRanks() if self.runtime.world > 1 else None
         self.losses: list[float] = []
 
@@ -109,19 +118,24 @@ class Run:
 
     def save(self) -> None:
         """Checkpoint of the steps done: all ranks call it, the main one writes; where it cannot, the run goes on."""
-        s, begun = self.settings, time.perf_counter()
+        begun = time.perf_counter()
         optimizer = self.steps.optimizer.whole_state()
         self.weights.collect()
         if not self.runtime.is_main:
             return
         kept = {name: getattr(self.state, name) for name in KEPT_STATE}
-        extra = {**self.fingerprint(), **kept, "skipped": self.steps.skipped}
+        folder = self.settings.output_dir
         try:
             path = checkpoint.save(
-                s.output_dir, self.state.step, optimizer, extra, self.weights.write, s.keep_checkpoint_max
+                folder,
+                self.state.step,
+                optimizer=optimizer,
+                state={**self.fingerprint(), **kept, "skipped": self.steps.skipped},
+                write_weights=self.weights.write,
+                keep=self.settings.keep_checkpoint_max,
             )
         except WriteError as error:
-            last = [found.name for found in checkpoint.list_checkpoints(s.output_dir)][-1:]
+            last = [found.name for found in checkpoint.list_checkpoints(folder)][-1:]
             kept_one = last[0] if last else "none"
             self.tell("on_notice", f"warning: {error}; the run goes on, and its last checkpoint is {kept_one}")
             return
@@ -133,10 +147,13 @@ class Run:
         """Scores the held-out rows, and keeps the weights where they are the best so far."""
         if self.evaluator is None:
             return
-        begun, state = time.perf_counter(), self.state
+        begun = time.perf_counter()
+        state = self.state
         found = self.evaluator.evaluate(state.step, self.plan.epoch_of(state.step), state.best_loss)
         if found.best:
-            state.best_step, state.best_loss, state.worse = state.step, found.eval_loss, 0
+            state.best_step = state.step
+            state.best_loss = found.eval_loss
+            state.worse = 0
         else:
             state.worse += 1
         if found.best and self.settings.keep_best:
@@ -156,7 +173,8 @@ class Run:
         """Makes the micro-batches of the next steps smaller or larger, where memory asks for it."""
         if self.monitor is None:
             return
-        before, share = self.monitor.level, self.monitor.used()
+        before = self.monitor.level
+        share = self.monitor.used()
         little = not self._any_rank(share >= LOW)
         level = self.monitor.next_level(self._any_rank(share > HIGH), little)
         if level != before:
@@ -170,8 +188,7 @@ class Run:
 
     def train(self) -> Outcome:
         """From the steps that are done to the end, or to the first Ctrl-C."""
-        s, state, total = self.settings, self.state, self.plan.total_steps
-        sink = s.sink_size if s.sink_size > 0 else self.plan.steps_per_epoch
+        state, total = self.state, self.plan.total_steps
         stopped = False
         self.steps.begin(state.step, 0 if self.monitor is None else self.monitor.level)
         self.tell("on_train_begin")
@@ -181,20 +198,27 @@ class Run:
                     self.steps.launch(state.step)
                     state.step += 1
                     stopped = self._any_rank(stop.seen)
-                    last, save, score = state.step == total, self._due(s.save_steps), self._due(s.eval_steps)
-                    score = score or self._due(s.eval_epochs * self.plan.steps_per_epoch)
-                    if len(self.steps.pending) >= sink or save or score or last or stopped:
-                        self.report()
-                        if score:
-                            self.evaluate()
-                        if self._any_rank(bool(state.reason)):
-                            state.stop("another process of the run stopped it")
-                        self.adapt()
-                    if (last or state.reason) and not score:
-                        self.evaluate()
-                    if save or (stopped and not last):
-                        self.save()
+                    self._between_steps(stopped)
         finally:
             self.tell("on_train_end")
             self.steps.close()
         return Outcome(state.step, stopped and state.step < total, self.losses, state.reason)
+
+    def _between_steps(self, stopped: bool) -> None:
+        """Does what is due after a step. stopped: whether a signal has asked for the end of the run."""
+        s, state = self.settings, self.state
+        sink = s.sink_size if s.sink_size > 0 else self.plan.steps_per_epoch
+        last = state.step == self.plan.total_steps
+        save = self._due(s.save_steps)
+        score = self._due(s.eval_steps) or self._due(s.eval_epochs * self.plan.steps_per_epoch)
+        if len(self.steps.pending) >= sink or save or score or last or stopped:
+            self.report()
+            if score:
+                self.evaluate()
+            if self._any_rank(bool(state.reason)):
+                state.stop("another process of the run stopped it")
+            self.adapt()
+        if (last or state.reason) and not score:
+            self.evaluate()
+        if save or (stopped and not last):
+            self.save()

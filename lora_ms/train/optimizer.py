@@ -1,45 +1,21 @@
-"""Learning-rate schedules, and AdamW on one flat vector."""
+"""AdamW on one flat vector."""
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from numpy.typing import NDArray
 
-from lora_ms.adapters.methods.embedding_cells import LoRAEmbedding
+from lora_ms.nn.graph import Graph
 from lora_ms.nn.parallel import WHOLE, Shard, split_axis
-from lora_ms.ops.portable import AdamWKernel
+from lora_ms.ops import PORTABLE, Operators
+from lora_ms.train.objectives import Objectives
 
 HIGHEST_SCALE = 2.0**24  # that the loss scale grows to: on the CPU gradients are float32, and no overflow ends it
-
-
-def learning_rate(
-    step: int, total_steps: int, peak: float, kind: str = "cosine", warmup_steps: int = 0, end: float = 0.0
-) -> float:
-    """Learning rate of optimiser step ``step`` (from 0), as transformers' schedules have it.
-
-    Rises linearly from 0 over ``warmup_steps``; then stays (``constant``) or falls from ``peak`` to ``end`` by
-    ``total_steps``, linearly or along half a cosine.
-    """
-    if step < warmup_steps:
-        return peak * step / warmup_steps
-    if kind == "constant":
-        return peak
-    done = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
-    return end + (peak - end) * (1.0 - done if kind == "linear" else 0.5 * (1.0 + math.cos(math.pi * done)))
-
-
-def loraplus_factors(model: nn.Cell, params: Sequence[Parameter], ratio: float, embedding: float) -> list[float]:
-    """What the learning rate of each of ``params`` is multiplied by (LoRA+, Hayou et al., 2024; groups as in PEFT).
-
-    ``ratio`` for B and all that has one dimension, ``embedding`` for A and B on the embedding, 1 for the rest.
-    """
-    cells = (cell for _, cell in model.cells_and_names() if isinstance(cell, LoRAEmbedding))
-    embeddings = {id(p) for cell in cells for p in (cell.lora_a, cell.lora_b)}
-    is_b = [p.name.endswith("lora_b") or p.ndim == 1 for p in params]
-    return [embedding if id(p) in embeddings else ratio if b else 1.0 for p, b in zip(params, is_b, strict=True)]
 
 
 def spread_out(values: Sequence[float], sizes: Sequence[int]) -> Tensor:
@@ -77,7 +53,17 @@ class Flatten(nn.Cell):
         return self.concat(self.map(_flat, tensors))
 
 
-class FlatAdamW(nn.Cell):
+@dataclass(frozen=True)
+class LossScaling:
+    """How the loss is scaled where a model computes in float16, so that small gradients do not become zero."""
+
+    initial: float = 65536.0  # factor on the loss, which is taken out of the gradient again
+    dynamic: bool = True  # it falls at an overflow and grows without
+    window: int = 1000  # steps without overflow after which it grows
+    factor: float = 2.0  # what it is then multiplied by, and divided by after an overflow
+
+
+class FlatAdamW(Graph):
     """AdamW (Loshchilov and Hutter, 2019) with clipping by global norm, over all trainable parameters at once.
 
     Gradients, both moments and the update are vectors of n numbers, one slice a parameter: a few operators instead
@@ -85,79 +71,87 @@ class FlatAdamW(nn.Cell):
 
     Args:
         params: trainable parameters, float32.
-        betas, eps, weight_decay: as in ``torch.optim.AdamW``; tensors of fewer than two dimensions are not decayed.
-        max_grad_norm: norm above which gradients are scaled down; None for never.
-        loss_scale: factor on the loss, which is taken out of the gradient again; 1 in float32.
-        dynamic_scale: whether it falls at an overflow and grows without.
-        scale_window: steps without overflow after which the loss scale grows.
-        scale_factor: what it is then multiplied by, and divided by after an overflow.
-        all_reduce: sums a vector over the ranks that see other rows; None for one rank.
+        betas, eps: as in ``torch.optim.AdamW``.
+        weight_decay: of all parameters, or of each; those of fewer than two dimensions are not decayed.
         rate_factors: what the learning rate of each parameter is multiplied by; None for 1.
-        decays: weight decay of each parameter; None for ``weight_decay``.
-        penalty: parameters [n] -> (penalty [], its gradient [n]), added to the mean loss of a step; None for none.
-        observer: sees what a step did, (new parameters [n], gradient [n] as used, 1 or 0: taken or not []); its
-            ``state()`` is kept with the optimiser's. None for none.
+        max_grad_norm: norm above which gradients are scaled down; None for never.
+        loss_scaling: None for a model that computes in float32, whose loss is not scaled.
+        objectives: extra terms of the loss, added to the mean loss of a step (see ``train.objectives``).
+        observers: cells that are shown what a step did (see ``train.hooks.Observer``).
+        all_reduce: sums a vector over the ranks that see other rows; None for one rank.
         shard: with which ranks the layers are shared. The gradient of a parameter that is whole on each of them is
             then summed over them, and the norm is that of the whole gradient.
         swap: whether a card keeps the moments in its host's memory and loads them for each step, as MindFormers'
             AdamW does (``Parameter(device="CPU")``; not tried on one). On the CPU it changes nothing.
+        operators: what the step computes with.
     """
 
     def __init__(
         self,
-        params: list[Parameter],
+        params: Sequence[Parameter],
+        *,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        max_grad_norm: float | None = 1.0,
-        loss_scale: float = 1.0,
-        dynamic_scale: bool = False,
-        scale_window: int = 1000,
-        scale_factor: float = 2.0,
-        all_reduce: nn.Cell | None = None,
+        weight_decay: float | Sequence[float] = 0.0,
         rate_factors: Sequence[float] | None = None,
-        decays: Sequence[float] | None = None,
-        penalty: nn.Cell | None = None,
-        observer: nn.Cell | None = None,
+        max_grad_norm: float | None = 1.0,
+        loss_scaling: LossScaling | None = None,
+        objectives: Sequence[Any] = (),
+        observers: Sequence[Any] = (),
+        all_reduce: nn.Cell | None = None,
         shard: Shard = WHOLE,
         swap: bool = False,
+        operators: Operators = PORTABLE,
     ):
         super().__init__()
         self.params = ms.ParameterTuple(params)
         self.sizes = tuple(p.size for p in params)
         n = sum(self.sizes)
         self.starts = (0, *np.cumsum(self.sizes).tolist()[:-1])
-        self.flatten, self.map = Flatten(), ops.HyperMap()
-        self.adamw, self.max_grad_norm = AdamWKernel(*betas, eps), max_grad_norm
-        self.dynamic, self.scale_window, self.scale_factor = dynamic_scale, scale_window, scale_factor
-        self.all_reduce, self.penalty, self.observer = all_reduce, penalty, observer
+        self.flatten = Flatten()
+        self.map = ops.HyperMap()
+        self.adamw = operators.adamw(*betas, eps)
+        self.max_grad_norm = max_grad_norm
+        self.all_reduce = all_reduce
+        self.shard = shard
+        self.shard_sum = ops.AllReduce(group=shard.group) if shard.count > 1 else None
+        self.has_objectives = len(objectives) > 0
+        self.objectives = Objectives(objectives)
+        self.has_observers = len(observers) > 0
+        self.observers = nn.CellList(list(observers))
+
+        scaling = loss_scaling or LossScaling(initial=1.0, dynamic=False)
+        self.dynamic = scaling.dynamic
+        self.scale_window = scaling.window
+        self.scale_factor = scaling.factor
         self.grad = Parameter(ops.zeros(n, ms.float32), name="grad", requires_grad=False)
         self.exp_avg, self.exp_avg_sq = (
             Parameter(ops.zeros(n, ms.float32), name=name, requires_grad=False, device="CPU" if swap else None)
             for name in ("exp_avg", "exp_avg_sq")
         )
         self.count = Parameter(Tensor(0.0, ms.float32), name="count", requires_grad=False)
-        self.loss_scale = Parameter(Tensor(loss_scale, ms.float32), name="loss_scale", requires_grad=False)
+        self.loss_scale = Parameter(Tensor(scaling.initial, ms.float32), name="loss_scale", requires_grad=False)
         self.good_steps = Parameter(Tensor(0.0, ms.float32), name="good_steps", requires_grad=False)
+
         # vectors only where parameters differ
-        self.shard = shard
         self.common = spread_out([float(split_axis(p.name) is None) for p in params], self.sizes)  # 1: on every rank
-        self.shard_sum = ops.AllReduce(group=shard.group) if shard.count > 1 else None
         self.rates = spread_out(rate_factors or [1.0], self.sizes)
-        decays = decays or [weight_decay] * len(params)
+        decays = [weight_decay] * len(params) if isinstance(weight_decay, float | int) else weight_decay
         decays = [decay * (p.ndim >= 2) for decay, p in zip(decays, params, strict=True)]
         self.decay = spread_out(decays, self.sizes)
 
     def state(self) -> dict[str, Parameter]:
         """What a checkpoint must hold for the next step to be the same."""
-        return {
+        state = {
             "exp_avg": self.exp_avg,
             "exp_avg_sq": self.exp_avg_sq,
             "count": self.count,
             "loss_scale": self.loss_scale,
             "good_steps": self.good_steps,
-            **({} if self.observer is None else self.observer.state()),
         }
+        for observer in self.observers:
+            state |= observer.state()
+        return state
 
     def whole_state(self) -> dict[str, NDArray]:
         """The values of ``state()``, as one rank would have them; all ranks of ``shard`` must call it."""
@@ -190,19 +184,14 @@ class FlatAdamW(nn.Cell):
         apart = square * (1.0 - self.common)
         return grad, ops.reduce_sum(square - apart) + self.shard_sum(ops.reduce_sum(apart).reshape((1,)))[0]
 
-    def construct(self, lr: Tensor, label_tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def construct(self, lr: Tensor, label_tokens: Tensor) -> tuple[Tensor, ...]:
         """One step from the summed gradients in ``grad``, which is then emptied.
 
-        lr [], label_tokens [] (of all ranks) -> (gradient norm before clipping [], whether it was finite []).
+        lr [], label_tokens [] (of all ranks) -> (gradient norm before clipping [], whether it was finite [], the value
+        [] of each extra term of the loss, before the step …).
         """
-        grad = self.grad if self.all_reduce is None else self.all_reduce(self.grad)
         old = self.flatten(self.params)
-        if self.dynamic:  # in two steps: the product of a high scale and the tokens may be infinite
-            grad = grad * (1.0 / self.loss_scale) * (1.0 / label_tokens)
-        else:
-            grad = grad * (1.0 / (self.loss_scale * label_tokens))
-        if self.penalty is not None:
-            grad = grad + self.penalty(old)[1]
+        grad, terms = self.mean_gradient(old, label_tokens)
         grad, square = self.whole(grad)
         norm = ops.sqrt(square)
         finite = ops.isfinite(norm)
@@ -214,21 +203,47 @@ class FlatAdamW(nn.Cell):
         count = self.count + taken
         steps = ops.maximum(count, Tensor(1.0, ms.float32))
         new, exp_avg, exp_avg_sq = self.adamw(
-            old, grad, self.exp_avg, self.exp_avg_sq, scale, taken, steps, taken * lr * self.rates, self.decay
+            old,
+            grad,
+            self.exp_avg,
+            self.exp_avg_sq,
+            scale=scale,
+            taken=taken,
+            count=steps,
+            rate=taken * lr * self.rates,
+            decay=self.decay,
         )
         self.map(ops.partial(_put, new), self.params, self.starts, self.sizes)
         ops.assign(self.exp_avg, exp_avg)
         ops.assign(self.exp_avg_sq, exp_avg_sq)
         ops.assign(self.count, count)
         ops.assign(self.grad, ops.zeros_like(grad))
-        if self.observer is not None:
-            self.observer(new, self.adamw.used(grad, scale), taken)
+        if self.has_observers:
+            used = self.adamw.used(grad, scale)
+            for observer in self.observers:
+                observer(new, used, taken)
         if self.dynamic:
-            good = (self.good_steps + 1.0) * taken
-            full = (good >= self.scale_window).astype(ms.float32)
-            grown = self.loss_scale * (1.0 + full * (self.scale_factor - 1.0))
-            grown = ops.minimum(grown, ops.maximum(self.loss_scale, HIGHEST_SCALE))
-            lowered = self.loss_scale / self.scale_factor
-            ops.assign(self.loss_scale, ops.maximum(taken * grown + (1.0 - taken) * lowered, 1.0))
-            ops.assign(self.good_steps, good * (1.0 - full))
-        return norm, finite
+            self.adjust_loss_scale(taken)
+        return (norm, finite) + terms
+
+    def mean_gradient(self, parameters: Tensor, label_tokens: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """(gradient of the mean loss with its extra terms [n], the value [] of each term …)."""
+        grad = self.grad if self.all_reduce is None else self.all_reduce(self.grad)
+        if self.dynamic:  # in two steps: the product of a high scale and the tokens may be infinite
+            grad = grad * (1.0 / self.loss_scale) * (1.0 / label_tokens)
+        else:
+            grad = grad * (1.0 / (self.loss_scale * label_tokens))
+        if not self.has_objectives:
+            return grad, ()
+        found = self.objectives(parameters, grad)
+        return found[0], found[1:]
+
+    def adjust_loss_scale(self, taken: Tensor) -> None:
+        """After a step; taken []: 1, or 0 where it overflowed."""
+        good = (self.good_steps + 1.0) * taken
+        full = (good >= self.scale_window).astype(ms.float32)
+        grown = self.loss_scale * (1.0 + full * (self.scale_factor - 1.0))
+        grown = ops.minimum(grown, ops.maximum(self.loss_scale, HIGHEST_SCALE))
+        lowered = self.loss_scale / self.scale_factor
+        ops.assign(self.loss_scale, ops.maximum(taken * grown + (1.0 - taken) * lowered, 1.0))
+        ops.assign(self.good_steps, good * (1.0 - full))

@@ -1,4 +1,4 @@
-"""Where the time of some steps goes: MindSpore's profile, and its dearest operators as a table."""
+"""Where the time of some steps goes: MindSpore's profile, and its slowest operators as a table."""
 
 import contextlib
 import csv
@@ -9,10 +9,10 @@ from typing import NamedTuple
 from mindspore.profiler import profile, tensorboard_trace_handler
 from tqdm import tqdm
 
-from lora_ms.train.callbacks import Record, RunState, TrainerCallback
+from lora_ms.train.callbacks import RunState, StepRecord, TrainerCallback
 
 SHOWN = 10  # operators
-# the file with one line a kind of operator -> its columns of name, calls and time, and what of a ms the time is in
+# The file with one line for each kind of operator -> its columns of name, calls and time; ms in a unit of the time.
 TABLES = {
     "cpu_op_type_info_*.csv": ("op_type", "type_occurrences", "total_compute_time", 1.0),
     "op_statistic.csv": ("OP Type", "Count", "Total Time(us)", 1e-3),  # Ascend, as documented
@@ -20,7 +20,7 @@ TABLES = {
 
 
 class Cost(NamedTuple):
-    """What the operators of one kind cost."""
+    """The time of all operators of one kind."""
 
     name: str
     calls: int
@@ -28,7 +28,7 @@ class Cost(NamedTuple):
 
 
 def read_costs(folder: Path) -> list[Cost]:
-    """From the profile under ``folder``, the dearest first; empty where it holds no such table."""
+    """From the profile under ``folder``, the slowest first; empty where it holds no such table."""
     costs = []
     for pattern, (name, calls, time, unit) in TABLES.items():
         for file in sorted(folder.rglob(pattern)):
@@ -39,7 +39,7 @@ def read_costs(folder: Path) -> list[Cost]:
 
 
 def table(costs: list[Cost]) -> list[str]:
-    """The dearest of them as lines of at most 80 columns."""
+    """The slowest of them as lines of at most 80 columns."""
     total = sum(cost.milliseconds for cost in costs) or 1.0
     lines = [f"  {'operator':<44} {'calls':>12} {'total ms':>12} {'share':>7}"]
     for cost in costs[:SHOWN]:
@@ -49,14 +49,16 @@ def table(costs: list[Cost]) -> list[str]:
 
 
 class Profiling(TrainerCallback):
-    """Profiles steps ``first`` to ``last`` on the main rank into ``folder``, and prints what costs most.
+    """Profiles steps ``first`` to ``last`` on the main rank into ``folder``, and prints the slowest operators.
 
     Where the losses of several steps are read at once, it begins and ends between two reads. An evaluation in between
-    is counted in.
+    is included.
     """
 
     def __init__(self, folder: Path, first: int, last: int):
-        self.folder, self.first, self.last = folder, first, last
+        self.folder = folder
+        self.first = first
+        self.last = last
         self.profile: profile | None = None
         self.begun = 0  # the first step that is profiled
         self.earlier: set[Path] = set()  # what stood in the folder before
@@ -66,7 +68,7 @@ class Profiling(TrainerCallback):
         if self.due:
             self._start(state)
 
-    def on_step_end(self, state: RunState, record: Record) -> None:
+    def on_step_end(self, state: RunState, record: StepRecord) -> None:
         if not state.is_main or record.step < state.step:  # others that were read with it follow
             return
         if self.profile is not None and record.step >= self.last:
@@ -81,7 +83,8 @@ class Profiling(TrainerCallback):
 
     def _start(self, state: RunState) -> None:
         if self.due and not self.begun and self.first <= state.step + 1 <= state.total_steps:
-            self.begun, self.earlier = state.step + 1, self._profiles()
+            self.begun = state.step + 1
+            self.earlier = self._profiles()
             self.profile = profile(on_trace_ready=tensorboard_trace_handler(str(self.folder)))
             self.profile.start()
 

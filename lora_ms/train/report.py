@@ -1,4 +1,4 @@
-"""What a run shows and leaves behind: progress, ``metrics.jsonl`` and ``loss.png``."""
+"""What a run shows and leaves behind: its progress, ``metrics.jsonl`` and ``loss.png``."""
 
 import json
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lora_ms import storage
 from lora_ms.errors import WriteError
-from lora_ms.train.callbacks import Evaluation, Record, RunState, TrainerCallback
+from lora_ms.train.callbacks import EvaluationRecord, RunState, StepRecord, TrainerCallback
 
 METRICS = "metrics.jsonl"
 
@@ -16,17 +16,18 @@ class Metrics:
     """``metrics.jsonl``: one record a line, in order; the lines after ``start`` of a resumed run are dropped."""
 
     def __init__(self, path: Path, start: int):
-        self.path, self.full = path, False
+        self.path = path
+        self.full = False  # whether the disk is, and the user knows
         kept = [r for r in read_metrics(path) if r["step"] <= start] if start and path.is_file() else []
         with storage.whole(path) as part:
             part.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
         # a line at a time, so that a stopped run has its records
         self.stream = open(path, "a", buffering=1, encoding="utf-8")
 
-    def write(self, record: Record | Evaluation) -> None:
+    def write(self, record: StepRecord | EvaluationRecord) -> None:
         """Appends one record; on a full disk, says so once and goes on."""
         try:
-            self.stream.write(json.dumps(asdict(record), ensure_ascii=False) + "\n")
+            self.stream.write(json.dumps(fields_of(record), ensure_ascii=False) + "\n")
         except OSError as error:
             if not self.full:
                 print(f"warning: cannot write {self.path}: {error.strerror}; records from here on may be missing")
@@ -40,6 +41,13 @@ class Metrics:
             pass
 
 
+def fields_of(record: StepRecord | EvaluationRecord) -> dict:
+    """What ``metrics.jsonl`` holds of a record: each term of the loss stands under its own name."""
+    found = asdict(record)
+    terms = found.pop("terms", {})
+    return {**found, **terms}
+
+
 def read_metrics(path: Path) -> list[dict]:
     """Records of a ``metrics.jsonl``; the last line of a killed run may be cut, and is left out then."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -50,15 +58,16 @@ class Progress:
     """A bar with loss, rate and time left on a terminal; a line per logged step elsewhere."""
 
     def __init__(self, start: int, total: int):
-        self.total, self.bar = total, None
+        self.total = total
+        self.bar = None
         if sys.stderr.isatty():
             from tqdm import tqdm
 
             layout = "{n_fmt}/{total_fmt} |{bar}| {desc} [{elapsed}<{remaining}]"
             self.bar = tqdm(initial=start, total=total, bar_format=layout, dynamic_ncols=True)
 
-    def show(self, record: Record, logged: bool) -> None:
-        """One step is done; ``logged``: it is among those to print where there is no bar."""
+    def show(self, record: StepRecord, logged: bool) -> None:
+        """Shows a step; ``logged``: where there is no bar, it is among those to print."""
         loss = "overflow" if record.loss is None else f"{record.loss:.4f}"
         numbers = f"loss {loss}  {record.tokens_per_second:,.0f} tok/s"
         if self.bar is not None:
@@ -80,8 +89,8 @@ class Progress:
         else:
             self.bar.write("\n".join(lines))
 
-    def evaluated(self, e: Evaluation) -> None:
-        """An evaluation is done."""
+    def evaluated(self, e: EvaluationRecord) -> None:
+        """Shows an evaluation."""
         scores = f"eval loss {e.eval_loss:.4f}  perplexity {e.eval_perplexity:.2f}  accuracy {e.eval_accuracy:.1%}"
         answers = [
             f"  {sign} {' '.join(text.split())}"
@@ -107,14 +116,14 @@ class Reporter(TrainerCallback):
             self.metrics = Metrics(state.output_dir / METRICS, state.step)
             self.progress = Progress(state.step, state.total_steps)
 
-    def on_step_end(self, state: RunState, record: Record) -> None:
+    def on_step_end(self, state: RunState, record: StepRecord) -> None:
         if state.is_main:
             logged = record.step % self.logging_steps == 0 or record.step == state.total_steps
             self.progress.show(record, logged)
             if logged:
                 self.metrics.write(record)
 
-    def on_evaluate(self, state: RunState, evaluation: Evaluation) -> None:
+    def on_evaluate(self, state: RunState, evaluation: EvaluationRecord) -> None:
         if state.is_main:
             self.progress.evaluated(evaluation)
             self.metrics.write(evaluation)
@@ -144,8 +153,8 @@ def _mean_around(values: list[float]) -> list[float]:
 def plot_loss(records: list[dict], path: Path) -> None:
     """Draws loss, learning rate and gradient norm over the steps of a run into a PNG.
 
-    The loss is that of every logged step, the mean of those around it, and that of the evaluations. What overflowed
-    is left out.
+    The loss is that of every logged step, with all its terms, the mean of those around it, and that of the evaluations.
+    What overflowed is left out.
     """
     import matplotlib
 
@@ -153,10 +162,11 @@ def plot_loss(records: list[dict], path: Path) -> None:
     from matplotlib import pyplot
     from matplotlib.ticker import MaxNLocator
 
-    def draw(axes, name: str, **how) -> None:
+    def draw(axes, name: str, **style) -> None:
         found = [(r["step"], r[name]) for r in records if r.get(name) is not None]
-        steps, values = [step for step, _ in found], [value for _, value in found]
-        axes.plot(steps, values, marker="." if len(steps) < 50 else None, **how)
+        steps = [step for step, _ in found]
+        values = [value for _, value in found]
+        axes.plot(steps, values, marker="." if len(steps) < 50 else None, **style)
         if name == "loss" and len(steps) > 40:
             axes.plot(steps, _mean_around(values), color="#1f4e79", linewidth=2, label="mean of the steps around")
 

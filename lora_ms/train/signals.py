@@ -1,10 +1,13 @@
-"""Signals that end a run in good order."""
+"""Ending a run by Ctrl-C or SIGTERM."""
 
 import signal
 
 
 class StopSignal:
-    """Notes Ctrl-C and SIGTERM, so that the step under way is finished and saved; a second Ctrl-C stops at once."""
+    """Inside ``with``, notes Ctrl-C and SIGTERM, so that the current step is finished and saved.
+
+    A second Ctrl-C stops at once.
+    """
 
     def __init__(self):
         self.seen = False

@@ -1,27 +1,30 @@
 """The optimiser steps of a run: feeds batches to the device, and reads its numbers."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 
 import mindspore as ms
 import numpy as np
-from mindspore import Tensor, nn
+from mindspore import Parameter, Tensor, nn
 
-from lora_ms.adapters.methods.lora_cells import LoRADense
-from lora_ms.data.feed import Step, feed
-from lora_ms.data.loader import DataPlan
+from lora_ms.data.example import DeviceStep
+from lora_ms.data.loader import DataPlan, device_steps
 from lora_ms.errors import LoraMsError
-from lora_ms.nn.dropout import Draws, DrawTable
+from lora_ms.nn.dropout import Draws, DrawTable, DropoutKernel
 from lora_ms.nn.noise import EmbeddingNoise
 from lora_ms.runtime.device import Runtime, peak_memory_mb
 from lora_ms.train import groups
-from lora_ms.train.callbacks import Companion, Record
-from lora_ms.train.optimizer import FlatAdamW, learning_rate, loraplus_factors
+from lora_ms.train.callbacks import StepRecord
+from lora_ms.train.gradient import MicroStep
+from lora_ms.train.hooks import StepHook
+from lora_ms.train.objectives import CROSS_ENTROPY, term_names
+from lora_ms.train.optimizer import FlatAdamW, LossScaling
+from lora_ms.train.parts import SummedLoss
+from lora_ms.train.schedule import learning_rate
 from lora_ms.train.settings import TrainSettings
-from lora_ms.train.step import SummedLoss, micro_step
 
 MAX_SKIPPED = 50  # float16 steps in a row that may overflow before the run is given up
 
@@ -31,9 +34,10 @@ class _Pending:
     """A step whose numbers are still on the device."""
 
     step: int
-    losses: list[Tensor]
+    losses: list[Tensor]  # summed cross-entropy of each micro-batch
     norm: Tensor
     finite: Tensor
+    terms: Sequence[Tensor]  # values of the extra terms of the loss
     tokens: int
     label_tokens: int
     learning_rate: float
@@ -43,10 +47,15 @@ class Steps:
     """The optimiser steps of ``model`` on ``plan``.
 
     Args:
-        model: a Cell with ``hidden_states(input_ids, position_ids, rows)`` and ``head_weight()``, to be trained.
+        model: a Cell with ``hidden_states(input_ids, position_ids, rows)``, ``head_weight()`` and ``operators``, to be
+            trained.
         vocab_size: rows of the head.
-        half: whether the model computes in float16, and so needs a loss scale.
-        companion: takes part in every step; None for most.
+        loss_scaling: None for a model that computes in float32.
+        hooks: parts of the run that take part in every step.
+        rate_factors: by path, what the learning rate of a parameter is multiplied by (LoRA+); 1 where it is not named.
+
+    Raises:
+        LoraMsError: nothing to train, or something that does not train in float32.
     """
 
     def __init__(
@@ -56,65 +65,76 @@ class Steps:
         settings: TrainSettings,
         runtime: Runtime,
         vocab_size: int,
-        half: bool,
-        companion: Companion | None = None,
+        *,
+        loss_scaling: LossScaling | None = None,
+        hooks: Sequence[StepHook] = (),
+        rate_factors: Mapping[str, float] | None = None,
     ):
-        self.model, self.plan, self.settings, self.runtime = model, plan, settings, runtime
-        self.companion, self.half, self.skipped = companion, half, 0
-        s = settings
+        self.model = model
+        self.plan = plan
+        self.settings = settings
+        self.runtime = runtime
+        self.hooks = hooks
+        self.loss_scaling = loss_scaling
+        self.skipped = 0  # steps in a row, up to the last, that overflowed
         trainable = {name: p for name, p in model.parameters_and_names() if p.requires_grad}
-        params = list(trainable.values())
         self.trainable = sorted(trainable)
-        if any(p.dtype != ms.float32 for p in params):
+        if any(p.dtype != ms.float32 for p in trainable.values()):
             raise LoraMsError("all parameters train in float32 only: set compute_dtype to float32, or give pet_config")
-        if not params:
+        if not trainable:
             raise LoraMsError("no parameter is trainable: give pet_config, or set it to null to train all parameters")
-        factors, decays = groups.rates_and_decays(trainable, s.groups, s.learning_rate, s.weight_decay)
-        if s.groups and runtime.is_main:
-            print(*groups.describe(trainable, s.groups, s.learning_rate, s.weight_decay), sep="\n")
-        if s.loraplus_lr_ratio != 1:
-            embedding = s.loraplus_lr_embedding / (s.learning_rate or 1.0)
-            plus = loraplus_factors(model, params, s.loraplus_lr_ratio, embedding)
-            factors = [factor * more for factor, more in zip(factors, plus, strict=True)]
-        penalty, observer = (None, None) if companion is None else companion.cells(params)
-        self.optimizer = FlatAdamW(
-            params,
-            s.betas,
-            s.eps,
-            s.weight_decay,
-            s.max_grad_norm,
-            s.loss_scale if half else 1.0,
-            half and s.dynamic_scale,
-            s.scale_window,
-            s.scale_factor,
-            runtime.data_sum(),
-            factors,
-            decays,
-            penalty,
-            observer,
-            runtime.shard,
-            s.swap,
-        )
+        self.optimizer = self._optimizer(trainable, rate_factors or {})
         self.sum_over_data = runtime.data_sum()
-        self.noise = EmbeddingNoise(model.model, s.neftune_noise_alpha) if s.neftune_noise_alpha else None
-        self.table = self._table(model)
+        alpha = settings.neftune_noise_alpha
+        self.noise = EmbeddingNoise(model.model, alpha) if alpha else None
+        self.table = self._draw_table()
         model.set_train(True)
-        self.micro_step = micro_step(SummedLoss(model, vocab_size, runtime.shard), self.optimizer, s.recompute)
+        loss = SummedLoss(model, vocab_size, runtime.shard)
+        self.micro_step = MicroStep(loss, self.optimizer, settings.recompute)
         self.pending: list[_Pending] = []
-        self.clock = self.waited = 0.0
-        self.fed: Iterator[Step] = iter(())
+        self.clock = 0.0  # when the steps that are pending began
+        self.waited = 0.0  # seconds since then, for data
+        self.upcoming: Iterator[DeviceStep] = iter(())
 
-    def _table(self, model: nn.Cell) -> DrawTable | None:
+    def _optimizer(self, trainable: Mapping[str, Parameter], rate_factors: Mapping[str, float]) -> FlatAdamW:
+        s = self.settings
+        params = list(trainable.values())
+        factors, decays = groups.rates_and_decays(trainable, s.groups, s.learning_rate, s.weight_decay)
+        if s.groups and self.runtime.is_main:
+            print(*groups.describe(trainable, s.groups, s.learning_rate, s.weight_decay), sep="\n")
+        factors = [factor * rate_factors.get(name, 1.0) for factor, name in zip(factors, trainable, strict=True)]
+        objectives = [term for hook in self.hooks for term in hook.objectives(params)]
+        observers = [hook.observer(params) for hook in self.hooks]
+        self.terms = term_names(objectives, [entry.name for entry in fields(StepRecord)])
+        return FlatAdamW(
+            params,
+            betas=s.betas,
+            eps=s.eps,
+            weight_decay=decays,
+            rate_factors=factors,
+            max_grad_norm=s.max_grad_norm,
+            loss_scaling=self.loss_scaling,
+            objectives=objectives,
+            observers=[observer for observer in observers if observer is not None],
+            all_reduce=self.runtime.data_sum(),
+            shard=self.runtime.shard,
+            swap=s.swap,
+            operators=self.model.operators,
+        )
+
+    def _draw_table(self) -> DrawTable | None:
         """Where dropout and noise take their random numbers from, so that a resumed run meets the same ones."""
         shard = self.runtime.shard
-        cells = {name: cell for name, cell in model.cells_and_names() if isinstance(cell, LoRADense)}
-        cells = {name: cell for name, cell in cells.items() if cell.lora_dropout.probability > 0}
-        draws: list[Draws] = [cell.lora_dropout.draws for cell in cells.values()]
-        columns = []
-        for name, cell in cells.items():  # a rank that has some of the columns takes its part of one rank's numbers
-            width = shard.whole_shape(f"{name}.lora_a", (cell.lora_rank, cell.in_channels))[1]
-            cell.lora_dropout.draws.first = shard.place(f"{name}.lora_a", (cell.lora_rank, width))[1].start or 0
-            columns.append(width)
+        draws: list[Draws] = []
+        columns: list[int] = []  # of what each is drawn for
+        for name, cell in self.model.cells_and_names():
+            if isinstance(cell, DropoutKernel) and cell.probability > 0:
+                # a rank that has some of a layer's columns takes its part of one rank's numbers
+                weight = f"{name.rpartition('.')[0]}.weight"
+                width = shard.whole_shape(weight, (1, cell.columns))[1]
+                cell.draws.first = shard.place(weight, (1, width))[1].start or 0
+                draws.append(cell.draws)
+                columns.append(width)
         if self.noise is not None:
             draws.append(self.noise.noisy.draws)
             columns.append(self.noise.plain.weight.shape[1])
@@ -126,7 +146,14 @@ class Steps:
     def rate(self, step: int) -> float:
         """Learning rate of step ``step`` (from 0)."""
         s = self.settings
-        return learning_rate(step, self._schedule_steps, s.learning_rate, s.lr_kind, self._warmup_steps, s.lr_end)
+        return learning_rate(
+            step,
+            self._schedule_steps,
+            s.learning_rate,
+            kind=s.lr_kind,
+            warmup_steps=self._warmup_steps,
+            end=s.lr_end,
+        )
 
     @property
     def _schedule_steps(self) -> int:
@@ -151,13 +178,13 @@ class Steps:
             **s.identity(),
             "warmup_steps": self._warmup_steps,
             "schedule_steps": None if s.lr_kind == "constant" else self._schedule_steps,
-            "float16": self.half,
+            "float16": self.loss_scaling is not None,
             "trainable": self.trainable,
         }
 
     def begin(self, step: int, level: int = 0) -> None:
         """The next step to be launched is ``step`` (from 0); level: of its micro-batches, see ``DataPlan.step``."""
-        self.fed = feed(self.plan, step, level)
+        self.upcoming = device_steps(self.plan, step, level)
         self.clock = time.perf_counter()
 
     def pause(self, begun: float) -> None:
@@ -166,7 +193,7 @@ class Steps:
 
     def close(self) -> None:
         """No more steps."""
-        self.fed = iter(())
+        self.upcoming = iter(())
         if self.table is not None:
             self.table.close()
 
@@ -184,16 +211,27 @@ class Steps:
     def launch(self, step: int) -> None:
         """Puts optimiser step ``step`` (from 0) on the device; its numbers are read by ``read``."""
         begun = time.perf_counter()
-        batches, tokens, label_tokens = next(self.fed)
+        batches, tokens, label_tokens = next(self.upcoming)
         self.waited += time.perf_counter() - begun
         losses = [self.gradient(batch, step, number) for number, batch in enumerate(batches)]
         rate = self.rate(step)
-        norm, finite = self.optimizer(Tensor(rate, ms.float32), Tensor(label_tokens, ms.float32))
-        if self.companion is not None:
-            self.companion.after_step(step)
-        self.pending.append(_Pending(step, losses, norm, finite, tokens, label_tokens, rate))
+        norm, finite, *terms = self.optimizer(Tensor(rate, ms.float32), Tensor(label_tokens, ms.float32))
+        for hook in self.hooks:
+            hook.after_step(step)
+        self.pending.append(
+            _Pending(
+                step=step,
+                losses=losses,
+                norm=norm,
+                finite=finite,
+                terms=terms,
+                tokens=tokens,
+                label_tokens=label_tokens,
+                learning_rate=rate,
+            )
+        )
 
-    def read(self) -> list[Record]:
+    def read(self) -> list[StepRecord]:
         """Waits for the pending steps, and returns their numbers.
 
         Raises:
@@ -204,41 +242,54 @@ class Steps:
         if self.sum_over_data is not None:
             sums = self.sum_over_data(Tensor(np.array(sums, np.float32))).asnumpy().tolist()
         norms = [float(p.norm.asnumpy()) for p in pending]
-        seconds, now = (time.perf_counter() - self.clock) / len(pending), time.perf_counter()
-        self.clock = now
-        waited, self.waited = self.waited / len(pending), 0.0
-        records = []
-        for p, total, norm in zip(pending, sums, norms, strict=True):
-            self._check_finite(p, total)
-            record = Record(
-                step=p.step + 1,
-                epoch=round(self.plan.epoch_of(p.step + 1), 4),
-                loss=total / p.label_tokens if np.isfinite(total) else None,
-                grad_norm=norm if np.isfinite(norm) else None,
-                learning_rate=p.learning_rate,
-                tokens=p.tokens,
-                label_tokens=p.label_tokens,
-                tokens_per_second=round(p.tokens / seconds, 1),
-                step_time_s=round(seconds, 4),
-                wait_share=round(waited / seconds, 4),
-                peak_memory_mb=round(peak_memory_mb(self.runtime.device), 1),
-            )
-            records.append(record)
-        return records
+        now = time.perf_counter()
+        seconds = (now - self.clock) / len(pending)  # of each step
+        waited = self.waited / len(pending)
+        self.clock, self.waited = now, 0.0
+        return [
+            self._record(p, total, norm, seconds, waited) for p, total, norm in zip(pending, sums, norms, strict=True)
+        ]
+
+    def _record(self, p: _Pending, total: float, norm: float, seconds: float, waited: float) -> StepRecord:
+        """total: summed cross-entropy of all label tokens."""
+        cross_entropy = total / p.label_tokens
+        terms = {name: float(value.asnumpy()) for name, value in zip(self.terms, p.terms, strict=True)}
+        loss = cross_entropy + sum(terms.values())
+        self._check_finite(p, loss)
+        shown = {CROSS_ENTROPY: cross_entropy, **terms} if terms else {}
+        return StepRecord(
+            step=p.step + 1,
+            epoch=round(self.plan.epoch_of(p.step + 1), 4),
+            loss=_finite(loss),
+            grad_norm=_finite(norm),
+            learning_rate=p.learning_rate,
+            tokens=p.tokens,
+            label_tokens=p.label_tokens,
+            tokens_per_second=round(p.tokens / seconds, 1),
+            step_time_s=round(seconds, 4),
+            wait_share=round(waited / seconds, 4),
+            peak_memory_mb=round(peak_memory_mb(self.runtime.device), 1),
+            terms={name: _finite(value) for name, value in shown.items()},
+        )
 
     def _check_finite(self, p: _Pending, loss: float) -> None:
         if bool(p.finite.asnumpy()) and np.isfinite(loss):
             self.skipped = 0
             return
         self.skipped += 1
-        if self.half and self.skipped <= MAX_SKIPPED:
+        scaled = self.loss_scaling is not None  # a loss scale that is too high overflows, and is lowered then
+        if scaled and self.skipped <= MAX_SKIPPED:
             return
         rows = [self.plan.rows.where(i) for i in self.plan.step_rows(p.step)]
         named = f"step {p.step + 1} (rows {', '.join(rows[:4])}{' …' if len(rows) > 4 else ''})"
         what = "gradient" if np.isfinite(loss) else "loss"
         value = "not finite" if np.isfinite(loss) else f"{loss}"
-        often = f", as in the {MAX_SKIPPED} steps before" if self.half else ""
+        often = f", as in the {MAX_SKIPPED} steps before" if scaled else ""
         raise LoraMsError(
             f"the {what} of {named} is {value}{often}; no weight was changed by it: lower the learning rate, or look "
             "at these rows"
         )
+
+
+def _finite(value: float) -> float | None:
+    return value if np.isfinite(value) else None

@@ -9,11 +9,12 @@ from mindspore import SummaryRecord, Tensor
 from tqdm import tqdm
 
 from lora_ms.errors import LoraMsError
-from lora_ms.train.callbacks import Evaluation, Record, RunState, TrainerCallback
+from lora_ms.train.callbacks import EvaluationRecord, RunState, StepRecord, TrainerCallback
 
 REPORTS = ("tensorboard",)  # what report_to may name
-LOGGED = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_memory_mb")  # of a Record
-SCORED = ("eval_loss", "eval_accuracy", "eval_perplexity")  # of an Evaluation
+# of a StepRecord, besides the terms of the loss
+LOGGED = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_memory_mb")
+SCORED = ("eval_loss", "eval_accuracy", "eval_perplexity")  # of an EvaluationRecord
 
 
 def check(report_to: Sequence[str]) -> None:
@@ -26,34 +27,35 @@ def check(report_to: Sequence[str]) -> None:
 
 
 class Scalars(TrainerCallback):
-    """Takes the numbers of every ``every``-th step, of the last, and of all evaluations; on the main rank.
+    """Collects, on the main rank, the numbers of every ``every``-th step, of the last step and of all evaluations.
 
     Numbers that overflowed in float16 are left out.
     """
 
     def __init__(self, folder: Path, every: int):
-        self.folder, self.every = folder, every
+        self.folder = folder
+        self.every = every
 
-    def on_step_end(self, state: RunState, record: Record) -> None:
+    def on_step_end(self, state: RunState, record: StepRecord) -> None:
         if state.is_main and (record.step % self.every == 0 or record.step == state.total_steps):
-            found = {f"train/{name}": getattr(record, name) for name in LOGGED}
-            self.take(record.step, {tag: value for tag, value in found.items() if value is not None})
+            found = {name: getattr(record, name) for name in LOGGED} | record.terms
+            self.take(record.step, {f"train/{name}": value for name, value in found.items() if value is not None})
 
-    def on_evaluate(self, state: RunState, evaluation: Evaluation) -> None:
+    def on_evaluate(self, state: RunState, evaluation: EvaluationRecord) -> None:
         if state.is_main:
             found = {f"eval/{name.removeprefix('eval_')}": getattr(evaluation, name) for name in SCORED}
             self.take(evaluation.step, found)
 
     def take(self, step: int, values: dict[str, float]) -> None:
-        """Numbers by tag, of step ``step``."""
+        """Writes or keeps numbers, by tag, of step ``step``."""
         raise NotImplementedError
 
 
 class TensorBoard(Scalars):
     """TensorBoard's event file in ``folder``, on disk step by step.
 
-    It tells TensorBoard to forget what earlier files there hold from its first step on, so that a resumed run, or a
-    new one, shows one line. Written without tensorboardX's queue, which waits for ever once a disk is full.
+    It tells TensorBoard to discard what earlier files in the folder hold from its first step on, so that a resumed
+    run, or a new one, shows one line. Written without tensorboardX's queue, which blocks once a disk is full.
     """
 
     def on_train_begin(self, state: RunState) -> None:
@@ -76,11 +78,11 @@ class TensorBoard(Scalars):
         scalars = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
         self._write(step, summary=Summary(value=scalars))
 
-    def _write(self, step: int, **what) -> None:
+    def _write(self, step: int, **event) -> None:
         from tensorboardX.proto.event_pb2 import Event
 
         try:
-            self.writer.write_event(Event(wall_time=time.time(), step=step, **what))
+            self.writer.write_event(Event(wall_time=time.time(), step=step, **event))
             self.writer.flush()
         except OSError as error:
             if not self.full:
@@ -98,7 +100,7 @@ class TensorBoard(Scalars):
 class Summaries(Scalars):
     """MindSpore's summary file in ``folder``, written when the run ends.
 
-    Not before: while a ``SummaryRecord`` is open, its process looks for work without a pause, and takes most of a core.
+    Not before: while a ``SummaryRecord`` is open, its process polls without a pause, which takes most of a core.
     """
 
     def on_train_begin(self, state: RunState) -> None:

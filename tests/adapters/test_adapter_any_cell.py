@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from mindspore import Tensor, nn
 
-from lora_ms.adapters.config import LoraConfig
-from lora_ms.adapters.inject import adapter_cells, inject, lora_layers
+from lora_ms.adapters.inject import adapted_layers, adapter_cells, inject
 from lora_ms.adapters.merge import merge
+from lora_ms.adapters.methods.lora import LoraConfig
 from lora_ms.adapters.peft_format import adapter_tensors, load_adapter, save_adapter
 from lora_ms.nn.layers import Embedding
 
@@ -39,7 +39,7 @@ class Another(nn.Cell):
             values = (Tensor(rng.standard_normal(shape).astype(np.float32)) for shape in ((n_out, n_in), n_out))
             return nn.Dense(n_in, n_out, *values, **kwargs)
 
-        self.embed_tokens = Embedding(24, 6, ms.float32)
+        self.embed_tokens = Embedding.zeros(24, 6, ms.float32)
         self.embed_tokens.weight.set_data(Tensor(rng.standard_normal((24, 6)).astype(np.float32)))
         self.blocks = nn.SequentialCell(dense(6, 8, activation="relu"), dense(8, 6))
         self.out = dense(6, 4)
@@ -92,7 +92,7 @@ def test_an_adapter_with_odd_names_survives(tmp_path):
 
     model, settings = Odd(), config(target_modules=("lora_weight", "lora_a.0"), lora_bias=True)
     inject(model, settings)
-    assert lora_layers(model).keys() == {"lora_weight", "lora_a.0"}
+    assert adapted_layers(model).keys() == {"lora_weight", "lora_a.0"}
     move(model)
     save_adapter(model, tmp_path, settings)
     again = Odd()

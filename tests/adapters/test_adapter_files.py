@@ -1,6 +1,7 @@
 """Adapters in PEFT's format: exact both ways, and into adapters that stand already."""
 
 import json
+from dataclasses import replace
 
 import mindspore as ms
 import numpy as np
@@ -8,11 +9,13 @@ import pytest
 from mindspore import Tensor
 from safetensors.numpy import load_file, save_file
 
-from lora_ms.adapters.config import AdaLoraConfig, LoraConfig
-from lora_ms.adapters.inject import inject, lora_layers
+from lora_ms.adapters.inject import adapted_layers, inject
+from lora_ms.adapters.methods.adalora import AdaLoraConfig
+from lora_ms.adapters.methods.lora import LoraConfig
 from lora_ms.adapters.peft_format import load_adapter, restore_adapter, save_adapter
 from lora_ms.errors import LoraMsError
 from lora_ms.models.hub import load_directory
+from lora_ms.nn.projection import Projection
 
 pytestmark = pytest.mark.usefixtures("graph_mode")
 PREFIX = "base_model.model."
@@ -28,7 +31,7 @@ def error_of(function, *args) -> str:
 def fill(model, seed: int = 0) -> None:
     """Random factors, so that none is zero."""
     rng = np.random.default_rng(seed)
-    for layer in lora_layers(model).values():
+    for layer in adapted_layers(model).values():
         for factor in (layer.lora_a, layer.lora_b):
             factor.set_data(Tensor(rng.standard_normal(factor.shape, np.float32) * 0.2))
 
@@ -55,12 +58,14 @@ def test_saved_and_loaded_is_exact(bare, tmp_path):
     save_adapter(model, tmp_path / "a" / "b", config)
     again = bare()
     found, report = load_adapter(again, tmp_path / "a" / "b")
-    assert found == config and report.modules == tuple(lora_layers(model))
-    for (name, layer), (other_name, other) in zip(lora_layers(model).items(), lora_layers(again).items(), strict=True):
+    assert found == config and report.modules == tuple(adapted_layers(model))
+    for (name, layer), (other_name, other) in zip(
+        adapted_layers(model).items(), adapted_layers(again).items(), strict=True
+    ):
         assert name == other_name and float(other.scaling.asnumpy()) == np.float32(5.0 / 3)
         np.testing.assert_array_equal(other.lora_a.asnumpy(), layer.lora_a.asnumpy())
         np.testing.assert_array_equal(other.lora_b.asnumpy(), layer.lora_b.asnumpy())
-    assert load_adapter(bare(), tmp_path / "a" / "b", lora_dropout=0.5)[0].lora_dropout == 0.5
+    assert load_adapter(bare(), tmp_path / "a" / "b", replace(config, lora_dropout=0.5))[0].lora_dropout == 0.5
 
 
 def test_what_is_written(bare, tmp_path):
@@ -113,14 +118,14 @@ def test_target_modules_written_name_the_adapted_layers_alone(bare, tmp_path, ta
 
 
 def model_layers(model) -> list[str]:
-    return [name for name, cell in model.cells_and_names() if isinstance(cell, ms.nn.Dense)]
+    return [name for name, cell in model.cells_and_names() if isinstance(cell, ms.nn.Dense | Projection)]
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_not_a_number_is_never_saved(bare, tmp_path, bad):
     model, config = bare(), LoraConfig(2, 4.0, 0.0, "q_proj")
     inject(model, config)
-    layer = lora_layers(model)["model.layers.1.self_attn.q_proj"]
+    layer = adapted_layers(model)["model.layers.1.self_attn.q_proj"]
     value = layer.lora_b.asnumpy().copy()
     value[3, 1] = bad
     layer.lora_b.set_data(Tensor(value))
@@ -135,7 +140,7 @@ def test_restoring_into_adapters_that_stand(reference, bare):
     inject(model, config)
     restore_adapter(model, reference / "adapters" / "qwen2", config)
     stored = load_file(reference / "adapters" / "qwen2" / "adapter_model.safetensors")
-    for name, layer in lora_layers(model).items():
+    for name, layer in adapted_layers(model).items():
         np.testing.assert_array_equal(layer.lora_a.asnumpy(), stored[f"{PREFIX}{name}.lora_A.weight"])
         np.testing.assert_array_equal(layer.lora_b.asnumpy(), stored[f"{PREFIX}{name}.lora_B.weight"])
 
@@ -152,13 +157,13 @@ def test_restoring_what_was_taken_out_of_the_weights(bare, tmp_path, init):
     save_adapter(model, tmp_path, config)
     assert load_file(tmp_path / "adapter_model.safetensors")[f"{PREFIX}{Q0}.lora_A.weight"].shape == (4, 64)
     restore_adapter(again, tmp_path, config)
-    for name, layer in lora_layers(again).items():
-        other = lora_layers(model)[name]
+    for name, layer in adapted_layers(again).items():
+        other = adapted_layers(model)[name]
         for found, wanted in ((layer.lora_a, other.lora_a), (layer.lora_b, other.lora_b)):
             np.testing.assert_array_equal(found.asnumpy(), wanted.asnumpy())
-        for found, wanted in zip(layer.start, other.start, strict=True):
+        for found, wanted in zip(layer.initial, other.initial, strict=True):
             np.testing.assert_array_equal(found, wanted)
-        np.testing.assert_allclose(layer.weight.asnumpy(), other.weight.asnumpy(), rtol=0, atol=1e-6)
+        np.testing.assert_allclose(layer.base.weight.asnumpy(), other.base.weight.asnumpy(), rtol=0, atol=1e-6)
 
 
 def test_restoring_ranks_that_adalora_kept(bare, tmp_path):
@@ -170,8 +175,8 @@ def test_restoring_ranks_that_adalora_kept(bare, tmp_path):
     fill(model)
     save_adapter(model, tmp_path, config)
     restore_adapter(again, tmp_path, config)
-    for name, layer in lora_layers(again).items():
-        other, mask = lora_layers(model)[name], np.array(kept if name == Q0 else [True] * 4)
+    for name, layer in adapted_layers(again).items():
+        other, mask = adapted_layers(model)[name], np.array(kept if name == Q0 else [True] * 4)
         np.testing.assert_array_equal(layer.lora_a.asnumpy(), other.lora_a.asnumpy() * mask[:, None])
         np.testing.assert_array_equal(layer.lora_b.asnumpy(), other.lora_b.asnumpy() * mask)
 
@@ -196,7 +201,7 @@ def test_an_adapter_of_half_precision_is_read_exactly(bare, copied):
     model = bare()
     load_adapter(model, path)
     name = "model.layers.0.self_attn.v_proj"
-    layer = lora_layers(model)[name]
+    layer = adapted_layers(model)[name]
     assert layer.lora_a.dtype == ms.float32
     np.testing.assert_array_equal(layer.lora_a.asnumpy(), half[f"{PREFIX}{name}.lora_A.weight"].astype(np.float32))
 

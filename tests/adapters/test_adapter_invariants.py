@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from mindspore import Tensor, nn, ops
 
-from lora_ms.adapters.config import AdaLoraConfig, LayerGroup, LoraConfig
-from lora_ms.adapters.inject import adapter_cells, build, inject, place, select
+from lora_ms.adapters.inject import adapter_cells, build, inject, install, select
 from lora_ms.adapters.merge import merge, merged_cells
+from lora_ms.adapters.methods.adalora import AdaLoraConfig
+from lora_ms.adapters.methods.lora import LayerGroup, LoraConfig
 from lora_ms.adapters.peft_format import adapter_tensors, load_adapter, read_tensors, save_adapter
 from lora_ms.errors import LoraMsError
 from lora_ms.models.decoder import CausalLM, DecoderConfig
@@ -240,7 +241,7 @@ def mixed(dtype: ms.Type = ms.float32) -> CausalLM:
             found = build(model, KINDS[kind], dict.fromkeys(paths, rank_and_alpha))
         assert found.keys() == set(paths)
         cells |= found
-    place(model, cells)
+    install(model, cells)
     return model
 
 

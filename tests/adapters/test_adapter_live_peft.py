@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from mindspore import Tensor
 
-from lora_ms.adapters.config import AdaLoraConfig, LayerGroup, LoraConfig
 from lora_ms.adapters.inject import adapter_cells, inject
 from lora_ms.adapters.merge import merge
+from lora_ms.adapters.methods.adalora import AdaLoraConfig
+from lora_ms.adapters.methods.lora import LayerGroup, LoraConfig
 from lora_ms.adapters.peft_format import save_adapter
 from lora_ms.models.decoder import CausalLM
 from lora_ms.models.hub import load_directory

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from mindspore import Tensor
 
-from lora_ms.adapters.config import LoraConfig
-from lora_ms.adapters.inject import inject, lora_layers
+from lora_ms.adapters.inject import adapted_layers, inject
 from lora_ms.adapters.merge import merge
+from lora_ms.adapters.methods.lora import LoraConfig
 from lora_ms.adapters.peft_format import load_adapter
 from lora_ms.models.hub import load_directory
 
@@ -24,7 +24,7 @@ def test_pefts_adapters_loaded_and_merged(reference, golden, name):
     assert_near(model(input_ids).asnumpy(), values["base_logits"])
     load_adapter(model, reference / "adapters" / name)
     assert_near(model(input_ids).asnumpy(), values["logits"])
-    swapped_out = lora_layers(model).values()
+    swapped_out = adapted_layers(model).values()
     merge(model)
     for layer in swapped_out:  # a graph that still held them would show it
         layer.lora_b.set_data(Tensor(np.zeros(layer.lora_b.shape, np.float32)))
@@ -37,6 +37,6 @@ def test_a_fresh_adapter_changes_no_bit(reference, golden):
     before = model(input_ids).asnumpy()
     inject(model, LoraConfig(4, 8.0, 0.3, "all-linear"))
     np.testing.assert_array_equal(model.set_train(False)(input_ids).asnumpy(), before)
-    layer = lora_layers(model)["model.layers.0.self_attn.v_proj"]  # and it is in the graph that has run
+    layer = adapted_layers(model)["model.layers.0.self_attn.v_proj"]  # and it is in the graph that has run
     layer.lora_b.set_data(Tensor(np.ones(layer.lora_b.shape, np.float32)))
     assert np.abs(model(input_ids).asnumpy() - before).max() > 0.1

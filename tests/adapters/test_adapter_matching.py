@@ -4,10 +4,10 @@ import mindspore as ms
 import numpy as np
 import pytest
 
-from lora_ms.adapters.config import LoraConfig
-from lora_ms.adapters.inject import freeze, inject, lora_layers, report, select
+from lora_ms.adapters.inject import adapted_layers, freeze, inject, report, select
 from lora_ms.adapters.matching import matches
 from lora_ms.adapters.merge import merge
+from lora_ms.adapters.methods.lora import LoraConfig
 from lora_ms.adapters.methods.lora_cells import LoRADense
 from lora_ms.errors import LoraMsError
 from lora_ms.models.decoder import CausalLM, DecoderConfig
@@ -93,7 +93,7 @@ def test_exclude_layers(model, exclude_layers, wanted):
     config = LoraConfig(target_modules="all-linear", exclude_layers=exclude_layers)
     assert set(select(model, config)) == wanted
     inject(model, config)
-    assert set(lora_layers(model)) == wanted
+    assert set(adapted_layers(model)) == wanted
 
 
 COULD = "down_proj, embed_tokens, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj, or all-linear"
@@ -120,7 +120,7 @@ def test_no_match_says_what_could_match(model, config, message):
     with pytest.raises(LoraMsError) as caught:
         inject(model, config)
     assert str(caught.value) == message
-    assert not lora_layers(model)
+    assert not adapted_layers(model)
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_the_report_counts(model):
     """q: A 2 x 8 and B 8 x 2; v: A 2 x 8 and B 4 x 2; twice."""
     before = sum(p.size for p in model.get_parameters())
     found = inject(model, LoraConfig(2, 4.0, target_modules=["q_proj", "v_proj"]))
-    assert found.modules == tuple(lora_layers(model)) and set(found.modules) == paths("qv")
+    assert found.modules == tuple(adapted_layers(model)) and set(found.modules) == paths("qv")
     assert (found.trainable, found.total) == (2 * (16 + 16 + 16 + 8), before + 112)
     assert before == 1416
     assert found.line() == "LoRA on 4 modules: 112 of 1,528 parameters train (7.33%)"
@@ -163,7 +163,7 @@ def test_only_adapter_factors_train_and_bear_their_paths(model):
 
 def test_settings_reach_every_layer(model):
     inject(model, LoraConfig(3, 5.0, 0.25, "all-linear"))
-    layers = lora_layers(model)
+    layers = adapted_layers(model)
     assert len(layers) == 14
     for layer in layers.values():
         assert type(layer) is LoRADense
@@ -176,7 +176,7 @@ def test_merging_puts_plain_layers_and_names_back(model):
     names = {name: p.shape for name, p in model.parameters_and_names()}
     inject(model, LoraConfig(2, 4.0, target_modules="all-linear"))
     assert merge(model) is model
-    assert not lora_layers(model)
+    assert not adapted_layers(model)
     assert {name: p.shape for name, p in model.parameters_and_names()} == names
     assert {p.name for p in model.get_parameters()} == set(names)
     merge(model)  # a second time: nothing to do

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from lora_ms.adapters.inject import lora_layers
+from lora_ms.adapters.inject import adapted_layers
 from lora_ms.adapters.peft_config import UNSUPPORTED
 from lora_ms.adapters.peft_format import load_adapter, read_adapter_config
 from lora_ms.errors import LoraMsError
@@ -40,7 +40,7 @@ def test_an_adapter_for_another_model_lists_every_shape(reference, bare):
             faults.append(f"{key} is {stored[key].shape}, should be {wanted}")
     assert len(faults) == 10  # all but the A of down_proj, whose input is 96 in both
     assert error_of(load_adapter, model, path) == f"{path}: made for another model: {'; '.join(faults)}"
-    assert not lora_layers(model)
+    assert not adapted_layers(model)
 
 
 def header_of(file) -> bytes:
@@ -96,7 +96,7 @@ def test_each_key_that_is_not_computed_is_refused(bare, copied, key):
     model, path = bare(), copied("qwen2", **{key: REFUSED[key]})
     file = path / "adapter_config.json"
     assert error_of(load_adapter, model, path) == f"{file}: not supported: {key}: {REFUSED[key]}"
-    assert not lora_layers(model)
+    assert not adapted_layers(model)
 
 
 @pytest.mark.parametrize("value", [None, False, [], {}])
@@ -134,7 +134,7 @@ def test_a_pattern_that_fits_no_module_of_the_file(bare, copied, key):
 def test_alpha_and_rslora_of_the_file_scale(bare, copied):
     model = bare()
     load_adapter(model, copied("qwen2", alpha_pattern={"0.self_attn.q_proj": 3, "q_proj": 5}, use_rslora=True))
-    found = {name: float(layer.scaling.asnumpy()) for name, layer in lora_layers(model).items()}
+    found = {name: float(layer.scaling.asnumpy()) for name, layer in adapted_layers(model).items()}
     alphas = dict.fromkeys(found, 8) | {Q0: 3, "model.layers.1.self_attn.q_proj": 5}
     assert found == {name: np.float32(alpha / 2) for name, alpha in alphas.items()}  # over the root of rank 4
 

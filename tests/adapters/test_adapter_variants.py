@@ -14,10 +14,10 @@ import pytest
 from mindspore import Tensor
 from safetensors.numpy import load_file
 
-from lora_ms.adapters.config import AdaLoraConfig, LoraConfig
-from lora_ms.adapters.inject import TRAINED, adapter_cells, inject, lora_layers, saved_layers, select
-from lora_ms.adapters.matching import Place
+from lora_ms.adapters.inject import adapted_layers, adapter_cells, inject, saved_layers, select
 from lora_ms.adapters.merge import merge
+from lora_ms.adapters.methods.adalora import AdaLoraConfig
+from lora_ms.adapters.methods.lora import LoraConfig, LoraSpec
 from lora_ms.adapters.peft_format import adapter_tensors, load_adapter, read_adapter_config, save_adapter
 from lora_ms.errors import LoraMsError
 from lora_ms.models.hub import load_directory
@@ -94,12 +94,12 @@ def test_logits_without_with_and_merged(golden, bases, fresh, name):
         assert_near(model(input_ids), values.get("merged_logits", values["logits"]))
 
 
-def places(model) -> dict[str, Place]:
-    return {name: Place(layer.lora_rank, layer.lora_alpha) for name, layer in lora_layers(model).items()}
+def places(model) -> dict[str, LoraSpec]:
+    return {name: layer.spec for name, layer in adapted_layers(model).items()}
 
 
 def scalings(model) -> dict[str, float]:
-    return {name: float(layer.scaling.asnumpy()) for name, layer in lora_layers(model).items()}
+    return {name: float(layer.scaling.asnumpy()) for name, layer in adapted_layers(model).items()}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -108,7 +108,7 @@ def test_saved_and_loaded_again(fresh, tmp_path, name):
     config, report = load_adapter(model, VARIANTS / name)
     save_adapter(model, tmp_path, config, "base")
     stored, saved = load_file(VARIANTS / name / "adapter_model.safetensors"), load_file(tmp_path / WEIGHTS)
-    if config.init_lora_weights is True:
+    if not config.changed_base:
         # PEFT puts the untouched base weight beside an adapter on the head or the embedding
         wanted = {key: value for key, value in stored.items() if not key.endswith("base_layer.weight")}
         assert saved.keys() == wanted.keys()
@@ -116,8 +116,8 @@ def test_saved_and_loaded_again(fresh, tmp_path, name):
             np.testing.assert_array_equal(saved[key], value, err_msg=key)
     found, other = load_adapter(again, tmp_path)
     assert scalings(again) == pytest.approx(scalings(model), rel=1e-6)
-    assert other.trainable == report.trainable * (1 if config.init_lora_weights is True else 2)
-    if config.init_lora_weights is True:
+    assert other.trainable == report.trainable * (2 if config.changed_base else 1)
+    if not config.changed_base:
         assert places(again) == places(model)
         ours, theirs = adapter_tensors(model, config), adapter_tensors(again, found)
         assert ours.keys() == theirs.keys()
@@ -141,14 +141,14 @@ def test_settings_saved_and_read_again(fresh, tmp_path, name):
     assert type(again) is type(config)
     for key in config.__dataclass_fields__.keys() - BY_PLACE:
         assert getattr(again, key) == getattr(config, key), key
-    assert again.init_lora_weights is True
-    factor = 1 if config.init_lora_weights is True else 2
-    wanted = {path: Place(factor * rank, factor * alpha) for path, (rank, alpha) in places(model).items()}
+    assert not again.changed_base
+    factor = 2 if config.changed_base else 1
+    wanted = {path: LoraSpec(factor * rank, factor * alpha) for path, (rank, alpha) in places(model).items()}
     assert select(fresh(name), again) == wanted
     if isinstance(config, AdaLoraConfig):
         ranks = json.loads((VARIANTS / name / "adapter_config.json").read_text())["rank_pattern"] or {}
         assert config.kept == {key.removesuffix(".lora_E"): tuple(mask) for key, mask in ranks.items()}
-    whole = {path for path, cell in adapter_cells(model).items() if isinstance(cell, TRAINED) and cell.tensors()}
+    whole = {path for path, cell in adapter_cells(model).items() if cell.spec is None and cell.tensors()}
     if config.bias == "none":  # biases of other layers are no modules to save
         assert saved_layers(fresh(name), again).keys() == whole
     copy = fresh(name)
@@ -164,20 +164,22 @@ def test_starts_taken_out_of_the_weight(golden, fresh, tmp_path, name):
     values, model = golden(f"variants/{name}"), fresh(name)
     rank = read_adapter_config(VARIANTS / name).lora_rank
     inject(model, LoraConfig(rank, 3.0, target_modules=("q_proj", "v_proj"), init_lora_weights=kind_of(name)))
-    for path, layer in lora_layers(model).items():
+    for path, layer in adapted_layers(model).items():
         a, b = (values[f"initial/{PREFIX}{path}.lora_{factor}.weight"] for factor in "AB")
         np.testing.assert_allclose(layer.lora_b.asnumpy() @ layer.lora_a.asnumpy(), b @ a, rtol=0, atol=1e-5)
     path = "model.layers.0.self_attn.v_proj"
     residual = values[f"residual/{path}.weight"]
-    np.testing.assert_allclose(lora_layers(model)[path].weight.asnumpy(), residual, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(adapted_layers(model)[path].base.weight.asnumpy(), residual, rtol=0, atol=1e-5)
     trained, plain = fresh(name), fresh(name)
     config, _ = load_adapter(trained, VARIANTS / name)
     save_adapter(trained, tmp_path, config)
     load_adapter(plain, tmp_path)
-    assert set(places(plain).values()) == {Place(2 * rank, 6)}
-    for path, layer in lora_layers(plain).items():
-        assert layer.start is None
-        np.testing.assert_array_equal(layer.weight.asnumpy(), fresh(name).parameters_dict()[f"{path}.weight"].asnumpy())
+    assert set(places(plain).values()) == {LoraSpec(2 * rank, 6)}
+    for path, layer in adapted_layers(plain).items():
+        assert layer.initial is None
+        np.testing.assert_array_equal(
+            layer.base.weight.asnumpy(), fresh(name).parameters_dict()[f"{path}.weight"].asnumpy()
+        )
     with eager():
         assert_near(plain(Tensor(values["input_ids"])), values["logits"])
 

@@ -11,7 +11,8 @@ import pytest
 
 from lora_ms.adapters.arithmetic import dropped, elected, nearest, trimmed
 from lora_ms.adapters.combine import METHODS, Adapter, combine, read_adapter, write_adapter
-from lora_ms.adapters.config import LoraConfig
+from lora_ms.adapters.methods.base import Pair
+from lora_ms.adapters.methods.lora import LoraConfig
 from lora_ms.adapters.peft_files import base_name
 from lora_ms.errors import LoraMsError
 
@@ -39,7 +40,8 @@ def stored(reference):
 
 def adapter_of(**modules) -> Adapter:
     """Factors by the module's name; settings that say which modules they are."""
-    return Adapter(LoraConfig(target_modules=tuple(modules)), modules)
+    pairs = {name: Pair(*pair) for name, pair in modules.items()}
+    return Adapter(LoraConfig(target_modules=tuple(modules)), pairs)
 
 
 def random_adapter(seed: int, rank: int = 3, scaling: float = 1.5, names=("q_proj", "v_proj")) -> Adapter:

@@ -9,7 +9,7 @@ import pytest
 from lora_ms.cli import main as cli
 from lora_ms.commands import preview
 from lora_ms.config import load_config
-from lora_ms.data.readers import read_rows
+from lora_ms.data.pipeline import read_rows
 from lora_ms.data.templates import TEMPLATES
 from lora_ms.errors import LoraMsError
 from lora_ms.recipes import data

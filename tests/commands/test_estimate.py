@@ -225,11 +225,11 @@ def test_the_control_group_limits_the_cores(tmp_path, monkeypatch, name, text, w
 
 
 def test_constants_that_stand_in_two_places():
-    from lora_ms.nn import projection as product
-    from lora_ms.train import layerwise, step
+    from lora_ms.ops import portable
+    from lora_ms.train import parts, shared_layers
 
-    assert (memory.BLOCK, memory.CHUNK_NUMBERS) == (layerwise.LAYERS, step.CHUNK_NUMBERS)
-    assert memory.PART_NUMBERS == product.PART_NUMBERS
+    assert (memory.BLOCK, memory.CHUNK_NUMBERS) == (shared_layers.BLOCK_LAYERS, parts.CHUNK_NUMBERS)
+    assert memory.PART_NUMBERS == portable.PART_NUMBERS
 
 
 def test_the_share_in_use(monkeypatch):

@@ -46,12 +46,9 @@ def test_it_trains_the_same(model, rows_file, tmp_path, graph_mode):
     np.testing.assert_allclose(losses["low"], losses["plain"], rtol=2e-3)
 
 
-def test_plain_operators_on_a_card_that_fuses(monkeypatch):
+def test_plain_operators_on_a_card_that_fuses():
     """A norm made for low memory does without the fused operator, on Ascend too."""
-    from lora_ms.ops import portable as kernels
+    from lora_ms.ops import ascend, portable, select
 
-    monkeypatch.setattr(kernels, "on_ascend", lambda: True)
-    monkeypatch.setattr(kernels, "_plain", False)
-    assert kernels.RMSNormKernel(1e-6).fused
-    kernels.use_plain_operators(True)
-    assert not kernels.RMSNormKernel(1e-6).fused
+    assert type(select("Ascend").rms_norm(1e-6)) is ascend.RMSNorm
+    assert type(select("Ascend", plain=True).rms_norm(1e-6)) is portable.RMSNorm

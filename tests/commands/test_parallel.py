@@ -2,8 +2,8 @@
 
 import pytest
 
-from lora_ms.adapters.config import LoraConfig
 from lora_ms.adapters.inject import inject
+from lora_ms.adapters.methods.lora import LoraConfig
 from lora_ms.adapters.peft_format import save_adapter
 from lora_ms.cli import main as cli
 from lora_ms.config import load_config

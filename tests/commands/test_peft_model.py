@@ -26,7 +26,7 @@ def values(golden):
 
 @pytest.fixture
 def loaded(reference):
-    """``loaded("a", "b")``: the qwen2 model with these adapters, the first at work."""
+    """``loaded("a", "b")``: the qwen2 model with these adapters, the first active."""
 
     def load(*names: str, model: str = "qwen2") -> lora_ms.PeftModel:
         folder = reference / "combined" / model
@@ -145,7 +145,7 @@ def test_deleted_adapters(loaded, values):
         peft.delete_adapter(name)
     assert peft.active_adapter is None
     assert_near(logits(peft, ids), values["logits/__base__"])
-    with pytest.raises(lora_ms.LoraMsError, match="no adapter is at work"):
+    with pytest.raises(lora_ms.LoraMsError, match="no adapter is active"):
         peft.save_pretrained("nowhere")
 
 

@@ -136,11 +136,13 @@ def options(*texts: str) -> RunConfig:
         ),
         (
             "pet_config={init_rank: 4, tinit: 2}",
-            "model.model_config.pet_config: init_rank, tinit with pet_type lora: set pet_type: adalora",
+            "model.model_config.pet_config: tinit, init_rank with pet_type lora: leave them out, or set "
+            "pet_type: adalora",
         ),
         (
             "pet_config={pet_type: adalora, use_dora: True, loraplus_lr_ratio: 16}",
-            "model.model_config.pet_config: use_dora, loraplus_lr_ratio with pet_type adalora: AdaLoRA goes without",
+            "model.model_config.pet_config: use_dora, loraplus_lr_ratio with pet_type adalora: leave "
+            "them out, or set pet_type: lora",
         ),
         (
             "pet_config={pet_type: adalora, lora_rank: 8, init_rank: 12}",

@@ -1,22 +1,20 @@
 """Tokens are kept by content: found again, built on after a kill, built anew when anything differs."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 
-from lora_ms.data import cache
-from lora_ms.data.cache import prepare
-from lora_ms.data.clean import Clean
+from lora_ms.data import cache, pipeline
+from lora_ms.data.clean import CleaningRules
 from lora_ms.data.mindrecord import write_mindrecord
-from lora_ms.data.pipeline import Preparation, prepare_rows, read
-from lora_ms.data.readers import read_rows
+from lora_ms.data.pipeline import Preparation, prepare, prepare_rows, read, read_rows
 from lora_ms.data.report import Tally
 from lora_ms.data.store import TokenStore
 from lora_ms.errors import LoraMsError
 
-HOW = Preparation(seq_length=64, clean=Clean(dedupe=True))
+HOW = Preparation(seq_length=64, clean=CleaningRules(dedupe=True))
 
 
 @pytest.fixture
@@ -37,7 +35,7 @@ def test_the_store_from_files_is_the_store_in_memory(rows_file, chatml):
     tally = Tally()
     wanted, wanted_report = prepare_rows(read([str(rows_file)], HOW, tally), chatml, HOW, tally)
     said: list[str] = []
-    store, report = prepare([str(rows_file)], chatml, HOW, always=True, say=said.append)
+    store, report = prepare([str(rows_file)], chatml, HOW, always_cache=True, say=said.append)
     same(store, wanted)
     assert report == wanted_report and report.skipped["duplicate"] == 98  # 901 to 999, but 960, which has no answer
     assert [len(row.input_ids) for row in store] == store.lengths.tolist()
@@ -45,9 +43,9 @@ def test_the_store_from_files_is_the_store_in_memory(rows_file, chatml):
 
 
 def test_a_second_start_reads_nothing(rows_file, chatml, monkeypatch):
-    first, report = prepare([str(rows_file)], chatml, HOW, always=True)
-    monkeypatch.setattr(cache, "read", None)
-    again, same_report = prepare([str(rows_file)], chatml, HOW, always=True)
+    first, report = prepare([str(rows_file)], chatml, HOW, always_cache=True)
+    monkeypatch.setattr(pipeline, "read", None)
+    again, same_report = prepare([str(rows_file)], chatml, HOW, always_cache=True)
     same(again, first)
     assert same_report == report
 
@@ -55,8 +53,8 @@ def test_a_second_start_reads_nothing(rows_file, chatml, monkeypatch):
 def test_a_killed_build_goes_on(rows_file, chatml, monkeypatch):
     tally = Tally()
     wanted, wanted_report = prepare_rows(read([str(rows_file)], HOW, tally), chatml, HOW, tally)
-    monkeypatch.setattr(cache, "SAVE_EVERY", 256)
-    tokenise, calls = cache.tokenise, []
+    monkeypatch.setattr(pipeline, "SAVE_EVERY", 256)
+    tokenise, calls = pipeline.tokenise, []
 
     def dies(*args):
         for number, chunk in enumerate(tokenise(*args)):
@@ -65,36 +63,39 @@ def test_a_killed_build_goes_on(rows_file, chatml, monkeypatch):
             calls.append(chunk)
             yield chunk
 
-    monkeypatch.setattr(cache, "tokenise", dies)
+    monkeypatch.setattr(pipeline, "tokenise", dies)
     with pytest.raises(KeyboardInterrupt):
-        prepare([str(rows_file)], chatml, HOW, always=True, say=lambda line: None)
-    monkeypatch.setattr(cache, "tokenise", tokenise)
+        prepare([str(rows_file)], chatml, HOW, always_cache=True, say=lambda line: None)
+    monkeypatch.setattr(pipeline, "tokenise", tokenise)
     said: list[str] = []
-    store, report = prepare([str(rows_file)], chatml, HOW, always=True, say=said.append)
+    store, report = prepare([str(rows_file)], chatml, HOW, always_cache=True, say=said.append)
     assert said[0] == "going on after 768 rows that were tokenised before"
     same(store, wanted)
     assert report == wanted_report
 
 
 def test_tokens_are_shared_by_models_and_checked_for_each(rows_file, chatml, monkeypatch):
-    prepare([str(rows_file)], chatml, HOW, always=True)
-    monkeypatch.setattr(cache, "read", None)
-    prepare([str(rows_file)], chatml, replace(HOW, vocab_size=264), always=True)
+    prepare([str(rows_file)], chatml, HOW, always_cache=True)
+    monkeypatch.setattr(pipeline, "read", None)
+    prepare([str(rows_file)], chatml, replace(HOW, vocab_size=264), always_cache=True)
     with pytest.raises(LoraMsError) as error:
-        prepare([str(rows_file)], chatml, replace(HOW, vocab_size=263), always=True)
+        prepare([str(rows_file)], chatml, replace(HOW, vocab_size=263), always_cache=True)
     assert str(error.value).startswith("d.jsonl:1: token id 263 does not exist in a vocabulary of 263; ")
 
 
 def test_anything_that_changes_tokens_changes_the_name(rows_file, chatml, plain):
-    key = cache.key_of([rows_file], chatml, HOW)
-    assert key == cache.key_of([rows_file], chatml, Preparation(seq_length=64, clean=Clean(dedupe=True)))
+    def key(tokenizer, preparation: Preparation) -> str:
+        return cache.key_of([rows_file], tokenizer, asdict(preparation))
+
+    first = key(chatml, HOW)
+    assert first == key(chatml, Preparation(seq_length=64, clean=CleaningRules(dedupe=True)))
     others = {
-        cache.key_of([rows_file], plain, HOW),
-        cache.key_of([rows_file], chatml, Preparation(seq_length=65, clean=Clean(dedupe=True))),
-        cache.key_of([rows_file], chatml, Preparation(seq_length=64)),
+        key(plain, HOW),
+        key(chatml, Preparation(seq_length=65, clean=CleaningRules(dedupe=True))),
+        key(chatml, Preparation(seq_length=64)),
     }
     rows_file.write_text(rows_file.read_text().replace("question 5", "question 6", 1))
-    assert len({key, *others, cache.key_of([rows_file], chatml, HOW)}) == 5
+    assert len({first, *others, key(chatml, HOW)}) == 5
 
 
 @pytest.mark.parametrize("width", [None, 65])

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lora_ms.data.collate import collate, fed_length, label_count
+from lora_ms.data.collate import collate
 from lora_ms.data.example import TokenRow
 
 
@@ -19,7 +19,7 @@ def test_the_docstrings_table():
     assert batch.position_ids.tolist() == [[0, 1, 0, 1], [0, 0, 0, 1]]
     assert batch.target_index.tolist() == [0, 1, 4, 5, 0]
     assert batch.targets.tolist() == [6, 7, 9, 9, -100]
-    assert (batch.tokens, batch.fed, batch.label_tokens) == (7, 4, 4)
+    assert (batch.tokens, batch.input_tokens, batch.label_tokens) == (7, 4, 4)
     assert {array.dtype for array in batch[:4]} == {np.dtype(np.int32)}
 
 
@@ -38,27 +38,27 @@ def test_padding_goes_by_length_not_by_id():
     assert batch.position_ids.tolist() == [[0, 1, 0, 1, 2]]
     assert batch.target_index.tolist() == [0, 1, 0]
     assert batch.targets.tolist() == [9, 9, -100]
-    assert (batch.tokens, batch.fed, batch.label_tokens) == (3, 2, 2)
+    assert (batch.tokens, batch.input_tokens, batch.label_tokens) == (3, 2, 2)
 
 
 def test_missing_lines_are_padding():
     batch = collate([], batch_size=2, seq_length=3, capacity=2, pad_id=7)
     assert batch.input_ids.tolist() == [[7, 7, 7], [7, 7, 7]]
     assert (batch.target_index.tolist(), batch.targets.tolist()) == ([0, 0], [-100, -100])
-    assert (batch.tokens, batch.fed, batch.label_tokens) == (0, 0, 0)
+    assert (batch.tokens, batch.input_tokens, batch.label_tokens) == (0, 0, 0)
 
 
 def test_a_label_on_the_first_token_is_no_target():
     row = token_row([4, 5], [4, -100])
-    assert (label_count(row), fed_length(row)) == (0, 0)
+    assert (row.learnt.size, row.input_length) == (0, 0)
     assert collate([[row]], batch_size=1, seq_length=2, capacity=1, pad_id=0).label_tokens == 0
 
 
 @pytest.mark.parametrize(
-    ("labels", "fed"), [([-100, 2, 3, 4], 3), ([-100, 2, -100, -100], 1), ([1, 2, -100, 4], 3), ([-100] * 4, 0)]
+    ("labels", "length"), [([-100, 2, 3, 4], 3), ([-100, 2, -100, -100], 1), ([1, 2, -100, 4], 3), ([-100] * 4, 0)]
 )
-def test_tokens_after_the_last_target_are_not_fed(labels, fed):
-    assert fed_length(token_row([1, 2, 3, 4], labels)) == fed
+def test_tokens_after_the_last_target_are_no_input(labels, length):
+    assert token_row([1, 2, 3, 4], labels).input_length == length
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -93,7 +93,7 @@ def test_equals_a_naive_loop(seed):
     assert batch.input_ids.tolist() == expected.tolist()
     assert batch.position_ids.tolist() == positions
     assert list(zip(batch.target_index.tolist(), batch.targets.tolist(), strict=True)) == pairs + unused
-    assert batch.label_tokens == len(pairs) == sum(label_count(row) for line in lines for row in line)
+    assert batch.label_tokens == len(pairs) == sum(row.learnt.size for line in lines for row in line)
     assert batch.tokens == tokens
 
 

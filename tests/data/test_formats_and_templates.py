@@ -9,11 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_ms.data.example import IGNORE_INDEX, Example, Message
-from lora_ms.data.pipeline import Preparation, prepare_rows, read
-from lora_ms.data.readers import read_rows
+from lora_ms.data.pipeline import Preparation, prepare_rows, read, read_rows
 from lora_ms.data.report import Tally
-from lora_ms.data.template import encode, encode_prompt, encode_rows
-from lora_ms.data.templates import TEMPLATES, set_template
+from lora_ms.data.template import encode, encode_prompt, encode_rows, set_template
+from lora_ms.data.templates import TEMPLATES
 from lora_ms.errors import LoraMsError
 
 CONVERSATIONS = {

@@ -5,7 +5,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from lora_ms.data.collate import label_count
 from lora_ms.data.example import Example, Message, TokenRow
 from lora_ms.data.loader import DataPlan
 from lora_ms.data.packing import round_up
@@ -88,7 +87,7 @@ def test_layouts_of_one_size_take_the_same_rows_in_the_same_step(drop_remainder)
             taken = sorted(number for plan in ranks for number in rows_in(plan, step))
             assert taken == sorted(rows_in(reference, step))
             batches = [batch for plan in ranks for batch in plan.step(step)[0]]
-            total = sum(label_count(rows[number - 1]) for number in taken)
+            total = sum(rows[number - 1].learnt.size for number in taken)
             assert sum(batch.label_tokens for batch in batches) == total
             assert {plan.step(step)[1] for plan in ranks} == {total}
 

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from lora_ms.data.example import TokenRow
-from lora_ms.data.loader import DataPlan
-from lora_ms.data.order import MixedOrder, Source
+from lora_ms.data.loader import DataPlan, MixedOrder, Source
 
 INDUSTRY, GENERAL = Source(300, 0.9, 0.7), Source(200, 0.1, 0.3)
 

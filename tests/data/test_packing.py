@@ -6,8 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_ms.data.example import TokenRow
-from lora_ms.data.loader import DataPlan
-from lora_ms.data.order import EpochOrder
+from lora_ms.data.loader import DataPlan, EpochOrder
 from lora_ms.data.packing import Layout, Shape, first_fit, padded_length, plan_layout
 
 
@@ -24,23 +23,23 @@ def instruction_rows(count: int, seed: int = 0) -> list[TokenRow]:
 
 
 def test_first_fit_decreasing_as_a_table():
-    fed, labels = np.array([3, 5, 2, 4, 2]), np.array([1, 1, 1, 4, 1])
-    lines, fills = first_fit(fed, labels, 8, 8)
+    lengths, labels = np.array([3, 5, 2, 4, 2]), np.array([1, 1, 1, 4, 1])
+    lines, fills = first_fit(lengths, labels, 8, 8)
     assert lines == [[1, 0], [3, 2, 4]] and fills.tolist() == [[8, 2], [8, 6]]
-    lines, fills = first_fit(fed, labels, 8, 4)  # no more than four targets a line
+    lines, fills = first_fit(lengths, labels, 8, 4)  # no more than four targets a line
     assert lines == [[1, 0], [3], [2, 4]] and fills.tolist() == [[8, 2], [4, 4], [4, 2]]
 
 
 def test_shapes_of_a_packed_step_as_a_table():
     layout = Layout("packed", 4, (Shape(1, 4, 4), Shape(1, 8, 8)))
-    laid = layout.lay(np.array([3, 5, 2, 4]), np.array([1, 1, 1, 1]))
+    laid = layout.arrange(np.array([3, 5, 2, 4]), np.array([1, 1, 1, 1]))
     assert laid == [(Shape(1, 8, 8), [[1, 0]]), (Shape(1, 8, 8), [[3, 2]])]
-    assert layout.lay(np.array([3, 7]), np.array([1, 1])) == [(Shape(1, 8, 8), [[1]]), (Shape(1, 4, 4), [[0]])]
+    assert layout.arrange(np.array([3, 7]), np.array([1, 1])) == [(Shape(1, 8, 8), [[1]]), (Shape(1, 4, 4), [[0]])]
 
 
 def test_shapes_of_buckets_as_a_table():
     layout = Layout("bucketed", 2, (Shape(2, 4, 8), Shape(2, 16, 32)))
-    laid = layout.lay(np.array([3, 9, 2, 16, 4]), np.ones(5, int))
+    laid = layout.arrange(np.array([3, 9, 2, 16, 4]), np.ones(5, int))
     assert laid == [
         (Shape(2, 4, 8), [[2], [0]]), (Shape(2, 16, 32), [[4], [1]]), (Shape(2, 16, 32), [[3]])
     ]  # fmt: skip
@@ -55,22 +54,22 @@ def test_shapes_of_buckets_as_a_table():
     st.integers(1, 3),
 )
 def test_every_row_has_one_place_that_holds_it(rows, kind, batch_size, accumulation, world):
-    fed = np.array([length for length, _ in rows])
+    lengths = np.array([length for length, _ in rows])
     labels = np.array([max(1, int(length * share)) for length, share in rows])
     per_step = batch_size * accumulation * world
     steps = -(-len(rows) // per_step)
     order = EpochOrder(len(rows), per_step, steps, steps, 3, True)
     taken = [order.step(step) for step in range(steps)]
     options = dict(batch_size=batch_size, buckets=3, seq_length=96, per_step=per_step, world=world)
-    layout = plan_layout(kind, fed, labels, taken, **options)
+    layout = plan_layout(kind, lengths, labels, taken, **options)
     assert len(layout.shapes) <= 3
     for step in taken:
         places = []
-        for shape, lines in layout.lay(fed[step], labels[step]):
+        for shape, lines in layout.arrange(lengths[step], labels[step]):
             assert shape in layout.shapes and 1 <= len(lines) <= shape.lines
-            assert max(int(fed[step][line].sum()) for line in lines) <= shape.length
+            assert max(int(lengths[step][line].sum()) for line in lines) <= shape.length
             assert sum(int(labels[step][line].sum()) for line in lines) <= shape.capacity
-            assert shape.lines * shape.length <= batch_size * padded_length(int(fed.max()), 96)
+            assert shape.lines * shape.length <= batch_size * padded_length(int(lengths.max()), 96)
             places += [row for line in lines for row in line]
         assert sorted(places) == list(range(len(step)))
 
@@ -78,7 +77,7 @@ def test_every_row_has_one_place_that_holds_it(rows, kind, batch_size, accumulat
 def padding(plan: DataPlan) -> float:
     """Share of padding in the tokens computed."""
     batches = [batch for step in range(plan.total_steps) for batch in plan.step(step)[0]]
-    return 1 - sum(batch.fed for batch in batches) / sum(batch.input_ids.size for batch in batches)
+    return 1 - sum(batch.input_tokens for batch in batches) / sum(batch.input_ids.size for batch in batches)
 
 
 def test_packing_leaves_at_most_three_percent_of_padding():

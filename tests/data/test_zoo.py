@@ -6,10 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lora_ms.data.clean import Clean
+from lora_ms.data.clean import CleaningRules
 from lora_ms.data.example import Message
-from lora_ms.data.pipeline import Preparation, prepare_rows, read
-from lora_ms.data.readers import read_rows
+from lora_ms.data.pipeline import Preparation, prepare_rows, read, read_rows
 from lora_ms.data.report import Tally, scripts_of
 from lora_ms.errors import LoraMsError
 
@@ -56,7 +55,7 @@ def test_a_bad_row_is_named_or_skipped_and_counted(tmp_path, name):
     path = lines(tmp_path / "d.jsonl", GOOD, bad, GOOD)
     assert fault(path) == f"d.jsonl:2: {text}"
     tally = Tally()
-    kept = list(read([path], Preparation(seq_length=16, clean=Clean(skip_faulty=True)), tally))
+    kept = list(read([path], Preparation(seq_length=16, clean=CleaningRules(skip_faulty=True)), tally))
     assert [row.where for row in kept] == ["d.jsonl:1", "d.jsonl:3"]
     assert tally.skipped.total() == 1 and len(tally.skipped) == 1
 
@@ -66,7 +65,7 @@ def test_one_reason_counts_many_rows(tmp_path):
         tmp_path / "d.jsonl", GOOD, {"instruction": "a", "output": ""}, {"instruction": "a", "output": " "}, CUT
     )
     tally = Tally()
-    assert len(list(read([path], Preparation(seq_length=16, clean=Clean(skip_faulty=True)), tally))) == 1
+    assert len(list(read([path], Preparation(seq_length=16, clean=CleaningRules(skip_faulty=True)), tally))) == 1
     assert tally.skipped == {"no answer": 2, "not valid JSON …": 1}
 
 
@@ -140,7 +139,7 @@ def test_csv(tmp_path):
 def test_a_list_named_as_lines(tmp_path):
     path = tmp_path / "d.jsonl"
     path.write_text(json.dumps([GOOD, GOOD], indent=1))
-    assert fault(path).endswith("; a list of objects wants the name .json")
+    assert fault(path).endswith("; a list of objects needs the name .json")
 
 
 def test_parquet_and_saved_datasets(tmp_path):
@@ -190,7 +189,7 @@ def test_clean_rules_are_counted(tmp_path):
         {"instruction": "", "output": "x"},
     ]  # fmt: skip
     path = lines(tmp_path / "d.jsonl", *rows)
-    rules = Clean(required=("instruction",), min_chars=5, max_chars=50, trim=True, dedupe=True)
+    rules = CleaningRules(required=("instruction",), min_chars=5, max_chars=50, trim=True, dedupe=True)
     tally = Tally()
     (row,) = read([path], Preparation(seq_length=16, clean=rules), tally)
     assert row.messages == (Message("user", "a"), Message("assistant", "long enough"))
@@ -220,7 +219,7 @@ def test_a_template_that_fails_to_render_names_the_row(with_template, tmp_path):
 def test_rows_all_masked_are_counted_where_faults_are_skipped(tmp_path):
     rows = [{"input_ids": [1, 2, 3], "labels": [-100] * 3}, {"input_ids": [1, 2, 3], "prompt_len": 1}]
     path = lines(tmp_path / "d.jsonl", *rows)
-    how = Preparation(seq_length=16, clean=Clean(skip_faulty=True))
+    how = Preparation(seq_length=16, clean=CleaningRules(skip_faulty=True))
     tally = Tally()
     store, report = prepare_rows(read([path], how, tally), None, how, tally)
     assert (len(store), report.rows, report.masked) == (1, 2, 1)

@@ -1,6 +1,7 @@
 """Streaming whole characters, and a conversation at the terminal with the bundled model."""
 
 import builtins
+from pathlib import Path
 
 import pytest
 
@@ -59,7 +60,7 @@ def typed(monkeypatch, request):
     "typed", [["Who are you?", "/help", "/reset", "", "Who are you?", "/exit", "never"]], indirect=True
 )
 def test_a_conversation(typed, capsys, monkeypatch, graph_mode):
-    monkeypatch.chdir(cli.__file__.rsplit("/", 2)[0])
+    monkeypatch.chdir(Path(__file__).parents[2])
     assert cli.main(["chat", "--load_checkpoint", MODEL, "--max_new_tokens", "24"]) == 0
     out = capsys.readouterr().out.splitlines()
     help_line = "/reset forgets the conversation, /exit leaves"

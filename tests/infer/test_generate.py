@@ -17,9 +17,9 @@ def prompts_of(golden, prefix: str) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_same_tokens_as_transformers(own, reference, golden, name):
+def test_the_same_tokens_as_transformers(operators, reference, golden, name):
     values = golden(f"logits_{name}")
-    generator = Generator(load_directory(reference / "models" / name))
+    generator = Generator(load_directory(reference / "models" / name, operators=operators))
     for prefix in ("prompt", "left_prompt"):
         prompts = prompts_of(values, prefix)
         for kind, sampling in (("greedy", Sampling()), ("penalty", Sampling(repetition_penalty=1.2))):
@@ -29,8 +29,8 @@ def test_the_same_tokens_as_transformers(own, reference, golden, name):
 
 
 @pytest.fixture(scope="module")
-def qwen2(graph_mode, reference) -> Generator:
-    return Generator(load_directory(reference / "models" / "qwen2"))
+def qwen2(native, reference) -> Generator:
+    return Generator(load_directory(reference / "models" / "qwen2", operators=native))
 
 
 def test_a_row_ends_with_its_end_token(qwen2, golden):

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from mindspore import Parameter, Tensor, nn
 
-from lora_ms.adapters.config import LoraConfig
 from lora_ms.adapters.inject import inject
+from lora_ms.adapters.methods.lora import LoraConfig
 from lora_ms.models.decoder import CausalLM, DecoderConfig
 from lora_ms.models.hub import hugging_face_name, load_directory
 from lora_ms.runtime import device as runtime

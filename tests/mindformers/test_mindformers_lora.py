@@ -8,7 +8,7 @@ from numpy.testing import assert_allclose
 
 from lora_ms.data.example import TokenRow
 from lora_ms.data.mindrecord import write_mindrecord
-from lora_ms.train.step import SummedLoss
+from lora_ms.train.parts import SummedLoss
 
 pytestmark = pytest.mark.mindformers
 

@@ -12,8 +12,8 @@ pytestmark = pytest.mark.usefixtures("graph_mode")
 
 
 @pytest.fixture(scope="module", params=NAMES)
-def case(request, reference, golden, own):
-    return load_directory(reference / "models" / request.param), golden(f"logits_{request.param}")
+def case(request, reference, golden, operators):
+    return load_directory(reference / "models" / request.param, operators=operators), golden(f"logits_{request.param}")
 
 
 def test_logits_without_a_mask(case):

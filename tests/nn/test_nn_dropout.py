@@ -13,7 +13,7 @@ P, SHAPE = 0.1, (512, 256)
 def draws(seed: int, steps: int) -> np.ndarray:
     """[steps, t, h], True where a number was dropped."""
     ms.set_seed(seed)
-    cell = DropoutKernel(P).set_train(True)
+    cell = DropoutKernel(P, 64).set_train(True)
     ones = Tensor(np.ones(SHAPE, np.float32))
     outs = np.stack([cell(ones).asnumpy() for _ in range(steps)])
     assert np.unique(outs).tolist() == pytest.approx([0.0, 1 / (1 - P)])
@@ -40,5 +40,5 @@ def test_the_draws(graph_mode):
 
 def test_nothing_is_dropped_outside_training(graph_mode):
     ones = Tensor(np.ones(SHAPE, np.float32))
-    np.testing.assert_array_equal(DropoutKernel(P).set_train(False)(ones).asnumpy(), 1)
-    np.testing.assert_array_equal(DropoutKernel(0.0).set_train(True)(ones).asnumpy(), 1)
+    np.testing.assert_array_equal(DropoutKernel(P, 64).set_train(False)(ones).asnumpy(), 1)
+    np.testing.assert_array_equal(DropoutKernel(0.0, 64).set_train(True)(ones).asnumpy(), 1)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from mindspore import Tensor
 
-from lora_ms.nn.head_layout import SwapKernel
+from lora_ms.ops.portable import SwapAxes
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 5, 4), (1, 6, 2, 4)])
@@ -14,7 +14,7 @@ def test_two_axes_change_places_and_the_gradient_comes_back(graph_mode, shape):
     rng = np.random.default_rng(0)
     x, weight = (rng.standard_normal(shape, np.float32) for _ in range(2))
     swapped = weight.transpose((0, 2, 1, 3)).reshape(-1, d)
-    kernel = SwapKernel()
+    kernel = SwapAxes()
 
     def weighted(flat):
         out = kernel(flat, batch, rows, columns)

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from mindspore import Tensor, nn
 
-from lora_ms.nn.attention import Attention, attention_bias
-from lora_ms.ops.portable import AttentionKernel, ColumnScaleKernel, LowRankKernel, RMSNormKernel, RotaryKernel
+from lora_ms.nn.attention import Attention
+from lora_ms.ops.portable import Rotary, SoftmaxAttention
 
 pytestmark = pytest.mark.usefixtures("graph_mode")
 
@@ -29,24 +29,24 @@ def random(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng([seed, *shape]).standard_normal(shape, np.float32)
 
 
-def attend(q, k, v, bias):
-    scores = q @ k.transpose(0, 2, 1) + bias
+def attend(q, k, v, visible):
+    scores = q @ k.transpose(0, 2, 1) + visible
     probs = np.exp(scores - scores.max(-1, keepdims=True))
     return probs / probs.sum(-1, keepdims=True) @ v
 
 
 def test_attention_and_its_gradients(gradients, numerical_gradient):
-    """Two rows of each product share a head; the bias forbids what lies ahead."""
+    """Two rows of each product share a head; keys that lie ahead are hidden."""
     q, k, v, weights = random(2, 6, 4), random(2, 3, 4, seed=1), random(2, 3, 5, seed=2), random(2, 6, 5, seed=3)
-    bias = np.tile(np.where(np.tri(3), 0, -1e9), (2, 2, 1)).astype(np.float32)
-    value, grads = gradients(Weighted(AttentionKernel(), weights, first=True), (0, 1, 2), q, k, v, bias)
-    np.testing.assert_allclose(value, (attend(q, k, v, bias) * weights).sum(), rtol=1e-5)
+    visible = np.tile(np.where(np.tri(3), 0, -1e9), (2, 2, 1)).astype(np.float32)
+    value, grads = gradients(Weighted(SoftmaxAttention(), weights, first=True), (0, 1, 2), q, k, v, visible)
+    np.testing.assert_allclose(value, (attend(q, k, v, visible) * weights).sum(), rtol=1e-5)
     arrays = [q, k, v]
     for place, found in enumerate(grads):
 
         def number(x, place=place):
             wide = [x if i == place else a.astype(np.float64) for i, a in enumerate(arrays)]
-            return (attend(*wide, bias) * weights).sum()
+            return (attend(*wide, visible) * weights).sum()
 
         np.testing.assert_allclose(found, numerical_gradient(number, arrays[place]), rtol=0, atol=2e-6)
 
@@ -63,14 +63,14 @@ def test_rotation_and_its_gradient(gradients, numerical_gradient):
     x, weights, angles = random(5, 6), random(5, 6, seed=1), random(5, 3, seed=2)
     cos = np.concatenate((np.cos(angles), np.cos(angles)), -1)
     sin = np.concatenate((-np.sin(angles), np.sin(angles)), -1)
-    output = RotaryKernel(6)(Tensor(x), Tensor(cos), Tensor(sin)).asnumpy()
+    output = Rotary(6)(Tensor(x), Tensor(cos), Tensor(sin)).asnumpy()
     np.testing.assert_allclose(output, rotate(x, angles), rtol=0, atol=1e-6)
-    _, (found,) = gradients(Weighted(RotaryKernel(6), weights), (0,), x, cos, sin)
+    _, (found,) = gradients(Weighted(Rotary(6), weights), (0,), x, cos, sin)
     wanted = numerical_gradient(lambda y: (rotate(y, angles.astype(np.float64)) * weights).sum(), x)
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-6)
 
 
-def test_norm_and_its_gradients(gradients, numerical_gradient):
+def test_norm_and_its_gradients(gradients, numerical_gradient, operators):
     """The small rows make eps count."""
     eps = 1e-3
     x, gain, weights = random(4, 6), random(6, seed=1), random(4, 6, seed=2)
@@ -81,22 +81,21 @@ def test_norm_and_its_gradients(gradients, numerical_gradient):
         return y / np.sqrt((y * y).mean(-1, keepdims=True) + eps) * g
 
     wide_x, wide_gain = x.astype(np.float64), gain.astype(np.float64)
-    output = RMSNormKernel(eps)(Tensor(x), Tensor(gain)).asnumpy()
+    output = operators.rms_norm(eps)(Tensor(x), Tensor(gain)).asnumpy()
     np.testing.assert_allclose(output, norm(wide_x, wide_gain), rtol=0, atol=2e-6)
-    _, (d_x, d_gain) = gradients(Weighted(RMSNormKernel(eps), weights), (0, 1), x, gain)
+    _, (d_x, d_gain) = gradients(Weighted(operators.rms_norm(eps), weights), (0, 1), x, gain)
     want_x = numerical_gradient(lambda y: (norm(y, wide_gain) * weights).sum(), x)
     want_gain = numerical_gradient(lambda g: (norm(wide_x, g) * weights).sum(), gain)
     np.testing.assert_allclose(d_x, want_x, rtol=1e-5, atol=2e-5)
     np.testing.assert_allclose(d_gain, want_gain, rtol=0, atol=2e-6)
 
 
-def test_low_rank_update_and_its_gradients(gradients, numerical_gradient):
+def test_low_rank_update_and_its_gradients(gradients, numerical_gradient, operators):
     x, a, b, weights = random(5, 6), random(2, 6, seed=1), random(4, 2, seed=2), random(5, 4, seed=3)
     scaling = np.float32(1.5)
-    update, low = LowRankKernel()(Tensor(x), Tensor(a), Tensor(b), Tensor(scaling))
-    np.testing.assert_allclose(low.asnumpy(), 1.5 * x @ a.T, rtol=0, atol=1e-5)
+    update = operators.low_rank_update()(Tensor(x), Tensor(a), Tensor(b), Tensor(scaling))
     np.testing.assert_allclose(update.asnumpy(), 1.5 * x @ a.T @ b.T, rtol=0, atol=1e-5)
-    _, grads = gradients(Weighted(LowRankKernel(), weights, first=True), (0, 1, 2), x, a, b, scaling)
+    _, grads = gradients(Weighted(operators.low_rank_update(), weights), (0, 1, 2), x, a, b, scaling)
     arrays = [x, a, b]
     for place, found in enumerate(grads):
 
@@ -107,36 +106,30 @@ def test_low_rank_update_and_its_gradients(gradients, numerical_gradient):
         np.testing.assert_allclose(found, numerical_gradient(number, arrays[place]), rtol=0, atol=2e-5)
 
 
-def test_scaled_columns_and_their_gradients(gradients):
+def test_scaled_columns_and_their_gradients(gradients, operators):
     """y = x diag(s): dx = dy diag(s), ds = the columns' sums of dy * x."""
     x, scale, weights = random(5, 3), random(3, seed=1), random(5, 3, seed=2)
-    np.testing.assert_allclose(ColumnScaleKernel()(Tensor(x), Tensor(scale)).asnumpy(), x * scale, rtol=0, atol=1e-6)
-    _, (d_x, d_scale) = gradients(Weighted(ColumnScaleKernel(), weights), (0, 1), x, scale)
+    scaled = operators.column_scale()(Tensor(x), Tensor(scale)).asnumpy()
+    np.testing.assert_allclose(scaled, x * scale, rtol=0, atol=1e-6)
+    _, (d_x, d_scale) = gradients(Weighted(operators.column_scale(), weights), (0, 1), x, scale)
     np.testing.assert_allclose(d_x, weights * scale, rtol=0, atol=1e-6)
     np.testing.assert_allclose(d_scale, (weights * x).sum(0), rtol=0, atol=1e-5)
 
 
-NO = -1e9
-
-
-def test_bias_of_full_rows():
-    """One key/value head for two query heads: the table stands twice under each other."""
-    bias = attention_bias(Tensor(np.ones((2, 3), np.int32)), 2, 3, 2, 1)
-    row = [[0, NO, NO], [0, 0, NO], [0, 0, 0]]
-    np.testing.assert_array_equal(bias.asnumpy(), np.array([row + row, row + row], np.float32))
-
-
-def test_bias_of_padded_rows():
-    """Padding on the left, then on the right. No entry is below -1e9, so that a row of padding is finite."""
-    bias = attention_bias(Tensor(np.array([[0, 1, 1], [1, 1, 0]], np.int32)), 2, 3, 2, 2)
-    left, right = [[NO, NO, NO], [NO, 0, NO], [NO, 0, 0]], [[0, NO, NO], [0, 0, NO], [0, 0, NO]]
-    np.testing.assert_array_equal(bias.asnumpy(), np.array([left, left, right, right], np.float32))
-
-
-def test_grouped_heads():
+def test_grouped_heads(operators):
     """Four query heads on two key/value heads: heads 0 and 1 on the first, 2 and 3 on the second."""
     batch, seq, heads, kv_heads, d, hidden = 2, 3, 4, 2, 4, 5
-    layer = Attention(hidden, heads, kv_heads, d, False, None, flash_attention=False, dtype=ms.float32)
+    layer = Attention(
+        hidden_size=hidden,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=d,
+        qkv_bias=False,
+        qk_norm_eps=None,
+        flash_attention=False,
+        dtype=ms.float32,
+        operators=operators,
+    )
     weights = {
         "q": random(heads * d, hidden),
         "k": random(kv_heads * d, hidden),
@@ -149,8 +142,9 @@ def test_grouped_heads():
     # tables that rotate by nothing; the query's carry 1/sqrt(d)
     tables = ((heads, d**-0.5), (heads, 0), (kv_heads, 1), (kv_heads, 0))
     rope = tuple(Tensor(np.full((batch * seq * n, d), number, np.float32)) for n, number in tables)
-    bias = attention_bias(Tensor(np.ones((batch, seq), np.int32)), batch, seq, heads, kv_heads)
-    found = layer(Tensor(x), rope, bias).asnumpy()
+    sizes = {"num_heads": heads, "num_kv_heads": kv_heads}
+    visible = operators.visibility(**sizes, dtype=ms.float32, flash=False)(Tensor(np.zeros((batch, seq), np.int32)))
+    found = layer(Tensor(x), rope, visible).asnumpy()
     wanted = np.zeros((batch, seq, heads * d))
     rows = x.reshape(batch, seq, hidden).astype(np.float64)
     for row in range(batch):

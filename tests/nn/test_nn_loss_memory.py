@@ -9,7 +9,7 @@ CHILD = """
 import numpy as np, mindspore as ms
 from mindspore import Tensor
 from lora_ms.nn.loss import SummedCrossEntropy
-from lora_ms.train.step import CHUNK_NUMBERS
+from lora_ms.train.parts import CHUNK_NUMBERS
 
 ms.set_context(mode=ms.GRAPH_MODE, device_target="CPU")
 rng = np.random.default_rng(0)

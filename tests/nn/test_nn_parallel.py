@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from mindspore import Parameter, Tensor
 
-from lora_ms.adapters.config import LoraConfig
 from lora_ms.adapters.inject import inject
+from lora_ms.adapters.methods.lora import LoraConfig
 from lora_ms.adapters.peft_format import adapter_tensors, read_tensors, save_adapter
 from lora_ms.models.hub import load_directory
 from lora_ms.nn.parallel import WHOLE, Shard, split_axis

@@ -4,7 +4,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor
 
-from lora_ms.ops.portable import RowMask
+from lora_ms.ops import ascend, portable
 
 POSITIONS = np.array([[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 4, 5], [0, 0, 1, 0, 1, 2]], np.int32)
 
@@ -22,19 +22,18 @@ def test_the_table_of_one_line():
     ]  # fmt: skip
 
 
-def test_all_forms_say_the_same(graph_mode, own):
+def test_all_forms_say_the_same(native):
     num_heads, num_kv_heads = 4, 2
     wanted = np.stack([visible(line) for line in POSITIONS])
-    bias = RowMask(num_heads, num_kv_heads, fused=False)(Tensor(POSITIONS))
-    if own:
-        assert bias.dtype == ms.int32
-        np.testing.assert_array_equal(bias.asnumpy(), wanted.argmax(-1))
-        return
+    first = Tensor(np.arange(6, dtype=np.int32) - POSITIONS)
+    np.testing.assert_array_equal(first.asnumpy(), wanted.argmax(-1))
+    np.testing.assert_array_equal(native.visibility()(first).asnumpy(), first.asnumpy())
+    bias = portable.ScoreMask(num_heads, num_kv_heads)(first)
     assert bias.shape == (3 * num_kv_heads, 2 * 6, 6) and bias.dtype == ms.float32
     for line, block in zip(wanted, bias.asnumpy().reshape(3, num_heads, 6, 6), strict=True):
         for head in block:
             np.testing.assert_array_equal(head == 0, line)
             assert set(np.unique(head)) <= {np.float32(-1e9), np.float32(0)}
-    fused = RowMask(num_heads, num_kv_heads, fused=True)(Tensor(POSITIONS))
+    fused = ascend.FlashMask(num_heads, num_kv_heads)(first)
     assert fused.shape == (3, 1, 6, 6) and fused.dtype == ms.uint8
     np.testing.assert_array_equal(fused.asnumpy()[:, 0] == 0, wanted)

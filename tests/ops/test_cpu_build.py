@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_ms.ops import native as operators
+from lora_ms.ops import PORTABLE
 from lora_ms.runtime import device as runtime
 from lora_ms.runtime import native_build as cpu
 
@@ -38,17 +38,13 @@ def test_a_library_is_compiled_once(cache):
 def test_without_a_compiler_a_run_goes_on_with_mindspores_operators(cache, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert cpu.build() == (None, "there is no C++ compiler (no-such-compiler)")
-    before = operators._library
-    try:
-        _, notices = runtime.setup("CPU")
-        assert not operators.there()
-        assert notices == [
-            "our own operators for the CPU could not be compiled, so a step takes longer: "
-            "there is no C++ compiler (no-such-compiler)"
-        ]
-        assert runtime.setup("CPU", cpu_operators=False)[1] == []
-    finally:
-        operators.use(before)
+    found, notices = runtime.setup("CPU")
+    assert found.operators is PORTABLE
+    assert notices == [
+        "our own operators for the CPU could not be compiled, so a step takes longer: "
+        "there is no C++ compiler (no-such-compiler)"
+    ]
+    assert runtime.setup("CPU", cpu_operators=False)[1] == []
 
 
 def test_a_compiler_that_fails_is_quoted_and_leaves_nothing(cache, tmp_path, monkeypatch):

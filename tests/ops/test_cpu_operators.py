@@ -94,19 +94,19 @@ def test_every_number_of_float16_is_widened_exactly(call):
 def test_norm(call, n):
     x, weight, eps, d_y = normal(37, n), normal(n), np.array([1e-5], np.float32), normal(37, n)
     scale = 1 / np.sqrt((x.astype(float) ** 2).mean(1, keepdims=True) + 1e-5)
-    close(call("norm", [x, weight, eps], [x.shape])[0], x * scale * weight)
+    close(call("rms_norm", [x, weight, eps], [x.shape])[0], x * scale * weight)
     g = d_y.astype(float) * weight
     wanted = scale * g - x * scale**3 * (g * x).mean(1, keepdims=True)
-    close(call("norm_gradient", [x, weight, eps, d_y], [x.shape])[0], wanted)
-    close(call("norm_weight_gradient", [x, eps, d_y], [(n,)])[0], (scale * x * d_y).sum(0))
+    close(call("rms_norm_gradient", [x, weight, eps, d_y], [x.shape])[0], wanted)
+    close(call("rms_norm_weight_gradient", [x, eps, d_y], [(n,)])[0], (scale * x * d_y).sum(0))
 
 
 def test_gated(call):
     gate, up, d_y = 8 * normal(37, 67), normal(37, 67), normal(37, 67)
     gate[0, :4] = -200, -88, 88, 200
     sigmoid = 1 / (1 + np.exp(-gate.astype(float)))
-    close(call("gated", [gate, up], [gate.shape])[0], gate * sigmoid * up)
-    d_gate, d_up = call("gated_gradient", [gate, up, d_y], [gate.shape, gate.shape])
+    close(call("gated_silu", [gate, up], [gate.shape])[0], gate * sigmoid * up)
+    d_gate, d_up = call("gated_silu_gradient", [gate, up, d_y], [gate.shape, gate.shape])
     close(d_gate, d_y * up * (sigmoid + gate * sigmoid * (1 - sigmoid)))
     close(d_up, d_y * gate * sigmoid)
 
@@ -131,11 +131,11 @@ def test_cross_entropy(call, v):
 def test_an_adapted_product(call, tokens, width, out, rank):
     x, w, a, b = normal(tokens, width), normal(out, width), normal(rank, width), normal(out, rank)
     grad, scaling = normal(tokens, out), np.array(1.5, np.float32)
-    y, low = call("adapted", [x, w, a, b, scaling], [(tokens, out), (tokens, rank)])
+    y, low = call("adapted_product", [x, w, a, b, scaling], [(tokens, out), (tokens, rank)])
     wanted = 1.5 * x.astype(float) @ a.T
     close(low, wanted, 1e-4)
     close(y, x.astype(float) @ w.T + wanted @ b.T, 2e-4)
-    found = call("adapted_gradient", [grad, x, low, b, scaling], [(tokens, rank), a.shape, b.shape])
+    found = call("adapted_product_gradient", [grad, x, low, b, scaling], [(tokens, rank), a.shape, b.shape])
     d_low = 1.5 * grad.astype(float) @ b
     for one, other in zip(found, (d_low, d_low.T @ x, grad.T @ wanted), strict=True):
         close(one, other, 5e-4)
@@ -149,15 +149,15 @@ def test_an_adapted_product_with_dropout(call, tokens, width, out, rank):
     turns = (8 + 32 * rows) * (8 + 32 * columns)  # in float32, as the draws are
     kept = (turns - np.floor(turns) >= rate[0]) / 0.7
     more = [rows, columns, rate]
-    y, low = call("adapted", [x, w, a, b, scaling, *more], [(tokens, out), (tokens, rank)])
+    y, low = call("adapted_product", [x, w, a, b, scaling, *more], [(tokens, out), (tokens, rank)])
     wanted = 1.5 * (x * kept) @ a.T
     close(low, wanted, 1e-4)
     close(y, x.astype(float) @ w.T + wanted @ b.T, 3e-4)
-    found = call("adapted_gradient", [grad, x, low, b, scaling, *more], [(tokens, rank), a.shape, b.shape])
+    found = call("adapted_product_gradient", [grad, x, low, b, scaling, *more], [(tokens, rank), a.shape, b.shape])
     d_low = 1.5 * grad.astype(float) @ b
     for one, other in zip(found, (d_low, d_low.T @ (x * kept), grad.T @ wanted), strict=True):
         close(one, other, 5e-4)
-    d_x = call("dropped_gradient", [grad, w, found[0], a, *more], [x.shape])[0]
+    d_x = call("adapted_product_input_gradient", [grad, w, found[0], a, *more], [x.shape])[0]
     close(d_x, grad.astype(float) @ w + (d_low @ a) * kept, 5e-4)
 
 
@@ -239,7 +239,7 @@ def test_attention_to_a_cache(call, b, length, heads, kv_heads, d, slot):
     keys[:, : slot + 1], values[:, : slot + 1] = key, value
     newest = [x.reshape(b, slot + 1, -1)[:, -1] for x in (cos, sin)]
     spread = [np.repeat(x, kv_heads, 0).astype(np.float32) for x in newest]
-    out = call("attend_cache", [q, keys, values, *spread, first, np.array([slot, 0], np.int32)], [q.shape])[0]
+    out = call("cached_attention", [q, keys, values, *spread, first, np.array([slot, 0], np.int32)], [q.shape])[0]
     query = rotated(q, heads, *newest).reshape(b * kv_heads, heads // kv_heads, d) / np.sqrt(d)
     hidden = np.arange(slot + 1)[None] < np.repeat(first, kv_heads, 0)
     probs = np.exp(np.where(hidden[:, None], -np.inf, np.einsum("ngd,njd->ngj", query, key)))

@@ -64,13 +64,13 @@ def train(graph_mode, reference, rows, settings) -> Callable[..., Finished]:
     """Trains LoRA on qwen2 (or ``name``): ``train(folder, dropout=…, plan={…}, prepare=…, **settings)``.
 
     plan: fields of the DataPlan to replace. prepare: called with the model before the run. callbacks: the run's.
-    held_out: rows to evaluate. sample: the Evaluator's.
+    held_out: rows to evaluate. sample: the Evaluator's. hooks: StepHooks.
     """
     import mindspore as ms
     from safetensors.numpy import load_file
 
-    from lora_ms.adapters.config import LoraConfig
     from lora_ms.adapters.inject import inject
+    from lora_ms.adapters.methods.lora import LoraConfig
     from lora_ms.data.store import TokenStore
     from lora_ms.models.hub import load_directory
     from lora_ms.recipes.outputs import weights_of
@@ -80,7 +80,7 @@ def train(graph_mode, reference, rows, settings) -> Callable[..., Finished]:
 
     def run(
         path, dropout=0.0, plan=None, prepare=None, name="qwen2", dtype=ms.float32, data=rows, callbacks=(),
-        held_out=None, sample=None, **changes,
+        held_out=None, sample=None, hooks=(), **changes,
     ):  # fmt: skip
         path.mkdir(parents=True, exist_ok=True)
         chosen = settings(path, **changes)
@@ -97,7 +97,10 @@ def train(graph_mode, reference, rows, settings) -> Callable[..., Finished]:
         if held_out is not None:
             evaluator = Evaluator(model, held_out_plan(TokenStore.of(held_out), 4, None, 16, here), 128, here, sample)
         weights = weights_of(model, config, None)
-        outcome = fit(model, data_plan, chosen, here, weights, 128, dtype, None, evaluator, callbacks)
+        outcome = fit(
+            model, data_plan, chosen, here, weights,
+            vocab_size=128, dtype=dtype, hooks=hooks, evaluator=evaluator, callbacks=callbacks,
+        )  # fmt: skip
         return Finished(path, outcome, untimed(path), load_file(path / "adapter" / "adapter_model.safetensors"))
 
     return run

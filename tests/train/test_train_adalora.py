@@ -4,21 +4,10 @@ import numpy as np
 import pytest
 from mindspore import Tensor
 
-from lora_ms.adapters.config import AdaLoraConfig
-from lora_ms.adapters.inject import freeze, inject, lora_layers
-from lora_ms.adapters.methods.adalora_cells import Orthogonality, Span
-from lora_ms.adapters.methods.adalora_ranks import (
-    RankAllocator,
-    best,
-    budget,
-    is_cut,
-    last_cut,
-    plain_lora,
-    save_plain_lora,
-    scheduled,
-    triplet_scores,
-)
-from lora_ms.adapters.peft_format import load_adapter, save_adapter
+from lora_ms.adapters.inject import adapted_layers, freeze, inject
+from lora_ms.adapters.methods.adalora import AdaLoraConfig, best, triplet_scores
+from lora_ms.adapters.methods.adalora_cells import Orthogonality, RankAllocator, Span
+from lora_ms.adapters.peft_format import load_adapter, save_adapter, save_as_lora, stored_tensors
 from lora_ms.errors import LoraMsError
 from lora_ms.models.hub import load_directory
 
@@ -27,8 +16,8 @@ TRACE = AdaLoraConfig(4, 4, target_rank=2, tinit=2, tfinal=3, delta_t=2, total_s
 
 def test_the_budget_is_pefts(golden):
     wanted = golden("trace_adalora_qwen2")["budget"].tolist()
-    assert [budget(TRACE, 6, step) for step in range(12)] == wanted
-    assert [step for step in range(12) if is_cut(TRACE, step)] == [4, 6, 8, 9]
+    assert [TRACE.budget(6, step) for step in range(12)] == wanted
+    assert [step for step in range(12) if TRACE.is_cut(step)] == [4, 6, 8, 9]
 
 
 @pytest.mark.parametrize(
@@ -37,15 +26,15 @@ def test_the_budget_is_pefts(golden):
      (100, None, 1, (10, 1)), (100, 40, 59, (40, 59))],
 )  # fmt: skip
 def test_shares_of_the_run(total, tinit, tfinal, found):
-    config = scheduled(AdaLoraConfig(4, 4, target_rank=2), total, tinit, tfinal)
+    config = AdaLoraConfig(4, 4, target_rank=2, tinit=tinit, tfinal=tfinal).for_run(total)
     assert (config.tinit, config.tfinal, config.total_steps) == (*found, total)
-    assert budget(config, 5, last_cut(config)) == 10 and is_cut(config, last_cut(config))
+    assert config.budget(5, config.last_cut) == 10 and config.is_cut(config.last_cut)
 
 
 @pytest.mark.parametrize(("total", "tinit", "tfinal"), [(10, 5, 5), (1, None, None), (4, 9, None)])
 def test_a_run_too_short_to_cut(total, tinit, tfinal):
     with pytest.raises(LoraMsError, match=rf"leave no step of {total} for ranks to fall in"):
-        scheduled(AdaLoraConfig(4, 4, target_rank=2), total, tinit, tfinal)
+        AdaLoraConfig(4, 4, target_rank=2, tinit=tinit, tfinal=tfinal).for_run(total)
 
 
 def test_triplets_are_scored_by_hand():
@@ -97,8 +86,9 @@ def cut_model(graph_mode, reference):
     config = AdaLoraConfig(4, 6.0, target_rank=2, target_modules=("q_proj", "v_proj", "down_proj"), total_steps=9)
     inject(model, config)
     allocator = RankAllocator(model, config)
-    allocator.cells(model.trainable_params())
-    rng, layers = np.random.default_rng(2), lora_layers(model)
+    allocator.objectives(model.trainable_params())
+    allocator.observer(model.trainable_params())
+    rng, layers = np.random.default_rng(2), adapted_layers(model)
     for layer in layers.values():
         for parameter in layer.tensors().values():
             parameter.set_data(Tensor(rng.standard_normal(parameter.shape).astype(np.float32) * 0.3))
@@ -109,14 +99,14 @@ def cut_model(graph_mode, reference):
 
 def test_nothing_is_left_out_before_it_is_zero(cut_model):
     model, allocator = cut_model
-    layer = next(iter(lora_layers(model).values()))
+    layer = next(iter(adapted_layers(model).values()))
     assert layer.lora_e.asnumpy()[1] != 0
     assert allocator.config().kept == {}
     allocator.cut()
     np.testing.assert_array_equal(layer.lora_e.asnumpy()[1:3], 0)
     assert (layer.lora_e.asnumpy()[[0, 3]] != 0).all()
     assert [sum(mask) for mask in allocator.config().kept.values()] == [2, 0, 1, 1, 2, 1]
-    assert allocator.line() == "ranks: 0 to 2, 1.17 on average, 7 in all"
+    assert allocator.summary() == "ranks: 0 to 2, 1.17 on average, 7 in all"
 
 
 def test_adalora_and_plain_lora_on_disk_compute_the_same(cut_model, reference, golden, tmp_path):
@@ -127,7 +117,7 @@ def test_adalora_and_plain_lora_on_disk_compute_the_same(cut_model, reference, g
     base = load_directory(reference / "models" / "qwen2")
     assert np.abs(base(input_ids).asnumpy() - wanted).mean() > 0.05
     save_adapter(model, tmp_path / "adapter", config)
-    save_plain_lora(model, tmp_path / "plain", config, None)
+    assert save_as_lora(model, tmp_path / "plain", config)
     for folder in ("adapter", "plain"):
         other = load_directory(reference / "models" / "qwen2")
         load_adapter(other, tmp_path / folder)
@@ -137,12 +127,12 @@ def test_adalora_and_plain_lora_on_disk_compute_the_same(cut_model, reference, g
 def test_plain_lora_scales_all_modules_alike(cut_model):
     model, allocator = cut_model
     allocator.cut()
-    _, found, tensors = plain_lora(model, allocator.config())
-    assert sorted(place.lora_rank for place in found.places.values()) == [1, 1, 1, 2, 2]
-    assert {place.lora_alpha / place.lora_rank for place in found.places.values()} == {1.5}
-    empty = set(lora_layers(model)) - set(found.places)
-    assert len(empty) == 1 and empty < set(found.plain)
-    assert len(tensors) == 10 and not any(name in key for key in tensors for name in empty)
+    config = allocator.config()
+    _, specs, tensors = config.as_lora(stored_tensors(model, config))
+    assert sorted(spec.lora_rank for spec in specs.values()) == [1, 1, 1, 2, 2]
+    assert {spec.lora_alpha / spec.lora_rank for spec in specs.values()} == {1.5}
+    assert len(set(adapted_layers(model)) - set(specs)) == 1
+    assert tensors.keys() == specs.keys()
 
 
 def test_a_frozen_factor_is_refused(graph_mode, reference):
@@ -151,7 +141,7 @@ def test_a_frozen_factor_is_refused(graph_mode, reference):
     inject(model, config)
     freeze(model, ["*layers.1*lora_e"])
     with pytest.raises(LoraMsError) as caught:
-        RankAllocator(model, config).cells(model.trainable_params())
+        RankAllocator(model, config).objectives(model.trainable_params())
     assert str(caught.value) == (
         "AdaLoRA trains A, B and E of every module, and model.layers.1.self_attn.q_proj is frozen in part"
     )

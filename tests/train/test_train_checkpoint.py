@@ -10,14 +10,15 @@ from safetensors.numpy import load_file
 
 from lora_ms.errors import LoraMsError
 from lora_ms.train import checkpoint
-from lora_ms.train.optimizer import FlatAdamW
+from lora_ms.train.optimizer import FlatAdamW, LossScaling
 
 pytestmark = pytest.mark.usefixtures("graph_mode")
 STATE = {"rows": 48, "rows_per_step": 8, "seed": 7, "trainable_numbers": 10}
 
 
 def optimizer(seed: int | None = None) -> FlatAdamW:
-    made = FlatAdamW([Parameter(Tensor(np.ones((2, 5), np.float32)), name="w")], loss_scale=1024.0)
+    weight = Parameter(Tensor(np.ones((2, 5), np.float32)), name="w")
+    made = FlatAdamW([weight], loss_scaling=LossScaling(1024.0, dynamic=False))
     if seed is not None:
         rng = np.random.default_rng(seed)
         for parameter in made.state().values():

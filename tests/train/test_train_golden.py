@@ -5,14 +5,14 @@ import numpy as np
 import pytest
 from mindspore import Tensor
 
-from lora_ms.adapters.config import LoraConfig
-from lora_ms.adapters.inject import inject, lora_layers
+from lora_ms.adapters.inject import adapted_layers, inject
+from lora_ms.adapters.methods.lora import LoraConfig
 from lora_ms.data.collate import collate
 from lora_ms.data.example import TokenRow
 from lora_ms.models.hub import load_directory
-from lora_ms.train.layerwise import LayerwiseStep
+from lora_ms.train.gradient import MicroStep
 from lora_ms.train.optimizer import FlatAdamW
-from lora_ms.train.step import MicroStep, SummedLoss
+from lora_ms.train.parts import SummedLoss
 
 pytestmark = pytest.mark.usefixtures("graph_mode")
 PREFIX = "base_model.model."
@@ -32,23 +32,25 @@ def gradients(optimizer: FlatAdamW, label_tokens: int) -> list[np.ndarray]:
 
 @pytest.fixture(
     scope="module",
-    params=[("qwen2", MicroStep), ("llama3", MicroStep), ("full_qwen2", MicroStep), ("full_qwen2", LayerwiseStep)],
-    ids=lambda param: f"{param[0]}-{param[1].__name__}",
+    params=[("qwen2", False), ("llama3", False), ("full_qwen2", False), ("full_qwen2", True)],
+    ids=lambda param: f"{param[0]}-{'recomputed' if param[1] else 'kept'}",
 )
-def trace(request, reference, golden, own):
+def trace(request, reference, golden, operators):
     """(reference values, our losses, norms, first gradients, final weights), names as torch has them."""
-    kind, step_class = request.param
+    kind, recompute = request.param
     full = kind.startswith("full_")
     z = golden(f"trace_{kind}")
-    model = load_directory(reference / "models" / kind.removeprefix("full_"))
+    model = load_directory(reference / "models" / kind.removeprefix("full_"), operators=operators)
     if not full:
         inject(model, LoraConfig(4, 8.0, 0.0, "all-linear"))
-        for name, layer in lora_layers(model).items():
+        for name, layer in adapted_layers(model).items():
             layer.lora_a.set_data(Tensor(z[f"initial/{PREFIX}{name}.lora_A.weight"]))
     model.set_train()
     params = {torch_name(name, full): p for name, p in model.parameters_and_names() if p.requires_grad}
-    optimizer = FlatAdamW(list(params.values()), weight_decay=0.1, max_grad_norm=float(z["max_grad_norm"]))
-    micro_step = step_class(SummedLoss(model, 128), optimizer)
+    optimizer = FlatAdamW(
+        list(params.values()), weight_decay=0.1, max_grad_norm=float(z["max_grad_norm"]), operators=operators
+    )
+    micro_step = MicroStep(SummedLoss(model, 128), optimizer, recompute)
     losses, norms, first = [], [], {}
     for step in range(len(z["loss"])):
         label_tokens, total = int(z["label_tokens"][step].sum()), 0.0

@@ -53,7 +53,12 @@ def test_rates_and_decays_against_float64(graph_mode):
     params = {name: Parameter(Tensor(v), name=name) for name, v in zip(shapes, values, strict=True)}
     rates, decays = rates_and_decays(params, [Group("w", 0.02, 0.3), Group("b", 0.005, 0.7)], 0.01, 0.1)
     optimizer = FlatAdamW(
-        list(params.values()), (beta1, beta2), eps, max_grad_norm=None, rate_factors=rates, decays=decays
+        list(params.values()),
+        betas=(beta1, beta2),
+        eps=eps,
+        weight_decay=decays,
+        rate_factors=rates,
+        max_grad_norm=None,
     )
     spread = [6, 4, 4]
     rate, decay = np.repeat([0.02, 0.005, 0.01], spread), np.repeat([0.3, 0.0, 0.1], spread)

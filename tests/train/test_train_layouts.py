@@ -5,15 +5,16 @@ import numpy as np
 import pytest
 from mindspore import Tensor
 
-from lora_ms.adapters.config import LoraConfig
 from lora_ms.adapters.inject import inject
+from lora_ms.adapters.methods.lora import LoraConfig
 from lora_ms.data.collate import collate
 from lora_ms.data.example import TokenRow
 from lora_ms.data.loader import DataPlan
 from lora_ms.data.packing import Layout, Shape
 from lora_ms.models.hub import load_directory
+from lora_ms.train.gradient import MicroStep
 from lora_ms.train.optimizer import FlatAdamW
-from lora_ms.train.step import MicroStep, SummedLoss
+from lora_ms.train.parts import SummedLoss
 
 pytestmark = pytest.mark.usefixtures("graph_mode")
 KINDS = ("padded", "bucketed", "packed")
@@ -60,10 +61,10 @@ def summed(request, reference, uneven):
 def test_the_layouts_differ(summed):
     lines = {kind: [batch.input_ids.shape for batch in summed[kind][0]] for kind in KINDS}
     assert lines["padded"] == [(8, 48), (8, 48)] and lines["bucketed"] == [(8, 16), (8, 48)]
-    fed = sum(batch.fed for batch in summed["packed"][0])
-    assert len({batch.fed for batch in summed["packed"][0]}) and sum(
+    input_tokens = sum(batch.input_tokens for batch in summed["packed"][0])
+    assert len({batch.input_tokens for batch in summed["packed"][0]}) and sum(
         shape[0] * shape[1] for shape in lines["packed"]
-    ) < min(2 * fed, 8 * 64)
+    ) < min(2 * input_tokens, 8 * 64)
 
 
 @pytest.mark.parametrize("kind", ["bucketed", "packed"])

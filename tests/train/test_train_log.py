@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from lora_ms.errors import LoraMsError
-from lora_ms.train.callbacks import Record
+from lora_ms.train.callbacks import StepRecord
 from lora_ms.train.log import Tee
 from lora_ms.train.report import Metrics, Progress, plot_loss, read_metrics
 
@@ -47,8 +47,11 @@ def test_nothing_is_written_before_a_place_is_named(tmp_path, capsys):
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
-def record(step: int) -> Record:
-    return Record(step, step / 4, 2.0 / step, 0.5, 1e-3, 100, 40, 1234.56, 0.081, 0.25, 300.0)
+def record(step: int) -> StepRecord:
+    return StepRecord(
+        step=step, epoch=step / 4, loss=2.0 / step, grad_norm=0.5, learning_rate=1e-3, tokens=100, label_tokens=40,
+        tokens_per_second=1234.56, step_time_s=0.081, wait_share=0.25, peak_memory_mb=300.0,
+    )  # fmt: skip
 
 
 def test_a_resumed_run_drops_the_records_after_its_checkpoint(tmp_path):

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 from mindspore import Parameter, Tensor, nn, ops
 
-from lora_ms.adapters.config import LoraConfig
 from lora_ms.adapters.inject import inject
+from lora_ms.adapters.methods.lora import LoraConfig
+from lora_ms.adapters.methods.training import rate_factors
 from lora_ms.models.hub import load_directory
-from lora_ms.train.optimizer import FlatAdamW, learning_rate, loraplus_factors
+from lora_ms.train.optimizer import FlatAdamW, LossScaling
+from lora_ms.train.schedule import learning_rate
 
 ROOT3 = math.sqrt(3)
 
@@ -54,7 +56,7 @@ def optimizer_of(values: dict[str, np.ndarray], **kwargs) -> FlatAdamW:
 
 def step(optimizer: FlatAdamW, grads: np.ndarray, rate: float = 0.1, label_tokens: float = 1.0) -> tuple[float, bool]:
     optimizer.grad.set_data(Tensor(grads.astype(np.float32)))
-    norm, finite = optimizer(Tensor(rate, ms.float32), Tensor(label_tokens, ms.float32))
+    norm, finite, *_ = optimizer(Tensor(rate, ms.float32), Tensor(label_tokens, ms.float32))
     return float(norm.asnumpy()), bool(finite.asnumpy())
 
 
@@ -111,7 +113,7 @@ def test_decay_acts_on_matrices_alone(graph_mode):
 
 
 def test_the_loss_scale_halves_on_overflow_and_grows_after_its_window(graph_mode):
-    optimizer = optimizer_of(parameters(), loss_scale=1024.0, dynamic_scale=True, scale_window=2, weight_decay=0.1)
+    optimizer = optimizer_of(parameters(), loss_scaling=LossScaling(1024.0, window=2), weight_decay=0.1)
     reference = optimizer_of(parameters(), weight_decay=0.1)
     state = optimizer.state()
 
@@ -151,7 +153,7 @@ def test_without_a_loss_scale_it_stays_at_one(graph_mode):
 
 
 def test_the_loss_scale_never_falls_below_one(graph_mode):
-    optimizer = optimizer_of(parameters(), loss_scale=2.0, dynamic_scale=True)
+    optimizer = optimizer_of(parameters(), loss_scaling=LossScaling(2.0))
     for _ in range(3):
         step(optimizer, np.full(14, np.inf))
     assert float(optimizer.loss_scale.asnumpy()) == 1.0
@@ -159,6 +161,8 @@ def test_the_loss_scale_never_falls_below_one(graph_mode):
 
 class Pull(nn.Cell):
     """Half the squared distance from 1, and its gradient."""
+
+    name = "distance"
 
     def construct(self, flat: Tensor) -> tuple[Tensor, Tensor]:
         return 0.5 * ops.square(flat - 1.0).sum(), flat - 1.0
@@ -182,12 +186,12 @@ class Witness(nn.Cell):
         return taken
 
 
-def test_rates_penalty_and_observer_against_float64(graph_mode):
-    """Each tensor at its own rate; the penalty is added to the mean gradient, before clipping."""
+def test_rates_objective_and_observer_against_float64(graph_mode):
+    """Each tensor at its own rate; the objective's is added to the mean gradient, before clipping."""
     beta1, beta2, eps, factors = 0.8, 0.95, 1e-6, np.repeat([1.0, 16.0, 0.0], [6, 4, 4])
     values, witness = parameters(), Witness(14)
     optimizer = optimizer_of(values, betas=(beta1, beta2), eps=eps, weight_decay=0.1, max_grad_norm=2.0,
-                             rate_factors=[1.0, 16.0, 0.0], penalty=Pull(), observer=witness)  # fmt: skip
+                             rate_factors=[1.0, 16.0, 0.0], objectives=[Pull()], observers=[witness])  # fmt: skip
     x = np.concatenate([value.ravel() for value in values.values()]).astype(np.float64)
     m, v, decay = np.zeros(14), np.zeros(14), 0.1 * np.repeat([1, 0, 1], [6, 4, 4])
     for number, rate in enumerate([0.01, 0.005, 0.02], start=1):
@@ -209,7 +213,7 @@ def test_rates_penalty_and_observer_against_float64(graph_mode):
 
 def test_a_step_that_is_not_taken_shows_so(graph_mode):
     witness = Witness(14)
-    optimizer = optimizer_of(parameters(), observer=witness, loss_scale=2.0, dynamic_scale=True)
+    optimizer = optimizer_of(parameters(), observers=[witness], loss_scaling=LossScaling(2.0))
     _, finite = step(optimizer, np.full(14, np.inf))
     assert not finite
     assert float(witness.taken.asnumpy()) == 0
@@ -221,8 +225,8 @@ def test_loraplus_groups_as_peft_has_them(reference):
     model = load_directory(reference / "models" / "qwen3")
     targets = ("q_proj", "embed_tokens")
     inject(model, LoraConfig(2, 4.0, target_modules=targets, use_dora=True, modules_to_save=("lm_head", "norm")))
-    params = model.trainable_params()
-    found = {p.name: f for p, f in zip(params, loraplus_factors(model, params, 16.0, 0.25), strict=True)}
+    by_name = rate_factors(model, 16.0, 0.25)
+    found = {name: by_name[name] for name, p in model.parameters_and_names() if p.requires_grad}
     q = "model.layers.0.self_attn.q_proj"
     assert {name: found[f"{q}.{name}"] for name in ("lora_a", "lora_b", "lora_magnitude")} == {
         "lora_a": 1.0, "lora_b": 16.0, "lora_magnitude": 16.0

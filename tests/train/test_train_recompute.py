@@ -4,10 +4,17 @@ import numpy as np
 import pytest
 
 from lora_ms.errors import LoraMsError
-from lora_ms.train import layerwise
-from lora_ms.train.layerwise import LAYERS, LayerwiseStep
-from lora_ms.train.optimizer import FlatAdamW
-from lora_ms.train.recompute import LayerGradients, recomputed_layers
+from lora_ms.models.decoder import DecoderConfig
+from lora_ms.train import shared_layers
+from lora_ms.train.gradient import MicroStep, recomputed_layers
+from lora_ms.train.optimizer import FlatAdamW, LossScaling
+from lora_ms.train.shared_layers import BLOCK_LAYERS
+
+
+def small(**changes) -> DecoderConfig:
+    sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "head_dim": 4}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "rope_theta": 1e4}
+    return DecoderConfig(**sizes, **changes)
 
 
 @pytest.mark.parametrize(
@@ -37,11 +44,10 @@ def tied(graph_mode, request):
     import mindspore as ms
     from mindspore import Tensor, ops
 
-    from lora_ms.models.decoder import DecoderConfig
     from lora_ms.models.hub import new_model
-    from lora_ms.train.step import SummedLoss
+    from lora_ms.train.parts import SummedLoss
 
-    sizes = DecoderConfig(40, 16, 24, 2, 4, 2, 4, 1e-6, 1e4, tie_word_embeddings=True, attention_bias=True)
+    sizes = small(num_hidden_layers=2, tie_word_embeddings=True, attention_bias=True)
     model = new_model(sizes, ms.float32, 0)
     for name, parameter in model.parameters_and_names():
         parameter.requires_grad = request.param in name
@@ -58,25 +64,22 @@ def tied(graph_mode, request):
 
 
 def test_gradients_with_one_layer_computed_again(tied):
-    import mindspore as ms
-    from mindspore import Parameter, Tensor
-
     loss, batch, params, value, gradients = tied
-    scale = Parameter(Tensor(2.0, ms.float32), name="scale", requires_grad=False)
-    found, twice = LayerGradients(loss, params, scale, [0])(*batch)
+    optimizer = FlatAdamW(list(params), loss_scaling=LossScaling(2.0, dynamic=False))
+    found = MicroStep(loss, optimizer, [0])(*batch)
     np.testing.assert_allclose(found.asnumpy(), value, rtol=1e-6)
     wanted = np.concatenate([2 * gradient.ravel() for gradient in gradients])
-    np.testing.assert_allclose(twice.asnumpy(), wanted, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(optimizer.grad.asnumpy(), wanted, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("block", [1, LAYERS])
+@pytest.mark.parametrize("block", [1, BLOCK_LAYERS])
 def test_gradients_block_by_block(tied, block, monkeypatch):
     """Two micro-batches; the layers have their own values afterwards."""
-    monkeypatch.setattr(layerwise, "LAYERS", block)
+    monkeypatch.setattr(shared_layers, "BLOCK_LAYERS", block)
     loss, batch, params, value, gradients = tied
     before = {name: parameter.asnumpy() for name, parameter in loss.parameters_and_names()}
-    optimizer = FlatAdamW(list(params), loss_scale=2.0)
-    step = LayerwiseStep(loss, optimizer)
+    optimizer = FlatAdamW(list(params), loss_scaling=LossScaling(2.0, dynamic=False))
+    step = MicroStep(loss, optimizer, True)
     for _ in range(2):
         np.testing.assert_allclose(step(*batch).asnumpy(), value, rtol=1e-6)
     wanted = np.concatenate([4 * gradient.ravel() for gradient in gradients])
@@ -90,14 +93,13 @@ def test_blocks_of_a_kind_share_their_graphs(graph_mode, pattern, kinds):
     """Nine layers are two blocks and the top."""
     import mindspore as ms
 
-    from lora_ms.adapters.config import LoraConfig
     from lora_ms.adapters.inject import inject
-    from lora_ms.models.decoder import DecoderConfig
+    from lora_ms.adapters.methods.lora import LoraConfig
     from lora_ms.models.hub import new_model
-    from lora_ms.train.step import SummedLoss
+    from lora_ms.train.parts import SummedLoss
 
-    model = new_model(DecoderConfig(40, 16, 24, 9, 4, 2, 4, 1e-6, 1e4), ms.float32, 0)
+    model = new_model(small(num_hidden_layers=9), ms.float32, 0)
     inject(model, LoraConfig(2, 4.0, 0.1, "all-linear", rank_pattern=pattern))
     params = [p for p in model.get_parameters() if p.requires_grad]
-    blocks = LayerwiseStep(SummedLoss(model, 40), FlatAdamW(params)).blocks
-    assert (len(blocks.blocks), len(blocks.graphs), blocks.top) == (2, kinds, 12)
+    shared = MicroStep(SummedLoss(model, 40), FlatAdamW(params), True).shared
+    assert (len(shared.blocks), len(shared.graphs), shared.top) == (2, kinds, 12)

@@ -10,8 +10,7 @@ import pytest
 from mindspore import Tensor
 from safetensors.numpy import load_file
 
-from lora_ms.adapters.inject import lora_layers
-from lora_ms.data.collate import label_count
+from lora_ms.adapters.inject import adapted_layers
 from lora_ms.data.example import TokenRow
 from lora_ms.data.packing import Layout, Shape
 from lora_ms.errors import LoraMsError
@@ -33,7 +32,7 @@ def test_the_loop_reproduces_the_trace_of_torch(train, golden, tmp_path):
     data = [TokenRow(f"row {i}", ids[i, :n], labels[i, :n]) for i, n in enumerate(lengths)]
 
     def start(model):
-        for name, layer in lora_layers(model).items():
+        for name, layer in adapted_layers(model).items():
             layer.lora_a.set_data(Tensor(z[f"initial/base_model.model.{name}.lora_A.weight"]))
 
     settings = {"batch_size": 3, "accumulation": 2, "shuffle": False, "warmup_steps": 3, "max_grad_norm": 0.5}
@@ -97,7 +96,7 @@ def test_records(plain_run, rows):
     np.testing.assert_allclose([line["learning_rate"] for line in lines], wanted, rtol=1e-12)
     # one epoch: every row once
     assert sum(line["tokens"] for line in lines) == sum(len(row.input_ids) for row in rows)
-    assert sum(line["label_tokens"] for line in lines) == sum(map(label_count, rows))
+    assert sum(line["label_tokens"] for line in lines) == sum(row.learnt.size for row in rows)
 
 
 def test_the_plot_is_a_picture(plain_run):

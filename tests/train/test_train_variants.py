@@ -7,15 +7,17 @@ import numpy as np
 import pytest
 from mindspore import Tensor
 
-from lora_ms.adapters.config import AdaLoraConfig, LoraConfig
 from lora_ms.adapters.inject import adapter_cells, inject
-from lora_ms.adapters.methods.adalora_ranks import RankAllocator
-from lora_ms.adapters.methods.lora_cells import LoRADense
+from lora_ms.adapters.methods.adalora import AdaLoraConfig
+from lora_ms.adapters.methods.base import AdapterConfig
+from lora_ms.adapters.methods.lora import LoraConfig
+from lora_ms.adapters.methods.training import rate_factors
 from lora_ms.data.collate import collate
 from lora_ms.data.example import TokenRow
 from lora_ms.models.hub import load_directory
-from lora_ms.train.optimizer import FlatAdamW, loraplus_factors
-from lora_ms.train.step import MicroStep, SummedLoss
+from lora_ms.train.gradient import MicroStep
+from lora_ms.train.optimizer import FlatAdamW
+from lora_ms.train.parts import SummedLoss
 
 pytestmark = pytest.mark.usefixtures("graph_mode")
 PREFIX = "base_model.model."
@@ -61,13 +63,13 @@ def named(z: dict[str, np.ndarray], kind: str) -> dict[str, np.ndarray]:
     return {key.removeprefix(f"{kind}/"): value for key, value in z.items() if key.startswith(f"{kind}/")}
 
 
-def start(model, z: dict[str, np.ndarray]) -> None:
+def start(model, config: AdapterConfig, z: dict[str, np.ndarray]) -> None:
     """The adapter's tensors as PEFT's run began."""
     initial, used = named(z, "initial"), set()
     for path, cell in adapter_cells(model).items():
         values = {factor: initial.get(f"{PREFIX}{path}.{factor}") for factor in cell.tensors()}
-        if isinstance(cell, LoRADense) and cell.start is not None:
-            cell.start_again(values["lora_A.weight"], values["lora_B.weight"])
+        if config.changed_base:
+            cell.reset_initial_update(values["lora_A.weight"], values["lora_B.weight"])
         for factor, parameter in cell.tensors().items():
             if values[factor] is not None:
                 parameter.set_data(Tensor(values[factor]))
@@ -87,7 +89,7 @@ def traced(request, reference, golden) -> Traced:
     z = golden(f"trace_{name}")
     model = load_directory(reference / "models" / name.rpartition("_")[2])
     inject(model, config)
-    start(model, z)
+    start(model, config, z)
     model.set_train()
     trained = {
         f"{PREFIX}{path}.{factor}": p
@@ -96,27 +98,32 @@ def traced(request, reference, golden) -> Traced:
     }
     params = list(trained.values())
     assert {id(p) for p in params} == {id(p) for p in model.trainable_params()}
-    allocator = RankAllocator(model, config) if isinstance(config, AdaLoraConfig) else None
-    penalty, observer = allocator.cells(params) if allocator else (None, None)
-    factors = loraplus_factors(model, params, float(z["loraplus_lr_ratio"]), 0.0) if "loraplus_lr_ratio" in z else None
+    allocator = config.step_hook(model)
+    objectives = allocator.objectives(params) if allocator else []
+    observers = [allocator.observer(params)] if allocator else []
+    factors = None
+    if "loraplus_lr_ratio" in z:
+        by_name = rate_factors(model, float(z["loraplus_lr_ratio"]), 0.0)
+        names = {id(p): name for name, p in model.parameters_and_names()}
+        factors = [by_name[names[id(p)]] for p in params]
     optimizer = FlatAdamW(
         params, eps=float(z["eps"]), weight_decay=float(z["weight_decay"]), max_grad_norm=float(z["max_grad_norm"]),
-        rate_factors=factors, penalty=penalty, observer=observer,
+        rate_factors=factors, objectives=objectives, observers=observers,
     )  # fmt: skip
     micro_step = MicroStep(SummedLoss(model, 128), optimizer)
-    found = Traced(name, z, [], [], {}, {}, [])
+    found = Traced(name, z, losses=[], norms=[], first={}, final={}, kept=[])
     for step in range(len(z["loss"])):
         label_tokens = int(z["label_tokens"][step].sum())
         loss = sum(float(micro_step(*batch).asnumpy()) for batch in batches(z, step)) / label_tokens
         grad = optimizer.grad.asnumpy() / label_tokens
-        if penalty:
-            term, term_grad = penalty(Tensor(np.concatenate([p.asnumpy().ravel() for p in params])))
+        for objective in objectives:
+            term, term_grad = objective(Tensor(np.concatenate([p.asnumpy().ravel() for p in params])))
             loss, grad = loss + float(term.asnumpy()), grad + term_grad.asnumpy()
         if step == 0:
             parts = np.split(grad, np.cumsum(optimizer.sizes)[:-1])
             found.first.update({n: part.reshape(p.shape) for (n, p), part in zip(trained.items(), parts, strict=True)})
         rate = Tensor(float(z["learning_rate"][step]), ms.float32)
-        norm, finite = optimizer(rate, Tensor(label_tokens, ms.float32))
+        norm, finite, *terms = optimizer(rate, Tensor(label_tokens, ms.float32))
         assert bool(finite.asnumpy())
         if allocator:
             allocator.after_step(step)

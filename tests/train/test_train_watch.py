@@ -7,7 +7,7 @@ import pytest
 
 from lora_ms.errors import LoraMsError
 from lora_ms.train import profile as profile_module
-from lora_ms.train.callbacks import Evaluation, Record, RunState
+from lora_ms.train.callbacks import EvaluationRecord, RunState, StepRecord
 from lora_ms.train.profile import Cost, Profiling, read_costs, table
 from lora_ms.train.tensorboard import Summaries, TensorBoard
 
@@ -16,8 +16,12 @@ def state_at(step: int, folder: Path, total: int = 10) -> RunState:
     return RunState(None, folder, total, True, step)
 
 
-def record(step: int, loss: float | None = 2.0) -> Record:
-    return Record(step, 1.0, loss, None if loss is None else 0.5, 1e-3, 100, 40, 1000.0, 0.1, 0.0, 300.0)
+def record(step: int, loss: float | None = 2.0, terms: dict | None = None) -> StepRecord:
+    return StepRecord(
+        step=step, epoch=1.0, loss=loss, grad_norm=None if loss is None else 0.5, learning_rate=1e-3, tokens=100,
+        label_tokens=40, tokens_per_second=1000.0, step_time_s=0.1, wait_share=0.0, peak_memory_mb=300.0,
+        terms=terms or {},
+    )  # fmt: skip
 
 
 @pytest.fixture
@@ -55,6 +59,16 @@ def test_every_nth_step_and_the_last_without_what_overflowed(tmp_path, read):
     board.on_train_end(state_at(10, tmp_path))
 
 
+def test_the_terms_of_the_loss_have_tags_of_their_own(tmp_path, read):
+    board = TensorBoard(tmp_path, 1)
+    board.on_train_begin(state_at(0, tmp_path))
+    board.on_step_end(state_at(1, tmp_path), record(1, 3.0, {"cross_entropy": 2.0, "orthogonality": 1.0}))
+    board.on_train_end(state_at(1, tmp_path))
+    (file,) = tmp_path.iterdir()
+    found = {v.tag: v.simple_value for event in read(file)[2:] for v in event.summary.value}
+    assert found["train/loss"] == 3 and found["train/cross_entropy"] == 2 and found["train/orthogonality"] == 1
+
+
 def test_a_full_disk_is_said_once(tmp_path, monkeypatch, capsys):
     board = TensorBoard(tmp_path, 1)
     board.on_train_begin(state_at(0, tmp_path))
@@ -84,7 +98,8 @@ def test_other_ranks_write_and_say_nothing(tmp_path, monkeypatch, capsys):
         looking.on_train_begin(state)
         for state.step in (1, 2):
             looking.on_step_end(state, record(state.step))
-        looking.on_evaluate(state, Evaluation(2, 1.0, 2.0, 7.4, 0.5, 40, 0.1))
+        scores = {"eval_loss": 2.0, "eval_perplexity": 7.4, "eval_accuracy": 0.5, "eval_label_tokens": 40}
+        looking.on_evaluate(state, EvaluationRecord(step=2, epoch=1.0, eval_time_s=0.1, **scores))
         looking.on_train_end(state)
     assert list(tmp_path.iterdir()) == Fake.calls == [] and capsys.readouterr().out == ""
 

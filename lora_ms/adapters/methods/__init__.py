@@ -1,1 +1,13 @@
-"""One file a method of adapting a model."""
+"""The methods of adapting a model, each a slice of its own. ``base`` says what a method is."""
+
+from lora_ms.adapters.methods.adalora import AdaLoraConfig
+from lora_ms.adapters.methods.base import AdapterConfig
+from lora_ms.adapters.methods.lora import LoraConfig
+
+METHODS: dict[str, type[AdapterConfig]] = {  # by pet_config's pet_type; the first is the default
+    "lora": LoraConfig,
+    "adalora": AdaLoraConfig,
+}
+
+# names of the parameters that adapter cells train, at the end of their paths
+PARAMETERS = frozenset(name for method in METHODS.values() for name in method.PARAMETERS)

@@ -1,12 +1,70 @@
-"""What AdaLoRA (Zhang et al., 2023) adds to a step of the optimiser, on its flat vectors."""
+"""AdaLoRA on a dense layer, and what it adds to a step of the optimiser, on the optimiser's flat vectors."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import accumulate
+from typing import TYPE_CHECKING, NamedTuple
 
 import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
+from mindspore.common.initializer import Normal, initializer
 from numpy.typing import NDArray
+
+from lora_ms.adapters.methods.adalora import GUARD, AdaLoraConfig, Array, Mask, best, triplet_scores
+from lora_ms.adapters.methods.base import Pair, Target
+from lora_ms.adapters.methods.lora import LoraSpec
+from lora_ms.adapters.methods.lora_cells import LoRADense
+from lora_ms.errors import LoraMsError
+from lora_ms.nn.graph import Graph
+from lora_ms.nn.layers import Embedding
+
+if TYPE_CHECKING:
+    from lora_ms.adapters.methods.base_cells import AdapterCell
+
+
+class AdaLoRADense(LoRADense):
+    """``y = x W^T + b + alpha / rank x (E A)^T B^T`` with a trained diagonal E.
+
+    ``lora_e`` [rank, 1] starts at zero, A and B normal with deviation 0.02.
+    """
+
+    TITLE = "AdaLoRA"
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **{"lora_a_init": Normal(0.02), "lora_b_init": Normal(0.02), **kwargs})
+        self.lora_e = Parameter(initializer("zeros", (self.lora_rank, 1), ms.float32), name="lora_e")
+        self.scaling.set_data(Tensor(self.lora_alpha / (self.lora_rank + GUARD), ms.float32))
+        self.product = ops.MatMul()
+
+    def tensors(self) -> dict[str, Parameter]:
+        found = {"lora_A": self.lora_a, "lora_B": self.lora_b, "lora_E": self.lora_e}
+        return {**found, "base_layer.bias": self.base.bias} if self.trains_bias else found
+
+    def pair(self) -> Pair | None:
+        a, b = self.factor_values()
+        return Pair(a.copy(), b.copy(), self.scaling_value())
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        ones = ops.ones((1, self.base.in_channels), ms.float32)
+        return self.lora_a * self.product(self.lora_e, ones), self.lora_b
+
+    def factor_values(self) -> tuple[NDArray, NDArray]:
+        return self.lora_a.asnumpy() * self.lora_e.asnumpy(), self.lora_b.asnumpy()
+
+
+def build(config: AdaLoraConfig, target: Target, spec: LoraSpec) -> "AdapterCell":
+    """See ``AdapterConfig.build``."""
+    if type(target.layer) is Embedding:
+        raise LoraMsError("AdaLoRA adapts dense layers and the head, not the embedding: leave it out of target_modules")
+    return AdaLoRADense.from_dense(
+        target.layer,
+        spec.lora_rank,
+        spec.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        train_bias=config.bias != "none",
+        operators=target.operators,
+    )
 
 
 class Span(NamedTuple):
@@ -23,7 +81,7 @@ class Span(NamedTuple):
         return flat[self.start : self.stop].reshape(self.shape)
 
 
-def joined(spans: Sequence[Span]) -> list[tuple[int, int]]:
+def merge_spans(spans: Sequence[Span]) -> list[tuple[int, int]]:
     """Start and end of the stretches of a vector that ``spans`` cover, in order."""
     stretches: list[tuple[int, int]] = []
     for span in sorted(spans):
@@ -37,12 +95,14 @@ def joined(spans: Sequence[Span]) -> list[tuple[int, int]]:
 class Orthogonality(nn.Cell):
     """``weight`` times the mean distance, in Frobenius' norm, of every A A^T and B^T B from the identity.
 
-    Parameters [n] -> (penalty [], its gradient [n]). Factors of one shape are multiplied together.
+    Parameters [n] -> (value [], its gradient [n]). Factors of one shape are multiplied together.
 
     Args:
         a, b: where the factors [rank, in] and [out, rank] lie in the vector.
         n: length of the vector.
     """
+
+    name = "orthogonality"  # in metrics.jsonl
 
     def __init__(self, a: Sequence[Span], b: Sequence[Span], n: int, weight: float):
         super().__init__()
@@ -139,7 +199,7 @@ class Importance(nn.Cell):
         return weight
 
 
-class Cut(nn.Cell):
+class Cut(Graph):
     """Sets E [rank, 1] of each module to zero where ``kept`` [triplets of all modules] is 0."""
 
     def __init__(self, es: Sequence[Parameter], kept: Parameter):
@@ -154,3 +214,107 @@ class Cut(nn.Cell):
             ops.assign(self.es[i], self.es[i] * mask)
             start += self.shapes[i][0]
         return self.kept.sum()
+
+
+class RankAllocator:
+    """Shares out the ranks of the AdaLoRA layers of ``model`` while it trains (a ``train.hooks.StepHook``).
+
+    An adapter whose ranks were shared out before, so that ``config.kept`` names them, keeps those.
+    """
+
+    def __init__(self, model: nn.Cell, config: AdaLoraConfig):
+        self.schedule = config
+        self.layers = {name: cell for name, cell in model.cells_and_names() if isinstance(cell, AdaLoRADense)}
+        self.ends = list(accumulate(cell.lora_rank for cell in self.layers.values()))
+        self.spans: list[tuple[Span, Span, Span]] = []  # of A, B and E of each layer in the optimiser's vectors
+
+    def _locate(self, params: Sequence[Parameter]) -> None:
+        """Finds A, B and E of each layer in a vector of all ``params``.
+
+        Raises:
+            LoraMsError: a factor is frozen.
+        """
+        starts = accumulate((p.size for p in params), initial=0)
+        where = {id(p): Span(start, tuple(p.shape)) for p, start in zip(params, starts, strict=False)}
+        self.spans = []
+        for name, cell in self.layers.items():
+            factors = (cell.lora_a, cell.lora_b, cell.lora_e)
+            if not all(id(factor) in where for factor in factors):
+                raise LoraMsError(f"AdaLoRA trains A, B and E of every module, and {name} is frozen in part")
+            a, b, e = (where[id(factor)] for factor in factors)
+            self.spans.append((a, b, e))
+
+    def objectives(self, params: Sequence[Parameter]) -> list[nn.Cell]:
+        """The terms that AdaLoRA adds to the loss, each a cell from the vector of ``params`` to the term's value and
+        gradient, with a ``name``."""
+        self._locate(params)
+        if not self.schedule.orth_reg_weight:
+            return []
+        a, b, _ = zip(*self.spans, strict=True)
+        return [Orthogonality(a, b, sum(p.size for p in params), self.schedule.orth_reg_weight)]
+
+    def observer(self, params: Sequence[Parameter]) -> nn.Cell:
+        """What sees each step of the optimiser."""
+        self._locate(params)
+        stretches = merge_spans([span for spans in self.spans for span in spans])
+        self.importance = Importance(stretches, self.ends[-1], self.schedule.beta1, self.schedule.beta2)
+        if self.schedule.kept:
+            self.importance.kept.set_data(Tensor(self._flat(self.schedule.kept)))
+        self.cut = Cut([cell.lora_e for cell in self.layers.values()], self.importance.kept)
+        return self.importance
+
+    def after_step(self, step: int) -> None:
+        """Cuts where the schedule says so; waits for the step then."""
+        if self.schedule.kept:
+            self.cut()
+            return
+        is_cut, last = self.schedule.is_cut(step), self.schedule.last_cut
+        if is_cut:
+            kept = best(self.scores(), self.schedule.budget(len(self.layers), step))
+            self.importance.kept.set_data(Tensor(kept.astype(np.float32)))
+        if is_cut or step > last:
+            self.cut()
+        if step == last - 1:
+            self.importance.measuring.set_data(Tensor(0.0, ms.float32))
+
+    def scores(self) -> Array:
+        """Of every triplet, module by module."""
+        wide = np.zeros(max(span.stop for spans in self.spans for span in spans), np.float32)
+        score = self.importance.importance.asnumpy() * self.importance.spread.asnumpy()
+        start = 0
+        for first, last in self.importance.stretches:
+            wide[first:last] = score[start : start + last - first]
+            start += last - first
+        return np.concatenate([triplet_scores(*(span.of(wide) for span in spans)) for spans in self.spans])
+
+    def _flat(self, kept: Mapping[str, tuple[bool, ...]]) -> Array:
+        full = {name: kept.get(name, (True,) * cell.lora_rank) for name, cell in self.layers.items()}
+        return np.concatenate([np.array(mask, np.float32) for mask in full.values()])
+
+    def kept(self) -> dict[str, Mask]:
+        """By path, which triplets are left."""
+        masks = np.split(self.importance.kept.asnumpy() > 0, self.ends[:-1])
+        return dict(zip(self.layers, masks, strict=True))
+
+    def config(self) -> AdaLoraConfig:
+        """The settings with what is kept: nothing is left out before E is zero wherever it would be."""
+        kept = self.kept()
+        idle = all(not self.layers[name].lora_e.asnumpy()[~mask].any() for name, mask in kept.items())
+        if not idle or all(mask.all() for mask in kept.values()):
+            return replace(self.schedule, kept={})
+        return replace(self.schedule, kept={name: tuple(mask.tolist()) for name, mask in kept.items()})
+
+    def describe(self) -> str:
+        """What will become of the ranks, in one line."""
+        s = self.schedule
+        if s.kept:
+            return "AdaLoRA: the ranks stay as they were shared out before"
+        return (
+            f"AdaLoRA: rank {s.lora_rank} falls to {s.target_rank} on average from step {(s.tinit or 0) + 2} on (tinit "
+            f"{s.tinit}) to step {s.last_cut + 1} (tfinal {s.tfinal}) of {s.total_steps}, every {s.delta_t} steps"
+        )
+
+    def summary(self) -> str:
+        """What became of the ranks, in one line."""
+        ranks = [int(mask.sum()) for mask in self.kept().values()]
+        return f"ranks: {min(ranks)} to {max(ranks)}, {sum(ranks) / len(ranks):.2f} on average, {sum(ranks)} in all"

@@ -1,22 +1,27 @@
-"""Low-rank adapters of a dense layer: LoRA (Hu et al., 2021), DoRA (Liu et al., 2024), AdaLoRA (Zhang et al., 2023).
-
-An adapter cell stands where the layer stood. All of them have ``tensors()``, the trained parameters under PEFT's
-names, and ``merge()``, the plain layer that computes the same.
-"""
+"""LoRA on a dense layer."""
 
 import math
+from collections.abc import Hashable
+from typing import TYPE_CHECKING
 
 import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
-from mindspore.common.initializer import HeUniform, Normal, initializer
+from mindspore.common.initializer import HeUniform, initializer
 from numpy.typing import NDArray
 
-from lora_ms.adapters import lowrank
+from lora_ms.adapters.methods import lowrank
+from lora_ms.adapters.methods.base import Pair, Target
+from lora_ms.adapters.methods.base_cells import AdapterCell, State, dense_of, freeze, trained_copy
+from lora_ms.adapters.methods.lora import LoraSpec
 from lora_ms.nn.dropout import DropoutKernel
-from lora_ms.nn.projection import AdaptedMatMul, DroppedMatMul, WeightMatMul
-from lora_ms.ops import native as cpu
-from lora_ms.ops.portable import ColumnScaleKernel, LowRankKernel
+from lora_ms.nn.layers import Embedding
+from lora_ms.nn.parallel import split_axis
+from lora_ms.nn.projection import Projection, projection_of
+from lora_ms.ops import PORTABLE, Operators
+
+if TYPE_CHECKING:
+    from lora_ms.adapters.methods.lora import LoraConfig
 
 
 def default_a() -> HeUniform:
@@ -24,7 +29,7 @@ def default_a() -> HeUniform:
     return HeUniform(negative_slope=math.sqrt(5))
 
 
-class LoRADense(nn.Dense):
+class LoRADense(AdapterCell):
     """``y = x W^T + b + scaling x A^T B^T`` with W and b frozen.
 
     The constructor takes MindPet's arguments, then ours. ``lora_a`` [rank, in] and ``lora_b`` [out, rank] are kept in
@@ -42,11 +47,16 @@ class LoRADense(nn.Dense):
         compute_dtype: type in which to compute; None for the input's own. The output has the input's type.
         use_rslora: scale by ``lora_alpha / sqrt(lora_rank)``.
         lora_bias: train a bias [out] beside B, scaled as the update is.
-        kwargs: those of ``nn.Dense``.
+        operators: what it computes with.
+        base: the layer to adapt, of these sizes; it brings its own operators. None for a new ``nn.Dense``.
+        kwargs: those of ``nn.Dense``, for a new one.
 
     Raises:
         ValueError: rank, alpha or dropout out of range.
     """
+
+    TITLE = "LoRA"
+    base: Projection
 
     def __init__(
         self,
@@ -61,17 +71,23 @@ class LoRADense(nn.Dense):
         compute_dtype: ms.Type | None = None,
         use_rslora: bool = False,
         lora_bias: bool = False,
+        operators: Operators = PORTABLE,
+        base: Projection | None = None,
         **kwargs,
     ):
-        super().__init__(in_channels, out_channels, **kwargs)
+        super().__init__()
         if lora_rank < 1:
             raise ValueError(f"lora_rank must be at least 1, got {lora_rank}")
         if lora_alpha <= 0:
             raise ValueError(f"lora_alpha must be above 0, got {lora_alpha}")
         if not 0 <= lora_dropout < 1:
             raise ValueError(f"lora_dropout must be in [0, 1), got {lora_dropout}")
+        self.was_dense = base is None  # then merge gives a nn.Dense back
+        self.base = projection_of(nn.Dense(in_channels, out_channels, **kwargs), operators) if base is None else base
+        freeze(self.base)
+        self.lora_rank = lora_rank
+        self.lora_alpha = lora_alpha
         a_init = default_a() if lora_a_init is None else lora_a_init
-        self.lora_rank, self.lora_alpha = lora_rank, lora_alpha
         self.lora_a = Parameter(initializer(a_init, (lora_rank, in_channels), param_init_type), name="lora_a")
         self.lora_b = Parameter(initializer(lora_b_init, (out_channels, lora_rank), param_init_type), name="lora_b")
         self.has_lora_bias = lora_bias
@@ -80,27 +96,18 @@ class LoRADense(nn.Dense):
         # a parameter and no constant: adapters that differ in it alone share one compiled graph
         scaling = Tensor(lowrank.scaling_of(lora_rank, lora_alpha, use_rslora), ms.float32)
         self.scaling = Parameter(scaling, name="scaling", requires_grad=False)
-        self.lora_dropout = DropoutKernel(lora_dropout)
-        self.low_rank = LowRankKernel()
-        self.weight_product = WeightMatMul()
-        self.own = cpu.there()
-        if self.own:
-            self.adapted_product, self.dropped_product = AdaptedMatMul(), DroppedMatMul(lora_dropout)
+        self.lora_dropout = DropoutKernel(lora_dropout, in_channels)
+        self.adapted_product = self.base.adapted_product(lora_dropout)
+        self.low_rank_update = self.base.operators.low_rank_update()
         self.add_bias = ops.BiasAdd()
         self.compute_dtype = compute_dtype
-        self.base_class, self.trains_bias = nn.Dense, False
-        self.start: tuple[NDArray, NDArray] | None = None  # A and B taken out of the weight at the start
-        self._freeze_base()
-
-    def _freeze_base(self) -> None:
-        self.weight.requires_grad = False
-        if self.has_bias:
-            self.bias.requires_grad = False
+        self.trains_bias = False
+        self.initial: list[NDArray] | None = None  # A and B of the update that was subtracted from the weight
 
     @classmethod
-    def from_dense(
+    def from_base(
         cls,
-        dense: nn.Dense,
+        base: Projection,
         lora_rank: int,
         lora_alpha: float,
         lora_dropout: float = 0.0,
@@ -108,202 +115,214 @@ class LoRADense(nn.Dense):
         train_bias: bool = False,
         **kwargs,
     ) -> "LoRADense":
-        """An adapter on ``dense``, whose weight and bias it shares and freezes.
+        """An adapter on ``base``, which it freezes.
 
-        init_lora_weights: True for the constructor's defaults, or a name known to ``lowrank.starting_factors``; what
-            PiSSA and OLoRA take out of the weight is taken out of a copy.
-        train_bias: train a copy of the bias, too.
+        Args:
+            init_lora_weights: True for the constructor's defaults, or a name known to ``lowrank.initial_factors``. What
+                PiSSA and OLoRA subtract from the weight they subtract from a copy.
+            train_bias: train a copy of the bias, too.
+            kwargs: further ones of the constructor.
         """
-        layer = cls(
-            dense.in_channels,
-            dense.out_channels,
+        cell = cls(
+            base.in_channels,
+            base.out_channels,
             lora_rank,
             lora_alpha,
-            lora_dropout,
-            weight_init=dense.weight,
-            bias_init=dense.bias,
-            has_bias=dense.has_bias,
-            activation=dense.activation,
-            dtype=dense.weight.dtype,
+            lora_dropout=lora_dropout,
+            base=base,
             **kwargs,
         )
-        layer.base_class, layer.weight = type(dense), dense.weight
-        if dense.has_bias:
-            layer.bias = dense.bias
-        layer._freeze_base()
         if isinstance(init_lora_weights, str):
-            layer._start_from(init_lora_weights)
-        if train_bias and dense.has_bias:
-            layer.bias = Parameter(Tensor(dense.bias.asnumpy().astype(np.float32)), name="bias")
-        layer.trains_bias = train_bias and dense.has_bias
-        layer.rebase()
-        return layer
+            cell._initialise(init_lora_weights)
+        if train_bias and base.has_bias:
+            cell.base = cell.base.with_bias(trained_copy(base.bias, "bias"))
+            cell.trains_bias = True
+        cell.on_weight_changed()
+        return cell
 
-    def _start_from(self, init: str) -> None:
+    @classmethod
+    def from_dense(
+        cls, dense: nn.Cell, lora_rank: int, lora_alpha: float, *args, operators: Operators = PORTABLE, **kwargs
+    ) -> "LoRADense":
+        """``from_base`` on a ``nn.Dense``, or a cell like it, whose weight and bias it shares.
+
+        operators: what it computes with; a projection has its own.
+        """
+        cell = cls.from_base(projection_of(dense, operators), lora_rank, lora_alpha, *args, **kwargs)
+        cell.was_dense = not isinstance(dense, Projection)
+        return cell
+
+    @property
+    def spec(self) -> LoraSpec:
+        return LoraSpec(self.lora_rank, self.lora_alpha)
+
+    def scaling_value(self) -> float:
+        """The number that multiplies B A."""
+        return float(self.scaling.asnumpy())
+
+    # a weight from which PiSSA and OLoRA have subtracted the initial update
+
+    def _initialise(self, init: str) -> None:
         rng = np.random.default_rng(np.random.randint(2**31))  # NumPy's stream, which mindspore.set_seed sets
-        weight, scaling = self.weight.asnumpy(), float(self.scaling.asnumpy())
-        a, b = lowrank.starting_factors(init, weight, self.lora_rank, scaling, rng)
+        a, b = lowrank.initial_factors(init, self.base.numbers(), self.lora_rank, self.scaling_value(), rng)
         self.lora_a.set_data(Tensor(a, self.lora_a.dtype))
         self.lora_b.set_data(Tensor(b, self.lora_b.dtype))
-        if lowrank.takes_out(init):
-            self.take_out(a, b)
+        if lowrank.changes_weight(init):
+            self.subtract_initial_update(a, b)
 
-    def take_out(self, a: NDArray, b: NDArray) -> None:
+    def subtract_initial_update(self, a: NDArray, b: NDArray) -> None:
         """Makes the weight, in a copy of its own, what is left without ``scaling b a``."""
-        weight = lowrank.merged_weight(self.weight.asnumpy(), a, b, -float(self.scaling.asnumpy()))
-        self.weight: Parameter = Parameter(Tensor(weight, self.weight.dtype), name="weight", requires_grad=False)
-        self.start = (a, b)
-        self.rebase()
+        self._add_to_weight(a, b, -self.scaling_value())
+        self.initial = [a, b]
 
-    def start_again(self, a: NDArray, b: NDArray) -> None:
-        """Takes ``a`` and ``b`` out of the weight in place of what was taken out before."""
-        if self.start is None or not all(map(np.array_equal, self.start, (a, b))):
-            if self.start is not None:
-                self.take_out(self.start[0], -self.start[1])
-            self.take_out(a, b)
+    def reset_initial_update(self, a: NDArray, b: NDArray) -> None:
+        """Subtracts the update of ``a`` and ``b`` in place of the one that was subtracted before."""
+        if self.initial is not None and all(map(np.array_equal, self.initial, (a, b))):
+            return
+        if self.initial is not None:
+            self._add_to_weight(self.initial[0], self.initial[1], self.scaling_value())
+        self.subtract_initial_update(a, b)
 
-    def rebase(self) -> None:
+    def _add_to_weight(self, a: NDArray, b: NDArray, scaling: float) -> None:
+        self.base = self.base.with_weight(lowrank.merged_weight(self.base.numbers(), a, b, scaling))
+        freeze(self.base)
+        if self.trains_bias:
+            self.base.bias.requires_grad = True
+        self.on_weight_changed()
+
+    def on_weight_changed(self) -> None:
         """Computes again what depends on the frozen weight."""
 
+    # files
+
     def tensors(self) -> dict[str, Parameter]:
-        """What is trained, by its name in PEFT's files."""
         found = {"lora_A.weight": self.lora_a, "lora_B.weight": self.lora_b}
         if self.has_lora_bias:
             found["lora_B.bias"] = self.lora_bias
         if self.trains_bias:
-            found["base_layer.bias"] = self.bias
+            found["base_layer.bias"] = self.base.bias
         return found
+
+    def export(self) -> dict[str, NDArray[np.float32]]:
+        """Where an initial update was subtracted from the weight, the pair of twice the rank for the weight before."""
+        values = super().export()
+        if self.initial is None:
+            return values
+        a, b = lowrank.difference(values["lora_A.weight"], values["lora_B.weight"], *self.initial)
+        return {**values, "lora_A.weight": a, "lora_B.weight": b}
+
+    def accept(self, values: dict[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
+        """Of a pair of twice the rank, as ``export`` makes it, one half is trained and the other was subtracted."""
+        rank, a, b = self.lora_rank, values.get("lora_A.weight"), values.get("lora_B.weight")
+        if self.initial is None or a is None or b is None or len(a) != 2 * rank or b.shape[1] != 2 * rank:
+            return values
+        self.reset_initial_update(a[rank:], -b[:, rank:])
+        return {**values, "lora_A.weight": a[:rank], "lora_B.weight": b[:, :rank]}
+
+    def pair(self) -> Pair | None:
+        values = self.export()
+        return Pair(values["lora_A.weight"].copy(), values["lora_B.weight"].copy(), self.scaling_value())
+
+    @property
+    def joins_batches(self) -> bool:
+        return not (self.has_lora_bias or self.trains_bias)
+
+    def settings(self) -> dict[str, Parameter]:
+        return {"scaling": self.scaling}
+
+    def shape_key(self) -> Hashable:
+        # a weight from which an update was subtracted is of no use to another adapter
+        return (super().shape_key(), id(self) if self.initial is not None else 0)
+
+    def load_state(self, state: State) -> None:
+        super().load_state(state)
+        self.lora_alpha = state.spec.lora_alpha
+
+    def factor_values(self) -> tuple[NDArray, NDArray]:
+        """``factors`` on the host."""
+        return self.lora_a.asnumpy(), self.lora_b.asnumpy()
+
+    def merged_weight(self) -> NDArray[np.float32]:
+        """The weight [out, in] that the layer amounts to."""
+        a, b = self.factor_values()
+        return lowrank.merged_weight(self.base.numbers(), a, b, self.scaling_value())
+
+    def merge(self) -> nn.Cell:
+        """The layer with the merged weight, formed in float32: of the kind that the adapter stands on."""
+        bias = self.base.bias.asnumpy().astype(np.float32) if self.base.has_bias else None
+        if self.has_lora_bias:
+            bias = (0 if bias is None else bias) + self.scaling_value() * self.lora_bias.asnumpy()
+        merged = self.base.replaced(self.merged_weight(), bias)
+        return dense_of(merged) if self.was_dense else merged
+
+    # training
+
+    def dropouts(self) -> dict[str, DropoutKernel]:
+        return {"lora_a": self.lora_dropout} if self.lora_dropout.probability > 0 else {}
+
+    def rate_factor(self, parameter: Parameter, ratio: float, embedding: float) -> float:
+        return ratio if parameter is self.lora_b else super().rate_factor(parameter, ratio, embedding)
+
+    # the graph
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A [rank, in] and B [out, rank] as they are multiplied."""
         return self.lora_a, self.lora_b
 
-    def merged_weight(self) -> NDArray[np.float32]:
-        """The weight [out, in] that the layer amounts to, in float32."""
-        a, b = self.lora_a.asnumpy(), self.lora_b.asnumpy()
-        return lowrank.merged_weight(self.weight.asnumpy(), a, b, float(self.scaling.asnumpy()))
-
-    def merge(self) -> nn.Dense:
-        """The plain layer, of the class that the adapter stands on, with the merged weight, formed in float32."""
-        bias = self.bias.asnumpy().astype(np.float32) if self.has_bias else np.float32(0)
-        if self.has_lora_bias:
-            bias = bias + float(self.scaling.asnumpy()) * self.lora_bias.asnumpy()
-        has_bias, dtype = self.has_bias or self.has_lora_bias, self.weight.dtype
-        return self.base_class(
-            self.in_channels,
-            self.out_channels,
-            Tensor(self.merged_weight(), dtype),
-            Tensor(bias, dtype) if has_bias else None,
-            has_bias,
-            self.activation,
-            dtype,
-        )
-
     def adapted(self, x: Tensor) -> Tensor:
         """x [t, in] -> [t, out], without the layer's bias."""
         a, b = self.factors()
+        a = a.astype(x.dtype)
+        b = b.astype(x.dtype)
         scaling = self.scaling.astype(x.dtype)
-        a, b = a.astype(x.dtype), b.astype(x.dtype)
-        own = self.own and x.dtype == ms.float32 and self.weight.dtype in cpu.RIGHT_FACTORS
-        if own and not self.has_lora_bias:
-            if self.training and self.lora_dropout.probability > 0:
-                rows, columns = self.lora_dropout.draws.numbers(x)
-                return self.dropped_product(x, self.weight, a, b, scaling, rows, columns)[0]
-            return self.adapted_product(x, self.weight, a, b, scaling)[0]
-        update, _ = self.low_rank(self.lora_dropout(x), a, b, scaling)
         if self.has_lora_bias:
+            update = self.low_rank_update(self.lora_dropout(x), a, b, scaling)
             update = self.add_bias(update, self.lora_bias.astype(x.dtype) * scaling)
-        return self.weight_product(x, self.weight) + update
+            return self.base.multiply(x) + update
+        draws = (None, None)
+        if self.training and self.lora_dropout.probability > 0:
+            draws = self.lora_dropout.draws.numbers(x)
+        return self.base.multiply_adapted(self.adapted_product, x, a, b, scaling, draws)
 
     def whole_weight(self) -> Tensor:
         """``W + scaling B A`` [out, in] in the graph: for the head, whose product the loss forms in chunks."""
         a, b = self.factors()
-        return self.weight + (ops.matmul(b, a) * self.scaling).astype(self.weight.dtype)
+        weight = self.base.whole_weight()
+        return weight + (ops.matmul(b, a) * self.scaling).astype(weight.dtype)
 
     def construct(self, x: Tensor) -> Tensor:
         in_shape, in_dtype = x.shape, x.dtype
         dtype = in_dtype if self.compute_dtype is None else self.compute_dtype
         y = self.adapted(x.reshape((-1, in_shape[-1])).astype(dtype))  # [t, out]
-        if self.has_bias:
-            y = self.add_bias(y, self.bias.astype(dtype))
-        if self.activation_flag:
-            y = self.activation(y)
-        return ops.reshape(y, in_shape[:-1] + (-1,)).astype(in_dtype)
+        return self.base.finish(y).reshape(in_shape[:-1] + (-1,)).astype(in_dtype)
 
 
-def dora_scale(
-    magnitude: Tensor, base_norms: Tensor, low_weight: Tensor, a: Tensor, b: Tensor, scaling: Tensor
-) -> Tensor:
-    """magnitude / |W + scaling B A| [out]; ``base_norms`` [out] are |W|^2, ``low_weight`` [rank, out] is A W^T."""
-    b_t = ops.transpose(b, (1, 0))
-    cross = (low_weight * b_t).sum(0)
-    square = (ops.matmul(ops.matmul(a, ops.transpose(a, (1, 0))), b_t) * b_t).sum(0)
-    norm = ops.sqrt(base_norms + scaling * (2.0 * cross + scaling * square))
-    return magnitude / ops.stop_gradient(norm)
+def initial_a(target: Target, lora_rank: int) -> Tensor | None:
+    """This process's columns of the A that one process would have drawn; None where A is not split."""
+    shard, name = target.shard, f"{target.name}.lora_a"
+    if shard.count == 1 or split_axis(name) is None:
+        return None
+    whole = initializer(default_a(), (lora_rank, target.layer.in_channels * shard.count), ms.float32).init_data()
+    return Tensor(np.ascontiguousarray(shard.part(name, whole.asnumpy())))
 
 
-class DoRADense(LoRADense):
-    """``y = magnitude / |W + scaling B A| (x W^T + scaling x A^T B^T) + b``, row by row of the weight.
+def build(config: "LoraConfig", target: Target, spec: LoraSpec) -> AdapterCell:
+    """See ``AdapterConfig.build``."""
+    from lora_ms.adapters.methods import dora_cells, embedding_cells
 
-    ``lora_magnitude`` [out] is trained. The norm is taken as a constant by the gradient, as in the paper, and is found
-    without B A: |W|^2 + 2 scaling rowdot(W A^T, B) + scaling^2 rowdot(B (A A^T), B). Dropout acts on the adapter's
-    input alone.
-    """
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        ones = initializer("ones", (self.out_channels,), ms.float32)
-        self.lora_magnitude = Parameter(ones, name="lora_magnitude")
-        self.column_scale = ColumnScaleKernel()
-        self.product = ops.MatMul()
-        self.product_t = ops.MatMul(transpose_b=True)
-        self.rebase()
-
-    def rebase(self) -> None:
-        norms = lowrank.row_norms(self.weight.asnumpy().astype(np.float32))
-        self.base_norms = Tensor(np.square(norms))  # [out]
-        self.lora_magnitude.set_data(Tensor(lowrank.row_norms(self.merged_weight(plain=True))))
-
-    def tensors(self) -> dict[str, Parameter]:
-        return {**super().tensors(), "lora_magnitude_vector": self.lora_magnitude}
-
-    def merged_weight(self, plain: bool = False) -> NDArray[np.float32]:
-        a, b, scaling = self.lora_a.asnumpy(), self.lora_b.asnumpy(), float(self.scaling.asnumpy())
-        magnitude = None if plain else self.lora_magnitude.asnumpy()
-        return lowrank.merged_weight(self.weight.asnumpy(), a, b, scaling, magnitude)
-
-    def row_scale(self) -> Tensor:
-        low_weight = self.product_t(self.lora_a, self.weight.astype(ms.float32))  # A W^T, [rank, out]
-        return dora_scale(self.lora_magnitude, self.base_norms, low_weight, self.lora_a, self.lora_b, self.scaling)
-
-    def adapted(self, x: Tensor) -> Tensor:
-        return self.column_scale(super().adapted(x), self.row_scale().astype(x.dtype))
-
-    def whole_weight(self) -> Tensor:
-        scale = self.row_scale().reshape((-1, 1)).astype(self.weight.dtype)
-        return super().whole_weight() * self.product(scale, ops.ones((1, self.in_channels), self.weight.dtype))
-
-
-class AdaLoRADense(LoRADense):
-    """``y = x W^T + b + alpha / rank x (E A)^T B^T`` with a trained diagonal E: the form of a singular value
-    decomposition, whose least important values are zeroed as training goes on.
-
-    ``lora_e`` [rank, 1] starts at zero, A and B normal with deviation 0.02.
-    """
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **{"lora_a_init": Normal(0.02), "lora_b_init": Normal(0.02), **kwargs})
-        self.lora_e = Parameter(initializer("zeros", (self.lora_rank, 1), ms.float32), name="lora_e")
-        self.scaling.set_data(Tensor(self.lora_alpha / (self.lora_rank + 1e-5), ms.float32))  # PEFT's own guard
-        self.product = ops.MatMul()
-
-    def tensors(self) -> dict[str, Parameter]:
-        found = {"lora_A": self.lora_a, "lora_B": self.lora_b, "lora_E": self.lora_e}
-        return {**found, "base_layer.bias": self.bias} if self.trains_bias else found
-
-    def factors(self) -> tuple[Tensor, Tensor]:
-        return self.lora_a * self.product(self.lora_e, ops.ones((1, self.in_channels), ms.float32)), self.lora_b
-
-    def merged_weight(self) -> NDArray[np.float32]:
-        a, b = self.lora_a.asnumpy() * self.lora_e.asnumpy(), self.lora_b.asnumpy()
-        return lowrank.merged_weight(self.weight.asnumpy(), a, b, float(self.scaling.asnumpy()))
+    if type(target.layer) is Embedding:
+        return embedding_cells.build(config, target, spec)
+    kind = dora_cells.DoRADense if config.use_dora else LoRADense
+    return kind.from_dense(
+        target.layer,
+        spec.lora_rank,
+        spec.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        init_lora_weights=config.init_lora_weights,
+        train_bias=config.bias != "none",
+        use_rslora=config.use_rslora,
+        lora_bias=config.lora_bias,
+        lora_a_init=initial_a(target, spec.lora_rank),
+        compute_dtype=target.compute_dtype,
+        operators=target.operators,
+    )

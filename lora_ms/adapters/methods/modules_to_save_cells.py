@@ -1,99 +1,105 @@
-"""Whole layers trained beside an adapter: float32 copies of what stands in the model (PEFT's ``modules_to_save``)."""
+"""Whole modules that train beside an adapter: float32 copies of the layers that stand in the model."""
+
+from typing import Any
 
 import mindspore as ms
-import numpy as np
-from mindspore import Parameter, Tensor, nn, ops
+from mindspore import Parameter, Tensor, nn
 
+from lora_ms.adapters.methods.base_cells import AdapterCell, dense_of, trained_copy
 from lora_ms.nn.layers import Embedding, Head, RMSNorm
-from lora_ms.nn.projection import WeightMatMul
+from lora_ms.nn.projection import DenseProjection, Projection, projection_of
+from lora_ms.ops import PORTABLE, Operators
 
 
-def copied(parameter: Parameter, name: str) -> Parameter:
-    """A trainable float32 copy."""
-    return Parameter(Tensor(parameter.asnumpy().astype(np.float32)), name=name)
+class TrainedDense(AdapterCell):
+    """A dense layer or head whose weight [out, in], bias [out] or both train.
 
+    Args:
+        layer: the layer before; it stays as it is.
+        weight, bias: what trains; a bias only where there is one.
+        operators: what it computes with; a projection has its own.
+    """
 
-class TrainedHead(Head):
-    """A head with a weight [v, h] of its own."""
+    base: Projection
 
-    def __init__(self, head: Head):
-        super().__init__(1, 1, has_bias=False)
-        self.in_channels, self.out_channels = head.in_channels, head.out_channels
-        self.base_dtype = head.weight.dtype
-        self.weight = copied(head.weight, "weight")
-
-    def tensors(self) -> dict[str, Parameter]:
-        return {"weight": self.weight}
-
-    def merge(self) -> Head:
-        weight = Tensor(self.weight.asnumpy(), self.base_dtype)
-        return Head(self.in_channels, self.out_channels, weight, has_bias=False, dtype=self.base_dtype)
-
-
-class TrainedDense(nn.Dense):
-    """A dense layer whose weight [out, in], bias [out] or both are its own."""
-
-    def __init__(self, dense: nn.Dense, weight: bool = True, bias: bool = True):
-        super().__init__(1, 1, has_bias=dense.has_bias, activation=dense.activation)
-        self.in_channels, self.out_channels = dense.in_channels, dense.out_channels
-        self.base_class, self.base_dtype = type(dense), dense.weight.dtype
-        self.weight = copied(dense.weight, "weight") if weight else dense.weight
-        self.trains_weight, self.trains_bias = weight, bias and dense.has_bias
-        self.matmul = WeightMatMul()
-        if dense.has_bias:
-            self.bias = copied(dense.bias, "bias") if bias else dense.bias
+    def __init__(self, layer: nn.Cell, weight: bool = True, bias: bool = True, operators: Operators = PORTABLE):
+        super().__init__()
+        projection = projection_of(layer, operators)
+        self.was_dense = not isinstance(layer, Projection)
+        self.base_dtype = projection.weight_dtype
+        self.trains_weight = weight
+        self.trains_bias = bias and projection.has_bias
+        if weight:
+            projection = projection.trainable()
+        if self.trains_bias:
+            projection = projection.with_bias(trained_copy(projection.bias, "bias"))
+        self.base = projection
 
     def tensors(self) -> dict[str, Parameter]:
-        found = {"weight": self.weight} if self.trains_weight else {}
-        return {**found, "bias": self.bias} if self.trains_bias else found
+        found = {"weight": self.base.weight} if self.trains_weight else {}
+        return {**found, "bias": self.base.bias} if self.trains_bias else found
 
-    def merge(self) -> nn.Dense:
-        weight = Tensor(self.weight.asnumpy(), self.base_dtype)
-        bias = Tensor(self.bias.asnumpy(), self.base_dtype) if self.has_bias else None
-        shape = (self.in_channels, self.out_channels)
-        return self.base_class(*shape, weight, bias, self.has_bias, self.activation, self.base_dtype)
+    def merge(self) -> nn.Cell:
+        bias = self.base.bias.asnumpy() if self.base.has_bias else None
+        merged = self.base.replaced(self.base.numbers(), bias, self.base_dtype)
+        return dense_of(merged) if self.was_dense else merged
+
+    def whole_weight(self) -> Tensor:
+        """[v, h]: of the head, whose product the loss forms in chunks."""
+        return self.base.whole_weight()
 
     def construct(self, x: Tensor) -> Tensor:
-        y = self.matmul(x.reshape((-1, x.shape[-1])), self.weight.astype(x.dtype))
-        if self.has_bias:
-            y = self.bias_add(y, self.bias.astype(x.dtype))
-        if self.activation_flag:
-            y = self.activation(y)
-        return y.reshape(x.shape[:-1] + (-1,))
+        return self.base(x)
 
 
-class TrainedEmbedding(Embedding):
-    """An embedding with rows [v, h] of its own."""
+class TrainedEmbedding(AdapterCell):
+    """An embedding whose rows [v, h] train."""
 
-    def __init__(self, embedding: Embedding):
-        super().__init__(1, 1, embedding.weight.dtype)
-        self.base_dtype: ms.Type = embedding.weight.dtype
-        self.weight = copied(embedding.weight, "weight")
+    base: Embedding
+
+    def __init__(self, layer: Embedding):
+        super().__init__()
+        self.base_dtype: ms.Type = layer.weight.dtype
+        self.base = Embedding(trained_copy(layer.weight, "weight"))
 
     def tensors(self) -> dict[str, Parameter]:
-        return {"weight": self.weight}
+        return {"weight": self.base.weight}
 
     def merge(self) -> Embedding:
-        embedding = Embedding(self.weight.shape[0], self.weight.shape[1], self.base_dtype)
-        embedding.weight.set_data(Tensor(self.weight.asnumpy(), self.base_dtype))
-        return embedding
+        return Embedding(Parameter(Tensor(self.base.weight.asnumpy(), self.base_dtype), name="weight"))
 
     def construct(self, input_ids: Tensor) -> Tensor:
-        return ops.gather(self.weight, input_ids, 0).astype(self.base_dtype)
+        return self.base(input_ids).astype(self.base_dtype)
 
 
-class TrainedNorm(RMSNorm):
-    """A norm with a weight [h] of its own."""
+class TrainedNorm(AdapterCell):
+    """A norm whose weight [h] trains."""
 
-    def __init__(self, norm: RMSNorm):
-        super().__init__(norm.weight.size, norm.kernel.eps, ms.float32)
-        self.base_dtype = norm.weight.dtype
-        self.weight = copied(norm.weight, "weight")
+    base: RMSNorm
+
+    def __init__(self, layer: RMSNorm):
+        super().__init__()
+        self.base_dtype = layer.weight.dtype
+        self.base = RMSNorm(layer.weight.size, layer.eps, ms.float32, layer.operators)
+        self.base.weight = trained_copy(layer.weight, "weight")
 
     def tensors(self) -> dict[str, Parameter]:
-        return {"weight": self.weight}
+        return {"weight": self.base.weight}
 
     def merge(self) -> RMSNorm:
-        norm = RMSNorm(self.weight.size, self.kernel.eps, self.base_dtype)
-        norm.weight.set_data(Tensor(self.weight.asnumpy(), self.base_dtype))
+        norm = RMSNorm(self.base.weight.size, self.base.eps, self.base_dtype, self.base.operators)
+        norm.weight.set_data(Tensor(self.base.weight.asnumpy(), self.base_dtype))
         return norm
+
+    def construct(self, x: Tensor) -> Tensor:
+        return self.base(x)
+
+
+# what can train as a whole, and as what
+COPIES: dict[type, Any] = {
+    nn.Dense: TrainedDense,
+    DenseProjection: TrainedDense,
+    Head: TrainedDense,
+    Embedding: TrainedEmbedding,
+    RMSNorm: TrainedNorm,
+}

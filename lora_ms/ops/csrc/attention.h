@@ -44,19 +44,19 @@ struct Attention {
         }
     }
 
-    // The keys that queries [i, end) of a line may see begin here; a multiple of COLUMNS, as panels do.
-    long lowest(const int32_t *start, long i, long end) const {
+    // Where the panel of the earliest key begins that any of the queries [i, end) of a line sees.
+    long first_panel(const int32_t *start, long i, long end) const {
         return *std::min_element(start + i, start + end) / COLUMNS * COLUMNS;
     }
 };
 
 inline long padded(long n) { return divided(n, COLUMNS) * COLUMNS; }
 
-// Room for one thread's intermediate numbers; what is asked for stays valid until the next `Room`.
-class Room {
+// Memory for one thread's intermediate numbers, kept from call to call; what is taken is valid until the next `Scratch`.
+class Scratch {
   public:
-    explicit Room(size_t numbers) {
-        std::vector<float> &all = held();
+    explicit Scratch(size_t numbers) {
+        std::vector<float> &all = memory();
         if (all.size() < numbers) all.resize(numbers);
         next_ = all.data();
     }
@@ -67,19 +67,19 @@ class Room {
     }
 
   private:
-    static std::vector<float> &held() {
+    static std::vector<float> &memory() {
         static thread_local std::vector<float> all;
         return all;
     }
     float *next_;
 };
 
-struct Softened {
-    float top, total;
+struct Exponentials {
+    float top, total;  // the largest score, and the sum of the exponentials
 };
 
-// Scores [from, to) of a row made e^(score - the largest); that and their sum.
-inline Softened soften(float *row, long from, long to) {
+// Scores [from, to) of a row made e^(score - the largest).
+inline Exponentials exponentiate(float *row, long from, long to) {
     Vec most = spread(-3e38f);
     long p = from;
     for (; p + LANES <= to; p += LANES) most = larger(most, load(row + p));
@@ -100,84 +100,88 @@ inline Softened soften(float *row, long from, long to) {
 }
 
 // out [b * s, n_h * d]; log_sum [b * s, n_h]: of each query's exponentiated scores, for the gradient.
-inline void attend(const Attention &a, float *out, float *log_sum) {
+inline void attention(const Attention &a, float *out, float *log_sum) {
     const float scale = 1.0f / std::sqrt(static_cast<float>(a.dim));
-    const long width = padded(a.seq), deep = padded(a.dim), group = a.heads / a.kv_heads;
-    const long stride = width + 16;  // of scores: rows 2^n apart would share a few sets of the cache
+    const long padded_seq = padded(a.seq), padded_dim = padded(a.dim), group = a.heads / a.kv_heads;
+    const long score_row = padded_seq + 16;  // of scores: rows 2^n apart would share a few sets of the cache
     Threads::shared().run(a.batch * a.heads, [&](long task) {
         const long line = task / a.heads, head = task % a.heads, token = line * a.seq;
         const int32_t *start = a.first + token;
-        Room room(a.seq * a.dim + width * a.dim + a.seq * deep + QUERIES * (a.dim + stride));
-        float *keys = room.take(a.seq * a.dim), *key_panels = room.take(width * a.dim);
-        float *value_panels = room.take(a.seq * deep);
-        float *queries = room.take(QUERIES * a.dim), *scores = room.take(QUERIES * stride);
-        const long of_kv = token * a.kv_row() + head / group * a.dim;
-        a.rotate(a.k + of_kv, a.kv_row(), token, a.seq, 1.0f, keys, a.dim);
+        Scratch scratch(a.seq * a.dim + padded_seq * a.dim + a.seq * padded_dim + QUERIES * (a.dim + score_row));
+        float *keys = scratch.take(a.seq * a.dim), *key_panels = scratch.take(padded_seq * a.dim);
+        float *value_panels = scratch.take(a.seq * padded_dim);
+        float *queries = scratch.take(QUERIES * a.dim), *scores = scratch.take(QUERIES * score_row);
+        const long kv_at = token * a.kv_row() + head / group * a.dim;
+        a.rotate(a.k + kv_at, a.kv_row(), token, a.seq, 1.0f, keys, a.dim);
         pack({keys, 1, a.dim}, a.dim, a.seq, key_panels);
-        pack({a.v + of_kv, a.kv_row(), 1}, a.seq, a.dim, value_panels);
+        pack({a.v + kv_at, a.kv_row(), 1}, a.seq, a.dim, value_panels);
         for (long i = 0; i < a.seq; i += QUERIES) {
-            const long end = std::min(a.seq, i + QUERIES), low = a.lowest(start, i, end), count = end - low;
-            const long of_q = (token + i) * a.q_row() + head * a.dim;
-            a.rotate(a.q + of_q, a.q_row(), token + i, end - i, scale, queries, a.dim);
+            const long end = std::min(a.seq, i + QUERIES), low = a.first_panel(start, i, end), count = end - low;
+            const long q_at = (token + i) * a.q_row() + head * a.dim;
+            a.rotate(a.q + q_at, a.q_row(), token + i, end - i, scale, queries, a.dim);
             const Piece product = {{queries, a.dim, 1}, key_panels + low * a.dim, a.dim, a.dim};
-            multiply(&product, 1, end - i, count, nullptr, 0, scores, stride);
+            multiply(&product, 1, end - i, count, nullptr, 0, scores, score_row);
             float inverse[QUERIES];
             for (long r = 0; r < end - i; r++) {
-                float *row = scores + r * stride;
+                float *row = scores + r * score_row;
                 const long from = start[i + r] - low, to = i + r + 1 - low;
-                const Softened soft = soften(row, from, to);
+                const Exponentials found = exponentiate(row, from, to);
                 std::fill(row, row + from, 0.0f);
                 std::fill(row + to, row + count, 0.0f);
-                inverse[r] = 1.0f / soft.total;
-                log_sum[(token + i + r) * a.heads + head] = soft.top + std::log(soft.total);
+                inverse[r] = 1.0f / found.total;
+                log_sum[(token + i + r) * a.heads + head] = found.top + std::log(found.total);
             }
-            const Piece mix = {{scores, stride, 1}, value_panels + low * COLUMNS, count, a.seq};
-            multiply(&mix, 1, end - i, a.dim, nullptr, 0, out + of_q, a.q_row());
+            const Piece mix = {{scores, score_row, 1}, value_panels + low * COLUMNS, count, a.seq};
+            multiply(&mix, 1, end - i, a.dim, nullptr, 0, out + q_at, a.q_row());
             for (long r = 0; r < end - i; r++)
-                for (long p = 0; p < a.dim; p++) out[of_q + r * a.q_row() + p] *= inverse[r];
+                for (long p = 0; p < a.dim; p++) out[q_at + r * a.q_row() + p] *= inverse[r];
         }
     });
 }
 
-// d_q, d_k, d_v like q, k, v, from the gradient of `out` and what `attend` gave; probabilities are formed again.
-inline void attend_gradient(const Attention &a, const float *out, const float *log_sum, const float *d_out, float *d_q,
-                            float *d_k, float *d_v) {
+// d_q, d_k, d_v like q, k, v, from the gradient of `out` and what `attention` gave. Probabilities are formed again:
+// P = e^(score - log_sum), d P = d_out v^T, d score = P (d P - mean), where mean = sum(P d P) = dot(out, d_out).
+inline void attention_gradient(const Attention &a, const float *out, const float *log_sum, const float *d_out,
+                               float *d_q, float *d_k, float *d_v) {
     const float scale = 1.0f / std::sqrt(static_cast<float>(a.dim));
-    const long width = padded(a.seq), deep = padded(a.dim), group = a.heads / a.kv_heads;
-    const long stride = width + 16;  // of scores: rows 2^n apart would share a few sets of the cache
+    const long padded_seq = padded(a.seq), padded_dim = padded(a.dim), group = a.heads / a.kv_heads;
+    const long score_row = padded_seq + 16;  // of scores: rows 2^n apart would share a few sets of the cache
     Threads::shared().run(a.batch * a.kv_heads, [&](long task) {
         const long line = task / a.kv_heads, kv_head = task % a.kv_heads, token = line * a.seq;
         const int32_t *start = a.first + token;
-        Room room(2 * a.seq * a.dim + 2 * width * a.dim + a.seq * deep + QUERIES * (2 * a.dim + 2 * deep + 2 * stride));
-        float *keys = room.take(a.seq * a.dim), *d_keys = room.take(a.seq * a.dim);
-        float *key_panels = room.take(width * a.dim), *value_panels = room.take(width * a.dim);  // transposed
-        float *key_rows = room.take(a.seq * deep);
-        float *queries = room.take(QUERIES * a.dim), *d_queries = room.take(QUERIES * a.dim);
-        float *query_rows = room.take(QUERIES * deep), *d_out_rows = room.take(QUERIES * deep);
-        float *probs = room.take(QUERIES * stride), *d_scores = room.take(QUERIES * stride);
-        const long of_kv = token * a.kv_row() + kv_head * a.dim;
-        a.rotate(a.k + of_kv, a.kv_row(), token, a.seq, 1.0f, keys, a.dim);
+        Scratch scratch(2 * a.seq * a.dim + 2 * padded_seq * a.dim + a.seq * padded_dim +
+                        QUERIES * (2 * a.dim + 2 * padded_dim + 2 * score_row));
+        float *keys = scratch.take(a.seq * a.dim), *d_keys = scratch.take(a.seq * a.dim);
+        float *key_panels = scratch.take(padded_seq * a.dim);    // transposed
+        float *value_panels = scratch.take(padded_seq * a.dim);  // transposed
+        float *key_rows = scratch.take(a.seq * padded_dim);
+        float *queries = scratch.take(QUERIES * a.dim), *d_queries = scratch.take(QUERIES * a.dim);
+        float *query_rows = scratch.take(QUERIES * padded_dim), *d_out_rows = scratch.take(QUERIES * padded_dim);
+        float *probs = scratch.take(QUERIES * score_row), *d_scores = scratch.take(QUERIES * score_row);
+        const long kv_at = token * a.kv_row() + kv_head * a.dim;
+        a.rotate(a.k + kv_at, a.kv_row(), token, a.seq, 1.0f, keys, a.dim);
         pack({keys, 1, a.dim}, a.dim, a.seq, key_panels);
         pack({keys, a.dim, 1}, a.seq, a.dim, key_rows);
-        pack({a.v + of_kv, 1, a.kv_row()}, a.dim, a.seq, value_panels);
+        pack({a.v + kv_at, 1, a.kv_row()}, a.dim, a.seq, value_panels);
         std::fill(d_keys, d_keys + a.seq * a.dim, 0.0f);
-        for (long r = 0; r < a.seq; r++) std::fill_n(d_v + of_kv + r * a.kv_row(), a.dim, 0.0f);
+        for (long r = 0; r < a.seq; r++) std::fill_n(d_v + kv_at + r * a.kv_row(), a.dim, 0.0f);
         for (long head = kv_head * group; head < (kv_head + 1) * group; head++) {
             for (long i = 0; i < a.seq; i += QUERIES) {
-                const long end = std::min(a.seq, i + QUERIES), low = a.lowest(start, i, end), count = end - low;
-                const long rows = end - i, of_q = (token + i) * a.q_row() + head * a.dim;
-                a.rotate(a.q + of_q, a.q_row(), token + i, rows, scale, queries, a.dim);
+                const long end = std::min(a.seq, i + QUERIES), low = a.first_panel(start, i, end), count = end - low;
+                const long rows = end - i, q_at = (token + i) * a.q_row() + head * a.dim;
+                a.rotate(a.q + q_at, a.q_row(), token + i, rows, scale, queries, a.dim);
                 const Piece score = {{queries, a.dim, 1}, key_panels + low * a.dim, a.dim, a.dim};
-                multiply(&score, 1, rows, count, nullptr, 0, probs, stride);
-                const Piece d_prob = {{d_out + of_q, a.q_row(), 1}, value_panels + low * a.dim, a.dim, a.dim};
-                multiply(&d_prob, 1, rows, count, nullptr, 0, d_scores, stride);
+                multiply(&score, 1, rows, count, nullptr, 0, probs, score_row);
+                const Piece d_prob = {{d_out + q_at, a.q_row(), 1}, value_panels + low * a.dim, a.dim, a.dim};
+                multiply(&d_prob, 1, rows, count, nullptr, 0, d_scores, score_row);
                 for (long r = 0; r < rows; r++) {
-                    const long place = of_q + r * a.q_row(), from = start[i + r] - low, to = i + r + 1 - low;
+                    const long place = q_at + r * a.q_row(), from = start[i + r] - low, to = i + r + 1 - low;
                     const float shift = log_sum[(token + i + r) * a.heads + head];
                     fetch(out + place + AHEAD * a.q_row(), a.dim);
                     const float mean = dot(out + place, d_out + place, a.dim);
-                    float *p = probs + r * stride, *d = d_scores + r * stride;
-                    std::fill(p, p + from, 0.0f), std::fill(d, d + from, 0.0f);
+                    float *p = probs + r * score_row, *d = d_scores + r * score_row;
+                    std::fill(p, p + from, 0.0f);
+                    std::fill(d, d + from, 0.0f);
                     long n = from;
                     for (; n + LANES <= to; n += LANES) {
                         const Vec e = exponential(load(p + n) - shift);
@@ -186,23 +190,27 @@ inline void attend_gradient(const Attention &a, const float *out, const float *l
                     }
                     if (n < to) {
                         const Vec e = exponential(load_some(p + n, to - n, -3e38f) - shift);
-                        for (long m = 0; n + m < to; m++) p[n + m] = e[m], d[n + m] = e[m] * (d[n + m] - mean);
+                        for (long m = 0; n + m < to; m++) {
+                            p[n + m] = e[m];
+                            d[n + m] = e[m] * (d[n + m] - mean);
+                        }
                     }
-                    std::fill(p + to, p + count, 0.0f), std::fill(d + to, d + count, 0.0f);
+                    std::fill(p + to, p + count, 0.0f);
+                    std::fill(d + to, d + count, 0.0f);
                 }
-                const Piece query = {{d_scores, stride, 1}, key_rows + low * COLUMNS, count, a.seq};
+                const Piece query = {{d_scores, score_row, 1}, key_rows + low * COLUMNS, count, a.seq};
                 multiply(&query, 1, rows, a.dim, nullptr, 0, d_queries, a.dim);
-                a.rotate(d_queries, a.dim, token + i, rows, scale, d_q + of_q, a.q_row(), true);
+                a.rotate(d_queries, a.dim, token + i, rows, scale, d_q + q_at, a.q_row(), true);
                 pack({queries, a.dim, 1}, rows, a.dim, query_rows);
-                const Piece key = {{d_scores, 1, stride}, query_rows, rows, rows};
+                const Piece key = {{d_scores, 1, score_row}, query_rows, rows, rows};
                 multiply(&key, 1, count, a.dim, d_keys + low * a.dim, a.dim, d_keys + low * a.dim, a.dim);
-                pack({d_out + of_q, a.q_row(), 1}, rows, a.dim, d_out_rows);
-                const Piece value = {{probs, 1, stride}, d_out_rows, rows, rows};
-                float *to = d_v + of_kv + low * a.kv_row();
+                pack({d_out + q_at, a.q_row(), 1}, rows, a.dim, d_out_rows);
+                const Piece value = {{probs, 1, score_row}, d_out_rows, rows, rows};
+                float *to = d_v + kv_at + low * a.kv_row();
                 multiply(&value, 1, count, a.dim, to, a.kv_row(), to, a.kv_row());
             }
         }
-        a.rotate(d_keys, a.dim, token, a.seq, 1.0f, d_k + of_kv, a.kv_row(), true);
+        a.rotate(d_keys, a.dim, token, a.seq, 1.0f, d_k + kv_at, a.kv_row(), true);
     });
 }
 
@@ -219,21 +227,21 @@ inline void cache_rows(const Attention &a, float *keys, float *values) {
 
 // One new token of each line looks at those in a cache, keys and values [b * n_kv, length, d], from `first` [b] up to
 // its own `slot`; q [b, n_h * d] -> out like q. a.seq is 1; k and v of `a` are the cache's.
-inline void attend_cache(const Attention &a, long length, long slot, float *out) {
+inline void cached_attention(const Attention &a, long length, long slot, float *out) {
     const float scale = 1.0f / std::sqrt(static_cast<float>(a.dim));
     const long group = a.heads / a.kv_heads;
     Threads::shared().run(a.batch * a.kv_heads, [&](long task) {
         const long line = task / a.kv_heads, low = a.first[line], count = slot + 1 - low;
         const float *keys = a.k + (task * length + low) * a.dim, *values = a.v + (task * length + low) * a.dim;
-        Room room(a.dim + count);
-        float *query = room.take(a.dim), *scores = room.take(count);
+        Scratch scratch(a.dim + count);
+        float *query = scratch.take(a.dim), *scores = scratch.take(count);
         for (long head = task * group; head < (task + 1) * group; head++) {  // of all lines
             a.rotate(a.q + head * a.dim, 0, line, 1, scale, query, 0);
             std::fill_n(scores, count, 0.0f);
             long j = 0;
             for (; j + 4 <= count; j += 4) add_dots<4>(query, keys + j * a.dim, a.dim, a.dim, scores + j);
             for (; j < count; j++) add_dots<1>(query, keys + j * a.dim, 0, a.dim, scores + j);
-            const float inverse = 1.0f / soften(scores, 0, count).total;
+            const float inverse = 1.0f / exponentiate(scores, 0, count).total;
             float *to = out + head * a.dim;
             std::fill_n(to, a.dim, 0.0f);
             for (j = 0; j < count; j++)

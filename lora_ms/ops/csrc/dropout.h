@@ -1,4 +1,4 @@
-// Dropout by t + n uniform numbers for x [t, n], as lora_ms/nn/draws.py has it, bit for bit.
+// Dropout by t + n uniform numbers for x [t, n], as Dropout in lora_ms/ops/portable.py has it, bit for bit.
 #pragma once
 
 #include "rows.h"

@@ -1,8 +1,9 @@
-// The operators as MindSpore's custom operators of kind "aot" call them: addresses and shapes of the inputs, then of
-// the outputs. All is float32 but indices, which are int32, and weights W and right factors of products, which may be
-// float16. What each computes stands beside its function in rows.h, product.h and attention.h.
+// The operators as MindSpore's custom operators of kind "aot" call them: addresses, ranks, shapes and types of the
+// inputs, then of the outputs. All is float32 but indices, which are int32, and weights W and right factors of
+// products, which may be float16. What each computes stands beside its function in rows.h, product.h and attention.h.
 
 #include <memory>
+#include <optional>
 
 #include "attention.h"
 #include "dropout.h"
@@ -11,45 +12,82 @@ using namespace lora_ms;
 
 namespace {
 
-struct Tensors {
-    void **data;
-    int *ndims;
-    int64_t **shapes;
-    const char **types;  // their names
+// An input or output.
+struct Tensor {
+    void *data;
+    int ndim;
+    const int64_t *shape;
+    const char *type;  // its name
 
-    float *floats(int i) const { return static_cast<float *>(data[i]); }
-    const int32_t *ints(int i) const { return static_cast<const int32_t *>(data[i]); }
-    long size(int i, int axis) const { return shapes[i][axis]; }
-    Matrix matrix(int i) const {
-        const bool half = std::strcmp(types[i], "float16") == 0;
-        return {half ? nullptr : floats(i), size(i, 1), 1, half ? static_cast<const Half *>(data[i]) : nullptr};
+    float *floats() const { return static_cast<float *>(data); }
+    const int32_t *ints() const { return static_cast<const int32_t *>(data); }
+    float number() const { return *floats(); }  // of a scalar
+    long size(int axis) const { return shape[axis]; }
+    Matrix matrix() const {
+        const bool half = std::strcmp(type, "float16") == 0;
+        return {half ? nullptr : floats(), size(1), 1, half ? static_cast<const Float16 *>(data) : nullptr};
     }
-    long numbers(int i) const {
+    long numbers() const {
         long n = 1;
-        for (int axis = 0; axis < ndims[i]; axis++) n *= shapes[i][axis];
+        for (int axis = 0; axis < ndim; axis++) n *= shape[axis];
         return n;
     }
+};
+
+// The tensors of a call, handed out in their order: inputs, then outputs.
+class Arguments {
+  public:
+    Arguments(int count, void **data, int *ndims, int64_t **shapes, const char **types)
+        : count_(count), data_(data), ndims_(ndims), shapes_(shapes), types_(types) {}
+
+    Tensor next() {
+        const int i = at_++;
+        return {data_[i], ndims_[i], shapes_[i], types_[i]};
+    }
+
+    // How many tensors are left before the last `outputs`.
+    int inputs_left(int outputs) const { return count_ - outputs - at_; }
+
+    // rows [t], columns [n] and [rate, 1 / (1 - rate)]: inputs that an operator with dropout has besides.
+    Dropout dropout() {
+        const Tensor rows = next(), columns = next(), rate = next();
+        return {rows.floats(), columns.floats(), rate.floats()[0], rate.floats()[1]};
+    }
+
+    // The same where the call has these inputs, nothing where it has none.
+    std::optional<Dropout> optional_dropout(int outputs) {
+        if (inputs_left(outputs) == 0) return std::nullopt;
+        return dropout();
+    }
+
+  private:
+    int count_, at_ = 0;
+    void **data_;
+    int *ndims_;
+    int64_t **shapes_;
+    const char **types_;
 };
 
 enum Kind { TIMES_TRANSPOSED, TIMES, TRANSPOSED_TIMES };
 
 // Inputs a1, b1, a2, b2, … and, where their number is odd, what the products are added to: [m, n], or [n], to each row.
-int products(Kind kind, int count, Tensors t) {
-    const int inputs = count - 1, c = count - 1;
-    const long m = t.size(c, 0), n = t.size(c, 1);
+int products(Kind kind, Arguments arguments) {
     std::vector<Term> terms;
-    for (int i = 0; i + 1 < inputs; i += 2) {
-        Matrix a = t.matrix(i), b = t.matrix(i + 1);
-        if (kind == TIMES_TRANSPOSED) b = b.transposed();
-        if (kind == TRANSPOSED_TIMES) a = a.transposed();
-        terms.push_back({a, b, t.size(i, kind == TRANSPOSED_TIMES ? 0 : 1)});
+    while (arguments.inputs_left(1) >= 2) {
+        const Tensor left = arguments.next(), right = arguments.next();
+        const Matrix a = kind == TRANSPOSED_TIMES ? left.matrix().transposed() : left.matrix();
+        const Matrix b = kind == TIMES_TRANSPOSED ? right.matrix().transposed() : right.matrix();
+        terms.push_back({a, b, left.size(kind == TRANSPOSED_TIMES ? 0 : 1)});
     }
-    const int start = inputs - 1;
-    if (inputs % 2) {
-        product(terms, m, n, t.floats(start), t.ndims[start] == 2 ? n : 0, t.floats(c));
-    } else {
-        product(terms, m, n, nullptr, 0, t.floats(c));
+    const float *start = nullptr;
+    bool start_of_each_row = false;
+    if (arguments.inputs_left(1)) {
+        const Tensor given = arguments.next();
+        start = given.floats();
+        start_of_each_row = given.ndim == 2;
     }
+    const Tensor c = arguments.next();
+    product(terms, c.size(0), c.size(1), start, start_of_each_row ? c.size(1) : 0, c.floats());
     return 0;
 }
 
@@ -59,175 +97,208 @@ void low_product(Matrix x, Matrix factor, long tokens, long depth, long rank, fl
     for (long i = 0; i < tokens * rank; i++) low[i] *= scaling;
 }
 
-// rows, columns and [rate, 1 / (1 - rate)] from input `first` on
-Dropout dropout_of(Tensors t, int first) {
-    return {t.floats(first), t.floats(first + 1), t.floats(first + 2)[0], t.floats(first + 2)[1]};
-}
-
-// Room for one call: what a thread keeps for the next would be there once for each of MindSpore's threads.
+// Memory for one call: what a thread keeps for the next would be there once for each of MindSpore's threads.
 typedef std::unique_ptr<float[]> Numbers;
 
-// x [tokens, n], dropped out into `room` where `drops`.
-Matrix dropped(Tensors t, bool drops, int first, Matrix x, long tokens, long n, Numbers &room) {
-    if (!drops) return x;
-    room.reset(new float[tokens * n]);
-    dropout_of(t, first)(x.data, tokens, n, room.get());
-    return {room.get(), n, 1};
+// x [tokens, n], dropped out into `memory` where there is a dropout.
+Matrix dropped(const std::optional<Dropout> &dropout, Matrix x, long tokens, long n, Numbers &memory) {
+    if (!dropout) return x;
+    memory.reset(new float[tokens * n]);
+    (*dropout)(x.data, tokens, n, memory.get());
+    return {memory.get(), n, 1};
 }
 
-// q, k, v, cos, sin [b * s * n, d] (of a token's n equal rows one is read), first [b, s]
-Attention attention_of(Tensors t) {
-    const long dim = t.size(3, 1), kv_heads = t.size(1, 1) / dim;
-    return {t.floats(0), t.floats(1), t.floats(2), t.floats(3), t.floats(4), t.ints(5), t.size(5, 0), t.size(5, 1),
-            t.size(0, 1) / dim, kv_heads, dim, t.size(3, 0) / t.size(0, 0) * dim};
+// q [t, n_h * d]; k, v [t, n_kv * d]; cos, sin [t * n, d], of whose n equal rows for a token one is read; first [b, s]
+Attention attention_of(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor first) {
+    const long dim = cos.size(1), tokens = q.size(0);
+    Attention a;
+    a.q = q.floats(), a.k = k.floats(), a.v = v.floats();
+    a.cos = cos.floats(), a.sin = sin.floats(), a.first = first.ints();
+    a.batch = first.size(0), a.seq = first.size(1);
+    a.heads = q.size(1) / dim, a.kv_heads = k.size(1) / dim, a.dim = dim;
+    a.table_row = cos.size(0) / tokens * dim;
+    return a;
 }
 
 }  // namespace
 
 #define OPERATOR(name) \
-    extern "C" int name([[maybe_unused]] int count, void **data, int *ndims, int64_t **shapes, const char **types, \
-                        void *, void *)
-#define TENSORS \
-    Tensors { data, ndims, shapes, types }
+    extern "C" int name(int count, void **data, int *ndims, int64_t **shapes, const char **types, void *, void *)
+#define ARGUMENTS Arguments(count, data, ndims, shapes, types)
 
 extern "C" void set_threads(int count) { Threads::shared().set_count(count); }
 
 // a b^T + …: a [m, k], b [n, k]
-OPERATOR(times_transposed) { return products(TIMES_TRANSPOSED, count, TENSORS); }
+OPERATOR(times_transposed) { return products(TIMES_TRANSPOSED, ARGUMENTS); }
 
 // a b + …: a [m, k], b [k, n]
-OPERATOR(times) { return products(TIMES, count, TENSORS); }
+OPERATOR(times) { return products(TIMES, ARGUMENTS); }
 
 // a^T b + …: a [k, m], b [k, n]
-OPERATOR(transposed_times) { return products(TRANSPOSED_TIMES, count, TENSORS); }
+OPERATOR(transposed_times) { return products(TRANSPOSED_TIMES, ARGUMENTS); }
 
 // x [t, in], W [out, in], A [rank, in], B [out, rank], scaling [] -> x W^T + low B^T [t, out], low = scaling x A^T. With
 // rows [t], columns [in], [rate, 1 / (1 - rate)] besides, the x of A is dropped out.
-OPERATOR(adapted) {
-    const Tensors t = TENSORS;
-    const int out_at = count - 2, low_at = count - 1;
-    const long tokens = t.size(0, 0), in = t.size(0, 1), out = t.size(1, 0), rank = t.size(2, 0);
-    const Matrix x = t.matrix(0), low = t.matrix(low_at);
-    Numbers room;
-    low_product(dropped(t, count == 10, 5, x, tokens, in, room), t.matrix(2).transposed(), tokens, in, rank,
-                *t.floats(4), t.floats(low_at));
-    const std::vector<Term> terms = {{x, t.matrix(1).transposed(), in}, {low, t.matrix(3).transposed(), rank}};
-    product(terms, tokens, out, nullptr, 0, t.floats(out_at));
+OPERATOR(adapted_product) {
+    Arguments arguments = ARGUMENTS;
+    const Tensor x = arguments.next(), weight = arguments.next(), a = arguments.next(), b = arguments.next();
+    const Tensor scaling = arguments.next();
+    const std::optional<Dropout> dropout = arguments.optional_dropout(2);
+    const Tensor y = arguments.next(), low = arguments.next();
+    const long tokens = x.size(0), in = x.size(1), out = weight.size(0), rank = a.size(0);
+    Numbers memory;
+    low_product(dropped(dropout, x.matrix(), tokens, in, memory), a.matrix().transposed(), tokens, in, rank,
+                scaling.number(), low.floats());
+    const std::vector<Term> terms = {{x.matrix(), weight.matrix().transposed(), in},
+                                     {low.matrix(), b.matrix().transposed(), rank}};
+    product(terms, tokens, out, nullptr, 0, y.floats());
     return 0;
 }
 
 // Of the same: d_y [t, out], x, low, B, scaling -> d_low = scaling d_y B [t, rank], d_A = d_low^T x, d_B = d_y^T low;
 // with rows, columns and rate as there.
-OPERATOR(adapted_gradient) {
-    const Tensors t = TENSORS;
-    const int low_at = count - 3;
-    const long tokens = t.size(0, 0), out = t.size(0, 1), in = t.size(1, 1), rank = t.size(2, 1);
-    const Matrix grad = t.matrix(0), d_low = t.matrix(low_at);
-    low_product(grad, t.matrix(3), tokens, out, rank, *t.floats(4), t.floats(low_at));
-    Numbers room;
-    const Matrix x = dropped(t, count == 11, 5, t.matrix(1), tokens, in, room);
-    product({{d_low.transposed(), x, tokens}}, rank, in, nullptr, 0, t.floats(count - 2));
-    product({{grad.transposed(), t.matrix(2), tokens}}, out, rank, nullptr, 0, t.floats(count - 1));
+OPERATOR(adapted_product_gradient) {
+    Arguments arguments = ARGUMENTS;
+    const Tensor d_y = arguments.next(), x = arguments.next(), low = arguments.next(), b = arguments.next();
+    const Tensor scaling = arguments.next();
+    const std::optional<Dropout> dropout = arguments.optional_dropout(3);
+    const Tensor d_low = arguments.next(), d_a = arguments.next(), d_b = arguments.next();
+    const long tokens = d_y.size(0), out = d_y.size(1), in = x.size(1), rank = low.size(1);
+    low_product(d_y.matrix(), b.matrix(), tokens, out, rank, scaling.number(), d_low.floats());
+    Numbers memory;
+    const Matrix seen = dropped(dropout, x.matrix(), tokens, in, memory);
+    product({{d_low.matrix().transposed(), seen, tokens}}, rank, in, nullptr, 0, d_a.floats());
+    product({{d_y.matrix().transposed(), low.matrix(), tokens}}, out, rank, nullptr, 0, d_b.floats());
     return 0;
 }
 
 // d_y, W, d_low, A, rows, columns, [rate, 1 / (1 - rate)] -> d_x = d_y W + dropout(d_low A)
-OPERATOR(dropped_gradient) {
-    const Tensors t = TENSORS;
-    const long tokens = t.size(0, 0), out = t.size(0, 1), in = t.size(1, 1), rank = t.size(2, 1);
-    const Numbers own(new float[tokens * in]);
-    product({{t.matrix(2), t.matrix(3), rank}}, tokens, in, nullptr, 0, own.get());
-    dropout_of(t, 4)(own.get(), tokens, in, own.get());
-    product({{t.matrix(0), t.matrix(1), out}}, tokens, in, own.get(), in, t.floats(7));
+OPERATOR(adapted_product_input_gradient) {
+    Arguments arguments = ARGUMENTS;
+    const Tensor d_y = arguments.next(), weight = arguments.next(), d_low = arguments.next(), a = arguments.next();
+    const Dropout dropout = arguments.dropout();
+    const Tensor d_x = arguments.next();
+    const long tokens = d_y.size(0), out = d_y.size(1), in = weight.size(1), rank = d_low.size(1);
+    const Numbers update(new float[tokens * in]);
+    product({{d_low.matrix(), a.matrix(), rank}}, tokens, in, nullptr, 0, update.get());
+    dropout(update.get(), tokens, in, update.get());
+    product({{d_y.matrix(), weight.matrix(), out}}, tokens, in, update.get(), in, d_x.floats());
     return 0;
 }
 
 // x [t, n], weight [n], eps [1] -> y [t, n]
-OPERATOR(norm) {
-    const Tensors t = TENSORS;
-    lora_ms::norm(t.floats(0), t.floats(1), *t.floats(2), t.size(0, 0), t.size(0, 1), t.floats(3));
+OPERATOR(rms_norm) {
+    Arguments arguments = ARGUMENTS;
+    const Tensor x = arguments.next(), weight = arguments.next(), eps = arguments.next(), y = arguments.next();
+    lora_ms::rms_norm(x.floats(), weight.floats(), eps.number(), x.size(0), x.size(1), y.floats());
     return 0;
 }
 
 // x [t, n], weight [n], eps [1], d_y [t, n] -> d_x [t, n]
-OPERATOR(norm_gradient) {
-    const Tensors t = TENSORS;
-    lora_ms::norm_gradient(t.floats(0), t.floats(1), *t.floats(2), t.floats(3), t.size(0, 0), t.size(0, 1),
-                           t.floats(4));
+OPERATOR(rms_norm_gradient) {
+    Arguments arguments = ARGUMENTS;
+    const Tensor x = arguments.next(), weight = arguments.next(), eps = arguments.next(), d_y = arguments.next();
+    const Tensor d_x = arguments.next();
+    lora_ms::rms_norm_gradient(x.floats(), weight.floats(), eps.number(), d_y.floats(), x.size(0), x.size(1),
+                               d_x.floats());
     return 0;
 }
 
 // x [t, n], eps [1], d_y [t, n] -> d_weight [n]
-OPERATOR(norm_weight_gradient) {
-    const Tensors t = TENSORS;
-    lora_ms::norm_weight_gradient(t.floats(0), *t.floats(1), t.floats(2), t.size(0, 0), t.size(0, 1), t.floats(3));
+OPERATOR(rms_norm_weight_gradient) {
+    Arguments arguments = ARGUMENTS;
+    const Tensor x = arguments.next(), eps = arguments.next(), d_y = arguments.next(), d_weight = arguments.next();
+    lora_ms::rms_norm_weight_gradient(x.floats(), eps.number(), d_y.floats(), x.size(0), x.size(1), d_weight.floats());
     return 0;
 }
 
 // gate, up -> y, all of one shape
-OPERATOR(gated) {
-    const Tensors t = TENSORS;
-    lora_ms::gated(t.floats(0), t.floats(1), t.numbers(0), t.floats(2));
+OPERATOR(gated_silu) {
+    Arguments arguments = ARGUMENTS;
+    const Tensor gate = arguments.next(), up = arguments.next(), y = arguments.next();
+    lora_ms::gated_silu(gate.floats(), up.floats(), gate.numbers(), y.floats());
     return 0;
 }
 
 // gate, up, d_y -> d_gate, d_up, all of one shape
-OPERATOR(gated_gradient) {
-    const Tensors t = TENSORS;
-    lora_ms::gated_gradient(t.floats(0), t.floats(1), t.floats(2), t.numbers(0), t.floats(3), t.floats(4));
+OPERATOR(gated_silu_gradient) {
+    Arguments arguments = ARGUMENTS;
+    const Tensor gate = arguments.next(), up = arguments.next(), d_y = arguments.next();
+    const Tensor d_gate = arguments.next(), d_up = arguments.next();
+    lora_ms::gated_silu_gradient(gate.floats(), up.floats(), d_y.floats(), gate.numbers(), d_gate.floats(),
+                                 d_up.floats());
     return 0;
 }
 
 // logits [c, v], targets [c] -> loss [c], right [c], d_logits [c, v]
 OPERATOR(cross_entropy) {
-    const Tensors t = TENSORS;
-    lora_ms::cross_entropy(t.floats(0), t.ints(1), t.size(0, 0), t.size(0, 1), t.floats(2), t.floats(3), t.floats(4));
+    Arguments arguments = ARGUMENTS;
+    const Tensor logits = arguments.next(), targets = arguments.next();
+    const Tensor loss = arguments.next(), right = arguments.next(), d_logits = arguments.next();
+    lora_ms::cross_entropy(logits.floats(), targets.ints(), logits.size(0), logits.size(1), loss.floats(),
+                           right.floats(), d_logits.floats());
     return 0;
 }
 
 // old, grad, exp_avg, exp_avg_sq [n], rate and decay [n] or [], the numbers of Step [7] -> old, exp_avg, exp_avg_sq anew
 OPERATOR(adamw) {
-    const Tensors t = TENSORS;
-    const long n = t.numbers(0);
+    Arguments arguments = ARGUMENTS;
+    const Tensor old = arguments.next(), grad = arguments.next();
+    const Tensor exp_avg = arguments.next(), exp_avg_sq = arguments.next();
+    const Tensor rate = arguments.next(), decay = arguments.next(), numbers = arguments.next();
+    const Tensor new_old = arguments.next(), new_avg = arguments.next(), new_avg_sq = arguments.next();
+    const long n = old.numbers();
     Step step;
     static_assert(sizeof step == 7 * sizeof(float));
-    std::memcpy(&step, t.floats(6), sizeof step);
-    lora_ms::adamw(t.floats(0), t.floats(1), t.floats(2), t.floats(3), t.floats(4), t.numbers(4) == n, t.floats(5),
-                   t.numbers(5) == n, step, n, t.floats(7), t.floats(8), t.floats(9));
+    std::memcpy(&step, numbers.floats(), sizeof step);
+    const AdamWInputs inputs = {old.floats(), grad.floats(), exp_avg.floats(), exp_avg_sq.floats(),
+                                {rate.floats(), rate.numbers() == n}, {decay.floats(), decay.numbers() == n}};
+    lora_ms::adamw(inputs, step, n, new_old.floats(), new_avg.floats(), new_avg_sq.floats());
     return 0;
 }
 
 // q, k, v, cos, sin, first -> out like q, log_sum [t, n_h]
 OPERATOR(attention) {
-    const Tensors t = TENSORS;
-    attend(attention_of(t), t.floats(6), t.floats(7));
-    return 0;
-}
-
-// k, v, cos, sin, first -> keys, values, both [b * n_kv * s, d]
-OPERATOR(cache_rows) {
-    const Tensors t = TENSORS;
-    const long dim = t.size(2, 1), kv_heads = t.size(0, 1) / dim, row = t.size(2, 0) / t.size(0, 0) * dim;
-    const Attention a = {nullptr, t.floats(0), t.floats(1), t.floats(2), t.floats(3), nullptr, t.size(4, 0),
-                         t.size(4, 1), 0, kv_heads, dim, row};
-    lora_ms::cache_rows(a, t.floats(5), t.floats(6));
-    return 0;
-}
-
-// q [b, n_h * d], keys, values [b * n_kv, length, d], cos, sin [b * n, d], first [b, 1], rows of the cache [n], of
-// which the first is the slot of all -> like q
-OPERATOR(attend_cache) {
-    const Tensors t = TENSORS;
-    const long batch = t.size(5, 0), dim = t.size(3, 1);
-    const Attention a = {t.floats(0), t.floats(1), t.floats(2), t.floats(3), t.floats(4), t.ints(5), batch, 1,
-                         t.size(0, 1) / dim, t.size(1, 0) / batch, dim, t.size(3, 0) / batch * dim};
-    lora_ms::attend_cache(a, t.size(1, 1), t.ints(6)[0], t.floats(7));
+    Arguments arguments = ARGUMENTS;
+    const Tensor q = arguments.next(), k = arguments.next(), v = arguments.next();
+    const Tensor cos = arguments.next(), sin = arguments.next(), first = arguments.next();
+    const Tensor out = arguments.next(), log_sum = arguments.next();
+    lora_ms::attention(attention_of(q, k, v, cos, sin, first), out.floats(), log_sum.floats());
     return 0;
 }
 
 // q, k, v, cos, sin, first, out, log_sum, d_out -> d_q, d_k, d_v
 OPERATOR(attention_gradient) {
-    const Tensors t = TENSORS;
-    attend_gradient(attention_of(t), t.floats(6), t.floats(7), t.floats(8), t.floats(9), t.floats(10), t.floats(11));
+    Arguments arguments = ARGUMENTS;
+    const Tensor q = arguments.next(), k = arguments.next(), v = arguments.next();
+    const Tensor cos = arguments.next(), sin = arguments.next(), first = arguments.next();
+    const Tensor out = arguments.next(), log_sum = arguments.next(), d_out = arguments.next();
+    const Tensor d_q = arguments.next(), d_k = arguments.next(), d_v = arguments.next();
+    lora_ms::attention_gradient(attention_of(q, k, v, cos, sin, first), out.floats(), log_sum.floats(), d_out.floats(),
+                                d_q.floats(), d_k.floats(), d_v.floats());
+    return 0;
+}
+
+// k, v, cos, sin, first -> keys, values, both [b * n_kv * s, d]
+OPERATOR(cache_rows) {
+    Arguments arguments = ARGUMENTS;
+    const Tensor k = arguments.next(), v = arguments.next();
+    const Tensor cos = arguments.next(), sin = arguments.next(), first = arguments.next();
+    const Tensor keys = arguments.next(), values = arguments.next();
+    const Attention a = attention_of(k, k, v, cos, sin, first);  // no queries: a.q and a.heads are not read
+    lora_ms::cache_rows(a, keys.floats(), values.floats());
+    return 0;
+}
+
+// q [b, n_h * d], keys, values [b * n_kv, length, d], cos, sin [b * n, d], first [b, 1], rows of the cache [n], of
+// which the first is the slot of all -> like q
+OPERATOR(cached_attention) {
+    Arguments arguments = ARGUMENTS;
+    const Tensor q = arguments.next(), keys = arguments.next(), values = arguments.next();
+    const Tensor cos = arguments.next(), sin = arguments.next(), first = arguments.next(), rows = arguments.next();
+    const Tensor out = arguments.next();
+    Attention a = attention_of(q, keys, values, cos, sin, first);
+    a.kv_heads = keys.size(0) / a.batch;  // the cache has them beside the lines
+    lora_ms::cached_attention(a, keys.size(1), rows.ints()[0], out.floats());
     return 0;
 }

@@ -27,7 +27,7 @@ constexpr long AHEAD = 8;         // rows: what is fetched now is wanted then
 struct Matrix {
     const float *data;
     long row, column;
-    const Half *half = nullptr;  // in place of data
+    const Float16 *half = nullptr;  // in place of data
     Matrix transposed() const { return {data, column, row, half}; }
     Matrix from(long i, long j) const {
         const long place = i * row + j * column;
@@ -85,7 +85,7 @@ inline void pack_columns(const float *from, long column, long depth, long column
 }
 
 // Of float16: a small square after another is widened first.
-inline void pack_columns(const Half *from, long column, long depth, long columns, float *to) {
+inline void pack_columns(const Float16 *from, long column, long depth, long columns, float *to) {
     constexpr long SOME = 64;
     float square[COLUMNS * SOME];
     for (long p = 0; p < depth; p += SOME) {
@@ -164,8 +164,11 @@ inline void multiply(const Piece *pieces, int count, long m, long n, const float
 }
 
 // Rows [0, m) and columns [j, j + n) of a product: columns of B are packed, then rows of A go through them, both
-// shared out among the threads, or by one where this is itself a part of what is shared out. room: numbers of B that
-// are packed at a time, if a pass does not take more.
+// shared out among the threads, or by one where this is itself a part of what is shared out.
+//
+// The inner dimension is gone through in passes: for one pass a tile of C stays in registers. As many passes are packed
+// at a time as `room` numbers of B hold, at least one. How many that are changes no sum: a pass begins at the same
+// place whatever was packed before it.
 inline void multiply_columns(const std::vector<Term> &terms, long m, long j, long n, const float *start, long start_row,
                              float *c, long c_row, long room) {
     static thread_local std::vector<float> packed;
@@ -173,16 +176,17 @@ inline void multiply_columns(const std::vector<Term> &terms, long m, long j, lon
     const long padded = divided(n, COLUMNS) * COLUMNS, groups = divided(n, WIDTH);
     // of a task; fewer where there are few tasks
     const long rows = m <= BLOCK ? m : std::min(BLOCK, divided(m * groups, 16 * threads.count() * ROWS) * ROWS);
-    constexpr long PASS = DEPTH + DEPTH / 4;  // rows of B at most in a pass
-    const long most = room / padded;          // packed rows, from which on no other pass begins
-    long deep = 0;
-    for (const Term &term : terms) deep += term.depth;
-    packed.resize(std::max<size_t>(packed.size(), padded * std::min(deep, most + PASS)));
+    constexpr long PASS = DEPTH + DEPTH / 4;  // rows of B in a pass, at most
+    const long packed_limit = room / padded;  // packed rows of B, from which on no other pass begins
+    long total_depth = 0;
+    for (const Term &term : terms) total_depth += term.depth;
+    packed.resize(std::max<size_t>(packed.size(), padded * std::min(total_depth, packed_limit + PASS)));
     std::vector<Piece> pieces;
-    std::vector<Matrix> sources;    // of their panels
-    std::vector<size_t> passes{0};  // the first piece of each: a tile is in registers for a pass
-    long used = 0, all = 0;
-    const auto finish = [&] {
+    std::vector<Matrix> sources;           // of their panels
+    std::vector<size_t> passes{0};         // the first piece of each
+    long pass_depth = 0, packed_depth = 0;  // rows of B in this pass, and in all that are to be packed
+
+    const auto multiply_packed = [&] {
         passes.push_back(pieces.size());
         threads.run(groups, [&](long group) {
             const long x = group * WIDTH;
@@ -195,33 +199,45 @@ inline void multiply_columns(const std::vector<Term> &terms, long m, long j, lon
             const float *from = start ? start + y * start_row + x : nullptr;
             long from_row = start_row;
             float *to = c + y * c_row + x;
-            std::vector<Piece> own(pieces);
-            for (Piece &piece : own) piece.a = piece.a.from(y, 0), piece.panels = piece.panel(x);
-            for (size_t i = 0; i + 1 < passes.size(); i++, from = to, from_row = c_row) {
+            std::vector<Piece> shifted(pieces);  // to this task's rows and columns
+            for (Piece &piece : shifted) {
+                piece.a = piece.a.from(y, 0);
+                piece.panels = piece.panel(x);
+            }
+            for (size_t i = 0; i + 1 < passes.size(); i++) {
                 const int count = static_cast<int>(passes[i + 1] - passes[i]);
-                multiply(&own[passes[i]], count, height, width, from, from_row, to, c_row);
+                multiply(&shifted[passes[i]], count, height, width, from, from_row, to, c_row);
+                from = to;  // the next pass adds to what this one has found
+                from_row = c_row;
             }
         });
-        start = c, start_row = c_row, used = all = 0;
-        pieces.clear(), sources.clear(), passes = {0};
+        start = c;
+        start_row = c_row;
+        pieces.clear();
+        sources.clear();
+        passes = {0};
+        pass_depth = packed_depth = 0;
     };
+
     for (const Term &term : terms) {
-        const long parts = divided(term.depth, DEPTH), depth = divided(term.depth, parts);
-        for (long p = 0; p < term.depth; p += depth) {
-            const long some = std::min(depth, term.depth - p);
-            if (used + some > PASS) {  // a pass is the same whatever is packed at a time, and so is each sum
-                if (all + some > most) {
-                    finish();
+        const long parts = divided(term.depth, DEPTH), part_depth = divided(term.depth, parts);
+        for (long p = 0; p < term.depth; p += part_depth) {
+            const long depth = std::min(part_depth, term.depth - p);
+            if (pass_depth + depth > PASS) {
+                if (packed_depth + depth > packed_limit) {
+                    multiply_packed();
                 } else {
-                    passes.push_back(pieces.size()), used = 0;
+                    passes.push_back(pieces.size());
+                    pass_depth = 0;
                 }
             }
-            pieces.push_back({term.a.from(0, p), packed.data() + all * padded, some, some});
+            pieces.push_back({term.a.from(0, p), packed.data() + packed_depth * padded, depth, depth});
             sources.push_back(term.b.from(p, j));
-            used += some, all += some;
+            pass_depth += depth;
+            packed_depth += depth;
         }
     }
-    finish();
+    multiply_packed();
 }
 
 // Adds to out[j], for j in [0, N), the sum of a[i] * b[j * row + i] for i in [0, depth): in one order, whatever N is.
@@ -251,56 +267,59 @@ inline float dot(const float *a, const float *b, long depth) {
     return total;
 }
 
+// `product` of a few rows: B is read once, where packing it would cost more than the product. Rows of A and columns of
+// B lie whole.
+inline void multiply_few_rows(const std::vector<Term> &terms, long m, long n, const float *start, long start_row,
+                              float *c, long tasks) {
+    Threads::shared().run(tasks, [&](long task) {
+        const long end = (task + 1) * n / tasks;
+        for (long j = task * n / tasks; j < end;) {
+            const long columns = j + 4 <= end ? 4 : 1;  // rows of weights at a time, which come from memory
+            for (long i = 0; i < m; i++) {
+                float *to = c + i * n + j;
+                for (long q = 0; q < columns; q++) to[q] = start ? start[i * start_row + j + q] : 0.0f;
+                for (const Term &term : terms) {
+                    const float *a = term.a.from(i, 0).data;
+                    const Matrix b = term.b.from(0, j);
+                    const auto add = [&](const auto *weights) {
+                        if (columns == 4) {
+                            add_dots<4>(a, weights, b.column, term.depth, to);
+                        } else {
+                            add_dots<1>(a, weights, b.column, term.depth, to);
+                        }
+                    };
+                    b.half ? add(b.half) : add(b.data);
+                }
+            }
+            j += columns;
+        }
+    });
+}
+
 // C [m, n] = start (nothing: 0) + the terms; rows of start are start_row apart, so that 0 adds one row to all.
 inline void product(const std::vector<Term> &terms, long m, long n, const float *start, long start_row, float *c) {
     bool narrow = !start && n <= 2 * COLUMNS && n < m;
     for (const Term &term : terms) narrow = narrow && term.a.column != 1 && !term.b.half;
     if (narrow) {  // C^T = B^T A: rows of a transposed A are read whole where it is the right factor
-        std::vector<Term> other;
-        for (const Term &term : terms) other.push_back({term.b.transposed(), term.a.transposed(), term.depth});
-        std::vector<float> turned(m * n);
-        product(other, n, m, nullptr, 0, turned.data());
+        std::vector<Term> swapped;
+        for (const Term &term : terms) swapped.push_back({term.b.transposed(), term.a.transposed(), term.depth});
+        std::vector<float> c_transposed(m * n);
+        product(swapped, n, m, nullptr, 0, c_transposed.data());
         for (long i = 0; i < m; i++)
-            for (long j = 0; j < n; j++) c[i * n + j] = turned[j * m + i];
+            for (long j = 0; j < n; j++) c[i * n + j] = c_transposed[j * m + i];
         return;
     }
     Threads &threads = Threads::shared();
-    const long wanted = threads.count() == 1 ? 1 : 2 * threads.count();
-    bool along = m <= 3;  // a few rows: B is read once, and packing would cost more than the product
-    for (const Term &term : terms) along = along && term.a.column == 1 && term.b.row == 1;
-    if (along) {
-        const long tasks = std::min(n, wanted);
-        threads.run(tasks, [&](long task) {
-            const long end = (task + 1) * n / tasks;
-            for (long j = task * n / tasks; j < end;) {
-                const long some = j + 4 <= end ? 4 : 1;  // rows of weights at a time, which come from memory
-                for (long i = 0; i < m; i++) {
-                    float *to = c + i * n + j;
-                    for (long q = 0; q < some; q++) to[q] = start ? start[i * start_row + j + q] : 0.0f;
-                    for (const Term &term : terms) {
-                        const float *a = term.a.from(i, 0).data;
-                        const Matrix b = term.b.from(0, j);
-                        const auto add = [&](const auto *rows) {
-                            if (some == 4) {
-                                add_dots<4>(a, rows, b.column, term.depth, to);
-                            } else {
-                                add_dots<1>(a, rows, b.column, term.depth, to);
-                            }
-                        };
-                        b.half ? add(b.half) : add(b.data);
-                    }
-                }
-                j += some;
-            }
-        });
-        return;
-    }
+    const long tasks = threads.count() == 1 ? 1 : 2 * threads.count();  // at least
+    bool few_rows = m <= 3;
+    for (const Term &term : terms) few_rows = few_rows && term.a.column == 1 && term.b.row == 1;
+    if (few_rows) return multiply_few_rows(terms, m, n, start, start_row, c, std::min(n, tasks));
     const auto columns = [&](long j, long width, long room) {
         const float *from = start ? start + j : nullptr;
         multiply_columns(terms, m, j, std::min(width, n - j), from, start_row, c + j, n, room);
     };
     if (m <= BLOCK) {  // each task packs its own columns, for its own cache
-        const long width = std::min(WIDTH, divided(n, wanted * COLUMNS) * COLUMNS);
+        const long width = std::min(WIDTH, divided(n, tasks * COLUMNS) * COLUMNS);
         threads.run(divided(n, width), [&](long task) { columns(task * width, width, 0); });
     } else {
         for (long j = 0; j < n; j += SHARED) columns(j, SHARED, PACKED);

@@ -16,22 +16,22 @@ void over_rows(long count, long stretch, const Work &work) {
 }
 
 // 1 / sqrt(mean(x^2) + eps)
-inline float norm_scale(const float *x, long n, float eps) { return 1.0f / std::sqrt(dot(x, x, n) / n + eps); }
+inline float rms_scale(const float *x, long n, float eps) { return 1.0f / std::sqrt(dot(x, x, n) / n + eps); }
 
 // y = x * scale(x) * weight, row by row of x [rows, n].
-inline void norm(const float *x, const float *weight, float eps, long rows, long n, float *y) {
+inline void rms_norm(const float *x, const float *weight, float eps, long rows, long n, float *y) {
     over_rows(rows, divided(8192, n), [&](long i) {
-        const float *from = x + i * n, scale = norm_scale(from, n, eps);
+        const float *from = x + i * n, scale = rms_scale(from, n, eps);
         float *to = y + i * n;
         for (long p = 0; p < n; p++) to[p] = from[p] * (scale * weight[p]);
     });
 }
 
 // With r = scale(x) and g = d_y weight: d_x = r g - x r^3 mean(g x).
-inline void norm_gradient(const float *x, const float *weight, float eps, const float *d_y, long rows, long n,
+inline void rms_norm_gradient(const float *x, const float *weight, float eps, const float *d_y, long rows, long n,
                           float *d_x) {
     over_rows(rows, divided(8192, n), [&](long i) {
-        const float *from = x + i * n, *grad = d_y + i * n, scale = norm_scale(from, n, eps);
+        const float *from = x + i * n, *grad = d_y + i * n, scale = rms_scale(from, n, eps);
         float *to = d_x + i * n;
         for (long p = 0; p < n; p++) to[p] = grad[p] * weight[p];
         const float inner = dot(to, from, n) / n * scale * scale * scale;
@@ -40,9 +40,9 @@ inline void norm_gradient(const float *x, const float *weight, float eps, const 
 }
 
 // d_weight = the sum over the rows of scale(x) x d_y.
-inline void norm_weight_gradient(const float *x, float eps, const float *d_y, long rows, long n, float *d_weight) {
+inline void rms_norm_weight_gradient(const float *x, float eps, const float *d_y, long rows, long n, float *d_weight) {
     std::vector<float> scales(rows);
-    over_rows(rows, divided(8192, n), [&](long i) { scales[i] = norm_scale(x + i * n, n, eps); });
+    over_rows(rows, divided(8192, n), [&](long i) { scales[i] = rms_scale(x + i * n, n, eps); });
     const long width = divided(divided(n, Threads::shared().count()), 16) * 16;
     Threads::shared().run(divided(n, width), [&](long task) {
         const long begin = task * width, end = std::min(n, begin + width);
@@ -57,7 +57,7 @@ inline Vec sigmoid(Vec x) { return 1.0f / (1.0f + exponential(-x)); }
 constexpr long STRETCH = 4096;  // numbers
 
 // y = gate sigmoid(gate) up, elementwise on n numbers.
-inline void gated(const float *gate, const float *up, long n, float *y) {
+inline void gated_silu(const float *gate, const float *up, long n, float *y) {
     Threads::shared().run(divided(n, STRETCH), [&](long task) {
         for (long p = task * STRETCH, end = std::min(n, p + STRETCH); p < end; p += LANES) {
             const Vec g = load_up_to(gate + p, end - p);
@@ -66,7 +66,7 @@ inline void gated(const float *gate, const float *up, long n, float *y) {
     });
 }
 
-inline void gated_gradient(const float *gate, const float *up, const float *d_y, long n, float *d_gate, float *d_up) {
+inline void gated_silu_gradient(const float *gate, const float *up, const float *d_y, long n, float *d_gate, float *d_up) {
     Threads::shared().run(divided(n, STRETCH), [&](long task) {
         for (long p = task * STRETCH, end = std::min(n, p + STRETCH); p < end; p += LANES) {
             const Vec g = load_up_to(gate + p, end - p), s = sigmoid(g), d = load_up_to(d_y + p, end - p);
@@ -112,27 +112,38 @@ inline void cross_entropy(const float *logits, const int32_t *targets, long rows
 
 // What is the same for all numbers of a step of AdamW.
 struct Step {
-    float scale;             // of the gradient
-    float taken;             // 1; or 0: the moments stay as they are
-    float share1, share2;    // of the new gradient in the moments, 1 - beta
+    float scale;               // of the gradient
+    float taken;               // 1; or 0: the moments stay as they are
+    float share1, share2;      // of the new gradient in the moments, 1 - beta
     float correct1, correct2;  // 1 / (1 - beta1^count), 1 / sqrt(1 - beta2^count)
     float eps;
 };
 
-// One step of AdamW (Loshchilov and Hutter, 2019) on `count` numbers; a gradient that is not finite counts as 0. rate
-// and decay, of the weights, are one number for all (a step of 0 from one to the next), or one for each.
-inline void adamw(const float *old, const float *grad, const float *exp_avg, const float *exp_avg_sq, const float *rate,
-                  long rate_step, const float *decay, long decay_step, const Step &s, long count,
-                  float *__restrict out, float *__restrict out_avg, float *__restrict out_avg_sq) {
-    constexpr long SOME = 4096;
-    Threads::shared().run(divided(count, SOME), [&](long task) {
-        for (long i = task * SOME; i < std::min(count, (task + 1) * SOME); i++) {
+// One number for all, or one for each.
+struct PerNumber {
+    const float *values;
+    long step;  // from one to the next: 0 or 1
+};
+
+struct AdamWInputs {
+    const float *old, *grad, *exp_avg, *exp_avg_sq;
+    PerNumber rate, decay;  // of the weights
+};
+
+// One step of AdamW (Loshchilov and Hutter, 2019) on `count` numbers; a gradient that is not finite counts as 0.
+inline void adamw(const AdamWInputs &inputs, const Step &s, long count, float *__restrict out,
+                  float *__restrict out_avg, float *__restrict out_avg_sq) {
+    const float *old = inputs.old, *grad = inputs.grad, *exp_avg = inputs.exp_avg, *exp_avg_sq = inputs.exp_avg_sq;
+    const PerNumber rate = inputs.rate, decay = inputs.decay;
+    Threads::shared().run(divided(count, STRETCH), [&](long task) {
+        for (long i = task * STRETCH; i < std::min(count, (task + 1) * STRETCH); i++) {
             const float g = std::isfinite(grad[i]) ? grad[i] * s.scale : 0.0f;
             const float avg = exp_avg[i] + s.taken * s.share1 * (g - exp_avg[i]);
             const float avg_sq = exp_avg_sq[i] + s.taken * s.share2 * (g * g - exp_avg_sq[i]);
             const float update = s.correct1 * avg / (std::sqrt(avg_sq) * s.correct2 + s.eps);
-            out[i] = old[i] - rate[i * rate_step] * (decay[i * decay_step] * old[i] + update);
-            out_avg[i] = avg, out_avg_sq[i] = avg_sq;
+            out[i] = old[i] - rate.values[i * rate.step] * (decay.values[i * decay.step] * old[i] + update);
+            out_avg[i] = avg;
+            out_avg_sq[i] = avg_sq;
         }
     });
 }

@@ -23,14 +23,14 @@ namespace lora_ms {
 typedef float Vec __attribute__((vector_size(4 * LANES)));
 typedef float Unaligned __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
-typedef uint16_t Half;  // the bits of a float16
+typedef uint16_t Float16;  // the bits of a float16
 
 inline Vec as_vec(Ints bits) { return reinterpret_cast<Vec>(bits); }
 inline Ints as_ints(Vec x) { return reinterpret_cast<Ints>(x); }
 inline Vec load(const float *from) { return *reinterpret_cast<const Unaligned *>(from); }
 
 // LANES numbers of float16, exactly; without the processor's own instruction, by integers.
-inline Vec load(const Half *from) {
+inline Vec load(const Float16 *from) {
 #if LANES == 16 && defined(__AVX512F__)
     return _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i *>(from)));
 #elif LANES == 8 && defined(__F16C__)
@@ -70,9 +70,9 @@ inline Vec load_some(const float *from, long count, float rest = 0.0f) {
     return x;
 }
 
-inline Vec load_some(const Half *from, long count) {
-    Half some[LANES] = {};
-    std::memcpy(some, from, sizeof(Half) * count);
+inline Vec load_some(const Float16 *from, long count) {
+    Float16 some[LANES] = {};
+    std::memcpy(some, from, sizeof(Float16) * count);
     return load(some);
 }
 

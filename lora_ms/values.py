@@ -1,13 +1,16 @@
-"""The kinds of value that a YAML key holds: read strictly, with errors that say what is wanted."""
+"""The kinds of value that a YAML key holds: read strictly, with errors that say what is wanted.
 
-import difflib
+Sections of the configuration are made of these types, and so are the options of the methods (``adapters.methods``),
+which are Python arguments and keys of ``pet_config`` at once.
+"""
+
 import math
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
-
-INITS = ("gaussian", "orthogonal", "pissa", "olora")  # ways for A and B to start besides the default
 
 
 class Section(BaseModel):
@@ -128,15 +131,6 @@ def _pattern(value: Any) -> dict[str, Any]:
     return value
 
 
-def _init(value: Any) -> bool | str:
-    if value in ("True", "true"):
-        return True
-    if value is True or value in INITS or isinstance(value, str) and re.fullmatch(r"pissa_niter_[1-9]\d*", value):
-        return value
-    near = difflib.get_close_matches(str(value), INITS, 1)
-    raise ValueError(f"wants True, {', '.join(INITS)} or pissa_niter_N{f' ({near[0]}?)' if near else ''}")
-
-
 def _scaling(value: Any) -> float | dict[str, Any]:
     return value if isinstance(value, dict) else float(_number(value))
 
@@ -179,14 +173,47 @@ Targets = Annotated[str | list[str], BeforeValidator(_targets)]
 Regex = Annotated[str, BeforeValidator(_regex)]
 Exclusions = Annotated[str | list[str], BeforeValidator(_exclusions)]  # as Targets, or nothing
 Layers = Annotated[list[int], BeforeValidator(_layers)]  # indices, or texts such as "0-10"
-RankPattern = Annotated[dict[str, Annotated[Whole, Field(ge=1)]], BeforeValidator(_pattern)]
-AlphaPattern = Annotated[dict[str, Annotated[WholeOrNumber, Field(gt=0)]], BeforeValidator(_pattern)]
-Init = Annotated[bool | str, BeforeValidator(_init)]
 Scaling = Annotated[float | dict[str, Any], BeforeValidator(_scaling)]
 TokenIds = Annotated[int | list[int], BeforeValidator(_token_ids)]
 Memory = Annotated[str, BeforeValidator(_memory)]
 # all or none, the first N layers, or these ones
 Recompute = Annotated[bool | int | list[int], BeforeValidator(_recompute)]
+
+
+def read_with(read: Callable[[Any], Any], kind: Any) -> Any:
+    """The type ``kind`` of what ``read`` returns for a YAML value; ``read`` raises ValueError with what is wanted."""
+    return Annotated[kind, BeforeValidator(read)]
+
+
+def pattern_of(kind: Any) -> Any:
+    """The type of a mapping from regular expressions, for the end of a module's path, to values of type ``kind``."""
+    return Annotated[dict[str, kind], BeforeValidator(_pattern)]
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """The range of a number; None: no bound on that side."""
+
+    ge: float | None = None  # at least
+    gt: float | None = None  # above
+    lt: float | None = None  # below
+
+    def __bool__(self) -> bool:
+        return any(bound is not None for bound in (self.ge, self.gt, self.lt))
+
+    def on(self, kind: Any) -> Any:
+        """The YAML type ``kind`` kept within the range."""
+        return Annotated[kind, Field(ge=self.ge, gt=self.gt, lt=self.lt)] if self else kind
+
+    def contains(self, value: float) -> bool:
+        above = (self.ge is None or value >= self.ge) and (self.gt is None or value > self.gt)
+        return above and (self.lt is None or value < self.lt)
+
+    def __str__(self) -> str:
+        if self.lt is None:
+            return f"at least {self.ge:g}" if self.gt is None else f"above {self.gt:g}"
+        return f"in [{self.ge:g}, {self.lt:g})" if self.gt is None else f"between {self.gt:g} and {self.lt:g}"
+
 
 NO_EFFECT = "no effect"
 # A key that MindFormers knows and that nothing here reads: any value is accepted, one that differs from the default is

@@ -7,7 +7,7 @@ from mindspore import Tensor, nn
 
 from lora_ms.adapters.methods.lora_cells import LoRADense
 from lora_ms.nn.dropout import DrawTable
-from lora_ms.nn.projection import ProductDense
+from lora_ms.nn.projection import projection_of
 
 pytestmark = pytest.mark.usefixtures("graph_mode")
 RNG = np.random.default_rng(5)
@@ -37,9 +37,9 @@ def formula(x: np.ndarray, has_bias: bool) -> np.ndarray:
 
 @pytest.mark.parametrize("has_bias", [True, False])
 @pytest.mark.parametrize("shape", [(3, IN), (2, 3, IN)])
-def test_the_formula_alone_and_merged(has_bias, shape):
+def test_the_formula_alone_and_merged(operators, has_bias, shape):
     x = np.random.default_rng(1).standard_normal(shape)
-    layer = adapted(has_bias)
+    layer = adapted(has_bias, operators=operators)
     np.testing.assert_allclose(layer(f32(x)).asnumpy(), formula(x, has_bias), rtol=0, atol=1e-5)
     merged = layer.merge()
     assert type(merged) is nn.Dense
@@ -50,11 +50,11 @@ def test_the_formula_alone_and_merged(has_bias, shape):
 def test_merging_leaves_the_layer_as_it_was():
     layer = adapted(True)
     layer.merge()
-    np.testing.assert_array_equal(layer.weight.asnumpy(), W.astype(np.float32))
+    np.testing.assert_array_equal(layer.base.weight.asnumpy(), W.astype(np.float32))
 
 
-def test_a_fresh_adapter_changes_nothing():
-    dense, x = ProductDense(IN, OUT, f32(W), f32(BIAS)), f32(RNG.standard_normal((3, IN)))
+def test_a_fresh_adapter_changes_nothing(operators):
+    dense, x = projection_of(base(True), operators), f32(RNG.standard_normal((3, IN)))
     before = dense(x).asnumpy()
     layer = LoRADense.from_dense(dense, RANK, ALPHA)
     np.testing.assert_array_equal(layer(x).asnumpy(), before)
@@ -64,7 +64,7 @@ def test_a_fresh_adapter_changes_nothing():
 def test_from_dense_shares_and_freezes():
     dense = base(True)
     layer = LoRADense.from_dense(dense, RANK, ALPHA)
-    assert layer.weight is dense.weight and layer.bias is dense.bias
+    assert layer.base.weight is dense.weight and layer.base.bias is dense.bias
     assert {p.name: p.requires_grad for p in layer.get_parameters()} == {
         "weight": False,
         "bias": False,
@@ -84,9 +84,9 @@ def test_a_starts_kaiming_uniform():
     np.testing.assert_allclose(a.std(), 1 / 20 / np.sqrt(3), rtol=0.02)
 
 
-def test_factors_stay_float32_beside_a_float16_weight():
+def test_factors_stay_float32_beside_a_float16_weight(operators):
     dense = nn.Dense(IN, OUT, f32(W).astype(ms.float16), f32(BIAS).astype(ms.float16), dtype=ms.float16)
-    layer = LoRADense.from_dense(dense, RANK, ALPHA)
+    layer = LoRADense.from_dense(dense, RANK, ALPHA, operators=operators)
     layer.lora_b.set_data(f32(B))
     layer.lora_a.set_data(f32(A))
     assert {p.name: p.dtype for p in layer.get_parameters()} == {
@@ -101,7 +101,7 @@ def test_factors_stay_float32_beside_a_float16_weight():
     assert y.dtype == ms.float16
     np.testing.assert_allclose(y.asnumpy(), formula(x, True), rtol=0, atol=0.05)
     assert layer.merge().weight.dtype == ms.float16
-    wide = adapted(True, compute_dtype=ms.float32)(f32(x).astype(ms.float16))
+    wide = adapted(True, compute_dtype=ms.float32, operators=operators)(f32(x).astype(ms.float16))
     assert wide.dtype == ms.float16
     half = x.astype(np.float16).astype(np.float64)
     np.testing.assert_allclose(wide.asnumpy(), formula(half, True).astype(np.float16), rtol=1e-3, atol=1e-5)
@@ -122,12 +122,12 @@ def test_arguments_out_of_range(rank, alpha, dropout, message):
         LoRADense(IN, OUT, rank, alpha, dropout)
 
 
-def test_dropout_acts_in_training_alone_and_keeps_the_expectation():
+def test_dropout_acts_in_training_alone_and_keeps_the_expectation(operators):
     """With W = 0 and A = B = 1 the layer's output is its dropout's."""
     size, p = 64, 0.25
     ms.set_seed(11)
     dense = nn.Dense(size, size, "zeros", has_bias=False)
-    layer = LoRADense.from_dense(dense, size, float(size), p)
+    layer = LoRADense.from_dense(dense, size, float(size), p, operators=operators)
     layer.lora_a.set_data(f32(np.eye(size)))
     layer.lora_b.set_data(f32(np.eye(size)))
     ones = f32(np.ones((256, size)))
@@ -142,8 +142,8 @@ def test_dropout_acts_in_training_alone_and_keeps_the_expectation():
     np.testing.assert_array_equal(layer(zeros).asnumpy(), np.zeros((256, size), np.float32))
 
 
-def test_gradients_with_dropout(gradients, squares):
-    layer = adapted(True, lora_dropout=0.4).set_train(True)
+def test_gradients_with_dropout(gradients, squares, operators):
+    layer = adapted(True, lora_dropout=0.4, operators=operators).set_train(True)
     table = DrawTable([layer.lora_dropout.draws], 9, IN, seed=3)
     table.fill(2, 1)
     numbers = table.table.asnumpy()[0]

@@ -1,4 +1,4 @@
-"""The formulas of the LoRA family in NumPy: where factors start, and the weight that an adapter amounts to.
+"""The formulas of the LoRA family in NumPy: how A and B are initialised, and the merged weight.
 
 Weights are [out, in], A [rank, in], B [out, rank], in PEFT's layout; everything is computed in float32.
 """
@@ -43,14 +43,14 @@ def principal_factors(weight: Array, rank: int, iterations: int | None, rng: np.
     return basis @ u, s, v
 
 
-def starting_factors(
+def initial_factors(
     init: str, weight: NDArray, rank: int, scaling: float, rng: np.random.Generator
 ) -> tuple[Array, Array]:
-    """A and B at the start of training, by the name that PEFT gives the method.
+    """A [rank, in] and B [out, rank] at the start of training, by PEFT's ``init_lora_weights``.
 
     ``gaussian``: A normal with deviation 1 / rank, B zero. ``orthogonal``: A and B of orthogonal, hence cancelling,
     halves of a random rotation. ``pissa`` (Meng et al., 2024; ``pissa_niter_N`` in its fast form) and ``olora``
-    (Büyükakyüz, 2024): the weight's own leading part, which the caller takes out of the weight.
+    (Büyükakyüz, 2024): the weight's own leading part, which the caller subtracts from the weight.
     """
     out_features, in_features = weight.shape
     if init == "gaussian":
@@ -71,11 +71,11 @@ def starting_factors(
     return np.ascontiguousarray(root[:, None] * v), np.ascontiguousarray(u * root)
 
 
-def takes_out(init: str) -> bool:
-    """Whether the starting factors are taken out of the weight, which they change."""
+def changes_weight(init: str) -> bool:
+    """Whether the initial update is subtracted from the weight."""
     return init.startswith("pissa") or init == "olora"
 
 
-def without_start(a: Array, b: Array, a_start: Array, b_start: Array) -> tuple[Array, Array]:
+def difference(a: Array, b: Array, initial_a: Array, initial_b: Array) -> tuple[Array, Array]:
     """``B A - B0 A0`` as one pair of twice the rank: what a trained PiSSA or OLoRA adds to the untouched weight."""
-    return np.concatenate((a, a_start)), np.concatenate((b, -b_start), 1)
+    return np.concatenate((a, initial_a)), np.concatenate((b, -initial_b), 1)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lora_ms.adapters import lowrank
+from lora_ms.adapters.methods import lowrank
 
 OUT, IN, RANK = 12, 10, 4
 
@@ -19,7 +19,7 @@ def weight(*singular_values: float) -> np.ndarray:
 
 
 def start(init: str, w: np.ndarray, rank: int = RANK, scaling: float = 1.5, seed: int = 1):
-    return lowrank.starting_factors(init, w, rank, scaling, np.random.default_rng(seed))
+    return lowrank.initial_factors(init, w, rank, scaling, np.random.default_rng(seed))
 
 
 def near(found: np.ndarray, wanted: np.ndarray, atol: float = 1e-5) -> None:
@@ -96,15 +96,15 @@ def test_olora_starts_from_the_first_columns_of_qr():
     near(a, b.T @ w)
     near(b @ a[:, :RANK], w[:, :RANK])  # Q R is exact in the first columns
     near(np.tril(a[:, :RANK], -1), np.zeros((RANK, RANK)))
-    assert lowrank.starting_factors("olora", w.astype(np.float16), RANK, 1.5, None)[0].dtype == np.float32
+    assert lowrank.initial_factors("olora", w.astype(np.float16), RANK, 1.5, None)[0].dtype == np.float32
 
 
 @pytest.mark.parametrize(
-    ("init", "takes_out"),
+    ("init", "changes_weight"),
     [("gaussian", False), ("orthogonal", False), ("pissa", True), ("pissa_niter_3", True), ("olora", True)],
 )
-def test_every_start_follows_its_seed_alone(init, takes_out):
-    assert lowrank.takes_out(init) == takes_out
+def test_every_start_follows_its_seed_alone(init, changes_weight):
+    assert lowrank.changes_weight(init) == changes_weight
     first, again, other = (start(init, weight(), seed=seed) for seed in (1, 1, 2))
     for i in (0, 1):
         assert first[i].dtype == np.float32 and first[i].flags.c_contiguous
@@ -113,10 +113,10 @@ def test_every_start_follows_its_seed_alone(init, takes_out):
     assert np.array_equal(first[0], other[0]) != random
 
 
-def test_without_start():
+def test_difference():
     rng = np.random.default_rng(2)
     (a, a0), (b, b0) = (rng.standard_normal((2, *shape)) for shape in ((RANK, IN), (OUT, RANK)))
-    wide_a, wide_b = lowrank.without_start(a, b, a0, b0)
+    wide_a, wide_b = lowrank.difference(a, b, a0, b0)
     assert wide_a.shape == (2 * RANK, IN) and wide_b.shape == (OUT, 2 * RANK)
     near(wide_b @ wide_a, b @ a - b0 @ a0, 1e-12)
     np.testing.assert_array_equal(wide_a[:RANK], a)

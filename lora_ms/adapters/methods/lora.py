@@ -1,0 +1,503 @@
+"""LoRA (Hu et al., 2021) with its variants that PEFT counts as LoRA: rsLoRA, DoRA, PiSSA, OLoRA and a bias beside B.
+
+``y = x W^T + b + scaling x A^T B^T`` with A [rank, in] and B [out, rank]; scaling is ``lora_alpha / lora_rank``.
+"""
+
+import difflib
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lora_ms.adapters.matching import by_pattern, layer_index, leaf_of, matches, ranges
+from lora_ms.adapters.methods import embedding, lowrank
+from lora_ms.adapters.methods.base import (
+    REQUIRED,
+    AdapterConfig,
+    AdapterSpec,
+    Array,
+    Cost,
+    Key,
+    Pair,
+    Shape,
+    Target,
+    Update,
+    check_bounds,
+    check_number,
+    keys_of,
+    missing_layers,
+    option,
+    plain_number,
+    shared_options,
+)
+from lora_ms.errors import LoraMsError
+from lora_ms.storage import Entry
+from lora_ms.values import Bounds, Flag, Layers, Number, Targets, Whole, WholeOrNumber, pattern_of, read_with
+
+if TYPE_CHECKING:
+    from lora_ms.adapters.methods.base_cells import AdapterCell
+
+RANK, ALPHA, DROPOUT = Bounds(ge=1), Bounds(gt=0), Bounds(ge=0, lt=1)
+BIASES = ("none", "all", "lora_only")
+INITS = ("gaussian", "orthogonal", "pissa", "olora")  # and pissa_niter_N; True for the default
+# values of init_lora_weights that leave the weight as it was: the file holds what came of them
+FORGOTTEN_INITS = ("eva", "mica", "gaussian", "orthogonal")
+
+
+def is_init(value: Any) -> bool:
+    """Whether ``value`` is a text that init_lora_weights may be."""
+    return value in INITS or (isinstance(value, str) and re.fullmatch(r"pissa_niter_[1-9]\d*", value) is not None)
+
+
+def read_init(value: Any) -> bool | str:
+    """``init_lora_weights`` in YAML."""
+    if value in ("True", "true"):
+        return True
+    if value is True or is_init(value):
+        return value
+    near = difflib.get_close_matches(str(value), INITS, 1)
+    raise ValueError(f"wants True, {', '.join(INITS)} or pissa_niter_N{f' ({near[0]}?)' if near else ''}")
+
+
+class LoraSpec(NamedTuple):
+    """LoRA on one module."""
+
+    lora_rank: int
+    lora_alpha: float
+
+
+@dataclass(frozen=True)
+class LayerGroup:
+    """Layers that share a rank: one entry of ``layer_groups``."""
+
+    layers: tuple[int, ...] = option(REQUIRED, Layers)  # indices from 0; in YAML 3, [0, 1, 8], "0-10" or "0-3,8"
+    lora_rank: int = option(REQUIRED, Whole, RANK)
+    lora_alpha: float = option(REQUIRED, WholeOrNumber, ALPHA, yaml_default=None)  # None: that of the same scaling
+    target_modules: str | tuple[str, ...] | None = option(None, Targets)  # None: the adapter's own
+
+
+@dataclass(frozen=True)
+class LowRankOptions:
+    """What adapters of a low rank share.
+
+    Dataclasses take the fields of their last base first: these three open the constructors of LoRA and AdaLoRA.
+    """
+
+    lora_rank: int = option(8, Whole, RANK, yaml_default=16)  # rows of A, columns of B
+    lora_alpha: float = option(16.0, WholeOrNumber, ALPHA, yaml_default=16)  # the update is scaled by alpha / rank
+    lora_dropout: float = option(0.0, Number, DROPOUT, yaml_default=0.05)  # probability, on the adapter's input
+    _: KW_ONLY
+    bias: str = option("none", Literal["none", "all", "lora_only"])  # which biases of the base model train
+
+    def check_bias(self) -> None:
+        if self.bias not in BIASES:
+            raise LoraMsError(f"bias {self.bias!r} is none of {', '.join(BIASES)}")
+
+    def head_notes(self, adapted: Iterable[str]) -> list[str]:
+        """A note where the head is adapted: the loss multiplies its weight, and there is no input to drop out."""
+        if self.lora_dropout and any(leaf_of(name) == "lm_head" for name in adapted):
+            return ["lora_dropout does not reach the adapter on the head"]
+        return []
+
+
+LORA_KEYS = frozenset(("lora_rank", "init_rank", "rank_pattern", "layer_groups"))
+ALPHA_KEYS = frozenset(("lora_alpha", "alpha_pattern", "layer_groups"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig(AdapterConfig, LowRankOptions):
+    """LoRA, and what PEFT and the literature make of it.
+
+    Args:
+        lora_rank: rank of the update; at least 1.
+        lora_alpha: the update is scaled by ``lora_alpha / lora_rank``.
+        lora_dropout: in [0, 1), on the adapter's input, in training.
+        target_modules: a regular expression (matched from the start of the leaf name or of its MindFormers alias,
+            or wholly with the dotted path), a list of path suffixes as in PEFT, or ``"all-linear"``. The head and
+            the embedding may be targets.
+        exclude_layers: path suffixes or sub-strings of modules to leave out (MindFormers).
+        exclude_modules: a regular expression for the whole path, or a list of path suffixes, to leave out (PEFT).
+        layers_to_transform: indices of the layers that get adapters; None for all.
+        layers_pattern: names of the list of layers that the indices count in, where there are several.
+        rank_pattern, alpha_pattern: other ranks and alphas, by a regular expression for the end of the path.
+        layer_groups: ranks by ranges of layers, in place of the three above.
+        modules_to_save: path suffixes of whole modules to train: norms, embedding, head, dense layers.
+        use_rslora: scale by ``lora_alpha / sqrt(rank)``.
+        use_dora: train the length of each row of the weight apart from its direction.
+        lora_bias: a bias beside each B.
+        bias: which biases of the base train: none, all, or lora_only (of the adapted layers).
+        init_lora_weights: True (A Kaiming uniform, B zero), gaussian, orthogonal, pissa, pissa_niter_N or olora.
+
+    Raises:
+        LoraMsError: a value out of range, or two that exclude each other.
+    """
+
+    PET_TYPE: ClassVar[str] = "lora"
+    PEFT_TYPE: ClassVar[str] = "LORA"
+    PEFT_REQUIRED: ClassVar[tuple[str, ...]] = ("r", "lora_alpha", "target_modules")
+    TENSORS: ClassVar[tuple[str, ...]] = (
+        "lora_A.weight",
+        "lora_B.weight",
+        "lora_B.bias",
+        "lora_magnitude_vector",
+        *embedding.TENSORS,
+    )
+    ROW_TENSORS: ClassVar[tuple[str, ...]] = (
+        "lora_B.weight",
+        "lora_B.bias",
+        "lora_magnitude_vector",
+        "base_layer.bias",
+    )
+    PARAMETERS: ClassVar[tuple[str, ...]] = ("lora_a", "lora_b", "lora_bias", "lora_magnitude")
+    IDLE: ClassVar[Mapping[str, float]] = {"lora_B.weight": 0.0, "lora_embedding_A": 0.0, "lora_embedding_B": 0.0}
+    IDLE_CHECK: ClassVar[tuple[str, str]] = ("B not zero", "every B is zero: LoRA changes nothing")
+    YAML_KEYS: ClassVar[Mapping[str, Key]] = {
+        # LoRA+: learning rate of B over that of A; 1: one rate for both
+        "loraplus_lr_ratio": Key(Number, 1.0, Bounds(gt=0)),
+        # and the highest rate of an adapter on the embedding then
+        "loraplus_lr_embedding": Key(Number, 1e-6, Bounds(gt=0)),
+    }
+    AGREEING: ClassVar[tuple[str, ...]] = ("use_rslora", "use_dora", "lora_bias", "bias")
+    SPEC_KEYS: ClassVar[Mapping[str, frozenset[str]]] = {"lora_rank": LORA_KEYS, "lora_alpha": ALPHA_KEYS}
+    PLACING: ClassVar[frozenset[str]] = AdapterConfig.PLACING | {"layer_groups"}
+    WITH_MINDFORMERS: ClassVar[bool] = True
+
+    rank_pattern: Mapping[str, int] = option({}, pattern_of(RANK.on(Whole)))
+    alpha_pattern: Mapping[str, float] = option({}, pattern_of(ALPHA.on(WholeOrNumber)))
+    layer_groups: tuple[LayerGroup, ...] = option((), list[LayerGroup])  # in YAML, an entry is a section
+    use_rslora: bool = option(False, Flag)
+    use_dora: bool = option(False, Flag)
+    lora_bias: bool = option(False, Flag)
+    init_lora_weights: bool | str = option(True, read_with(read_init, bool | str))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for pattern, rank in self.rank_pattern.items():
+            check_number(pattern, rank, RANK)
+        for pattern, alpha in self.alpha_pattern.items():
+            check_number(pattern, alpha, ALPHA)
+        for index, group in enumerate(self.layer_groups):
+            check_bounds(group, f" of layer_groups {index}")
+        self.check_bias()
+        self._check_init()
+        if self.use_dora and self.lora_bias:
+            raise LoraMsError("use_dora and lora_bias exclude each other")
+        if self.layer_groups and (self.rank_pattern or self.alpha_pattern or self.layers_to_transform is not None):
+            raise LoraMsError("layer_groups stands in place of rank_pattern, alpha_pattern and layers_to_transform")
+
+    def _check_init(self) -> None:
+        init = self.init_lora_weights
+        if isinstance(init, bool):
+            return
+        if not is_init(init):
+            raise LoraMsError(f"init_lora_weights {init!r} is none of True, {', '.join(INITS)}, pissa_niter_N")
+        groups = [group.lora_rank for group in self.layer_groups]
+        odd = [rank for rank in groups or [self.lora_rank, *self.rank_pattern.values()] if rank % 2]
+        if init == "orthogonal" and odd:
+            raise LoraMsError(f"init_lora_weights orthogonal wants even ranks, got {odd[0]}")
+        if init not in ("gaussian", "orthogonal") and (self.use_dora or self.lora_bias):
+            raise LoraMsError(f"init_lora_weights {init} goes with neither use_dora nor lora_bias")
+
+    @property
+    def title(self) -> str:
+        return "DoRA" if self.use_dora else "LoRA"
+
+    @property
+    def changed_base(self) -> str:
+        init = str(self.init_lora_weights)
+        return f"init_lora_weights {init}" if lowrank.changes_weight(init) else ""
+
+    @property
+    def trains_all_biases(self) -> bool:
+        return self.bias == "all"
+
+    # YAML
+
+    @classmethod
+    def from_yaml(cls, keys: Any) -> "LoraConfig":
+        values = {name: getattr(keys, name) for name in keys_of(cls)}
+        groups = [
+            LayerGroup(
+                layers=tuple(group.layers),
+                lora_rank=group.lora_rank,
+                # without an alpha of its own it keeps the adapter's alpha / rank
+                lora_alpha=group.lora_alpha or keys.lora_alpha * group.lora_rank / keys.lora_rank,
+                target_modules=_tuple_of(group.target_modules),
+            )
+            for group in keys.layer_groups
+        ]
+        return cls(**{**values, "layer_groups": tuple(groups)})
+
+    # which modules, and what each gets
+
+    def spec(self, name: str) -> LoraSpec:
+        return LoraSpec(
+            int(by_pattern(name, self.rank_pattern, self.lora_rank)),
+            by_pattern(name, self.alpha_pattern, self.lora_alpha),
+        )
+
+    def scaling(self, name: str) -> float:
+        """The number that multiplies B A of module ``name``."""
+        spec = self.spec(name)
+        return lowrank.scaling_of(spec.lora_rank, spec.lora_alpha, self.use_rslora)
+
+    def patterns(self) -> Mapping[str, Mapping[str, float]]:
+        return {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
+
+    def _groups_of(self, name: str) -> list[LayerGroup]:
+        """The layer groups that want module ``name``; one at most, where they do not overlap."""
+        index, found = layer_index(name, self.layers_pattern), []
+        for group in self.layer_groups:
+            targets = self.target_modules if group.target_modules is None else group.target_modules
+            if index in group.layers and matches(name, targets):
+                found.append(group)
+        return found
+
+    def choose(self, name: str) -> AdapterSpec | None:
+        if not self.layer_groups:
+            return super().choose(name)
+        if self.excludes(name):
+            return None
+        group = next(iter(self._groups_of(name)), None)
+        return None if group is None else LoraSpec(group.lora_rank, group.lora_alpha)
+
+    def check_names(self, names: Sequence[str]) -> None:
+        """Raises LoraMsError where two layer groups want one module, or a group's layer is not there."""
+        layers = {index for name in names if (index := layer_index(name)) is not None}
+        beyond = sorted({layer for group in self.layer_groups for layer in group.layers} - layers)
+        if beyond:
+            raise LoraMsError(f"layer_groups: layers {ranges(beyond)} are not there: the model has {ranges(layers)}")
+        twice = {layer_index(name) or 0 for name in names if len(self._groups_of(name)) > 1}
+        if twice:
+            raise LoraMsError(f"layer_groups overlap in layers {ranges(twice)}: give each module once")
+
+    def notes(self, names: Iterable[str], adapted: Iterable[str]) -> list[str]:
+        grouped = [layer for group in self.layer_groups for layer in group.layers]
+        left = missing_layers(names, grouped) if grouped else ""
+        return [*([f"layers without an adapter: {left}"] if left else []), *self.head_notes(adapted)]
+
+    # cells
+
+    def build(self, target: Target, spec: LoraSpec) -> "AdapterCell":
+        from lora_ms.adapters.methods import lora_cells
+
+        return lora_cells.build(self, target, spec)
+
+    # PEFT's files
+
+    def to_peft(self, specs: Mapping[str, LoraSpec]) -> dict[str, Any]:
+        """``r`` and ``lora_alpha`` are the commonest; those that differ stand in the two patterns, by whole path.
+
+        The update that PiSSA and OLoRA subtract from the weight at the start goes into the file: an adapter of twice
+        the rank on the weight as it was. ``alpha / rank`` stays, and so does ``alpha / sqrt(rank)``.
+        """
+        if self.changed_base:
+            wider = 2**0.5 if self.use_rslora else 2.0
+            specs = {name: LoraSpec(2 * rank, wider * alpha) for name, (rank, alpha) in specs.items()}
+        rank = _commonest([spec.lora_rank for spec in specs.values()])
+        alpha = _commonest([spec.lora_alpha for spec in specs.values()])
+        return {
+            "lora_alpha": plain_number(alpha),
+            "lora_dropout": self.lora_dropout,
+            "bias": self.bias,
+            "init_lora_weights": True,
+            "fan_in_fan_out": False,
+            "r": rank,
+            "use_rslora": self.use_rslora,
+            "use_dora": self.use_dora,
+            "rank_pattern": {name: spec.lora_rank for name, spec in specs.items() if spec.lora_rank != rank},
+            "alpha_pattern": {
+                name: plain_number(spec.lora_alpha) for name, spec in specs.items() if spec.lora_alpha != alpha
+            },
+            # an older PEFT refuses a key that it does not know
+            **({"lora_bias": True} if self.lora_bias else {}),
+        }
+
+    @classmethod
+    def from_peft(cls, peft: Mapping[str, Any]) -> "LoraConfig":
+        init = peft.get("init_lora_weights", True)
+        if str(init).startswith("pissa_niter_"):
+            raise LoraMsError(
+                f"what {init} took out of the weights was random and is not in the file; "
+                "save it in PEFT with path_initial_model_for_weight_conversion"
+            )
+        forgotten = isinstance(init, bool) or init is None or init in FORGOTTEN_INITS
+        return cls(
+            lora_rank=peft["r"],
+            lora_alpha=peft["lora_alpha"],
+            lora_dropout=peft.get("lora_dropout") or 0.0,
+            bias=peft.get("bias") or "none",
+            rank_pattern=peft.get("rank_pattern") or {},
+            alpha_pattern=peft.get("alpha_pattern") or {},
+            use_rslora=bool(peft.get("use_rslora")),
+            use_dora=bool(peft.get("use_dora")),
+            lora_bias=bool(peft.get("lora_bias")),
+            init_lora_weights=True if forgotten else init,
+            **shared_options(peft),
+        )
+
+    def shapes(self, name: str, found: Mapping[str, Shape], weight: Shape, has_bias: bool) -> dict[str, Shape]:
+        rank = self.spec(name).lora_rank
+        if embedding.is_stored(found):
+            return embedding.shapes(rank, weight, self.use_dora)
+        outputs, inputs = weight[0], weight[-1]
+        wanted: dict[str, Shape] = {"lora_A.weight": (rank, inputs), "lora_B.weight": (outputs, rank)}
+        if self.lora_bias:
+            wanted["lora_B.bias"] = (outputs,)
+        if self.use_dora:
+            wanted["lora_magnitude_vector"] = (outputs,)
+        if self.bias != "none" and has_bias:
+            wanted["base_layer.bias"] = (outputs,)
+        return wanted
+
+    def update(self, name: str, tensors: Mapping[str, Entry]) -> Update:
+        if embedding.is_stored(tensors):
+            return embedding.EmbeddingUpdate(tensors, self.scaling(name))
+        init = str(self.init_lora_weights) if self.changed_base else ""
+        return LoraUpdate(tensors, self.spec(name).lora_rank, self.scaling(name), init)
+
+    def rank_of(self, tensors: Mapping[str, Shape]) -> int | None:
+        for names in (DENSE_PAIR, embedding.TENSORS):
+            if all(name in tensors for name in names):
+                return rank_of_pair(*(tensors[name] for name in names))
+        return None
+
+    def ranks(self, name: str) -> tuple[int, ...]:
+        return (self.spec(name).lora_rank,)
+
+    def describe(self) -> str:
+        text = self.title
+        if self.use_rslora:
+            text += " with rsLoRA"
+        if isinstance(self.init_lora_weights, str):
+            text += f", begun by {self.init_lora_weights}"
+        scaling = lowrank.scaling_of(self.lora_rank, self.lora_alpha, self.use_rslora)
+        return f"{text}, rank {self.lora_rank}, alpha {self.lora_alpha:g}, scaling {scaling:g}"
+
+    def vllm_refuses(self) -> list[str]:
+        return ["DoRA"] if self.use_dora else []
+
+    def vllm_ignores(self) -> list[str]:
+        """vLLM reads ``r`` and ``lora_alpha`` alone."""
+        patterns = [name for name, given in self.patterns().items() if given]
+        return [*patterns, *([self.changed_base] if self.changed_base else [])]
+
+    # as products
+
+    def not_a_pair(self) -> list[str]:
+        found = {
+            "DoRA": self.use_dora,
+            "lora_bias": self.lora_bias,
+            f"bias: {self.bias}": self.bias != "none",
+            f"modules_to_save: {', '.join(self.modules_to_save)}": self.modules_to_save,
+        }
+        return [name for name, present in found.items() if present]
+
+    def pair(self, name: str, tensors: Mapping[str, NDArray]) -> Pair:
+        a, b = (tensors.get(tensor) for tensor in pair_names(name))
+        rank = self.spec(name).lora_rank
+        if a is None or b is None or a.ndim != 2 or b.ndim != 2 or len(a) != rank or b.shape[1] != rank:
+            shapes = {tensor: value.shape for tensor, value in tensors.items()}
+            raise LoraMsError(f"{name} has {shapes}, should have A and B of rank {rank}")
+        return Pair(a, b, self.scaling(name))
+
+    def pair_tensors(self, name: str, pair: Pair) -> dict[str, NDArray]:
+        return dict(zip(pair_names(name), (pair.a, pair.b), strict=True))
+
+    def pair_spec(self, pair: Pair) -> LoraSpec:
+        rank = len(pair.a)
+        return LoraSpec(rank, round(pair.scaling / lowrank.scaling_of(rank, 1.0, self.use_rslora), 9))
+
+    def plain_spec(self, name: str) -> LoraSpec:
+        rank, alpha = self.spec(name)
+        return LoraSpec(rank, alpha * rank**0.5 if self.use_rslora else alpha)
+
+    def combined(self, rank: int, target_modules: tuple[str, ...]) -> "LoraConfig":
+        return LoraConfig(rank, float(rank), self.lora_dropout, target_modules)
+
+    @property
+    def selects_by_leaf(self) -> bool:
+        return super().selects_by_leaf and not self.layer_groups
+
+    # training
+
+    def continued(self, keys: Any, given: Collection[str]) -> "LoraConfig":
+        return replace(self, lora_dropout=keys.lora_dropout) if "lora_dropout" in given else self
+
+    def identity(self) -> dict[str, object]:
+        names = "lora_alpha lora_dropout use_rslora use_dora bias".split()
+        return {name: getattr(self, name) for name in names} | {"init_lora_weights": str(self.init_lora_weights)}
+
+    def not_split(self, training: bool) -> list[str]:
+        plain, keys = LoraConfig(), ["use_dora", "lora_bias", "bias", "modules_to_save"]
+        keys += ["init_lora_weights"] if training else []
+        return [key for key in keys if getattr(self, key) != getattr(plain, key)]
+
+    def cost(self, spec: LoraSpec, inputs: int, outputs: int) -> Cost:
+        return Cost(trained=spec.lora_rank * (inputs + outputs), kept=spec.lora_rank)
+
+
+DENSE_PAIR = ("lora_A.weight", "lora_B.weight")
+
+
+def pair_names(name: str) -> tuple[str, str]:
+    """What PEFT calls A and B of the module at path ``name``."""
+    return embedding.TENSORS if embedding.is_embedding(name) else DENSE_PAIR
+
+
+def rank_of_pair(a: Shape, b: Shape) -> int | None:
+    """The rank of A [rank, in] and B [out, rank]; None where they are no pair."""
+    return a[0] if len(a) == len(b) == 2 and a[0] == b[1] else None
+
+
+def _commonest(values: list) -> Any:
+    return max(values, key=values.count)
+
+
+def _tuple_of(targets: str | Sequence[str] | None) -> str | tuple[str, ...] | None:
+    return targets if targets is None or isinstance(targets, str) else tuple(targets)
+
+
+class LoraUpdate(Update):
+    """``W + scaling B A``, with the magnitudes of DoRA and the bias beside B where the file has them.
+
+    Args:
+        init: ``init_lora_weights`` of PiSSA and OLoRA, which subtract their initial update from the weight; "" for
+            others. The initial update is found again from the whole weight.
+    """
+
+    def __init__(self, tensors: Mapping[str, Entry], lora_rank: int, scaling: float, init: str = ""):
+        super().__init__(tensors)
+        self.lora_rank, self.scaling, self.init = lora_rank, scaling, init
+        self.by_rows = not init
+        self.adds_bias = "lora_bias" if "lora_B.bias" in tensors else ""
+
+    def weight(self, weight: Array, rows: slice) -> Array:
+        if self.init:
+            rng = np.random.default_rng(0)  # nothing is drawn from it
+            a, b = lowrank.initial_factors(self.init, weight, self.lora_rank, self.scaling, rng)
+            weight = lowrank.merged_weight(weight, a, b, -self.scaling)
+        magnitude = self.tensor("lora_magnitude_vector")[rows] if "lora_magnitude_vector" in self.tensors else None
+        a, b = self.tensor("lora_A.weight"), self.tensor("lora_B.weight")
+        return lowrank.merged_weight(weight, a, b[rows], self.scaling, magnitude)
+
+    def bias(self, bias: Array) -> Array:
+        bias = super().bias(bias)
+        if "lora_B.bias" in self.tensors:
+            bias = bias + np.float32(self.scaling) * self.tensor("lora_B.bias")
+        return bias
+
+    def keeps_tie(self, other: Update) -> bool:
+        """Where the embedding's update is this one transposed: its A is the head's B, and its B the head's A."""
+        if not embedding.is_stored(other.tensors) or self.init:
+            return False
+        if any("lora_magnitude_vector" in update.tensors for update in (self, other)):
+            return False
+        same_scaling = isinstance(other, embedding.EmbeddingUpdate) and other.scaling == self.scaling
+        return same_scaling and all(
+            np.array_equal(self.tensor(ours), other.tensor(theirs).T)
+            for ours, theirs in zip(DENSE_PAIR, reversed(embedding.TENSORS), strict=True)
+        )

@@ -1,0 +1,163 @@
+"""The operators that cells compute with, chosen once for a run and passed to every cell, as its dtype is."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from typing import Any
+
+import mindspore as ms
+from mindspore import Tensor, nn
+
+from lora_ms.ops import ascend, native, portable
+
+Visibility = Tensor
+"""What each query may see: ``first`` [b, s] int32, the earliest key of its line that it sees; it sees the keys from
+there to itself. ``Operators.visibility`` makes of it, once in a forward pass, the form that ``Operators.attention`` of
+the same operators reads (``first`` itself, scores to add, or a mask); everybody else only passes it on."""
+
+
+@dataclass(frozen=True)
+class Operators:
+    """Factories of complete cells, each with its gradient; shape legend in ``lora_ms.ops.portable``.
+
+    A cell takes them as ``operators`` and makes in its constructor what it computes with. Which device or library is
+    behind them, nobody outside ``lora_ms.ops`` asks.
+    """
+
+    name: str
+    stream_dtype: Callable[[ms.Type], ms.Type]
+    """The type of what flows between layers, from that of the weights."""
+    product: Callable[[], nn.Cell]
+    """(x [t, in], W [out, in]) -> x W^T [t, out], in the type of x."""
+    product_back: Callable[[], nn.Cell]
+    """(dy [t, out], W [out, in]) -> dy W [t, in], in the type of dy; without a gradient."""
+    adapted_product: Callable[[float], nn.Cell]
+    """dropout -> cell: (x [t, in], W [out, in], A [rank, in], B [out, rank], scaling [], rows [t, 1], columns [1, in])
+    -> x W^T + scaling dropout(x) A^T B^T [t, out]. rows, columns: random numbers in [0, 1), see ``portable.Dropout``;
+    both None: no dropout. ``scaling`` has no gradient."""
+    low_rank_update: Callable[[], nn.Cell]
+    """(x [t, in], A [rank, in], B [out, rank], scaling []) -> scaling x A^T B^T [t, out]."""
+    column_scale: Callable[[], nn.Cell]
+    """(x [t, n], scale [n]) -> x * scale [t, n]."""
+    rms_norm: Callable[[float], nn.Cell]
+    """eps -> cell: (x [t, h], weight [h]) -> x / sqrt(mean(x^2) + eps) * weight [t, h]."""
+    gated_silu: Callable[[], nn.Cell]
+    """(gate, up) -> gate sigmoid(gate) up, elementwise."""
+    visibility: Callable[..., nn.Cell]
+    """num_heads, num_kv_heads, dtype, flash -> cell: first [b, s] int32 -> what ``attention`` reads."""
+    attention: Callable[..., nn.Cell]
+    """num_heads, num_kv_heads, head_dim, dtype, flash -> cell: (q [t, n_h * d], k [t, n_kv * d], v [t, n_kv * d], not
+    rotated, rope, visible) -> [t, n_h * d]. rope: ``nn.rope.RotaryTables``' four. dtype: of q, k and v. flash: by the
+    device's fused attention, if it has one for that type."""
+    cached_visibility: Callable[..., nn.Cell]
+    """num_heads, num_kv_heads, length -> cell: (first [b, new] int32, start []) -> what ``cached_attention`` reads, for
+    new tokens in the slots from ``start`` on of a cache of ``length`` slots a line."""
+    cached_attention: Callable[..., nn.Cell]
+    """As ``attention``, without a gradient, of new tokens to those in a cache, into which they are written: (q, k, v,
+    rope, visible, (keys, values [b * n_kv * length, d] parameters, rows [b * n_kv * new] int32 that the new take))."""
+    head_product: Callable[[], nn.Cell]
+    """(hidden [c, h], head [v, h]) -> logits [c, v] float32; without a gradient."""
+    head_product_back: Callable[[], nn.Cell]
+    """(probs [c, v] float32, head [v, h]) -> probs head [c, h]; without a gradient."""
+    cross_entropy: Callable[[], nn.Cell]
+    """(hidden [c, h], head [v, h], targets [c] int32) -> (summed loss [], d hidden [c, h], right answers []) float32;
+    with a method ``head_gradient`` of the same inputs -> d head [v, h]."""
+    adamw: Callable[[float, float, float], nn.Cell]
+    """beta1, beta2, eps -> cell: one step on vectors [n], see ``portable.AdamW``."""
+
+
+def _flash(flash_cell: Callable[..., nn.Cell], plain_cell: Callable[..., nn.Cell]) -> Callable[..., nn.Cell]:
+    """A factory of the fused cell where it is asked for and reads ``dtype``, else of the plain one."""
+
+    def make(dtype: ms.Type, flash: bool, **sizes: int) -> nn.Cell:
+        return (flash_cell if flash and dtype in ascend.FLASH_TYPES else plain_cell)(**sizes)
+
+    return make
+
+
+def _no_flash(cell: Callable[..., nn.Cell]) -> Callable[..., nn.Cell]:
+    """A factory for a device that has no fused attention."""
+    return _flash(cell, cell)
+
+
+def _unsized(cell: Callable[..., nn.Cell]) -> Callable[..., nn.Cell]:
+    """A factory that takes sizes and does not need them: the operator reads them from its inputs."""
+
+    def make(**sizes: Any) -> nn.Cell:
+        return cell()
+
+    return make
+
+
+PORTABLE = Operators(
+    name="portable",
+    stream_dtype=portable.stream_dtype,
+    product=portable.Product,
+    product_back=portable.MatMul,
+    adapted_product=portable.AdaptedProduct,
+    low_rank_update=portable.LowRankUpdate,
+    column_scale=portable.ColumnScale,
+    rms_norm=portable.RMSNorm,
+    gated_silu=portable.GatedSiLU,
+    visibility=_no_flash(portable.ScoreMask),
+    attention=_no_flash(portable.Attention),
+    cached_visibility=portable.CachedScoreMask,
+    cached_attention=_no_flash(portable.CachedAttention),
+    head_product=portable.HeadProduct,
+    head_product_back=portable.HeadProductBack,
+    cross_entropy=portable.CrossEntropy,
+    adamw=portable.AdamW,
+)
+
+# A card without fused operators in training (310B), or told to do without: portable arithmetic, a card's layouts.
+ASCEND_PLAIN = replace(
+    PORTABLE,
+    name="ascend, not fused",
+    stream_dtype=ascend.stream_dtype,
+    attention=_no_flash(ascend.PlainAttention),
+    cached_attention=_no_flash(ascend.PlainCachedAttention),
+    head_product=ascend.HeadProduct,
+    head_product_back=ascend.HeadProductBack,
+    cross_entropy=ascend.CrossEntropy,
+)
+
+ASCEND = replace(
+    ASCEND_PLAIN,
+    name="ascend",
+    rms_norm=ascend.RMSNorm,
+    visibility=_flash(ascend.FlashMask, portable.ScoreMask),
+    attention=_flash(ascend.FlashAttention, ascend.PlainAttention),
+    cached_attention=_flash(ascend.FlashCachedAttention, ascend.PlainCachedAttention),
+)
+
+
+def _native(library: str) -> Operators:
+    return replace(
+        PORTABLE,
+        name="native",
+        product=partial(native.Product, library),
+        product_back=partial(native.ProductBack, library),
+        adapted_product=partial(native.AdaptedProduct, library),
+        rms_norm=partial(native.RMSNorm, library),
+        gated_silu=partial(native.GatedSiLU, library),
+        visibility=_unsized(native.FirstKeys),
+        attention=_unsized(partial(native.Attention, library)),
+        cached_visibility=_unsized(native.FirstKeys),
+        cached_attention=_unsized(partial(native.CachedAttention, library)),
+        head_product=partial(native.HeadProduct, library),
+        head_product_back=partial(native.HeadProductBack, library),
+        cross_entropy=partial(native.CrossEntropy, library),
+        adamw=partial(native.AdamW, library),
+    )
+
+
+@cache
+def select(device: str, plain: bool = False, library: str = "") -> Operators:
+    """The operators for ``device``, CPU or Ascend.
+
+    plain: on Ascend, without its fused operators. library: on the CPU, the path of our compiled C++ operators, or ""
+    for MindSpore's.
+    """
+    if device == "Ascend":
+        return ASCEND_PLAIN if plain else ASCEND
+    return _native(library) if library else PORTABLE

@@ -1,0 +1,85 @@
+"""The adapter that a configuration asks for: from ``pet_config`` or a stored one to the cells in the model."""
+
+from dataclasses import replace
+from typing import Any
+
+from lora_ms.adapters.inject import freeze, inject, saved_layers, target_layers
+from lora_ms.adapters.methods import METHODS
+from lora_ms.adapters.methods.base import AdapterConfig
+from lora_ms.adapters.peft_files import read_adapter_config
+from lora_ms.adapters.peft_format import adapted, load_adapter
+from lora_ms.config import PetConfig, RunConfig
+from lora_ms.errors import LoraMsError
+from lora_ms.models.decoder import CausalLM
+from lora_ms.nn.parallel import WHOLE, Shard
+
+
+def adapter_config(pet: PetConfig) -> AdapterConfig:
+    """The settings of a fresh adapter; what depends on the length of the run is open until ``attach``.
+
+    Raises:
+        LoraMsError: values that exclude each other.
+    """
+    return METHODS[pet.pet_type].from_yaml(pet)
+
+
+def attach(config: RunConfig, model: CausalLM, total_steps: int, shard: Shard = WHOLE) -> AdapterConfig | None:
+    """Puts the adapter that ``pet_config`` or ``load_adapter`` asks for into ``model``; None: all parameters train.
+
+    Args:
+        total_steps: optimiser steps of the run.
+        shard: with which processes the model is shared.
+
+    Raises:
+        LoraMsError: the two disagree, or match nothing.
+    """
+    pet = config.pet_config
+    if pet is None:
+        if config.load_adapter:
+            raise LoraMsError("load_adapter is given and pet_config is null: remove one of them")
+        return None
+    wanted = adapter_config(pet)
+    if config.load_adapter:
+        wanted = load_agreeing(config.load_adapter, pet, wanted, model, shard)
+    else:
+        inject(model, wanted, shard=shard)
+    freeze(model, pet.freeze_include, pet.freeze_exclude)
+    return wanted.for_run(total_steps)
+
+
+def load_agreeing(path: str, pet: PetConfig, wanted: AdapterConfig, model: CausalLM, shard: Shard) -> AdapterConfig:
+    """Puts the adapter in ``path`` into ``model`` for further training; returns its settings.
+
+    Raises:
+        LoraMsError: it is another than ``pet_config`` says, in keys that the user gave; all are listed.
+    """
+    given, stored = pet.model_fields_set, read_adapter_config(path)
+    layers, saved = list(target_layers(model)), set(saved_layers(model, wanted))
+    loaded, _ = load_adapter(model, path, stored.continued(pet, given), shard)
+    standing = adapted(model)
+    faults = []
+
+    def compare(key: str, deciding: frozenset[str] | set[str], here: object, there: object, where: str = "") -> None:
+        if here != there and not given.isdisjoint(deciding):
+            faults.append(f"{key}{where}: {here} in pet_config, {there} in the adapter")
+
+    compare("pet_type", {"pet_type"}, wanted.PET_TYPE, stored.PET_TYPE)
+    free = given.isdisjoint(wanted.PLACING)  # the adapter alone says which modules it is on
+    chosen = (replace(wanted, target_modules=tuple(standing.specs)) if free else wanted).specs(layers)
+    both = [name for name in chosen if name in standing.specs]
+    for field, deciding in wanted.SPEC_KEYS.items():
+        here = {name: chosen[name]._asdict()[field] for name in both}
+        there = {name: standing.specs[name]._asdict().get(field) for name in both}
+        odd = [name for name in both if here[name] != there[name]]
+        if odd:
+            where = "" if len(odd) == len(both) else f" of {odd[0]}"
+            compare(field, deciding, here[odd[0]], there[odd[0]], where)
+    options: dict[str, Any] = vars(stored)
+    for key in wanted.AGREEING:
+        compare(key, {key}, getattr(wanted, key), options.get(key))
+    if not free and chosen.keys() != standing.specs.keys():
+        faults.append(f"target_modules: {len(chosen)} modules by pet_config, {len(standing.specs)} in the adapter")
+    compare("modules_to_save", {"modules_to_save"}, sorted(saved), sorted(standing.saved))
+    if faults:
+        raise LoraMsError(f"load_adapter {path}: {'; '.join(faults)}")
+    return loaded

@@ -1,0 +1,157 @@
+"""The gradient of a micro-batch's loss, added to the optimiser's: one engine, however much is recomputed.
+
+Nothing recomputed: one graph, in which MindSpore differentiates the model as one part and keeps every activation.
+
+Some layers recomputed: one graph. Of a recomputed half-layer its input alone is kept; the backward pass computes the
+rest again (``HalfLayersBackward``). That is less memory and more time.
+
+All layers recomputed: the same parts in several graphs. Blocks of a few layers run one after another in graphs that
+they share (``shared_layers.py``), so that memory and compilation do not grow with the depth either; the top layers and
+the finish are one graph.
+
+The numbers are the same in all three, to the bit. Recomputed dropout meets the same zeros: it draws from a table that
+does not change within a step (``nn/dropout.py``).
+
+``Cell.recompute`` would be simpler, but saves next to nothing here: MindSpore takes a gradient that a cell writes by
+hand (``bprop``, as most of ours do) for a part of the forward pass, and keeps whatever such cells take and give.
+"""
+
+import ctypes
+import sys
+from collections.abc import Sequence
+
+from mindspore import Tensor, ops
+
+from lora_ms.errors import LoraMsError
+from lora_ms.nn.graph import Graph
+from lora_ms.train.optimizer import FlatAdamW
+from lora_ms.train.parts import (
+    EmbeddingGradients,
+    LayerInputs,
+    LossGradients,
+    ModelParts,
+    SummedLoss,
+    TopGradients,
+    merge_tied,
+)
+from lora_ms.train.shared_layers import SharedLayers
+
+
+def recomputed_layers(recompute: bool | int | Sequence[int], count: int) -> list[int]:
+    """Indices of the layers that ``recompute`` names, of ``count``: all or none, the first N, or these ones.
+
+    Raises:
+        LoraMsError: there is no such layer.
+    """
+    if isinstance(recompute, bool):
+        return list(range(count)) if recompute else []
+    chosen = list(range(recompute)) if isinstance(recompute, int) else sorted({*recompute})
+    if chosen and max(chosen) >= count:
+        raise LoraMsError(f"recompute_config.recompute {recompute}: the model has {count} layers, counted from 0")
+    return chosen
+
+
+class MicroStep(Graph):
+    """Adds the gradient of one micro-batch's summed loss to the optimiser's ``grad``; returns that loss [].
+
+    input_ids, position_ids [b, s], target_index [c], targets [c] -> [] float32, as ``SummedLoss``.
+
+    Args:
+        recompute: the layers whose activations are recomputed in the backward pass, as ``recomputed_layers`` takes it.
+            Where there are any, the optimiser's parameters must stand in the model's order.
+    """
+
+    def __init__(self, loss: SummedLoss, optimizer: FlatAdamW, recompute: bool | int | Sequence[int] = False):
+        super().__init__(auto_prefix=False)
+        decoder, scale = loss.model.model, optimizer.loss_scale
+        count = len(decoder.layers)
+        layers = recomputed_layers(recompute, count)
+        self.keeps_all = not layers
+        self.shared: SharedLayers | None = None
+        self.prepared: set[tuple] = set()  # shapes of batches
+        if self.keeps_all:
+            self.whole = LossGradients(loss, scale, optimizer.params, of_input=False)
+            self.accumulate = Accumulate(optimizer)
+            return
+        parts = ModelParts(loss.model, optimizer.params)
+        self.lowest = parts.lowest_half_layer
+        self.shared = SharedLayers(parts) if len(layers) == count else None
+        first = 0 if self.shared is None else self.shared.top  # the first half-layer that is in no block
+        self.inputs = LayerInputs(decoder)
+        self.top = TopGradients(
+            loss,
+            scale,
+            parts.finish_weights,
+            half_layers=parts.half_layers[first:],
+            weights=parts.weights[first:],
+            recomputed=[i // 2 in layers for i in range(first, len(parts.half_layers))],
+            lowest=max(self.lowest - first, 0),
+        )
+        self.trains_embedding = parts.trains_embedding
+        self.embedding = EmbeddingGradients(decoder, parts.embedding_weights)
+        self.accumulate = Accumulate(optimizer, parts.ties)
+
+    def construct(self, input_ids: Tensor, position_ids: Tensor, target_index: Tensor, targets: Tensor) -> Tensor:
+        """In one graph."""
+        if self.keeps_all:
+            found = self.whole(input_ids, position_ids, target_index, targets)
+            self.accumulate(*found[1:])
+            return found[0]
+        inputs = self.inputs(input_ids, position_ids)
+        found = self.top(*inputs, target_index, targets)
+        embedding = self.embedding(input_ids, found[1]) if self.trains_embedding else ()
+        self.accumulate(*embedding, *found[2:])
+        return found[0]
+
+    def __call__(self, *batch: Tensor) -> Tensor:
+        if self.shared is None:
+            return super().__call__(*batch)
+        return self._in_shared_graphs(self.shared, *batch)
+
+    def _in_shared_graphs(
+        self, shared: SharedLayers, input_ids: Tensor, position_ids: Tensor, target_index: Tensor, targets: Tensor
+    ) -> Tensor:
+        x, *context = self.inputs(input_ids, position_ids)
+        kept: list[tuple[Tensor, ...]] = []  # of each block, the inputs of its half-layers, and its output
+        lower: list[Tensor] = []
+        with shared.sharing():
+            for block in shared.blocks:
+                kept.append((x, *block.forward(x, context)))
+                x = kept[-1][-1]
+            loss, grad, *upper = self.top(x, *context, target_index, targets)
+            for block in reversed(shared.blocks_from(self.lowest)):
+                grad, *own = block.backward(grad, context, kept.pop()[:-1])
+                lower = own + lower
+        embedding = self.embedding(input_ids, grad) if self.trains_embedding else ()
+        self.accumulate(*embedding, *lower, *upper)
+        return loss
+
+    def prepare(self, *batch: Tensor) -> None:
+        """Compiles for batches of this shape, once, and hands back what the compiler has freed (8 MB a layer) before
+        the first step takes memory of its own: glibc keeps it otherwise. Shared graphs, which are small, are compiled
+        when they are first run."""
+        shapes = tuple(tuple(part.shape) for part in batch)
+        if self.shared is not None or shapes in self.prepared:
+            return
+        self.prepared.add(shapes)
+        self.compile(*batch)
+        if sys.platform == "linux":
+            trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # not in every libc
+            if trim is not None:
+                trim(0)
+
+
+class Accumulate(Graph):
+    """Adds the gradients of all parameters, in the optimiser's order, to its ``grad``.
+
+    ties: pairs of them that belong to one parameter, as ``merge_tied`` takes them.
+    """
+
+    def __init__(self, optimizer: FlatAdamW, ties: tuple[tuple[int, int], ...] = ()):
+        super().__init__(auto_prefix=False)
+        self.optimizer = optimizer
+        self.flatten = optimizer.flatten
+        self.ties = ties
+
+    def construct(self, *gradients) -> Tensor:
+        return ops.assign_add(self.optimizer.grad, self.flatten(merge_tied(gradients, self.ties)))
