@@ -28,7 +28,7 @@ class _Step(Graph):
     """input_ids [b, s], start [], padding [b] -> (logits [b, v], likeliest token [b, 1]) of the next token."""
 
     def __init__(self, model: nn.Cell, batch: int, length: int):
-        super().__init__()
+        super().__init__(auto_prefix=False)
         c = model.config
         self.model = model
         self.cache = KVCache(
