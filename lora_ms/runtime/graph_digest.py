@@ -31,8 +31,9 @@ TRUSTED = ("lora_ms", "mindspore", "numpy")  # packages whose sources the name s
 PLAIN = (bool, int, float, complex, str, bytes, type(None), type(...), slice, range, np.generic, np.dtype)
 OWN_KEYS = frozenset({"training", "mixed_precision_type", "_jit_config_dict", "_amp_level", "requires_grad"})
 CHILDREN = ("_params", "_cells", "_buffers", "_params_list", "_primitives")  # where a cell keeps what it is made of
-# of a cell: text with addresses (what it tells are attributes, too), the call that a Graph is in, its last name
-IDLE_KEYS = frozenset({"_cell_init_args", "_call", "current_phase"})
+# of a cell: text with addresses (what it tells are attributes, too), the call that a Graph is in, its last name, and
+# what a model of the Python interface generates with, which holds graphs and is in none
+IDLE_KEYS = frozenset({"_cell_init_args", "_call", "current_phase", "generator"})
 # of a run of msrun, and of this cache: they decide no graph. Rank and world are in the settings below
 IDLE_VARIABLES = ("MS_SCHED_", "MS_ROLE", "MS_NODE_", "MS_COMPILER_CACHE_", "MS_DEV_FORCE_USE_COMPILE_CACHE", "MS_TOPO")
 
