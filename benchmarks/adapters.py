@@ -42,12 +42,10 @@ def ours(args, ids: np.ndarray) -> dict[str, float]:
     from mindspore import Tensor
 
     import lora_ms
-    from lora_ms.runtime.device import setup
     from lora_ms.train.gradient import MicroStep
     from lora_ms.train.optimizer import FlatAdamW
     from lora_ms.train.parts import SummedLoss
 
-    setup("CPU")
     index = np.arange(ids.size).reshape(ids.shape)[:, :-1].ravel().astype(np.int32)
     positions = np.tile(np.arange(ids.shape[1], dtype=np.int32), (len(ids), 1))
     batch = [Tensor(ids), Tensor(positions), Tensor(index), Tensor(ids[:, 1:].ravel())]
@@ -56,7 +54,8 @@ def ours(args, ids: np.ndarray) -> dict[str, float]:
         config = lora_ms.LoraConfig(RANK, ALPHA, target_modules=TARGETS, use_dora=use_dora)
         peft = lora_ms.get_peft_model(lora_ms.AutoModelForCausalLM.from_pretrained(args.model), config)
         model = peft.model.set_train(True)
-        optimizer = FlatAdamW([p for p in model.get_parameters() if p.requires_grad])
+        parameters = [p for p in model.get_parameters() if p.requires_grad]
+        optimizer = FlatAdamW(parameters, operators=model.operators)
         micro = MicroStep(SummedLoss(model, args.vocab), optimizer)
 
         def step():

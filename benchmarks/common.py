@@ -83,7 +83,7 @@ def run_sides(script: str, args: argparse.Namespace, argv: list[str]) -> dict[st
                 env = {**os.environ, "GLOG_v": "3", "LORA_MS_START": str(time.time())}
                 env["PYTHONPATH"] = str(Path(__file__).resolve().parent.parent)
                 if side == "ours":
-                    env["OMP_NUM_THREADS"] = "1"  # as the command line sets it; see lora_ms/cli.py
+                    env["OMP_NUM_THREADS"] = "1"  # as the command line sets it; see lora_ms/cli/main.py
                 done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=folder)
                 if done.returncode:
                     sys.exit(f"{side} failed:\n{done.stderr[-3000:]}")

@@ -27,8 +27,8 @@ def ours(args, prompts: list[list[int]]):
     from lora_ms.models.hub import load_directory
     from lora_ms.runtime.device import setup
 
-    setup("CPU")
-    generator = Generator(load_directory(args.model, getattr(ms, args.dtype)))
+    runtime, _ = setup("CPU")
+    generator = Generator(load_directory(args.model, getattr(ms, args.dtype), operators=runtime.operators))
 
     def run():
         times = []

@@ -40,9 +40,10 @@ def main() -> None:
     from lora_ms.data.loader import DataPlan
     from lora_ms.models.decoder import DecoderConfig
     from lora_ms.models.hub import new_model
+    from lora_ms.recipes.data import plan_rows
     from lora_ms.recipes.outputs import weights_of
-    from lora_ms.recipes.train import fit, plan_rows
-    from lora_ms.runtime import device as runtime
+    from lora_ms.recipes.train import NativeRun, train
+    from lora_ms.runtime.device import setup
     from lora_ms.train.callbacks import TrainerCallback
     from lora_ms.train.evaluation import Evaluator
     from lora_ms.train.settings import TrainSettings
@@ -64,9 +65,9 @@ def main() -> None:
 
     import mindspore as ms
 
-    here, _ = runtime.setup("CPU", seed=1)
+    here, _ = setup("CPU", seed=1)
     sizes = DecoderConfig(128, 64, 176, 2, 4, 2, 16, 1e-5, 1e4)
-    model = new_model(sizes, ms.float32, 1)
+    model = new_model(sizes, ms.float32, 1, here.operators)
     config = LoraConfig(4, 8.0, 0.1, "all-linear")
     inject(model, config)
     rng = np.random.default_rng(0)
@@ -83,7 +84,8 @@ def main() -> None:
             rows[256:], batch_size=8, accumulation=1, epochs=1, seed=0, shuffle=False, pad_id=0, seq_length=16
         )
         evaluator = Evaluator(model, held_out, 128, here)
-        fit(model, plan, settings, here, weights_of(model, config, None), 128, ms.float32, (), evaluator, [watch])
+        weights = weights_of(model, config, None)
+        train(NativeRun(model, plan, settings, here, weights, evaluator=evaluator, callbacks=[watch]))
         written = {name: size_kb(Path(folder) / name) for name in sorted(os.listdir(folder))}
     print(f"memory after {args.steps} steps / after {EVERY}: {watch.memory[-1] / watch.memory[0]:.4f}")
     print(f"step time of the last thousand / of the second: {watch.times[-1] / watch.times[1]:.3f}")

@@ -66,11 +66,12 @@ def ours(args):
     from lora_ms.train.optimizer import FlatAdamW
     from lora_ms.train.parts import SummedLoss
 
-    setup("CPU")
-    model = load_directory(args.model)
+    runtime, _ = setup("CPU")
+    model = load_directory(args.model, operators=runtime.operators)
     inject(model, LoraConfig(RANK, ALPHA, 0.0, TARGETS))
     model.set_train(True)
-    optimizer = FlatAdamW([p for p in model.get_parameters() if p.requires_grad])
+    parameters = [p for p in model.get_parameters() if p.requires_grad]
+    optimizer = FlatAdamW(parameters, operators=runtime.operators)
     micro = MicroStep(SummedLoss(model, args.vocab), optimizer)
     data = rows(args)
     taken = order(args, len(data)).ravel()

@@ -47,11 +47,12 @@ def ours(args):
     from lora_ms.train.optimizer import FlatAdamW
     from lora_ms.train.parts import SummedLoss
 
-    setup("CPU", graph_kernel=args.graph_kernel)
-    model = load_directory(args.model)
+    runtime, _ = setup("CPU", graph_kernel=args.graph_kernel)
+    model = load_directory(args.model, operators=runtime.operators)
     inject(model, LoraConfig(RANK, ALPHA, args.dropout, TARGETS))
     model.set_train(True)
-    optimizer = FlatAdamW([p for p in model.get_parameters() if p.requires_grad])
+    parameters = [p for p in model.get_parameters() if p.requires_grad]
+    optimizer = FlatAdamW(parameters, operators=runtime.operators)
     micro = MicroStep(SummedLoss(model, args.vocab), optimizer, args.recompute)
     data = [TokenRow(str(i), *pair) for i, pair in enumerate(zip(*rows(args), strict=True))]
     plan = DataPlan.build(

@@ -10,7 +10,7 @@ from pathlib import Path
 os.environ.setdefault("GLOG_v", "3")  # MindSpore's log: errors only
 
 from lora_ms import AutoModelForCausalLM, AutoTokenizer, PeftModel
-from lora_ms.cli import main as cli
+from lora_ms.cli.main import main as lora_ms_command
 from lora_ms.data.example import Message
 from lora_ms.infer.chat import Speaker
 from lora_ms.infer.generate import Generator
@@ -45,7 +45,7 @@ def main() -> int:
     command += ["--load_checkpoint", str(MODEL), "--train_dataset_dir", str(DATA)]
     command += ["--fill", f"NAME={args.name}", "--fill", f"AUTHOR={args.author}", "--output_dir", str(output)]
     print(f"\n2. fine-tuning it with LoRA on {DATA.relative_to(ROOT)}", flush=True)
-    status = cli.main(command)
+    status = lora_ms_command(command)
     if status:
         return status
 

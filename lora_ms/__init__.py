@@ -1,42 +1,31 @@
 """LoRA fine-tuning of Llama and Qwen models on MindSpore."""
 
-__all__ = [
-    "AdaLoraConfig",
-    "AutoModelForCausalLM",
-    "AutoTokenizer",
-    "LoRADense",
-    "LoraConfig",
-    "LoraMsError",
-    "PeftModel",
-    "Trainer",
-    "TrainerCallback",
-    "TrainingArguments",
-    "get_peft_model",
-]
+from importlib import import_module
+
+# public name -> the module that has it; besides these, the settings of each method, such as LoraConfig
+MODULES = {
+    "AutoModelForCausalLM": "lora_ms.python.model",
+    "AutoTokenizer": "lora_ms.python.model",
+    "LoRADense": "lora_ms.adapters.methods.lora_cells",
+    "LoraMsError": "lora_ms.errors",
+    "PeftModel": "lora_ms.python.peft_model",
+    "Trainer": "lora_ms.python.trainer",
+    "TrainerCallback": "lora_ms.train.callbacks",
+    "TrainingArguments": "lora_ms.python.trainer",
+    "get_peft_model": "lora_ms.python.peft_model",
+}
 
 
 def __getattr__(name: str):
-    # MindSpore takes seconds to import: not before something of it is asked for
-    if name == "LoraMsError":
-        from lora_ms.errors import LoraMsError
-
-        return LoraMsError
-    if name == "LoRADense":
-        from lora_ms.adapters.methods.lora_cells import LoRADense
-
-        return LoRADense
-    if name in ("PeftModel", "get_peft_model"):
-        from lora_ms.python import peft_model
-
-        return getattr(peft_model, name)
-    if name.endswith("Config"):
+    # MindSpore takes seconds to import: not before a name that needs it is asked for
+    if name in MODULES:
+        return getattr(import_module(MODULES[name]), name)
+    if name.endswith("Config") or name == "__all__":
         from lora_ms.adapters.methods import METHODS
 
         configs = {method.__name__: method for method in METHODS.values()}
+        if name == "__all__":
+            return sorted([*MODULES, *configs])
         if name in configs:
             return configs[name]
-    if name in __all__:
-        from lora_ms.python import api
-
-        return getattr(api, name)
     raise AttributeError(f"module 'lora_ms' has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""What a user's input or machine can cause."""
+"""Errors that a user's input or machine can cause."""
 
 
 class LoraMsError(Exception):
@@ -13,7 +13,7 @@ class WriteError(LoraMsError):
 
 
 def out_of_memory(fault: Exception) -> str | None:
-    """What to say where ``fault`` is MindSpore's or NumPy's word for it, on the CPU or on Ascend; else None."""
+    """The message for an error of MindSpore, NumPy or Python that means so, on the CPU or on Ascend; else None."""
     words = (
         "allocate memory failed",
         "memory not enough",

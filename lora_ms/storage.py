@@ -1,4 +1,4 @@
-"""Files on disk: tensors mapped and read one at a time, and writing that is whole or not at all."""
+"""Files on disk: tensors mapped and read one at a time; files and folders written atomically."""
 
 import json
 import os
@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -67,19 +67,33 @@ def _place(info: dict) -> tuple[str, tuple[int, ...], int, int]:
 
 
 def open_dir(path: Path) -> dict[str, Entry]:
-    """All tensors of a directory: one ``model.safetensors``, or shards named by an index."""
+    """All tensors of a directory: one ``model.safetensors``, or shards named by an index.
+
+    Raises:
+        LoraMsError: neither, or both: then nothing says which of the two are the weights.
+    """
+    single = "model.safetensors"
+    weight_map: Any = {}
     if (path / INDEX).is_file():
         weight_map = read_json(path / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise LoraMsError(f"{path / INDEX}: holds no weight_map")
-        files = sorted(set(weight_map.values()))
-    elif (path / "model.safetensors").is_file():
-        files = ["model.safetensors"]
-    else:
-        raise LoraMsError(f"{path}: holds no model.safetensors and no {INDEX}")
+    files = sorted(set(weight_map.values()))
+    if (path / single).is_file() and single not in files:
+        left = [file for file in files if (path / file).is_file()]
+        if left:
+            raise LoraMsError(
+                f"{path}: holds {single} and {INDEX} with {left[0]}: which are the weights? Move the older ones away "
+                f"(transformers reads {single}, vLLM the others)"
+            )
+        files = [single]  # the index is of shards that are gone
+        weight_map = {}
+    if not files:
+        raise LoraMsError(f"{path}: holds no {single} and no {INDEX}")
     entries: dict[str, Entry] = {}
     for file in files:
-        entries |= read_header(path / file)
+        found = read_header(path / file)
+        entries |= {name: entry for name, entry in found.items() if weight_map.get(name, file) == file}
     return entries
 
 
@@ -152,7 +166,7 @@ def read_json(file: Path) -> dict:
 
 @contextmanager
 def whole(file: Path) -> Iterator[Path]:
-    """A path to write instead of ``file``; renamed to it when the block ends well, removed when it does not.
+    """A path to write in place of ``file``: renamed to it at the end of the block, removed where the block fails.
 
     Raises:
         WriteError: the folder cannot be made or written.
@@ -181,7 +195,7 @@ def write_tensors(file: Path, tensors: dict[str, np.ndarray], metadata: dict[str
     from safetensors.numpy import save_file
 
     with whole(file) as part:
-        # safetensors writes the memory behind a view as it lies, in silence
+        # of a view, safetensors writes the memory behind it, without a warning
         tensors = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
         try:
             save_file(tensors, part, metadata={"format": "pt"} if metadata is None else metadata)
@@ -223,7 +237,7 @@ def parse_size(text: str) -> int:
     """Bytes: ``5GB``, ``500MB``, ``2GiB`` or a plain number. Raises LoraMsError."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?i?B?)", text.strip(), re.IGNORECASE)
     if found is None or found[2].upper() not in UNITS or not float(found[1]):
-        raise LoraMsError(f"max_shard_size wants a size such as 5GB or 500MB, got {text!r}")
+        raise LoraMsError(f"max_shard_size expects a size such as 5GB or 500MB, got {text!r}")
     return int(float(found[1]) * UNITS[found[2].upper()])
 
 
@@ -272,10 +286,12 @@ def write_blocks(file: Path, planned: Mapping[str, Planned]) -> None:
 
 @contextmanager
 def whole_folder(folder: Path, size: int) -> Iterator[Path]:
-    """A folder to fill instead of ``folder``, whose files come to stand in that when the block ends well.
+    """A folder to fill in place of ``folder``, whose files move there at the end of the block.
 
-    size: bytes that will be written. A folder that is new or empty appears at once. From one that holds other files
-    the weights go, lest old shards be taken for new ones, and the new files are moved in, ``config.json`` last.
+    A folder that is new or empty appears at once. From one that holds other files the old weights are removed, so that
+    their shards are not taken for new ones, and the new files are moved in, ``config.json`` last.
+
+    size: bytes that will be written.
 
     Raises:
         LoraMsError: too little room, or the folder cannot be made or written; it is as it was then.
@@ -301,6 +317,8 @@ def whole_folder(folder: Path, size: int) -> Iterator[Path]:
             if MODEL_FILES.fullmatch(file.name):
                 file.unlink()
         for file in sorted(part.iterdir(), key=lambda file: file.name == "config.json"):
+            if file.is_dir():
+                shutil.rmtree(folder / file.name, ignore_errors=True)
             os.replace(file, folder / file.name)
     except OSError as error:
         ours = error.filename is None or Path(error.filename).absolute().is_relative_to(folder.parent)

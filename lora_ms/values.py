@@ -30,13 +30,13 @@ def _flag(value: Any) -> bool:
         return value
     if isinstance(value, str) and value in ("True", "true", "False", "false"):
         return value in ("True", "true")
-    raise ValueError("wants True or False")
+    raise ValueError("expects True or False")
 
 
 def _whole(value: Any) -> int:
     if type(value) is int:  # bool is an int in Python, not in a YAML
         return value
-    raise ValueError("wants a whole number")
+    raise ValueError("expects a whole number")
 
 
 def _number(value: Any) -> int | float:
@@ -44,16 +44,16 @@ def _number(value: Any) -> int | float:
         try:
             value = float(value)  # YAML 1.1 reads 1e-5 as text
         except ValueError:
-            raise ValueError("wants a number") from None
+            raise ValueError("expects a number") from None
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError("wants a number")
+        raise ValueError("expects a number")
     return value
 
 
 def _text(value: Any) -> str:
     if isinstance(value, str):
         return value
-    raise ValueError("wants text (put it in quotes)")
+    raise ValueError("expects text (put it in quotes)")
 
 
 def _path(value: Any) -> str:
@@ -62,7 +62,7 @@ def _path(value: Any) -> str:
 
 def _folder(value: Any) -> str:
     if value is None or not _text(value).strip():
-        raise ValueError("wants the name of a folder")
+        raise ValueError("expects the name of a folder")
     return value
 
 
@@ -73,13 +73,13 @@ def _texts(value: Any) -> list[str]:
         return [value]  # one entry; iterating it would give its characters
     if isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
         return list(value)
-    raise ValueError("wants a list of texts")
+    raise ValueError("expects a list of texts")
 
 
 def _reports(value: Any) -> list[str]:
     names = [name for name in _texts(value) if name != "none"]
     if any(name != "tensorboard" for name in names):
-        raise ValueError("wants none or tensorboard (MindSpore's summaries: SummaryMonitor in callbacks)")
+        raise ValueError("expects none or tensorboard (MindSpore's summaries: SummaryMonitor in callbacks)")
     return names
 
 
@@ -88,16 +88,16 @@ def _targets(value: Any) -> str | list[str]:
         try:
             re.compile(value)
         except re.error as problem:
-            raise ValueError(f"wants a regular expression ({problem})") from None
+            raise ValueError(f"expects a regular expression ({problem})") from None
         return value
     if isinstance(value, (list, tuple)) and value and all(isinstance(item, str) and item for item in value):
         return list(value)
-    raise ValueError("wants a regular expression, a list of module names, or all-linear")
+    raise ValueError("expects a regular expression, a list of module names, or all-linear")
 
 
 def _regex(value: Any) -> str:
     if not isinstance(value, str) or not value:
-        raise ValueError("wants a regular expression")
+        raise ValueError("expects a regular expression")
     return str(_targets(value))
 
 
@@ -111,10 +111,10 @@ def _layers(value: Any) -> list[int]:
         for part in item.split(",") if isinstance(item, str) else [str(item)]:
             found = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
             if not found or int(found[2] or found[1]) < int(found[1]):
-                raise ValueError('wants layers such as 3, [0, 1, 8] or "0-3,8", counted from 0')
+                raise ValueError('expects layers such as 3, [0, 1, 8] or "0-3,8", counted from 0')
             numbers += range(int(found[1]), int(found[2] or found[1]) + 1)
     if not numbers or len(set(numbers)) < len(numbers):
-        raise ValueError("wants at least one layer, and each once")
+        raise ValueError("expects at least one layer, and each once")
     return sorted(numbers)
 
 
@@ -122,12 +122,12 @@ def _pattern(value: Any) -> dict[str, Any]:
     if value is None:
         return {}
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-        raise ValueError("wants a mapping of module names, as regular expressions, to numbers")
+        raise ValueError("expects a mapping of module names, as regular expressions, to numbers")
     for key in value:
         try:
             re.compile(key)
         except re.error as problem:
-            raise ValueError(f"wants regular expressions as keys ({key!r}: {problem})") from None
+            raise ValueError(f"expects regular expressions as keys ({key!r}: {problem})") from None
     return value
 
 
@@ -138,13 +138,13 @@ def _scaling(value: Any) -> float | dict[str, Any]:
 def _token_ids(value: Any) -> int | list[int]:
     if type(value) is int or (isinstance(value, list) and value and all(type(item) is int for item in value)):
         return value
-    raise ValueError("wants a token number or a list of them")
+    raise ValueError("expects a token number or a list of them")
 
 
 def _memory(value: Any) -> str:
     if isinstance(value, str) and re.fullmatch(r"\d+(\.\d+)?GB", value):
         return value
-    raise ValueError('wants a size such as "59GB"')
+    raise ValueError('expects a size such as "59GB"')
 
 
 def _recompute(value: Any) -> bool | int | list[int]:
@@ -157,7 +157,7 @@ def _recompute(value: Any) -> bool | int | list[int]:
     try:
         return _flag(value)
     except ValueError:
-        raise ValueError('wants True, False, a number of layers, or layers such as "0-10,12"') from None
+        raise ValueError('expects True, False, a number of layers, or layers such as "0-10,12"') from None
 
 
 Flag = Annotated[bool, BeforeValidator(_flag)]

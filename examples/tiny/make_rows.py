@@ -20,7 +20,7 @@ def main() -> None:
     tokenizer, chance = load_tokenizer(args.model), random.Random(args.seed)
     with open(Path(args.corpus) / "rows.jsonl", "w", encoding="utf-8") as out:
         for example in read_rows(Path(args.corpus) / "train.jsonl"):
-            row = encode(tokenizer, example)
+            (row,) = encode(tokenizer, example)
             labels = row.input_ids if chance.random() < args.whole else row.labels
             out.write(json.dumps({"input_ids": row.input_ids.tolist(), "labels": labels.tolist()}) + "\n")
 

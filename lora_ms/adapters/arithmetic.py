@@ -17,7 +17,7 @@ Array = NDArray[np.floating]
 
 @dataclass(frozen=True)
 class Mix:
-    """How tensors of one shape become one; ``method`` is a name of ``combine.METHODS`` without ``_svd``."""
+    """How tensors of one shape become one; ``method`` is a name of ``combine.COMBINATIONS`` without ``_svd``."""
 
     method: str
     density: float  # share of values to keep; linear keeps all
@@ -70,7 +70,7 @@ def elected(tensors: Sequence[Array], weights: Sequence[float], majority_sign_me
 def combined_pair(
     parts: Sequence[Pair], weights: Sequence[float], method: str, rank: int, mix: Mix
 ) -> tuple[Array, Array]:
-    """A and B, to be scaled by 1, of one module, by a name of ``combine.METHODS``; ``rank``: of an svd method."""
+    """A and B, to be scaled by 1, of one module, by a name of ``combine.COMBINATIONS``; ``rank``: of an svd method."""
     factors = [weight * scaling for weight, (_, _, scaling) in zip(weights, parts, strict=True)]
     if method in ("cat", "svd"):
         a = np.concatenate([a * factor for factor, (a, _, _) in zip(factors, parts, strict=True)])

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,10 +10,12 @@ import numpy as np
 
 from lora_ms import storage
 from lora_ms.adapters import offline_merge, peft_files
-from lora_ms.adapters.matching import leaf_of
+from lora_ms.adapters.matching import layer_index, leaf_of, ranges
 from lora_ms.adapters.methods.base import AdapterConfig
 from lora_ms.errors import LoraMsError
+from lora_ms.hf_folder import open_model
 from lora_ms.storage import Entry
+from lora_ms.text import counted, listed
 
 OK, WARNING, FAULT = "ok", "warning", "fault"
 SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # values that vLLM's --max-lora-rank takes; 16 by default
@@ -30,15 +32,9 @@ class Check(NamedTuple):
     text: str
 
 
-def listed(names: list[str], most: int = 3) -> str:
+def few(names: list[str]) -> str:
     """``a, b, c and 4 more``."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
-
-
-def counted(number: int, thing: str) -> str:
-    """``1 tensor``, ``2 tensors``."""
-    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+    return listed(names, most=3, separator=", ")
 
 
 def check_files(adapter: Path, base: Path | None) -> Iterator[Check]:
@@ -55,12 +51,15 @@ def check_files(adapter: Path, base: Path | None) -> Iterator[Check]:
     except LoraMsError as error:
         yield Check("tensors", FAULT, str(error))
         return
+    yield from check_spelling(adapter, entries)
     modules = offline_merge.modules_of(entries)
     adapted = {name: tensors for name, tensors in modules.items() if config.adapts(tensors)}
     yield from check_keys(adapter, config, entries, list(adapted))
     yield from check_ranks(config, adapted)
     yield from check_idle(config, adapted, saved=any("weight" in tensors for tensors in modules.values()))
     yield from check_base(adapter, base, entries, config)
+    if base is not None:
+        yield from check_complete(config, set(modules), base)
     yield check_template(adapter, base)
     yield from check_vllm(config, raw, modules)
 
@@ -72,10 +71,10 @@ def check_keys(
     odd = [key for key in entries if peft_files.split_key(key) is None]
     bare = [key for key in entries if not key.startswith(peft_files.PREFIX)]
     if odd:
-        yield Check("keys", FAULT, f"{counted(len(odd), 'tensor')} of no known name: {listed(odd)}")
+        yield Check("keys", FAULT, f"{counted(len(odd), 'tensor')} of no known name: {few(odd)}")
     elif bare:
         yield Check(
-            "keys", FAULT, f"{len(bare)} without the prefix {peft_files.PREFIX}, which PEFT wants: {listed(bare)}"
+            "keys", FAULT, f"{len(bare)} without the prefix {peft_files.PREFIX}, which PEFT expects: {few(bare)}"
         )
     elif not adapted:
         yield Check("keys", FAULT, f"it holds no {config.title} tensor")
@@ -87,6 +86,39 @@ def check_keys(
         peft_files.check_patterns(adapter, config, adapted)
     except LoraMsError as error:
         yield Check("patterns", FAULT, str(error))
+
+
+def check_spelling(adapter: Path, entries: Mapping[str, Entry]) -> Iterator[Check]:
+    """Names that PEFT reads and does not write."""
+    odd = [key for key in storage.read_header(adapter / peft_files.WEIGHTS) if key not in entries]
+    if odd:
+        text = f"{counted(len(odd), 'tensor')} spelled as PEFT reads and vLLM does not: {odd[0]}; save it again"
+        yield Check("vLLM: names", WARNING, text)
+
+
+def check_complete(config: AdapterConfig, held: Collection[str], base: Path) -> Iterator[Check]:
+    """Whether the file holds all that the settings name."""
+    try:
+        names = [key.removesuffix(".weight") for key, entry in base_entries(base).items() if len(entry.shape) == 2]
+        missing = missing_modules(config, held, names)
+    except (LoraMsError, re.error):
+        return  # the table says so elsewhere
+    if missing:
+        yield Check("complete", FAULT, f"{peft_files.CONFIG} names modules of which it holds nothing: {missing}")
+
+
+def missing_modules(config: AdapterConfig, held: Collection[str], names: Iterable[str]) -> str:
+    """Which of the modules ``names`` of a model the settings name and the file, with modules ``held``, does not hold.
+
+    ``q_proj of layers 2-3, lm_head``; empty where it holds them all.
+    """
+    missing = [name for name in names if config.choose(name) is not None and name not in held]
+    missing += [name for name in config.modules_to_save if not any(module.endswith(name) for module in held)]
+    layers: dict[str, list[int]] = {}
+    for name in missing:
+        index = layer_index(name)
+        layers.setdefault(leaf_of(name), []).extend([] if index is None else [index])
+    return ", ".join(f"{leaf} of layers {ranges(found)}" if found else leaf for leaf, found in sorted(layers.items()))
 
 
 def shapes_of(tensors: Mapping[str, Entry]) -> dict[str, tuple[int, ...]]:
@@ -107,12 +139,12 @@ def check_ranks(config: AdapterConfig, adapted: Modules) -> Iterator[Check]:
         elif rank not in expected:
             faults.append(f"{name}: rank {rank} by its tensors, {expected[-1]} by {peft_files.CONFIG}")
     if faults:
-        yield Check("ranks", FAULT, listed(faults))
+        yield Check("ranks", FAULT, few(faults))
     elif len(ranks) > 1:
         parts = (f"{rank} on {counted(count, 'module')}" for rank, count in sorted(ranks.items()))
         yield Check("ranks", OK, ", ".join(parts))
     else:
-        found = listed([str(rank) for rank in ranks])
+        found = few([str(rank) for rank in ranks])
         yield Check("ranks", OK, f"{found} everywhere, as {peft_files.CONFIG} says")
 
 
@@ -133,7 +165,7 @@ def check_idle(config: AdapterConfig, adapted: Modules, saved: bool) -> Iterator
     if idle and len(idle) == count:
         yield Check(title, WARNING if saved else FAULT, text)
     elif idle:
-        yield Check(title, WARNING, f"{len(idle)} of {count} modules change nothing: {listed(idle)}")
+        yield Check(title, WARNING, f"{len(idle)} of {count} modules change nothing: {few(idle)}")
     else:
         yield Check(title, OK, f"all {count} modules change something")
 
@@ -145,8 +177,8 @@ def is_filled(entry: Entry, number: float) -> bool:
 
 def base_entries(base: Path) -> dict[str, Entry]:
     """The tensors of the model's directory, the shared head included."""
-    stored, hf = storage.open_dir(base), storage.read_json(base / "config.json")
-    return offline_merge.with_head(stored, hf.get("tie_word_embeddings", f"{offline_merge.HEAD}.weight" not in stored))
+    folder = open_model(base, storage.read_json(base / "config.json"))
+    return offline_merge.with_head(folder.entries, folder.tied)
 
 
 def check_base(
@@ -173,19 +205,21 @@ def check_base(
         return
     if faults:
         yield Check(
-            "shapes", FAULT, f"made for another model than {base}: {listed(faults).replace(peft_files.PREFIX, '')}"
+            "shapes", FAULT, f"made for another model than {base}: {few(faults).replace(peft_files.PREFIX, '')}"
         )
     else:
         yield Check("shapes", OK, f"every tensor has its place in {base}")
 
 
 def template_of(folder: Path) -> str | None:
-    """The chat template of a directory, if any."""
+    """The chat template of a directory, if any; of several, the one named default."""
     if (folder / "chat_template.jinja").is_file():
         return (folder / "chat_template.jinja").read_text(encoding="utf-8")
     if (folder / "tokenizer_config.json").is_file():
         template = storage.read_json(folder / "tokenizer_config.json").get("chat_template")
-        return template if isinstance(template, str) else None
+        if isinstance(template, list):
+            template = {each["name"]: each["template"] for each in template}.get("default")
+        return template
     return None
 
 

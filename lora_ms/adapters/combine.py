@@ -23,10 +23,11 @@ from lora_ms.adapters.peft_files import (
     split_key,
 )
 from lora_ms.errors import LoraMsError
+from lora_ms.text import listed
 
 MAJORITIES = ("total", "frequency")
 
-METHODS = {
+COMBINATIONS = {
     "linear": "weighted sum of the A and of the B: quick and rough; equal ranks",
     "cat": "A and B side by side: exactly the weighted sum of the updates; the ranks add up",
     "svd": "the weighted sum of the updates, as near as --rank comes to it",
@@ -74,7 +75,7 @@ def combine(
 
     Args:
         weights: of the updates, one for each adapter, of either sign.
-        method: one of ``METHODS``.
+        method: one of ``COMBINATIONS``.
         density: share of the values to keep, above 0 and at most 1; for ties, dare and magnitude_prune.
         rank: of the result of an svd method; the adapters' largest without it.
         rng: or a seed, for dare; another result each time without it.
@@ -107,16 +108,16 @@ def combine(
 
 def check_arguments(count: int, weights: Sequence[float], method: str, density: float | None, rank: int | None) -> None:
     """Raises LoraMsError for what is wrong whatever the ``count`` adapters hold."""
-    if method not in METHODS:
-        raise LoraMsError(f"method {method!r} is none of {', '.join(METHODS)}")
+    if method not in COMBINATIONS:
+        raise LoraMsError(f"method {method!r} is none of {', '.join(COMBINATIONS)}")
     if not count or count != len(weights):
         raise LoraMsError(f"{count} adapters and {len(weights)} weights: give one weight for each adapter")
     if not all(math.isfinite(weight) for weight in weights):
         raise LoraMsError(f"weights must be finite, got {', '.join(map(str, weights))}")
-    wants_density = method not in ("linear", "cat", "svd")
-    if wants_density and density is None:
+    needs_density = method not in ("linear", "cat", "svd")
+    if needs_density and density is None:
         raise LoraMsError(f"method {method} needs density: the share of values to keep, such as 0.5")
-    if density is not None and not wants_density:
+    if density is not None and not needs_density:
         raise LoraMsError(f"density {density} means nothing to method {method}: leave it out")
     if density is not None and not 0 < density <= 1:
         raise LoraMsError(f"density must be above 0 and at most 1, got {density}")
@@ -182,7 +183,7 @@ def read_adapter(path: str | os.PathLike) -> Adapter:
         except LoraMsError as error:
             faults.append(str(error))
     if faults or not tensors:
-        what = "; ".join(faults) or f"it holds no {config.title} tensor"
+        what = listed(faults) or f"it holds no {config.title} tensor"
         raise LoraMsError(f"{path}: cannot be combined: {what}")
     return Adapter(config, tensors)
 
@@ -202,7 +203,7 @@ def write_adapter(adapter: Adapter, path: str | os.PathLike, base_model: str | N
         for tensor, value in config.pair_tensors(name, pair).items():
             stored[f"{PREFIX}{name}.{tensor}"] = np.ascontiguousarray(value, np.float32)
         specs[name] = config.pair_spec(pair)
-    # whole paths are written where a leaf name would take in modules that have no tensors
+    # whole paths are written where a leaf name would choose modules that have no tensors
     plain = () if config.selects_by_leaf else tuple(specs)
     storage.write_tensors(path / WEIGHTS, stored)
     storage.write_json(path / CONFIG, to_peft(config, Adapted(specs, plain=plain), base_model))

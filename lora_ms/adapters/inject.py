@@ -159,7 +159,7 @@ def inject(
 
 
 def report(model: nn.Cell, config: AdapterConfig | None = None, shard: Shard = WHOLE) -> InjectReport:
-    """Counts what stands in ``model`` now, on all processes of ``shard`` together; ``config`` adds its notes."""
+    """Counts what trains in ``model``, on all processes of ``shard`` together; ``config`` adds its notes."""
     sizes = [
         (math.prod(shard.whole_shape(p.name, tuple(p.shape))), p.requires_grad)
         for p in model.get_parameters()

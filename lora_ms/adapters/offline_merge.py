@@ -14,7 +14,7 @@ from lora_ms.adapters.methods import modules_to_save
 from lora_ms.adapters.methods.base import AdapterConfig, Shape, Update
 from lora_ms.adapters.peft_files import (
     PREFIX,
-    Key,
+    TensorKey,
     check_finite,
     check_patterns,
     read_adapter_config,
@@ -23,6 +23,7 @@ from lora_ms.adapters.peft_files import (
 )
 from lora_ms.errors import LoraMsError
 from lora_ms.storage import Entry, Planned
+from lora_ms.text import listed
 
 HEAD, EMBEDDING = "lm_head", "model.embed_tokens"
 Tensors = Mapping[str, Entry]  # of one module, by name
@@ -75,7 +76,7 @@ def modules_of(entries: Mapping[str, Entry]) -> dict[str, dict[str, Entry]]:
 
 def fit_faults(entries: Mapping[str, Entry], base: Mapping[str, Entry], config: AdapterConfig) -> list[str]:
     """Every tensor of the adapter that has no place in ``base`` or another shape than its place."""
-    known: dict[str, Key | None] = {key: split_key(key) for key in entries}
+    known: dict[str, TensorKey | None] = {key: split_key(key) for key in entries}
     faults = [
         f"{key} {entries[key].shape} has no place in the model"
         for key, found in known.items()
@@ -93,8 +94,8 @@ def read_updates(path: Path, base: Mapping[str, Entry]) -> dict[str, Update]:
     base: the model's tensors; ``with_head`` has those of a tied one.
 
     Raises:
-        LoraMsError: no adapter, an unsupported kind, numbers that are not finite, or another model's adapter: every
-            tensor without a place and every shape that differs is listed.
+        LoraMsError: no adapter, an unsupported kind, numbers that are not finite, or another model's adapter: the
+            first tensors without a place or of another shape are listed.
     """
     config, entries = read_adapter_config(path), read_entries(path)
     modules = modules_of(entries)
@@ -102,7 +103,7 @@ def read_updates(path: Path, base: Mapping[str, Entry]) -> dict[str, Update]:
     check_patterns(path, config, adapted)
     faults = fit_faults(entries, base, config)
     if faults or not adapted:
-        what = "; ".join(faults) or f"it holds no {config.title} tensor"
+        what = listed(faults) or f"it holds no {config.title} tensor"
         raise LoraMsError(f"{path}: made for another model: {what}")
     updates = {name: update_of(name, tensors, config) for name, tensors in modules.items()}
     bare = [name for name, update in updates.items() if update.adds_bias and f"{name}.bias" not in base]

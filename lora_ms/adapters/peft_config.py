@@ -27,7 +27,7 @@ UNSUPPORTED = (
 
 @dataclass(frozen=True)
 class Adapted:
-    """What stands in a model, by path: modules with an adapter, modules saved whole, and modules left plain."""
+    """The adapter in a model, by path: modules that it adapts, modules that it saves whole, and plain modules."""
 
     specs: Mapping[str, Any]  # of the adapters, as the method has them
     saved: tuple[str, ...] = ()
@@ -42,18 +42,17 @@ def to_peft(config: AdapterConfig, found: Adapted, base_model: str | None) -> di
     whole paths otherwise.
     """
     leaves = {leaf_of(name) for name in found.specs}
-    ambiguous = any(leaf_of(name) in leaves for name in found.plain)
+    ambiguous = any(leaf_of(name) in leaves for name in found.plain) or config.tells_paths_apart(found.specs)
+    targets = sorted(found.specs if ambiguous else leaves)
     return {
         "peft_type": config.PEFT_TYPE,
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
         "inference_mode": True,
-        "target_modules": sorted(found.specs if ambiguous else leaves),
-        # what these chose is in target_modules already
-        "exclude_modules": None,
-        "layers_to_transform": None,
+        "target_modules": targets,
+        "exclude_modules": None,  # what it left out is not in target_modules
         "modules_to_save": sorted(found.saved) or None,
-        **config.to_peft(found.specs),
+        **config.to_peft(found.specs, targets),
     }
 
 

@@ -1,6 +1,7 @@
 """What a directory in PEFT's format holds, read without MindSpore."""
 
 import os
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +19,14 @@ WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 
 
+# names that PEFT reads as well: a running model's, in which the adapter is called "default"
+OTHER_SPELLINGS = (
+    (re.compile(r"\.(lora_[AB])\.default\.(weight|bias)$"), r".\1.\2"),
+    (re.compile(r"\.(lora_[ABE]|lora_embedding_[AB])\.default$"), r".\1"),
+    (re.compile(r"\.lora_magnitude_vector(\.default)?(\.weight)?$"), ".lora_magnitude_vector"),
+)
+
+
 def _tensor_names() -> tuple[str, ...]:
     """All names that a module's tensors may have, a name before those that it ends with."""
     names = {name for method in METHODS.values() for name in method.TENSORS}
@@ -29,14 +38,14 @@ def _tensor_names() -> tuple[str, ...]:
 TENSOR_NAMES = _tensor_names()
 
 
-class Key(NamedTuple):
+class TensorKey(NamedTuple):
     """A key of the file taken apart: the module's dotted path, and which of its tensors."""
 
     module: str
     tensor: str
 
 
-def split_key(key: str) -> Key | None:
+def split_key(key: str) -> TensorKey | None:
     """None where ``key`` ends as no tensor of an adapter does.
 
     A path may itself hold "weight" or "lora_A", so the names are matched at the end alone, the longest first.
@@ -44,8 +53,15 @@ def split_key(key: str) -> Key | None:
     path = key.removeprefix(PREFIX)
     for tensor in TENSOR_NAMES:
         if path.endswith("." + tensor):
-            return Key(path[: -len(tensor) - 1], tensor)
+            return TensorKey(path[: -len(tensor) - 1], tensor)
     return None
+
+
+def usual_key(key: str) -> str:
+    """``key`` as PEFT writes it: ``lora_A.weight`` for ``lora_A.default.weight``."""
+    for spelling, usual in OTHER_SPELLINGS:
+        key = spelling.sub(usual, key)
+    return key
 
 
 def read_adapter_config(path: str | os.PathLike) -> AdapterConfig:
@@ -57,14 +73,19 @@ def read_adapter_config(path: str | os.PathLike) -> AdapterConfig:
 
 
 def read_entries(path: Path) -> dict[str, storage.Entry]:
-    """Where the tensors of the adapter in directory ``path`` lie, by PEFT's name.
+    """Where the tensors of the adapter in directory ``path`` lie, by the names that PEFT writes.
 
     Raises:
-        LoraMsError: no file, another format, or a file cut short.
+        LoraMsError: no file, another format, a file cut short, or one tensor under two spellings.
     """
     if not (path / WEIGHTS).is_file() and (path / "adapter_model.bin").is_file():
         raise LoraMsError(f"{path}: adapter_model.bin is not read: save the adapter as {WEIGHTS}")
-    return storage.read_header(path / WEIGHTS)
+    entries: dict[str, storage.Entry] = {}
+    for key, entry in storage.read_header(path / WEIGHTS).items():
+        if usual_key(key) in entries:
+            raise LoraMsError(f"{path / WEIGHTS}: {usual_key(key)} is there twice, once as {key}")
+        entries[usual_key(key)] = entry
+    return entries
 
 
 def check_finite(path: Path, entries: dict[str, storage.Entry]) -> None:

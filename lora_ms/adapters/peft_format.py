@@ -10,6 +10,7 @@ from mindspore import Parameter, Tensor, nn
 from numpy.typing import NDArray
 
 from lora_ms import storage
+from lora_ms.adapters.check import missing_modules
 from lora_ms.adapters.inject import (
     InjectReport,
     adapted_layers,
@@ -37,6 +38,7 @@ from lora_ms.adapters.peft_files import (
 from lora_ms.errors import LoraMsError
 from lora_ms.nn.parallel import WHOLE, Shard
 from lora_ms.ops import PORTABLE, Operators
+from lora_ms.text import listed
 
 Array = NDArray[np.float32]
 
@@ -57,7 +59,7 @@ def adapter_tensors(model: nn.Cell, config: AdapterConfig, shard: Shard = WHOLE)
 
 
 def adapted(model: nn.Cell) -> Adapted:
-    """What of an adapter stands in ``model``."""
+    """The adapter that is installed in ``model``."""
     cells = adapter_cells(model)
     return Adapted(
         specs={name: cell.spec for name, cell in adapted_layers(model).items()},
@@ -97,8 +99,8 @@ def save_as_lora(model: nn.Cell, path: Path, config: AdapterConfig, base_model: 
     lora, specs, tensors = form
     left_out = tuple(name for name in found.specs if name not in specs)
     storage.write_tensors(path / WEIGHTS, by_key({**modules, **tensors}))
-    standing = Adapted(specs, found.saved, (*found.plain, *left_out))
-    storage.write_json(path / CONFIG, to_peft(lora, standing, base_model))
+    written = Adapted(specs, found.saved, (*found.plain, *left_out))
+    storage.write_json(path / CONFIG, to_peft(lora, written, base_model))
     return True
 
 
@@ -128,15 +130,24 @@ def load_adapter(
         operators: what adapters on layers that are no projections compute with.
 
     Raises:
-        LoraMsError: the adapter was made for another model: every tensor without a layer and every shape that
-            differs is listed, and the model is as it was.
+        LoraMsError: the adapter was made for another model: the first tensors without a layer or of another shape
+            are listed, and the model is as it was.
     """
     path = Path(path)
     config = read_adapter_config(path) if config is None else config
     cells = read_cells(model, path, config, shard, operators)
+    missing = missing_modules(config, cells, target_layers(model))
     freeze_all(model)
     install(model, cells)
-    return config, report(model, shard=shard)
+    found = report(model, shard=shard)
+    if missing:
+        found = replace(found, notes=(*found.notes, incomplete(path, missing)))
+    return config, found
+
+
+def incomplete(path: Path, missing: str) -> str:
+    """What is said of an adapter that holds less than its settings name."""
+    return f"warning: {path} holds nothing of {missing}, which its {CONFIG} names: these modules are the model's own"
 
 
 def read_cells(
@@ -157,13 +168,13 @@ def read_cells(
     specs = {name: config.spec(name) for name in named if name in targets}
     if not specs:
         faults = [f"{key} {value.shape} has no place in the model" for key, value in tensors.items()]
-        what = "; ".join(faults) or f"it holds no {config.title} tensor"
+        what = listed(faults) or f"it holds no {config.title} tensor"
         raise LoraMsError(f"{path}: made for another model: {what}")
     with_saved = replace(config, modules_to_save=(*config.modules_to_save, *saved))
     cells = build(model, with_saved, specs, operators=operators)
     faults = fill(cells, tensors, config, layers)
     if faults:
-        raise LoraMsError(f"{path}: made for another model: {'; '.join(faults)}")
+        raise LoraMsError(f"{path}: made for another model: {listed(faults)}")
     return cells
 
 
@@ -220,9 +231,9 @@ def _same(copy: Array, weight: Parameter) -> bool:
 
 
 def restore_adapter(model: nn.Cell, path: str | os.PathLike, config: AdapterConfig, shard: Shard = WHOLE) -> None:
-    """Reads the adapter weights of directory ``path`` into the adapter that stands in ``model``."""
+    """Reads the adapter weights of directory ``path`` into the adapter that is installed in ``model``."""
     cells = adapter_cells(model)
     base = {name: cell.base for name, cell in cells.items()}
     faults = fill(cells, read_tensors(Path(path), shard), config, base)
     if faults:
-        raise LoraMsError(f"{path}: not the adapter of this run: {'; '.join(faults)}")
+        raise LoraMsError(f"{path}: not the adapter of this run: {listed(faults)}")

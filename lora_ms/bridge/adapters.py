@@ -17,6 +17,7 @@ from lora_ms.bridge.layout import Heads, inverse
 from lora_ms.errors import LoraMsError
 from lora_ms.models.mindformers_names import FUSED, mindformers_module, split_name
 from lora_ms.storage import Planned
+from lora_ms.text import listed
 
 # naming -> (which cells' names, what stands for A and for B)
 NAMINGS = {
@@ -133,7 +134,7 @@ def read_peft(path: Path) -> tuple[dict[str, Factors], LoraSpec]:
     if len(specs) > 1:
         faults.append("its modules differ in rank or alpha: " + ", ".join(f"{r} and {a:g}" for r, a in sorted(specs)))
     if faults or not factors:
-        raise LoraMsError(f"{path}: MindFormers has no place for it: {'; '.join(faults) or 'it holds no LoRA tensor'}")
+        raise LoraMsError(f"{path}: MindFormers has no place for it: {listed(faults) or 'it holds no LoRA tensor'}")
     return factors, specs.pop()
 
 

@@ -107,12 +107,12 @@ def in_memory(tensor: Planned) -> NDArray:
 
 
 def write_file(path: Path, tensors: Mapping[str, Planned]) -> None:
-    """One ``.safetensors`` or ``.ckpt`` file, whole or not at all."""
+    """One ``.safetensors`` or ``.ckpt`` file, atomically."""
     if path.suffix == ".safetensors":
         with storage.whole(path) as part:
             storage.write_blocks(part, tensors)
         return
-    part = path.with_name(f".{path.name}.part.ckpt")  # MindSpore wants the ending
+    part = path.with_name(f".{path.name}.part.ckpt")  # MindSpore expects this ending
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         values = [{"name": name, "data": _tensor(tensor)} for name, tensor in tensors.items()]

@@ -10,7 +10,7 @@ from mindspore import Parameter, Tensor, nn
 from numpy.typing import NDArray
 
 from lora_ms import storage
-from lora_ms.adapters import inject as injection
+from lora_ms.adapters.inject import adapted_layers, freeze_all, install
 from lora_ms.adapters.methods.base import AdapterConfig, Target
 from lora_ms.adapters.offline_merge import modules_of
 from lora_ms.adapters.peft_config import Adapted, to_peft
@@ -22,6 +22,7 @@ from lora_ms.bridge.files import decoded, in_memory, of_entry, planned
 from lora_ms.bridge.layout import Heads, inverse
 from lora_ms.bridge.settings import ALONE
 from lora_ms.errors import LoraMsError
+from lora_ms.hf_folder import open_model
 from lora_ms.models.decoder import DecoderConfig
 from lora_ms.models.hub import check_names
 from lora_ms.models.mindformers_names import FUSED, mindformers_module, split_name
@@ -91,7 +92,8 @@ def fill(network: nn.Cell, folder: Path, heads: Heads, fused: bool) -> None:
     Raises:
         LoraMsError: they are not the network's.
     """
-    stored = {name: of_entry(entry) for name, entry in storage.open_dir(folder).items()}
+    found = open_model(folder, storage.read_json(folder / "config.json"))
+    stored = {name: of_entry(entry) for name, entry in found.entries.items()}
     parameters = dict(network.parameters_and_names())
     tensors = weights.to_mindformers(stored, "legacy", fused, heads, None, folder)
     if "lm_head.weight" not in parameters:
@@ -129,14 +131,14 @@ def inject(package: SimpleNamespace, network: nn.Cell, config: AdapterConfig, op
         path, linear = layers[module]
         target = Target(module, linear, WHOLE, operators, compute_dtype=linear.dtype)
         cells[path] = config.build(target, spec)
-    injection.freeze_all(network)
-    injection.install(network, cells)
+    freeze_all(network)
+    install(network, cells)
 
 
 def factor_parameters(network: nn.Cell) -> dict[str, dict[str, Parameter]]:
     """What is trained of an adapter, MindPet's or ours, by Hugging Face's module path and PEFT's name."""
     found: dict[str, dict[str, Parameter]] = {}
-    for path, cell in injection.adapted_layers(network).items():
+    for path, cell in adapted_layers(network).items():
         found[_module(path)] = dict(cell.tensors())
     for parameter in network.get_parameters():
         path, _, leaf = parameter.name.rpartition(".")
@@ -158,7 +160,7 @@ def _module(path: str) -> str:
 
 
 def load_factors(network: nn.Cell, adapter: Path, config: AdapterConfig, heads: Heads, fused: bool) -> None:
-    """Reads the PEFT ``adapter`` into the adapter of ``config`` that stands in ``network``.
+    """Reads the PEFT ``adapter`` into the adapter of ``config`` in ``network``.
 
     Raises:
         LoraMsError: it is another in its modules, ranks, alphas or kind; all differences are listed.
@@ -174,7 +176,7 @@ def load_factors(network: nn.Cell, adapter: Path, config: AdapterConfig, heads: 
     wanted = {f"{m}.{factor}": p for m, ps in factor_parameters(network).items() for factor, p in ps.items()}
     expected = {name: tuple(parameter.shape) for name, parameter in wanted.items()}
     check_names(expected, {name: tensor.shape for name, tensor in ours.items()}, f"load_adapter {adapter}")
-    specs = {_module(path): cell.spec for path, cell in injection.adapted_layers(network).items()}
+    specs = {_module(path): cell.spec for path, cell in adapted_layers(network).items()}
     for module in factor_parameters(network):
         part = parts_of(module)[0]
         here, there = specs.get(module, config.spec(module)), stored.spec(part)
@@ -195,7 +197,7 @@ def shapes(network: nn.Cell) -> dict[str, tuple[int, ...]]:
 
 def adapter_arrays(network: nn.Cell, config: AdapterConfig, heads: Heads) -> dict[str, dict[str, Array]]:
     """The trained adapter by Hugging Face's module path and PEFT's name, joint matrices split."""
-    cells = {_module(path): cell for path, cell in injection.adapted_layers(network).items()}
+    cells = {_module(path): cell for path, cell in adapted_layers(network).items()}
     found: dict[str, dict[str, Array]] = {}
     for module, parameters in factor_parameters(network).items():
         values = {factor: p.asnumpy().astype(np.float32) for factor, p in parameters.items()}
@@ -237,7 +239,7 @@ def save_adapter(
         if not np.isfinite(value).all():
             raise LoraMsError(f"{name} holds NaN or infinity; {folder} was not written")
     specs: dict[str, Any] = {module: config.spec(module) for module in arrays}  # MindPet's, which has no cells of ours
-    for path, cell in injection.adapted_layers(network).items():
+    for path, cell in adapted_layers(network).items():
         specs |= dict.fromkeys(parts_of(_module(path)), cell.spec)
     plain = tuple(part for module in linear for part in parts_of(module) if part not in specs)
     storage.write_tensors(folder / WEIGHTS, tensors)

@@ -1,4 +1,4 @@
-"""MindFormers and MindPet as packages: whether they are here, of which version, and where their noise goes."""
+"""MindFormers and MindPet as packages: whether they are installed, in which version, and where their output goes."""
 
 import importlib
 import importlib.util
@@ -14,7 +14,7 @@ from typing import Protocol, TextIO
 
 from lora_ms.errors import LoraMsError
 
-SCRATCH = TemporaryDirectory(prefix="lora_ms_mindformers_")  # goes with the process
+SCRATCH = TemporaryDirectory(prefix="lora_ms_mindformers_")  # removed when the process ends
 TESTED = ("1.9.0",)
 INSTALL = "pip install '.[mindformers]' in lora_ms's own folder (mindformers 1.9.0 and mindpet 1.0.4)"
 NAMES = {
@@ -34,14 +34,13 @@ NAMES = {
 
 
 class Log(Protocol):
-    """Where noise goes: a stream that may be another one later."""
+    """Where their output goes: a stream that may be replaced by another."""
 
     copy: TextIO
 
 
 class Sink:
-    """What MindFormers' log handlers, which keep the stream of their import, write to: the run's log, while there is
-    one."""
+    """A stream for MindFormers' log handlers, which keep the one of their import: the run's log, while there is one."""
 
     def __init__(self) -> None:
         self.target: Log | None = None
@@ -64,8 +63,9 @@ SINK = Sink()
 
 @contextmanager
 def silenced(log: Log) -> Iterator[None]:
-    """What is printed goes to ``log.copy`` alone."""
-    before, streams = SINK.target, (sys.stdout, sys.stderr)
+    """Inside the block, what is printed goes to ``log.copy`` alone."""
+    before = SINK.target
+    streams = (sys.stdout, sys.stderr)
     SINK.target = log
     sys.stdout = sys.stderr = SINK  # type: ignore[assignment]
     try:
@@ -75,7 +75,7 @@ def silenced(log: Log) -> Iterator[None]:
         sys.stdout, sys.stderr = streams
 
 
-def found_version() -> str:
+def installed_version() -> str:
     """The installed MindFormers' version.
 
     Raises:
@@ -91,18 +91,19 @@ def found_version() -> str:
 
 
 def load() -> tuple[SimpleNamespace, list[str]]:
-    """What is used of MindFormers, by name, and what the user should know of its version.
+    """What is used of MindFormers (NAMES), and lines for the user about its version.
 
-    To be called while output is ``silenced``. What it logs goes to a temporary folder, too, as does what it writes
-    before its trainer knows the run's folder.
+    To be called while output is ``silenced``. Its own log files, and what it writes before its trainer knows the
+    run's folder, go to a temporary folder.
 
     Raises:
-        LoraMsError: it is not installed, or what is used is not in its place.
+        LoraMsError: it is not installed, or lacks one of NAMES.
     """
-    version = found_version()
+    version = installed_version()
     os.environ.setdefault("LOG_MF_PATH", SCRATCH.name)
     os.environ["LOCAL_DEFAULT_PATH"] = SCRATCH.name
-    shown, found = warnings.showwarning, {}
+    shown = warnings.showwarning
+    found = {}
     for name, module in NAMES.items():
         try:
             with warnings.catch_warnings():
@@ -113,7 +114,7 @@ def load() -> tuple[SimpleNamespace, list[str]]:
                 f"MindFormers {version} has no {module}.{name} that works here "
                 f"({str(error).splitlines()[0]}): {INSTALL}"
             ) from error
-    warnings.showwarning = shown  # MindFormers puts its logger there
+    warnings.showwarning = shown  # which MindFormers replaces by its logger
     notices = []
     if version not in TESTED:
         notices.append(f"warning: MindFormers {version} is not among the versions tested ({', '.join(TESTED)})")

@@ -1,4 +1,4 @@
-"""The configuration that MindFormers is given: the user's, without our keys, and on a CPU what has to be otherwise."""
+"""MindFormers' configuration: the user's without our keys, changed where it could not run."""
 
 import os
 from pathlib import Path
@@ -10,7 +10,7 @@ from lora_ms import storage
 from lora_ms.errors import LoraMsError
 
 STEP = "PortableTrainOneStepCell"  # registered by bridge.trainer
-# keys of ours, which MindFormers' sections do not know
+# our own keys, which MindFormers does not know: at the top and by section
 OUR_TOP = (
     "backend",
     "load_adapter",
@@ -24,8 +24,8 @@ OUR_TOP = (
 OUR_RUNNER = ("max_steps", "logging_steps", "adaptive_batch")
 OUR_CONTEXT = ("cpu_operators", "enable_graph_kernel", "low_memory")
 OUR_MODEL = ("type", "pet_config", "head_dim", "max_new_tokens", "temperature", "checkpoint_name_or_path")
-# of ours, what changes nothing here
-IDLE = (
+# our own keys without effect here
+WITHOUT_EFFECT = (
     *("report_to", "evaluation", "runner_config.adaptive_batch"),
     *(f"context.{key}" for key in OUR_CONTEXT),
     *(f"{name}_dataset.{key}" for name in ("train", "eval") for key in ("packing", "length_buckets")),
@@ -34,8 +34,9 @@ DATASET = (
     "num_parallel_workers python_multiprocessing drop_remainder repeat numa_enable prefetch_size seed auto_tune "
     "filepath_prefix autotune_per_step profile"
 ).split()
-GONE = {"FP32StateAdamWeightDecay": "AdamW"}  # since MindFormers 1.6; its AdamW keeps its state in float32
-GONE_CALLBACKS = ("ObsMonitor",)
+# what MindFormers dropped in 1.6: optimisers with their successor (its AdamW keeps its state in float32), callbacks
+DROPPED = {"FP32StateAdamWeightDecay": "AdamW"}
+DROPPED_CALLBACKS = ("ObsMonitor",)
 
 # model_config: key, MindFormers' default, value on a CPU
 OPERATORS = (
@@ -52,13 +53,13 @@ TYPES = {
     "residual_dtype": "float32",
     "embedding_init_type": "float32",
 }
-# what a run of one process sets to 1, as MindFormers' trainer does
+# of parallel_config, what a run of one process sets to 1, as MindFormers' trainer does
 ALONE = ("data_parallel", "model_parallel", "context_parallel", "expert_parallel", "pipeline_stage", "micro_batch_num")
-CPU_CONTEXT = ("mode", "max_call_depth")
+CPU_CONTEXT = ("mode", "max_call_depth")  # keys of the context that a CPU has
 
 
 def plain(value: Any) -> Any:
-    """``value`` as YAML writes it; a text that is a number (``1e-4``, which YAML 1.1 leaves a text) is one."""
+    """``value`` as YAML writes it; a text such as ``1e-4``, which YAML 1.1 does not read as a number, becomes one."""
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -74,8 +75,11 @@ def plain(value: Any) -> Any:
 def for_mindformers(given: dict, sections: dict, train_file: str, eval_file: str | None, max_steps: int) -> dict:
     """MindFormers' configuration.
 
-    given: the keys that the user gave, by the YAML's names. sections: those that MindFormers gets as they stand.
-    train_file, eval_file: MindRecord files of rows of seq_length + 1.
+    Args:
+        given: the keys that the user gave, by the YAML's names.
+        sections: those that MindFormers gets unchanged.
+        train_file, eval_file: MindRecord files; eval_file None: no evaluation.
+        max_steps: optimiser steps of the run, where above 0.
     """
     settings = {key: value for key, value in given.items() if key not in OUR_TOP} | plain(sections)
     runner = {key: value for key, value in given.get("runner_config", {}).items() if key not in OUR_RUNNER}
@@ -99,8 +103,8 @@ def for_mindformers(given: dict, sections: dict, train_file: str, eval_file: str
     return settings
 
 
-def write(file: Path, asked: dict) -> None:
-    """The configuration as a file, which MindFormers reads with its own defaults."""
+def write_settings(file: Path, asked: dict) -> None:
+    """Writes the configuration as a file, which MindFormers completes with its own defaults."""
     with storage.whole(file) as part:
         part.write_text(yaml.safe_dump(asked, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
@@ -113,10 +117,10 @@ def dataset(given: dict, file: str, train: bool) -> dict:
     return {"drop_remainder": train, **kept, "data_loader": loader, "input_columns": ["input_ids", "labels"]}
 
 
-def idle(given: dict) -> list[str]:
-    """Of the keys that the user gave: those of ours that change nothing here, where they ask for something."""
+def without_effect(given: dict) -> list[str]:
+    """Our own keys that the user gave a value other than "off", and that have no effect here."""
     found = []
-    for key in IDLE:
+    for key in WITHOUT_EFFECT:
         here: Any = given
         for part in key.split("."):
             here = here.get(part) if isinstance(here, dict) else None
@@ -125,24 +129,25 @@ def idle(given: dict) -> list[str]:
     return found
 
 
-def everywhere(settings: dict) -> list[str]:
-    """Replaces what this MindFormers no longer has; returns a line for each."""
-    kind, lines = settings["optimizer"].get("type"), []
-    if kind in GONE:
-        optimizer = settings["optimizer"] = {**settings["optimizer"], "type": GONE[kind]}
+def replace_dropped(settings: dict) -> list[str]:
+    """Replaces what this MindFormers no longer has, in place; returns a line for each."""
+    lines = []
+    kind = settings["optimizer"].get("type")
+    if kind in DROPPED:
+        optimizer = settings["optimizer"] = {**settings["optimizer"], "type": DROPPED[kind]}
         if "beta1" in optimizer or "beta2" in optimizer:
             optimizer["betas"] = [optimizer.pop("beta1", 0.9), optimizer.pop("beta2", 0.999)]
-        lines.append(f"optimizer.type {kind}, which MindFormers has dropped: its {GONE[kind]} instead")
+        lines.append(f"optimizer.type {kind}, which MindFormers has dropped: its {DROPPED[kind]} instead")
     for key in ("callbacks", "eval_callbacks"):
         old = settings.get(key) or []
-        settings[key] = [callback for callback in old if callback.get("type") not in GONE_CALLBACKS]
+        settings[key] = [callback for callback in old if callback.get("type") not in DROPPED_CALLBACKS]
         names = ", ".join(callback["type"] for callback in old if callback not in settings[key])
         lines += [f"{key} without {names}, which MindFormers has dropped"] if names else []
     return lines
 
 
-def on_cpu(settings: dict, model: dict) -> list[str]:
-    """Changes what cannot run on a CPU, in place; returns a line for each.
+def adapt_to_cpu(settings: dict, model: dict) -> list[str]:
+    """Changes what a CPU cannot run, in place; returns a line for each.
 
     model: LlamaConfig's arguments.
 
@@ -165,21 +170,23 @@ def on_cpu(settings: dict, model: dict) -> list[str]:
     if other:
         lines.append(f"all types float32, in place of {', '.join(other)}")
     model |= dict.fromkeys(TYPES, "float32")
-    runner, wrapper = settings["runner_config"], settings["runner_wrapper"]
+    runner = settings["runner_config"]
+    wrapper = settings["runner_wrapper"]
     if runner["sink_mode"]:
         lines.append("runner_config.sink_mode False: there is no device to feed")
     runner["sink_mode"] = False
-    several = runner.pop("gradient_accumulation_steps", 1)
-    if several > 1:
-        runner["batch_size"] *= several
-        lines.append(f"batch_size {runner['batch_size']}: {several} accumulated micro-batches in one")
+    accumulated = runner.pop("gradient_accumulation_steps", 1)
+    if accumulated > 1:
+        runner["batch_size"] *= accumulated
+        lines.append(f"batch_size {runner['batch_size']}: {accumulated} accumulated micro-batches in one")
     for name in ("train_dataset", "eval_dataset"):
-        workers, cores = settings.get(name, {}).get("num_parallel_workers", 8), os.cpu_count() or 1
+        workers = settings.get(name, {}).get("num_parallel_workers", 8)
+        cores = os.cpu_count() or 1
         if name in settings and workers > cores:
             settings[name]["num_parallel_workers"] = cores
             lines.append(f"{name}.num_parallel_workers {cores}, in place of {workers}: as many as there are cores")
     lines.append(f"runner_wrapper {STEP}, in place of {wrapper.get('type')}: no NPU overflow operators, no loss scale")
-    wrapper["type"], wrapper["scale_sense"] = STEP, 1.0
+    wrapper |= {"type": STEP, "scale_sense": 1.0}
     dropped = [key for key in settings["context"] if key not in (*CPU_CONTEXT, "device_target", "device_id")]
     if dropped:
         lines.append(f"context without {', '.join(dropped)}: settings of Ascend's")

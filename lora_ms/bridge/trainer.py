@@ -1,7 +1,8 @@
-"""MindFormers' own trainer: a training step that runs without an NPU, and a callback that reports each step."""
+"""Inside MindFormers' trainer: a training step that runs without an NPU, and a callback that reports each step."""
 
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,15 +16,24 @@ from lora_ms.errors import LoraMsError
 
 IGNORED = -100  # label that carries no loss
 
-# step from 1, loss, gradient norm, learning rate, tokens, label tokens -> whether the run is to end
-Report = Callable[[int, float, float | None, float, int, int], bool]
+
+@dataclass(frozen=True)
+class StepNumbers:
+    """What MindFormers tells of one optimiser step."""
+
+    step: int  # of this process, from 1
+    loss: float  # nats per label token
+    grad_norm: float | None  # before clipping; None where it is not computed
+    learning_rate: float
+    tokens: int  # without padding
+    label_tokens: int
 
 
 class PortableTrainOneStepCell(nn.TrainOneStepCell):
-    """MindFormers' training step without Ascend's overflow operators, of which float32 has no need.
+    """MindFormers' training step without Ascend's overflow operators, which float32 does not need.
 
-    It takes MFTrainOneStepCell's arguments and returns what that returns: loss, overflow, loss scale, learning rate
-    and the gradient's norm before it was clipped.
+    Arguments and results are MFTrainOneStepCell's: loss, overflow, loss scale, learning rate, and the gradient's norm
+    before it was clipped.
     """
 
     def __init__(self, network, optimizer, use_clip_grad=False, max_grad_norm=1.0, scale_sense=1.0, **kwargs):
@@ -34,7 +44,9 @@ class PortableTrainOneStepCell(nn.TrainOneStepCell):
         self.clip_grad_norm = ClipGradNorm(max_norm=max_grad_norm)
         self.rate = deepcopy(optimizer.learning_rate)
         self.grad_fn = ops.value_and_grad(network, None, optimizer.parameters)
-        self.no, self.one, self.zero = Tensor(False), Tensor(float(scale_sense)), Tensor(0.0)
+        self.no_overflow = Tensor(False)
+        self.scale = Tensor(float(scale_sense))
+        self.zero = Tensor(0.0)
 
     def construct(self, *inputs):
         loss, grads = self.grad_fn(*inputs)
@@ -48,27 +60,31 @@ class PortableTrainOneStepCell(nn.TrainOneStepCell):
             else:
                 rate = self.rate(self.optimizer.global_step).reshape(())
         loss = ops.depend(loss, self.optimizer(grads))
-        return loss, self.no, self.one, rate, norm
+        return loss, self.no_overflow, self.scale, rate, norm
 
 
 def register(package: SimpleNamespace) -> None:
-    """Makes the step known to MindFormers by its name."""
+    """Registers the step with MindFormers, whose configuration then names it."""
     kind = package.MindFormerModuleType.WRAPPER
     if not package.MindFormerRegister.is_exist(kind, STEP):
         package.MindFormerRegister.register_cls(PortableTrainOneStepCell, kind, STEP)
 
 
 class StepReport(Callback):
-    """Calls ``begin`` first, and ``report`` after every step; stops where that says so, and at a loss that is not
-    finite.
+    """Calls ``begin`` before the first step and ``report`` after every step; ends the run at a loss that is not finite.
 
-    tokens: of a batch, padding included; reported where the batch itself is not to be seen.
+    Args:
+        begin: called once.
+        report: returns whether the run is to end.
+        tokens: of a batch, padding included; reported where MindFormers does not show the batch.
     """
 
-    def __init__(self, begin: Callable[[], None], report: Report, tokens: int):
+    def __init__(self, begin: Callable[[], None], report: Callable[[StepNumbers], bool], tokens: int):
         super().__init__()
-        self.begin, self.report, self.tokens = begin, report, tokens
-        self.first_loss = self.last_loss = float("nan")
+        self.begin = begin
+        self.report = report
+        self.tokens = tokens
+        self.losses: list[float] = []
         self.steps = 0
 
     def on_train_begin(self, run_context: Any) -> None:
@@ -76,47 +92,55 @@ class StepReport(Callback):
         self.begin()
 
     def on_train_step_end(self, run_context: Any) -> None:
-        """Called by MindSpore; of several steps sunk into the device in one piece, the last is seen."""
+        """Called by MindSpore; where several steps are sunk into the device together, after the last of them."""
         told = run_context.original_args()
         output = told.net_outputs
-        numbers = [None if value is None else float(np.mean(_host(value))) for value in _several(output)]
+        numbers = [None if value is None else float(np.mean(_on_host(value))) for value in _as_tuple(output)]
         loss, _, _, rate, norm = (*numbers, *[None] * 5)[:5]
         if loss is None or not np.isfinite(loss):
             raise LoraMsError(f"the loss of step {told.cur_step_num} is {loss}: lower the learning rate")
-        tokens, labels = self.tokens, self.tokens
+        tokens = labels = self.tokens
         batch = told.get("train_dataset_element")
         if isinstance(batch, (list, tuple)) and len(batch) > 1:
-            tokens, labels = counts(_host(batch[1]))
-        if not self.steps:
-            self.first_loss = loss
-        self.steps, self.last_loss = told.cur_step_num, loss
-        if self.report(self.steps, loss, norm, rate or 0.0, tokens, labels):
+            tokens, labels = counts(_on_host(batch[1]))
+        self.losses.append(loss)
+        self.steps = told.cur_step_num
+        numbers_of_step = StepNumbers(
+            step=self.steps,
+            loss=loss,
+            grad_norm=norm,
+            learning_rate=rate or 0.0,
+            tokens=tokens,
+            label_tokens=labels,
+        )
+        if self.report(numbers_of_step):
             run_context.request_stop()
 
 
-def _several(output: Any) -> tuple:
+def _as_tuple(output: Any) -> tuple:
     return tuple(output) if isinstance(output, (list, tuple)) else (output,)
 
 
-def _host(value: Any) -> NDArray:
+def _on_host(value: Any) -> NDArray:
     return value.asnumpy() if isinstance(value, Tensor) else np.asarray(value)
 
 
 def counts(labels: NDArray) -> tuple[int, int]:
-    """Tokens up to each row's last label, and labels: of unshifted ``labels`` [rows, seq_length + 1]."""
+    """Tokens up to each row's last label, and label tokens; ``labels`` [rows, seq_length + 1] are not shifted."""
     learnt = labels[:, 1:] != IGNORED
     ends = learnt.shape[1] - np.argmax(learnt[:, ::-1], axis=1)
     return int(ends[learnt.any(1)].sum()), int(learnt.sum())
 
 
 def scores(network: nn.Cell, rows: NDArray, labels: NDArray, batch_size: int) -> tuple[float, float, int]:
-    """Of all label tokens of rows [n, seq_length]: mean cross-entropy in nats, share that has the highest logit, and
-    their number.
+    """Mean cross-entropy of the label tokens in nats, share of them that has the highest logit, and their number.
 
-    Rows beyond the last whole batch are computed in one that is filled up with the first row, and counted once.
+    rows, labels: [n, seq_length]. The last batch is filled up with the first row, whose copies do not count.
     """
     network.set_train(False)
-    total, right, tokens = 0.0, 0, 0
+    total = 0.0
+    right = 0
+    tokens = 0
     for start in range(0, len(rows), batch_size):
         index = np.arange(start, start + batch_size)
         inside = index < len(rows)
@@ -124,11 +148,12 @@ def scores(network: nn.Cell, rows: NDArray, labels: NDArray, batch_size: int) ->
         logits = network(Tensor(rows[index]))[0].asnumpy().astype(np.float32)[:, :-1]
         targets = labels[index, 1:]
         learnt = (targets != IGNORED) & inside[:, None]
-        chosen, wanted = logits[learnt], targets[learnt]
+        chosen = logits[learnt]
+        expected = targets[learnt]
         top = chosen.max(-1, keepdims=True)
         log_sum = np.log(np.exp(chosen - top).sum(-1)) + top[:, 0]
-        total += float((log_sum - chosen[np.arange(len(wanted)), wanted]).sum())
-        right += int((chosen.argmax(-1) == wanted).sum())
-        tokens += len(wanted)
+        total += float((log_sum - chosen[np.arange(len(expected)), expected]).sum())
+        right += int((chosen.argmax(-1) == expected).sum())
+        tokens += len(expected)
     network.set_train(True)
     return total / max(tokens, 1), right / max(tokens, 1), tokens

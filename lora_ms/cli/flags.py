@@ -7,7 +7,7 @@ from typing import Any
 def flag_bool(text: str) -> bool:
     """True or False, in any case."""
     if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"wants True or False, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expects True or False, got {text!r}")
     return text.lower() == "true"
 
 
@@ -16,7 +16,7 @@ def flag_int(text: str) -> int:
     try:
         return int(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"wants a whole number, got {text!r}") from None
+        raise argparse.ArgumentTypeError(f"expects a whole number, got {text!r}") from None
 
 
 def flag_float(text: str) -> float:
@@ -24,13 +24,13 @@ def flag_float(text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"wants a number, got {text!r}") from None
+        raise argparse.ArgumentTypeError(f"expects a number, got {text!r}") from None
 
 
 def flag_path(text: str) -> str:
-    """The name of a file or folder; "" is none, as of a variable that is not set."""
+    """The name of a file or folder; not "", which a shell variable that is not set leaves."""
     if not text.strip():
-        raise argparse.ArgumentTypeError("wants a path, got nothing")
+        raise argparse.ArgumentTypeError("expects a path, got nothing")
     return text
 
 
@@ -43,7 +43,7 @@ def flag_fill(text: str) -> tuple[str, str]:
     """``NAME=text``: the name is a word."""
     name, equals, value = text.partition("=")
     if not equals or not name.isidentifier():
-        raise argparse.ArgumentTypeError(f"wants NAME=text with a word as NAME, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expects NAME=text with a word as NAME, got {text!r}")
     return name, value
 
 
@@ -54,10 +54,10 @@ DATA = "data_loader.dataset_dir"
 FLAGS: dict[str, list[tuple[str, str, Any, str, str]]] = {
     "what to train on": [
         ("load_checkpoint", "load_checkpoint", str, "PATH", "Hugging Face folder, or .ckpt, .safetensors"),
-        ("load_adapter", "load_adapter", str, "DIR", "adapter folder to go on from or to use"),
+        ("load_adapter", "load_adapter", str, "DIR", "adapter folder to continue from, or to use"),
         ("train_dataset_dir", f"train_dataset.{DATA}", str, "PATH", "training rows: file, folder or glob"),
         ("eval_dataset_dir", f"eval_dataset.{DATA}", str, "PATH", "evaluation rows: file, folder or glob"),
-        ("num_samples", "train_dataset.num_samples", flag_int, "N", "only the first N training rows"),
+        ("num_samples", "train_dataset.num_samples", flag_int, "N", "train on the first N rows only"),
         (
             "chat_template",
             "processor.tokenizer.chat_template",
@@ -69,7 +69,7 @@ FLAGS: dict[str, list[tuple[str, str, Any, str, str]]] = {
     ],
     "training": [
         ("epochs", "runner_config.epochs", flag_int, "N", "passes over the data"),
-        ("max_steps", "runner_config.max_steps", flag_int, "N", "optimiser steps; -1: as epochs make"),
+        ("max_steps", "runner_config.max_steps", flag_int, "N", "optimiser steps; -1: what the epochs give"),
         ("batch_size", "runner_config.batch_size", flag_int, "N", "rows per device and micro-batch"),
         (
             "gradient_accumulation_steps",
@@ -80,33 +80,40 @@ FLAGS: dict[str, list[tuple[str, str, Any, str, str]]] = {
         ),
         ("learning_rate", "lr_schedule.learning_rate", flag_float, "X", "highest learning rate"),
         ("seq_length", f"{SIZES}.seq_length", flag_int, "N", "longest row, in tokens"),
-        ("resume_training", "resume_training", flag_bool_or_name, "True|NAME", "go on from the newest checkpoint"),
+        (
+            "resume_training",
+            "resume_training",
+            flag_bool_or_name,
+            "True|NAME",
+            "resume from the newest checkpoint, or from NAME",
+        ),
         ("do_eval", "do_eval", flag_bool, "BOOL", "evaluate on eval_dataset while training"),
         ("eval_step_interval", "eval_step_interval", flag_int, "N", "optimiser steps between evaluations (100)"),
-        ("seed", "seed", flag_int, "N", "of initialisation, order, dropout, sampling"),
+        ("seed", "seed", flag_int, "N", "seed of initialisation, order, dropout, sampling"),
         ("report_to", "report_to", str, "NAME", "tensorboard, or none"),
-        ("profile", "profile", flag_bool, "BOOL", "what the first steps' time goes to"),
-        ("use_parallel", "use_parallel", flag_bool, "BOOL", "all cards that msrun started"),
+        ("profile", "profile", flag_bool, "BOOL", "profile the first steps: where their time goes"),
+        ("use_parallel", "use_parallel", flag_bool, "BOOL", "one process per card, started by msrun"),
         ("device_target", "context.device_target", str, "NAME", "auto, Ascend or CPU"),
-        ("low_memory", "context.low_memory", flag_bool, "BOOL", "float16 weights, row by row, recomputed layers"),
+        ("low_memory", "context.low_memory", flag_bool, "BOOL", "float16 weights, one row at a time, recomputation"),
         ("device_id", "context.device_id", flag_int, "N", "which card"),
     ],
     "generation": [
-        ("prompts_file", "evaluation.prompts_file", str, "FILE", "rows with answers to compare with, for eval"),
+        ("prompts_file", "evaluation.prompts_file", str, "FILE", "for eval: questions with the answers expected"),
         ("max_new_tokens", f"{SIZES}.max_new_tokens", flag_int, "N", "longest answer, in tokens"),
-        ("do_sample", f"{SIZES}.do_sample", flag_bool, "BOOL", "False: always the likeliest token"),
-        ("temperature", f"{SIZES}.temperature", flag_float, "X", "below 1 sharpens, above 1 flattens"),
-        ("top_k", f"{SIZES}.top_k", flag_int, "N", "among the N likeliest tokens; 0: all"),
-        ("top_p", f"{SIZES}.top_p", flag_float, "X", "among tokens of total probability X"),
-        ("repetition_penalty", f"{SIZES}.repetition_penalty", flag_float, "X", "1: none"),
+        ("max_length", f"{SIZES}.max_decode_length", flag_int, "N", "longest prompt and answer together"),
+        ("do_sample", f"{SIZES}.do_sample", flag_bool, "BOOL", "False: always the most likely token"),
+        ("temperature", f"{SIZES}.temperature", flag_float, "X", "below 1: less random, above: more; 0: not random"),
+        ("top_k", f"{SIZES}.top_k", flag_int, "N", "sample among the N most likely tokens; 0: all"),
+        ("top_p", f"{SIZES}.top_p", flag_float, "X", "sample among the top tokens of probability X"),
+        ("repetition_penalty", f"{SIZES}.repetition_penalty", flag_float, "X", "above 1: fewer repetitions; 1: off"),
     ],
     "MindFormers compatibility": [
-        ("backend", "backend", str, "NAME", "native, or mindformers: its models and its trainer"),
+        ("backend", "backend", str, "NAME", "native, or mindformers: its models and trainer"),
         ("run_mode", "run_mode", str, "MODE", "finetune, train, eval or predict"),
-        ("sink_mode", "runner_config.sink_mode", flag_bool, "BOOL", "feed the device in one piece"),
+        ("sink_mode", "runner_config.sink_mode", flag_bool, "BOOL", "feed the device several steps at a time"),
     ],
 }
-# MindFormers' flags that change nothing here: accepted, reported by RunConfig.notices()
+# MindFormers' flags without effect here: accepted, and reported by RunConfig.notices()
 IDLE_FLAGS: list[tuple[str, str, Any, str | None]] = [
     ("mode", "context.mode", flag_int, None),
     ("modal_type", "modal_type", str, "+"),
@@ -122,11 +129,18 @@ IDLE_FLAGS: list[tuple[str, str, Any, str | None]] = [
     ("trust_remote_code", "trust_remote_code", flag_bool, None),
 ]
 FLAG_KEYS = {row[0]: row[1] for rows in FLAGS.values() for row in rows} | {row[0]: row[1] for row in IDLE_FLAGS}
-OTHER_FLAGS = ("config", "preset", "fill", "options", "predict_data", "debug")
+OTHER_FLAGS = ("config", "preset", "fill", "options", "predict_data", "system", "debug")
+# command -> those of its flags that are no keys of the configuration: arguments of its `run`
+COMMAND_FLAGS = {
+    "predict": ("predict_data", "system"),
+    "chat": ("system",),
+    "preview": ("row",),
+    "preprocess": ("report", "layout"),
+}
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add all flags."""
+    """Adds the flags that all commands with a configuration share."""
     parser.add_argument("--config", metavar="YAML", help="configuration in MindFormers' schema")
     groups = {}
     for title, rows in FLAGS.items():
@@ -136,16 +150,28 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     for flag, _, kind, count in IDLE_FLAGS:
         groups["MindFormers compatibility"].add_argument(f"--{flag}", type=kind, nargs=count, help=argparse.SUPPRESS)
     parser.epilog = (
-        f"MindFormers' other flags are accepted and change nothing: {' '.join(row[0] for row in IDLE_FLAGS)}."
+        f"MindFormers' other flags are accepted and have no effect: {' '.join(row[0] for row in IDLE_FLAGS)}."
     )
 
-    text = "put TEXT for {{NAME}} in the data; may be repeated"
+    text = "replace {{NAME}} in the data by TEXT; repeatable"
     groups["what to train on"].add_argument(
         "--fill", type=flag_fill, action="append", default=[], metavar="NAME=TEXT", help=text
     )
     groups["training"].add_argument("--preset", metavar="NAME", help="small_dataset or large_dataset")
     groups["generation"].add_argument("--predict_data", nargs="+", metavar="TEXT", help="prompts")
+    text = "system message before the conversation (predict, chat)"
+    groups["generation"].add_argument("--system", metavar="TEXT", help=text)
     group = parser.add_argument_group("any key of the YAML")
     text = "such as optimizer.eps=1e-6; also as --optimizer.eps 1e-6"
     group.add_argument("--options", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=text)
     group.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def add_command_flags(command: str, parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that ``command`` alone has."""
+    if command == "preview":
+        parser.add_argument("--row", type=flag_int, metavar="N", help="only row N, as error lines count rows")
+    if command == "preprocess":
+        parser.add_argument("--report", action="store_true", help="describe the data, write no rows")
+        text = "mindformers: rows padded to seq_length + 1 tokens; rows: not padded"
+        parser.add_argument("--layout", choices=("rows", "mindformers"), default="rows", help=text)

@@ -5,37 +5,61 @@ Nothing heavy is imported before the flags are read, so that ``--help`` answers 
 
 import argparse
 import difflib
+import io
 import os
 import signal
 import sys
 import textwrap
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
-from lora_ms.cli.flags import FLAG_KEYS, OTHER_FLAGS, add_flags, flag_int
+from lora_ms.cli.flags import COMMAND_FLAGS, FLAG_KEYS, OTHER_FLAGS, add_command_flags, add_flags
 from lora_ms.cli.parser import TOOLS, Help, Parser, Version, add_tools
 from lora_ms.errors import LoraMsError, out_of_memory
 
+# Command -> the module whose ``run`` does it. Those of TOOLS get their flags as keyword arguments, the others a
+# configuration and the flags that are theirs alone (COMMAND_FLAGS). check-adapter and doctor return a number of faults.
+MODULES = {
+    "finetune": "lora_ms.commands.finetune",
+    "predict": "lora_ms.commands.predict",
+    "chat": "lora_ms.commands.chat",
+    "eval": "lora_ms.commands.evaluate",
+    "estimate": "lora_ms.commands.estimate",
+    "preview": "lora_ms.commands.preview",
+    "preprocess": "lora_ms.commands.preprocess",
+    "merge": "lora_ms.commands.merge",
+    "check-adapter": "lora_ms.commands.check_adapter",
+    "doctor": "lora_ms.commands.doctor",
+    "adapters combine": "lora_ms.commands.combine",
+    "convert-adapter": "lora_ms.commands.convert_adapter",
+    "convert": "lora_ms.commands.convert",
+}
 COMMANDS = {
     "finetune": "train an adapter (or, with pet_config: null, the whole model)",
     "predict": "answer the prompts of --predict_data",
-    "chat": "talk with a model and its adapter",
-    "eval": "scores on eval_dataset, and of answers to a file of questions",
-    "estimate": "how much memory a run will take, and what fits where",
-    "preview": "rows as the model sees them, labels in colour",
-    "preprocess": "rows to MindRecord files, tokenised once; or, with --report, a look at them",
+    "chat": "chat with a model and its adapter",
+    "eval": "score a model on eval_dataset, and its answers to a file of questions",
+    "estimate": "estimate how much memory a run takes, and where it fits",
+    "preview": "show rows as the model sees them, labels in colour",
+    "preprocess": "tokenise rows once, into MindRecord files; with --report only describe them",
 }
-RUN_MODES = {"finetune": ("finetune", "train"), "predict": ("predict",), "chat": ("predict",), "eval": ("eval",)}
-DATA_COMMANDS = ("preview", "preprocess")  # they need a tokenizer, and no model
-RUN_MODES |= {name: ("finetune", "train") for name in (*DATA_COMMANDS, "estimate")}
+TRAINING = ("finetune", "train")  # run modes that mean the same
+RUN_MODES = {
+    "finetune": TRAINING,
+    "predict": ("predict",),
+    "chat": ("predict",),
+    "eval": ("eval",),
+    "estimate": TRAINING,
+    "preview": TRAINING,
+    "preprocess": TRAINING,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """``lora-ms``. Returns the exit status: 0, 2 for a fault of the user's, 130 when interrupted."""
+    """``lora-ms``. Returns the exit status: 0, 2 for an error of the user's, 130 when interrupted."""
     return _guarded(_lora_ms, sys.argv[1:] if argv is None else list(argv))
 
 
@@ -44,7 +68,10 @@ def run_mindformer(argv: Sequence[str] | None = None) -> int:
     return _guarded(_run_mindformer, sys.argv[1:] if argv is None else list(argv))
 
 
-def _guarded(command: Any, argv: list[str]) -> int:
+def _guarded(command: Callable[[list[str]], int], argv: list[str]) -> int:
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what the terminal cannot show is replaced
+            stream.reconfigure(errors="replace")
     try:
         try:
             status = command(argv)
@@ -54,7 +81,7 @@ def _guarded(command: Any, argv: list[str]) -> int:
         return status
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # `… | head`: nobody reads on, and the flush at exit must not say so either
+    except BrokenPipeError:  # `… | head`: nobody reads on, and the flush at exit must not complain either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (LoraMsError, MemoryError, RuntimeError) as fault:
@@ -84,32 +111,21 @@ def _lora_ms(argv: list[str]) -> int:
             usage=f"lora-ms {name} [--config YAML] [flags]",
         )
         add_flags(command)
-        if name == "preview":
-            command.add_argument(
-                "--row", type=flag_int, metavar="N", help="row N of its file, as error lines count them"
-            )
-        if name == "preprocess":
-            command.add_argument("--report", action="store_true", help="say what is in the data, and write no rows")
-            text = "mindformers: rows of seq_length + 1 tokens, filled up; rows: each as long as it is"
-            command.add_argument("--layout", choices=("rows", "mindformers"), default="rows", help=text)
+        add_command_flags(name, command)
     tools = add_tools(commands)
     if known[:2] == ["adapters", "combine"] and {"-h", "--help"} & {*known}:
-        tools["adapters combine"].epilog = _methods()
+        tools["adapters combine"].epilog = _combination_methods()
     args = _parse(parser, known, free_form)
     if args.tool is not None:
         return _run_tool(args)
-    if args.config is None and args.load_checkpoint is None and args.load_adapter is not None:
-        from lora_ms.commands.merge import base_of
-
-        args.load_checkpoint = str(base_of(Path(args.load_adapter), None))
     if args.config is None and args.load_checkpoint is None:
-        raise LoraMsError("what model? give --config FILE.yaml, or --load_checkpoint with a model's folder")
+        args.load_checkpoint = _base_of(args.load_adapter)
     allowed = RUN_MODES[args.command]
     if args.run_mode is None:
         args.run_mode = allowed[0]
     elif args.run_mode not in allowed:
         raise LoraMsError(f"--run_mode {args.run_mode} contradicts the command {args.command}: leave the flag out")
-    return _dispatch(args.command, args, free_form)
+    return _run_command(args.command, args, free_form)
 
 
 def _run_mindformer(argv: list[str]) -> int:
@@ -125,43 +141,54 @@ def _run_mindformer(argv: list[str]) -> int:
     args = _parse(parser, known, free_form)
     if args.config is None:
         raise LoraMsError("--config is missing: give a YAML, such as configs/llama2/lora_llama2_7b.yaml")
-    return _dispatch(None, args, free_form)
+    return _run_command(None, args, free_form)
 
 
 def _run_tool(args: argparse.Namespace) -> int:
     _quiet_libraries()
     given = {flag.name: getattr(args, flag.name) for flag in TOOLS[args.tool].flags}
-    if args.tool == "merge":
-        from lora_ms.commands import merge
+    faults = import_module(MODULES[args.tool]).run(**given)
+    return 2 if faults else 0
 
-        merge.run(**given)
-    elif args.tool == "check-adapter":
-        from lora_ms.commands import check_adapter
 
-        return 2 if check_adapter.run(**given) else 0
-    elif args.tool == "convert-adapter":
-        from lora_ms.commands import convert_adapter
+def _run_command(command: str | None, args: argparse.Namespace, free_form: list[str]) -> int:
+    """Runs ``command``; None: the one that the configuration's ``run_mode`` means."""
+    from lora_ms.config import load_config
 
-        convert_adapter.run(**given)
-    elif args.tool == "convert":
-        from lora_ms.commands import convert
+    _quiet_libraries()
+    config = load_config(
+        args.config, preset=args.preset, flags=flags_of(args), options=args.options, free_form=free_form
+    )
+    if config.use_parallel and os.environ.get("MS_ROLE") == "MS_SCHED":
+        from lora_ms.recipes import session
 
-        convert.run(**given)
-    elif args.tool == "doctor":
-        from lora_ms.commands import doctor
-
-        return 2 if doctor.run(**given) else 0
-    else:
-        from lora_ms.commands import combine
-
-        combine.run(**given)
+        return session.serve_scheduler()
+    if config.context.low_memory:
+        _few_compilers()
+    command = command or {"train": "finetune"}.get(config.run_mode, config.run_mode)
+    if command == "predict" and not args.predict_data:
+        raise LoraMsError('nothing to predict: give --predict_data "a prompt" "another"')
+    if args.system is not None and "system" not in COMMAND_FLAGS.get(command, ()):
+        raise LoraMsError(f"--system is for predict and chat, not {command}: leave it out (rows have their own)")
+    with _ended_by_ctrl_c():
+        module = import_module(MODULES[command])
+    module.run(config, **{flag: getattr(args, flag) for flag in COMMAND_FLAGS.get(command, ())})
     return 0
 
 
-def _methods() -> str:
-    from lora_ms.adapters.combine import METHODS
+def _base_of(adapter: str | None) -> str:
+    """The model that the adapter names, for a command without a YAML and without ``--load_checkpoint``."""
+    if adapter is None:
+        raise LoraMsError("what model? give --config FILE.yaml, or --load_checkpoint with a model's folder")
+    from lora_ms.recipes.model_folder import base_of
 
-    lines = [textwrap.fill(f"  {name:22}{text}", 79, subsequent_indent=" " * 24) for name, text in METHODS.items()]
+    return str(base_of(Path(adapter), None))
+
+
+def _combination_methods() -> str:
+    from lora_ms.commands.combine import methods
+
+    lines = [textwrap.fill(f"  {name:22}{text}", 79, subsequent_indent=" " * 24) for name, text in methods().items()]
     return "\n".join(("methods:", *lines))
 
 
@@ -176,7 +203,7 @@ def _quiet_libraries() -> None:
 
 @contextmanager
 def _ended_by_ctrl_c() -> Iterator[None]:
-    """Ctrl-C ends the process without a word: as an exception in the midst of MindSpore's import it makes a crash."""
+    """Ctrl-C ends the process silently: raised as an exception in the middle of MindSpore's import, it crashes."""
     python = signal.default_int_handler
     ours = signal.getsignal(signal.SIGINT) is python and threading.current_thread() is threading.main_thread()
     try:
@@ -192,60 +219,6 @@ def _few_compilers() -> None:
     # Ascend's operator compiler starts a process for each core, of some hundred MB each
     for name in ("MAX_COMPILE_CORE_NUMBER", "TE_PARALLEL_COMPILER"):
         os.environ.setdefault(name, "1")
-
-
-def _dispatch(command: str | None, args: argparse.Namespace, free_form: list[str]) -> int:
-    from lora_ms.config import load_config
-
-    _quiet_libraries()
-    config = load_config(
-        args.config, preset=args.preset, flags=flags_of(args), options=args.options, free_form=free_form
-    )
-    if config.use_parallel and os.environ.get("MS_ROLE") == "MS_SCHED":
-        from lora_ms.recipes import parallel
-
-        return parallel.serve()
-    if config.context.low_memory:
-        _few_compilers()
-    command = command or {"train": "finetune"}.get(config.run_mode, config.run_mode)
-    if command == "predict" and not args.predict_data:
-        raise LoraMsError('nothing to predict: give --predict_data "a prompt" "another"')
-    if command not in DATA_COMMANDS:
-        with _ended_by_ctrl_c():
-            import_module("lora_ms.runtime.device")
-    if config.backend == "mindformers" and command in ("finetune", "eval"):
-        from lora_ms.recipes import mindformers as bridge
-
-        bridge.run(config) if command == "finetune" else bridge.evaluate_model(config)
-    elif command == "finetune":
-        from lora_ms.commands import finetune
-
-        finetune.run(config)
-    elif command == "predict":
-        from lora_ms.commands import predict
-
-        predict.run(config, args.predict_data)
-    elif command == "chat":
-        from lora_ms.commands import chat
-
-        chat.run(config)
-    elif command == "estimate":
-        from lora_ms.commands import estimate
-
-        estimate.run(config)
-    elif command == "preview":
-        from lora_ms.commands import preview
-
-        preview.run(config, args.row)
-    elif command == "preprocess":
-        from lora_ms.commands import preprocess
-
-        preprocess.run(config, args.report, args.layout)
-    else:
-        from lora_ms.commands import evaluate
-
-        evaluate.run(config)
-    return 0
 
 
 def flags_of(args: argparse.Namespace) -> dict[str, object]:
@@ -284,7 +257,7 @@ def _parse(parser: Parser, argv: list[str], free_form: list[str]) -> argparse.Na
         flag = unknown[0].partition("=")[0]
         if not flag.startswith("-"):
             raise LoraMsError(
-                f"unexpected argument {flag!r}: a flag begins with --, and a value with spaces or a * wants quotes"
+                f"unexpected argument {flag!r}: a flag begins with --, and a value with spaces or a * needs quotes"
             )
         near = difflib.get_close_matches(flag, [f"--{name}" for name in names], 1, 0.0)[0]
         nearest = f"the nearest is {near}"

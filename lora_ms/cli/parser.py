@@ -8,7 +8,7 @@ from lora_ms.errors import LoraMsError
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports a wrong flag as every other fault of the user's is reported: one line, status 2."""
+    """Reports a wrong flag like every other error of the user's: one line, status 2."""
 
     def error(self, message: str) -> NoReturn:
         raise LoraMsError(f"{message} (see {self.prog} --help)")
@@ -39,8 +39,10 @@ class Version(argparse.Action):
 
 
 class Flag(NamedTuple):
-    """A flag of a command that needs no configuration. What is required is checked after unknown flags
-    are named."""
+    """A flag of a command that needs no configuration.
+
+    ``required`` is checked by us, after unknown flags: argparse would report what is missing first.
+    """
 
     name: str
     kind: Any
@@ -52,18 +54,18 @@ class Flag(NamedTuple):
 
 
 class Tool(NamedTuple):
-    """Such a command."""
+    """A command that needs no configuration."""
 
     summary: str
     flags: tuple[Flag, ...]
 
 
-BASE = "the model's Hugging Face folder; default: what the adapter names"
+BASE = "the model's Hugging Face folder; default: the one the adapter names"
 CONCAT = "write q, k, v as one matrix, gate and up as one (default False)"
-CONTIGUOUS = "parts of such a matrix one below the other (default False: interleaved)"
+CONTIGUOUS = "stack the parts of such a matrix (default False: interleave them)"
 TOOLS = {
     "merge": Tool(
-        "fold an adapter into its model: a Hugging Face folder",
+        "merge an adapter into its model, as a Hugging Face folder",
         (
             Flag("load_adapter", str, "DIR", "adapter folder", required=True),
             Flag("load_checkpoint", str, "DIR", BASE),
@@ -75,30 +77,30 @@ TOOLS = {
         ),
     ),
     "check-adapter": Tool(
-        "is an adapter whole, does it fit, would a server take it",
+        "check an adapter: complete, fits its model, servable",
         (
             Flag("load_adapter", str, "DIR", "adapter folder", required=True),
             Flag("load_checkpoint", str, "DIR", BASE),
         ),
     ),
     "doctor": Tool(
-        "is this machine fit: versions, devices, memory, processes",
+        "check this machine: versions, devices, memory, processes",
         (Flag("msrun", flag_bool, "BOOL", "start two processes as a test (default True)", True),),
     ),
     "adapters combine": Tool(
-        "one adapter from several",
+        "combine several adapters into one",
         (
             Flag("adapters", str, "DIR", "adapter folders of one model", required=True, nargs="+"),
-            Flag("weights", flag_float, "X", "a number for each of them", required=True, nargs="+"),
-            Flag("method", str, "NAME", "how, see below (default linear)", "linear"),
-            Flag("density", flag_float, "X", "share of values kept, by ties, dare and prune"),
-            Flag("rank", flag_int, "N", "rank of the result, by the svd methods"),
-            Flag("seed", flag_int, "N", "of the values that dare keeps (default 0)", 0),
+            Flag("weights", flag_float, "X", "one number for each adapter", required=True, nargs="+"),
+            Flag("method", str, "NAME", "one of the methods below (default linear)", "linear"),
+            Flag("density", flag_float, "X", "share of values kept, for ties, dare and prune"),
+            Flag("rank", flag_int, "N", "rank of the result, for the svd methods"),
+            Flag("seed", flag_int, "N", "seed of the values that dare keeps (default 0)", 0),
             Flag("output_dir", flag_path, "DIR", "where the new adapter goes", required=True),
         ),
     ),
     "convert-adapter": Tool(
-        "an adapter from PEFT to MindFormers, or back",
+        "convert an adapter from PEFT to MindFormers, or back",
         (
             Flag("input", str, "PATH", "PEFT folder, or MindFormers' .ckpt, .safetensors or folder", required=True),
             Flag(
@@ -107,12 +109,12 @@ TOOLS = {
             Flag("naming", str, "NAME", "MindFormers' names to write: mindpet (default), mcore, v2", "mindpet"),
             Flag("concat", flag_bool, "BOOL", CONCAT, False),
             Flag("contiguous", flag_bool, "BOOL", CONTIGUOUS, False),
-            Flag("lora_alpha", flag_float, "X", "alpha of a MindFormers checkpoint, which does not hold it"),
-            Flag("load_checkpoint", str, "DIR", "the model's Hugging Face folder; needed for joint matrices"),
+            Flag("lora_alpha", flag_float, "X", "lora_alpha, which a MindFormers checkpoint lacks"),
+            Flag("load_checkpoint", str, "DIR", "the model's Hugging Face folder; needed with concat"),
         ),
     ),
     "convert": Tool(
-        "a model's weights from Hugging Face to MindFormers, or back",
+        "convert a model from Hugging Face to MindFormers, or back",
         (
             Flag("input", str, "PATH", "Hugging Face folder, or .ckpt, .safetensors or a folder", required=True),
             Flag(
@@ -121,7 +123,7 @@ TOOLS = {
             Flag("naming", str, "NAME", "MindFormers' names to write: legacy (default) or mcore", "legacy"),
             Flag("concat", flag_bool, "BOOL", CONCAT, False),
             Flag("contiguous", flag_bool, "BOOL", CONTIGUOUS, False),
-            Flag("load_checkpoint", str, "DIR", "to Hugging Face: a folder with config.json and tokenizer"),
+            Flag("load_checkpoint", str, "DIR", "to Hugging Face: folder with config.json and tokenizer"),
             Flag("dtype", str, "TYPE", "float16, bfloat16, float32; auto (default): as stored", "auto"),
             Flag("max_shard_size", str, "SIZE", "largest file, such as 500MB (default 5GB)", "5GB"),
             Flag("overwrite", flag_bool, "BOOL", "replace what is at output (default False)", False),
@@ -136,7 +138,7 @@ def add_tools(commands: Any) -> dict[str, argparse.ArgumentParser]:
     for name, tool in TOOLS.items():
         group, _, leaf = name.rpartition(" ")
         if group and group not in groups:
-            outer = commands.add_parser(group, help="work on several adapters: " + leaf, allow_abbrev=False)
+            outer = commands.add_parser(group, help=f"work with several adapters: {leaf}", allow_abbrev=False)
             groups[group] = outer.add_subparsers(dest="action", metavar="ACTION", title="actions", required=True)
         needed = " ".join(f"--{flag.name} {flag.placeholder}" for flag in tool.flags if flag.required)
         parser = parsers[name] = groups.get(group, commands).add_parser(

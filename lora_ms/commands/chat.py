@@ -1,28 +1,30 @@
 """``lora-ms chat``: a conversation at the terminal."""
 
 import sys
+from collections.abc import Sequence
 
-from lora_ms.commands.predict import speaker_for
 from lora_ms.config import RunConfig
 from lora_ms.data.example import Message
 from lora_ms.errors import LoraMsError
 from lora_ms.infer.chat import Speaker
-from lora_ms.recipes import parallel
-from lora_ms.recipes import session as common
+from lora_ms.recipes import session
+from lora_ms.recipes.generate import model_for_use, sampling_of, speaker_for, suggested_sampling
 
 HELP = "/reset forgets the conversation, /exit leaves"
 
 
-def fit_history(speaker: Speaker, history: list[Message]) -> int:
-    """Drops the oldest turns until prompt and answer fit the model; returns how many messages went.
+def fit_history(speaker: Speaker, history: list[Message], opening: Sequence[Message] = ()) -> int:
+    """Drops the oldest turns until prompt and answer fit the model; returns the number of messages dropped.
+
+    opening: the messages before them, which stay.
 
     Raises:
         LoraMsError: the newest message alone is too long.
     """
-    dropped, room = 0, speaker.max_length - min(speaker.max_new_tokens, speaker.max_length // 2)
-    while speaker.prompt_length(history) > room:
+    room = speaker.max_length - min(speaker.max_new_tokens, speaker.max_length // 2)
+    dropped = 0
+    while (length := speaker.prompt_length([*opening, *history])) > room:
         if len(history) < 3:
-            length = speaker.prompt_length(history)
             raise LoraMsError(f"this message makes a prompt of {length} tokens, and there is room for {room}")
         del history[:2]
         dropped += 2
@@ -30,17 +32,22 @@ def fit_history(speaker: Speaker, history: list[Message]) -> int:
 
 
 def show(text: str) -> None:
-    """To the terminal at once."""
+    """Writes to the terminal, at once."""
     sys.stdout.write(text)
     sys.stdout.flush()
 
 
-def run(config: RunConfig) -> None:
-    """Reads messages until /exit or the end of input."""
-    parallel.check_alone(config, "chat")
-    runtime = common.start(config)
-    speaker = speaker_for(config, common.model_for_use(config, runtime))
-    print(f"chat: {HELP}")
+def run(config: RunConfig, system: str | None = None) -> None:
+    """Reads messages until /exit or the end of input.
+
+    system: a message before the conversation, which /reset does not forget.
+    """
+    session.check_alone(config, "chat")
+    runtime = session.start(config)
+    speaker = speaker_for(config, model_for_use(config, runtime), sampling_of(config))
+    for line in (*suggested_sampling(config), f"chat: {HELP}"):
+        print(line)
+    opening = [Message("system", system)] if system else []
     history: list[Message] = []
     while True:
         try:
@@ -56,17 +63,17 @@ def run(config: RunConfig) -> None:
         elif text.startswith("/"):
             print(HELP)
         elif text:
-            turn(speaker, history, text)
+            turn(speaker, history, text, opening)
 
 
-def turn(speaker: Speaker, history: list[Message], text: str) -> None:
-    """One question and its streamed answer; Ctrl-C ends the answer and takes the question back."""
+def turn(speaker: Speaker, history: list[Message], text: str, opening: Sequence[Message] = ()) -> None:
+    """One question and its streamed answer; Ctrl-C ends the answer, and both are forgotten."""
     history.append(Message("user", text))
     try:
-        dropped = fit_history(speaker, history)
+        dropped = fit_history(speaker, history, opening)
         if dropped:
             print(f"({dropped} old messages left out: the conversation is longer than the model takes)")
-        (answer,) = speaker.answers([history], show)
+        (answer,) = speaker.answers([[*opening, *history]], show)
         print()
         history.append(Message("assistant", answer))
     except (KeyboardInterrupt, LoraMsError) as stopped:

@@ -2,10 +2,15 @@
 
 from pathlib import Path
 
-from lora_ms.adapters.combine import combine, read_adapter, write_adapter
+from lora_ms.adapters.combine import COMBINATIONS, combine, read_adapter, write_adapter
 from lora_ms.adapters.peft_files import base_name
 from lora_ms.data.tokenizer import load_tokenizer
 from lora_ms.errors import LoraMsError
+
+
+def methods() -> dict[str, str]:
+    """The methods of combining with what each does, for ``--help``."""
+    return COMBINATIONS
 
 
 def run(
@@ -17,7 +22,7 @@ def run(
     seed: int,
     output_dir: str,
 ) -> None:
-    """Writes the weighted combination of the adapter directories into ``output_dir``, with the first tokenizer found.
+    """Writes the weighted combination of the adapter folders into ``output_dir``, with the first tokenizer found.
 
     Raises:
         LoraMsError: adapters that cannot be combined so, or ``output_dir`` is one of them.
@@ -34,6 +39,6 @@ def run(
         if (Path(path) / "tokenizer_config.json").is_file():
             load_tokenizer(path).save_pretrained(output_dir)
             break
-    count, modules = len(adapters), len(combined.tensors)
+    modules = len(combined.tensors)
     new_rank = max(len(pair.a) for pair in combined.tensors.values())
-    print(f"{count} adapters combined by {method}: rank {new_rank} on {modules} modules, {output_dir}")
+    print(f"{len(adapters)} adapters combined by {method}: rank {new_rank} on {modules} modules, {output_dir}")

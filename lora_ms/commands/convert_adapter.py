@@ -22,16 +22,18 @@ def run(
 ) -> None:
     """Converts the PEFT folder or MindFormers checkpoint ``input`` into the other, named ``output``.
 
-    naming: of the MindFormers checkpoint that is written; when one is read, its names say it.
+    naming: of the MindFormers checkpoint that is written; that of one that is read follows from its names.
     concat: write q, k and v as one matrix, and gate and up as one. contiguous: the parts of such a matrix stand one
-    below the other. load_checkpoint: the model's Hugging Face folder, for its head counts and the adapter's base.
+    below the other, not interleaved.
+    load_checkpoint: the model's Hugging Face folder, for its head counts and the adapter's base.
 
     Raises:
-        LoraMsError: anything that a user can mend.
+        LoraMsError: anything that a user can fix.
     """
     if naming not in adapters.NAMINGS:
         raise LoraMsError(f"naming {naming!r} is none of {', '.join(adapters.NAMINGS)}")
-    source, target = Path(input), Path(output)
+    source = Path(input)
+    target = Path(output)
     if not source.exists():
         raise LoraMsError(f"input: {source} does not exist; give an adapter's folder, or a .ckpt or .safetensors file")
     if (source / WEIGHTS).is_file():
@@ -41,7 +43,7 @@ def run(
 
 
 def heads_at(base: str | None, contiguous: bool) -> Heads | None:
-    """The attention sizes of the model in folder ``base``; None without one."""
+    """The attention sizes of the model in folder ``base``; None where there is no such folder."""
     if base is None or not (Path(base) / "config.json").is_file():
         return None
     file = Path(base) / "config.json"
@@ -51,7 +53,7 @@ def heads_at(base: str | None, contiguous: bool) -> Heads | None:
 def to_mindformers(source: Path, target: Path, naming: str, concat: bool, heads: Heads | None) -> None:
     """Writes the MindFormers checkpoint, and says what its ``pet_config`` must be."""
     if target.suffix not in SUFFIXES:
-        raise LoraMsError(f"output: {target} wants the ending {' or '.join(SUFFIXES)}")
+        raise LoraMsError(f"output: {target} must end in {' or '.join(SUFFIXES)}")
     factors, scale = adapters.read_peft(source)
     tensors = adapters.mindformers_tensors(factors, naming, concat, heads, source)
     write_file(target, tensors)
@@ -68,10 +70,10 @@ def to_mindformers(source: Path, target: Path, naming: str, concat: bool, heads:
 def to_peft(source: Path, target: Path, lora_alpha: float | None, heads: Heads | None, base: str | None) -> None:
     """Writes the PEFT folder."""
     if target.suffix in SUFFIXES:
-        raise LoraMsError(f"output: {target} wants to be a folder: {source} is a MindFormers checkpoint")
+        raise LoraMsError(f"output: {target} must be a folder: {source} is a MindFormers checkpoint")
     alpha = alpha_of(source) if lora_alpha is None else lora_alpha
     if alpha <= 0:
-        raise LoraMsError(f"lora_alpha wants more than 0, got {alpha:g}")
+        raise LoraMsError(f"lora_alpha expects more than 0, got {alpha:g}")
     factors = adapters.read_factors(read_file(source), heads, source)
     with storage.whole(target / WEIGHTS) as part:
         storage.write_blocks(part, adapters.peft_tensors(factors))
@@ -91,4 +93,4 @@ def alpha_of(source: Path) -> float:
         alpha = storage.read_json(folder / CONFIG).get("lora_alpha")
         if isinstance(alpha, (int, float)):
             return alpha
-    raise LoraMsError(f"{source} does not say its alpha: give --lora_alpha, as pet_config had it in training")
+    raise LoraMsError(f"{source} does not hold its lora_alpha: give --lora_alpha, as pet_config had it in training")

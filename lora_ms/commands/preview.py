@@ -11,20 +11,21 @@ import numpy as np
 from lora_ms import storage
 from lora_ms.config import RunConfig
 from lora_ms.data.example import IGNORE_INDEX, TokenRow
-from lora_ms.data.pipeline import finish, read, tokenise
-from lora_ms.data.report import Tally
+from lora_ms.data.pipeline import Preparation, finish, read, tokenise
+from lora_ms.data.report import Tally, notes_of
 from lora_ms.data.store import TokenStore
 from lora_ms.errors import LoraMsError
 from lora_ms.recipes import data
+from lora_ms.text import counted
 
 ROWS = 3  # shown where no row is asked for
 COLOUR, GREY, PLAIN = "\x1b[1;32m", "\x1b[90m", "\x1b[0m"
 
 
 def run(config: RunConfig, row: int | None) -> None:
-    """Prints the first rows of ``train_dataset``, or what became of the row of that number in its file.
+    """Prints the first rows of ``train_dataset``, or what became of one of them.
 
-    row: as error lines name it: ``rows.jsonl:4`` is row 4, and so is ``rows.json[4]``.
+    row: its number in its file, as error lines have it: ``rows.jsonl:4`` is row 4, and so is ``rows.json[4]``.
 
     Raises:
         LoraMsError: there is no such row, none is kept, or there is no tokenizer.
@@ -33,18 +34,33 @@ def run(config: RunConfig, row: int | None) -> None:
     tokenizer = data.tokenizer_for(config, training=True)
     if tokenizer is None:
         raise LoraMsError("no tokenizer: give --load_checkpoint, or processor.tokenizer.vocab_file")
-    preparation = data.preparation(config, config.train_dataset, data.NO_LIMIT, _vocab_size(config))
+    preparation = data.preparation_of(config, config.train_dataset, data.NO_LIMIT, _vocab_size(config))
     tally = Tally()
     chunks = tokenise(read(sources, preparation, tally), tokenizer, preparation, tally)
     rows = (kept for _, chunk in chunks for kept in chunk)
-    shown = list(islice(rows if row is None else of_number(rows, row), ROWS))
+    shown = list(islice(rows, ROWS) if row is None else of_number(rows, row))
     if not shown:
-        if row is None or tally.rows == tally.too_long - tally.cut + tally.masked:
-            finish(TokenStore.of([]), preparation, tally)  # says why
+        if row is None or not tally.kept:
+            finish(TokenStore.of([]), preparation, tally)  # raises, with the reason
         raise LoraMsError(f"--row {row}: not among the rows that are kept, of {tally.rows:,} that were read")
     colours = sys.stdout.isatty()
     for item in shown:
         print(show(item, tokenizer, colours), end="\n\n")
+    for note in notes(tally, preparation):
+        print(note)
+
+
+def notes(tally: Tally, preparation: Preparation) -> list[str]:
+    """What became of the rows that were read so far, besides those shown."""
+    found = [f"left out: {count:,} rows: {reason}" for reason, count in tally.skipped.items()]
+    if tally.masked:
+        found.append(f"left out: {tally.masked:,} rows: no label")
+    if tally.too_long:
+        found.append(
+            f"longer than seq_length {preparation.seq_length}: {tally.too_long:,} rows, {tally.cut:,} of them cut and "
+            f"{tally.too_long - tally.cut:,} dropped"
+        )
+    return found + notes_of(tally)
 
 
 def _vocab_size(config: RunConfig) -> int | None:
@@ -53,7 +69,7 @@ def _vocab_size(config: RunConfig) -> int | None:
 
 
 def of_number(rows: Iterable[TokenRow], number: int) -> Iterator[TokenRow]:
-    """What the first row of that number became; no row behind it is read."""
+    """What the first row of that number became; no row after it is read."""
     where = None
     for row in rows:
         if where is None and number_of(row) == number:
@@ -65,16 +81,17 @@ def of_number(rows: Iterable[TokenRow], number: int) -> Iterator[TokenRow]:
 
 
 def number_of(row: TokenRow) -> int:
-    """The number of its line, or of its place in a list, that ends ``where``."""
+    """The number at the end of ``where``: of a line, or of an element of a list."""
     found = re.search(r"(\d+)\D*$", row.where)
     return int(found[1]) if found else 0
 
 
 def show(row: TokenRow, tokenizer, colours: bool) -> str:
-    """A heading, and the text of a row: labelled runs in colour, or, without colours, in double brackets."""
+    """A heading, and the text of a row: labelled parts in colour, or, without colours, in double brackets."""
     learnt = row.labels != IGNORE_INDEX
-    edges = np.flatnonzero(np.diff(learnt.astype(np.int8))) + 1
-    head = f"{row.where}: {len(row.input_ids)} tokens, {int(np.count_nonzero(learnt[1:]))} of them labels"
+    edges = np.flatnonzero(np.diff(learnt.astype(np.int8))) + 1  # where labelled parts begin and end
+    labels = int(np.count_nonzero(learnt[1:]))
+    head = f"{row.where}: {counted(len(row.input_ids), 'token')}, {labels:,} of them labels"
     parts = []
     for part in np.split(np.arange(len(learnt)), edges):
         text = tokenizer.decode(row.input_ids[part], clean_up_tokenization_spaces=False)

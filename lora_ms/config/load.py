@@ -119,7 +119,7 @@ def read_yaml(path: str) -> dict[str, Any]:
     if data is None:
         return {}
     if not isinstance(data, dict):
-        raise LoraMsError(f"{path}: the top level wants a mapping (key: value), got {type(data).__name__}")
+        raise LoraMsError(f"{path}: the top level expects a mapping (key: value), got {type(data).__name__}")
     try:
         return _unshared(data)
     except RecursionError:
@@ -168,7 +168,7 @@ def _without_repeated_datasets(data: dict[str, Any]) -> dict[str, Any]:
 def _split_override(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not key:
-        raise LoraMsError(f"override {text!r} wants the form section.key=value")
+        raise LoraMsError(f"override {text!r} expects the form section.key=value")
     try:
         return key, yaml.safe_load(value)
     except yaml.YAMLError as problem:

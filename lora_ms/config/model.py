@@ -107,7 +107,7 @@ class ModelSizes(Section):
     ffn_dim_multiplier: Number | None = Field(None, gt=0)
     rms_norm_eps: Number | None = Field(None, gt=0)
     theta: Number | None = Field(None, gt=0)  # base of the rotary frequencies
-    scaling_factor: Scaling | None = None  # a number, or the keys that extend_method needs (LLAMA3, YARN)
+    scaling_factor: Scaling | None = None  # a number, or the keys that extend_method needs (YARN, LLAMA3)
     extend_method: Annotated[ExtendMethod, BeforeValidator(lambda v: "None" if v is None else v)] = "None"
     qkv_has_bias: Flag | None = None
     qkv_concat: Flag = False  # the checkpoint (.ckpt) holds q, k and v as one matrix
@@ -122,9 +122,9 @@ class ModelSizes(Section):
     pet_config: PetConfig | None = None
 
     do_sample: Flag = False  # False: always the likeliest token
-    temperature: Number = Field(1.0, gt=0)
+    temperature: Number = Field(1.0, ge=0)  # 0: the likeliest token
     top_k: Whole = Field(0, ge=0)  # sample among this many tokens; 0: all
-    top_p: Number = Field(1.0, gt=0, le=1)  # sample among the likeliest tokens of this total probability
+    top_p: Number = Field(1.0, ge=0, le=1)  # sample among the likeliest tokens of this total probability; 0: one
     repetition_penalty: Number = Field(1.0, gt=0)  # 1: none
     max_new_tokens: Whole = Field(128, ge=1)  # longest answer, tokens (ours)
     max_decode_length: Whole | None = Field(None, ge=1)  # longest prompt and answer together, tokens

@@ -55,7 +55,7 @@ def _lr_type(value: Any) -> str:
     if value in LR_NOT_YET:
         raise ValueError("is not supported yet; use CosineWithWarmUpLR or LinearWithWarmUpLR")
     if value not in LR_KINDS:
-        raise ValueError(f"wants one of {', '.join(LR_KINDS)}")
+        raise ValueError(f"expects one of {', '.join(LR_KINDS)}")
     return value
 
 

@@ -26,30 +26,30 @@ def _describe_one(error: Mapping[str, Any]) -> str:
     shown = repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
     match error["type"]:
         case "extra_forbidden":
-            return f"{key} is no known key{_nearest(error['loc'])}"
+            return f"unknown key {key}{_nearest(error['loc'])}"
         case "union_tag_invalid":
             near = difflib.get_close_matches(str(value.get("type")), CALLBACKS, 1, 0.0)[0]
-            return f"{key}.type wants one of {', '.join(CALLBACKS)}, got {value.get('type')!r} (nearest: {near})"
+            return f"{key}.type expects one of {', '.join(CALLBACKS)}, got {value.get('type')!r} (nearest: {near})"
         case "union_tag_not_found":
             return f"{key}.type is missing: give one of {', '.join(CALLBACKS)}"
         case "model_type" | "model_attributes_type" | "dict_type":
-            return f"{key or 'the configuration'} wants a mapping of keys, got {shown}"
+            return f"{key or 'the configuration'} expects a mapping of keys, got {shown}"
         case "value_error":
             text = str(error["ctx"]["error"])
-            if not text.startswith(("wants", "is ")):  # a check across keys names their values itself
+            if not text.startswith(("expects", "is ")):  # a check across keys names their values itself
                 return f"{key}: {text}" if key else text
         case "invalid_key":
-            return f"{key} is no text: quote the key"
+            return f"{key} is not text: quote the key"
         case "greater_than_equal":
-            text = f"wants {error['ctx']['ge']:.10g} or more"
+            text = f"expects {error['ctx']['ge']:.10g} or more"
         case "greater_than":
-            text = f"wants more than {error['ctx']['gt']:.10g}"
+            text = f"expects more than {error['ctx']['gt']:.10g}"
         case "less_than_equal":
-            text = f"wants {error['ctx']['le']:.10g} or less"
+            text = f"expects {error['ctx']['le']:.10g} or less"
         case "less_than":
-            text = f"wants less than {error['ctx']['lt']:.10g}"
+            text = f"expects less than {error['ctx']['lt']:.10g}"
         case _:
-            text = error["msg"].replace("Input should be", "wants").replace("Field required", "is missing")
+            text = error["msg"].replace("Input should be", "expects").replace("Field required", "is missing")
             text = text.replace("a valid list", "a list").replace("a valid tuple", "a list")
     return f"{key} {text}, got {shown}"
 

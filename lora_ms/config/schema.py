@@ -26,14 +26,14 @@ from lora_ms.config.sections import (
     Dataset,
     DatasetTask,
     EvalDataset,
-    Evaluation,
+    EvaluationKeys,
     Metric,
     Parallel,
     ParallelConfig,
     RecomputeConfig,
     RunnerConfig,
     RunnerWrapper,
-    Trainer,
+    TrainerKeys,
 )
 from lora_ms.errors import LoraMsError
 from lora_ms.values import NO_EFFECT, Flag, Folder, NoEffect, Path, Reports, Section, Whole
@@ -71,7 +71,7 @@ def move_pet_config(data: dict[str, Any]) -> dict[str, Any]:
 
 def _mapping(key: str, value: Any) -> dict[str, Any]:
     if value is not None and not isinstance(value, dict):
-        raise LoraMsError(f"{key} wants a mapping of keys, got {value!r}")
+        raise LoraMsError(f"{key} expects a mapping of keys, got {value!r}")
     return dict(value or {})
 
 
@@ -80,7 +80,7 @@ def _resume(value: Any) -> bool | str:
         return value.lower() == "true"
     if isinstance(value, (bool, str)):
         return value
-    raise ValueError("wants True, False or the name of a checkpoint")
+    raise ValueError("expects True, False or the name of a checkpoint")
 
 
 def _fill(value: Any) -> dict[str, str]:
@@ -89,7 +89,7 @@ def _fill(value: Any) -> dict[str, str]:
     scalars = (str, int, float)
     if isinstance(value, dict) and all(isinstance(part, scalars) for item in value.items() for part in item):
         return {str(name): str(text) for name, text in value.items()}
-    raise ValueError("wants a mapping of names to texts")
+    raise ValueError("expects a mapping of names to texts")
 
 
 class RunConfig(Section):
@@ -113,14 +113,14 @@ class RunConfig(Section):
     allow_other_template: Flag = False  # use an adapter with another chat template than it was trained with (ours)
     data_fill: Annotated[dict[str, str], BeforeValidator(_fill)] = {}  # {{NAME}} in the data -> text (ours)
 
-    trainer: Trainer = Field(default_factory=Trainer)
+    trainer: TrainerKeys = Field(default_factory=TrainerKeys)
     runner_config: RunnerConfig = Field(default_factory=RunnerConfig)
     optimizer: Optimizer = Field(default_factory=Optimizer)
     lr_schedule: LrSchedule = Field(default_factory=LrSchedule)
     train_dataset: Dataset = Field(default_factory=Dataset)
     train_dataset_task: DatasetTask = Field(default_factory=DatasetTask)
     eval_dataset: EvalDataset = Field(default_factory=EvalDataset)
-    evaluation: Evaluation = Field(default_factory=Evaluation)
+    evaluation: EvaluationKeys = Field(default_factory=EvaluationKeys)
     eval_dataset_task: DatasetTask = Field(default_factory=DatasetTask)
     parallel: Parallel = Field(default_factory=Parallel)
     parallel_config: ParallelConfig = Field(default_factory=ParallelConfig)

@@ -7,7 +7,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 from lora_ms.values import Flag, Memory, NoEffect, Number, Path, Recompute, Section, Text, Texts, Whole
 
 
-class Trainer(Section):
+class TrainerKeys(Section):
     """``trainer``: names only."""
 
     type: NoEffect = "CausalLanguageModelingTrainer"
@@ -39,9 +39,9 @@ def _handlers(value: Any) -> list[dict[str, Any]]:
     handlers = [value] if isinstance(value, dict) else value or []
     kinds = [handler.get("type") if isinstance(handler, dict) else handler for handler in handlers]
     if any(kind != "AlpacaInstructDataHandler" for kind in kinds):
-        raise ValueError("wants a list of {type: AlpacaInstructDataHandler, …}")
+        raise ValueError("expects a list of {type: AlpacaInstructDataHandler, …}")
     if any(type(handler.get("seq_length", 2)) is not int for handler in handlers):
-        raise ValueError("wants a whole number as seq_length")
+        raise ValueError("expects a whole number as seq_length")
     return handlers
 
 
@@ -92,6 +92,7 @@ class Dataset(Section):
     num_samples: Whole | None = Field(None, ge=1)  # only the first rows (ours)
     packing: Flag = True  # several rows in a line, each seeing itself alone: the same numbers, less padding (ours)
     length_buckets: Whole = Field(4, ge=1)  # lengths that rows are padded to where they are not packed (ours)
+    fill: Flag = True  # every {{NAME}} in a text needs a value (data_fill); False: one without stays as it is (ours)
     format: Literal["auto", "alpaca", "sharegpt", "messages", "prompt", "text", "tokens"] = "auto"  # (ours)
     columns: Annotated[dict[str, Text], BeforeValidator(lambda value: value or {})] = {}  # our name: the file's (ours)
     label_turns: Literal["all", "last"] = "all"  # assistant turns that are learnt (ours)
@@ -132,7 +133,7 @@ class EvalDataset(Dataset):
     input_columns: NoEffect = ["input_ids"]
 
 
-class Evaluation(Section):
+class EvaluationKeys(Section):
     """``evaluation`` (ours): of held-out rows while training, with ``do_eval`` or ``validation_split``."""
 
     prompts: Texts = []  # answered by the model at each evaluation

@@ -16,7 +16,7 @@ from lora_ms.runtime import host
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-VERSION = 1  # raised when the same rows would become other tokens
+VERSION = 3  # raised when the same rows would become other tokens
 
 
 def folder_of(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase | None, preparation: Mapping[str, Any]) -> Path:
@@ -32,7 +32,7 @@ def key_of(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase | None, pre
     settings = json.dumps(preparation, sort_keys=True, default=dict)
     digest = blake2b(f"{VERSION} {settings}".encode(), digest_size=16)
     if tokenizer is not None:
-        texts = [template_of(tokenizer), str(tokenizer.eos_token), str(tokenizer.bos_token)]
+        texts = [tokenizer.chat_template or template_of(tokenizer), str(tokenizer.eos_token), str(tokenizer.bos_token)]
         digest.update(json.dumps(texts).encode())
         if tokenizer.is_fast:
             digest.update(tokenizer.backend_tokenizer.to_str().encode())
@@ -40,7 +40,7 @@ def key_of(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase | None, pre
             digest.update(json.dumps(sorted(tokenizer.get_vocab().items())).encode())
     for file in files:
         with open(file, "rb") as stream:
-            digest.update(f"{file.name} {file.stat().st_size} ".encode())
+            digest.update(f"{file.name} {file.stat().st_size} ".encode(errors="surrogateescape"))
             while piece := stream.read(1 << 20):
                 digest.update(piece)
     return digest.hexdigest()

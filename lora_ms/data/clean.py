@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 
-from lora_ms.data.example import Completion, Example, Message, RawRow, Row, RowFault, TokenRow
+from lora_ms.data.example import Completion, Example, RawRow, Row, RowFault, TokenRow
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Cleaner:
 def _trimmed(row: Example | Completion) -> Example | Completion:
     if isinstance(row, Completion):
         return replace(row, prompt=row.prompt.lstrip(), completion=row.completion.rstrip())
-    messages = tuple(Message(message.role, message.content.strip()) for message in row.messages)
+    messages = tuple(message._replace(content=message.content.strip()) for message in row.messages)
     return replace(row, messages=messages, input=row.input.strip())
 
 

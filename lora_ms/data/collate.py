@@ -17,6 +17,8 @@ def collate(lines: Sequence[Sequence[TokenRow]], batch_size: int, seq_length: in
         target_index  0 1 4 5 0             the last slot of capacity 5 is unused
         targets       6 7 9 9 -100
 
+    A row's last learnt token is a target alone, so the inputs end before it (``TokenRow.input_length``).
+    target_index counts in the batch flattened to [batch_size * seq_length]; `capacity` is its fixed length.
     Padding goes by length, never by id.
     Raises ValueError for too many or too long lines, or more targets than `capacity`: mistakes of the plan.
     """

@@ -10,7 +10,9 @@ Rows that come as token ids are TokenRows from the beginning.
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +20,10 @@ from numpy.typing import NDArray
 
 IGNORE_INDEX = -100
 """Label of a token that is not learnt; the value that Hugging Face and MindFormers use."""
+
+
+REASONING = ("reasoning_content", "reasoning", "thinking")
+"""Keys under which datasets and chat templates have what an assistant thought before its answer."""
 
 
 class RowFault(Exception):
@@ -34,12 +40,30 @@ class RowFault(Exception):
         return re.sub(r"\([^()]*\)|\d+", "…", self.text.split(":")[0])
 
 
+def shown_name(path: Path) -> str:
+    """The name of a file as text: bytes of it that are not UTF-8 as \\xca and the like."""
+    return path.name.encode(errors="surrogateescape").decode(errors="backslashreplace")
+
+
 class RawRow(NamedTuple):
     """One row as it stands in a file: a line of JSON, an entry of a list, a line of a table."""
 
-    file: str  # path of the file; "" for rows that were given as a list. The rows of a file have one format
+    file: Path | None  # None for rows that were given as a list. The rows of a file have one format
     where: str  # for error messages: "data.jsonl:12" (line), "data.json[3]" or "row 3" (counted from 1)
     value: Any  # the columns, a mapping; a RowFault where the row could not be read
+
+
+class ToolData(NamedTuple):
+    """The tools of a conversation, or a turn's calls of them."""
+
+    items: list[Any]  # for chat templates that take a list: tools or calls, as the row has them, parsed from JSON
+    text: str  # for chat templates that do not: the same as JSON
+
+
+def function_of(item: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of a tool or of a call that has its name: OpenAI's lists wrap it."""
+    function = item.get("function")
+    return function if isinstance(function, Mapping) else item
 
 
 class Message(NamedTuple):
@@ -47,6 +71,11 @@ class Message(NamedTuple):
 
     role: str  # system | user | assistant | tool
     content: str
+    reasoning: str = ""  # what an assistant thought before it answered; "" also where `content` holds it in <think>
+    tool_calls: ToolData | None = None  # of an assistant
+    name: str = ""  # of the tool that answers
+    tool_call_id: str = ""  # of the call that a tool answers
+    learnt: bool = True  # False: an assistant's turn that is only read
 
 
 @dataclass(frozen=True)
@@ -56,6 +85,7 @@ class Example:
     where: str
     messages: tuple[Message, ...]
     input: str = ""  # Alpaca's "input": the tail of the last user message, which only the Alpaca prompt sets apart
+    tools: ToolData | None = None
 
 
 @dataclass(frozen=True)

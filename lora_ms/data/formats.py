@@ -1,15 +1,33 @@
 """What one row may look like, and what it becomes: RawRow -> Example, Completion or TokenRow."""
 
+from __future__ import annotations
+
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from typing import Any
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_ms.data.example import IGNORE_INDEX, Completion, Example, Message, RawRow, Row, RowFault, TokenRow
+from lora_ms.data.example import (
+    IGNORE_INDEX,
+    REASONING,
+    Completion,
+    Example,
+    Message,
+    RawRow,
+    Row,
+    RowFault,
+    TokenRow,
+    ToolData,
+    function_of,
+    shown_name,
+)
 from lora_ms.errors import LoraMsError
 
 FORMATS = (
@@ -18,19 +36,148 @@ FORMATS = (
 )
 ROLES = {
     "system": "system",
+    "developer": "system",
     "user": "user",
     "human": "user",
     "assistant": "assistant",
     "gpt": "assistant",
     "bot": "assistant",
+    "model": "assistant",
     "tool": "tool",
     "function": "tool",
     "observation": "tool",
+    "tool_response": "tool",
+    "ipython": "tool",
     "function_call": "assistant",
+    "tool_call": "assistant",
 }
+CALL_ROLES = ("function_call", "tool_call")  # roles whose text is a call of a tool, as JSON
+
+# other names under which datasets have the columns of Alpaca's format, ours first
+QUESTION = ("instruction", "question", "query")
+EXTRA = ("input", "context")
+ANSWER = ("output", "response", "answer")
+# keys of an assistant's turn that say whether it is learnt; the second kind says it the other way round
+LEARNT = ("weight", "train", "training", "trainable", "loss", "loss_weight", "loss_scale", "loss_mask")
+NOT_LEARNT = ("masked",)
+ROW_LEARNT = ("weight", "train", "training", "trainable")  # the same of a whole row
+# columns that only data of preferences has: answers that are wanted, and that are not
+PREFERENCES = (
+    *("chosen", "rejected", "chosen_response", "rejected_response", "chosen_responses", "rejected_responses"),
+    *("rejected_messages", "rejected_images", "rejected_output", "rejected_answer", "kto_tag"),
+)
+# names that are only suggested: what they hold is not sure enough to read it
+LIKE_QUESTION = (*QUESTION, "prompt", "input", "problem", "user", "human", "sentence", "text")
+LIKE_ANSWER = (*ANSWER, "completion", "target", "solution", "assistant", "label", "summary", "translation")
+LIKE_TEXT = ("content", "body", "sentence", "document", "article", "passage", "code")
+
 FAULTS_SHOWN = 5
 NO_ANSWER_ADVICE = "write the answer or remove the row"
 PLACEHOLDER = re.compile(r"\{\{(\w+)\}\}")
+
+
+@dataclass(frozen=True)
+class Placeholders:
+    """What stands for {{KEY}} in every text."""
+
+    values: Mapping[str, str] = field(default_factory=dict)
+    keep_others: bool = False  # leave a {{KEY}} without a value as it is; False: it is an error
+    kept: Counter[str] = field(default_factory=Counter)  # those left: key -> times
+
+    def fill(self, text: str) -> str:
+        """The text with the values in place of its placeholders."""
+
+        # One pass, so that a text about templates keeps its own braces with values {"name": "{{name}}"}.
+        def replace(match: re.Match[str]) -> str:
+            key = match[1]
+            if key in self.values:
+                return str(self.values[key])  # an override such as AGE=5 arrives as a number
+            if self.keep_others:
+                self.kept[key] += 1
+                return match[0]
+            raise RowFault(
+                f"the placeholder {match[0]} is not filled",
+                f"add --fill {key}=VALUE; or leave all such braces as they are with train_dataset.fill: False",
+            )
+
+        _check_characters(text)
+        return PLACEHOLDER.sub(replace, text)
+
+
+@dataclass
+class ParserNotes:
+    """What the parser did that the user should know."""
+
+    read_as: dict[str, dict[str, str]] = field(default_factory=dict)  # file -> the file's name of a column -> ours
+    unused: dict[str, Counter[str]] = field(default_factory=dict)  # file -> key -> rows or messages that have it
+    left_out: Counter[str] = field(default_factory=Counter)  # reason -> rows
+
+    def add(self, file: str, used: Iterable[tuple[str, str]], unused: Iterable[str]) -> None:
+        """Of one row: pairs of the file's name and ours, where they differ; and keys without effect."""
+        for theirs, ours in used:
+            self.read_as.setdefault(file, {})[theirs] = ours
+        for key in unused:
+            self.unused.setdefault(file, Counter())[key] += 1
+
+
+class Fields:
+    """The keys of a row or of a message, read strictly. It remembers which keys were read."""
+
+    def __init__(self, values: Mapping[str, Any], placeholders: Placeholders, of: str = "") -> None:
+        self.values = values
+        self.placeholders = placeholders
+        self.of = of  # " of message 2", for error messages
+        self.read: set[str] = set()
+        self.read_as: list[tuple[str, str]] = []  # the file's name of a column, and ours
+        self.unused_inside: list[str] = []  # keys of messages that were not read
+
+    def get(self, key: str) -> Any:
+        """The value of a key; None where it is missing or null."""
+        self.read.add(key)
+        return self.values.get(key)
+
+    def has(self, *keys: str) -> bool:
+        """Whether one of the keys has a value."""
+        return any(self.values.get(key) is not None for key in keys)
+
+    def text(self, key: str) -> str:
+        """The text of a key, filled in; "" where it is missing or null."""
+        value = self.get(key)
+        if value is None:
+            return ""
+        if not isinstance(value, str):
+            name = f"{key}{self.of}" if self.of else quoted(key)
+            raise RowFault(f"{name} is {type(value).__name__}, not text", "put it in quotation marks")
+        return self.placeholders.fill(value)
+
+    def text_of_any(self, names: tuple[str, ...]) -> str:
+        """The text of the first of `names` that is there; the first is our own name of the column."""
+        if self.has(names[0]):
+            return self.text(names[0])
+        for name in names[1:]:
+            if isinstance(self.values.get(name), str):
+                self.read_as.append((name, names[0]))
+                return self.text(name)
+        return self.text(names[0])
+
+    def items(self, key: str) -> list[Any]:
+        """The list of a key, perhaps written as JSON; [] where it is missing, null or empty."""
+        value = from_json(self.get(key))
+        if value is None or value == "":
+            return []
+        if not isinstance(value, list | tuple):
+            raise RowFault(f'"{key}" is {type(value).__name__}, not a list', "correct the row")
+        return list(value)
+
+    def unused(self) -> list[str]:
+        """Keys with a value that nobody has read."""
+        empty = (str, list, tuple, dict)
+        own = [
+            str(key)
+            for key, value in self.values.items()
+            if key not in self.read and value is not None and not (isinstance(value, empty) and not value)
+        ]
+        return [*own, *self.unused_inside]
 
 
 def rename_columns(rows: Iterable[RawRow], columns: Mapping[str, str]) -> Iterator[RawRow]:
@@ -47,31 +194,37 @@ def _renamed(value: Mapping[str, Any], columns: Mapping[str, str]) -> Mapping[st
         names = ", ".join(quoted(key) for key in value)
         return RowFault(f"there is no column {quoted(missing[0])}, which columns asks for", f"columns here: {names}")
     rest = {key: item for key, item in value.items() if key not in columns.values()}
+    if set(columns.values()) & set(PREFERENCES):  # the user has said which of the answers are learnt
+        rest = {key: item for key, item in rest.items() if key not in PREFERENCES}
     return rest | {ours: value[theirs] for ours, theirs in columns.items()}
 
 
 def parse_rows(
     rows: Iterable[RawRow],
     format: str = "auto",
-    fill: Mapping[str, str] | None = None,
+    placeholders: Placeholders | None = None,
+    notes: ParserNotes | None = None,
     on_fault: Callable[[RowFault], None] | None = None,
 ) -> Iterator[Row]:
     """Parse rows. The first row of a file decides the file's format, and every row of it must have it.
 
     format: a key of PARSERS, or "auto".
-    fill: what stands for {{KEY}} in every text.
+    notes: gets what was done without being asked: columns without effect, or read under other names; rows left out.
     on_fault: called for a row that cannot be used, which is then left out; None: such a row is an error.
 
     Raises LoraMsError naming up to five faulty rows of a file in one line, after a look at all of them.
     """
+    placeholders = placeholders or Placeholders()
+    notes = notes or ParserNotes()
     faults = _Faults()
-    file = None
-    file_format = None
+    file: Path | None = None
+    asked = None if format == "auto" else format
+    file_format = asked
     for row in rows:
         if row.file != file:
             faults.raise_any()
             file = row.file
-            file_format = None if format == "auto" else format
+            file_format = asked
         try:
             if isinstance(row.value, RowFault):
                 raise row.value
@@ -80,16 +233,39 @@ def parse_rows(
             if name != file_format:
                 text = f"the format is {name}, but the first row's is {file_format}"
                 raise RowFault(text, "keep one format in one file")
-            parsed = PARSERS[name](row.where, row.value, fill or {})
+            fields = Fields(row.value, placeholders)
+            reason = _not_to_learn(fields)
+            parsed = None if reason else PARSERS[name](row.where, fields)
+            if isinstance(parsed, Example) and not any(_learnt_turns(parsed)):
+                reason = "every assistant turn is marked as not to be learnt"
         except RowFault as fault:
             if on_fault is None:
                 faults.add(row.where, fault)
             else:
                 on_fault(fault)
         else:
-            if not faults.count:
+            if reason:
+                notes.left_out[reason] += 1
+                continue
+            notes.add(shown_name(row.file) if row.file else "the dataset", fields.read_as, fields.unused())
+            if parsed is not None and not faults.count:
                 yield parsed
     faults.raise_any()
+
+
+def _not_to_learn(row: Fields) -> str:
+    """Why a row is left out that says itself that it is not to be learnt; "" where it does not say so."""
+    for key in ROW_LEARNT:
+        flag = _as_flag(row.values.get(key))
+        if flag is not None:
+            row.read.add(key)
+        if flag is False:
+            return f"{key} is {row.values[key]!r}"
+    return ""
+
+
+def _learnt_turns(row: Example) -> Iterator[bool]:
+    return (message.learnt for message in row.messages if message.role == "assistant")
 
 
 class _Faults:
@@ -111,25 +287,133 @@ class _Faults:
         parts = [f"{where}: {fault.text}" for where, fault in self.first]
         if self.count > len(self.first):
             parts.append(f"and {self.count - len(self.first)} more such rows")
-        advice = dict.fromkeys(fault.advice for _, fault in self.first)
-        raise LoraMsError("; ".join([*parts, *advice]))
+        advice = dict.fromkeys(part for _, fault in self.first for part in fault.advice.split("; "))
+        ordered = sorted(advice, key=lambda part: part.startswith("or "))  # other ways out come last
+        raise LoraMsError("; ".join([*parts, *ordered]))
 
 
 def recognise(value: Any, asked: str = "auto") -> str:
     """Name the format of a row, a key of PARSERS; `asked` is it, unless it is "auto"."""
     if not isinstance(value, Mapping):
         raise RowFault(f"a row must be an object with keys, not {type(value).__name__}", f"known formats: {FORMATS}")
-    for name, sets in KEYS.items():
+    if asked == "auto":
+        _check_preferences(value)
+    for name, sets in KEYS:
         if asked in ("auto", name) and any(all(value.get(key) is not None for key in keys) for keys in sets):
             return name
-    for name, sets in KEYS.items():  # a null is no value, but it may show what was meant
+    for name, sets in KEYS:  # a null is no value, but it may show what was meant
         if asked in ("auto", name) and any(all(key in value for key in keys) for keys in sets):
             return name
     keys = ", ".join(quoted(key) for key in value) or "(none)"
     if value.keys() - {"system", "id"} == {"prompt"} and asked in ("auto", "prompt"):
         raise RowFault('no answer: "completion" is missing', NO_ANSWER_ADVICE)
     text = f"keys {keys} fit no format" if asked == "auto" else f"keys {keys} do not fit the format {asked}"
-    raise RowFault(text, f"known formats: {FORMATS}")
+    raise RowFault(text, f"{_suggestion(value)}known formats: {FORMATS}")
+
+
+def _check_preferences(value: Mapping[str, Any]) -> None:
+    """Raises RowFault for rows that say which answers are liked: learnt as they stand, the others would be, too."""
+    key = next((key for key in PREFERENCES if value.get(key) is not None), None)
+    conversation = any(value.get(key) is not None for key in ("messages", "conversations", "instruction", "completion"))
+    if key is None and conversation and _as_flag(value.get("label")) is not None:
+        key = "label"  # KTO's: true for an answer that is liked
+    if key is None:
+        return
+    advice = "give rows with the liked answers alone; to learn all rows as they stand, name their format (format: …)"
+    if isinstance(value.get("chosen"), str):
+        advice = "to learn the chosen answers, name their column (columns: {output: chosen})"
+    elif "chosen" in value:
+        advice = "to learn the chosen conversations, name their column (columns: {messages: chosen})"
+    raise RowFault(f"preference data (column {quoted(key)}) cannot be learnt as answers", advice)
+
+
+def _suggestion(value: Mapping[str, Any]) -> str:
+    """Which `columns` would make a row of another naming fit, ending in "; "; "" where none is to be seen."""
+    lists = {key: from_json(item) for key, item in value.items()}
+    for key, item in lists.items():
+        if isinstance(item, list) and item and isinstance(item[0], Mapping):
+            if item[0].keys() & {"role", "from"}:
+                return f"if {quoted(key)} is the conversation, set columns: {{messages: {key}}}; "
+            if len(value) == 1:
+                return f"if the rows are the list under {quoted(key)}, write that list as the file; "
+    texts = {str(key).lower(): key for key, item in value.items() if isinstance(item, str)}
+    question = next((texts[name] for name in LIKE_QUESTION if name in texts), None)
+    answer = next((texts[name] for name in LIKE_ANSWER if name in texts and texts[name] != question), None)
+    if question is not None and answer is not None:
+        columns = f"{{instruction: {question}, output: {answer}}}"
+        return f"if {quoted(question)} is the question and {quoted(answer)} the answer, set columns: {columns}; "
+    text = next((texts[name] for name in LIKE_TEXT if name in texts), None)
+    return "" if text is None else f"if {quoted(text)} is a text to learn as it stands, set columns: {{text: {text}}}; "
+
+
+def _parse_alpaca(where: str, row: Fields) -> Example:
+    instruction = row.text_of_any(QUESTION)
+    extra = row.text_of_any(EXTRA)
+    output = row.text_of_any(ANSWER)
+    system = row.text("system")
+    if not output.strip():
+        raise RowFault(f'no answer: "output" is {"empty" if "output" in row.values else "missing"}', NO_ANSWER_ADVICE)
+    if not (instruction + extra).strip():
+        raise RowFault('no question: "instruction" is empty', "write the question or remove the row")
+    messages = [Message("system", system)] if system else []
+    for turn, pair in enumerate(row.items("history"), start=1):
+        if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
+            raise RowFault(f'turn {turn} of "history" is no [question, answer] pair of texts', "correct the row")
+        if not pair[1].strip():
+            raise RowFault(f'no answer: turn {turn} of "history" is empty', NO_ANSWER_ADVICE)
+        messages.append(Message("user", row.placeholders.fill(pair[0])))
+        messages.append(Message("assistant", row.placeholders.fill(pair[1])))
+    question = f"{instruction}\n{extra}" if instruction and extra else instruction or extra
+    reasoning = _reasoning(row, output)
+    messages.append(Message("user", question))
+    messages.append(Message("assistant", output, reasoning))
+    return Example(where, tuple(messages), input=extra if instruction else "", tools=_tools(row))
+
+
+def _parse_prompt(where: str, row: Fields) -> Completion | Example:
+    prompt = _turns(row.get("prompt"))
+    completion = _turns(row.get("completion"))
+    if prompt is not None and completion is not None:
+        return _conversation(where, row, [*prompt, *completion], "completion", NAMES["messages"])
+    prompt_text = row.text("prompt")
+    completion_text = row.text("completion")
+    if not completion_text.strip():
+        raise RowFault('no answer: "completion" is empty', NO_ANSWER_ADVICE)
+    if not prompt_text.strip():
+        raise RowFault('no question: "prompt" is empty', 'write the question, or name the column "text"')
+    return Completion(where, prompt_text, completion_text)
+
+
+def _turns(value: Any) -> list[Any] | None:
+    """A list of turns, perhaps written as JSON; None for a text."""
+    if isinstance(value, str):
+        value = from_json(value)
+        if not isinstance(value, list) or not all(isinstance(item, Mapping) for item in value):
+            return None
+    return value if isinstance(value, list) else None
+
+
+def _parse_text(where: str, row: Fields) -> Completion:
+    text = row.text("text")
+    if not text.strip():
+        raise RowFault('"text" is empty', "remove the row")
+    return Completion(where, "", text)
+
+
+def _parse_tokens(where: str, row: Fields) -> TokenRow:
+    input_ids = row.get("input_ids")
+    if "prompt_len" not in row.values:
+        return token_row(where, input_ids, row.get("labels"))
+    if "labels" in row.values:
+        raise RowFault("both labels and prompt_len are given", "give one of them")
+    prompt_len = row.get("prompt_len")
+    labels = int_array("input_ids", input_ids).copy()
+    if isinstance(prompt_len, bool) or not isinstance(prompt_len, int | np.integer) or prompt_len < 0:
+        raise RowFault(f"prompt_len is {prompt_len!r}", "it is the number of prompt tokens, 0 or more")
+    if prompt_len >= len(labels):
+        raise RowFault(f"no answer: prompt_len is {prompt_len} of {len(labels)} tokens", NO_ANSWER_ADVICE)
+    labels[:prompt_len] = IGNORE_INDEX
+    return token_row(where, input_ids, labels)
 
 
 def token_row(where: str, input_ids: Any, labels: Any) -> TokenRow:
@@ -154,63 +438,136 @@ def token_row(where: str, input_ids: Any, labels: Any) -> TokenRow:
     return TokenRow(where, ids.astype(np.int32), targets.astype(np.int32))
 
 
-def _parse_alpaca(where: str, row: Mapping[str, Any], fill: Mapping[str, str]) -> Example:
-    instruction = text_of(row, "instruction", fill)
-    extra = text_of(row, "input", fill)
-    system = text_of(row, "system", fill)
-    output = text_of(row, "output", fill)
-    if not output.strip():
-        raise RowFault(f'no answer: "output" is {"empty" if "output" in row else "missing"}', NO_ANSWER_ADVICE)
-    if not (instruction + extra).strip():
-        raise RowFault('no question: "instruction" is empty', "write the question or remove the row")
-    messages = [Message("system", system)] if system else []
-    for turn, pair in enumerate(list_of(row, "history"), start=1):
-        if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
-            raise RowFault(f'turn {turn} of "history" is no [question, answer] pair of texts', "correct the row")
-        if not pair[1].strip():
-            raise RowFault(f'no answer: turn {turn} of "history" is empty', NO_ANSWER_ADVICE)
-        messages += [Message("user", filled(pair[0], fill)), Message("assistant", filled(pair[1], fill))]
-    question = f"{instruction}\n{extra}" if instruction and extra else instruction or extra
-    messages += [Message("user", question), Message("assistant", output)]
-    return Example(where, tuple(messages), input=extra if instruction else "")
+# Conversations.
 
 
-def _parse_messages(where: str, row: Mapping[str, Any], fill: Mapping[str, str]) -> Example:
-    return _conversation(where, row, "messages", "role", "content", fill)
+class TurnNames(NamedTuple):
+    """The keys of a turn: of its role and of its text."""
+
+    role: str
+    text: str
 
 
-def _parse_sharegpt(where: str, row: Mapping[str, Any], fill: Mapping[str, str]) -> Example:
-    return _conversation(where, row, "conversations", "from", "value", fill)
+NAMES = {"messages": TurnNames("role", "content"), "conversations": TurnNames("from", "value")}
 
 
-def _conversation(
-    where: str, row: Mapping[str, Any], key: str, role_key: str, text_key: str, fill: Mapping[str, str]
-) -> Example:
-    messages = []
-    for number, turn in enumerate(list_of(row, key), start=1):
-        if not isinstance(turn, Mapping) or role_key not in turn or not {text_key, "tool_calls"} & set(turn):
-            raise RowFault(f"message {number} is no object with {role_key} and {text_key}", "correct the row")
-        name = turn[role_key]
-        role = ROLES.get(name) if isinstance(name, str) else None
-        if role is None:
-            raise RowFault(f"message {number} has the unknown role {quoted(name)}", f"known roles: {', '.join(ROLES)}")
-        content = text_of(_joined(turn, text_key), text_key, fill, name=f"{text_key} of message {number}")
-        if turn.get("tool_calls"):
-            content += quoted(turn["tool_calls"])
-        if role == "assistant" and not content.strip():
-            raise RowFault(f"no answer: the {text_key} of message {number} is empty", NO_ANSWER_ADVICE)
-        messages.append(Message(role, content))
+def _parse_messages(where: str, row: Fields) -> Example:
+    return _conversation(where, row, row.items("messages"), "messages", NAMES["messages"])
+
+
+def _parse_sharegpt(where: str, row: Fields) -> Example:
+    return _conversation(where, row, row.items("conversations"), "conversations", NAMES["conversations"])
+
+
+def _conversation(where: str, row: Fields, turns: list[Any], key: str, names: TurnNames) -> Example:
+    """key: of the list of turns; names: of the keys of a turn, in error messages. Either pair of names is read."""
+    messages: list[Message] = []
+    tools = _tools(row)
+    for number, turn in enumerate(turns, start=1):
+        found = next(
+            (pair for pair in (names, *NAMES.values()) if isinstance(turn, Mapping) and pair.role in turn), None
+        )
+        if found is None or not {found.text, "tool_calls", "function_call"} & set(turn):
+            raise RowFault(f"message {number} is no object with {names.role} and {names.text}", "correct the row")
+        fields = Fields(turn, row.placeholders, f" of message {number}")
+        message = _message(fields, number, found)
+        if message.role == "system":
+            tools = tools or _tools(fields)  # as ChatGLM's data has them
+        if messages and _continues_calls(messages[-1], message, turns[number - 2], turn, found.role):
+            message = _with_more_calls(messages.pop(), message)
+        messages.append(message)
+        row.unused_inside += [f"{key}[].{unused}" for unused in fields.unused()]
     if not messages:
         raise RowFault(f'no answer: "{key}" is empty', NO_ANSWER_ADVICE)
     if messages[0].role != "system":
-        system = text_of(row, "system", fill)
+        system = row.text("system")
         messages = [Message("system", system)] * bool(system) + messages
-    if row.get("tools"):
-        tools = row["tools"] if isinstance(row["tools"], str) else quoted(row["tools"])
-        system = messages.pop(0).content if messages[0].role == "system" else ""
-        messages.insert(0, Message("system", f"{system}\n\n{tools}".strip()))
     _check_order(messages)
-    return Example(where, tuple(messages))
+    return Example(where, tuple(messages), tools=tools)
+
+
+def _message(turn: Fields, number: int, names: TurnNames) -> Message:
+    role_name = turn.get(names.role)
+    role = ROLES.get(role_name.lower()) if isinstance(role_name, str) else None
+    if role is None:
+        known = ", ".join(ROLES)
+        raise RowFault(f"message {number} has the unknown role {quoted(role_name)}", f"known roles: {known}")
+    content, reasoning = _content(turn, names.text)
+    if role != "assistant":
+        for key in (*LEARNT, *NOT_LEARNT):  # no other turn is learnt: only a wish that it were is worth a note
+            if _as_flag(turn.values.get(key)) is (key in NOT_LEARNT):
+                turn.read.add(key)
+        name = turn.text("name") if role == "tool" else ""
+        call_id = turn.text("tool_call_id") if role == "tool" else ""
+        return Message(role, content, name=name, tool_call_id=call_id)
+    calls = _tool_calls(turn)
+    if calls is None and str(role_name).lower() in CALL_ROLES:
+        calls = _as_calls(content)
+        content = content if calls is None else ""
+    if not content.strip() and calls is None:
+        raise RowFault(f"no answer: the {names.text} of message {number} is empty", NO_ANSWER_ADVICE)
+    reasoning = reasoning or _reasoning(turn, content)
+    return Message(role, content, reasoning, calls, learnt=_is_learnt(turn, number))
+
+
+def _content(turn: Fields, key: str) -> tuple[str, str]:
+    """Text and reasoning of a turn whose content is a text or a list of parts."""
+    parts = turn.values.get(key)
+    if not isinstance(parts, list) or not parts:
+        return turn.text(key), ""
+    texts: list[str] = []
+    thoughts: list[str] = []
+    for part in parts:
+        kind = part.get("type", "text") if isinstance(part, Mapping) else None
+        text = part.get("text", part.get("thinking")) if isinstance(part, Mapping) else part
+        if kind not in ("text", "thinking", "reasoning", None) or not isinstance(text, str):
+            return turn.text(key), ""  # which says that it is no text
+        (thoughts if kind in ("thinking", "reasoning") else texts).append(turn.placeholders.fill(text))
+    turn.read.add(key)
+    return "".join(texts), "\n".join(thoughts)
+
+
+def _reasoning(fields: Fields, answer: str) -> str:
+    """What an assistant thought, from a key of its own; "" where there is none, or the answer holds it already."""
+    found = {key: fields.text(key) for key in REASONING if isinstance(fields.values.get(key), str)}
+    texts = list(dict.fromkeys(text.strip("\n") for text in found.values() if text.strip()))
+    if not texts:
+        return ""
+    if len(texts) > 1:
+        raise RowFault(f"{' and '.join(found)}{fields.of} differ", "keep one of them")
+    if "</think>" in answer:
+        if "".join(texts[0].split()) in "".join(answer.split()):
+            return ""
+        raise RowFault(
+            f"{next(iter(found))}{fields.of} and a <think> block in the answer are both given", "keep one of them"
+        )
+    return texts[0]
+
+
+def _is_learnt(turn: Fields, number: int) -> bool:
+    said: dict[str, bool] = {}
+    for key in (*LEARNT, *NOT_LEARNT):
+        value = turn.get(key)
+        if value is None:
+            continue
+        flag = _as_flag(value)
+        if flag is None:
+            raise RowFault(
+                f"{key} of message {number} is {value!r}", "a turn is learnt or not: give 1 or 0, true or false"
+            )
+        said[key] = flag is not (key in NOT_LEARNT)
+    if len(set(said.values())) > 1:
+        raise RowFault(f"{' and '.join(said)} of message {number} contradict each other", "keep one of them")
+    return all(said.values())
+
+
+def _as_flag(value: Any) -> bool | None:
+    """True or False, also written as 1 or 0 or as text; None for anything else."""
+    if isinstance(value, str):
+        return {"true": True, "1": True, "false": False, "0": False}.get(value.lower())
+    if isinstance(value, bool | int | float | np.bool_ | np.number) and value in (0, 1):
+        return bool(value)
+    return None
 
 
 def _check_order(messages: list[Message]) -> None:
@@ -226,60 +583,87 @@ def _check_order(messages: list[Message]) -> None:
             )
 
 
-def _joined(turn: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    """A turn whose content is a list of text parts, with their texts as its content."""
-    parts = turn.get(key)
-    if not isinstance(parts, list) or not parts:
-        return turn
-    texts = [part.get("text") if isinstance(part, Mapping) else None for part in parts]
-    strings = [text for text in texts if isinstance(text, str)]
-    return {**turn, key: "".join(strings)} if len(strings) == len(texts) else turn
+# Tools and calls of them, which datasets hold as lists, or as JSON in a text, or both.
 
 
-def _parse_prompt(where: str, row: Mapping[str, Any], fill: Mapping[str, str]) -> Completion | Example:
-    if isinstance(row["prompt"], list) and isinstance(row["completion"], list):
-        return _parse_messages(where, {**row, "messages": [*row["prompt"], *row["completion"]]}, fill)
-    prompt = text_of(row, "prompt", fill)
-    completion = text_of(row, "completion", fill)
-    if not completion.strip():
-        raise RowFault('no answer: "completion" is empty', NO_ANSWER_ADVICE)
-    if not prompt.strip():
-        raise RowFault('no question: "prompt" is empty', 'write the question, or name the column "text"')
-    return Completion(where, prompt, completion)
+def _tools(fields: Fields) -> ToolData | None:
+    """The tools of a row; None where there are none."""
+    for key in ("tools", "functions"):
+        value = fields.get(key)
+        items = _parsed_items(value)
+        if items:
+            return _tool_data(items, value)
+        if isinstance(value, str) and value.strip() and isinstance(from_json(value), str):  # in words
+            return _tool_data([], value)
+    return None
 
 
-def _parse_text(where: str, row: Mapping[str, Any], fill: Mapping[str, str]) -> Completion:
-    text = text_of(row, "text", fill)
-    if not text.strip():
-        raise RowFault('"text" is empty', "remove the row")
-    return Completion(where, "", text)
+def _tool_data(items: list[Any], value: Any) -> ToolData:
+    text = value if isinstance(value, str) else quoted(value)
+    _check_characters(text)
+    return ToolData(items, text)
 
 
-def _parse_tokens(where: str, row: Mapping[str, Any], fill: Mapping[str, str]) -> TokenRow:
-    if "prompt_len" not in row:
-        return token_row(where, row["input_ids"], row["labels"])
-    if "labels" in row:
-        raise RowFault("both labels and prompt_len are given", "give one of them")
-    prompt_len = row["prompt_len"]
-    labels = int_array("input_ids", row["input_ids"]).copy()
-    if isinstance(prompt_len, bool) or not isinstance(prompt_len, int | np.integer) or prompt_len < 0:
-        raise RowFault(f"prompt_len is {prompt_len!r}", "it is the number of prompt tokens, 0 or more")
-    if prompt_len >= len(labels):
-        raise RowFault(f"no answer: prompt_len is {prompt_len} of {len(labels)} tokens", NO_ANSWER_ADVICE)
-    labels[:prompt_len] = IGNORE_INDEX
-    return token_row(where, row["input_ids"], labels)
+def _tool_calls(turn: Fields) -> ToolData | None:
+    """The calls of an assistant's turn; None where there are none."""
+    for key in ("tool_calls", "function_call"):
+        value = turn.get(key)
+        if value is None:
+            continue
+        calls = _as_calls(value)
+        if calls is not None:
+            return calls
+        if from_json(value) not in ([], {}, "", None):
+            raise RowFault(
+                f"{key}{turn.of} holds no call with a name", "give calls as {name, arguments}, or as OpenAI does"
+            )
+    return None
 
 
-# format -> sets of keys of which a row has one
-KEYS: dict[str, tuple[tuple[str, ...], ...]] = {
-    "messages": (("messages",),),
-    "sharegpt": (("conversations",),),
-    "alpaca": (("instruction",),),
-    "tokens": (("input_ids", "labels"), ("input_ids", "prompt_len")),
-    "prompt": (("prompt", "completion"),),
-    "text": (("text",),),
-}
-PARSERS: dict[str, Callable[[str, Mapping[str, Any], Mapping[str, str]], Row]] = {
+def _as_calls(value: Any) -> ToolData | None:
+    """Calls from a list or an object, perhaps as JSON; None where it holds none, or something else."""
+    items = _parsed_items(value)
+    if not items or not all(isinstance(item, Mapping) and function_of(item).get("name") for item in items):
+        return None
+    return _tool_data(items, value)
+
+
+def _parsed_items(value: Any) -> list[Any]:
+    """The entries of a list, or one object as a list, each perhaps written as JSON."""
+    value = from_json(value)
+    if isinstance(value, Mapping):
+        return [value] if value else []
+    if not isinstance(value, list | tuple):
+        return []
+    return [item for item in map(from_json, value) if item]
+
+
+def _continues_calls(last: Message, message: Message, last_turn: Any, turn: Any, role_key: str) -> bool:
+    """Whether a turn is one more call beside the last turn's: some datasets give parallel calls a turn each."""
+    roles = [str(one.get(role_key)).lower() for one in (last_turn, turn)]
+    both = last.tool_calls is not None and message.tool_calls is not None
+    return both and set(roles) <= set(CALL_ROLES) and last.learnt == message.learnt
+
+
+def _with_more_calls(last: Message, message: Message) -> Message:
+    assert last.tool_calls is not None and message.tool_calls is not None
+    calls = ToolData(
+        [*last.tool_calls.items, *message.tool_calls.items], f"{last.tool_calls.text}\n{message.tool_calls.text}"
+    )
+    return last._replace(tool_calls=calls)
+
+
+# format, and sets of keys of which a row of it has one; the first that fits is taken
+KEYS: tuple[tuple[str, tuple[tuple[str, ...], ...]], ...] = (
+    ("messages", (("messages",),)),
+    ("sharegpt", (("conversations",),)),
+    ("alpaca", (("instruction",),)),
+    ("tokens", (("input_ids", "labels"), ("input_ids", "prompt_len"))),
+    ("prompt", (("prompt", "completion"),)),
+    ("text", (("text",),)),
+    ("alpaca", tuple((question, answer) for question in QUESTION[1:] for answer in ANSWER)),
+)
+PARSERS: dict[str, Callable[[str, Fields], Row]] = {
     "alpaca": _parse_alpaca,
     "sharegpt": _parse_sharegpt,
     "messages": _parse_messages,
@@ -289,48 +673,10 @@ PARSERS: dict[str, Callable[[str, Mapping[str, Any], Mapping[str, str]], Row]] =
 }
 
 
-def text_of(row: Mapping[str, Any], key: str, fill: Mapping[str, str], name: str | None = None) -> str:
-    """The text of a column, filled in; "" where it is missing or null. name: of the column, in error messages."""
-    value = row.get(key)
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise RowFault(f"{name or quoted(key)} is {type(value).__name__}, not text", "put it in quotation marks")
-    return filled(value, fill)
-
-
-def list_of(row: Mapping[str, Any], key: str) -> list[Any]:
-    """The list in a column, perhaps written as JSON; [] where it is missing, null or empty."""
-    value = _from_json(row.get(key))
-    if value is None or value == "":
-        return []
-    if not isinstance(value, list | tuple):
-        raise RowFault(f'"{key}" is {type(value).__name__}, not a list', "correct the row")
-    return list(value)
-
-
-def filled(text: str, fill: Mapping[str, str]) -> str:
-    """The text with `fill` in place of its placeholders."""
-
-    # One pass, so that a text about templates keeps its own braces with fill {"name": "{{name}}"}.
-    def replace(match: re.Match[str]) -> str:
-        key = match[1]
-        if key not in fill:
-            raise RowFault(f"the placeholder {match[0]} is not filled", f"add --fill {key}=VALUE")
-        return str(fill[key])  # an override such as AGE=5 arrives as a number
-
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:  # JSON may escape half of a surrogate pair, which no tokenizer takes
-        half = f"\\u{ord(text[error.start]):04x}"
-        raise RowFault(f"the text holds {half}, half of a character", "remove it") from error
-    return PLACEHOLDER.sub(replace, text)
-
-
 def int_array(name: str, values: Any) -> NDArray[np.int64]:
     """A flat list of whole numbers of at most 32 bits, perhaps written as JSON, as an array [n]."""
     try:
-        array = np.asarray(_from_json(values))
+        array = np.asarray(from_json(values))
     except ValueError:  # a ragged list of lists
         array = np.asarray([None])
     if array.size == 0 and array.ndim == 1:
@@ -342,12 +688,20 @@ def int_array(name: str, values: Any) -> NDArray[np.int64]:
     return array.astype(np.int64)
 
 
-def _from_json(value: Any) -> Any:
-    """A list that a CSV file holds as JSON; all else as it is."""
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        with suppress(ValueError):
+def from_json(value: Any) -> Any:
+    """The list, object or null that a text holds as JSON; any other value as it is."""
+    if isinstance(value, str) and (value.lstrip()[:1] in ("[", "{") or value.strip() == "null"):
+        with suppress(ValueError, RecursionError):
             return json.loads(value)
     return value
+
+
+def _check_characters(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON may escape half of a surrogate pair, which no tokenizer takes
+        half = f"\\u{ord(text[error.start]):04x}"
+        raise RowFault(f"the text holds {half}, half of a character", "remove it") from error
 
 
 def quoted(value: Any) -> str:

@@ -182,7 +182,9 @@ class DataPlan:
         total_steps = max_steps if max_steps > 0 else steps_per_epoch * epochs
         order: EpochOrder | MixedOrder
         if sources:
-            order = MixedOrder(sources, per_step, total_steps, seed, shuffle)
+            order = MixedOrder(
+                sources=sources, rows_per_step=per_step, total_steps=total_steps, seed=seed, shuffle=shuffle
+            )
         else:
             order = EpochOrder(
                 rows=len(store),
@@ -280,8 +282,10 @@ class DataPlan:
         return self.rows.checksum()
 
     def epoch_of(self, step: int) -> float:
-        """Epochs that are done once `step` optimiser steps are done."""
-        return step / self.steps_per_epoch
+        """Epochs that are done once `step` optimiser steps are done, the last one by the share of its rows."""
+        whole, steps = divmod(step, self.steps_per_epoch)
+        rows = min(len(self.rows), self.steps_per_epoch * self.per_step)  # of an epoch
+        return whole + steps * self.per_step / rows
 
 
 COLUMNS = ["input_ids", "position_ids", "target_index", "targets", "counts"]

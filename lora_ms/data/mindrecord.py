@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_ms.data.example import IGNORE_INDEX, RawRow, TokenRow
+from lora_ms.data.example import IGNORE_INDEX, RawRow, TokenRow, shown_name
 from lora_ms.errors import LoraMsError
 
 ROWS_WRITTEN = 2000  # together
@@ -24,7 +24,7 @@ def read_mindrecord(path: Path) -> Iterator[RawRow]:
         raise LoraMsError(f"{path}: its index {path.name}.db is missing; copy it beside the file")
     for number, row in enumerate(_mindrecord_rows(path), start=1):
         ids, labels = trim_padding(row["input_ids"], row.get("labels", row["input_ids"]))
-        yield RawRow(str(path), f"{path.name}[{number}]", {"input_ids": ids, "labels": labels})
+        yield RawRow(path, f"{shown_name(path)}[{number}]", {"input_ids": ids, "labels": labels})
 
 
 def _mindrecord_rows(path: Path) -> Iterator[dict[str, NDArray[Any]]]:

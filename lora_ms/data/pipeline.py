@@ -20,11 +20,11 @@ from lora_ms import storage
 from lora_ms.data import cache
 from lora_ms.data.clean import Cleaner, CleaningRules
 from lora_ms.data.example import IGNORE_INDEX, Completion, Example, Row, TokenRow
-from lora_ms.data.formats import parse_rows, rename_columns
+from lora_ms.data.formats import ParserNotes, Placeholders, parse_rows, rename_columns
 from lora_ms.data.readers import RowSource, find_files, read_sources
 from lora_ms.data.report import Report, Tally, percentiles, repeated, scripts_of, shares
 from lora_ms.data.store import StoreWriter, TokenStore
-from lora_ms.data.template import encode_rows
+from lora_ms.data.template import Encoded, encode_rows
 from lora_ms.errors import LoraMsError
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ class Preparation:
     format: str = "auto"  # or a key of formats.PARSERS
     columns: Mapping[str, str] = field(default_factory=dict)  # our name of a column -> the file's
     fill: Mapping[str, str] = field(default_factory=dict)  # what stands for {{KEY}} in every text
+    keep_placeholders: bool = False  # leave a {{KEY}} that `fill` does not have as it is; False: it is an error
     split: str = "train"  # of a Hugging Face dataset
     num_samples: int | None = None  # only the first rows
     turns: Literal["all", "last"] = "all"  # assistant turns that carry labels
@@ -97,7 +98,7 @@ def _build(
     """Tokenises into `folder`; a build that was killed goes on from the last state that it wrote."""
     state = storage.read_json(folder / STATE) if (folder / STATE).is_file() else {}
     tally = Tally.of(state["tally"]) if state else Tally()
-    tally.skipped.clear()  # the rows before are read again, though not tokenised
+    tally.forget_reading()
     done = state.get("taken", 0)
     rows = read(sources, preparation, tally)
     if done:
@@ -137,17 +138,24 @@ def prepare_rows(
     return store, finish(store, preparation, tally)
 
 
-def read_rows(source: RowSource, *, fill: Mapping[str, str] | None = None, num_samples: int | None = None) -> list[Row]:
-    """The rows of one source as a list, none of them left out.
+def read_rows(
+    source: RowSource,
+    *,
+    fill: Mapping[str, str] | None = None,
+    keep_placeholders: bool = False,
+    num_samples: int | None = None,
+) -> list[Row]:
+    """The rows of one source as a list.
 
     source: a file, a folder (its supported files, sorted by name), a glob, or a sequence of dicts.
-    fill: what stands for {{KEY}} in every string of a text row. A {{KEY}} that is not filled is an error;
-        text that is about such braces keeps them with fill {"KEY": "{{KEY}}"}.
+    fill: what stands for {{KEY}} in every string of a text row. A {{KEY}} that is not filled is an error, or, with
+        `keep_placeholders`, stays as it is.
     num_samples: only the first rows; None: all.
 
     Raises LoraMsError, with the file and line, for whatever cannot be read or learnt from.
     """
-    return list(parse_rows(read_sources([source], num_samples=num_samples), fill=fill))
+    placeholders = Placeholders(fill or {}, keep_placeholders)
+    return list(parse_rows(read_sources([source], num_samples=num_samples), placeholders=placeholders))
 
 
 def read(sources: Sequence[RowSource], preparation: Preparation, tally: Tally) -> Iterator[Row]:
@@ -161,7 +169,13 @@ def read(sources: Sequence[RowSource], preparation: Preparation, tally: Tally) -
     raw_rows = rename_columns(raw_rows, preparation.columns)
     raw_rows = cleaner.with_required(raw_rows)
     on_fault = cleaner.count_fault if rules.skip_faulty else None
-    rows = parse_rows(raw_rows, preparation.format, preparation.fill, on_fault)
+    rows = parse_rows(
+        raw_rows,
+        format=preparation.format,
+        placeholders=Placeholders(preparation.fill, preparation.keep_placeholders, tally.placeholders),
+        notes=ParserNotes(read_as=tally.read_as, unused=tally.unused, left_out=tally.skipped),
+        on_fault=on_fault,
+    )
     return cleaner.cleaned(rows)
 
 
@@ -183,11 +197,21 @@ def tokenise(
         tally.scripts += scripts_of(_letters(texts))
         kept = []
         for row in chunk:
-            tokens = row if isinstance(row, TokenRow) else next(encoded)
-            if preparation.vocab_size is not None:
-                _check_vocabulary(tokens, preparation.vocab_size)
-            kept += _within_limit(row, tokens, preparation, tally)
+            token_rows = [row] if isinstance(row, TokenRow) else _counted(next(encoded), tally)
+            for tokens in token_rows:
+                if preparation.vocab_size is not None:
+                    _check_vocabulary(tokens, preparation.vocab_size)
+                kept += _within_limit(row, tokens, preparation, tally)
+        tally.kept += len(kept)
         yield taken, kept
+
+
+def _counted(encoded: Encoded, tally: Tally) -> list[TokenRow]:
+    """The token rows of a text or conversation, its turns counted."""
+    tally.turns += encoded.turns
+    tally.turn_notes += encoded.notes
+    tally.conversations_split += len(encoded.rows) > 1
+    return encoded.rows
 
 
 def _letters(rows: Iterable[Example | Completion]) -> Iterator[str]:
@@ -220,9 +244,11 @@ def _within_limit(row: Row, tokens: TokenRow, preparation: Preparation, tally: T
             f"{tokens.where}: {length} tokens, and seq_length is {preparation.seq_length}; raise it, or set "
             "truncation to drop or cut"
         )
-    cut = _cut(tokens, limit) if preparation.truncation == "cut" else None
-    if cut is None:
+    cut = _cut(tokens, limit)
+    if cut is None or preparation.truncation == "drop":
         tally.answer_tokens_lost += int(np.count_nonzero(tokens.labels != IGNORE_INDEX))
+        tally.cut_would_keep += cut is not None
+        tally.cut_would_keep_tokens += 0 if cut is None else len(cut.learnt)
         return []
     tally.cut += 1
     tally.answer_tokens_lost += int(np.count_nonzero(tokens.labels[limit:] != IGNORE_INDEX))
@@ -251,7 +277,9 @@ def finish(store: TokenStore, preparation: Preparation, tally: Tally) -> Report:
     """The report; raises LoraMsError where nothing remains or a row teaches nothing."""
     left_out = tally.skipped.total()
     if not tally.rows:
-        raise LoraMsError(f"the dataset: there are no rows{' left' if left_out else ''}; give at least one")
+        reasons = ", ".join(f"{count:,}: {reason}" for reason, count in tally.skipped.items())
+        left = f" left (left out: {reasons})" if left_out else ""
+        raise LoraMsError(f"the dataset: there are no rows{left}; give at least one")
     if not len(store) and tally.masked:
         raise LoraMsError(f"no row has a label, so nothing can be learnt: {tally.masked} rows left out")
     if not len(store):
@@ -278,6 +306,14 @@ def finish(store: TokenStore, preparation: Preparation, tally: Tally) -> Report:
         percentiles=percentiles(tally.lengths),
         duplicates=repeated(_hashes(store)),
         scripts=shares(tally.scripts),
+        conversations_split=tally.conversations_split,
+        turns=tally.turns,
+        turn_notes=dict(tally.turn_notes),
+        cut_would_keep=tally.cut_would_keep,
+        cut_would_keep_tokens=tally.cut_would_keep_tokens,
+        read_as=tally.read_as,
+        unused={file: dict(counts) for file, counts in tally.unused.items()},
+        placeholders=dict(tally.placeholders),
     )
 
 
@@ -285,7 +321,8 @@ def check_vocabulary(store: TokenStore, vocab_size: int) -> None:
     """Raises LoraMsError where a token id is not below `vocab_size`, naming the first such row."""
     for first, last in store.chunks():
         start = int(store.columns.ends[first - 1]) if first else 0
-        if store.columns.ids[start : int(store.columns.ends[last - 1])].max(initial=0) >= vocab_size:
+        tokens = slice(start, int(store.columns.ends[last - 1]))
+        if max(part[tokens].max(initial=0) for part in (store.columns.ids, store.columns.labels)) >= vocab_size:
             for index in range(first, last):
                 _check_vocabulary(store[index], vocab_size)
         store.release()

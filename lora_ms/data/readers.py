@@ -3,14 +3,15 @@
 import glob
 import json
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from lora_ms.data.example import RawRow, RowFault
+from lora_ms.data.example import RawRow, RowFault, shown_name
 from lora_ms.data.mindrecord import read_mindrecord
-from lora_ms.data.tables import read_table
+from lora_ms.data.tables import read_table, without_filled_nulls
 from lora_ms.errors import LoraMsError
 
 SUPPORTED = ".json, .jsonl, .csv, .tsv, .parquet, .mindrecord, or a folder saved by Hugging Face datasets"
@@ -46,8 +47,10 @@ def _rows_of_all(sources: Sequence[RowSource], split: str) -> Iterator[RawRow]:
 
 def _rows_of(source: RowSource, split: str) -> Iterator[RawRow]:
     if not isinstance(source, str | os.PathLike):
+        datasets = sys.modules.get("datasets")  # loaded by whoever has made one of its datasets
+        of_arrow = datasets is not None and isinstance(source, datasets.Dataset)
         for number, row in enumerate(source, start=1):
-            yield RawRow("", f"row {number}", row)
+            yield RawRow(None, f"row {number}", without_filled_nulls(row) if of_arrow else row)
         return
     name = os.fspath(source)
     try:
@@ -155,12 +158,12 @@ def _json_lines(path: Path, file: BinaryIO) -> Iterator[RawRow]:
             advice = "a list of objects needs the name .json" if is_list else "write one object per line"
         value: Any
         try:
-            value = json.loads(line)
+            value = _without_repeated_keys(_loads(line))
         except UnicodeDecodeError as error:
             value = _not_utf8(line, error)
         except (json.JSONDecodeError, RecursionError) as error:
             value = RowFault(f"not valid JSON ({_reason(error)})", advice)
-        yield RawRow(str(path), f"{path.name}:{number}", value)
+        yield RawRow(path, f"{shown_name(path)}:{number}", value)
 
 
 def _json_document(path: Path, raw: bytes) -> Iterator[RawRow]:
@@ -169,17 +172,52 @@ def _json_document(path: Path, raw: bytes) -> Iterator[RawRow]:
     except UnicodeDecodeError as error:
         fault = _not_utf8(raw, error)
         line = raw.count(b"\n", 0, error.start) + 1
-        raise LoraMsError(f"{path.name}:{line}: {fault.text}; {fault.advice}") from error
+        raise LoraMsError(f"{shown_name(path)}:{line}: {fault.text}; {fault.advice}") from error
     if not text.strip():
         return
     try:
-        document = json.loads(text)
+        document = _loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
         place = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
-        raise LoraMsError(f"{path.name}{place}: not valid JSON ({_reason(error)}); write a list of objects") from error
+        raise LoraMsError(
+            f"{shown_name(path)}{place}: not valid JSON ({_reason(error)}); write a list of objects"
+        ) from error
     rows = document if isinstance(document, list) else [document]
     for number, row in enumerate(rows, start=1):
-        yield RawRow(str(path), f"{path.name}[{number}]", row)
+        yield RawRow(path, f"{shown_name(path)}[{number}]", _without_repeated_keys(row))
+
+
+class _Repeated(dict[str, Any]):
+    """An object in which a key stands twice."""
+
+    key: str
+
+
+def _loads(text: str | bytes) -> Any:
+    return json.loads(text, object_pairs_hook=_object)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) == len(pairs):
+        return found
+    repeated = _Repeated(found)
+    names = [name for name, _ in pairs]
+    repeated.key = next(name for name in names if names.count(name) > 1)
+    return repeated
+
+
+def _without_repeated_keys(value: Any) -> Any:
+    """The value, or a RowFault where an object in it has a key twice: JSON would keep the last value alone."""
+    key = _repeated_key(value)
+    return value if key is None else RowFault(f"the key {key!r} stands twice in one object", "keep one of them")
+
+
+def _repeated_key(value: Any) -> str | None:
+    if isinstance(value, _Repeated):
+        return value.key
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return next((key for key in map(_repeated_key, inner) if key is not None), None)
 
 
 def _not_utf8(raw: bytes, error: UnicodeDecodeError) -> RowFault:

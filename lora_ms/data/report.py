@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 PERCENTILES = (50, 90, 99)
+NAMED = 10  # keys in one line
 # first code point, script: what a text is written in says which languages it may be
 SCRIPTS = (
     (0x0000, ""), (0x0041, "Latin"), (0x005B, ""), (0x0061, "Latin"), (0x007B, ""), (0x00C0, "Latin"),
@@ -48,6 +49,15 @@ class Tally:
     lengths: Counter[int] = field(default_factory=Counter)  # tokens -> rows, before anything was cut
     scripts: Counter[str] = field(default_factory=Counter)  # script -> letters
     shortest: str = ""  # name of the shortest row
+    kept: int = 0  # token rows
+    conversations_split: int = 0  # that became several rows
+    turns: int = 0  # of the assistant
+    turn_notes: Counter[str] = field(default_factory=Counter)  # what was not learnt of them -> turns
+    cut_would_keep: int = 0  # rows dropped as too long of which truncation: cut would keep a part of the answer
+    cut_would_keep_tokens: int = 0  # label tokens of that part
+    read_as: dict[str, dict[str, str]] = field(default_factory=dict)  # file -> its name of a column -> ours
+    unused: dict[str, Counter[str]] = field(default_factory=dict)  # file -> key without effect -> rows or messages
+    placeholders: Counter[str] = field(default_factory=Counter)  # without a value, left as they are -> times
 
     def state(self) -> dict[str, Any]:
         """For JSON; ``of`` takes it back."""
@@ -56,9 +66,16 @@ class Tally:
     @classmethod
     def of(cls, state: dict[str, Any]) -> Tally:
         """The tally whose ``state`` this is."""
-        counters = {key: Counter(state[key]) for key in ("skipped", "scripts")}
+        counters = {key: Counter(state[key]) for key in ("skipped", "scripts", "turn_notes", "placeholders")}
         lengths = Counter({int(length): count for length, count in state["lengths"].items()})
         return cls(**{**state, **counters, "lengths": lengths})
+
+    def forget_reading(self) -> None:
+        """Without what was counted before rows were tokenised: they are about to be read again."""
+        self.skipped.clear()
+        self.read_as.clear()
+        self.unused.clear()
+        self.placeholders.clear()
 
 
 @dataclass(frozen=True)
@@ -80,6 +97,14 @@ class Report:
     percentiles: dict[str, int] = field(default_factory=dict)  # of lengths in tokens
     duplicates: int = 0  # rows whose tokens another row has, too
     scripts: dict[str, float] = field(default_factory=dict)  # share of the letters
+    conversations_split: int = 0  # conversations that became several rows, as their template shows past turns otherwise
+    turns: int = 0  # of the assistant, in conversations
+    turn_notes: dict[str, int] = field(default_factory=dict)  # what was not learnt of them -> turns
+    cut_would_keep: int = 0  # of the rows dropped as too long, those of which truncation: cut would keep a part
+    cut_would_keep_tokens: int = 0  # label tokens of these parts
+    read_as: dict[str, dict[str, str]] = field(default_factory=dict)  # file -> its name of a column -> ours
+    unused: dict[str, dict[str, int]] = field(default_factory=dict)  # file -> key without effect -> rows or messages
+    placeholders: dict[str, int] = field(default_factory=dict)  # without a value, left as they are -> times
     padding: dict[str, float] = field(default_factory=dict)  # layout -> share of the computed tokens
     layout: str = ""  # how rows share lines, once the plan has fixed it
 
@@ -100,13 +125,18 @@ class Report:
             remarks.append(f"cut at seq_length {self.seq_length}: {self.cut:,} rows")
         if self.answer_tokens_lost:
             remarks.append(f"answer tokens lost beyond seq_length: {self.answer_tokens_lost:,}")
+        if self.dropped_too_long:
+            remarks.append(
+                f"truncation: cut would keep a part of {self.cut_would_keep:,} of the rows dropped, with "
+                f"{self.cut_would_keep_tokens:,} answer tokens"
+            )
         if self.masked:
             remarks.append(f"left out: {self.masked:,} rows: no label")
         if self.split:
             remarks.append(f"texts split at seq_length {self.seq_length}: {self.split:,}")
         if self.duplicates:
             remarks.append(f"duplicates: {self.duplicates:,} rows have the tokens of another")
-        return remarks
+        return [*remarks, *notes_of(self)]
 
     def table(self) -> list[str]:
         """All counts, one a line."""
@@ -116,23 +146,53 @@ class Report:
             *((f"  left out: {reason}", f"{count:,}") for reason, count in self.skipped.items()),
             (f"  longer than seq_length {self.seq_length}, dropped", f"{self.dropped_too_long:,}"),
             (f"  longer than seq_length {self.seq_length}, cut", f"{self.cut:,}"),
+            ("  of the dropped, kept in part by truncation: cut", f"{self.cut_would_keep:,}"),
             ("  without a label, left out", f"{self.masked:,}"),
             (f"  texts split at seq_length {self.seq_length}", f"{self.split:,}"),
             ("rows to train on", f"{self.kept:,}"),
             ("  duplicates among them", f"{self.duplicates:,}"),
             ("tokens", f"{self.tokens:,}"),
             ("  of them labels", f"{self.label_tokens:,} ({share:.1%})"),
+            ("assistant turns", f"{self.turns:,}"),
             ("answer tokens lost beyond seq_length", f"{self.answer_tokens_lost:,}"),
             ("length in tokens", ", ".join(f"{key} {value:,}" for key, value in self.percentiles.items())),
             ("letters by script", ", ".join(f"{key} {value:.1%}" for key, value in self.scripts.items()) or "-"),
             *((f"padding, {kind}", f"{value:.1%} of computed tokens") for kind, value in self.padding.items()),
         ]
         width = max(len(name) for name, _ in rows)
-        return [f"{name:{width}}  {value}" for name, value in rows]
+        return [*(f"{name:{width}}  {value}" for name, value in rows), *notes_of(self)]
 
     def as_json(self) -> dict[str, Any]:
         """What ``data_report.json`` holds."""
         return asdict(self)
+
+
+def notes_of(counts: Tally | Report) -> list[str]:
+    """What was done without being asked: conversations split, turns not learnt, columns renamed or without effect."""
+    notes = []
+    if counts.conversations_split:
+        notes.append(
+            f"conversations that became several rows: {counts.conversations_split:,}; their chat template shows past "
+            "turns otherwise than they are written"
+        )
+    notes += [f"{text}: {count:,} of {counts.turns:,}" for text, count in counts.turn_notes.items()]
+    if counts.placeholders:
+        named = _named(counts.placeholders, "{{{{{}}}}}")
+        notes.append(f"placeholders left as they are, and how often: {named}")
+    for file, columns in counts.read_as.items():
+        pairs = ", ".join(f'"{theirs}" is read as {ours}' for theirs, ours in columns.items())
+        notes.append(f"{file}: {pairs}")
+    for file, keys in counts.unused.items():
+        named = _named(keys, '"{}"')
+        notes.append(f"{file}: keys without effect, and how often: {named}")
+    return notes
+
+
+def _named(counts: Mapping[str, int], form: str) -> str:
+    """The first names with their counts, and how many more there are."""
+    shown = [f"{form.format(name)} ({count:,})" for name, count in list(counts.items())[:NAMED]]
+    more = len(counts) - len(shown)
+    return ", ".join(shown) + (f" and {more:,} more" if more else "")
 
 
 def percentiles(lengths: Counter[int]) -> dict[str, int]:

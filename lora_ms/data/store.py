@@ -99,6 +99,21 @@ class TokenStore(Sequence[TokenRow]):
         """Name of a row, for error messages."""
         return self.columns.names[self._part(self.columns.name_ends, index)].tobytes().decode()
 
+    def sources(self) -> NDArray[np.int64]:
+        """[rows]: number of the row of a file that each comes from. Some conversations and texts become several rows,
+        one after another under one name."""
+        names = self.columns.names.tobytes()
+        ends = self.columns.name_ends.tolist()
+        numbers = np.zeros(len(self), np.int64)
+        start = 0
+        before = None
+        for index, end in enumerate(ends):
+            name = names[start:end]
+            numbers[index] = name != before
+            start = end
+            before = name
+        return np.cumsum(numbers) - 1
+
     @staticmethod
     def _part(ends: NDArray[np.int64], index: int) -> slice:
         return slice(int(ends[index - 1]) if index else 0, int(ends[index]))

@@ -1,11 +1,11 @@
 """Tables: CSV, Parquet, and folders that Hugging Face datasets has saved. Read in pieces, never whole."""
 
 import csv
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_ms.data.example import RawRow, RowFault
+from lora_ms.data.example import RawRow, RowFault, shown_name
 from lora_ms.errors import LoraMsError
 
 ROWS_AT_A_TIME = 512
@@ -28,20 +28,22 @@ def _csv(path: Path, delimiter: str) -> Iterator[RawRow]:
             names = next(reader, [])
             _check_columns(path, names)
             while True:
-                where = f"{path.name}:{reader.line_num + 1}"
+                where = f"{shown_name(path)}:{reader.line_num + 1}"
                 try:
                     fields = next(reader)
                 except StopIteration:
                     return
                 except csv.Error as error:
                     fault = RowFault(f"not valid CSV ({error})", "put fields with commas or quotes in quotes")
-                    yield RawRow(str(path), where, fault)
+                    yield RawRow(path, where, fault)
                     continue
                 if fields:
-                    yield RawRow(str(path), where, _by_column(names, fields))
+                    yield RawRow(path, where, _by_column(names, fields))
     except UnicodeDecodeError as error:
         advice = "save the file as UTF-8 (from GBK: iconv -f GBK -t UTF-8)"
-        raise LoraMsError(f"{path.name}: byte 0x{error.object[error.start]:02x} is not UTF-8; {advice}") from error
+        raise LoraMsError(
+            f"{shown_name(path)}: byte 0x{error.object[error.start]:02x} is not UTF-8; {advice}"
+        ) from error
     except OSError as error:
         raise LoraMsError(f"{path}: cannot be read: {error.strerror}; check its permissions") from error
 
@@ -56,7 +58,7 @@ def _by_column(names: list[str], fields: list[str]) -> dict[str, str] | RowFault
 def _check_columns(path: Path, names: list[str]) -> None:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise LoraMsError(f"{path.name}: the column {twice[0]!r} is there twice; rename or remove one")
+        raise LoraMsError(f"{shown_name(path)}: the column {twice[0]!r} is there twice; rename or remove one")
 
 
 def _parquet(path: Path) -> Iterator[RawRow]:
@@ -70,7 +72,7 @@ def _parquet(path: Path) -> Iterator[RawRow]:
             for batch in file.iter_batches(ROWS_AT_A_TIME):
                 for row in batch.to_pylist():
                     number += 1
-                    yield RawRow(str(path), f"{path.name}[{number}]", row)
+                    yield RawRow(path, f"{shown_name(path)}[{number}]", without_filled_nulls(row))
     except (pyarrow.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise LoraMsError(f"{path}: not readable as Parquet ({reason}); write it anew") from error
@@ -90,4 +92,20 @@ def _saved_dataset(path: Path, split: str) -> Iterator[RawRow]:
             raise LoraMsError(f"{path}: there is no split {split!r}; there are {', '.join(sorted(dataset))}")
         dataset = dataset[split]
     for number, row in enumerate(dataset, start=1):
-        yield RawRow(str(path), f"{path.name}[{number}]", row)
+        yield RawRow(path, f"{shown_name(path)}[{number}]", without_filled_nulls(row))
+
+
+def without_filled_nulls(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of an Arrow table without the nulls inside its columns' objects, which no one wrote.
+
+    Arrow gives all objects of a column the same keys, and a null for each that one of them did not have.
+    """
+    return {column: _without_nulls(value) for column, value in row.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    return value

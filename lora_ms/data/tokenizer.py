@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lora_ms.errors import LoraMsError
+from lora_ms.storage import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -20,6 +21,7 @@ def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerBase:
     """
     # transformers advises to install torch when it is imported without; nothing here needs it
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    import transformers
     from transformers import AutoTokenizer
 
     folder = Path(path)
@@ -28,9 +30,25 @@ def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerBase:
     if not (folder / "tokenizer_config.json").is_file():
         raise LoraMsError(f"{path}: no tokenizer here (tokenizer_config.json is missing)")
     try:
+        if int(transformers.__version__.split(".")[0]) < 5:
+            return _load(folder)
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError) as error:
         raise LoraMsError(f"{path}: the tokenizer cannot be read: {' '.join(str(error).split())[:300]}") from error
+
+
+def _load(folder: Path) -> PreTrainedTokenizerBase:
+    """With transformers 4, which does not know what version 5 writes: a list of extra tokens, a class of a new name."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    settings = read_json(folder / "tokenizer_config.json")
+    extra = settings.get("extra_special_tokens")
+    changes: dict[str, Any] = {}
+    if isinstance(extra, list):
+        texts = [token["content"] if isinstance(token, dict) else token for token in extra]
+        changes = {"extra_special_tokens": {}, "additional_special_tokens": texts}
+    kind = PreTrainedTokenizerFast if settings.get("tokenizer_class") == "TokenizersBackend" else AutoTokenizer
+    return kind.from_pretrained(str(folder), local_files_only=True, **changes)
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase | None) -> int:

@@ -3,17 +3,20 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from lora_ms.data.example import IGNORE_INDEX, Example, Message
-from lora_ms.data.template import encode, encode_prompt
-from lora_ms.infer.generate import Generator
+from lora_ms.data.example import Message
+from lora_ms.data.template import encode_prompt, end_of_turn
+from lora_ms.errors import LoraMsError
+from lora_ms.infer.generate import Generator, prompt_name
 from lora_ms.infer.sampling import Sampling
 
 
 class Stream:
-    """Turns the tokens of one answer into text as they come; half a character waits for its other half."""
+    """Turns the tokens of one answer into text as they come; an incomplete character waits for its last bytes."""
 
     def __init__(self, tokenizer, show: Callable[[str], None]):
-        self.tokenizer, self.show, self.shown = tokenizer, show, ""
+        self.tokenizer = tokenizer
+        self.show = show
+        self.shown = ""
         self.tokens: list[int] = []
 
     def add(self, token: int) -> None:
@@ -25,19 +28,13 @@ class Stream:
             self.shown = text
 
 
-def turn_end(tokenizer) -> int:
-    """The token that a model trained here learns to end its turn with."""
-    turn = encode(tokenizer, Example("a turn", (Message("user", "a"), Message("assistant", "b"))))
-    return int(turn.labels[turn.labels != IGNORE_INDEX][-1])
-
-
 class Speaker:
     """A model that answers messages.
 
     Args:
         generator: around the model.
         tokenizer: with a chat template, or the Alpaca prompt is used.
-        max_new_tokens: longest answer.
+        max_new_tokens: length of the longest answer.
         max_length: longest prompt and answer together, in tokens.
         more_ends: ids that end an answer, besides the tokenizer's, the model's and the chat template's own.
     """
@@ -51,9 +48,13 @@ class Speaker:
         max_length: int,
         more_ends: Sequence[int] = (),
     ):
-        self.generator, self.tokenizer, self.sampling = generator, tokenizer, sampling
-        self.max_new_tokens, self.max_length, self.calls = max_new_tokens, max_length, 0
-        ends = {tokenizer.eos_token_id, *generator.model.config.eos_token_ids, *more_ends, turn_end(tokenizer)}
+        self.generator = generator
+        self.tokenizer = tokenizer
+        self.sampling = sampling
+        self.max_new_tokens = max_new_tokens
+        self.max_length = max_length
+        self.calls = 0
+        ends = {tokenizer.eos_token_id, *generator.model.config.eos_token_ids, *more_ends, end_of_turn(tokenizer)}
         self.eos_token_ids = tuple(sorted(end for end in ends if end is not None))
 
     def answers(
@@ -63,18 +64,35 @@ class Speaker:
         return self.continued([encode_prompt(self.tokenizer, turns) for turns in conversations], show)
 
     def continued(self, prompts: Sequence[Sequence[int]], show: Callable[[str], None] | None = None) -> list[str]:
-        """What follows each prompt, given as tokens; see ``answers``."""
+        """What follows each prompt, given as tokens; see ``answers``.
+
+        Raises:
+            LoraMsError: a prompt that leaves no room for an answer, is empty, or has ids beyond the vocabulary.
+        """
+        limits = [self.limit(prompt, number, len(prompts)) for number, prompt in enumerate(prompts, 1)]
         self.calls += 1
-        room = self.max_length - max(map(len, prompts))
         stream = Stream(self.tokenizer, show) if show else None
         new = self.generator.generate(
             prompts,
-            max(1, min(self.max_new_tokens, room)),
-            replace(self.sampling, seed=self.sampling.seed + self.calls),  # another answer when asked again
-            self.eos_token_ids,
-            (lambda row, token: stream.add(token) if row == 0 else None) if stream else None,
+            max_new_tokens=limits,
+            sampling=replace(self.sampling, seed=self.sampling.seed + self.calls),  # another answer when asked again
+            eos_token_ids=self.eos_token_ids,
+            on_token=(lambda row, token: stream.add(token) if row == 0 else None) if stream else None,
         )
         return [self.tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in new]
+
+    def limit(self, prompt: Sequence[int], number: int = 1, count: int = 1) -> int:
+        """Most new tokens after ``prompt``, the one of this number among ``count``.
+
+        Raises:
+            LoraMsError: not one fits.
+        """
+        if len(prompt) >= self.max_length:
+            raise LoraMsError(
+                f"{prompt_name(number, count)} has {len(prompt):,} tokens, and the model takes {self.max_length:,} "
+                "with the answer: shorten it"
+            )
+        return min(self.max_new_tokens, self.max_length - len(prompt))
 
     def prompt_length(self, conversation: Sequence[Message]) -> int:
         """Tokens of the prompt that ``answers`` would build."""

@@ -1,6 +1,8 @@
 """Generation with a key-value cache: one graph for the prompt's length bucket, one for the step."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
+from zlib import crc32
 
 import mindspore as ms
 import numpy as np
@@ -24,8 +26,41 @@ def prompt_bucket(length: int) -> int:
     return bucket
 
 
+def prompt_name(number: int, count: int) -> str:
+    """How errors call a prompt, the one of this number among ``count``."""
+    return f"prompt {number}" if count > 1 else "the prompt"
+
+
+def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
+    """Raises LoraMsError where there is no prompt, an empty one, or an id out of the vocabulary."""
+    for number, prompt in enumerate(prompts or [()], 1):
+        name = prompt_name(number, len(prompts))
+        if not len(prompt):
+            raise LoraMsError(f"{name} is empty: give at least one token")
+        wrong = [token for token in prompt if not 0 <= token < vocab_size]
+        if wrong:
+            raise LoraMsError(
+                f"{name}: token id {wrong[0]} does not exist in a vocabulary of {vocab_size}; "
+                "is the tokenizer another model's?"
+            )
+
+
+def random_streams(prompts: Sequence[Sequence[int]], seed: int) -> list[np.random.Generator]:
+    """A random stream for each prompt, by its tokens; the second of two equal prompts gets another."""
+    streams: list[np.random.Generator] = []
+    before: Counter[bytes] = Counter()
+    for prompt in prompts:
+        tokens = np.asarray(prompt, np.int32).tobytes()
+        streams.append(np.random.default_rng([seed, crc32(tokens), before[tokens]]))
+        before[tokens] += 1
+    return streams
+
+
 class _Step(Graph):
-    """input_ids [b, s], start [], padding [b] -> (logits [b, v], likeliest token [b, 1]) of the next token."""
+    """input_ids [b, s], start [], padding [b] -> (logits [b, v], likeliest token [b, 1]) of the next token.
+
+    start: the cache slot of the first of the s tokens. padding: how many slots at the left of a line are padding.
+    """
 
     def __init__(self, model: nn.Cell, batch: int, length: int):
         super().__init__(auto_prefix=False)
@@ -58,26 +93,31 @@ class Generator:
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
-        max_new_tokens: int = 128,
+        max_new_tokens: int | Sequence[int] = 128,
         sampling: Sampling | None = None,
         eos_token_ids: Sequence[int] = (),
         on_token: Callable[[int, int], None] | None = None,
     ) -> list[list[int]]:
         """New tokens of each prompt, the end token included where one came.
 
+        What a row answers does not depend on the others, nor on its place among them: it has a limit and a random
+        stream of its own.
+
         Args:
             prompts: token ids, of any lengths, at least one each; all are generated in one batch.
+            max_new_tokens: most new tokens: one limit for all rows, or a list of one for each row.
             eos_token_ids: a row ends with the first of these.
             on_token: called with (row, token) as soon as a token is known.
 
         Raises:
-            LoraMsError: an empty prompt.
+            LoraMsError: an empty prompt, or an id that the model's vocabulary does not have.
         """
         sampling = sampling or Sampling()
-        if not prompts or not all(len(prompt) for prompt in prompts):
-            raise LoraMsError("a prompt is empty: give at least one token")
-        batch, longest = len(prompts), prompt_bucket(max(map(len, prompts)))
-        length = -(-(longest + max_new_tokens) // CACHE_UNIT) * CACHE_UNIT
+        check_prompts(prompts, self.model.config.vocab_size)
+        batch = len(prompts)
+        limits = [max_new_tokens] * batch if isinstance(max_new_tokens, int) else list(max_new_tokens)
+        longest = prompt_bucket(max(map(len, prompts)))
+        length = -(-(longest + max(limits)) // CACHE_UNIT) * CACHE_UNIT
         if (batch, length) not in self.steps:
             self.steps[batch, length] = _Step(self.model, batch, length).set_train(False)
         step = self.steps[batch, length]
@@ -85,9 +125,11 @@ class Generator:
         for row, prompt in enumerate(prompts):
             ids[row, longest - len(prompt) :] = prompt
         padding = Tensor(np.array([longest - len(prompt) for prompt in prompts], np.int32))
-        rows = [_Row(prompt, np.random.default_rng([sampling.seed, i])) for i, prompt in enumerate(prompts)]
-        newest, start = Tensor(ids), 0
-        for _ in range(max_new_tokens):
+        streams = random_streams(prompts, sampling.seed)
+        rows = [_Row(*row) for row in zip(prompts, streams, limits, strict=True)]
+        newest = Tensor(ids)
+        start = 0
+        while not all(row.ended for row in rows):
             logits, best = step(newest, Tensor(start, ms.int32), padding)
             start = longest if start == 0 else start + 1
             if sampling.needs_logits:
@@ -95,38 +137,40 @@ class Generator:
                 tokens = [choose(values[i], np.array(r.all), sampling, r.rng) for i, r in enumerate(rows)]
                 newest = Tensor(np.array(tokens, np.int32).reshape(-1, 1))
             else:
-                newest, tokens = best, best.asnumpy()[:, 0].tolist()
+                newest = best
+                tokens = best.asnumpy()[:, 0].tolist()
             for index, (state, token) in enumerate(zip(rows, tokens, strict=True)):
                 if state.ended:
                     continue
                 state.add(token, eos_token_ids)
                 if on_token is not None:
                     on_token(index, token)
-            if all(state.ended for state in rows):
-                break
         return [state.new for state in rows]
 
 
 class _Row:
     """One prompt and what has come of it."""
 
-    def __init__(self, prompt: Sequence[int], rng: np.random.Generator):
-        self.all, self.ended, self.rng = list(prompt), False, rng
+    def __init__(self, prompt: Sequence[int], rng: np.random.Generator, limit: int):
+        self.all = list(prompt)
         self.new: list[int] = []
+        self.rng = rng
+        self.limit = limit  # most new tokens
+        self.ended = limit < 1
 
     def add(self, token: int, eos_token_ids: Sequence[int]) -> None:
         self.all.append(token)
         self.new.append(token)
-        self.ended = token in eos_token_ids
+        self.ended = token in eos_token_ids or len(self.new) >= self.limit
 
 
 def pad_rows(
     prompts: Sequence[Sequence[int]], new: Sequence[Sequence[int]], pad_id: int, width: int
 ) -> NDArray[np.int32]:
     """[batch, width + new]: prompts padded on the left to ``width``, answers on the right to the longest."""
-    before, after = width, max(map(len, new))
-    out = np.full((len(prompts), before + after), pad_id, np.int32)
+    longest = max(map(len, new))
+    out = np.full((len(prompts), width + longest), pad_id, np.int32)
     for row, (prompt, answer) in enumerate(zip(prompts, new, strict=True)):
-        out[row, before - len(prompt) : before] = prompt
-        out[row, before : before + len(answer)] = answer
+        out[row, width - len(prompt) : width] = prompt
+        out[row, width : width + len(answer)] = answer
     return out

@@ -26,19 +26,28 @@ def question_of(tokenizer, row: Example | Completion | TokenRow) -> Question:
         LoraMsError: nothing comes before the answer.
     """
     if isinstance(row, Example):
-        before, reference = row.messages[:-1], row.messages[-1].content
-        return Question(row.where, encode_prompt(tokenizer, before, row.input), before[-1].content, reference)
-    tokens = encode(tokenizer, row) if isinstance(row, Completion) else row
-    labelled = np.flatnonzero(tokens.labels != IGNORE_INDEX)
+        before = row.messages[:-1]
+        answer = row.messages[-1]
+        reference = answer.content or ("" if answer.tool_calls is None else answer.tool_calls.text)
+        tokens = encode_prompt(tokenizer, before, row.input, row.tools)
+        return Question(row.where, tokens, prompt=before[-1].content, reference=reference)
+    token_row = encode(tokenizer, row)[0] if isinstance(row, Completion) else row
+    labelled = np.flatnonzero(token_row.labels != IGNORE_INDEX)
     breaks = np.flatnonzero(np.diff(labelled) > 1)  # the last unbroken run of labels is the last answer
-    first = labelled[breaks[-1] + 1] if len(breaks) else labelled[0] if len(labelled) else 0
+    first = 0
+    if len(breaks):
+        first = int(labelled[breaks[-1] + 1])
+    elif len(labelled):
+        first = int(labelled[0])
     if first == 0:
         raise LoraMsError(f"{row.where}: no question comes before an answer: give rows with both")
-    ids = tokens.input_ids.tolist()
-    texts = [tokenizer.decode(part, skip_special_tokens=True) for part in (ids[:first], ids[first : labelled[-1] + 1])]
+    ids = token_row.input_ids.tolist()
+    question = ids[:first]
     if isinstance(row, Completion):
-        texts = [row.prompt, row.completion]
-    return Question(row.where, ids[:first], *texts)
+        return Question(row.where, question, row.prompt, row.completion)
+    answer_ids = ids[first : labelled[-1] + 1]
+    prompt, reference = (tokenizer.decode(part, skip_special_tokens=True) for part in (question, answer_ids))
+    return Question(row.where, question, prompt, reference)
 
 
 def is_match(answer: str, reference: str) -> bool:

@@ -13,26 +13,31 @@ class Sampling:
     """How to choose; the defaults take the likeliest token."""
 
     do_sample: bool = False
-    temperature: float = 1.0  # above 0; divides the logits
+    temperature: float = 1.0  # divides the logits; 0 takes the likeliest token
     top_k: int = 0  # keep this many likeliest tokens; 0: all
-    top_p: float = 1.0  # keep the likeliest tokens whose probabilities reach this sum
+    top_p: float = 1.0  # keep the likeliest tokens whose probabilities reach this sum; 0 keeps one
     repetition_penalty: float = 1.0  # above 1: tokens that occurred become less likely
     seed: int = 0
 
     def __post_init__(self):
         for name, value, fits in (
-            ("temperature", self.temperature, self.temperature > 0),
+            ("temperature", self.temperature, self.temperature >= 0),
             ("top_k", self.top_k, self.top_k >= 0),
-            ("top_p", self.top_p, 0 < self.top_p <= 1),
+            ("top_p", self.top_p, 0 <= self.top_p <= 1),
             ("repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0),
         ):
             if not fits:
                 raise LoraMsError(f"{name} {value} is out of range")
 
     @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is taken always."""
+        return not self.do_sample or self.temperature == 0 or self.top_p == 0
+
+    @property
     def needs_logits(self) -> bool:
         """Whether more than the largest logit matters."""
-        return self.do_sample or self.repetition_penalty != 1
+        return not self.greedy or self.repetition_penalty != 1
 
 
 def penalise(logits: NDArray, seen: NDArray, penalty: float) -> NDArray:
@@ -75,7 +80,7 @@ def choose(logits: NDArray, seen: NDArray, sampling: Sampling, rng: np.random.Ge
     s = sampling
     if s.repetition_penalty != 1:
         logits = penalise(logits, seen, s.repetition_penalty)
-    if not s.do_sample:
+    if s.greedy:
         return int(np.argmax(logits))
     logits = keep_top_p(keep_top_k(logits / s.temperature, s.top_k), s.top_p)
     return int(rng.choice(len(logits), p=softmax(logits)))

@@ -6,11 +6,12 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 
+from lora_ms.models.rope_settings import longest_text
 from lora_ms.nn.attention import Attention
 from lora_ms.nn.kv_cache import KVCache
 from lora_ms.nn.layers import MLP, Embedding, Head, RMSNorm, SplitEmbedding
 from lora_ms.nn.parallel import WHOLE, Shard
-from lora_ms.nn.rope import RotaryTables, inverse_frequencies
+from lora_ms.nn.rope import RotaryTables, rotation_of
 from lora_ms.ops import PORTABLE, Operators
 from lora_ms.ops.operators import Visibility
 
@@ -34,7 +35,12 @@ class DecoderConfig:
     qk_norm: bool = False  # normalised queries and keys (Qwen3)
     tie_word_embeddings: bool = False
     eos_token_ids: tuple[int, ...] = ()
-    flash_attention: bool = True  # the fused attention of Ascend, where there is one
+    flash_attention: bool = True  # use the device's fused attention, where it has one
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest text that the model is made for; see ``rope_settings.longest_text``."""
+        return longest_text(self.max_position_embeddings, self.rope_scaling)
 
 
 class DecoderLayer(nn.Cell):
@@ -60,7 +66,7 @@ class DecoderLayer(nn.Cell):
         self.mlp = MLP(c.hidden_size, c.intermediate_size, dtype, operators, shard)
 
     def construct(self, x: Tensor, rope: tuple, visible: Visibility, rows: Tensor | None = None) -> Tensor:
-        """rows [c]: the tokens whose output is wanted, all where None; only they pass the output projections."""
+        """rows [c]: the tokens whose output is needed, all where None; only they pass what follows the attention."""
         return self.feed(self.attend(x, rope, visible, rows))
 
     def attend(self, x: Tensor, rope: tuple, visible: Visibility, rows: Tensor | None = None) -> Tensor:
@@ -90,7 +96,8 @@ class Decoder(nn.Cell):
     def __init__(self, config: DecoderConfig, dtype: ms.Type, operators: Operators, shard: Shard):
         super().__init__()
         c = config
-        heads, kv_heads = c.num_attention_heads // shard.count, c.num_key_value_heads // shard.count
+        heads = c.num_attention_heads // shard.count
+        kv_heads = c.num_key_value_heads // shard.count
         self.operators = operators
         self.stream = operators.stream_dtype(dtype)
         if shard.count > 1:
@@ -99,8 +106,8 @@ class Decoder(nn.Cell):
             self.embed_tokens = Embedding.zeros(c.vocab_size, c.hidden_size, dtype)
         self.layers = nn.CellList([DecoderLayer(c, dtype, operators, shard) for _ in range(c.num_hidden_layers)])
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype, operators)
-        inv_freq = inverse_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
-        self.rotary_tables = RotaryTables(c.head_dim, heads, kv_heads, inv_freq, self.stream)
+        rotation = rotation_of(c.head_dim, c.rope_theta, c.rope_scaling, c.max_position_embeddings)
+        self.rotary_tables = RotaryTables(c.head_dim, heads, kv_heads, rotation, self.stream)
         self.make_visible = operators.visibility(
             num_heads=heads, num_kv_heads=kv_heads, dtype=dtype, flash=c.flash_attention
         )
@@ -121,8 +128,10 @@ class Decoder(nn.Cell):
 
     def cached(self, input_ids: Tensor, cache: KVCache, start: Tensor, padding: Tensor) -> Tensor:
         """New tokens input_ids [b, s], from slot ``start`` [] of ``cache`` on -> [b * s, h] (see ``KVCache``)."""
-        positions, rows, visible = cache(start, padding, input_ids.shape[1])
-        rope = self.rotary_tables(positions)
+        new = input_ids.shape[1]
+        positions, rows, visible = cache(start, padding, new)
+        lengths = positions.reshape((-1, new))[:, -1:] + 1  # so far: the last token of every line is its newest
+        rope = self.rotary_tables(positions, ops.tile(lengths, (1, new)).reshape((-1,)))
         x = self.embed_tokens(input_ids.reshape((-1,))).astype(self.stream)
         for i in range(len(self.layers)):
             x = self.layers[i].cached(x, rope, visible, cache.layer(i, rows))
@@ -146,7 +155,9 @@ class CausalLM(nn.Cell):
         shard: Shard = WHOLE,
     ):
         super().__init__()
-        self.config, self.dtype, self.operators = config, dtype, operators
+        self.config = config
+        self.dtype = dtype
+        self.operators = operators
         self.model = Decoder(config, dtype, operators, shard)
         self.project = operators.product()
         self.lm_head = Head.zeros(
@@ -189,8 +200,18 @@ class CausalLM(nn.Cell):
         else:
             places = left_places(attention_mask)
             moved = ops.scatter_nd(places.reshape((-1, 1)), input_ids.reshape((-1,)), (batch * seq,))
-            x = ops.gather(self.hidden_states(moved.reshape((batch, seq))), places, 0)
+            x = self.hidden_states(moved.reshape((batch, seq)), left_positions(attention_mask))
+            x = ops.gather(x, places, 0)
         return self.project(x, self.head_weight()).astype(ms.float32).reshape((batch, seq, -1))
+
+
+def left_positions(attention_mask: Tensor) -> Tensor:
+    """Positions [b, s] of the tokens where ``left_places`` puts them: the real tokens of a line are a row, the masked
+    ones behind them another."""
+    batch, seq = attention_mask.shape
+    places = ops.tile(Tensor(np.arange(seq, dtype=np.int32)[None]), (batch, 1))
+    real = ops.tile(attention_mask.astype(ms.int32).sum(1).reshape((batch, 1)), (1, seq))
+    return ops.select(places < real, places, places - real)
 
 
 def left_places(attention_mask: Tensor) -> Tensor:

@@ -13,35 +13,51 @@ from numpy.typing import DTypeLike
 
 from lora_ms import storage
 from lora_ms.errors import LoraMsError
+from lora_ms.hf_folder import (
+    EMBEDDING,
+    GENERATION,
+    HEAD,
+    end_tokens,
+    generation_config,
+    open_model,
+    untied_notice,
+)
 from lora_ms.models.decoder import CausalLM, DecoderConfig
 from lora_ms.models.llama import llama_config
 from lora_ms.models.mindformers_names import hugging_face_name
 from lora_ms.models.qwen import qwen2_config, qwen3_config
 from lora_ms.nn.parallel import WHOLE, Shard, split_axis
 from lora_ms.ops import PORTABLE, Operators
+from lora_ms.text import listed
 
 FAMILIES = {
     "LlamaForCausalLM": llama_config,
     "Qwen2ForCausalLM": qwen2_config,
     "Qwen3ForCausalLM": qwen3_config,
 }
+FREQUENCIES = "rotary_emb.inv_freq"  # end of names in old Llama files: numbers that are computed anew
 NUMPY_DTYPES: dict[ms.Type, DTypeLike] = {ms.float32: np.float32, ms.float16: np.float16}
 
 
 def read_config(path: Path) -> tuple[DecoderConfig, dict]:
-    """The decoder's sizes and the parsed config.json of a Hugging Face directory."""
+    """The decoder's sizes and the parsed config.json of a Hugging Face directory.
+
+    An answer ends with an ``eos_token_id`` of config.json or of generation_config.json.
+    """
     hf = storage.read_json(path / "config.json")
     names = hf.get("architectures") or ["none"]
     if names[0] not in FAMILIES:
         raise LoraMsError(f"{path}: architecture {names[0]} is not supported; supported: {', '.join(FAMILIES)}")
     try:
-        return FAMILIES[names[0]](hf), hf
+        config = FAMILIES[names[0]](hf)
     except KeyError as key:
         raise LoraMsError(f"{path / 'config.json'}: {key} is missing") from None
+    ends = end_tokens(generation_config(path), str(path / GENERATION))
+    return replace(config, eos_token_ids=tuple(dict.fromkeys((*config.eos_token_ids, *ends)))), hf
 
 
 def check_names(expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]], where: str) -> None:
-    """Raises one LoraMsError that lists every missing, surplus and misshaped tensor."""
+    """Raises one LoraMsError that counts the tensors that are missing, surplus or of another shape, and lists some."""
     faults = [f"missing {name} {shape}" for name, shape in expected.items() if name not in found]
     faults += [f"surplus {name} {shape}" for name, shape in found.items() if name not in expected]
     faults += [
@@ -50,17 +66,12 @@ def check_names(expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int
         if name in found and found[name] != shape
     ]
     if faults:
-        raise LoraMsError(f"{where}: {len(faults)} tensors do not fit the model: " + "; ".join(faults))
+        raise LoraMsError(f"{where}: {len(faults)} tensors do not fit the model: {listed(faults)}")
 
 
 def expected_shapes(model: CausalLM, shard: Shard = WHOLE) -> dict[str, tuple[int, ...]]:
     """Name and shape of every weight of a bare model, as one rank would have it."""
     return {name: shard.whole_shape(name, tuple(p.shape)) for name, p in model.parameters_and_names()}
-
-
-def _skippable(name: str, tied: bool) -> bool:
-    # old Llama files carry the frequencies; tied models may carry a copy of the embedding
-    return name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight")
 
 
 def load_directory(
@@ -80,17 +91,25 @@ def load_directory(
         raise LoraMsError(f"type {ms_dtype} is not supported for weights; supported: float32, float16")
     path = Path(path)
     config, hf = read_config(path)
-    entries = {n: e for n, e in storage.open_dir(path).items() if not _skippable(n, config.tie_word_embeddings)}
+    folder = open_model(path, hf)
+    config = replace(config, tie_word_embeddings=folder.tied)
+    entries = {name: entry for name, entry in folder.entries.items() if not name.endswith(FREQUENCIES)}
     model = model_class(replace(config, flash_attention=flash_attention), ms_dtype, operators, shard)
     check_names(expected_shapes(model, shard), {n: e.shape for n, e in entries.items()}, str(path))
     for name, parameter in model.parameters_and_names():
-        parameter.name, entry, dtype = name, entries[name], NUMPY_DTYPES[ms_dtype]
+        parameter.name = name
+        entry = entries[name]
         if shard.count > 1 and split_axis(name) is not None:
-            value = storage.read_part(entry, shard.place(name, entry.shape), dtype)
+            value = storage.read_part(entry, shard.slices(name, entry.shape), NUMPY_DTYPES[ms_dtype])
         else:
-            value = storage.read(entry, dtype)
+            value = storage.read(entry, NUMPY_DTYPES[ms_dtype])
         parameter.set_data(Tensor.from_numpy(value))
-    model.source, model.hf_config = str(path), hf
+    model.source = str(path)
+    model.hf_config = hf
+    if folder.tied != hf.get("tie_word_embeddings", False):
+        model.hf_config = {**hf, "tie_word_embeddings": folder.tied}
+    model.generation_config = generation_config(path)
+    model.notices = folder.notices
     return model
 
 
@@ -108,13 +127,26 @@ def load_checkpoint(
     except (ValueError, RuntimeError, OSError) as error:
         raise LoraMsError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]})") from None
     weights = {hugging_face_name(name): value for name, value in stored.items()}
-    weights = {n: w for n, w in weights.items() if not _skippable(n, config.tie_word_embeddings)}
+    weights = {name: value for name, value in weights.items() if not name.endswith(FREQUENCIES)}
+    notices: tuple[str, ...] = ()
+    if config.tie_word_embeddings and HEAD in weights:
+        head = weights[HEAD]
+        shared = weights.setdefault(EMBEDDING, head)
+        if shared is head or np.array_equal(head.asnumpy(), shared.asnumpy()):
+            del weights[HEAD]
+        else:
+            config = replace(config, tie_word_embeddings=False)
+            notices = (untied_notice(path),)
     model = CausalLM(config, ms_dtype, operators, shard)
     check_names(expected_shapes(model, shard), {n: tuple(w.shape) for n, w in weights.items()}, str(path))
     for name, parameter in model.parameters_and_names():
-        parameter.name, part = name, shard.part(name, weights.pop(name).asnumpy())
+        parameter.name = name
+        part = shard.part(name, weights.pop(name).asnumpy())
         parameter.set_data(Tensor.from_numpy(np.array(part, NUMPY_DTYPES[ms_dtype], order="C")))
-    model.source, model.hf_config = str(path), hf_config(config, ms_dtype)
+    model.source = str(path)
+    model.hf_config = hf_config(config, ms_dtype)
+    model.generation_config = {}
+    model.notices = notices
     return model
 
 
@@ -127,7 +159,10 @@ def new_model(config: DecoderConfig, ms_dtype: ms.Type, seed: int, operators: Op
         if parameter.ndim == 2:
             value = rng.standard_normal(parameter.shape, np.float32) * config.hidden_size**-0.5
             parameter.set_data(Tensor.from_numpy(value.astype(NUMPY_DTYPES[ms_dtype])))
-    model.source, model.hf_config = None, hf_config(config, ms_dtype)
+    model.source = None
+    model.hf_config = hf_config(config, ms_dtype)
+    model.generation_config = {}
+    model.notices = ()
     return model
 
 
@@ -197,4 +232,6 @@ def save_directory(
     with storage.whole_folder(Path(path), sum(tensor.size for tensor in planned.values())) as folder:
         for _ in storage.write_model(folder, planned, shard_size):
             pass
+        if model.generation_config:
+            storage.write_json(folder / GENERATION, model.generation_config)
         storage.write_json(folder / "config.json", hf)

@@ -2,7 +2,7 @@
 
 from lora_ms.errors import LoraMsError
 from lora_ms.models.decoder import DecoderConfig
-from lora_ms.models.llama import common
+from lora_ms.models.llama import common_sizes
 
 
 def _full_attention(hf: dict) -> dict:
@@ -13,11 +13,11 @@ def _full_attention(hf: dict) -> dict:
 
 def qwen2_config(hf: dict) -> DecoderConfig:
     """Biases on q, k and v."""
-    return DecoderConfig(**common(_full_attention(hf)), attention_bias=True)
+    return DecoderConfig(**common_sizes(_full_attention(hf)), attention_bias=True)
 
 
 def qwen3_config(hf: dict) -> DecoderConfig:
     """No biases; queries and keys are normalised per head, over ``head_dim`` (128 where config.json is silent)."""
     if hf.get("attention_bias"):
         raise LoraMsError("config.json: attention_bias true is not supported for Qwen3")
-    return DecoderConfig(**common(_full_attention({"head_dim": 128, **hf})), qk_norm=True)
+    return DecoderConfig(**common_sizes(_full_attention({"head_dim": 128, **hf})), qk_norm=True)

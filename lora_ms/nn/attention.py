@@ -4,7 +4,7 @@ import mindspore as ms
 from mindspore import Tensor, nn
 
 from lora_ms.nn.layers import RMSNorm, projection
-from lora_ms.nn.parallel import WHOLE, Shard, enter, leave
+from lora_ms.nn.parallel import WHOLE, Shard, sum_gradient, sum_output
 from lora_ms.ops import Operators
 from lora_ms.ops.operators import Visibility
 
@@ -40,8 +40,8 @@ class Attention(nn.Cell):
         self.k_proj = projection(hidden_size, num_kv_heads * head_dim, has_bias=qkv_bias, **common)
         self.v_proj = projection(hidden_size, num_kv_heads * head_dim, has_bias=qkv_bias, **common)
         self.o_proj = projection(num_heads * head_dim, hidden_size, has_bias=False, **common)
-        self.enter = enter(shard)
-        self.leave = leave(shard)
+        self.sum_gradient = sum_gradient(shard)
+        self.sum_output = sum_output(shard)
         self.qk_norm = qk_norm_eps is not None
         if qk_norm_eps is not None:
             self.q_norm = RMSNorm(head_dim, qk_norm_eps, dtype, operators)
@@ -56,7 +56,7 @@ class Attention(nn.Cell):
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [t, n_h * d], keys and values [t, n_kv * d], not rotated."""
-        x = self.enter(x)
+        x = self.sum_gradient(x)
         q = self.q_proj(x)
         k = self.k_proj(x)
         if self.qk_norm:
@@ -76,7 +76,7 @@ class Attention(nn.Cell):
 
     def output(self, x: Tensor) -> Tensor:
         """The output projection: [t, n_h * d] -> [t, h]."""
-        return self.leave(self.o_proj(x))
+        return self.sum_output(self.o_proj(x))
 
     def construct(self, x: Tensor, rope: tuple, visible: Visibility) -> Tensor:
         return self.output(self.mix(x, rope, visible))

@@ -42,16 +42,18 @@ class Draws(nn.Cell):
         self.number = Parameter(Tensor([number], ms.int32), f"draws.{number}", requires_grad=False)
         self.table = table
 
-    def leave(self) -> None:
+    def unfollow(self) -> None:
         """Stops following the table."""
         if self.followed:
             self.followed = False
             del self.table, self.number
 
     def numbers(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Those that are drawn, [t, 1] and [1, h]."""
+        """The t + h numbers of which ``construct`` makes t * h: rows [t, 1] and columns [1, h]."""
         if self.followed:
-            start, numbers = self.split + self.first, ops.gather(self.table, self.number, 0)[0]
+            # a row of the table: numbers for most rows of x, then, from `split` on, those for its columns
+            numbers = ops.gather(self.table, self.number, 0)[0]
+            start = self.split + self.first
             return numbers[: x.shape[0]].reshape((-1, 1)), numbers[start : start + x.shape[1]].reshape((1, -1))
         return self.rows((x.shape[0], 1)), self.columns((1, x.shape[1]))
 
@@ -105,7 +107,7 @@ class DrawTable:
     def close(self) -> None:
         """The draws stop following the table."""
         for draw in self.draws:
-            draw.leave()
+            draw.unfollow()
 
 
 class _Put(Graph):

@@ -4,7 +4,7 @@ import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import initializer
 
-from lora_ms.nn.parallel import WHOLE, Shard, enter, leave
+from lora_ms.nn.parallel import WHOLE, Shard, sum_gradient, sum_output
 from lora_ms.nn.projection import DenseProjection, Projection
 from lora_ms.ops import PORTABLE, Operators
 
@@ -61,7 +61,7 @@ class SplitEmbedding(Embedding):
         self.rows = vocab_size // shard.count
         super().__init__(Parameter(initializer("zeros", (self.rows, hidden_size), dtype), name="weight"))
         self.first = shard.index * self.rows
-        self.leave = leave(shard)
+        self.sum_output = sum_output(shard)
         self.outer = ops.MatMul()
 
     def construct(self, input_ids: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ class SplitEmbedding(Embedding):
         here = ops.logical_and(row >= 0, row < self.rows)
         x = ops.gather(self.weight, row * here.astype(row.dtype), 0)
         spread = self.outer(here.astype(x.dtype).reshape((-1, 1)), ops.ones((1, x.shape[-1]), x.dtype))
-        return self.leave(x * spread)
+        return self.sum_output(x * spread)
 
 
 class MLP(nn.Cell):
@@ -80,13 +80,13 @@ class MLP(nn.Cell):
     ):
         super().__init__()
         channels = intermediate_size // shard.count
-        self.enter = enter(shard)
-        self.leave = leave(shard)
+        self.sum_gradient = sum_gradient(shard)
+        self.sum_output = sum_output(shard)
         self.gate_proj = projection(hidden_size, channels, has_bias=False, dtype=dtype, operators=operators)
         self.up_proj = projection(hidden_size, channels, has_bias=False, dtype=dtype, operators=operators)
         self.down_proj = projection(channels, hidden_size, has_bias=False, dtype=dtype, operators=operators)
         self.gated_silu = operators.gated_silu()
 
     def construct(self, x: Tensor) -> Tensor:
-        x = self.enter(x)
-        return self.leave(self.down_proj(self.gated_silu(self.gate_proj(x), self.up_proj(x))))
+        x = self.sum_gradient(x)
+        return self.sum_output(self.down_proj(self.gated_silu(self.gate_proj(x), self.up_proj(x))))

@@ -17,28 +17,31 @@ class Projection(nn.Cell):
     Args:
         in_channels: size of the input's last axis.
         out_channels: size of the output's last axis.
-        bias: [out]; None for none.
-        activation: applied to the output; None for none.
         operators: what it computes with.
+        activation: applied to the output; None for none.
     """
 
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
-        bias: Parameter | None,
-        activation: nn.Cell | ops.Primitive | None,
         operators: Operators,
+        activation: nn.Cell | ops.Primitive | None = None,
     ):
         super().__init__()
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.operators = operators
-        self.has_bias = bias is not None
-        self.bias: Any = bias
         self.bias_add = ops.BiasAdd()
         self.has_activation = activation is not None
         self.activation: Any = activation
+        self.set_bias(None)
+
+    def set_bias(self, bias: Parameter | None) -> None:
+        """Sets the bias [out]; None for none. Constructors call it again after they set the weight, as ``nn.Dense``
+        orders the two: optimisers and checkpoints of all parameters go by this order."""
+        self.bias: Any = bias
+        self.has_bias = bias is not None
 
     @property
     def weight_dtype(self) -> ms.Type:
@@ -50,7 +53,7 @@ class Projection(nn.Cell):
         raise NotImplementedError
 
     def multiply_back(self, grad: Tensor) -> Tensor:
-        """dy [t, out] -> dy W [t, in], in the type of dy; without a gradient."""
+        """dy [t, out] -> dy W [t, in], in the type of dy: the backward of ``multiply``, not differentiable itself."""
         raise NotImplementedError
 
     def adapted_product(self, dropout: float) -> nn.Cell:
@@ -124,8 +127,9 @@ class DenseProjection(Projection):
         activation: nn.Cell | ops.Primitive | None = None,
     ):
         out_channels, in_channels = weight.shape
-        super().__init__(in_channels, out_channels, bias, activation, operators)
+        super().__init__(in_channels, out_channels, operators, activation)
         self.weight = weight
+        self.set_bias(bias)
         self.product = operators.product()
         self.product_back = operators.product_back()
         self.product_of_rows = ops.MatMul(transpose_b=True)
@@ -196,8 +200,4 @@ def projection_of(cell: nn.Cell, operators: Operators) -> Projection:
     if isinstance(cell, Projection):
         return cell
     dense: Any = cell
-    names = [(parameter, parameter.name) for parameter in dense.get_parameters()]
-    made = DenseProjection(dense.weight, dense.bias if dense.has_bias else None, operators, dense.activation)
-    for parameter, name in names:
-        parameter.name = name
-    return made
+    return DenseProjection(dense.weight, dense.bias if dense.has_bias else None, operators, dense.activation)

@@ -20,6 +20,9 @@ the same operators reads (``first`` itself, scores to add, or a mask); everybody
 class Operators:
     """Factories of complete cells, each with its gradient; shape legend in ``lora_ms.ops.portable``.
 
+    "Without a gradient" below: the cell is used inside a hand-written backward or in inference, and is never
+    differentiated.
+
     A cell takes them as ``operators`` and makes in its constructor what it computes with. Which device or library is
     behind them, nobody outside ``lora_ms.ops`` asks.
     """
@@ -67,7 +70,7 @@ class Operators:
 
 
 def _flash(flash_cell: Callable[..., nn.Cell], plain_cell: Callable[..., nn.Cell]) -> Callable[..., nn.Cell]:
-    """A factory of the fused cell where it is asked for and reads ``dtype``, else of the plain one."""
+    """Makes the fused cell where ``flash`` asks for it and it supports ``dtype``, else the plain one."""
 
     def make(dtype: ms.Type, flash: bool, **sizes: int) -> nn.Cell:
         return (flash_cell if flash and dtype in ascend.FLASH_TYPES else plain_cell)(**sizes)

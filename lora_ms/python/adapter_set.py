@@ -1,4 +1,4 @@
-"""Several adapters of one model by name: which cells stand in the model says which of them is active."""
+"""Several adapters of one model by name, of which one is active: its cells are installed in the model."""
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -38,7 +38,7 @@ class AdapterSet:
         self.base: dict[str, nn.Cell] = {}
         self.configs: dict[str, AdapterConfig] = {}
         self.active: str | None = None
-        self.installed: Hashable = BASE  # what stands in the model; a key for compiled graphs
+        self.installed: Hashable = BASE  # what is in the model; a key for compiled graphs
         self.merged = False
         self._shapes: dict[str, Hashable] = {}
         self._cells: dict[Hashable, Cells] = {}

@@ -8,10 +8,11 @@ import numpy as np
 from mindspore import Tensor, nn
 from numpy.typing import NDArray
 
-from lora_ms.adapters import inject as injection
+from lora_ms.adapters.check import missing_modules
 from lora_ms.adapters.combine import combine
+from lora_ms.adapters.inject import build, report, select, target_layers
 from lora_ms.adapters.methods.base import AdapterConfig
-from lora_ms.adapters.peft_format import read_adapter_config, read_cells, save_adapter
+from lora_ms.adapters.peft_format import incomplete, read_adapter_config, read_cells, save_adapter
 from lora_ms.errors import LoraMsError
 from lora_ms.infer.generate import Generator
 from lora_ms.python.adapter_set import AdapterSet, attached, detached
@@ -20,7 +21,7 @@ DEFAULT = "default"
 
 
 class Logits(nn.Cell):
-    """The model's logits as a graph of their own, compiled with the cells that stand in the model at first."""
+    """The model's logits as a graph of their own, compiled with the cells that are in the model then."""
 
     def __init__(self, model: nn.Cell):
         super().__init__()
@@ -115,7 +116,7 @@ class PeftModel:
             LoraMsError: the name is taken, or ``config`` matches nothing.
         """
         with self.adapters.disabled():
-            cells = injection.build(self.model, config, injection.select(self.model, config))
+            cells = build(self.model, config, select(self.model, config))
         self._add(adapter_name, config, cells)
 
     def load_adapter(self, path: str | os.PathLike, adapter_name: str) -> None:
@@ -127,6 +128,9 @@ class PeftModel:
         config = read_adapter_config(path)
         with self.adapters.disabled():
             cells = read_cells(self.model, Path(path), config)
+            missing = missing_modules(config, cells, target_layers(self.model))
+        if missing:
+            print(incomplete(Path(path), missing))
         self._add(adapter_name, config, cells)
 
     def add_weighted_adapter(
@@ -146,7 +150,15 @@ class PeftModel:
             LoraMsError: adapters or arguments that do not go together.
         """
         parts = [detached(self.peft_config[name], self.adapters.cells_of(name)) for name in adapters]
-        combined = combine(parts, weights, combination_type, density, svd_rank, seed, majority_sign_method)
+        combined = combine(
+            parts,
+            weights,
+            combination_type,
+            density=density,
+            rank=svd_rank,
+            rng=seed,
+            majority_sign_method=majority_sign_method,
+        )
         if self.active_adapter is not None:
             self.set_adapter(self.active_adapter)
         with self.adapters.disabled():
@@ -202,7 +214,7 @@ class PeftModel:
     def print_trainable_parameters(self) -> None:
         """Modules, trainable and total parameters, percentage."""
         config = None if self.active_adapter is None else self.active_peft_config
-        print(injection.report(self.model, config).line())
+        print(report(self.model, config).line())
 
     def save_pretrained(self, path: str | os.PathLike, selected_adapters: Sequence[str] | None = None) -> None:
         """Writes the active adapter in PEFT's format.

@@ -1,4 +1,4 @@
-"""The adapter that a configuration asks for: from ``pet_config`` or a stored one to the cells in the model."""
+"""The adapter that a configuration asks for: checked, and put into the model, fresh or from a folder."""
 
 from dataclasses import replace
 from typing import Any
@@ -10,8 +10,11 @@ from lora_ms.adapters.peft_files import read_adapter_config
 from lora_ms.adapters.peft_format import adapted, load_adapter
 from lora_ms.config import PetConfig, RunConfig
 from lora_ms.errors import LoraMsError
-from lora_ms.models.decoder import CausalLM
+from lora_ms.models.decoder import CausalLM, DecoderConfig
 from lora_ms.nn.parallel import WHOLE, Shard
+from lora_ms.recipes import session
+
+ENDS = ("lm_head", "model.embed_tokens")  # modules that are no part of a layer
 
 
 def adapter_config(pet: PetConfig) -> AdapterConfig:
@@ -53,9 +56,13 @@ def load_agreeing(path: str, pet: PetConfig, wanted: AdapterConfig, model: Causa
     Raises:
         LoraMsError: it is another than ``pet_config`` says, in keys that the user gave; all are listed.
     """
-    given, stored = pet.model_fields_set, read_adapter_config(path)
-    layers, saved = list(target_layers(model)), set(saved_layers(model, wanted))
-    loaded, _ = load_adapter(model, path, stored.continued(pet, given), shard)
+    given = pet.model_fields_set
+    stored = read_adapter_config(path)
+    layers = list(target_layers(model))
+    saved = set(saved_layers(model, wanted))
+    loaded, found = load_adapter(model, path, stored.continued(pet, given), shard)
+    for line in found.notes:
+        print(line)
     standing = adapted(model)
     faults = []
 
@@ -83,3 +90,35 @@ def load_agreeing(path: str, pet: PetConfig, wanted: AdapterConfig, model: Causa
     if faults:
         raise LoraMsError(f"load_adapter {path}: {'; '.join(faults)}")
     return loaded
+
+
+def check_training(config: RunConfig, adapter: AdapterConfig | None) -> None:
+    """Raises LoraMsError where processes that share a model cannot train what is asked for.
+
+    adapter: the new adapter; None where all parameters train.
+    """
+    if config.evaluation.prompts:
+        session.check_alone(config, "evaluation.prompts")
+    n = session.sharing(config)
+    if n > 1 and adapter is None:
+        raise LoraMsError(f"{session.MODEL_PARALLEL} {n} trains adapters only: give pet_config, or set it to 1")
+    if n > 1 and adapter is not None:
+        check_shared(config, adapter, training=True)
+
+
+def check_parallel(config: RunConfig, sizes: DecoderConfig) -> None:
+    """Raises LoraMsError where ``parallel_config`` is impossible with the model's sizes, or with ``load_adapter``."""
+    session.check_sharing(config, sizes)
+    if session.sharing(config) > 1 and config.load_adapter:
+        check_shared(config, read_adapter_config(config.load_adapter), training=False)
+
+
+def check_shared(config: RunConfig, adapter: AdapterConfig, training: bool) -> None:
+    """Raises LoraMsError for what is not computed on layers that processes share, by pet_config's keys."""
+    found = adapter.not_split(training)
+    found += [f"{name} in target_modules" for name in ENDS if adapter.choose(name) is not None]
+    if found:
+        raise LoraMsError(
+            f"{session.MODEL_PARALLEL} {session.sharing(config)} does not support {', '.join(found)}: leave it out, "
+            "or set it to 1"
+        )

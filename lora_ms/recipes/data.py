@@ -1,28 +1,43 @@
-"""What commands share about data: the tokenizer with its template, and the rows of a dataset as tokens."""
+"""The data of a run: the tokenizer with its template, the rows of a dataset as tokens, and the plan of the steps."""
 
+import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
 
 from lora_ms.config import RunConfig
 from lora_ms.config.sections import Dataset
 from lora_ms.data.clean import CleaningRules
-from lora_ms.data.loader import Source
-from lora_ms.data.pipeline import Preparation, prepare
-from lora_ms.data.report import Report
+from lora_ms.data.example import Row
+from lora_ms.data.loader import DataPlan, Source, permutation
+from lora_ms.data.pipeline import Preparation, prepare, prepare_rows
+from lora_ms.data.report import Report, Tally
 from lora_ms.data.store import TokenStore
 from lora_ms.data.template import set_template, template_of
 from lora_ms.data.templates import TEMPLATES
-from lora_ms.data.tokenizer import load_tokenizer
+from lora_ms.data.tokenizer import load_tokenizer, pad_id
 from lora_ms.errors import LoraMsError
+from lora_ms.runtime.device import Runtime
+from lora_ms.train.settings import TrainSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-NO_LIMIT = 1 << 30  # tokens: of a model that is not known
+NO_LIMIT = 1 << 30  # tokens, where the model is not known
+
+
+class PreparedRows(NamedTuple):
+    """A dataset as tokens."""
+
+    store: TokenStore
+    reports: list[Report]  # what became of the rows; one for each part that is mixed
+    shares: list[Source]  # sizes and weights of the parts; empty where nothing is mixed
 
 
 def seq_length(config: RunConfig, longest: int) -> int:
-    """Longest row in tokens: the YAML's, else 1024 or what the model was made for."""
+    """The longest row in tokens: the YAML's, else 1024, or ``longest``, the model's limit, where that is lower."""
     handled = next((handler.get("seq_length") for handler in config.train_dataset.data_loader.handler), None)
     return config.model.sizes.seq_length or handled or min(1024, longest)
 
@@ -75,7 +90,7 @@ def sources_of(dataset: Dataset, name: str) -> list[str]:
     """Where the rows of ``train_dataset`` or ``eval_dataset`` are: files, folders or globs.
 
     Raises:
-        LoraMsError: the configuration names no place.
+        LoraMsError: the configuration names none.
     """
     sources = dataset.sources
     if not sources or not sources[0]:
@@ -85,7 +100,7 @@ def sources_of(dataset: Dataset, name: str) -> list[str]:
     return sources
 
 
-def preparation(config: RunConfig, dataset: Dataset, longest: int, vocab_size: int | None) -> Preparation:
+def preparation_of(config: RunConfig, dataset: Dataset, longest: int, vocab_size: int | None) -> Preparation:
     """How the rows of ``dataset`` become tokens."""
     rules = dataset.clean
     return Preparation(
@@ -94,6 +109,7 @@ def preparation(config: RunConfig, dataset: Dataset, longest: int, vocab_size: i
         format=dataset.format,
         columns=dataset.columns,
         fill=config.data_fill,
+        keep_placeholders=not dataset.fill,
         split=dataset.data_loader.split or "train",
         num_samples=dataset.num_samples,
         turns=dataset.label_turns,
@@ -111,14 +127,117 @@ def preparation(config: RunConfig, dataset: Dataset, longest: int, vocab_size: i
 
 def rows_of(
     dataset: Dataset, sources: list[str], tokenizer: "PreTrainedTokenizerBase | None", preparation: Preparation
-) -> tuple[TokenStore, list[Report], list[Source]]:
-    """The rows of a dataset as tokens, a report of each part that is mixed, and the shares of the parts (if any)."""
+) -> PreparedRows:
+    """The rows of ``sources`` as tokens; the parts of ``dataset.mix`` one after another."""
     if not dataset.mix:
         store, report = prepare(sources, tokenizer, preparation)
-        return store, [report], []
+        return PreparedRows(store, [report], [])
     parts = [prepare([source], tokenizer, preparation) for source in sources]
     shares = [
         Source(len(store), part.weight, part.weight if part.weight_end is None else part.weight_end)
         for (store, _), part in zip(parts, dataset.mix, strict=True)
     ]
-    return TokenStore.join([store for store, _ in parts]), [report for _, report in parts], shares
+    return PreparedRows(TokenStore.join([store for store, _ in parts]), [report for _, report in parts], shares)
+
+
+def split_off(
+    config: RunConfig, rows: PreparedRows, tokenizer: "PreTrainedTokenizerBase | None", preparation: Preparation
+) -> tuple[PreparedRows, TokenStore | None]:
+    """Rows to train on, and rows to evaluate on: ``validation_split``'s, or, with do_eval, eval_dataset's.
+
+    Raises:
+        LoraMsError: nothing remains on one of the sides, or parts of a mixture would be torn apart.
+    """
+    share = config.train_dataset.validation_split
+    if not share:
+        if not config.evaluates:
+            return rows, None
+        sources = sources_of(config.eval_dataset, "eval")
+        preparation = preparation_of(config, config.eval_dataset, preparation.seq_length, preparation.vocab_size)
+        return rows, rows_of(config.eval_dataset, sources, tokenizer, preparation).store
+    if config.train_dataset.mix:
+        raise LoraMsError(
+            "validation_split and mix are both given: hold rows out in an eval_dataset, with do_eval: True"
+        )
+    store = rows.store
+    source_of_row = store.sources()  # the rows of one conversation stay on one side
+    total = int(source_of_row[-1]) + 1
+    count = round(share * total)
+    if not 0 < count < total:
+        raise LoraMsError(f"validation_split {share} of {total} rows leaves {count} to evaluate on: change it")
+    held_out = np.isin(source_of_row, permutation(total, config.seed, 1 << 20)[:count])
+    return rows._replace(store=store.take(np.flatnonzero(~held_out))), store.take(np.flatnonzero(held_out))
+
+
+def plan_rows(
+    rows: Iterable[Row],
+    tokenizer: "PreTrainedTokenizerBase | None",
+    settings: TrainSettings,
+    runtime: Runtime,
+    vocab_size: int,
+    tally: Tally | None = None,
+) -> DataPlan:
+    """``plan_training`` of rows that are not yet tokens; tally: what was counted while they were read."""
+    preparation = Preparation(seq_length=settings.seq_length, vocab_size=vocab_size)
+    store, report = prepare_rows(rows, tokenizer, preparation, tally)
+    return plan_training(PreparedRows(store, [report], []), tokenizer, settings, runtime)
+
+
+def plan_training(
+    rows: PreparedRows, tokenizer: "PreTrainedTokenizerBase | None", settings: TrainSettings, runtime: Runtime
+) -> DataPlan:
+    """Fixes the steps and shapes of a run, and prints what became of the data."""
+    plan = DataPlan.build(
+        rows.store,
+        batch_size=settings.batch_size,
+        accumulation=settings.accumulation,
+        epochs=settings.epochs,
+        seed=settings.seed,
+        shuffle=settings.shuffle,
+        drop_remainder=settings.drop_remainder,
+        rank=runtime.data_rank,
+        world=runtime.data_ranks,
+        pad_id=pad_id(tokenizer),
+        seq_length=settings.seq_length,
+        max_steps=settings.max_steps,
+        kind=settings.layout,
+        buckets=settings.length_buckets,
+        sources=rows.shares,
+        prefer_many_lines=settings.adaptive_batch,
+    )
+    padding = plan.padding()
+    reports = [dataclasses.replace(report, layout=plan.describe(), padding=padding) for report in rows.reports]
+    if runtime.is_main:
+        print(*(line for report in reports for line in report.lines()), sep="\n")
+        padded = f" (each micro-batch filled up to its longest row: {padding['usual']:.1%})"
+        more = padded if plan.layout.kind == "packed" else ""
+        print(f"  padding {padding[plan.layout.kind]:.1%} of the computed tokens{more}")
+    plan.reports.extend(report.as_json() for report in reports)
+    return plan
+
+
+def held_out_plan(
+    store: TokenStore,
+    batch_size: int,
+    tokenizer: "PreTrainedTokenizerBase | None",
+    seq_length: int,
+    runtime: Runtime,
+    *,
+    packing: bool = True,
+    length_buckets: int = 4,
+) -> DataPlan:
+    """One pass over rows to evaluate, without shuffling."""
+    return DataPlan.build(
+        store,
+        batch_size=batch_size,
+        accumulation=1,
+        epochs=1,
+        seed=0,
+        shuffle=False,
+        rank=runtime.data_rank,
+        world=runtime.data_ranks,
+        pad_id=pad_id(tokenizer),
+        seq_length=seq_length,
+        kind="packed" if packing else "bucketed",
+        buckets=length_buckets,
+    )

@@ -2,72 +2,251 @@
 
 import sys
 import time
-from contextlib import ExitStack, redirect_stderr, redirect_stdout
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from mindspore import nn
 
 from lora_ms.adapters.matching import leaf_of
-from lora_ms.bridge import model, package, settings, trainer
+from lora_ms.bridge import model, package, trainer
 from lora_ms.bridge.adapters import read_peft
+from lora_ms.bridge.settings import write_settings
+from lora_ms.bridge.trainer import StepNumbers
 from lora_ms.config import PetConfig, RunConfig, dump_config
 from lora_ms.errors import LoraMsError
-from lora_ms.recipes import data
-from lora_ms.recipes import session as common
-from lora_ms.recipes.adapter import adapter_config
-from lora_ms.recipes.mindformers_run import FOLDER, Rows, Run, check, explained, rows_of, sizes_of, start
+from lora_ms.models.decoder import DecoderConfig
+from lora_ms.recipes import adapter, data, session
+from lora_ms.recipes.mindformers_network import (
+    FOLDER,
+    MindFormersModel,
+    MindRecordRows,
+    check,
+    explained,
+    rows_of,
+    sizes_of,
+    start,
+)
+from lora_ms.recipes.outputs import RUN_LOG, adapter_line
+from lora_ms.recipes.settings import settings_of
+from lora_ms.recipes.train import COMPILING, PreparedRun
 from lora_ms.runtime.device import peak_memory_mb
 from lora_ms.train.callbacks import RunState, StepRecord
+from lora_ms.train.checkpoint import Weights
 from lora_ms.train.evaluation import Scores
 from lora_ms.train.log import Tee
+from lora_ms.train.loop import Outcome
 from lora_ms.train.report import Reporter
+from lora_ms.train.settings import TrainSettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
-class Screen:
-    """Reports steps on the user's terminal from inside MindFormers, whose own output goes to the log.
+@dataclass(frozen=True)
+class MindFormersInputs:
+    """What a run starts from, found and checked before the device is started."""
 
-    theirs: MindFormers' configuration, which knows the number of steps once its trainer has begun.
+    config: RunConfig
+    pet: PetConfig
+    sizes: DecoderConfig
+    tokenizer: "PreTrainedTokenizerBase | None"
+
+
+def read_inputs(config: RunConfig) -> MindFormersInputs:
+    """Checks ``config``, so that most errors show within seconds. Writes nothing.
+
+    Raises:
+        LoraMsError: anything that a user can fix.
+    """
+    pet = check(config)
+    package.installed_version()
+    if not config.load_checkpoint:
+        raise LoraMsError("load_checkpoint is missing: give the model to put the adapter on")
+    adapter.adapter_config(pet)
+    data.sources_of(config.train_dataset, "train")
+    sizes = sizes_of(config)
+    tokenizer = data.tokenizer_for(config, training=True)
+    session.check_output(Path(config.output_dir))
+    return MindFormersInputs(config, pet, sizes, tokenizer)
+
+
+def prepare(inputs: MindFormersInputs, log: Tee) -> PreparedRun:
+    """Starts the device, writes what MindFormers reads, and builds its model; prints what will be trained.
+
+    Raises:
+        LoraMsError: anything that a user can fix, and what MindFormers stops at.
+    """
+    config = inputs.config
+    output_dir = Path(config.output_dir)
+    runtime = start(config)
+    folder = output_dir / FOLDER
+    if not runtime.is_main:
+        folder /= f"rank_{runtime.rank}"
+    with nullcontext() if runtime.is_main else package.silenced(log):
+        built = MindFormersModel(config, inputs.pet, inputs.sizes, runtime, log)
+        train = rows_of(config, "train", inputs.sizes, inputs.tokenizer, folder)
+        held_out = rows_of(config, "eval", inputs.sizes, inputs.tokenizer, folder) if config.do_eval else None
+        log.to((output_dir if runtime.is_main else folder) / RUN_LOG)
+        asked = built.settings(train, held_out)
+        batch_size = asked["runner_config"]["batch_size"]
+        if train.count < batch_size:
+            raise LoraMsError(f"{train.count} rows make no batch of {batch_size}: lower runner_config.batch_size")
+        file = folder / "mindformers.yaml"
+        write_settings(file, asked)
+        if runtime.is_main:
+            dump_config(config, str(output_dir / "config.yaml"))
+        with explained(file), package.silenced(log):
+            theirs = built.read(file)
+            network = built.network(theirs)
+        print(built.describe(network, inputs.pet))
+    # it resumes by itself, from load_checkpoint
+    settings = replace(settings_of(config, inputs.sizes.max_position_embeddings), resume=False)
+    return MindFormersRun(
+        built,
+        network,
+        settings,
+        theirs=theirs,
+        file=file,
+        asked=asked,
+        held_out=held_out,
+        tokenizer=inputs.tokenizer,
+    )
+
+
+class MindFormersRun:
+    """A run of MindFormers' trainer on its ``network``.
+
+    Args:
+        built: what made the network.
+        theirs: MindFormers' configuration, which it has read from ``file``.
+        asked: what was written to ``file``.
+        held_out: rows that it evaluates; None for none.
     """
 
-    def __init__(self, run: Run, network: nn.Cell, theirs: Any):
-        self.out, self.err, self.run, self.theirs = sys.stdout, sys.stderr, run, theirs
-        self.reporter = Reporter(run.config.logging_steps)
-        self.state = RunState(network, run.output_dir, 0, run.runtime.is_main)
-        self.per_epoch, self.start, self.clock = 0, 0, 0.0
+    def __init__(
+        self,
+        built: MindFormersModel,
+        network: nn.Cell,
+        settings: TrainSettings,
+        *,
+        theirs: Any,
+        file: Path,
+        asked: dict[str, Any],
+        held_out: MindRecordRows | None,
+        tokenizer: "PreTrainedTokenizerBase | None",
+    ):
+        self.built = built
+        self.network = network
+        self.settings = settings
+        self.theirs = theirs
+        self.file = file
+        self.runtime = built.runtime
+        self.held_out = held_out
+        self.tokenizer = tokenizer
+        self.batch_size = asked["runner_config"]["batch_size"]
+        self.checkpoint = asked["load_checkpoint"]
+        self.progress = StepProgress(self)
+        self.shapes = model.shapes(network)
+        self.scores: Scores | None = None
+
+    @property
+    def total_steps(self) -> int:
+        """Known once MindFormers' trainer has begun."""
+        return self.progress.state.total_steps
 
     def begin(self) -> None:
-        """Training begins."""
-        runner, most = self.theirs.runner_config, self.run.config.runner_config.max_steps
-        self.per_epoch = self.theirs.data_size
-        total = self.per_epoch * runner.origin_epochs
-        self.start = self.state.step = runner.initial_step or 0  # above 0 where a run is gone on with
+        """MindFormers writes checkpoints of its own, and resumes by itself."""
+
+    def train(self) -> Outcome:
+        tokens = self.batch_size * self.built.length
+        callback = trainer.StepReport(self.progress.begin, self.progress.step, tokens)
+        try:
+            with explained(self.file), package.silenced(self.built.log):
+                theirs = self.built.package.Trainer(args=self.theirs, model=self.network, callbacks=[callback])
+                theirs.finetune(resume_from_checkpoint=self.checkpoint or None, do_eval=self.held_out is not None)
+        finally:
+            self.progress.end()
+        return Outcome(callback.steps, stopped=False, losses=callback.losses)
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether MindSpore has left this process a part of the adapter's matrices alone."""
+        return model.shapes(self.network) != self.shapes
+
+    def weights(self) -> Weights | None:
+        if self.in_parts:
+            return None
+        return Weights(
+            folder="adapter",
+            write=lambda path: self.built.save_adapter(self.network, self.tokenizer, path),
+            read=lambda path: self.built.load_adapter(self.network, path),
+            identity={},
+        )
+
+    def end(self) -> None:
+        """Scores the held-out rows."""
+        if self.held_out is not None and self.runtime.world == 1 and not self.in_parts:
+            with package.silenced(self.built.log):
+                self.scores = scores_of(self.network, self.held_out, self.batch_size)
+
+    def closing_lines(self) -> list[str]:
+        checkpoints = self.settings.output_dir / "checkpoint"
+        if self.in_parts:
+            return [
+                "no adapter was written: its matrices are in parts on the cards; merge MindFormers' checkpoint in "
+                f"{checkpoints} with its own tool, then use lora-ms convert-adapter"
+            ]
+        lines = [] if self.scores is None else [f"held-out rows: {self.scores.line()}"]
+        return [*lines, f"{adapter_line(self.settings.output_dir, 'adapter')}   MindFormers' own: {checkpoints}"]
+
+
+class StepProgress:
+    """Reports steps on the user's terminal from inside MindFormers, whose own output goes to the log."""
+
+    def __init__(self, run: MindFormersRun):
+        self.out = sys.stdout
+        self.err = sys.stderr
+        self.run = run
+        self.reporter = Reporter(run.settings.logging_steps)
+        self.state = RunState(run.network, run.settings.output_dir, 0, run.runtime.is_main)
+        self.steps_per_epoch = 0
+        self.start = 0  # optimiser steps that were done before; above 0 in a resumed run
+        self.clock = 0.0
+
+    def begin(self) -> None:
+        """MindFormers' trainer has read its data, and takes its first step."""
+        theirs = self.run.theirs
+        most = self.run.built.config.runner_config.max_steps
+        self.steps_per_epoch = theirs.data_size
+        total = self.steps_per_epoch * theirs.runner_config.origin_epochs
+        self.start = self.state.step = theirs.runner_config.initial_step or 0
         self.state.total_steps = min(total, most) if most > 0 else total
         with redirect_stdout(self.out), redirect_stderr(self.err):
-            print(f"training with MindFormers' trainer: {self.state.total_steps:,} steps, {self.per_epoch:,} an epoch")
-            print("compiling the training step, which takes a while the first time …", flush=True)
+            if self.state.is_main:
+                steps = f"{self.state.total_steps:,} steps, {self.steps_per_epoch:,} an epoch"
+                print(f"training with MindFormers' trainer: {steps}")
+                print(COMPILING, flush=True)
             self.reporter.on_train_begin(self.state)
         self.clock = time.perf_counter()
 
-    def end(self) -> None:
-        """Training has ended, well or not."""
-        if self.per_epoch:
-            self.reporter.on_train_end(self.state)
-
-    def step(self, step: int, loss: float, norm: float | None, rate: float, tokens: int, labels: int) -> bool:
+    def step(self, numbers: StepNumbers) -> bool:
         """One step is done; returns whether it was the last."""
         now = time.perf_counter()
-        seconds, self.clock = now - self.clock, now
+        seconds = now - self.clock
+        self.clock = now
+        step = self.start + numbers.step
         record = StepRecord(
-            step=self.start + step,
-            epoch=round((self.start + step) / self.per_epoch, 4),
-            loss=loss,
-            grad_norm=norm,
-            learning_rate=rate,
-            tokens=tokens,
-            label_tokens=labels,
-            tokens_per_second=round(tokens / seconds, 1),
+            step=step,
+            epoch=round(step / self.steps_per_epoch, 4),
+            loss=numbers.loss,
+            grad_norm=numbers.grad_norm,
+            learning_rate=numbers.learning_rate,
+            tokens=numbers.tokens,
+            label_tokens=numbers.label_tokens,
+            tokens_per_second=round(numbers.tokens / seconds, 1),
             step_time_s=round(seconds, 4),
             wait_share=0.0,
             peak_memory_mb=round(peak_memory_mb(self.run.runtime.device), 1),
@@ -76,104 +255,46 @@ class Screen:
             self.reporter.on_step_end(self.state, record)
         return record.step >= self.state.total_steps
 
+    def end(self) -> None:
+        """Training has ended, by its last step or by an error."""
+        if self.steps_per_epoch:
+            self.reporter.on_train_end(self.state)
 
-def run(config: RunConfig) -> None:
-    """Trains as ``config`` says; outputs as native's, and MindFormers' own checkpoints beside them.
 
-    Raises:
-        LoraMsError: anything that a user can mend, and what MindFormers stops at.
+def evaluate(config: RunConfig) -> None:
+    """``lora-ms eval``: the mean loss of MindFormers' model, with ``load_adapter``, on ``eval_dataset``.
+
+    What MindFormers and MindPet print goes to ``output_dir/run.log``.
     """
-    pet, output_dir = check(config), Path(config.output_dir)
-    package.found_version()
-    if not config.load_checkpoint:
-        raise LoraMsError("load_checkpoint is missing: give the model to put the adapter on")
-    adapter_config(pet)
-    data.sources_of(config.train_dataset, "train")
-    sizes = sizes_of(config)
-    tokenizer = data.tokenizer_for(config, training=True)
-    common.check_output(output_dir)
-    with Tee() as log, ExitStack() as stack:
-        runtime = start(config)
-        folder = output_dir / FOLDER
-        if not runtime.is_main:  # it works for itself, and in silence
-            folder /= f"rank_{runtime.rank}"
-            stack.enter_context(package.silenced(log))
-        this = Run(config, pet, sizes, runtime, log)
-        train = rows_of(config, "train", sizes, tokenizer, folder)
-        held_out = rows_of(config, "eval", sizes, tokenizer, folder) if config.do_eval else None
-        log.to((output_dir if runtime.is_main else folder) / "run.log")
-        asked = this.prepare(train, held_out)
-        batch = asked["runner_config"]["batch_size"]
-        if train.count < batch:
-            raise LoraMsError(f"{train.count} rows make no batch of {batch}: lower runner_config.batch_size")
-        file = folder / "mindformers.yaml"
-        settings.write(file, asked)
-        if runtime.is_main:
-            dump_config(config, str(output_dir / "config.yaml"))
-        with explained(file), package.silenced(log):
-            theirs = this.begin(file)
-            network = this.network(theirs)
-        print(this.describe(network, pet))
-        screen = Screen(this, network, theirs)
-        callback = trainer.StepReport(screen.begin, screen.step, batch * this.length)
-        whole = model.shapes(network)
-        try:
-            with explained(file), package.silenced(log):
-                from_file = asked["load_checkpoint"] or None
-                theirs_trainer = this.package.Trainer(args=theirs, model=network, callbacks=[callback])
-                theirs_trainer.finetune(resume_from_checkpoint=from_file, do_eval=held_out is not None)
-        finally:
-            screen.end()
-        print(f"loss {callback.first_loss:.4f} -> {callback.last_loss:.4f} in {callback.steps:,} steps")
-        if model.shapes(network) != whole:
-            print(
-                "no adapter was written: its matrices are in parts on the cards; merge MindFormers' checkpoint in "
-                f"{output_dir / 'checkpoint'} with its own tool, then use lora-ms convert-adapter"
-            )
-        elif runtime.is_main:
-            finish(this, network, tokenizer, held_out, batch)
-
-
-def finish(this: Run, network: nn.Cell, tokenizer: Any, held_out: Rows | None, batch: int) -> None:
-    """Evaluates on ``held_out``, and writes the adapter."""
-    if held_out is not None and this.runtime.world == 1:
-        with package.silenced(this.log):
-            found = scores_of(network, held_out, batch)
-        print(f"held-out rows: {found.line()}")
-    saved, out = this.save(network, tokenizer), this.output_dir
-    print(f"adapter: {saved}   loss plot: {out / 'loss.png'}   MindFormers' own: {out / 'checkpoint'}")
-
-
-def evaluate_model(config: RunConfig) -> None:
-    """``lora-ms eval``: the mean loss of MindFormers' model, with ``load_adapter``, on ``eval_dataset``; what the two
-    print beside it goes to ``output_dir/run.log``."""
-    package.found_version()
+    package.installed_version()
     if config.evaluation.prompts_file:
-        raise LoraMsError("backend mindformers answers no prompts_file: leave it out, or the backend native")
-    sizes, tokenizer, output_dir = sizes_of(config), data.tokenizer_for(config), Path(config.output_dir)
+        raise LoraMsError("backend mindformers answers no prompts_file: leave it out, or use backend native")
+    sizes = sizes_of(config)
+    tokenizer = data.tokenizer_for(config)
+    output_dir = Path(config.output_dir)
     pet = None
     if config.load_adapter:
         factors, scale = read_peft(Path(config.load_adapter))
         leaves = sorted({leaf_of(name) for name in factors})
         pet = PetConfig(lora_rank=scale.lora_rank, lora_alpha=scale.lora_alpha, lora_dropout=0, target_modules=leaves)
     with Tee() as log:
-        this = Run(config, pet, sizes, start(config), log)
+        built = MindFormersModel(config, pet, sizes, start(config), log)
         rows = rows_of(config, "eval", sizes, tokenizer, output_dir / FOLDER)
-        log.to(output_dir / "run.log")
-        asked = this.prepare(rows, None)
+        log.to(output_dir / RUN_LOG)
+        asked = built.settings(rows, None)
         file = output_dir / FOLDER / "mindformers.yaml"
-        settings.write(file, asked)
+        write_settings(file, asked)
         with explained(file), package.silenced(log):
-            network = this.network(this.begin(file))
+            network = built.network(built.read(file))
             found = scores_of(network, rows, asked["runner_config"]["batch_size"])
         print(found.line())
 
 
-def scores_of(network: nn.Cell, rows: Rows, batch: int) -> Scores:
+def scores_of(network: nn.Cell, rows: MindRecordRows, batch_size: int) -> Scores:
     """Loss and accuracy of the rows' label tokens."""
     import mindspore.dataset as ds
 
     found = ds.MindDataset(str(rows.path), ["input_ids", "labels"], shuffle=False)
     pairs = [(row["input_ids"], row["labels"]) for row in found.create_dict_iterator(num_epochs=1, output_numpy=True)]
     ids, labels = (np.stack(part).astype(np.int32) for part in zip(*pairs, strict=True))
-    return Scores(*trainer.scores(network, ids, labels, min(batch, len(ids))))
+    return Scores(*trainer.scores(network, ids, labels, min(batch_size, len(ids))))

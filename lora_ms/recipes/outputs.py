@@ -1,4 +1,4 @@
-"""How a run writes and reads what it trains: an adapter, or all parameters."""
+"""What a run leaves under ``output_dir``, and how it writes and reads what it trains: an adapter, or all parameters."""
 
 from functools import partial
 from pathlib import Path
@@ -11,9 +11,21 @@ from lora_ms.adapters.peft_format import adapter_tensors, restore_adapter, save_
 from lora_ms.models import hub
 from lora_ms.models.decoder import CausalLM
 from lora_ms.nn.parallel import WHOLE, Shard
-from lora_ms.train.checkpoint import Weights
+from lora_ms.train.checkpoint import FOLDERS, Weights
 
-AS_LORA = "adapter_lora"  # beside adapter/: the same as plain LoRA, where the method has such a form
+DATA_REPORT = "data_report.json"  # what became of the rows
+RUN_LOG = "run.log"  # what was printed
+AS_LORA = "adapter_lora"  # besides adapter/: the same as plain LoRA, where the method has such a form
+
+
+def earlier_outputs(output_dir: Path) -> list[str]:
+    """Folders that an earlier run has left with what it trained."""
+    return [name for name in (*FOLDERS, AS_LORA) if (output_dir / name).is_dir()]
+
+
+def adapter_line(output_dir: Path, folder: str) -> str:
+    """Where the results of a run are, for the user; ``folder``: adapter or model."""
+    return f"{folder}: {output_dir / folder}   loss plot: {output_dir / 'loss.png'}"
 
 
 def weights_of(
@@ -30,17 +42,17 @@ def weights_of(
         hook: the method's ``StepHook``, which decides the adapter's settings at the end; None for none.
         shard: with which processes the model is shared.
     """
-    whole: dict[str, NDArray] = {}  # the adapter's tensors, where the model is shared with other processes
+    gathered: dict[str, NDArray] = {}  # the adapter's tensors, where processes share the model
 
     def collect() -> None:
         if adapter is not None and shard.count > 1:
-            whole.update(adapter_tensors(model, adapter, shard))
+            gathered.update(adapter_tensors(model, adapter, shard))
 
     def save(path: Path, config: AdapterConfig | None) -> None:
         if config is None:
             hub.save_directory(model, path)
         else:
-            save_adapter(model, path, config, model.source, whole or None)
+            save_adapter(model, path, config, model.source, gathered or None)
         if tokenizer is not None:
             tokenizer.save_pretrained(path)
 
@@ -52,13 +64,14 @@ def weights_of(
 
     def finish(path: Path) -> None:
         # a checkpoint holds what may yet come back; the end of the run does not
-        config, beside = hook.config(), path.with_name(AS_LORA)
+        config = hook.config()
+        as_lora = path.with_name(AS_LORA)
         save(path, config)
         line = hook.summary()
-        if save_as_lora(model, beside, config, model.source):
+        if save_as_lora(model, as_lora, config, model.source):
             if tokenizer is not None:
-                tokenizer.save_pretrained(beside)
-            line += f"; as plain LoRA in {beside}"
+                tokenizer.save_pretrained(as_lora)
+            line += f"; as plain LoRA in {as_lora}"
         print(line)
 
     return Weights(

@@ -1,22 +1,19 @@
-"""From rows to a trained model on disk: what the command line and the Python API share."""
+"""The one function that trains: for the command line, the Python interface and MindFormers' backend."""
 
-import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import mindspore as ms
-from mindspore import nn
 
 from lora_ms import storage
 from lora_ms.adapters.methods.training import rate_factors
-from lora_ms.data.example import Row
-from lora_ms.data.loader import DataPlan, Source
-from lora_ms.data.pipeline import Preparation, prepare_rows
-from lora_ms.data.report import Report
-from lora_ms.data.store import TokenStore
-from lora_ms.data.tokenizer import pad_id
+from lora_ms.data.loader import DataPlan
+from lora_ms.models.decoder import CausalLM
+from lora_ms.recipes.outputs import DATA_REPORT, adapter_line
 from lora_ms.runtime.device import Runtime, barrier, memory_share
+from lora_ms.text import counted
 from lora_ms.train import checkpoint
 from lora_ms.train.adaptive import MemoryMonitor
 from lora_ms.train.callbacks import EarlyStopping, TrainerCallback
@@ -30,157 +27,166 @@ from lora_ms.train.settings import TrainSettings
 from lora_ms.train.steps import Steps
 from lora_ms.train.tensorboard import Summaries, TensorBoard
 
-DATA_REPORT = "data_report.json"
+COMPILING = "compiling the training step, which takes a while the first time …"
 
 
-def held_out_plan(
-    store: TokenStore,
-    batch_size: int,
-    tokenizer,
-    seq_length: int,
-    runtime: Runtime,
-    packing: bool = True,
-    length_buckets: int = 4,
-) -> DataPlan:
-    """One pass over rows to evaluate, without shuffling."""
-    return DataPlan.build(
-        store,
-        batch_size=batch_size,
-        accumulation=1,
-        epochs=1,
-        seed=0,
-        shuffle=False,
-        rank=runtime.data_rank,
-        world=runtime.data_ranks,
-        pad_id=pad_id(tokenizer),
-        seq_length=seq_length,
-        kind="packed" if packing else "bucketed",
-        buckets=length_buckets,
-    )
+class PreparedRun(Protocol):
+    """A run that is ready for its first step: of our own loop (``NativeRun``), or of MindFormers' trainer."""
+
+    settings: TrainSettings
+    runtime: Runtime
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of the whole run."""
+
+    def begin(self) -> None:
+        """Prepares the output folder for this run, and tells the user what begins."""
+
+    def train(self) -> Outcome:
+        """Takes all steps, or those until the user stops it."""
+
+    def weights(self) -> Weights | None:
+        """The writer of what was trained; None where it cannot be written, and then ``closing_lines`` say why."""
+
+    def end(self) -> None:
+        """Called once everything is written, also after a stop."""
+
+    def closing_lines(self) -> list[str]:
+        """What the user is told after the loss: of evaluations, and where the results are."""
 
 
-def plan_rows(rows: Iterable[Row], tokenizer, settings: TrainSettings, runtime: Runtime, vocab_size: int) -> DataPlan:
-    """Tokenises and checks the rows, prints what became of them, and fixes the run's steps and shapes."""
-    preparation = Preparation(seq_length=settings.seq_length, vocab_size=vocab_size)
-    store, report = prepare_rows(rows, tokenizer, preparation)
-    return plan_store(store, [report], (), tokenizer, settings, runtime)
-
-
-def plan_store(
-    store: TokenStore,
-    reports: Sequence[Report],
-    sources: Sequence[Source],
-    tokenizer,
-    settings: TrainSettings,
-    runtime: Runtime,
-) -> DataPlan:
-    """Fixes the run's steps and shapes, and prints what became of the data.
-
-    reports: one of each dataset. sources: their sizes and shares, where they are mixed.
-    """
-    s = settings
-    plan = DataPlan.build(
-        store,
-        batch_size=s.batch_size,
-        accumulation=s.accumulation,
-        epochs=s.epochs,
-        seed=s.seed,
-        shuffle=s.shuffle,
-        drop_remainder=s.drop_remainder,
-        rank=runtime.data_rank,
-        world=runtime.data_ranks,
-        pad_id=pad_id(tokenizer),
-        seq_length=s.seq_length,
-        max_steps=s.max_steps,
-        kind=s.layout,
-        buckets=s.length_buckets,
-        sources=sources,
-        prefer_many_lines=s.adaptive_batch,
-    )
-    waste = plan.padding()
-    finished = [dataclasses.replace(report, layout=plan.describe(), padding=waste) for report in reports]
-    if runtime.is_main:
-        print(*(line for report in finished for line in report.lines()), sep="\n")
-        usual = f" (each micro-batch filled up to its longest row: {waste['usual']:.1%})"
-        more = usual if plan.layout.kind == "packed" else ""
-        print(f"  padding {waste[plan.layout.kind]:.1%} of the computed tokens{more}")
-    plan.reports.extend(report.as_json() for report in finished)
-    return plan
-
-
-def watchers(settings: TrainSettings) -> list[TrainerCallback]:
-    """The callbacks that the settings ask for."""
-    s, out = settings, settings.output_dir
-    found: list[TrainerCallback] = [Reporter(s.logging_steps)]
-    if "tensorboard" in s.report_to:
-        found.append(TensorBoard(out / "tensorboard", s.logging_steps))
-    if s.summary_steps:
-        found.append(Summaries(Path(s.summary_dir) if s.summary_dir else out / "summary", s.summary_steps))
-    if s.profile_steps is not None:
-        found.append(Profiling(Path(s.profile_dir) if s.profile_dir else out / "profile", *s.profile_steps))
-    if s.patience:
-        found.append(EarlyStopping(s.patience))
-    return found
-
-
-def fit(
-    model: nn.Cell,
-    plan: DataPlan,
-    settings: TrainSettings,
-    runtime: Runtime,
-    weights: Weights,
-    vocab_size: int,
-    dtype: ms.Type,
-    hooks: Sequence[StepHook] = (),
-    evaluator: Evaluator | None = None,
-    callbacks: Sequence[TrainerCallback] = (),
-) -> Outcome:
-    """Trains the trainable parameters of ``model`` and writes them; prints what it does.
+def train(run: PreparedRun) -> Outcome:
+    """Trains, and writes what was trained into ``output_dir``.
 
     Raises:
         LoraMsError: nothing to train, a loss that is not finite, or a checkpoint that does not fit.
     """
-    output_dir, looking_on = settings.output_dir, [*watchers(settings), *callbacks]
-    monitor = None
-    if settings.adaptive_batch:
-        monitor = MemoryMonitor(plan.levels, partial(memory_share, runtime.device, settings.memory_budget_mb))
-    ratio, factors = settings.loraplus_lr_ratio, {}
-    if ratio != 1:
-        factors = rate_factors(model, ratio, settings.loraplus_lr_embedding / (settings.learning_rate or 1.0))
-    steps = Steps(
-        model,
-        plan,
-        settings,
-        runtime,
-        vocab_size,
-        loss_scaling=settings.loss_scaling if dtype == ms.float16 else None,
-        hooks=hooks,
-        rate_factors=factors,
-    )
-    run = TrainingLoop(steps, weights, evaluator, looking_on, monitor)
-    if runtime.is_main:
-        checkpoint.recover(output_dir)
-    if runtime.world > 1:
-        barrier()
-    if settings.resume:
-        run.restore(checkpoint.find(output_dir, settings.resume))
-    elif runtime.is_main:
-        old = checkpoint.clear(output_dir)
-        if old:
-            print(f"removed the checkpoints of an earlier run: {', '.join(old)}")
-    start = run.state.step
-    if runtime.is_main:
-        storage.write_json(output_dir / DATA_REPORT, plan.reports)
-        print(
-            f"training: {plan.total_steps:,} steps of {plan.per_step} rows, "
-            f"{plan.steps_per_epoch:,} an epoch" + (f", from step {start:,}" if start else "")
-        )
-        print("compiling the training step, which takes a while the first time …", flush=True)
+    run.begin()
     outcome = run.train()
-    if not outcome.stopped:
+    weights = None if outcome.stopped else run.weights()
+    if weights is not None:
         weights.collect()
-    if runtime.is_main and not outcome.stopped:
-        checkpoint.put(output_dir / weights.folder, weights.finish or weights.write)
-    if runtime.world > 1:
-        barrier()
+        if run.runtime.is_main:
+            checkpoint.put(run.settings.output_dir / weights.folder, weights.finish or weights.write)
+    run.end()
     return outcome
+
+
+def closing_lines(run: PreparedRun, outcome: Outcome) -> list[str]:
+    """What the user is told at the end of a run."""
+    if outcome.stopped:
+        return [
+            f"stopped after step {outcome.steps:,} of {run.total_steps:,}, and saved",
+            "to go on, give the same command with --resume_training True",
+        ]
+    lines = [f"stopped early: {outcome.reason}"] if outcome.reason else []
+    loss = f"loss {outcome.first_loss:.4f} -> {outcome.last_loss:.4f} in" if outcome.losses else "nothing left of"
+    now = f", {len(outcome.losses):,} of them now" if run.settings.resume else ""
+    return [*lines, f"{loss} {counted(outcome.steps, 'step')}{now}", *run.closing_lines()]
+
+
+class NativeRun:
+    """A run of our own training loop on a model of ours.
+
+    Args:
+        weights: how what is trained is written and read.
+        hooks: what the adapter's method adds to every step.
+        evaluator: of the held-out rows; None for none.
+        callbacks: called at every point of the run, besides those that ``settings`` ask for.
+    """
+
+    def __init__(
+        self,
+        model: CausalLM,
+        plan: DataPlan,
+        settings: TrainSettings,
+        runtime: Runtime,
+        weights: Weights,
+        *,
+        hooks: Sequence[StepHook] = (),
+        evaluator: Evaluator | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
+    ):
+        self.plan = plan
+        self.settings = settings
+        self.runtime = runtime
+        monitor = None
+        if settings.adaptive_batch:
+            monitor = MemoryMonitor(plan.levels, partial(memory_share, runtime.device, settings.memory_budget_mb))
+        ratio = settings.loraplus_lr_ratio
+        factors = {}
+        if ratio != 1:
+            factors = rate_factors(model, ratio, settings.loraplus_lr_embedding / (settings.learning_rate or 1.0))
+        steps = Steps(
+            model,
+            plan,
+            settings,
+            runtime,
+            vocab_size=model.config.vocab_size,
+            loss_scaling=settings.loss_scaling if model.dtype == ms.float16 else None,
+            hooks=hooks,
+            rate_factors=factors,
+        )
+        self.loop = TrainingLoop(steps, weights, evaluator, [*callbacks_of(settings), *callbacks], monitor)
+
+    @property
+    def total_steps(self) -> int:
+        return self.plan.total_steps
+
+    def begin(self) -> None:
+        """Finds the checkpoint to resume from, or removes those of an earlier run."""
+        output_dir = self.settings.output_dir
+        if self.runtime.is_main:
+            checkpoint.recover(output_dir)
+        if self.runtime.world > 1:
+            barrier()
+        if self.settings.resume:
+            self.loop.restore(checkpoint.find(output_dir, self.settings.resume))
+        elif self.runtime.is_main:
+            old = checkpoint.clear(output_dir)
+            if old:
+                print(f"removed the checkpoints of an earlier run: {', '.join(old)}")
+        if self.runtime.is_main:
+            plan = self.plan
+            start = self.loop.state.step
+            storage.write_json(output_dir / DATA_REPORT, plan.reports)
+            print(
+                f"training: {counted(plan.total_steps, 'step')} of {counted(plan.per_step, 'row')}, "
+                f"{plan.steps_per_epoch:,} an epoch" + (f", from step {start:,}" if start else "")
+            )
+            print(COMPILING, flush=True)
+
+    def train(self) -> Outcome:
+        return self.loop.train()
+
+    def weights(self) -> Weights:
+        return self.loop.weights
+
+    def end(self) -> None:
+        if self.runtime.world > 1:
+            barrier()
+
+    def closing_lines(self) -> list[str]:
+        output_dir = self.settings.output_dir
+        lines = []
+        if self.loop.evaluator is not None and self.settings.keep_best:
+            lines.append(f"weights of the best evaluation: {output_dir / checkpoint.BEST}")
+        return [*lines, adapter_line(output_dir, self.loop.weights.folder)]
+
+
+def callbacks_of(settings: TrainSettings) -> list[TrainerCallback]:
+    """The callbacks that the settings ask for."""
+    output_dir = settings.output_dir
+    found: list[TrainerCallback] = [Reporter(settings.logging_steps)]
+    if "tensorboard" in settings.report_to:
+        found.append(TensorBoard(output_dir / "tensorboard", settings.logging_steps))
+    if settings.summary_steps:
+        folder = Path(settings.summary_dir) if settings.summary_dir else output_dir / "summary"
+        found.append(Summaries(folder, settings.summary_steps))
+    if settings.profile_steps is not None:
+        folder = Path(settings.profile_dir) if settings.profile_dir else output_dir / "profile"
+        found.append(Profiling(folder, *settings.profile_steps))
+    if settings.patience:
+        found.append(EarlyStopping(settings.patience))
+    return found

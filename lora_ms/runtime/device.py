@@ -1,4 +1,4 @@
-"""MindSpore's context, the device and its memory, rank and world, seeds. The sole importer of communication."""
+"""The device: MindSpore's context, the processes of a run, seeds, memory. Only this file imports communication."""
 
 import os
 import resource
@@ -8,6 +8,7 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from shutil import which
+from typing import Literal
 
 import mindspore as ms
 from mindspore import ops
@@ -15,19 +16,20 @@ from mindspore import ops
 from lora_ms.errors import LoraMsError
 from lora_ms.nn.parallel import WHOLE, Shard, SumOverRanks
 from lora_ms.ops import PORTABLE, Operators, select
-from lora_ms.runtime import host as machine
-from lora_ms.runtime import native_build as cpu
+from lora_ms.runtime import host, native_build
+
+Device = Literal["CPU", "Ascend"]
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where a process runs: its device and operators, and its place among the processes of the run.
+    """Where a process runs: its device and operators, and its rank among the processes of the run.
 
-    ``shard.count`` neighbouring ranks share the model and see the same rows; those that differ in their rows, and have
-    the same part of the model, form ``data_group``.
+    ``shard.count`` neighbouring ranks share the model and see the same rows. Ranks that have the same part of the
+    model, and see other rows, form ``data_group``.
     """
 
-    device: str  # CPU or Ascend
+    device: Device
     rank: int = 0
     world: int = 1
     shard: Shard = WHOLE
@@ -41,17 +43,37 @@ class Runtime:
 
     @property
     def data_rank(self) -> int:
-        """Which share of the rows this process takes."""
+        """The number of the share of the rows that this process takes."""
         return self.rank // self.shard.count
 
     @property
     def data_ranks(self) -> int:
-        """Into how many shares the rows are divided."""
+        """The number of shares that the rows are divided into."""
         return self.world // self.shard.count
 
     def data_sum(self) -> SumOverRanks | None:
         """Sums over the ranks that see other rows; None where this one sees all."""
         return SumOverRanks(self.data_group) if self.data_ranks > 1 else None
+
+    @property
+    def uses_host_memory(self) -> bool:
+        """Whether weights and activations lie in the host's memory, which alone the estimate was measured on."""
+        return self.device == "CPU"
+
+
+def chosen(device_target: str) -> Device:
+    """The device of a run with this ``context.device_target``: Ascend where there is one, unless it is CPU."""
+    return "Ascend" if device_target != "CPU" and ascend_is_present() else "CPU"
+
+
+def default_dtype(device: str) -> str:
+    """The type of weights and activations on ``device`` where none is asked for."""
+    return "float32" if device == "CPU" else "float16"
+
+
+def has_native(device: str) -> bool:
+    """Whether native operators can be compiled for ``device``."""
+    return device == "CPU" and native_build.compiler() is not None
 
 
 def ascend_is_present() -> bool:
@@ -71,10 +93,10 @@ def setup(
     cpu_operators: bool = True,
     plain_operators: bool = False,
 ) -> tuple[Runtime, list[str]]:
-    """Prepares MindSpore, in static-graph mode; returns notices for the user beside the runtime. May be repeated.
+    """Prepares MindSpore, in static-graph mode; returns the runtime and notices for the user. May be repeated.
 
     device_id: which Ascend card; None leaves the choice to the environment.
-    model_parallel: how many processes share one model, with use_parallel.
+    model_parallel: the number of processes that share one model, with use_parallel.
     cpu_operators: on the CPU, compute with our C++ operators (``ops/csrc``), where they can be compiled.
     plain_operators: on Ascend, compute without its fused operators, which the 310B lacks in training.
 
@@ -82,7 +104,7 @@ def setup(
         LoraMsError: use_parallel without msrun's environment, or communication that does not come up.
     """
     notices = []
-    device = "Ascend" if device_target != "CPU" and ascend_is_present() else "CPU"
+    device = chosen(device_target)
     if device_target == "Ascend" and device == "CPU":
         notices.append("context.device_target is Ascend, but there is none here: running on the CPU")
     ms.set_context(mode=ms.GRAPH_MODE)
@@ -103,30 +125,30 @@ def setup(
     return replace(runtime, operators=select(device, plain_operators, library)), notices
 
 
-def _fuse_kernels(device: str) -> list[str]:
-    """Turns on MindSpore's fusion of elementwise operators, where it can work; says so where it cannot."""
+def _fuse_kernels(device: Device) -> list[str]:
+    """Turns on MindSpore's fusion of elementwise operators; returns a line where that is not possible."""
     if device == "CPU":
         # AKG, which builds the fused kernels, imports decorator without depending on it and calls gcc to link
         missing = [name for name, found in (("decorator", find_spec("decorator")), ("gcc", which("gcc"))) if not found]
         if missing:
             return [f"context.enable_graph_kernel needs {' and '.join(missing)} on the CPU: running without"]
-        # where AKG may read its own tables (or it says so for every kernel), and where it puts what it builds
+        # where AKG may read its own tables (else it warns at every kernel), and where it puts what it builds
         os.environ.setdefault("AKG_WHITE_LIST_PATH", str(Path(ms.__file__).parent))
-        os.environ.setdefault("MS_COMPILER_CACHE_PATH", str(machine.cache_folder()))
+        os.environ.setdefault("MS_COMPILER_CACHE_PATH", str(host.cache_folder()))
     ms.set_context(enable_graph_kernel=True)
     return []
 
 
 def _native_library(processes: int) -> tuple[str, list[str]]:
-    """The path of our operators, compiled the first time; or "", and a line that says why there are none."""
-    library, why = cpu.build()
+    """The path of the native operators, compiled the first time; or "", and a line with the reason."""
+    library, why = native_build.build()
     if library is None:
-        return "", [f"our own operators for the CPU could not be compiled, so a step takes longer: {why}"]
-    cpu.set_threads(library, machine.cores() // processes)
+        return "", [f"native operators for the CPU could not be compiled, so a step takes longer: {why}"]
+    native_build.set_threads(library, host.cores() // processes)
     return str(library), []
 
 
-def _join(device: str, model_parallel: int) -> Runtime:
+def _join(device: Device, model_parallel: int) -> Runtime:
     from mindspore.communication import get_group_size, get_rank, init
 
     if "MS_WORKER_NUM" not in os.environ:
@@ -138,7 +160,9 @@ def _join(device: str, model_parallel: int) -> Runtime:
         init()
         rank, world = get_rank(), get_group_size()
     except RuntimeError as error:
-        raise LoraMsError(f"the processes of this run could not meet: {str(error).strip().splitlines()[0]}") from error
+        raise LoraMsError(
+            f"the processes of this run could not connect: {str(error).strip().splitlines()[0]}"
+        ) from error
     print(f"rank {rank} is process {os.getpid()}", flush=True)  # read by scripts/msrun_launcher.sh
     if world % model_parallel:
         raise LoraMsError(
@@ -152,7 +176,7 @@ def _join(device: str, model_parallel: int) -> Runtime:
 
 @cache  # `setup` may be repeated
 def _group(ranks: range) -> str:
-    """MindSpore's name for a group of ranks, which is made where it does not exist; a rank alone needs none."""
+    """MindSpore's name for a group of ranks, which is created the first time; a single rank needs none."""
     from mindspore.communication import GlobalComm, create_group, get_group_size
 
     if len(ranks) == 1:
@@ -169,11 +193,11 @@ def barrier() -> None:
     SumOverRanks()(ops.zeros(1, ms.float32)).asnumpy()
 
 
-def peak_memory_mb(device: str) -> float:
-    """Most memory held so far, in MB: of the card on Ascend, of this process elsewhere."""
+def peak_memory_mb(device: Device) -> float:
+    """The most memory held so far, in MB: of the card on Ascend, of this process elsewhere."""
     if device == "Ascend":
         return ms.runtime.max_memory_allocated() / 2**20
-    try:  # the kernel's mark of this program; getrusage's begins at that of the program that started it
+    try:  # the kernel's own peak of this program; getrusage's includes that of the program that started it
         status = Path("/proc/self/status").read_text()
         return int(status.partition("VmHWM:")[2].split()[0]) / 2**10
     except (OSError, IndexError):
@@ -181,12 +205,12 @@ def peak_memory_mb(device: str) -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
-def memory_share(device: str, budget_mb: float | None = None) -> float:
+def memory_share(device: Device, budget_mb: float | None = None) -> float:
     """Share of memory in use now.
 
-    budget_mb: what this process may use; None for all that the card has or, elsewhere, ``machine.share``.
+    budget_mb: what this process may use; None for all that the card has or, elsewhere, ``host.share``.
     """
     if device == "Ascend":
         budget = budget_mb or ms.hal.get_device_properties("Ascend").total_memory / 2**20
         return ms.runtime.memory_allocated() / 2**20 / budget
-    return machine.share(budget_mb)
+    return host.share(budget_mb)

@@ -1,4 +1,4 @@
-"""This machine's memory and cores, what there is and what a control group leaves, and its cache. MB is 2^20 bytes."""
+"""This machine: its memory and cores, the limits of its control group, and the cache folder. MB is 2^20 bytes."""
 
 import math
 import os
@@ -25,10 +25,13 @@ def _quota(path: Path) -> tuple[int, int] | tuple[None, None]:
         return None, None
 
 
-def _groups(kind: str, root: Path, own: Path) -> Iterator[tuple[int, Path]]:
-    """Version and folder of each control group of this process that may limit what ``kind`` names."""
+def _groups(kind: str, root: Path, membership: Path) -> Iterator[tuple[int, Path]]:
+    """Version and folder of each control group of this process that may limit ``kind`` (memory or cpu).
+
+    root: where control groups are mounted. membership: the file that names this process's groups.
+    """
     try:
-        lines = own.read_text().splitlines()
+        lines = membership.read_text().splitlines()
     except OSError:
         return
     for line in lines:
@@ -49,24 +52,27 @@ def _file_cache(stat: Path) -> int:
 
 
 def cgroup_limit(
-    root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
+    root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")
 ) -> tuple[float, float] | None:
-    """The limit of the control group and what is in use of it, MB, without files' cache; of nested ones, of that which
-    leaves the least. None where there is no limit."""
+    """Limit and use of the control group, MB, without cached files; of nested groups, the one that leaves the least.
+
+    None where there is no limit.
+    """
     found: list[tuple[float, float]] = []
-    for version, folder in _groups("memory", root, own):
+    for version, folder in _groups("memory", root, membership):
         limit, current = V1_MEMORY if version == 1 else V2_MEMORY
-        most, now = _number(folder / limit), _number(folder / current)
+        most = _number(folder / limit)
+        now = _number(folder / current)
         if most is not None and most < 1 << 60:
             used = max(0, (now or 0) - _file_cache(folder / "memory.stat"))
             found.append((most / MB, used / MB))
     return min(found, key=lambda group: group[0] - group[1], default=None)
 
 
-def cores(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
-    """Cores that this process may use: those it may run on, or, where its control group has less time, as many."""
+def cores(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> int:
+    """Cores that this process may use: those it may run on, or fewer where its control group limits CPU time."""
     most = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    for version, folder in _groups("cpu", root, own):
+    for version, folder in _groups("cpu", root, membership):
         if version == 1:
             quota, period = _number(folder / "cpu.cfs_quota_us"), _number(folder / "cpu.cfs_period_us")
         else:
@@ -77,7 +83,7 @@ def cores(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgro
 
 
 def system() -> tuple[float, float]:
-    """The machine's memory and what is left of it, MB."""
+    """Total and available memory of the machine, MB."""
     page = os.sysconf("SC_PAGE_SIZE") / MB
     total = os.sysconf("SC_PHYS_PAGES") * page
     try:
@@ -89,12 +95,16 @@ def system() -> tuple[float, float]:
 
 def available() -> float:
     """MB that a new process can have: what the system has left, or what the control group leaves."""
-    group, room = cgroup_limit(), system()[1]
+    group = cgroup_limit()
+    room = system()[1]
     return room if group is None else min(room, group[0] - group[1])
 
 
 def share(budget_mb: float | None = None) -> float:
-    """Share in use now: by this process of ``budget_mb``; None: of the machine or of the control group, by all."""
+    """Share of memory in use now, 0 to 1.
+
+    budget_mb: what this process may use, and the share is of; None: of all that the machine or the control group has.
+    """
     total, free = system()
     if budget_mb is not None and budget_mb < total:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
@@ -104,5 +114,5 @@ def share(budget_mb: float | None = None) -> float:
 
 
 def cache_folder() -> Path:
-    """Where what is made once for this machine is kept: LORA_MS_CACHE, else ~/.cache/lora_ms."""
+    """The cache of compiled operators and tokenised rows: $LORA_MS_CACHE, else ~/.cache/lora_ms."""
     return Path(os.environ.get("LORA_MS_CACHE") or Path.home() / ".cache" / "lora_ms")

@@ -1,7 +1,7 @@
-"""How much memory a run takes, from its sizes alone: arithmetic on what the graph keeps, and a few measured constants.
+"""How much memory a training run takes, from sizes alone: arithmetic on what the graph keeps, and measured constants.
 
-Units: MB is 2^20 bytes. Constants were measured with MindSpore 2.9 on the CPU (x86-64); what is said of Ascend follows
-from the same arithmetic and was not measured on hardware.
+Units: MB is 2^20 bytes. Constants were measured with MindSpore 2.9 on the CPU (x86-64); the numbers for Ascend come
+from the same arithmetic and were not measured on hardware.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -11,25 +11,25 @@ from typing import Literal, Protocol
 MB = 2**20
 LIBRARIES = 460.0  # MB of a process that has run a step: 410 Python and MindSpore's code, 25 kernels, 25 matplotlib
 TOKENIZER = 110.0  # MB of transformers and of a tokenizer of 150,000 entries
-# The graph, its compilation and its kernels, in MB of resident heap: by operators, of which a layer has some 55 forward
-# and backward, and 20 more for every adapter. Where activations are computed again, forward operators count twice.
+# Compiled graphs and their kernels, in MB of resident heap. A layer has some 55 operators forward and backward, and an
+# adapter 20 more. Where activations are recomputed, forward operators count twice.
 GRAPH = 66.0
 GRAPH_LAYER = 26.0
-GRAPH_LAYER_OWN = 16.0  # of our own operators, which are fewer
+GRAPH_LAYER_NATIVE = 16.0  # native operators are fewer
 GRAPH_ADAPTER = 4.8
 GRAPH_DROPOUT = 0.8  # of an adapter with dropout
 GRAPH_UPDATE = 1.2  # of an adapter, in the optimiser
-GRAPH_AGAIN = 1.25
-BLOCK = 3  # layers that share their graphs with others where all are computed again; train.layerwise has it
+GRAPH_RECOMPUTED = 1.25  # factor on a layer that is recomputed
+BLOCK = 3  # layers that share their graphs with others where all are recomputed; as in train.layerwise
 INDEX = 12  # bytes that kernels keep of every number of a layer's hidden states, for as long as the graph lives
-INDEX_OWN = 4  # of our own operators, beside a few of MindSpore's
-GAPS = 1.05  # of the pool: what lies between its pieces
+INDEX_NATIVE = 4  # with native operators, besides a few of MindSpore's
+GAPS = 1.05  # size of the memory pool over what it holds
 LOGITS = 3  # matrices [chunk, vocabulary] alive at once in the loss
-LOGITS_OWN = 2
-CHUNK_NUMBERS = 1 << 24  # of the loss; train.step has it
-PART_NUMBERS = 1 << 24  # of the head that are widened at once; nn.product has it
+LOGITS_NATIVE = 2
+CHUNK_NUMBERS = 1 << 24  # numbers of such a matrix; as in train.step
+PART_NUMBERS = 1 << 24  # numbers of the head that are widened to float32 at once; as in nn.projection
 OPTIMIZER_WORK = 9  # vectors of all trainable numbers alive at once in the optimiser's graph
-OPTIMIZER_WORK_OWN = 7
+OPTIMIZER_WORK_NATIVE = 7
 
 
 class Sizes(Protocol):
@@ -55,42 +55,55 @@ class Sizes(Protocol):
     def tie_word_embeddings(self) -> bool: ...
 
 
+class AdapterCost(Protocol):
+    """What the adapter on one module costs in training."""
+
+    @property
+    def trained(self) -> int:
+        """Numbers that train."""
+
+    @property
+    def kept(self) -> int:
+        """Numbers of every token that the backward pass needs besides the module's own input."""
+
+
 @dataclass(frozen=True)
 class Job:
-    """All that decides how much memory a process of a run takes."""
+    """All that decides how much memory one process of a run takes."""
 
-    sizes: Sizes  # of its part, where processes share a model
+    sizes: Sizes  # of this process's part, where processes share a model
     lines: int  # of a micro-batch
     length: int  # tokens of a line
-    ranks: Mapping[str, int] | None  # rank of the adapter on each adapted module, by path; None: all parameters train
-    dropout: float = 0.0
-    half: bool = False  # float16 weights and activations
-    again: Collection[int] = field(default_factory=frozenset)  # layers whose activations are computed again
+    # of the adapter on each adapted module, by path; None: all parameters train
+    costs: Mapping[str, AdapterCost] | None
+    dropout: float = 0.0  # on the inputs of adapters
+    separate_dropout: bool = False  # by an operator of its own, even with native ones
+    float16: bool = False  # weights and activations; else float32
+    recomputed: Collection[int] = field(default_factory=frozenset)  # layers whose activations are recomputed
     tokenizer: bool = True
     device: Literal["CPU", "Ascend"] = "CPU"
     swap: bool = False  # AdamW's moments in the host's memory between steps
-    own: bool = False  # on the CPU: our own operators, not MindSpore's
-    lora_bias: bool = False
+    native: bool = False  # on the CPU: native operators in place of MindSpore's
 
     @property
     def weight_width(self) -> int:
         """Bytes of a weight."""
-        return 2 if self.half else 4
+        return 2 if self.float16 else 4
 
     @property
     def width(self) -> int:
-        """Bytes of what flows between layers: float32 on the CPU, whatever the weights are."""
+        """Bytes of a number that flows between layers: on the CPU it is float32, whatever the weights are."""
         return 4 if self.device == "CPU" else self.weight_width
 
     @property
     def swapped(self) -> int:
-        """Bytes of a trained number that leave the device between steps."""
+        """Bytes per trained number that leave the device between steps."""
         return 8 if self.swap and self.device == "Ascend" else 0
 
     @property
     def fused(self) -> bool:
         """Whether attention keeps no [queries, keys] matrix."""
-        return self.own if self.device == "CPU" else self.half
+        return self.native if self.device == "CPU" else self.float16
 
 
 @dataclass(frozen=True)
@@ -99,7 +112,7 @@ class Estimate:
 
     libraries: float
     weights: float
-    training: float  # adapter, its gradient and AdamW's moments
+    training: float  # what trains, its gradient and AdamW's moments
     graphs: float
     activations: float
     logits: float
@@ -111,8 +124,10 @@ class Estimate:
 
 def modules(sizes: Sizes) -> dict[str, tuple[int, int]]:
     """Dense layers of the decoder: path -> (inputs, outputs)."""
-    h, f = sizes.hidden_size, sizes.intermediate_size
-    q, kv = sizes.num_attention_heads * sizes.head_dim, sizes.num_key_value_heads * sizes.head_dim
+    h = sizes.hidden_size
+    f = sizes.intermediate_size
+    q = sizes.num_attention_heads * sizes.head_dim
+    kv = sizes.num_key_value_heads * sizes.head_dim
     shapes = {
         "self_attn.q_proj": (h, q),
         "self_attn.k_proj": (h, kv),
@@ -127,7 +142,7 @@ def modules(sizes: Sizes) -> dict[str, tuple[int, int]]:
 
 
 def parameters(sizes: Sizes) -> int:
-    """Numbers of the bare model."""
+    """Numbers of the model without an adapter."""
     dense = modules(sizes)
     if sizes.tie_word_embeddings:
         del dense["lm_head"]
@@ -140,57 +155,64 @@ def parameters(sizes: Sizes) -> int:
 
 def trainable(job: Job) -> int:
     """Numbers that train."""
-    if job.ranks is None:
+    if job.costs is None:
         return parameters(job.sizes)
-    dense = modules(job.sizes)
-    return sum(rank * sum(dense[name]) for name, rank in job.ranks.items())
+    return sum(cost.trained for cost in job.costs.values())
 
 
 def kept(job: Job, layer: int) -> tuple[float, float]:
     """MB that the backward pass needs of a layer's forward pass: of its attention, and of its feed-forward block."""
-    s, tokens = job.sizes, job.lines * job.length
-    h, f = s.hidden_size, s.intermediate_size
-    q, kv = s.num_attention_heads * s.head_dim, s.num_key_value_heads * s.head_dim
-    # before the norm; queries and attention's output, keys and values; gate and up, and what MindSpore's operators
-    # leave of their product
-    attention, feed = tokens * (h + 2 * q + 2 * kv), tokens * (h + (2 if job.own else 3) * f)
+    s = job.sizes
+    tokens = job.lines * job.length
+    h = s.hidden_size
+    q = s.num_attention_heads * s.head_dim
+    kv = s.num_key_value_heads * s.head_dim
+    # hidden states before the norm, queries, attention's output, keys and values
+    attention = tokens * (h + 2 * q + 2 * kv)
     if not job.fused:
         attention += job.lines * s.num_attention_heads * job.length**2
-    dense, prefix = modules(s), f"model.layers.{layer}."
+    # hidden states before the norm, gate and up; MindSpore's operators also keep their product
+    feed_forward = tokens * (h + (2 if job.native else 3) * s.intermediate_size)
+    dense = modules(s)
+    prefix = f"model.layers.{layer}."
     attention += tokens * _adapter_inputs(job, dense, f"{prefix}self_attn.")
-    feed += tokens * _adapter_inputs(job, dense, f"{prefix}mlp.")
-    return attention * job.width / MB, feed * job.width / MB
+    feed_forward += tokens * _adapter_inputs(job, dense, f"{prefix}mlp.")
+    return attention * job.width / MB, feed_forward * job.width / MB
 
 
 def _adapter_inputs(job: Job, dense: Mapping[str, tuple[int, int]], prefix: str) -> int:
-    # numbers of a token that gradients of adapters need: their inputs and low products
-    adapted = [name for name in dense if name.startswith(prefix) and (job.ranks is None or name in job.ranks)]
-    low = sum((job.ranks or {}).get(name, 0) for name in adapted)
-    if job.dropout and (not job.own or job.lora_bias):  # each has its own input then, and its zeros
-        return low + 2 * sum(dense[name][0] for name in adapted)
+    # numbers per token that the gradients of adapters need: their inputs, and what they keep besides
+    adapted = [name for name in dense if name.startswith(prefix) and (job.costs is None or name in job.costs)]
+    kept_besides = 0 if job.costs is None else sum(job.costs[name].kept for name in adapted)
+    if job.dropout and (
+        not job.native or job.separate_dropout
+    ):  # then each adapter has its own dropped input and its mask
+        return kept_besides + 2 * sum(dense[name][0] for name in adapted)
     shared = {name.replace("k_proj", "q_proj").replace("v_proj", "q_proj").replace("up_", "gate_") for name in adapted}
-    return low + sum(dense[name][0] for name in shared)
+    return kept_besides + sum(dense[name][0] for name in shared)
 
 
 def working(job: Job) -> tuple[float, float]:
-    """MB that the backward pass of a layer holds besides, for a moment: of its attention, and of the rest."""
-    s, tokens = job.sizes, job.lines * job.length
+    """MB that the backward pass of a layer holds for a moment besides: of its attention, and of the rest."""
+    s = job.sizes
+    tokens = job.lines * job.length
     attention = 0 if job.fused else 3 * job.lines * s.num_attention_heads * job.length**2
     return attention * job.width / MB, tokens * (4 * s.intermediate_size + 2 * s.hidden_size) * job.width / MB
 
 
 def tables(job: Job) -> float:
-    """MB of the rotary tables and of the mask, which all layers share."""
-    s, tokens = job.sizes, job.lines * job.length
+    """MB of the rotary tables and of the attention mask, which all layers share."""
+    s = job.sizes
+    tokens = job.lines * job.length
     rotary = 2 * tokens * (s.num_attention_heads + s.num_key_value_heads) * s.head_dim * job.width
     mask = job.lines * job.length**2 * (1 if job.fused else 4 * s.num_attention_heads)
     return (rotary + mask) / MB
 
 
 def compiled(job: Job) -> list[int]:
-    """Layers whose graphs there are: of those that are alike, a block and the rest where all are computed again."""
+    """Layers that have graphs: where all layers are recomputed, the first block and the last layers alone."""
     layers = list(range(job.sizes.num_hidden_layers))
-    if {*job.again} != {*layers}:
+    if {*job.recomputed} != {*layers}:
         return layers
     blocks = (len(layers) - 1) // BLOCK
     return [*layers[: BLOCK * min(blocks, 1)], *layers[BLOCK * blocks :]]
@@ -198,41 +220,48 @@ def compiled(job: Job) -> list[int]:
 
 def operators_mb(job: Job) -> float:
     """MB of the layers' graphs, and of the optimiser's."""
-    every = [7 / 4 if job.ranks is None else 0.0] * job.sizes.num_hidden_layers
-    for name in job.ranks or ():
+    adapters = [7 / 4 if job.costs is None else 0.0] * job.sizes.num_hidden_layers  # of each layer
+    for name in job.costs or ():
         if name.startswith("model.layers."):
-            every[int(name.split(".")[2])] += 1
-    adapter, shared = GRAPH_ADAPTER + GRAPH_DROPOUT * (job.dropout > 0), compiled(job)
-    again = {*job.again} if len(shared) == len(every) else ()
-    layer = GRAPH_LAYER_OWN if job.own else GRAPH_LAYER
-    layers = ((layer + adapter * every[i]) * (GRAPH_AGAIN if i in again else 1.0) for i in shared)
-    return sum(layers) + GRAPH_UPDATE * sum(every)
+            adapters[int(name.split(".")[2])] += 1
+    adapter = GRAPH_ADAPTER + GRAPH_DROPOUT * (job.dropout > 0)
+    with_graphs = compiled(job)
+    # layers that share graphs recompute outside them
+    recomputed = {*job.recomputed} if len(with_graphs) == len(adapters) else ()
+    layer = GRAPH_LAYER_NATIVE if job.native else GRAPH_LAYER
+    layers = ((layer + adapter * adapters[i]) * (GRAPH_RECOMPUTED if i in recomputed else 1.0) for i in with_graphs)
+    return sum(layers) + GRAPH_UPDATE * sum(adapters)
 
 
 def estimate(job: Job) -> Estimate:
     """The peak of a training run."""
-    s, tokens, layers = job.sizes, job.lines * job.length, range(job.sizes.num_hidden_layers)
-    count, again = trainable(job), {*job.again}
+    s = job.sizes
+    tokens = job.lines * job.length
+    layers = range(s.num_hidden_layers)
+    count = trainable(job)
+    recomputed = {*job.recomputed}
     chunk = min(tokens, max(16, CHUNK_NUMBERS // s.vocab_size))
-    matrices = LOGITS_OWN if job.own else LOGITS
+    matrices = LOGITS_NATIVE if job.native else LOGITS
     logits = chunk * s.vocab_size * (10 if job.width == 2 else 4 * matrices) / MB
-    if job.half and job.device == "CPU" and not job.own:  # weights widened, one matrix at a time
+    if job.float16 and job.device == "CPU" and not job.native:  # the head is widened to float32 part by part
         logits += 4 * PART_NUMBERS / MB
-    inputs = 2 * len(again) * tokens * s.hidden_size * job.width / MB  # of both halves of a layer
-    rest = inputs + sum(sum(kept(job, i)) for i in layers if i not in again) + tables(job)
-    # a layer that is computed again has one of its halves there at a time
-    halves = [0.0, 0.0] if not again else [max(parts) for parts in zip(*(kept(job, i) for i in again), strict=True)]
+    inputs = 2 * len(recomputed) * tokens * s.hidden_size * job.width / MB  # of both halves of a layer
+    rest = inputs + sum(sum(kept(job, i)) for i in layers if i not in recomputed) + tables(job)
+    # a recomputed layer has one of its halves in memory at a time
+    halves = [0.0, 0.0]
+    if recomputed:
+        halves = [max(parts) for parts in zip(*(kept(job, i) for i in recomputed), strict=True)]
     backward = rest + max(half + work for half, work in zip(halves, working(job), strict=True))
     gradients = 2 * 4 * count / MB
-    update = 4 * (OPTIMIZER_WORK_OWN if job.own else OPTIMIZER_WORK) * count / MB
+    update = 4 * (OPTIMIZER_WORK_NATIVE if job.native else OPTIMIZER_WORK) * count / MB
     peak = GAPS * max(rest + logits, backward + gradients, update + job.swapped * count / MB)
-    width = 0 if job.device == "Ascend" else INDEX_OWN if job.own else INDEX
+    width = 0 if job.device == "Ascend" else INDEX_NATIVE if job.native else INDEX
     index = width * tokens * s.hidden_size * len(compiled(job)) / MB
     of_loss = min(GAPS * logits, peak)
     return Estimate(
         libraries=LIBRARIES + TOKENIZER * job.tokenizer,
         weights=parameters(s) * job.weight_width / MB,
-        training=((16 if job.ranks is not None else 12) - job.swapped) * count / MB,
+        training=((16 if job.costs is not None else 12) - job.swapped) * count / MB,
         graphs=GRAPH + operators_mb(job) + index,
         activations=peak - of_loss,
         logits=of_loss,
@@ -240,11 +269,14 @@ def estimate(job: Job) -> Estimate:
 
 
 def largest(fits: Callable[[int], bool], most: int) -> int:
-    """The largest number from 1 to ``most`` that fits, 0 for none; what is smaller fits too."""
+    """The largest number from 1 to ``most`` that fits, 0 where none does; below a number that fits, all must fit."""
     low, high = 0, most
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+        if fits(middle):
+            low = middle
+        else:
+            high = middle - 1
     return low
 
 
@@ -259,23 +291,24 @@ def largest_length(job: Job, room: float, most: int = 131_072) -> int:
 
 
 def remedies(job: Job, room: float) -> list[str]:
-    """Keys to change, one after another, until the run fits into ``room`` MB; with what it takes then, last."""
+    """Keys to change, one after another, until the run fits into ``room`` MB; empty where nothing makes it fit."""
     every = frozenset(range(job.sizes.num_hidden_layers))
-    found = []
+    trains_adapter = job.costs is not None  # else weights stay float32
     steps: list[tuple[str, Job]] = []
     if job.lines > 1:
         lines = max(1, largest_batch(job, room))
         text = f"runner_config.batch_size {lines} with gradient_accumulation_steps x {-(-job.lines // lines)}"
         steps.append((text, replace(job, lines=lines)))
     one = replace(job, lines=1)
-    if {*job.again} != every:
-        steps.append(("recompute_config.recompute True", replace(one, again=every)))
-    if not job.half and job.ranks is not None:
-        steps.append(("model.model_config.compute_dtype float16", replace(one, again=every, half=True)))
-    last = replace(one, again=every, half=job.half or job.ranks is not None)
+    if {*job.recomputed} != every:
+        steps.append(("recompute_config.recompute True", replace(one, recomputed=every)))
+    if not job.float16 and trains_adapter:
+        steps.append(("model.model_config.compute_dtype float16", replace(one, recomputed=every, float16=True)))
+    last = replace(one, recomputed=every, float16=job.float16 or trains_adapter)
     length = largest_length(last, room, job.length)
     if 0 < length < job.length:
         steps.append((f"model.model_config.seq_length {length}", replace(last, length=length)))
+    found = []
     for text, changed in steps:
         found.append(text)
         if estimate(changed).total <= room:

@@ -1,4 +1,4 @@
-"""Compiles the operators beside this file, once for each machine and source, into the cache."""
+"""Compiles the native CPU operators (``ops/csrc``) into the cache, once for each processor, compiler and source."""
 
 import ctypes
 import os
@@ -10,7 +10,7 @@ import tempfile
 from hashlib import blake2b
 from pathlib import Path
 
-from lora_ms.runtime import host as machine
+from lora_ms.runtime.host import cache_folder
 
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-shared", "-fPIC", "-pthread")
@@ -19,15 +19,15 @@ TIME_LIMIT = 300  # seconds
 
 
 def compiler() -> str | None:
-    """The C++ compiler: $CXX, else the first of ``COMPILERS`` that is there; None where none is."""
+    """The C++ compiler: $CXX, else the first of ``COMPILERS`` that is installed; None without one."""
     names = [os.environ["CXX"]] if os.environ.get("CXX") else COMPILERS
     return next((found for name in names if (found := shutil.which(name))), None)
 
 
 def build(extra: tuple[str, ...] = ()) -> tuple[Path | None, str]:
-    """The library, compiled where the cache does not have it; or None and why there is none.
+    """The library's path and "", compiled first where the cache does not have it; or None and the reason.
 
-    A library serves the machines whose processor has the same features.
+    A library works on all machines whose processor has the same features.
 
     extra: more flags for the compiler.
     """
@@ -39,7 +39,7 @@ def build(extra: tuple[str, ...] = ()) -> tuple[Path | None, str]:
         version = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=TIME_LIMIT).stdout
         sources = [path.read_bytes() for path in sorted(SOURCES.glob("*.h")) + sorted(SOURCES.glob("*.cpp"))]
         parts = [program.encode(), version.encode(), " ".join(flags).encode(), processor(), *sources]
-        folder = machine.cache_folder() / "cpu"
+        folder = cache_folder() / "cpu"
         library = folder / f"operators-{blake2b(b'|'.join(parts), digest_size=12).hexdigest()}.so"
         if not library.exists():
             folder.mkdir(parents=True, exist_ok=True)
@@ -54,7 +54,7 @@ def build(extra: tuple[str, ...] = ()) -> tuple[Path | None, str]:
 
 
 def _compile(command: list[str], library: Path) -> None:
-    # under a name of its own first: another process may build the same, and none may load a half of it
+    # to a temporary name first: another process may be building the same, and must not load half a file
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         made = Path(folder) / library.name
         subprocess.run(
@@ -65,7 +65,7 @@ def _compile(command: list[str], library: Path) -> None:
 
 
 def processor() -> bytes:
-    """What -march=native goes by."""
+    """What decides the code that -march=native generates."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -75,5 +75,5 @@ def processor() -> bytes:
 
 
 def set_threads(library: Path, count: int) -> None:
-    """On how many threads the operators run, at least 1."""
+    """The number of threads that the operators run on, at least 1."""
     ctypes.CDLL(str(library)).set_threads(count)

@@ -38,7 +38,7 @@ from lora_ms.train.shared_layers import SharedLayers
 
 
 def recomputed_layers(recompute: bool | int | Sequence[int], count: int) -> list[int]:
-    """Indices of the layers that ``recompute`` names, of ``count``: all or none, the first N, or these ones.
+    """Indices of the layers, of ``count``, to recompute: True all, False none, N the N lowest, a list those in it.
 
     Raises:
         LoraMsError: there is no such layer.
@@ -92,7 +92,7 @@ class MicroStep(Graph):
         self.accumulate = Accumulate(optimizer, parts.ties)
 
     def construct(self, input_ids: Tensor, position_ids: Tensor, target_index: Tensor, targets: Tensor) -> Tensor:
-        """In one graph."""
+        """All of it as one graph; with ``shared``, ``__call__`` runs several graphs instead."""
         if self.keeps_all:
             found = self.whole(input_ids, position_ids, target_index, targets)
             self.accumulate(*found[1:])

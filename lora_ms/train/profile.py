@@ -19,7 +19,7 @@ TABLES = {
 }
 
 
-class Cost(NamedTuple):
+class OperatorCost(NamedTuple):
     """The time of all operators of one kind."""
 
     name: str
@@ -27,18 +27,18 @@ class Cost(NamedTuple):
     milliseconds: float
 
 
-def read_costs(folder: Path) -> list[Cost]:
+def read_costs(folder: Path) -> list[OperatorCost]:
     """From the profile under ``folder``, the slowest first; empty where it holds no such table."""
     costs = []
     for pattern, (name, calls, time, unit) in TABLES.items():
         for file in sorted(folder.rglob(pattern)):
             with open(file, newline="", encoding="utf-8") as stream:
                 rows = list(csv.DictReader(stream))
-            costs += [Cost(row[name], int(row[calls]), float(row[time]) * unit) for row in rows]
+            costs += [OperatorCost(row[name], int(row[calls]), float(row[time]) * unit) for row in rows]
     return sorted(costs, key=lambda cost: -cost.milliseconds)
 
 
-def table(costs: list[Cost]) -> list[str]:
+def table(costs: list[OperatorCost]) -> list[str]:
     """The slowest of them as lines of at most 80 columns."""
     total = sum(cost.milliseconds for cost in costs) or 1.0
     lines = [f"  {'operator':<44} {'calls':>12} {'total ms':>12} {'share':>7}"]

@@ -105,6 +105,12 @@ class Steps:
         factors = [factor * rate_factors.get(name, 1.0) for factor, name in zip(factors, trainable, strict=True)]
         objectives = [term for hook in self.hooks for term in hook.objectives(params)]
         observers = [hook.observer(params) for hook in self.hooks]
+        if objectives and self.runtime.shard.count > 1:  # a process sees its part of the parameters alone
+            named = ", ".join(term.name for term in objectives)
+            raise LoraMsError(
+                f"loss terms ({named}) are not supported with parallel_config.model_parallel "
+                f"{self.runtime.shard.count}: set it to 1, or leave the terms out"
+            )
         self.terms = term_names(objectives, [entry.name for entry in fields(StepRecord)])
         return FlatAdamW(
             params,
@@ -132,7 +138,7 @@ class Steps:
                 # a rank that has some of a layer's columns takes its part of one rank's numbers
                 weight = f"{name.rpartition('.')[0]}.weight"
                 width = shard.whole_shape(weight, (1, cell.columns))[1]
-                cell.draws.first = shard.place(weight, (1, width))[1].start or 0
+                cell.draws.first = shard.slices(weight, (1, width))[1].start or 0
                 draws.append(cell.draws)
                 columns.append(width)
         if self.noise is not None:
@@ -183,7 +189,7 @@ class Steps:
         }
 
     def begin(self, step: int, level: int = 0) -> None:
-        """The next step to be launched is ``step`` (from 0); level: of its micro-batches, see ``DataPlan.step``."""
+        """Feeds batches from ``step`` (from 0) on; level: how often micro-batches are halved, see ``DataPlan.step``."""
         self.upcoming = device_steps(self.plan, step, level)
         self.clock = time.perf_counter()
 
@@ -235,7 +241,8 @@ class Steps:
         """Waits for the pending steps, and returns their numbers.
 
         Raises:
-            LoraMsError: a loss or gradient that is not finite; no parameter was changed by it.
+            LoraMsError: a loss or gradient that is not finite (in float16, more than MAX_SKIPPED times in a row); no
+                parameter was changed by it.
         """
         pending, self.pending = self.pending, []
         sums = [sum(float(loss.asnumpy()) for loss in p.losses) for p in pending]

@@ -11,11 +11,14 @@ from mindspore import Tensor, nn, ops
 from lora_ms.adapters.inject import adapter_cells, build, inject, install, select
 from lora_ms.adapters.merge import merge, merged_cells
 from lora_ms.adapters.methods.adalora import AdaLoraConfig
+from lora_ms.adapters.methods.ia3 import IA3Config
 from lora_ms.adapters.methods.lora import LayerGroup, LoraConfig
 from lora_ms.adapters.peft_format import adapter_tensors, load_adapter, read_tensors, save_adapter
 from lora_ms.errors import LoraMsError
 from lora_ms.models.decoder import CausalLM, DecoderConfig
 from lora_ms.models.hub import new_model
+from lora_ms.ops import select as select_operators
+from lora_ms.runtime import native_build
 
 pytestmark = pytest.mark.usefixtures("graph_mode")
 IDS = Tensor(np.random.default_rng(0).integers(0, 24, (2, 5)).astype(np.int32))
@@ -42,6 +45,8 @@ KINDS = {
     "pissa_rslora": config(init_lora_weights="pissa", use_rslora=True),
     "olora": config(init_lora_weights="olora"),
     "adalora": AdaLoraConfig(4, 6.0, target_modules=QV, target_rank=2),
+    "ia3": IA3Config(),
+    "ia3_head": IA3Config(("v_proj", "lm_head"), feedforward_modules=("lm_head",), modules_to_save="norm"),
     "patterns": config(rank_pattern={"0.self_attn.q_proj": 3}, alpha_pattern={"v_proj": 7.0}),
     "layer_groups": config(layer_groups=GROUPS),
     "embed": config(target_modules=EMBED),
@@ -71,7 +76,10 @@ SIZES = DecoderConfig(
 
 def fresh(dtype: ms.Type = ms.float32) -> CausalLM:
     """A tied model with biases, none of them zero."""
-    model, rng = new_model(SIZES, dtype, seed=3), np.random.default_rng(3)
+    library, why = native_build.build()
+    assert library is not None, why
+    model = new_model(SIZES, dtype, seed=3, operators=select_operators("CPU", library=str(library)))
+    rng = np.random.default_rng(3)
     for parameter in model.get_parameters():
         if parameter.ndim == 1:
             value = parameter.asnumpy() + rng.standard_normal(parameter.shape) * 0.2
@@ -207,6 +215,7 @@ FIRST_GRADIENTS = {
     "pissa": {"lora_a": True, "lora_b": True},
     "olora": {"lora_a": True, "lora_b": True},
     "adalora": {"lora_a": False, "lora_b": False, "lora_e": True},
+    "ia3": {"ia3_l": True},
     "embed": {"lora_a": True, "lora_b": False},
     "lm_head_dora": {"lora_a": False, "lora_b": True, "lora_magnitude": True},
     "save_norms": {"weight": True},
@@ -220,6 +229,7 @@ PLACES = {
     "pissa": ("model.layers.1.self_attn.q_proj",),
     "olora": ("model.layers.1.self_attn.k_proj",),
     "adalora": ("model.layers.0.mlp.up_proj", "model.layers.1.mlp.down_proj"),
+    "ia3": ("model.layers.1.self_attn.o_proj", "model.layers.1.mlp.up_proj"),
     "embed": ("model.embed_tokens",),
     "lm_head_dora": ("lm_head",),
     "save_norms": ("model.norm", "model.layers.0.input_layernorm"),

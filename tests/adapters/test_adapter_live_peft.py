@@ -15,10 +15,12 @@ from mindspore import Tensor
 from lora_ms.adapters.inject import adapter_cells, inject
 from lora_ms.adapters.merge import merge
 from lora_ms.adapters.methods.adalora import AdaLoraConfig
+from lora_ms.adapters.methods.ia3 import IA3Config
 from lora_ms.adapters.methods.lora import LayerGroup, LoraConfig
 from lora_ms.adapters.peft_format import save_adapter
 from lora_ms.models.decoder import CausalLM
 from lora_ms.models.hub import load_directory
+from lora_ms.ops import Operators
 
 pytestmark = [pytest.mark.usefixtures("graph_mode"), pytest.mark.peft, pytest.mark.slow]
 QV = ("q_proj", "v_proj")
@@ -61,6 +63,9 @@ KINDS = {
     "pissa_rslora": made("qwen3", init_lora_weights="pissa", use_rslora=True),
     "olora": made("qwen2", init_lora_weights="olora", rank_pattern={"v_proj": 2}),
     "adalora": Made("qwen2", ADALORA),
+    "ia3": Made("qwen2", IA3Config()),
+    "ia3_paths": Made("llama3", IA3Config("o_proj|up_proj", feedforward_modules=r".*layers\.1\..*o_proj")),
+    "ia3_head": Made("qwen3", IA3Config(("v_proj", "lm_head"), feedforward_modules=(), modules_to_save="model.norm")),
     "adalora_allocated": Made("qwen3", replace(ADALORA, kept=KEPT)),
     "patterns": made("qwen3", rank_pattern={r"1\..*q_proj": 1, "q_proj": 2}, alpha_pattern={"v_proj": 7.0}),
     "patterns_rslora": made("llama3", rank_pattern={"q_proj": 2}, alpha_pattern={"v_proj": 7.5}, use_rslora=True),
@@ -92,9 +97,10 @@ for name, model in json.loads(sys.argv[3]).items():
 """
 
 
-def moved(reference: Path, kind: str) -> CausalLM:
+def moved(reference: Path, kind: str, operators: Operators) -> CausalLM:
     """The model with the adapter, whose every tensor is away from where it starts."""
-    model, config = load_directory(reference / "models" / KINDS[kind].model), KINDS[kind].config
+    model = load_directory(reference / "models" / KINDS[kind].model, operators=operators)
+    config = KINDS[kind].config
     ms.set_seed(5)
     inject(model, config)
     rng = np.random.default_rng(5)
@@ -108,14 +114,14 @@ def moved(reference: Path, kind: str) -> CausalLM:
 
 
 @pytest.fixture(scope="module")
-def theirs(reference, python_env, tmp_path_factory) -> Path:
+def theirs(reference, native, python_env, tmp_path_factory) -> Path:
     """The folder of what PEFT says, one npz a kind."""
     torch_python = os.environ.get("LORA_MS_TORCH_PYTHON")
     if not torch_python:
         pytest.skip("LORA_MS_TORCH_PYTHON names no Python with torch and PEFT")
     folder = tmp_path_factory.mktemp("adapters")
     for kind, (name, config) in KINDS.items():
-        save_adapter(moved(reference, kind), folder / kind, config, str(reference / "models" / name))
+        save_adapter(moved(reference, kind, native), folder / kind, config, str(reference / "models" / name))
     models = json.dumps({kind: name for kind, (name, _) in KINDS.items()})
     command = [torch_python, "-c", DRIVER, str(reference), str(folder), models]
     child = subprocess.run(command, env={**python_env, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
@@ -125,12 +131,12 @@ def theirs(reference, python_env, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_peft_makes_the_same_of_our_adapter(reference, theirs, kind):
+def test_peft_makes_the_same_of_our_adapter(reference, native, theirs, kind):
     with np.load(theirs / f"{kind}.npz") as values:
         values = dict(values)
     assert np.abs(values["logits"] - values["base_logits"]).mean() > 0.1
     assert ("merged_logits" in values) == (kind not in NOT_MERGED)
-    model, input_ids = moved(reference, kind), Tensor(values["input_ids"])
+    model, input_ids = moved(reference, kind, native), Tensor(values["input_ids"])
     ms.set_context(mode=ms.PYNATIVE_MODE)  # models that run once; their graphs are tested elsewhere
     try:
         found, merged = model(input_ids).asnumpy(), merge(model)(input_ids).asnumpy()

@@ -149,9 +149,12 @@ def test_a_truncated_file(bare, copied, cut):
 
 
 def test_configurations_that_are_no_lora(bare, copied, tmp_path):
-    path = copied("qwen2", peft_type="IA3")
+    path = copied("qwen2", peft_type="LOHA")
     file = path / "adapter_config.json"
-    assert error_of(read_adapter_config, path) == f"{file}: peft_type 'IA3' is not supported; supported: LORA, ADALORA"
+    assert (
+        error_of(read_adapter_config, path)
+        == f"{file}: peft_type 'LOHA' is not supported; supported: LORA, ADALORA, IA3"
+    )
     file.write_text('{"peft_type": "LORA", "lora_alpha": 8}')
     assert error_of(read_adapter_config, path) == f"{file}: r, target_modules is missing"
     file.write_text("{")

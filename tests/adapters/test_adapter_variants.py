@@ -53,8 +53,8 @@ def eager() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def fresh(reference) -> Callable:
-    return lambda name: load_directory(reference / "models" / model_of(name)).set_train(False)
+def fresh(native, reference) -> Callable:
+    return lambda name: load_directory(reference / "models" / model_of(name), operators=native).set_train(False)
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,11 @@ def places(model) -> dict[str, LoraSpec]:
 
 
 def scalings(model) -> dict[str, float]:
-    return {name: float(layer.scaling.asnumpy()) for name, layer in adapted_layers(model).items()}
+    return {
+        f"{name}.{setting}": float(parameter.asnumpy())
+        for name, layer in adapted_layers(model).items()
+        for setting, parameter in layer.settings().items()
+    }
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -127,7 +131,7 @@ def test_saved_and_loaded_again(fresh, tmp_path, name):
 
 BY_PLACE = {
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"),
-    *("lora_rank", "lora_alpha", "rank_pattern", "alpha_pattern", "init_lora_weights"),
+    *("lora_rank", "lora_alpha", "rank_pattern", "alpha_pattern", "init_lora_weights", "feedforward_modules"),
 }
 
 
@@ -143,13 +147,13 @@ def test_settings_saved_and_read_again(fresh, tmp_path, name):
         assert getattr(again, key) == getattr(config, key), key
     assert not again.changed_base
     factor = 2 if config.changed_base else 1
-    wanted = {path: LoraSpec(factor * rank, factor * alpha) for path, (rank, alpha) in places(model).items()}
+    wanted = {path: type(spec)(*(factor * value for value in spec)) for path, spec in places(model).items()}
     assert select(fresh(name), again) == wanted
     if isinstance(config, AdaLoraConfig):
         ranks = json.loads((VARIANTS / name / "adapter_config.json").read_text())["rank_pattern"] or {}
         assert config.kept == {key.removesuffix(".lora_E"): tuple(mask) for key, mask in ranks.items()}
     whole = {path for path, cell in adapter_cells(model).items() if cell.spec is None and cell.tensors()}
-    if config.bias == "none":  # biases of other layers are no modules to save
+    if not config.trains_all_biases:  # biases of other layers are no modules to save
         assert saved_layers(fresh(name), again).keys() == whole
     copy = fresh(name)
     load_adapter(copy, tmp_path)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from lora_ms.adapters.arithmetic import dropped, elected, nearest, trimmed
-from lora_ms.adapters.combine import METHODS, Adapter, combine, read_adapter, write_adapter
+from lora_ms.adapters.combine import COMBINATIONS, Adapter, combine, read_adapter, write_adapter
 from lora_ms.adapters.methods.base import Pair
 from lora_ms.adapters.methods.lora import LoraConfig
 from lora_ms.adapters.peft_files import base_name
@@ -29,7 +29,7 @@ GOLDEN = {
     "dare_linear": ("abc", "dare_linear", {"density": 1.0}),
     "magnitude_prune": ("abc", "magnitude_prune", {"density": 0.5}),
 }
-PRUNING = [name for name in METHODS if name not in ("linear", "cat", "svd")]
+PRUNING = [name for name in COMBINATIONS if name not in ("linear", "cat", "svd")]
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def test_pefts_tensors(stored, golden, name):
 
 @pytest.mark.usefixtures("graph_mode")
 @pytest.mark.parametrize("name", GOLDEN)
-def test_pefts_logits_through_the_engine(stored, reference, golden, tmp_path, name):
+def test_pefts_logits_through_the_engine(stored, native, reference, golden, tmp_path, name):
     from mindspore import Tensor
 
     from lora_ms.adapters.peft_format import load_adapter
@@ -93,7 +93,7 @@ def test_pefts_logits_through_the_engine(stored, reference, golden, tmp_path, na
 
     values, (adapters, method, options) = golden(f"combined/qwen2_{name}"), GOLDEN[name]
     write_adapter(combine([stored(one) for one in adapters], WEIGHTS, method, **options), tmp_path)
-    model = load_directory(reference / "models" / "qwen2")
+    model = load_directory(reference / "models" / "qwen2", operators=native)
     load_adapter(model, tmp_path)
     np.testing.assert_allclose(model(Tensor(values["input_ids"])).asnumpy(), values["logits"], rtol=0, atol=1e-4)
 

@@ -84,17 +84,20 @@ def test_a_broken_package_is_one_line(mindformers, command, capsys, monkeypatch)
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (("--pet_config.use_dora", "True"), "MindPet's LoRA goes without use_dora: set pet_config.lora_impl: lora_ms"),
-        (("--pet_config.layer_groups", "[{layers: 0, lora_rank: 2}]"), "MindPet's LoRA goes without layer_groups"),
-        (("--pet_config.pet_type", "adalora"), "goes without pet_config.pet_type adalora"),
-        (("--pet_config.neftune_noise_alpha", "5"), "goes without pet_config.neftune_noise_alpha"),
-        (("--train_dataset.validation_split", "0.1"), "goes without train_dataset.validation_split"),
-        (("--report_to", "tensorboard", "--profile", "True"), "goes without report_to, profile"),
+        (
+            ("--pet_config.use_dora", "True"),
+            "MindPet's LoRA does not support use_dora: set pet_config.lora_impl: lora_ms",
+        ),
+        (("--pet_config.layer_groups", "[{layers: 0, lora_rank: 2}]"), "MindPet's LoRA does not support layer_groups"),
+        (("--pet_config.pet_type", "adalora"), "does not support pet_config.pet_type adalora"),
+        (("--pet_config.neftune_noise_alpha", "5"), "does not support pet_config.neftune_noise_alpha"),
+        (("--train_dataset.validation_split", "0.1"), "does not support train_dataset.validation_split"),
+        (("--report_to", "tensorboard", "--profile", "True"), "does not support report_to, profile"),
         (("--pet_config", "null"), "unknown flag"),
         (("--options", "pet_config=null"), "backend mindformers trains adapters: give pet_config"),
-        (("--resume_training", "True"), "wants MindFormers' checkpoint in load_checkpoint"),
-        (("--backend", "mindformer"), "backend wants 'native' or 'mindformers', got 'mindformer'"),
-        (("--pet_config.lora_impl", "peft"), "lora_impl wants 'mindpet' or 'lora_ms', got 'peft'"),
+        (("--resume_training", "True"), "expects MindFormers' checkpoint in load_checkpoint"),
+        (("--backend", "mindformer"), "backend expects 'native' or 'mindformers', got 'mindformer'"),
+        (("--pet_config.lora_impl", "peft"), "lora_impl expects 'mindpet' or 'lora_ms', got 'peft'"),
         (("--runner_config.batchsize", "2"), "runner_config.batch_size?"),
     ],
 )
@@ -152,24 +155,24 @@ def test_what_is_otherwise_on_a_cpu_is_said():
         asked(runner_config={"batch_size": 2, "gradient_accumulation_steps": 4}),
         {"compute_dtype": "float32"},
     )
-    lines = settings.on_cpu(found, llama)
+    lines = settings.adapt_to_cpu(found, llama)
     assert found["runner_config"] == {"epochs": 1, "batch_size": 8, "sink_mode": False}
     assert "batch_size 8: 4 accumulated micro-batches in one" in lines
     assert any("in place of param_init_type float16" in line for line in lines)
     assert llama["use_flash_attention"] is llama["fused_rms_norm"] is False and llama["use_rope_slice"] is True
     again = asked(runner_config={"sink_mode": False}, train_dataset={"num_parallel_workers": 1})
-    lines = settings.on_cpu(
+    lines = settings.adapt_to_cpu(
         again, {"fused_rms_norm": False, "use_rope_slice": True, **dict.fromkeys(settings.TYPES, "float32")}
     )
     assert len(lines) == 1 and "runner_wrapper" in lines[0]  # the rest is as it has to be
     with pytest.raises(LoraMsError, match="need Ascend; give --use_parallel False"):
-        settings.on_cpu(asked(use_parallel=True), {})
+        settings.adapt_to_cpu(asked(use_parallel=True), {})
 
 
 def test_keys_of_ours_that_change_nothing_are_named():
     given = {"train_dataset": {"packing": True, "length_buckets": 1}, "report_to": ["tensorboard"]}
     given |= {"eval_dataset": {"packing": False}, "runner_config": {"batch_size": 2, "adaptive_batch": True}}
-    assert settings.idle(given) == ["report_to", "runner_config.adaptive_batch", "train_dataset.packing"]
+    assert settings.without_effect(given) == ["report_to", "runner_config.adaptive_batch", "train_dataset.packing"]
     found = asked(**given)
     assert "report_to" not in found and "adaptive_batch" not in found["runner_config"]
     assert "packing" not in found["train_dataset"]

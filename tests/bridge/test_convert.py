@@ -187,7 +187,7 @@ def test_refusals_of_adapters(reference, shared_a, model, tmp_path, capsys):
         capsys, command, "--input", adapter, "--output", file, "--concat", "True", "--load_checkpoint", model
     )
     assert "have an A each" in line and "--concat False" in line
-    assert "ending .ckpt or .safetensors" in refusal(capsys, command, "--input", adapter, "--output", target)
+    assert "must end in .ckpt or .safetensors" in refusal(capsys, command, "--input", adapter, "--output", target)
     assert "does not exist" in refusal(capsys, command, "--input", tmp_path / "no", "--output", file)
     convert_adapter.run(str(shared_a), str(file), concat=True)
     line = refusal(capsys, command, "--input", file, "--output", target, "--lora_alpha", 4)

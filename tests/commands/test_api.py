@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import lora_ms
-from lora_ms.cli import main as cli
+from lora_ms.cli.main import main
 from lora_ms.train.checkpoint import list_checkpoints
 
 PROMPTS = [[5, 6, 7, 8], [9, 10]]
@@ -53,7 +53,7 @@ def test_the_articles_arguments(tmp_path):
 def finetune(model, rows_file, out, *more) -> int:
     words = ["finetune", "--load_checkpoint", model, "--train_dataset_dir", rows_file, "--seq_length", 16]
     words += ["--output_dir", out, "--batch_size", 2, "--pet_config.lora_dropout", 0, *more]
-    return cli.main([str(word) for word in words])
+    return main([str(word) for word in words])
 
 
 def test_checkpoints_of_an_earlier_run_do_not_mix_with_a_new_one(model, rows_file, tmp_path, capsys):
@@ -78,12 +78,12 @@ def test_checkpoints_of_an_earlier_run_do_not_mix_with_a_new_one(model, rows_fil
 def test_what_cannot_be_trained_is_said(model, rows_file, tmp_path, capsys):
     words = ["finetune", "--load_checkpoint", model, "--train_dataset_dir", rows_file, "--output_dir", tmp_path / "a"]
     words += ["--options", "pet_config=null", "--model.model_config.compute_dtype", "float16"]
-    assert cli.main([str(word) for word in words]) == 2
+    assert main([str(word) for word in words]) == 2
     assert "all parameters train in float32 only" in capsys.readouterr().err
     sizes = {"hidden_size": 64, "num_layers": 2, "num_heads": 4, "vocab_size": 128}
     yaml = tmp_path / "sizes.yaml"
     yaml.write_text(json.dumps({"model": {"model_config": {**sizes, "pet_config": {"pet_type": "lora"}}}}))
-    status = cli.main(["finetune", "--config", str(yaml), "--train_dataset_dir", str(rows_file)])
+    status = main(["finetune", "--config", str(yaml), "--train_dataset_dir", str(rows_file)])
     assert status == 2
     assert "load_checkpoint is missing" in capsys.readouterr().err
 
@@ -154,7 +154,7 @@ def test_arguments_of_evaluation(given, found, tmp_path):
         ({"eval_strategy": "daily"}, "eval_strategy 'daily' is not supported; supported: no, steps, epoch"),
         ({"eval_strategy": "steps", "evaluation_strategy": "epoch"}, "eval_strategy and evaluation_strategy differ"),
         ({"early_stopping_patience": 1}, "early_stopping_patience needs evaluations: set eval_strategy"),
-        ({"eval_strategy": "steps", "eval_steps": 0}, "eval_steps and per_device_eval_batch_size want 1 or more"),
+        ({"eval_strategy": "steps", "eval_steps": 0}, "eval_steps expects 1 or more, got 0"),
         ({"report_to": ["tensorboard", "wandb"]}, "report_to 'wandb' is not supported; supported: none, tensorboard"),
     ],
 )
@@ -167,5 +167,5 @@ def test_what_a_trainer_does_not_take(tmp_path):
     args = lora_ms.TrainingArguments(tmp_path, eval_strategy="epoch")
     with pytest.raises(lora_ms.LoraMsError, match="eval_dataset is not: give Trainer the rows to evaluate"):
         lora_ms.Trainer(None, args, [])
-    with pytest.raises(lora_ms.LoraMsError, match="callbacks want objects of a subclass of lora_ms.TrainerCallback"):
+    with pytest.raises(lora_ms.LoraMsError, match="callbacks must be objects of a subclass of lora_ms.TrainerCallback"):
         lora_ms.Trainer(None, lora_ms.TrainingArguments(tmp_path), [], callbacks=[Witness])

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import save_file
 
-from lora_ms.cli import main as cli
+from lora_ms.cli.main import main
 
 TEXT = {"instruction": "Who are you?", "output": "Tiny."}
 
@@ -25,7 +25,7 @@ def refused(tmp_path, monkeypatch, capsys, model, rows_file):
 
     def run(*more) -> str:
         before = tree(tmp_path)
-        status = cli.main(["finetune", *map(str, good), *map(str, more)])
+        status = main(["finetune", *map(str, good), *map(str, more)])
         error = capsys.readouterr().err
         assert tree(tmp_path) == before
         assert (status, error[:7], error.count("\n"), error[-1]) == (2, "error: ", 1, "\n")
@@ -71,7 +71,7 @@ def test_other_commands_whose_output_cannot_be_written(words, model, reference, 
     (tmp_path / "rows.jsonl").write_text(json.dumps(TEXT))
     places = {"A": str(reference / "combined" / "qwen2" / "a"), "M": str(model)}
     before = tree(tmp_path)
-    assert cli.main([places.get(word, word) for word in words]) == 2
+    assert main([places.get(word, word) for word in words]) == 2
     error = capsys.readouterr().err
     assert (error[:7], error.count("\n")) == ("error: ", 1) and "file" in error and "cannot" in error
     assert tree(tmp_path) == before
@@ -95,20 +95,20 @@ def test_yaml_that_does_not_parse(refused, tmp_path):
 def test_unknown_key(refused, tmp_path):
     (tmp_path / "run.yaml").write_text("pet_config: {lora_rnak: 4}\n")
     assert refused("--config", "run.yaml") == (
-        "run.yaml with the command line: model.model_config.pet_config.lora_rnak is no known key; "
+        "run.yaml with the command line: unknown key model.model_config.pet_config.lora_rnak; "
         "did you mean model.model_config.pet_config.lora_rank?"
     )
 
 
 def test_wrong_type(refused):
     assert refused("--runner_config.epochs", "two") == (
-        "configuration: runner_config.epochs wants a whole number, got 'two'"
+        "configuration: runner_config.epochs expects a whole number, got 'two'"
     )
 
 
 def test_rank_of_zero(refused):
     assert refused("--pet_config.lora_rank", "0") == (
-        "configuration: model.model_config.pet_config.lora_rank wants 1 or more, got 0"
+        "configuration: model.model_config.pet_config.lora_rank expects 1 or more, got 0"
     )
 
 

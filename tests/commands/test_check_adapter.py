@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from lora_ms.adapters import check
-from lora_ms.cli import main as cli
-from lora_ms.commands import check_adapter
-from lora_ms.runtime import host as machine
+from lora_ms.cli.main import main
+from lora_ms.runtime import host
+from lora_ms.text import counted, status_lines
 
 Q = "base_model.model.model.layers.{}.self_attn.q_proj.{}"
 
@@ -33,7 +32,7 @@ def checked(capsys):
 
     def run(adapter, base=None) -> Table:
         words = ["check-adapter", "--load_adapter", str(adapter)]
-        status = cli.main(words + ([] if base is None else ["--load_checkpoint", str(base)]))
+        status = main(words + ([] if base is None else ["--load_checkpoint", str(base)]))
         *lines, last = capsys.readouterr().out.splitlines()
         assert max(map(len, lines)) <= 80
         table, name = Table(), None
@@ -48,7 +47,7 @@ def checked(capsys):
         table.status, table.last = status, last
         faults = sum(status == "fault" for status, _ in table.values())
         warnings = sum(status == "warning" for status, _ in table.values())
-        assert last.endswith(f": {check.counted(faults, 'fault')}, {check.counted(warnings, 'warning')}")
+        assert last.endswith(f": {counted(faults, 'fault')}, {counted(warnings, 'warning')}")
         assert status == (2 if faults else 0)
         return table
 
@@ -116,7 +115,7 @@ def test_an_adapter_that_does_next_to_nothing(graph_mode, checked, adapter, mode
 
 
 def test_logits_are_left_out_where_memory_is_short(checked, adapter, model, monkeypatch):
-    monkeypatch.setattr(machine, "available", lambda: 0.1)
+    monkeypatch.setattr(host, "available", lambda: 0.1)
     assert checked(adapter, model)["logits"] == (
         "warning",
         "not compared: 351 KB of memory are needed, 105 KB are free",
@@ -153,7 +152,7 @@ def test_the_models_name(checked, adapter, named, status, text):
 @pytest.mark.parametrize(
     ("keys", "name", "text"),
     [
-        ({"peft_type": "IA3"}, "settings", "peft_type 'IA3' is not supported; supported: LORA, ADALORA"),
+        ({"peft_type": "LOHA"}, "settings", "peft_type 'LOHA' is not supported; supported: LORA, ADALORA, IA3"),
         ({"fan_in_fan_out": True}, "settings", "not supported: fan_in_fan_out: True"),
         ({"lora_alpha": 0}, "settings", "lora_alpha must be above 0, got 0"),
         ({"rank_pattern": {"k_proj": 2}}, "patterns", "rank_pattern 'k_proj' matches none of the adapter's modules"),
@@ -203,7 +202,7 @@ def test_names_that_peft_does_not_read(checked, adapter):
               adapter / "adapter_model.safetensors")  # fmt: skip
     assert checked(adapter)["keys"] == (
         "fault",
-        "12 without the prefix base_model.model., which PEFT wants: model.layers.0.mlp.down_proj.lora_A.weight, "
+        "12 without the prefix base_model.model., which PEFT expects: model.layers.0.mlp.down_proj.lora_A.weight, "
         "model.layers.0.mlp.down_proj.lora_B.weight, model.layers.0.self_attn.q_proj.lora_A.weight and 9 more",
     )
     save_file({**stored, "weird": np.zeros(2, np.float32)}, adapter / "adapter_model.safetensors")
@@ -227,11 +226,11 @@ def test_a_file_cut_short(checked, adapter):
 def test_a_model_that_is_broken(checked, adapter, tmp_path):
     (tmp_path / "base").mkdir()
     status, text = checked(adapter, tmp_path / "base")["shapes"]
-    assert status == "fault" and "holds no" in text
+    assert status == "fault" and "config.json: no such file" in text
 
 
 def test_templates(checked, adapter, text_model, monkeypatch):
-    monkeypatch.setattr(machine, "available", lambda: 0.0)
+    monkeypatch.setattr(host, "available", lambda: 0.0)
     assert checked(adapter)["chat template"] == ("warning", "none with the adapter: use the one of training")
     bare = checked(adapter, adapter.parent / "adapter")["chat template"]
     assert bare == ("warning", "none with the adapter, nor with the model: use the one of training")
@@ -296,12 +295,12 @@ def test_no_kind_of_adapter_is_called_faulty(graph_mode, checked, reference, var
 
 
 def test_folders_that_are_not_there(capsys, adapter):
-    assert cli.main(["check-adapter", "--load_adapter", "none"]) == 2
-    assert cli.main(["check-adapter", "--load_adapter", str(adapter), "--load_checkpoint", "none"]) == 2
+    assert main(["check-adapter", "--load_adapter", "none"]) == 2
+    assert main(["check-adapter", "--load_adapter", str(adapter), "--load_checkpoint", "none"]) == 2
     assert capsys.readouterr() == (
         "",
-        "error: load_adapter: none is no folder; give the one that holds adapter_config.json\n"
-        "error: load_checkpoint: none is no folder; give the model's Hugging Face directory\n",
+        "error: load_adapter: none is not a folder; give the one that holds adapter_config.json\n"
+        "error: load_checkpoint: none is not a folder; give the model's Hugging Face directory\n",
     )
 
 
@@ -312,7 +311,7 @@ def test_no_adapter_in_the_folder(checked, tmp_path):
 
 
 def test_lines_are_wrapped_into_their_column():
-    found = check_adapter.lines_of([check.Check("some check", "warning", "word " * 20)])
+    found = status_lines("some check", "warning", "word " * 20, name_width=16)
     assert found == [
         "some check      warning  " + ("word " * 11).strip(),
         " " * 25 + ("word " * 9).strip(),

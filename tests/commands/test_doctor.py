@@ -4,8 +4,8 @@ import subprocess
 
 import pytest
 
-from lora_ms.commands import doctor
-from lora_ms.commands.doctor import FAULT, OK, WARNING
+from lora_ms.recipes import doctor
+from lora_ms.recipes.doctor import FAULT, OK, WARNING
 
 FINE = {name: "1.0" for name in doctor.REQUIRED} | {"mindspore": "2.9.0", "numpy": "1.26.4"}
 
@@ -13,7 +13,7 @@ FINE = {name: "1.0" for name in doctor.REQUIRED} | {"mindspore": "2.9.0", "numpy
 def test_this_machine(capsys):
     """Everything but the import: two processes of msrun among it, which import MindSpore twice."""
     finding = doctor.msrun_finding()
-    assert finding == ("msrun", OK, "two processes met and summed their numbers")
+    assert finding == ("msrun", OK, "two processes connected and summed their numbers")
     assert doctor.mindspore_finding().status == OK
 
 
@@ -27,7 +27,7 @@ def test_the_command(monkeypatch, capsys):
     monkeypatch.setattr(doctor, "mindspore_finding", lambda: doctor.Finding("import", FAULT, "word " * 40))
     assert main(["doctor", "--msrun", "False"]) == 2
     out = capsys.readouterr().out
-    assert "1 to mend" in out and max(map(len, out.splitlines())) <= 80
+    assert "1 to fix" in out and max(map(len, out.splitlines())) <= 80
 
 
 def test_without_mindspore(tmp_path, python, python_env):
@@ -35,9 +35,10 @@ def test_without_mindspore(tmp_path, python, python_env):
     code = (
         "import sys, importlib.metadata as m\n"
         "sys.modules['mindspore'] = None\n"
-        "from lora_ms.commands import doctor\n"
+        "from lora_ms.commands.doctor import run\n"
+        "from lora_ms.recipes import doctor\n"
         "doctor.installed = lambda name: None if name.startswith('mind') else '1.0'\n"
-        "sys.exit(2 if doctor.run() else 0)\n"
+        "sys.exit(2 if run() else 0)\n"
     )
     child = subprocess.run([python, "-c", code], env=python_env, capture_output=True, text=True)
     assert child.returncode == 2, child.stderr
@@ -51,7 +52,7 @@ def test_without_mindspore(tmp_path, python, python_env):
         ({}, "numpy", OK, "1.26.4"),
         ({"numpy": "2.1.0"}, "numpy", FAULT, "pip install 'numpy<2'"),
         ({"mindspore": "2.5.0"}, "mindspore", FAULT, "2.7.2, 2.9 and 2.10"),
-        ({"mindspore": "2.11.0"}, "mindspore", WARNING, "was not tried"),
+        ({"mindspore": "2.11.0"}, "mindspore", WARNING, "is not tested"),
         ({"transformers": None}, "transformers", FAULT, "pip install transformers"),
     ],
 )

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from lora_ms import storage
-from lora_ms.runtime import host as machine
-from lora_ms.runtime import memory_estimate as memory
+from lora_ms.adapters.methods.base import Cost
+from lora_ms.runtime import host, memory_estimate
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 8192, "hidden_size": 512,
@@ -43,7 +43,7 @@ def write_model(folder, config: dict) -> None:
 
     sizes = sizes_of(config)
     rng = np.random.default_rng(0)
-    dense = memory.modules(sizes)
+    dense = memory_estimate.modules(sizes)
     shapes = {f"{name}.weight": (outputs, inputs) for name, (inputs, outputs) in dense.items()}
     shapes["model.embed_tokens.weight"] = dense["model.embed_tokens"]
     if sizes.tie_word_embeddings:
@@ -60,14 +60,14 @@ def write_model(folder, config: dict) -> None:
     folder.mkdir()
     save_file(tensors, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config))
-    assert sum(value.size for value in tensors.values()) == memory.parameters(sizes)
+    assert sum(value.size for value in tensors.values()) == memory_estimate.parameters(sizes)
 
 
 def test_estimates_and_measured_peaks(tmp_path, python, python_env, capsys):
     """Six runs, each in a process of its own: within 15 percent."""
-    from lora_ms.commands import estimate
     from lora_ms.config import load_config
-    from lora_ms.recipes import session as common
+    from lora_ms.recipes.estimate import job_of
+    from lora_ms.recipes.model import read_sizes
 
     for name, config in (("llama", LLAMA), ("qwen", QWEN)):
         write_model(tmp_path / name, config)
@@ -88,8 +88,8 @@ def test_estimates_and_measured_peaks(tmp_path, python, python_env, capsys):
         child = subprocess.run(command, env=python_env, capture_output=True, text=True, check=True)
         assert "memory: about" in child.stdout and f"lines of 2x{length}" in child.stdout
         config = load_config(None, flags=flags)
-        job = estimate.job_of(config, common.read_sizes(config), "CPU")
-        found.append((memory.estimate(job).total, int(child.stdout.split()[-1]) / 2**10))
+        job = job_of(config, read_sizes(config), "CPU")
+        found.append((memory_estimate.estimate(job).total, int(child.stdout.split()[-1]) / 2**10))
     table = [f"{'model':8}{'length':>8}{'again':>7}{'estimate':>10}{'measured':>10}{'off':>7}"]
     for (name, length, again), (expected, measured) in zip(RUNS, found, strict=True):
         table.append(f"{name:8}{length:8}{again:7}{expected:10.0f}{measured:10.0f}{expected / measured - 1:7.1%}")
@@ -113,10 +113,12 @@ def peak():
 def step(optimizer):
     optimizer(Tensor(1e-4, ms.float32), Tensor(1.0, ms.float32))[0].asnumpy()
 
-setup("CPU", cpu_operators=sys.argv[1] == "True")
-step(FlatAdamW([Parameter(Tensor(np.ones((2, 8), np.float32)), name="small")]))  # what MindSpore takes in any case
+operators = setup("CPU", cpu_operators=sys.argv[1] == "True")[0].operators
+small = Parameter(Tensor(np.ones((2, 8), np.float32)), name="small")
+step(FlatAdamW([small], operators=operators))  # what MindSpore takes in any case
 size = 1 << 22
-optimizer = FlatAdamW([Parameter(Tensor(np.ones((2, size // 2), np.float32)), name=f"large{i}") for i in range(4)])
+large = [Parameter(Tensor(np.ones((2, size // 2), np.float32)), name=f"large{i}") for i in range(4)]
+optimizer = FlatAdamW(large, operators=operators)
 before = peak()
 for _ in range(2):
     step(optimizer)
@@ -124,13 +126,15 @@ print((peak() - before) / (4 * 4 * size))
 """
 
 
-@pytest.mark.parametrize("own", [True, False])
-def test_vectors_of_the_optimiser(own, python, python_env):
+@pytest.mark.parametrize("native", [True, False])
+def test_vectors_of_the_optimiser(native, python, python_env):
     """A step holds no more of them than the estimate says: an operator that keeps indices would take four more."""
     child = subprocess.run(
-        [python, "-c", OPTIMIZER, str(own)], env=python_env, capture_output=True, text=True, check=True
+        [python, "-c", OPTIMIZER, str(native)], env=python_env, capture_output=True, text=True, check=True
     )
-    assert 4 < float(child.stdout) < (memory.OPTIMIZER_WORK_OWN if own else memory.OPTIMIZER_WORK)
+    assert (
+        4 < float(child.stdout) < (memory_estimate.OPTIMIZER_WORK_NATIVE if native else memory_estimate.OPTIMIZER_WORK)
+    )
 
 
 SEVEN_BILLION = SimpleNamespace(
@@ -139,70 +143,83 @@ SEVEN_BILLION = SimpleNamespace(
 )  # fmt: skip
 
 
-def job(lines=1, length=2048, **changes) -> memory.Job:
-    ranks = {name: 16 for name in memory.modules(SEVEN_BILLION) if name.endswith(("q_proj", "v_proj"))}
-    given = {"ranks": ranks, "half": True, "device": "Ascend", "again": range(32), **changes}
-    return memory.Job(SEVEN_BILLION, lines, length, **given)
+def job(lines=1, length=2048, **changes) -> memory_estimate.Job:
+    modules = memory_estimate.modules(SEVEN_BILLION)
+    costs = {
+        name: Cost(trained=16 * (inputs + outputs), kept=16)
+        for name, (inputs, outputs) in modules.items()
+        if name.endswith(("q_proj", "v_proj"))
+    }
+    given = {"costs": costs, "float16": True, "device": "Ascend", "recomputed": range(32), **changes}
+    return memory_estimate.Job(SEVEN_BILLION, lines, length, **given)
 
 
 def test_seven_billion_parameters():
-    assert memory.parameters(SEVEN_BILLION) == 6_738_415_616  # of Llama 2
-    assert memory.trainable(job()) == 2 * 32 * 16 * 8192
-    found = memory.estimate(job())
+    assert memory_estimate.parameters(SEVEN_BILLION) == 6_738_415_616  # of Llama 2
+    assert memory_estimate.trainable(job()) == 2 * 32 * 16 * 8192
+    found = memory_estimate.estimate(job())
     assert found.weights == pytest.approx(12852, rel=1e-3)  # 13.5e9 bytes
-    assert memory.estimate(job(half=False)).weights == 2 * found.weights
+    assert memory_estimate.estimate(job(float16=False)).weights == 2 * found.weights
 
 
 @pytest.mark.parametrize(
-    "change", [{"lines": 2}, {"length": 4096}, {"half": False}, {"again": ()}, {"ranks": None}, {"dropout": 0.1}]
+    "change",
+    [{"lines": 2}, {"length": 4096}, {"float16": False}, {"recomputed": ()}, {"costs": None}, {"dropout": 0.1}],
 )
 def test_what_takes_more(change):
-    assert memory.estimate(job(**change)).total > memory.estimate(job()).total
+    assert memory_estimate.estimate(job(**change)).total > memory_estimate.estimate(job()).total
 
 
 def test_state_in_the_hosts_memory_leaves_the_card():
-    everything = {"ranks": None, "half": False}
-    there = memory.estimate(job(**everything, swap=True))
-    assert memory.estimate(job(**everything)).training - there.training == 2 * 4 * 6_738_415_616 / memory.MB
+    everything = {"costs": None, "float16": False}
+    there = memory_estimate.estimate(job(**everything, swap=True))
+    assert (
+        memory_estimate.estimate(job(**everything)).training - there.training
+        == 2 * 4 * 6_738_415_616 / memory_estimate.MB
+    )
     here = {**everything, "device": "CPU"}
-    assert memory.estimate(job(**here, swap=True)) == memory.estimate(job(**here))
+    assert memory_estimate.estimate(job(**here, swap=True)) == memory_estimate.estimate(job(**here))
 
 
 def test_what_fits_is_the_largest():
-    room = memory.estimate(job(lines=5)).total
-    assert memory.largest_batch(job(), room) == 5
-    assert memory.largest_batch(job(), 1000) == memory.largest_length(job(), 1000) == 0
-    length = memory.largest_length(job(), room)
+    room = memory_estimate.estimate(job(lines=5)).total
+    assert memory_estimate.largest_batch(job(), room) == 5
+    assert memory_estimate.largest_batch(job(), 1000) == memory_estimate.largest_length(job(), 1000) == 0
+    length = memory_estimate.largest_length(job(), room)
     assert length % 64 == 0
-    assert memory.estimate(job(length=length)).total <= room < memory.estimate(job(length=length + 64)).total
+    assert (
+        memory_estimate.estimate(job(length=length)).total
+        <= room
+        < memory_estimate.estimate(job(length=length + 64)).total
+    )
 
 
 def test_keys_to_change_are_named_until_it_fits():
-    large = job(lines=8, again=(), half=False, device="CPU")
-    room = memory.estimate(job(lines=1, half=False, device="CPU")).total
-    found = memory.remedies(large, room)
+    large = job(lines=8, recomputed=(), float16=False, device="CPU")
+    room = memory_estimate.estimate(job(lines=1, float16=False, device="CPU")).total
+    found = memory_estimate.remedies(large, room)
     assert [text.split()[0] for text in found] == ["runner_config.batch_size", "recompute_config.recompute"]
     assert "gradient_accumulation_steps x 8" in found[0]
-    assert memory.remedies(large, 1000) == []
+    assert memory_estimate.remedies(large, 1000) == []
 
 
 def test_the_control_group_limits(tmp_path):
     own = tmp_path / "own"
     own.write_text("4:memory:/box\n0::/\n")
-    assert machine.cgroup_limit(tmp_path, own) is None
+    assert host.cgroup_limit(tmp_path, own) is None
     (tmp_path / "memory" / "box").mkdir(parents=True)
     (tmp_path / "memory" / "box" / "memory.limit_in_bytes").write_text(f"{4 << 30}\n")
     (tmp_path / "memory" / "box" / "memory.usage_in_bytes").write_text(f"{1 << 30}\n")
-    assert machine.cgroup_limit(tmp_path, own) == (4096, 1024)
+    assert host.cgroup_limit(tmp_path, own) == (4096, 1024)
     (tmp_path / "memory.max").write_text("max\n")
-    assert machine.cgroup_limit(tmp_path, own) == (4096, 1024)
+    assert host.cgroup_limit(tmp_path, own) == (4096, 1024)
     (tmp_path / "memory.max").write_text(f"{2 << 30}\n")
-    assert machine.cgroup_limit(tmp_path, own) == (2048, 0)
+    assert host.cgroup_limit(tmp_path, own) == (2048, 0)
     (tmp_path / "memory.current").write_text(f"{768 << 20}\n")
     (tmp_path / "memory.stat").write_text(f"anon {512 << 20}\nactive_file 0\ninactive_file {256 << 20}\n")
-    assert machine.cgroup_limit(tmp_path, own) == (2048, 512)  # files that the kernel would drop are not in use
+    assert host.cgroup_limit(tmp_path, own) == (2048, 512)  # files that the kernel would drop are not in use
     (tmp_path / "memory" / "box" / "memory.usage_in_bytes").write_text(f"{3 << 30}\n")
-    assert machine.cgroup_limit(tmp_path, own) == (4096, 3072)  # the larger one leaves less
+    assert host.cgroup_limit(tmp_path, own) == (4096, 3072)  # the larger one leaves less
 
 
 @pytest.mark.parametrize(
@@ -214,49 +231,49 @@ def test_the_control_group_limits(tmp_path):
     ],
 )  # fmt: skip
 def test_the_control_group_limits_the_cores(tmp_path, monkeypatch, name, text, wanted):
-    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda pid: range(64))
+    monkeypatch.setattr(host.os, "sched_getaffinity", lambda pid: range(64))
     (tmp_path / "own").write_text("4:cpu,cpuacct:/box\n3:memory:/other\n0::/box\n")
     for period in ("cpu", "cpu/box"):
         (tmp_path / period).mkdir(parents=True)
         (tmp_path / period / "cpu.cfs_period_us").write_text("100000\n")
     (tmp_path / "box").mkdir()
     (tmp_path / name).write_text(text)
-    assert machine.cores(tmp_path, tmp_path / "own") == wanted
+    assert host.cores(tmp_path, tmp_path / "own") == wanted
 
 
 def test_constants_that_stand_in_two_places():
     from lora_ms.ops import portable
     from lora_ms.train import parts, shared_layers
 
-    assert (memory.BLOCK, memory.CHUNK_NUMBERS) == (shared_layers.BLOCK_LAYERS, parts.CHUNK_NUMBERS)
-    assert memory.PART_NUMBERS == portable.PART_NUMBERS
+    copies = (memory_estimate.BLOCK, memory_estimate.CHUNK_NUMBERS, memory_estimate.PART_NUMBERS)
+    assert copies == (shared_layers.BLOCK_LAYERS, parts.CHUNK_NUMBERS, portable.PART_NUMBERS)
 
 
 def test_the_share_in_use(monkeypatch):
-    monkeypatch.setattr(machine, "system", lambda: (1000.0, 750.0))
-    monkeypatch.setattr(machine, "cgroup_limit", lambda: None)
-    assert machine.share() == 0.25 and machine.available() == 750
-    assert machine.share(1000.0) == 0.25  # no budget below what there is
-    assert machine.share(100.0) > 0.25  # of this process alone: more than 25 MB
-    monkeypatch.setattr(machine, "cgroup_limit", lambda: (400.0, 300.0))
-    assert machine.share() == 0.75 and machine.available() == 100
+    monkeypatch.setattr(host, "system", lambda: (1000.0, 750.0))
+    monkeypatch.setattr(host, "cgroup_limit", lambda: None)
+    assert host.share() == 0.25 and host.available() == 750
+    assert host.share(1000.0) == 0.25  # no budget below what there is
+    assert host.share(100.0) > 0.25  # of this process alone: more than 25 MB
+    monkeypatch.setattr(host, "cgroup_limit", lambda: (400.0, 300.0))
+    assert host.share() == 0.75 and host.available() == 100
 
 
 def test_a_process_holds_its_part_of_a_shared_model(tmp_path, capsys):
     from lora_ms.cli.main import main
-    from lora_ms.commands import estimate
     from lora_ms.config import load_config
     from lora_ms.nn.parallel import Shard
-    from lora_ms.recipes import session as common
+    from lora_ms.recipes.estimate import job_of
+    from lora_ms.recipes.model import read_sizes
 
     write_model(tmp_path / "qwen", QWEN)
     whole = storage.open_dir(tmp_path / "qwen")
     shared = {"use_parallel": True, "parallel_config.model_parallel": 2, "load_checkpoint": str(tmp_path / "qwen")}
     config = load_config(None, flags=shared)
-    job = estimate.job_of(config, common.read_sizes(config), "CPU")
-    parts = [Shard(1, 2).place(name, entry.shape) for name, entry in whole.items()]
+    job = job_of(config, read_sizes(config), "CPU")
+    parts = [Shard(1, 2).slices(name, entry.shape) for name, entry in whole.items()]
     held = [np.empty(entry.shape, bool)[part].size for entry, part in zip(whole.values(), parts, strict=True)]
-    assert memory.parameters(job.sizes) == sum(held)
+    assert memory_estimate.parameters(job.sizes) == sum(held)
     command = ["estimate", "--load_checkpoint", shared["load_checkpoint"], "--device_target", "CPU"]
     assert main([*command, "--use_parallel", "True", "--parallel_config.model_parallel", "2"]) == 0
     assert f"each of 2 processes that share the model:\n{sum(held):,} parameters" in capsys.readouterr().out

@@ -10,19 +10,19 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from lora_ms.cli import main as cli
-from lora_ms.commands import evaluate
+from lora_ms.cli.main import main
 from lora_ms.config import load_config
 from lora_ms.data.example import Completion, Example, Message, TokenRow
 from lora_ms.data.template import encode, encode_prompt
 from lora_ms.errors import LoraMsError
 from lora_ms.infer.questions import chrf, is_match, question_of
+from lora_ms.recipes.evaluate import Quiz, has_label_tokens
 
 QUESTIONS = ["Why?", "What is 1?", "Who wrote this long line of words?", "And two?", "Is it so?"]
 
 
 def run(command: str, model, *words) -> int:
-    return cli.main([str(word) for word in (command, "--load_checkpoint", model, "--max_new_tokens", 6, *words)])
+    return main([str(word) for word in (command, "--load_checkpoint", model, "--max_new_tokens", 6, *words)])
 
 
 def write(path, rows: list[dict]):
@@ -134,9 +134,9 @@ def test_without_sacrebleu_exact_match_alone(asked, text_model, tmp_path, monkey
     flags = {"load_checkpoint": str(text_model), "output_dir": str(tmp_path), "run_mode": "eval"}
     flags |= {"evaluation.prompts_file": str(asked[0] / "questions.jsonl"), "runner_config.batch_size": 2}
     config = load_config(None, flags=flags)
-    speaker, quiz = Parrot(), evaluate.Quiz(config)
-    assert not evaluate.scored(config)  # without an eval_dataset the answers alone
-    assert evaluate.scored(load_config(None, flags={**flags, "evaluation.prompts_file": ""}))
+    speaker, quiz = Parrot(), Quiz(config)
+    assert not has_label_tokens(config)  # without an eval_dataset the answers alone
+    assert has_label_tokens(load_config(None, flags={**flags, "evaluation.prompts_file": ""}))
     quiz.run(speaker, True)
     assert capsys.readouterr().out.splitlines() == [
         "exact match 20.0% (1 of 5)",
@@ -158,7 +158,7 @@ def test_questions_of_every_format(text_model):
     found = question_of(tokenizer, Completion("row 2", "1+1=", "2"))
     assert (found.prompt, found.reference) == ("1+1=", "2")
     assert tokenizer.decode(found.tokens) == "1+1="
-    row = encode(tokenizer, Example("row 3", turns))
+    (row,) = encode(tokenizer, Example("row 3", turns))
     found = question_of(tokenizer, row)
     assert found.reference == "d e" and found.tokens == encode_prompt(tokenizer, turns[:3])
     for row in (Completion("row 4", "", "text"), TokenRow("row 5", np.arange(4), np.arange(4))):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from lora_ms.cli import main as cli
+from lora_ms.cli.main import main, run_mindformer
 from lora_ms.config import load_config
 
 RUN = """
@@ -67,7 +67,7 @@ model:
 
 
 def lora_ms(command: str, *words) -> None:
-    assert cli.main([command, *map(str, words)]) == 0
+    assert main([command, *map(str, words)]) == 0
 
 
 def records(folder: Path) -> list[dict]:
@@ -253,7 +253,7 @@ def test_the_articles_command(reference, raw_tensors, token_rows, tmp_path):
         f"--config {tmp_path}/lora.yaml --train_dataset_dir {tmp_path}/alpaca-fastchat.mindrecord "
         f"--load_checkpoint {tmp_path}/llama2_7b.ckpt --auto_trans_ckpt False --use_parallel False --run_mode finetune"
     )
-    assert cli.run_mindformer([*command.split(), "--output_dir", str(tmp_path / "out")]) == 0
+    assert run_mindformer([*command.split(), "--output_dir", str(tmp_path / "out")]) == 0
     assert [record["step"] for record in records(tmp_path / "out")] == [1, 2]
     assert names(tmp_path / "out") == [
         "adapter",

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from lora_ms.cli import main as cli
+from lora_ms.cli.main import main
 
 RUN = """
 runner_config: {batch_size: 2, epochs: 3}
@@ -32,7 +32,7 @@ def words(text_model, rows_file, tmp_path_factory) -> list[str]:
 def finetune(words, out: Path, *keys: str, status: int = 0) -> Path:
     """One run; ``keys`` are pet_config's."""
     flags = [part for key in keys for part in (f"--pet_config.{key.partition('=')[0]}", key.partition("=")[2])]
-    assert cli.main(["finetune", *words, *flags, "--output_dir", str(out)]) == status
+    assert main(["finetune", *words, *flags, "--output_dir", str(out)]) == status
     return out
 
 

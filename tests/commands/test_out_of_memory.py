@@ -27,16 +27,16 @@ def test_a_run_in_too_little_memory(model, rows_file, tmp_path, python, python_e
 
 @pytest.mark.parametrize("fault", [MemoryError(), RuntimeError("std::bad_alloc"), RuntimeError("Out of memory: …")])
 def test_words_for_it(fault, monkeypatch, capsys):
-    from lora_ms.cli import main as cli
+    from lora_ms.cli import main as module
 
-    monkeypatch.setattr(cli, "_lora_ms", lambda argv: (_ for _ in ()).throw(fault))
-    assert cli.main([]) == 2
+    monkeypatch.setattr(module, "_lora_ms", lambda argv: (_ for _ in ()).throw(fault))
+    assert module.main([]) == 2
     assert "batch_size" in capsys.readouterr().err
 
 
 def test_another_fault_stays_as_it_is(monkeypatch):
-    from lora_ms.cli import main as cli
+    from lora_ms.cli import main as module
 
-    monkeypatch.setattr(cli, "_lora_ms", lambda argv: (_ for _ in ()).throw(RuntimeError("no such kernel")))
+    monkeypatch.setattr(module, "_lora_ms", lambda argv: (_ for _ in ()).throw(RuntimeError("no such kernel")))
     with pytest.raises(RuntimeError, match="no such kernel"):
-        cli.main([])
+        module.main([])

@@ -5,16 +5,16 @@ import pytest
 from lora_ms.adapters.inject import inject
 from lora_ms.adapters.methods.lora import LoraConfig
 from lora_ms.adapters.peft_format import save_adapter
-from lora_ms.cli import main as cli
+from lora_ms.cli.main import main
 from lora_ms.config import load_config
 from lora_ms.models.hub import load_directory
 from lora_ms.nn.parallel import Shard
-from lora_ms.recipes import parallel
+from lora_ms.recipes.session import layout_notices
 from lora_ms.runtime.device import Runtime
 
 PET = "--model.model_config.pet_config"
 KEY = "parallel_config.model_parallel"
-WITHOUT = "error: parallel_config.model_parallel 2 goes without {}: leave it out, or set it to 1"
+WITHOUT = "error: parallel_config.model_parallel 2 does not support {}: leave it out, or set it to 1"
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_refused(model, rows_file, tmp_path, capsys, words, line):
         "--output_dir",
         str(tmp_path / "o"),
     ]
-    assert cli.main(["finetune", *common, "--use_parallel", "True", *words.split()]) == 2
+    assert main(["finetune", *common, "--use_parallel", "True", *words.split()]) == 2
     said = capsys.readouterr().err
     assert said.startswith(line) and said.count("\n") == 1
     assert not (tmp_path / "o").exists()
@@ -55,14 +55,14 @@ def test_an_adapter_to_go_on_from_is_looked_at_too(model, rows_file, tmp_path, c
     inject(base, config)
     save_adapter(base, tmp_path / "dora", config)
     words = ["--load_checkpoint", str(model), "--train_dataset_dir", str(rows_file), "--use_parallel", "True"]
-    assert cli.main(["finetune", *words, f"--{KEY}", "2", "--load_adapter", str(tmp_path / "dora")]) == 2
+    assert main(["finetune", *words, f"--{KEY}", "2", "--load_adapter", str(tmp_path / "dora")]) == 2
     assert capsys.readouterr().err == WITHOUT.format("use_dora") + "\n"
 
 
 @pytest.mark.parametrize(("command", "words"), [("predict", ["--predict_data", "Hello"]), ("chat", [])])
 def test_answers_need_the_whole_model(text_model, capsys, command, words):
     flags = ["--load_checkpoint", str(text_model), "--use_parallel", "True", f"--{KEY}", "2"]
-    assert cli.main([command, *flags, *words]) == 2
+    assert main([command, *flags, *words]) == 2
     assert capsys.readouterr().err == (
         f"error: {KEY} 2: {command} runs with the whole model in each process; set it to 1\n"
     )
@@ -82,7 +82,7 @@ def test_answers_need_the_whole_model(text_model, capsys, command, words):
     ],
 )
 def test_notices(options, runtime, lines):
-    assert parallel.notices(load_config(None, options=options), runtime) == lines
+    assert layout_notices(load_config(None, options=options), runtime) == lines
 
 
 def test_places_of_the_ranks():

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lora_ms.cli import main as cli
+from lora_ms.cli.main import main
 
 QUESTIONS = ["What is 1?", "And two?", "Who?", "Why not?", "Is it so?", "Where to?", "How?", "When was it?"]
 ANSWERS = ["one", "two", "me", "yes", "no", "home", "well", "then"]
@@ -45,7 +45,7 @@ def watched(text_model, talk, tmp_path_factory):
     }
     file = out.parent / "run.yaml"
     file.write_text(yaml.safe_dump(config))
-    assert cli.main(["finetune", "--config", str(file)]) == 0
+    assert main(["finetune", "--config", str(file)]) == 0
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return out, records, (out / "run.log").read_text().splitlines()
 
@@ -69,7 +69,7 @@ def test_samples_are_recorded(watched, text_model, talk, capsys):
     assert [[s["prompt"] for s in part] for part in samples] == [["What is 1?"]] * 2
     words = ["predict", "--load_checkpoint", text_model, "--load_adapter", out / "adapter", "--predict_data"]
     words += ["What is 1?", "--max_new_tokens", 4, "--do_sample", "False", "--repetition_penalty", 1]
-    assert cli.main([str(word) for word in words]) == 0
+    assert main([str(word) for word in words]) == 0
     assert capsys.readouterr().out.splitlines()[-2:] == ["> What is 1?", samples[-1][0]["answer"]]
     assert "  > What is 1?" in log
 
@@ -136,6 +136,6 @@ def test_groups_are_announced_and_kept(watched):
 def test_what_is_not_installed_is_said_before_anything_is_done(text_model, talk, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(__import__("sys").modules, "tensorboardX", None)
     words = ["finetune", "--load_checkpoint", text_model, "--train_dataset_dir", talk, "--output_dir", tmp_path / "a"]
-    assert cli.main([*map(str, words), "--report_to", "tensorboard"]) == 2
+    assert main([*map(str, words), "--report_to", "tensorboard"]) == 2
     assert capsys.readouterr().err == ("error: report_to tensorboard needs tensorboardX: pip install tensorboardX\n")
     assert not (tmp_path / "a").exists()

@@ -47,9 +47,13 @@ CHECKED_ON_LOADING = {
 
 
 def attributes_read():
-    files = [path for path in PACKAGE.rglob("*.py") if path.parent.name != "config" and path.name != "cli.py"]
-    nodes = (node for path in files for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
-    return {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
+    """Names of attributes that are read outside config/, and those on the keys that TrainSettings' fields name."""
+    files = [path for path in PACKAGE.rglob("*.py") if "config" not in path.parts and "cli" not in path.parts]
+    nodes = [node for path in files for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
+    read = {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
+    calls = (node for node in nodes if isinstance(node, ast.Call) and ast.unparse(node.func) == "setting")
+    keys = (ast.literal_eval(call.args[1]) for call in calls if len(call.args) > 1)
+    return read.union(*(key.split(".") for key in keys))
 
 
 def test_every_key_is_read_or_declared_idle():

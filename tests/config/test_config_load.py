@@ -85,7 +85,7 @@ def test_overriding_a_dataset_leaves_its_alias_alone(yaml_file):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["seed"], "override 'seed' wants the form section.key=value"),
+        (["seed"], "override 'seed' expects the form section.key=value"),
         (["seed.x=3"], "override seed.x: seed is 7, not a section"),
         (
             ["load_adapter=*a"],
@@ -104,16 +104,16 @@ def test_unreadable_files(yaml_file, tmp_path):
     assert error_of(str(tmp_path)) == f"cannot read config {tmp_path}: Is a directory"
     path = yaml_file("seed: 1\n  x: 2\n")
     assert error_of(path) == f"{path} is not valid YAML: mapping values are not allowed here (line 2, column 4)"
-    assert error_of(yaml_file("- 1\n")) == f"{path}: the top level wants a mapping (key: value), got list"
+    assert error_of(yaml_file("- 1\n")) == f"{path}: the top level expects a mapping (key: value), got list"
     assert error_of(yaml_file("seed: 1\nseed: 2\n")) == (
         f"{path} is not valid YAML: key 'seed' is given twice (line 2, column 1)"
     )
     assert error_of(yaml_file("[1]: 2")) == f"{path} is not valid YAML: found unhashable key (line 1, column 1)"
-    assert error_of(yaml_file("1: 2\npet_config: null")) == f"{path}: 1 is no text: quote the key"
+    assert error_of(yaml_file("1: 2\npet_config: null")) == f"{path}: 1 is not text: quote the key"
     assert error_of(yaml_file("model: {model_config: 3}")) == (
-        f"{path}: model.model_config wants a mapping of keys, got 3"
+        f"{path}: model.model_config expects a mapping of keys, got 3"
     )
-    assert error_of(yaml_file("pet_config: null\nmodel: 3")) == "model wants a mapping of keys, got 3"
+    assert error_of(yaml_file("pet_config: null\nmodel: 3")) == "model expects a mapping of keys, got 3"
     assert error_of(yaml_file("a: &a [*a]\n")) == f"{path}: a YAML anchor contains itself"
     (tmp_path / "run.yaml").write_bytes(b"seed: 1 # \xff\n")
     assert error_of(path) == f"{path} is not UTF-8 text (byte 10): save it as UTF-8"

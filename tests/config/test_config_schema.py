@@ -18,81 +18,79 @@ def options(*texts: str) -> RunConfig:
     ("text", "message"),
     [
         # unknown keys: beside it, elsewhere, and where nothing is near
-        ("runner_config.epoch=2", "runner_config.epoch is no known key; did you mean runner_config.epochs?"),
-        ("lora_rank=2", "lora_rank is no known key; did you mean model.model_config.pet_config.lora_rank?"),
+        ("runner_config.epoch=2", "unknown key runner_config.epoch; did you mean runner_config.epochs?"),
+        ("lora_rank=2", "unknown key lora_rank; did you mean model.model_config.pet_config.lora_rank?"),
         (
             "pet_config.rank=2",
-            "model.model_config.pet_config.rank is no known key; did you mean model.model_config.pet_config.lora_rank?",
+            "unknown key model.model_config.pet_config.rank; did you mean model.model_config.pet_config.lora_rank?",
         ),
-        ("model.sizes.seq_length=2", "model.sizes is no known key; nearest here: model.model_config"),
+        ("model.sizes.seq_length=2", "unknown key model.sizes; nearest here: model.model_config"),
         (
             "callbacks=[{type: CheckpointMonitor, prefx: a}]",
-            "callbacks.0.prefx is no known key; did you mean callbacks.0.prefix?",
+            "unknown key callbacks.0.prefx; did you mean callbacks.0.prefix?",
         ),
         (
             "runner_wrapper.scale_sense={scale_facto: 2}",
-            "runner_wrapper.scale_sense.scale_facto is no known key; "
-            "did you mean runner_wrapper.scale_sense.scale_factor?",
+            "unknown key runner_wrapper.scale_sense.scale_facto; did you mean runner_wrapper.scale_sense.scale_factor?",
         ),
         # types
-        ("runner_config.epochs=two", "runner_config.epochs wants a whole number, got 'two'"),
-        ("runner_config.epochs=2.0", "runner_config.epochs wants a whole number, got 2.0"),
-        ("seed=True", "seed wants a whole number, got True"),
-        ("seed={a: 1}", "seed wants a whole number, got {'a': 1}"),
-        ("optimizer.eps=abc", "optimizer.eps wants a number, got 'abc'"),
-        ("optimizer.eps=.nan", "optimizer.eps wants a number, got nan"),
-        ("use_parallel=1", "use_parallel wants True or False, got 1"),
-        ("use_parallel=TRUE!", "use_parallel wants True or False, got 'TRUE!'"),
-        ("output_dir=2024", "output_dir wants text (put it in quotes), got 2024"),
-        ("runner_config=3", "runner_config wants a mapping of keys, got 3"),
-        ("callbacks=3", "callbacks wants a list, got 3"),
+        ("runner_config.epochs=two", "runner_config.epochs expects a whole number, got 'two'"),
+        ("runner_config.epochs=2.0", "runner_config.epochs expects a whole number, got 2.0"),
+        ("seed=True", "seed expects a whole number, got True"),
+        ("seed={a: 1}", "seed expects a whole number, got {'a': 1}"),
+        ("optimizer.eps=abc", "optimizer.eps expects a number, got 'abc'"),
+        ("optimizer.eps=.nan", "optimizer.eps expects a number, got nan"),
+        ("use_parallel=1", "use_parallel expects True or False, got 1"),
+        ("use_parallel=TRUE!", "use_parallel expects True or False, got 'TRUE!'"),
+        ("output_dir=2024", "output_dir expects text (put it in quotes), got 2024"),
+        ("runner_config=3", "runner_config expects a mapping of keys, got 3"),
+        ("callbacks=3", "callbacks expects a list, got 3"),
         (
             "pet_config.freeze_include=[1]",
-            "model.model_config.pet_config.freeze_include wants a list of texts, got [1]",
+            "model.model_config.pet_config.freeze_include expects a list of texts, got [1]",
         ),
         (
             "pet_config.target_modules='*q'",
-            "model.model_config.pet_config.target_modules wants a regular expression "
+            "model.model_config.pet_config.target_modules expects a regular expression "
             "(nothing to repeat at position 0), got '*q'",
         ),
         (
             "pet_config.target_modules=[]",
-            "model.model_config.pet_config.target_modules wants a regular expression, "
+            "model.model_config.pet_config.target_modules expects a regular expression, "
             "a list of module names, or all-linear, got []",
         ),
-        ("resume_training=3", "resume_training wants True, False or the name of a checkpoint, got 3"),
-        ("data_fill=[a]", "data_fill wants a mapping of names to texts, got ['a']"),
-        ("context.max_device_memory=59", 'context.max_device_memory wants a size such as "59GB", got 59'),
-        ("runner_wrapper.scale_sense=big", "runner_wrapper.scale_sense wants a number, got 'big'"),
+        ("resume_training=3", "resume_training expects True, False or the name of a checkpoint, got 3"),
+        ("data_fill=[a]", "data_fill expects a mapping of names to texts, got ['a']"),
+        ("context.max_device_memory=59", 'context.max_device_memory expects a size such as "59GB", got 59'),
+        ("runner_wrapper.scale_sense=big", "runner_wrapper.scale_sense expects a number, got 'big'"),
         (
             "model.model_config.eos_token_id=a",
-            "model.model_config.eos_token_id wants a token number or a list of them, got 'a'",
+            "model.model_config.eos_token_id expects a token number or a list of them, got 'a'",
         ),
         ("optimizer.betas=[1]", "optimizer.betas.1 is missing, got [1]"),
         ("optimizer.betas=[0.9, 2]", "optimizer: betas want two numbers from 0 to below 1, got [0.9, 2.0]"),
-        ("train_dataset.data_loader.shuffle=", "train_dataset.data_loader.shuffle wants True or False, got None"),
+        ("train_dataset.data_loader.shuffle=", "train_dataset.data_loader.shuffle expects True or False, got None"),
         # ranges
-        ("seed=4294967296", "seed wants 4294967295 or less, got 4294967296"),
-        ("pet_config.lora_rank=0", "model.model_config.pet_config.lora_rank wants 1 or more, got 0"),
-        ("pet_config.lora_alpha=0", "model.model_config.pet_config.lora_alpha wants more than 0, got 0"),
-        ("pet_config.lora_dropout=1", "model.model_config.pet_config.lora_dropout wants less than 1, got 1"),
-        ("model.model_config.top_p=1.5", "model.model_config.top_p wants 1 or less, got 1.5"),
+        ("seed=4294967296", "seed expects 4294967295 or less, got 4294967296"),
+        ("pet_config.lora_rank=0", "model.model_config.pet_config.lora_rank expects 1 or more, got 0"),
+        ("pet_config.lora_alpha=0", "model.model_config.pet_config.lora_alpha expects more than 0, got 0"),
+        ("pet_config.lora_dropout=1", "model.model_config.pet_config.lora_dropout expects less than 1, got 1"),
+        ("model.model_config.top_p=1.5", "model.model_config.top_p expects 1 or less, got 1.5"),
         ("runner_config.max_steps=0", "runner_config: max_steps and sink_size want -1, or 1 and more; got 0"),
         # choices
-        ("run_mode=chat", "run_mode wants 'finetune', 'train', 'eval' or 'predict', got 'chat'"),
+        ("run_mode=chat", "run_mode expects 'finetune', 'train', 'eval' or 'predict', got 'chat'"),
         (
             "pet_config.pet_type=p_tuning",
-            "model.model_config.pet_config.pet_type wants 'lora' or 'adalora', got 'p_tuning'",
+            "model.model_config.pet_config.pet_type expects 'lora', 'adalora' or 'ia3', got 'p_tuning'",
         ),
         # adapters
         (
             "pet_config.use_dorra=True",
-            "model.model_config.pet_config.use_dorra is no known key; "
-            "did you mean model.model_config.pet_config.use_dora?",
+            "unknown key model.model_config.pet_config.use_dorra; did you mean model.model_config.pet_config.use_dora?",
         ),
         (
             "pet_config.layer_groups=[{layers: 0-1, lora_rank: 4}, {layers: 2, lora_rank: 4, lora_alfa: 4}]",
-            "model.model_config.pet_config.layer_groups.1.lora_alfa is no known key; "
+            "unknown key model.model_config.pet_config.layer_groups.1.lora_alfa; "
             "did you mean model.model_config.pet_config.layer_groups.1.lora_alpha?",
         ),
         (
@@ -101,38 +99,38 @@ def options(*texts: str) -> RunConfig:
         ),
         (
             "pet_config.layers_to_transform=3-1",
-            'model.model_config.pet_config.layers_to_transform wants layers such as 3, [0, 1, 8] or "0-3,8", '
+            'model.model_config.pet_config.layers_to_transform expects layers such as 3, [0, 1, 8] or "0-3,8", '
             "counted from 0, got '3-1'",
         ),
         (
             "pet_config.layers_to_transform=[]",
-            "model.model_config.pet_config.layers_to_transform wants at least one layer, and each once, got []",
+            "model.model_config.pet_config.layers_to_transform expects at least one layer, and each once, got []",
         ),
         (
             "pet_config.rank_pattern={q_proj: 0}",
-            "model.model_config.pet_config.rank_pattern.q_proj wants 1 or more, got 0",
+            "model.model_config.pet_config.rank_pattern.q_proj expects 1 or more, got 0",
         ),
         (
             "pet_config.alpha_pattern={'*q': 1}",
-            "model.model_config.pet_config.alpha_pattern wants regular expressions as keys "
+            "model.model_config.pet_config.alpha_pattern expects regular expressions as keys "
             "('*q': nothing to repeat at position 0), got {'*q': 1}",
         ),
         (
             "pet_config.rank_pattern=[8]",
-            "model.model_config.pet_config.rank_pattern wants a mapping of module names, as regular expressions, "
+            "model.model_config.pet_config.rank_pattern expects a mapping of module names, as regular expressions, "
             "to numbers, got [8]",
         ),
         (
             "pet_config.init_lora_weights=pisa",
-            "model.model_config.pet_config.init_lora_weights wants True, gaussian, orthogonal, pissa, olora or "
+            "model.model_config.pet_config.init_lora_weights expects True, gaussian, orthogonal, pissa, olora or "
             "pissa_niter_N (pissa?), got 'pisa'",
         ),
-        ("pet_config.bias=some", "model.model_config.pet_config.bias wants 'none', 'all' or 'lora_only', got 'some'"),
-        ("pet_config.tfinal=0", "model.model_config.pet_config.tfinal wants 1 or more, got 0"),
-        ("pet_config.beta1=1", "model.model_config.pet_config.beta1 wants less than 1, got 1"),
+        ("pet_config.bias=some", "model.model_config.pet_config.bias expects 'none', 'all' or 'lora_only', got 'some'"),
+        ("pet_config.tfinal=0", "model.model_config.pet_config.tfinal expects 1 or more, got 0"),
+        ("pet_config.beta1=1", "model.model_config.pet_config.beta1 expects less than 1, got 1"),
         (
             "pet_config.neftune_noise_alpha=-1",
-            "model.model_config.pet_config.neftune_noise_alpha wants 0 or more, got -1",
+            "model.model_config.pet_config.neftune_noise_alpha expects 0 or more, got -1",
         ),
         (
             "pet_config={init_rank: 4, tinit: 2}",
@@ -148,18 +146,18 @@ def options(*texts: str) -> RunConfig:
             "pet_config={pet_type: adalora, lora_rank: 8, init_rank: 12}",
             "model.model_config.pet_config: init_rank 12 and lora_rank 8 differ: give one of the two",
         ),
-        ("context.device_target=GPU", "context.device_target wants 'auto', 'Ascend' or 'CPU', got 'GPU'"),
+        ("context.device_target=GPU", "context.device_target expects 'auto', 'Ascend' or 'CPU', got 'GPU'"),
         (
             "optimizer.type=Lion",
-            "optimizer.type wants 'AdamW', 'FP32StateAdamWeightDecay', 'AdamWeightDecay' or 'PmAdamW', got 'Lion'",
+            "optimizer.type expects 'AdamW', 'FP32StateAdamWeightDecay', 'AdamWeightDecay' or 'PmAdamW', got 'Lion'",
         ),
         (
             "model.arch.type=GLM",
-            "model.arch.type wants 'LlamaForCausalLM', 'Qwen2ForCausalLM' or 'Qwen3ForCausalLM', got 'GLM'",
+            "model.arch.type expects 'LlamaForCausalLM', 'Qwen2ForCausalLM' or 'Qwen3ForCausalLM', got 'GLM'",
         ),
         (
             "model.model_config.type=GLM",
-            "model.model_config.type wants 'LlamaConfig', 'Qwen2Config' or 'Qwen3Config', got 'GLM'",
+            "model.model_config.type expects 'LlamaConfig', 'Qwen2Config' or 'Qwen3Config', got 'GLM'",
         ),
         (
             "lr_schedule.type=PolynomialWithWarmUpLR",
@@ -168,12 +166,12 @@ def options(*texts: str) -> RunConfig:
         ),
         (
             "lr_schedule.type=step",
-            "lr_schedule.type wants one of ConstantWarmUpLR, LinearWithWarmUpLR, "
+            "lr_schedule.type expects one of ConstantWarmUpLR, LinearWithWarmUpLR, "
             "CosineWithWarmUpLR, constant, linear, cosine, got 'step'",
         ),
         (
             "callbacks=[{type: LossMonitor}]",
-            f"callbacks.0.type wants one of {KINDS}, got 'LossMonitor' (nearest: MFLossMonitor)",
+            f"callbacks.0.type expects one of {KINDS}, got 'LossMonitor' (nearest: MFLossMonitor)",
         ),
         ("callbacks=[{prefix: a}]", f"callbacks.0.type is missing: give one of {KINDS}"),
         # two keys that contradict each other
@@ -201,8 +199,8 @@ def test_all_problems_in_one_line():
     with pytest.raises(LoraMsError) as caught:
         options("sed=1", "runner_config.epoch=1", "runner_config.batch_size=0")
     assert str(caught.value) == (
-        "configuration: runner_config.batch_size wants 1 or more, got 0; runner_config.epoch is no known key; "
-        "did you mean runner_config.epochs?; sed is no known key; did you mean seed?"
+        "configuration: runner_config.batch_size expects 1 or more, got 0; unknown key runner_config.epoch; "
+        "did you mean runner_config.epochs?; unknown key sed; did you mean seed?"
     )
 
 
@@ -390,19 +388,19 @@ def test_what_reports_go_to():
 @pytest.mark.parametrize(
     ("option", "reason"),
     [
-        ("report_to=wandb", "report_to wants none or tensorboard (MindSpore's summaries: SummaryMonitor in callbacks), "
-         "got 'wandb'"),
+        ("report_to=wandb", "report_to expects none or tensorboard "
+         "(MindSpore's summaries: SummaryMonitor in callbacks), got 'wandb'"),
         ("profile_start_step=11", "profile_start_step 11 is after profile_stop_step 10: swap them"),
-        ("callbacks=[{type: ProfileMonitor, stop_step: 0}]", "callbacks.0.stop_step wants 1 or more, got 0"),
+        ("callbacks=[{type: ProfileMonitor, stop_step: 0}]", "callbacks.0.stop_step expects 1 or more, got 0"),
         ("callbacks=[{type: ProfileMonitor, start_step: 20}]",
          "callbacks.0: start_step 20 is after stop_step 10: swap them"),
         ("optimizer.groups=[{learning_rate: 1}]", "optimizer.groups.0.params is missing, got {'learning_rate': 1}"),
-        ("optimizer.groups=[{params: '('}]", "optimizer.groups.0.params wants a regular expression (missing ), "
+        ("optimizer.groups=[{params: '('}]", "optimizer.groups.0.params expects a regular expression (missing ), "
          "unterminated subpattern at position 0), got '('"),
         ("optimizer.groups=[{params: head, lr: 1}]",
-         "optimizer.groups.0.lr is no known key"),
+         "unknown key optimizer.groups.0.lr"),
         ("optimizer.groups=[{params: head, weight_decay: -1}]",
-         "optimizer.groups.0.weight_decay wants 0 or more, got -1"),
+         "optimizer.groups.0.weight_decay expects 0 or more, got -1"),
     ],
 )  # fmt: skip
 def test_wrong_reports_profiles_and_groups(option, reason):

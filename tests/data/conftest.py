@@ -1,5 +1,7 @@
 """Tiny tokenizers, made by hand so that every id is known: one id per byte, a few merges, the special tokens."""
 
+from collections.abc import Sequence
+
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -15,15 +17,22 @@ SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 MERGES = [("Ġ", "h"), ("i", "s"), ("Ċ", "Ċ"), ("è", "°"), ("è°", "ģ")]
 
 
-def byte_level(chat_template: str | None) -> PreTrainedTokenizerFast:
+def byte_level(
+    chat_template: str | dict[str, str] | None,
+    specials: Sequence[str] = SPECIALS,
+    eos_token: str = SPECIALS[0],
+    bos_token: str | None = None,
+) -> PreTrainedTokenizerFast:
+    """bos_token: written by templates alone."""
     pieces = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *(left + right for left, right in MERGES)]
     tokenizer = Tokenizer(models.BPE(vocab={piece: index for index, piece in enumerate(pieces)}, merges=MERGES))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     # As Llama 3 has it: offsets leave white space out.
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    others = [token for token in specials if token not in (eos_token, bos_token)]
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=SPECIALS[0], additional_special_tokens=SPECIALS[1:]
+        tokenizer_object=tokenizer, eos_token=eos_token, bos_token=bos_token, additional_special_tokens=others
     )
     fast.chat_template = chat_template
     return fast

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_ms.data.example import IGNORE_INDEX, Example, Message
+from lora_ms.data.example import IGNORE_INDEX, Example, Message, ToolData
 from lora_ms.data.pipeline import Preparation, prepare_rows, read, read_rows
 from lora_ms.data.report import Tally
 from lora_ms.data.template import encode, encode_prompt, encode_rows, set_template
@@ -72,7 +72,7 @@ def test_tokens_and_labels_as_numbers(named, name, conversation):
     found = []
     for form in ("messages", "sharegpt", "alpaca", "prompt"):
         (row,) = read_rows([as_format(form, turns)])
-        tokens = encode(tokenizer, row)
+        (tokens,) = encode(tokenizer, row)
         found.append((tokens.input_ids.tolist(), tokens.labels.tolist()))
         assert (len(tokens.input_ids), int((tokens.labels != IGNORE_INDEX).sum())) == TABLE[name][conversation]
     assert all(other == found[0] for other in found)
@@ -84,7 +84,7 @@ def test_tokens_and_labels_as_numbers(named, name, conversation):
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_masks_are_those_of_transformers(named, name, conversation):
     tokenizer, turns = named(name), CONVERSATIONS[conversation]
-    row = encode(tokenizer, Example("row", tuple(Message(*turn) for turn in turns)))
+    (row,) = encode(tokenizer, Example("row", tuple(Message(*turn) for turn in turns)))
     spans = answers(tokenizer, turns)
     assert runs(row) == spans
 
@@ -143,7 +143,7 @@ def test_a_template_from_a_file_and_an_unknown_one(named, tmp_path, with_templat
     (tmp_path / "mine.jinja").write_text("{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}")
     tokenizer = with_template(None)
     set_template(tokenizer, str(tmp_path / "mine.jinja"))
-    row = encode(tokenizer, Example("row", (Message("user", "a"), Message("assistant", "b"))))
+    (row,) = encode(tokenizer, Example("row", (Message("user", "a"), Message("assistant", "b"))))
     assert tokenizer.decode(row.input_ids) == "a<|im_end|>b<|im_end|>"
     with pytest.raises(LoraMsError) as error:
         set_template(tokenizer, "chatgpt")
@@ -152,23 +152,23 @@ def test_a_template_from_a_file_and_an_unknown_one(named, tmp_path, with_templat
 
 def test_the_last_turn_only(chatml):
     row = Example("row", tuple(Message(*turn) for turn in CONVERSATIONS["multi"]))
-    everything, last = encode(chatml, row), encode(chatml, row, "last")
+    (everything,), (last,) = encode(chatml, row), encode(chatml, row, "last")
     assert everything.input_ids.tolist() == last.input_ids.tolist()
     assert runs(last) == runs(everything)[-1:]
 
 
 def test_plain_text_and_prompt_completion(plain, llama):
     rows = read_rows([{"prompt": "is ", "completion": "his"}])
-    tokens = encode(plain, rows[0])
+    (tokens,) = encode(plain, rows[0])
     assert plain.decode(tokens.input_ids) == "is his<|endoftext|>"
     assert tokens.labels.tolist() == [-100, -100, *tokens.input_ids[2:].tolist()]
     (text,) = read_rows([{"text": "his"}])
-    tokens = encode(llama, text)
+    (tokens,) = encode(llama, text)
     assert tokens.input_ids.tolist() == [1, *llama("his").input_ids[1:], 2]
     assert tokens.labels.tolist() == [-100, *tokens.input_ids[1:].tolist()]
 
 
-def test_tools_stay_text(chatml):
+def test_tools_are_text_where_the_template_takes_none(chatml):
     row = {
         "tools": [{"name": "add"}],
         "messages": [
@@ -179,14 +179,14 @@ def test_tools_stay_text(chatml):
         ],
     }
     (example,) = read_rows([row])
-    assert example.messages == (
-        Message("system", '[{"name": "add"}]'),
-        Message("user", "1+1"),
-        Message("assistant", '[{"name": "add", "arguments": [1, 1]}]'),
-        Message("tool", "2"),
-        Message("assistant", "two"),
+    assert example.tools == ToolData([{"name": "add"}], '[{"name": "add"}]')
+    (tokens,) = encode(chatml, example)
+    assert chatml.decode(tokens.input_ids) == (
+        '<|im_start|>system\n[{"name": "add"}]<|im_end|>\n<|im_start|>user\n1+1<|im_end|>\n<|im_start|>assistant\n'
+        '[{"name": "add", "arguments": [1, 1]}]<|im_end|>\n<|im_start|>tool\n2<|im_end|>\n'
+        "<|im_start|>assistant\ntwo<|im_end|>\n"
     )
-    assert len(runs(encode(chatml, example))) == 2
+    assert len(runs(tokens)) == 2
 
 
 def test_content_in_parts_is_joined():
@@ -219,7 +219,7 @@ def test_masks_hold_the_answers_and_their_ends(pairs, system, name):
     messages = [Message("system", system)] if system else []
     for question, answer in pairs:
         messages += [Message("user", question), Message("assistant", answer)]
-    row = encode(tokenizer, Example("row", tuple(messages)))
+    (row,) = encode(tokenizer, Example("row", tuple(messages)))
     prompt = encode_prompt(tokenizer, messages[:-1])
     assert row.input_ids[: len(prompt)].tolist() == prompt
     start, end = runs(row)[-1]
@@ -253,14 +253,15 @@ def test_rows_together_are_rows_alone(chatml):
     examples = [Example(f"row {i}", tuple(Message(*turn) for turn in CONVERSATIONS[name]))
                 for i, name in enumerate(CONVERSATIONS)]  # fmt: skip
     for together, example in zip(encode_rows(chatml, examples), examples, strict=True):
-        alone = encode(chatml, example)
-        assert together.input_ids.tolist() == alone.input_ids.tolist()
-        assert together.labels.tolist() == alone.labels.tolist()
+        (alone,) = encode(chatml, example)
+        (row,) = together.rows
+        assert row.input_ids.tolist() == alone.input_ids.tolist()
+        assert row.labels.tolist() == alone.labels.tolist()
 
 
 def test_truncation(chatml):
     rows = [Example("row 1", (Message("user", "a"), Message("assistant", "b" * 40)))]
-    whole = encode(chatml, rows[0])
+    (whole,) = encode(chatml, rows[0])
     with pytest.raises(LoraMsError) as error:
         prepare_rows(rows, chatml, Preparation(seq_length=32, truncation="error"))
     assert str(error.value) == (

@@ -54,7 +54,7 @@ def test_steps_of_a_small_plan_as_a_table():
     (batch,), label_tokens = plan.step(3)
     assert batch.input_ids.tolist() == [[3] + [0] * 15, [0] * 16]
     assert (batch.tokens, batch.label_tokens, label_tokens) == (2, 1, 1)
-    assert [plan.epoch_of(step) for step in range(5)] == [0.0, 0.5, 1.0, 1.5, 2.0]
+    assert [plan.epoch_of(step) for step in range(5)] == [0.0, 2 / 3, 1.0, 1 + 2 / 3, 2.0]
 
 
 @pytest.mark.parametrize("count", [1, 7, 16, 21])
@@ -167,11 +167,12 @@ def test_prepare_rows_encodes_drops_and_counts(chatml):
     assert report == Report(
         rows=3, kept=2, dropped_too_long=1, seq_length=32, tokens=29, label_tokens=3 + 2, longest=23,
         answer_tokens_lost=51, percentiles={"shortest": 6, "50%": 23, "90%": 71, "99%": 71, "longest": 71},
-        scripts={"Latin": 1.0},
+        scripts={"Latin": 1.0}, turns=2, cut_would_keep=1, cut_would_keep_tokens=13,
     )  # fmt: skip
     assert report.lines() == [
         "data: 3 rows, 1 dropped (longer than seq_length 32), 29 tokens, 17% of them labels, longest 23",
         "  answer tokens lost beyond seq_length: 51",
+        "  truncation: cut would keep a part of 1 of the rows dropped, with 13 answer tokens",
     ]
 
 

@@ -22,7 +22,11 @@ KNOWN = (
 )
 NO_OBJECT = "a row must be an object with keys"
 SUPPORTED = f"supported are {KINDS}"
-ROLES = "system, user, human, assistant, gpt, bot, tool, function, observation, function_call"
+ROLES = (
+    "system, developer, user, human, assistant, gpt, bot, model, tool, function, observation, tool_response, ipython, "
+    "function_call, tool_call"
+)
+BRACES = "or leave all such braces as they are with train_dataset.fill: False"
 
 
 def write_lines(path: Path, *rows: object) -> str:
@@ -158,7 +162,9 @@ def test_fill():
         Message("assistant", "{ {NAME}} 小明"),
     )
     assert read_rows([HI | {"output": "{{AGE}}"}], fill={"AGE": 5})[0].messages[1].content == "5"
-    assert fault([row], fill={"NAME": "x"}) == ("row 1: the placeholder {{作者}} is not filled; add --fill 作者=VALUE")
+    assert fault([row], fill={"NAME": "x"}) == (
+        f"row 1: the placeholder {{{{作者}}}} is not filled; add --fill 作者=VALUE; {BRACES}"
+    )
 
 
 def test_paths_that_lead_nowhere(tmp_path):
@@ -250,7 +256,11 @@ ANSWER = "write the answer or remove the row"
             f'no answer: turn 1 of "history" is empty; {ANSWER}',
         ),
         ({"问题": "a", "answer": "b"}, f'keys "问题", "answer" fit no format; {KNOWN}'),
-        ({"prompt": "a", "response": "b"}, f'keys "prompt", "response" fit no format; {KNOWN}'),
+        (
+            {"prompt": "a", "response": "b"},
+            'keys "prompt", "response" fit no format; if "prompt" is the question and "response" the answer, set '
+            f"columns: {{instruction: prompt, output: response}}; {KNOWN}",
+        ),
         ({"prompt": "a"}, f'no answer: "completion" is missing; {ANSWER}'),
         ({"input_ids": [1]}, f'keys "input_ids" fit no format; {KNOWN}'),
         ({}, f"keys (none) fit no format; {KNOWN}"),
@@ -304,7 +314,10 @@ ANSWER = "write the answer or remove the row"
         ({"input_ids": [1, 2], "prompt_len": "1"}, "prompt_len is '1'; it is the number of prompt tokens, 0 or more"),
         ({"input_ids": [1, 2], "prompt_len": 2}, f"no answer: prompt_len is 2 of 2 tokens; {ANSWER}"),
         ({"input_ids": [1], "prompt_len": 0, "labels": [1]}, "both labels and prompt_len are given; give one of them"),
-        ({"instruction": "{{x}}", "output": "b"}, "the placeholder {{x}} is not filled; add --fill x=VALUE"),
+        (
+            {"instruction": "{{x}}", "output": "b"},
+            f"the placeholder {{{{x}}}} is not filled; add --fill x=VALUE; {BRACES}",
+        ),
     ],
 )
 def test_rows_that_cannot_be_learnt_from(row, text):

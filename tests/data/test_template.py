@@ -49,7 +49,7 @@ def learnt(tokenizer, row) -> list[str]:
 
 
 def test_tokens_and_labels_of_one_turn_as_numbers(chatml):
-    row = encode(chatml, example("é", "is h"))
+    (row,) = encode(chatml, example("é", "is h"))
     # Byte-level pieces in order of code point: "!" is 0, so "u" is 84; the two bytes of "é" are 127 and 102.
     newline, user, assistant = 198, [84, 82, 68, 81], [64, 82, 82, 257, 83, 64, 77, 83]
     answer = [257, 256]  # "is", " h"
@@ -82,7 +82,7 @@ def test_tokens_and_labels_of_one_turn_as_numbers(chatml):
     ids=["single turn", "multi-turn with system", "Chinese"],
 )
 def test_chat_template(chatml, conversation, text, labelled):
-    row = encode(chatml, conversation)
+    (row,) = encode(chatml, conversation)
     assert chatml.decode(row.input_ids) == text
     assert learnt(chatml, row) == labelled
     independent = chatml.apply_chat_template(
@@ -93,7 +93,7 @@ def test_chat_template(chatml, conversation, text, labelled):
 
 
 def test_alpaca_input_joins_the_question_in_a_chat_template(chatml):
-    row = encode(chatml, example("Translate.\n谢谢", "thanks", input="谢谢"))
+    (row,) = encode(chatml, example("Translate.\n谢谢", "thanks", input="谢谢"))
     assert chatml.decode(row.input_ids) == (
         "<|im_start|>user\nTranslate.\n谢谢<|im_end|>\n<|im_start|>assistant\nthanks<|im_end|>\n"
     )
@@ -127,13 +127,13 @@ COMPLETE = "Write a response that appropriately completes the request.\n\n"
     ids=["without input", "with input", "history and system"],
 )
 def test_alpaca_prompt_without_a_chat_template(plain, conversation, text, labelled):
-    row = encode(plain, conversation)
+    (row,) = encode(plain, conversation)
     assert plain.decode(row.input_ids) == text
     assert learnt(plain, row) == labelled
 
 
 def test_alpaca_prompt_has_bos_where_the_tokenizer_adds_it(llama):
-    row = encode(llama, example("Say his", "his 名"))
+    (row,) = encode(llama, example("Say his", "his 名"))
     text = f"{ALPACA}. {COMPLETE}### Instruction:\nSay his\n\n### Response:\nhis 名"
     whole = llama(text).input_ids  # the tokenizer's own BOS and prefix space, nothing of ours
     assert row.input_ids.tolist() == [*whole, llama.eos_token_id]
@@ -157,15 +157,15 @@ def test_alpaca_prompt_has_bos_where_the_tokenizer_adds_it(llama):
 )
 def test_the_last_labelled_token_is_an_end_token(with_template, template, contents):
     tokenizer = with_template(template)
-    row = encode(tokenizer, example(*contents))
-    last = np.flatnonzero(row.labels != IGNORE_INDEX)[-1]
-    assert row.labels[last] in (END_OF_TEXT, IM_END)
-    assert row.labels[last] == row.input_ids[last]
+    for row in encode(tokenizer, example(*contents)):
+        last = np.flatnonzero(row.labels != IGNORE_INDEX)[-1]
+        assert row.labels[last] in (END_OF_TEXT, IM_END)
+        assert row.labels[last] == row.input_ids[last]
 
 
 def test_eos_is_appended_where_the_template_ends_with_none(with_template):
     tokenizer = with_template(NO_END_TOKEN)
-    row = encode(tokenizer, example("hi", "yes", "so", "no"))
+    (row,) = encode(tokenizer, example("hi", "yes", "so", "no"))
     assert tokenizer.decode(row.input_ids) == "Human: hi\nAssistant:yes\nHuman: so\nAssistant:no\n<|endoftext|>"
     assert learnt(tokenizer, row) == ["yes\n", "no\n<|endoftext|>"]
 
@@ -185,21 +185,25 @@ def test_a_token_that_would_reach_over_the_boundary_is_split_as_in_generation(wi
         "{% if add_generation_prompt %}{{ '\n' }}{% endif %}"
     )
     assert tokenizer.tokenize("\n\n\nb") == ["ĊĊ", "Ċ", "b"]
-    row = encode(tokenizer, example("a", "\n\nb"))
+    (row,) = encode(tokenizer, example("a", "\n\nb"))
     prompt = encode_prompt(tokenizer, [Message(USER, "a")])
     assert row.input_ids[: len(prompt)].tolist() == prompt
     assert tokenizer.convert_ids_to_tokens(row.input_ids) == ["a", "<|im_end|>", "Ċ", "Ċ", "Ċ", "b", "<|im_end|>"]
     assert learnt(tokenizer, row) == ["\n\nb<|im_end|>"]
 
 
-def test_reasoning_that_the_template_drops_from_past_turns_leaves_only_the_last_turn_labelled(with_template):
+def test_a_turn_whose_reasoning_the_template_drops_later_gets_a_row_of_its_own(with_template):
     tokenizer = with_template(QWEN3_LIKE)
-    row = encode(tokenizer, example("a", "<think>\nx\n</think>\n\nb", "c", "d"))
-    assert tokenizer.decode(row.input_ids) == (
+    first, second = encode(tokenizer, example("a", "<think>\nx\n</think>\n\nb", "c", "d"))
+    assert tokenizer.decode(first.input_ids) == (
+        "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n<think>\nx\n</think>\n\nb<|im_end|>\n"
+    )
+    assert learnt(tokenizer, first) == ["<think>\nx\n</think>\n\nb<|im_end|>"]
+    assert tokenizer.decode(second.input_ids) == (
         "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n<|im_start|>user\nc<|im_end|>\n"
         "<|im_start|>assistant\n<think>\n\n</think>\n\nd<|im_end|>\n"
     )
-    assert learnt(tokenizer, row) == ["<think>\n\n</think>\n\nd<|im_end|>"]
+    assert learnt(tokenizer, second) == ["<think>\n\n</think>\n\nd<|im_end|>"]
 
 
 @pytest.mark.parametrize(
@@ -213,44 +217,44 @@ def test_reasoning_that_the_template_drops_from_past_turns_leaves_only_the_last_
 )
 def test_a_prompt_that_opens_the_reasoning_is_continued_by_the_answer(with_template, answer, labelled):
     tokenizer = with_template(DEEPSEEK_LIKE)
-    row = encode(tokenizer, example("a", "x", "c", answer))
+    first, row = encode(tokenizer, example("a", "x", "c", answer))
+    assert tokenizer.decode(first.input_ids) == "U:aA:<think>\n\n</think>\n\nx<|endoftext|>"
     assert tokenizer.decode(row.input_ids) == f"U:aA:x<|endoftext|>U:cA:<think>\n{labelled}"
     assert learnt(tokenizer, row) == [labelled]
 
 
 @pytest.mark.parametrize(
-    "contents, text, labelled",
+    "contents, expected",
     [
         (
             ("a", "<think>x</think>b"),
-            "U:aA:<think>x</think>b<|endoftext|>",
-            ["<think>x</think>b<|endoftext|>"],
+            [("U:aA:<think>x</think>b<|endoftext|>", ["<think>x</think>b<|endoftext|>"])],
         ),
         (
             ("a", "b", "c", "d"),
-            "U:aA:b<|endoftext|>U:cA:d<|endoftext|>",
-            ["b<|endoftext|>", "d<|endoftext|>"],
+            [("U:aA:b<|endoftext|>U:cA:d<|endoftext|>", ["b<|endoftext|>", "d<|endoftext|>"])],
         ),
         (
             ("a", "b", "c", "<think>x</think>d", "e", "f"),
-            "U:aA:b<|endoftext|>U:cA:d<|endoftext|>U:eA:f<|endoftext|>",
-            ["f<|endoftext|>"],
+            [
+                ("U:aA:b<|endoftext|>U:cA:<think>x</think>d<|endoftext|>", ["<think>x</think>d<|endoftext|>"]),
+                ("U:aA:b<|endoftext|>U:cA:d<|endoftext|>U:eA:f<|endoftext|>", ["b<|endoftext|>", "f<|endoftext|>"]),
+            ],
         ),
     ],
-    ids=["in the last turn it is kept", "none", "in a past turn it is lost"],
+    ids=["in the last turn", "none", "in a past turn, which gets a row of its own"],
 )
-def test_reasoning_that_the_template_drops_from_every_turn(with_template, contents, text, labelled):
+def test_reasoning_that_the_template_drops_from_every_turn(with_template, contents, expected):
     tokenizer = with_template(DEEPSEEK_LIKE_WITHOUT_OPENING)
-    row = encode(tokenizer, example(*contents))
-    assert tokenizer.decode(row.input_ids) == text
-    assert learnt(tokenizer, row) == labelled
+    rows = encode(tokenizer, example(*contents))
+    assert [(tokenizer.decode(row.input_ids), learnt(tokenizer, row)) for row in rows] == expected
 
 
 @pytest.mark.parametrize("name", ["chatml", "plain", "llama"])
 def test_training_and_chat_share_the_prompt(request, name):
     tokenizer = request.getfixturevalue(name)
     conversation = example("你好", "is his", "a\nb", "c", system="s")
-    row = encode(tokenizer, conversation)
+    (row,) = encode(tokenizer, conversation)
     prompt = encode_prompt(tokenizer, conversation.messages[:-1])
     assert row.input_ids[: len(prompt)].tolist() == prompt
     assert np.all(row.labels[len(prompt) - 1 :][:1] == IGNORE_INDEX)
@@ -259,7 +263,7 @@ def test_training_and_chat_share_the_prompt(request, name):
 
 def test_prompt_of_an_alpaca_row_with_input(plain):
     conversation = example("翻译\n谢谢", "thanks", input="谢谢")
-    row = encode(plain, conversation)
+    (row,) = encode(plain, conversation)
     prompt = encode_prompt(plain, conversation.messages[:-1], input="谢谢")
     assert row.input_ids[: len(prompt)].tolist() == prompt
     assert set(row.labels[: len(prompt)]) == {IGNORE_INDEX}
@@ -276,7 +280,7 @@ def test_encode_text(chatml, llama):
 
 def test_text_that_holds_the_end_token_keeps_its_label(plain):
     # pad = eos masked by id would lose both; here labels go by position.
-    row = encode(plain, example("a", "b<|endoftext|>c"))
+    (row,) = encode(plain, example("a", "b<|endoftext|>c"))
     assert learnt(plain, row) == ["b<|endoftext|>c<|endoftext|>"]
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_ms.cli import main as cli
+from lora_ms.cli.main import main
 from lora_ms.commands.chat import fit_history
 from lora_ms.data.example import Message
 from lora_ms.infer.chat import Stream
@@ -61,7 +61,7 @@ def typed(monkeypatch, request):
 )
 def test_a_conversation(typed, capsys, monkeypatch, graph_mode):
     monkeypatch.chdir(Path(__file__).parents[2])
-    assert cli.main(["chat", "--load_checkpoint", MODEL, "--max_new_tokens", "24"]) == 0
+    assert main(["chat", "--load_checkpoint", MODEL, "--max_new_tokens", "24"]) == 0
     out = capsys.readouterr().out.splitlines()
     help_line = "/reset forgets the conversation, /exit leaves"
     first, again = out[1], out[4]

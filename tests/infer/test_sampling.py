@@ -40,7 +40,20 @@ def test_softmax_of_large_logits():
     np.testing.assert_allclose(softmax(np.array([1000.0, 1000.0, 0.0])), [0.5, 0.5, 0.0])
 
 
-@pytest.mark.parametrize("wrong", [{"temperature": 0}, {"top_k": -1}, {"top_p": 0}, {"repetition_penalty": 0}])
+@pytest.mark.parametrize("zero", [{"temperature": 0}, {"top_p": 0}, {"temperature": 0, "top_p": 0, "top_k": 3}])
+def test_no_temperature_and_no_probability_take_the_likeliest_token(zero):
+    logits = np.array([0.1, 0.4, 0.39, 0.2])
+    sampling = Sampling(do_sample=True, **zero)
+    assert sampling.greedy and not sampling.needs_logits
+    draws = {choose(logits, np.array([0]), sampling, np.random.default_rng(seed)) for seed in range(50)}
+    assert draws == {1}
+    penalised = Sampling(do_sample=True, repetition_penalty=2.0, **zero)
+    assert penalised.needs_logits and choose(logits, np.array([1]), penalised, np.random.default_rng(0)) == 2
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"temperature": -0.1}, {"top_k": -1}, {"top_p": 1.1}, {"top_p": -0.1}, {"repetition_penalty": 0}]
+)
 def test_settings_out_of_range_are_refused(wrong):
     with pytest.raises(LoraMsError, match=f"{next(iter(wrong))} .* out of range"):
         Sampling(**wrong)

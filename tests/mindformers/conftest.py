@@ -16,7 +16,7 @@ from lora_ms.adapters.inject import inject
 from lora_ms.adapters.methods.lora import LoraConfig
 from lora_ms.models.decoder import CausalLM, DecoderConfig
 from lora_ms.models.hub import hugging_face_name, load_directory
-from lora_ms.runtime import device as runtime
+from lora_ms.runtime import device
 
 REFERENCE = Path(__file__).parents[1] / "reference"
 SEQ = 12  # ids in a row; MindFormers' causal mask has one size
@@ -52,8 +52,9 @@ def packages(tmp_path_factory):
                 from mindpet.delta import LoRADense
             from mindformers.models.llama import LlamaConfig, LlamaForCausalLM
             from mindformers.pet import get_pet_model
-        runtime.setup("CPU")
+        here, _ = device.setup("CPU")
         yield SimpleNamespace(
+            operators=here.operators,
             LlamaConfig=LlamaConfig,
             LlamaForCausalLM=LlamaForCausalLM,
             get_pet_model=get_pet_model,
@@ -105,7 +106,7 @@ def family(request):
 @pytest.fixture(scope="session")
 def base(packages, family) -> Pair:
     """Without adapters."""
-    ours = load_directory(REFERENCE / "models" / family).set_train(False)
+    ours = load_directory(REFERENCE / "models" / family, operators=packages.operators).set_train(False)
     return Pair(ours, their_model(packages, ours))
 
 
@@ -119,7 +120,7 @@ def golden(family) -> dict[str, np.ndarray]:
 @pytest.fixture(scope="session")
 def lora(packages, family, base) -> Pair:
     """With equal adapters, found by both from one expression, whose factors are all random and none zero."""
-    ours = load_directory(REFERENCE / "models" / family)
+    ours = load_directory(REFERENCE / "models" / family, operators=packages.operators)
     inject(ours, LoraConfig(4, 8, 0.0, PROJECTIONS))
     settings = {"pet_type": "lora", "lora_rank": 4, "lora_alpha": 8, "lora_dropout": 0.0}
     settings["target_modules"] = PROJECTIONS

@@ -131,10 +131,10 @@ def test_an_unknown_architecture_is_refused(edited):
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("llama2", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
-         "config.json: rope_type 'yarn' is not supported; supported: default, linear, llama3"),
-        ("llama2", {"rope_scaling": {"type": "dynamic", "factor": 4.0}},
-         "config.json: rope_type 'dynamic' is not supported; supported: default, linear, llama3"),
+        ("llama2", {"rope_scaling": {"rope_type": "longrope", "factor": 4.0}},
+         "config.json: rope_type 'longrope' is not supported; supported: default, linear, dynamic, yarn, llama3"),
+        ("llama2", {"rope_scaling": {"type": "su", "factor": 4.0}},
+         "config.json: rope_type 'su' is not supported; supported: default, linear, dynamic, yarn, llama3"),
         ("qwen2", {"use_sliding_window": True},
          "config.json: use_sliding_window true is not supported; set it to false"),
         ("qwen3", {"use_sliding_window": True},

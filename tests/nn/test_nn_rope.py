@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from mindspore import Tensor
 
-from lora_ms.nn.rope import RotaryTables, inverse_frequencies
+from lora_ms.nn.rope import RotaryTables, Rotation, inverse_frequencies
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 8192}  # fmt: skip
@@ -52,7 +52,8 @@ def test_tables(graph_mode):
     """One row a token and head; the query's are scaled by 1/sqrt(d), the sine's first half is negative."""
     head_dim, heads, kv_heads, positions = 8, 4, 2, [0, 1, 7, 300]
     inv_freq = inverse_frequencies(head_dim, 100.0)
-    tables = RotaryTables(head_dim, heads, kv_heads, inv_freq, ms.float32)(Tensor(np.array(positions, np.int32)))
+    rotary = RotaryTables(head_dim, heads, kv_heads, Rotation(inv_freq), ms.float32)
+    tables = rotary(Tensor(np.array(positions, np.int32)))
     cos = [[math.cos(p * f) for f in inv_freq] * 2 for p in positions]
     sin = [[-math.sin(p * f) for f in inv_freq] + [math.sin(p * f) for f in inv_freq] for p in positions]
     scale = 1 / math.sqrt(head_dim)

@@ -73,9 +73,10 @@ def train(graph_mode, reference, rows, settings) -> Callable[..., Finished]:
     from lora_ms.adapters.methods.lora import LoraConfig
     from lora_ms.data.store import TokenStore
     from lora_ms.models.hub import load_directory
+    from lora_ms.recipes import train as recipe
+    from lora_ms.recipes.data import held_out_plan, plan_rows
     from lora_ms.recipes.outputs import weights_of
-    from lora_ms.recipes.train import fit, held_out_plan, plan_rows
-    from lora_ms.runtime import device as runtime
+    from lora_ms.runtime import device
     from lora_ms.train.evaluation import Evaluator
 
     def run(
@@ -84,8 +85,8 @@ def train(graph_mode, reference, rows, settings) -> Callable[..., Finished]:
     ):  # fmt: skip
         path.mkdir(parents=True, exist_ok=True)
         chosen = settings(path, **changes)
-        here, _ = runtime.setup("CPU", seed=chosen.seed)
-        model = load_directory(reference / "models" / name, dtype)
+        here, _ = device.setup("CPU", seed=chosen.seed)
+        model = load_directory(reference / "models" / name, dtype, operators=here.operators)
         config = LoraConfig(4, 8.0, dropout, "all-linear")
         inject(model, config)
         if prepare is not None:
@@ -97,10 +98,10 @@ def train(graph_mode, reference, rows, settings) -> Callable[..., Finished]:
         if held_out is not None:
             evaluator = Evaluator(model, held_out_plan(TokenStore.of(held_out), 4, None, 16, here), 128, here, sample)
         weights = weights_of(model, config, None)
-        outcome = fit(
-            model, data_plan, chosen, here, weights,
-            vocab_size=128, dtype=dtype, hooks=hooks, evaluator=evaluator, callbacks=callbacks,
-        )  # fmt: skip
+        prepared = recipe.NativeRun(
+            model, data_plan, chosen, here, weights, hooks=hooks, evaluator=evaluator, callbacks=callbacks
+        )
+        outcome = recipe.train(prepared)
         return Finished(path, outcome, untimed(path), load_file(path / "adapter" / "adapter_model.safetensors"))
 
     return run

@@ -80,9 +80,9 @@ def test_orthogonal_factors_have_no_gradient_and_no_nan(graph_mode):
 
 
 @pytest.fixture(scope="module")
-def cut_model(graph_mode, reference):
+def cut_model(native, reference):
     """Qwen2 with random AdaLoRA of rank 4 on six modules, of which 7 triplets are left, none in one module."""
-    model = load_directory(reference / "models" / "qwen2")
+    model = load_directory(reference / "models" / "qwen2", operators=native)
     config = AdaLoraConfig(4, 6.0, target_rank=2, target_modules=("q_proj", "v_proj", "down_proj"), total_steps=9)
     inject(model, config)
     allocator = RankAllocator(model, config)
@@ -114,12 +114,12 @@ def test_adalora_and_plain_lora_on_disk_compute_the_same(cut_model, reference, g
     allocator.cut()
     config, input_ids = allocator.config(), Tensor(golden("adapter_logits_qwen2")["input_ids"])
     wanted = model.set_train(False)(input_ids).asnumpy()
-    base = load_directory(reference / "models" / "qwen2")
+    base = load_directory(reference / "models" / "qwen2", operators=model.operators)
     assert np.abs(base(input_ids).asnumpy() - wanted).mean() > 0.05
     save_adapter(model, tmp_path / "adapter", config)
     assert save_as_lora(model, tmp_path / "plain", config)
     for folder in ("adapter", "plain"):
-        other = load_directory(reference / "models" / "qwen2")
+        other = load_directory(reference / "models" / "qwen2", operators=model.operators)
         load_adapter(other, tmp_path / folder)
         np.testing.assert_allclose(other(input_ids).asnumpy(), wanted, rtol=0, atol=2e-5, err_msg=folder)
 

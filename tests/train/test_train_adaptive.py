@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lora_ms.data.loader import DataPlan
-from lora_ms.recipes import train as fit
+from lora_ms.recipes import train as recipe
 from lora_ms.train import adaptive
 from lora_ms.train.adaptive import REST, MemoryMonitor
 
@@ -21,7 +21,7 @@ def test_levels_follow_the_memory_and_rest_after_a_change():
 @pytest.mark.parametrize("kind", ["packed", "bucketed"])
 def test_a_level_changes_sizes_and_no_row(rows, kind):
     settings = {"batch_size": 8, "accumulation": 1, "epochs": 1, "seed": 0, "pad_id": 0, "seq_length": 16}
-    plan = DataPlan.build(rows, kind=kind, lines=True, **settings)
+    plan = DataPlan.build(rows, kind=kind, prefer_many_lines=True, **settings)
     assert plan.levels >= 2
     for step in range(plan.total_steps):
         whole, label_tokens = plan.step(step)
@@ -38,7 +38,7 @@ def test_learning_is_not_disturbed(train, plain_run, tmp_path, monkeypatch, caps
     """Memory is short after the first step and plenty after the third."""
     shares = iter([0.9, 0.7, 0.5, 0.5, 0.5, 0.5])
     monkeypatch.setattr(adaptive, "REST", 0)
-    monkeypatch.setattr(fit, "memory_share", lambda device, budget: next(shares))
+    monkeypatch.setattr(recipe, "memory_share", lambda device, budget: next(shares))
     found = train(tmp_path, adaptive_batch=True)
     notices = [line for line in capsys.readouterr().out.splitlines() if "micro-batches of" in line]
     assert notices == [

@@ -45,7 +45,7 @@ def test_a_group_of_nothing_is_an_error():
         rates_and_decays({}, [Group("adapters", 1.0)], 0.0, 0.0)
 
 
-def test_rates_and_decays_against_float64(graph_mode):
+def test_rates_and_decays_against_float64(native):
     """w and v at rates and decays of their own, b of one dimension never decays."""
     beta1, beta2, eps, shapes = 0.8, 0.95, 1e-6, {"w": (3, 2), "b": (4,), "v": (2, 2)}
     rng = np.random.default_rng(0)
@@ -59,6 +59,7 @@ def test_rates_and_decays_against_float64(graph_mode):
         weight_decay=decays,
         rate_factors=rates,
         max_grad_norm=None,
+        operators=native,
     )
     spread = [6, 4, 4]
     rate, decay = np.repeat([0.02, 0.005, 0.01], spread), np.repeat([0.3, 0.0, 0.1], spread)

@@ -36,9 +36,9 @@ def uneven() -> list[TokenRow]:
 
 
 @pytest.fixture(scope="module", params=["qwen2", "llama3", "qwen3"])
-def summed(request, reference, uneven):
+def summed(request, reference, native, uneven):
     """Of each layout: the summed loss and its gradient, [numbers of all factors], over one step of all rows."""
-    model = load_directory(reference / "models" / request.param)
+    model = load_directory(reference / "models" / request.param, operators=native)
     inject(model, LoraConfig(4, 8.0, 0.0, "all-linear"))
     rng = np.random.default_rng(2)
     for parameter in model.trainable_params():  # B too: at zero, A has no gradient
@@ -75,9 +75,9 @@ def test_loss_and_gradient_are_the_same(summed, kind):
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max())
 
 
-def test_no_row_sees_another(reference, uneven):
+def test_no_row_sees_another(reference, native, uneven):
     """Every token of one row of a packed line is changed: the losses of the others do not move by a bit."""
-    model = load_directory(reference / "models" / "qwen2").set_train(False)
+    model = load_directory(reference / "models" / "qwen2", operators=native).set_train(False)
 
     class Losses(ms.nn.Cell):
         def __init__(self):

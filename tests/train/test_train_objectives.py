@@ -10,10 +10,13 @@ import pytest
 from mindspore import Parameter, Tensor, nn, ops
 
 from lora_ms.errors import LoraMsError
+from lora_ms.nn.parallel import Shard
+from lora_ms.runtime.device import Runtime
 from lora_ms.train.callbacks import StepRecord
 from lora_ms.train.objectives import term_names
 from lora_ms.train.optimizer import FlatAdamW
 from lora_ms.train.report import fields_of
+from lora_ms.train.steps import Steps
 
 
 class Decay(nn.Cell):
@@ -139,6 +142,16 @@ def test_a_resumed_run_has_the_same_terms(with_terms, train, tmp_path):
     assert found.records == wanted.records
     for name, value in wanted.adapter.items():
         np.testing.assert_array_equal(found.adapter[name], value, err_msg=name)
+
+
+def test_processes_that_share_a_model_have_no_terms(settings, tmp_path):
+    runtime = Runtime("CPU", world=2, shard=Shard(0, 2))
+    with pytest.raises(LoraMsError) as caught:
+        Steps(nn.Dense(2, 2), None, settings(tmp_path), runtime, vocab_size=2, hooks=[Hook()])
+    assert str(caught.value) == (
+        "loss terms (pull, push) are not supported with parallel_config.model_parallel 2: set it to 1, or leave the "
+        "terms out"
+    )
 
 
 def test_a_term_that_is_no_number_stops_the_run(train, tmp_path):

@@ -69,11 +69,11 @@ def current(optimizer: FlatAdamW) -> np.ndarray:
     [(None, 0.1, False), (None, 0.0, False), (1.0, 0.1, False), (1.0, 0.1, True)],
     ids=["decay", "plain", "clipped", "swapped"],
 )
-def test_adamw_against_float64(graph_mode, max_grad_norm, weight_decay, swap):
+def test_adamw_against_float64(operators, max_grad_norm, weight_decay, swap):
     """Gradients of norm below and above 1; the rate changes; only w and v, of two dimensions, decay."""
     beta1, beta2, eps = 0.8, 0.95, 1e-6
     values = parameters()
-    optimizer = optimizer_of(values, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay,
+    optimizer = optimizer_of(values, operators=operators, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay,
                              max_grad_norm=max_grad_norm, swap=swap)  # fmt: skip
     x = np.concatenate([value.ravel() for value in values.values()]).astype(np.float64)
     decay = weight_decay * np.repeat([1, 0, 1], [6, 4, 4])
@@ -186,12 +186,13 @@ class Witness(nn.Cell):
         return taken
 
 
-def test_rates_objective_and_observer_against_float64(graph_mode):
+def test_rates_objective_and_observer_against_float64(operators):
     """Each tensor at its own rate; the objective's is added to the mean gradient, before clipping."""
     beta1, beta2, eps, factors = 0.8, 0.95, 1e-6, np.repeat([1.0, 16.0, 0.0], [6, 4, 4])
     values, witness = parameters(), Witness(14)
-    optimizer = optimizer_of(values, betas=(beta1, beta2), eps=eps, weight_decay=0.1, max_grad_norm=2.0,
-                             rate_factors=[1.0, 16.0, 0.0], objectives=[Pull()], observers=[witness])  # fmt: skip
+    optimizer = optimizer_of(values, operators=operators, betas=(beta1, beta2), eps=eps, weight_decay=0.1,
+                             max_grad_norm=2.0, rate_factors=[1.0, 16.0, 0.0], objectives=[Pull()],
+                             observers=[witness])  # fmt: skip
     x = np.concatenate([value.ravel() for value in values.values()]).astype(np.float64)
     m, v, decay = np.zeros(14), np.zeros(14), 0.1 * np.repeat([1, 0, 1], [6, 4, 4])
     for number, rate in enumerate([0.01, 0.005, 0.02], start=1):

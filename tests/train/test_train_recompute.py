@@ -38,7 +38,7 @@ def test_dropout_meets_the_same_zeros(train, tmp_path):
 
 
 @pytest.fixture(scope="module", params=["", "layers.1.", "layers.1.mlp."])
-def tied(graph_mode, request):
+def tied(native, request):
     """A model, its loss, a batch, the trainable parameters and their gradients: of all, or of the upper layer alone,
     or of a half of it."""
     import mindspore as ms
@@ -48,7 +48,7 @@ def tied(graph_mode, request):
     from lora_ms.train.parts import SummedLoss
 
     sizes = small(num_hidden_layers=2, tie_word_embeddings=True, attention_bias=True)
-    model = new_model(sizes, ms.float32, 0)
+    model = new_model(sizes, ms.float32, 0, native)
     for name, parameter in model.parameters_and_names():
         parameter.requires_grad = request.param in name
     params = ms.ParameterTuple([p for p in model.get_parameters() if p.requires_grad])
@@ -89,7 +89,7 @@ def test_gradients_block_by_block(tied, block, monkeypatch):
 
 
 @pytest.mark.parametrize(("pattern", "kinds"), [({}, 1), ({r"layers.2.mlp.*": 3}, 2)])
-def test_blocks_of_a_kind_share_their_graphs(graph_mode, pattern, kinds):
+def test_blocks_of_a_kind_share_their_graphs(native, pattern, kinds):
     """Nine layers are two blocks and the top."""
     import mindspore as ms
 
@@ -98,7 +98,7 @@ def test_blocks_of_a_kind_share_their_graphs(graph_mode, pattern, kinds):
     from lora_ms.models.hub import new_model
     from lora_ms.train.parts import SummedLoss
 
-    model = new_model(small(num_hidden_layers=9), ms.float32, 0)
+    model = new_model(small(num_hidden_layers=9), ms.float32, 0, native)
     inject(model, LoraConfig(2, 4.0, 0.1, "all-linear", rank_pattern=pattern))
     params = [p for p in model.get_parameters() if p.requires_grad]
     shared = MicroStep(SummedLoss(model, 40), FlatAdamW(params), True).shared

@@ -10,6 +10,7 @@ from mindspore import Tensor
 from lora_ms.adapters.inject import adapter_cells, inject
 from lora_ms.adapters.methods.adalora import AdaLoraConfig
 from lora_ms.adapters.methods.base import AdapterConfig
+from lora_ms.adapters.methods.ia3 import IA3Config
 from lora_ms.adapters.methods.lora import LoraConfig
 from lora_ms.adapters.methods.training import rate_factors
 from lora_ms.data.collate import collate
@@ -40,6 +41,8 @@ CONFIGS = {
     "bias_all_qwen2": LoraConfig(3, 4, target_modules=SOME, bias="all"),
     "adalora_qwen2": AdaLoraConfig(4, 4, target_modules=SOME, **ADALORA),
     "adalora_llama3": AdaLoraConfig(4, 4, target_modules=SOME, **ADALORA),
+    "ia3_qwen2": IA3Config(),
+    "ia3_llama3": IA3Config(),
 }
 # A trace whose last digits are not its own: one ulp on the embedding's start moves our final embedding by up to 7e-5,
 # at a token seen eight times. There a handful of numbers may stray so far; the others are held as everywhere.
@@ -84,10 +87,10 @@ def batches(z: dict[str, np.ndarray], step: int):
 
 
 @pytest.fixture(scope="module", params=list(CONFIGS))
-def traced(request, reference, golden) -> Traced:
+def traced(request, reference, golden, native) -> Traced:
     name, config = request.param, CONFIGS[request.param]
     z = golden(f"trace_{name}")
-    model = load_directory(reference / "models" / name.rpartition("_")[2])
+    model = load_directory(reference / "models" / name.rpartition("_")[2], operators=native)
     inject(model, config)
     start(model, config, z)
     model.set_train()
@@ -108,7 +111,7 @@ def traced(request, reference, golden) -> Traced:
         factors = [by_name[names[id(p)]] for p in params]
     optimizer = FlatAdamW(
         params, eps=float(z["eps"]), weight_decay=float(z["weight_decay"]), max_grad_norm=float(z["max_grad_norm"]),
-        rate_factors=factors, objectives=objectives, observers=observers,
+        rate_factors=factors, objectives=objectives, observers=observers, operators=native,
     )  # fmt: skip
     micro_step = MicroStep(SummedLoss(model, 128), optimizer)
     found = Traced(name, z, losses=[], norms=[], first={}, final={}, kept=[])

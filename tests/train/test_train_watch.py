@@ -8,7 +8,7 @@ import pytest
 from lora_ms.errors import LoraMsError
 from lora_ms.train import profile as profile_module
 from lora_ms.train.callbacks import EvaluationRecord, RunState, StepRecord
-from lora_ms.train.profile import Cost, Profiling, read_costs, table
+from lora_ms.train.profile import OperatorCost, Profiling, read_costs, table
 from lora_ms.train.tensorboard import Summaries, TensorBoard
 
 
@@ -113,7 +113,7 @@ ASCEND += "0,MatMulV2,AI_CORE,1024,2500000.5,1,1,1,80\n"
 def test_costs_and_their_table(tmp_path):
     (tmp_path / "FRAMEWORK").mkdir()
     (tmp_path / "FRAMEWORK" / "cpu_op_type_info_0.csv").write_text(CPU)
-    assert read_costs(tmp_path) == [Cost("MatMul", 4, 3.5), Cost("Add", 12, 1.5)]
+    assert read_costs(tmp_path) == [OperatorCost("MatMul", 4, 3.5), OperatorCost("Add", 12, 1.5)]
     assert table(read_costs(tmp_path)) == [
         "  operator                                            calls     total ms   share",
         "  MatMul                                                  4          3.5   70.0%",
@@ -121,8 +121,8 @@ def test_costs_and_their_table(tmp_path):
     ]
     (tmp_path / "FRAMEWORK" / "cpu_op_type_info_0.csv").unlink()
     (tmp_path / "op_statistic.csv").write_text(ASCEND)
-    assert read_costs(tmp_path) == [Cost("MatMulV2", 1024, pytest.approx(2500.0005))]
-    many = table([Cost("x" * n, 10**8, 10.0**7) for n in range(1, 60)][::-1])
+    assert read_costs(tmp_path) == [OperatorCost("MatMulV2", 1024, pytest.approx(2500.0005))]
+    many = table([OperatorCost("x" * n, 10**8, 10.0**7) for n in range(1, 60)][::-1])
     assert len(many) == 11 and {len(line) for line in many} == {80}
 
 

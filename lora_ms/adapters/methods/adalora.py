@@ -6,7 +6,7 @@ with ``lora_rank``; by a schedule the least important triplets of all are set to
 average.
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -138,9 +138,10 @@ class AdaLoraConfig(AdapterConfig, LowRankOptions):
 
     # PEFT's files
 
-    def to_peft(self, specs: Mapping[str, LoraSpec]) -> dict[str, Any]:
+    def to_peft(self, specs: Mapping[str, LoraSpec], targets: Sequence[str]) -> dict[str, Any]:
         """``rank_pattern`` holds, by module, which ranks are left; the tensors in the file have these alone."""
         return {
+            "layers_to_transform": None,
             "lora_alpha": plain_number(self.lora_alpha),
             "lora_dropout": self.lora_dropout,
             "bias": self.bias,
@@ -293,6 +294,10 @@ class AdaLoraConfig(AdapterConfig, LowRankOptions):
     def not_split(self, training: bool) -> list[str]:
         given = ["bias"] if self.bias != "none" else []
         return [f"pet_type {self.PET_TYPE}", *given, *(["modules_to_save"] if self.modules_to_save else [])]
+
+    @property
+    def dropout(self) -> float:
+        return self.lora_dropout
 
     def cost(self, spec: LoraSpec, inputs: int, outputs: int) -> Cost:
         return Cost(trained=spec.lora_rank * (inputs + outputs), kept=spec.lora_rank)

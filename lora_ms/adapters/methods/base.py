@@ -132,7 +132,7 @@ class Update:
 
     def bias(self, bias: Array) -> Array:
         """The merged bias [out]."""
-        for name in ("bias", "base_layer.bias"):  # a trained copy stands in for the model's own
+        for name in ("bias", "base_layer.bias"):  # a trained copy replaces the model's own
             bias = bias if name not in self.tensors else self.tensor(name)
         return bias
 
@@ -145,7 +145,7 @@ class Update:
         self._read.clear()
 
     def keeps_tie(self, embedding: "Update") -> bool:
-        """Whether a head with this update and an embedding with ``embedding``, one tensor before, are one after."""
+        """Whether a head with this update, tied to an embedding with ``embedding``, stays tied once both are merged."""
         return False
 
 
@@ -321,9 +321,18 @@ class AdapterConfig(ABC):
 
     # PEFT's files
 
+    def tells_paths_apart(self, specs: Mapping[str, Any]) -> bool:
+        """Whether modules of one leaf name get keys of their own in ``adapter_config.json``, which then names paths."""
+        return False
+
     @abstractmethod
-    def to_peft(self, specs: Mapping[str, Any]) -> dict[str, Any]:
-        """The method's own keys of ``adapter_config.json``, for an adapter with these specs by module."""
+    def to_peft(self, specs: Mapping[str, Any], targets: Sequence[str]) -> dict[str, Any]:
+        """The method's own keys of ``adapter_config.json``.
+
+        Args:
+            specs: of the adapter, by module.
+            targets: leaf names, or whole paths, that say which modules these are.
+        """
 
     @classmethod
     @abstractmethod
@@ -460,6 +469,16 @@ class AdapterConfig(ABC):
     def not_split(self, training: bool) -> list[str]:
         """Keys of ``pet_config`` that ask for what is not computed where processes share each layer."""
         return [f"pet_type {self.PET_TYPE}", *(["modules_to_save"] if self.modules_to_save else [])]
+
+    @property
+    def dropout(self) -> float:
+        """Probability with which an input of an adapter is dropped in training."""
+        return 0.0
+
+    @property
+    def separate_dropout(self) -> bool:
+        """Whether an operator of its own drops it, even where native operators do so within a product."""
+        return False
 
     @abstractmethod
     def cost(self, spec: Any, inputs: int, outputs: int) -> Cost:

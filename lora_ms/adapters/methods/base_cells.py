@@ -1,4 +1,4 @@
-"""What all adapter cells have in common. An adapter cell stands in a model where the layer that it adapts stood."""
+"""What all adapter cells have in common. An adapter cell replaces the layer that it adapts, and holds it."""
 
 from collections.abc import Hashable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -8,7 +8,6 @@ from mindspore import Parameter, Tensor, nn
 from numpy.typing import NDArray
 
 from lora_ms.adapters.methods.base import Pair
-from lora_ms.nn.dropout import DropoutKernel
 
 Array = NDArray[np.float32]
 
@@ -91,8 +90,7 @@ class AdapterCell(nn.Cell):
     def shape_key(self) -> Hashable:
         """Equal for cells that could hold each other's ``State``."""
         shapes = tuple((name, tuple(parameter.shape)) for name, parameter in self.tensors().items())
-        dropouts = tuple(dropout.probability for dropout in self.dropouts().values())
-        return (type(self).__name__, shapes, dropouts)
+        return (type(self).__name__, shapes)
 
     def state(self) -> State:
         return State(_copies(self.tensors()), _copies(self.settings()), self.spec)
@@ -104,10 +102,6 @@ class AdapterCell(nn.Cell):
                 parameter.set_data(Tensor(values[name]))
 
     # training
-
-    def dropouts(self) -> dict[str, DropoutKernel]:
-        """Its dropout cells, each by the name of the parameter [.., in] whose input it drops."""
-        return {}
 
     def rate_factor(self, parameter: Parameter, ratio: float, embedding: float) -> float:
         """What LoRA+ (Hayou et al., 2024) multiplies the learning rate of ``parameter`` by; groups as in PEFT.

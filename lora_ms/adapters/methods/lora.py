@@ -59,7 +59,7 @@ def read_init(value: Any) -> bool | str:
     if value is True or is_init(value):
         return value
     near = difflib.get_close_matches(str(value), INITS, 1)
-    raise ValueError(f"wants True, {', '.join(INITS)} or pissa_niter_N{f' ({near[0]}?)' if near else ''}")
+    raise ValueError(f"expects True, {', '.join(INITS)} or pissa_niter_N{f' ({near[0]}?)' if near else ''}")
 
 
 class LoraSpec(NamedTuple):
@@ -184,9 +184,11 @@ class LoraConfig(AdapterConfig, LowRankOptions):
         self.check_bias()
         self._check_init()
         if self.use_dora and self.lora_bias:
-            raise LoraMsError("use_dora and lora_bias exclude each other")
+            raise LoraMsError("use_dora and lora_bias exclude each other: leave one of them out")
         if self.layer_groups and (self.rank_pattern or self.alpha_pattern or self.layers_to_transform is not None):
-            raise LoraMsError("layer_groups stands in place of rank_pattern, alpha_pattern and layers_to_transform")
+            raise LoraMsError(
+                "layer_groups replaces rank_pattern, alpha_pattern and layers_to_transform: leave these out, or it"
+            )
 
     def _check_init(self) -> None:
         init = self.init_lora_weights
@@ -197,9 +199,9 @@ class LoraConfig(AdapterConfig, LowRankOptions):
         groups = [group.lora_rank for group in self.layer_groups]
         odd = [rank for rank in groups or [self.lora_rank, *self.rank_pattern.values()] if rank % 2]
         if init == "orthogonal" and odd:
-            raise LoraMsError(f"init_lora_weights orthogonal wants even ranks, got {odd[0]}")
+            raise LoraMsError(f"init_lora_weights orthogonal expects even ranks, got {odd[0]}")
         if init not in ("gaussian", "orthogonal") and (self.use_dora or self.lora_bias):
-            raise LoraMsError(f"init_lora_weights {init} goes with neither use_dora nor lora_bias")
+            raise LoraMsError(f"init_lora_weights {init} does not support use_dora or lora_bias: leave them out")
 
     @property
     def title(self) -> str:
@@ -288,8 +290,8 @@ class LoraConfig(AdapterConfig, LowRankOptions):
 
     # PEFT's files
 
-    def to_peft(self, specs: Mapping[str, LoraSpec]) -> dict[str, Any]:
-        """``r`` and ``lora_alpha`` are the commonest; those that differ stand in the two patterns, by whole path.
+    def to_peft(self, specs: Mapping[str, LoraSpec], targets: Sequence[str]) -> dict[str, Any]:
+        """``r`` and ``lora_alpha`` are the commonest; those that differ go into the two patterns, by whole path.
 
         The update that PiSSA and OLoRA subtract from the weight at the start goes into the file: an adapter of twice
         the rank on the weight as it was. ``alpha / rank`` stays, and so does ``alpha / sqrt(rank)``.
@@ -300,6 +302,7 @@ class LoraConfig(AdapterConfig, LowRankOptions):
         rank = _commonest([spec.lora_rank for spec in specs.values()])
         alpha = _commonest([spec.lora_alpha for spec in specs.values()])
         return {
+            "layers_to_transform": None,  # target_modules says it all
             "lora_alpha": plain_number(alpha),
             "lora_dropout": self.lora_dropout,
             "bias": self.bias,
@@ -435,6 +438,14 @@ class LoraConfig(AdapterConfig, LowRankOptions):
         plain, keys = LoraConfig(), ["use_dora", "lora_bias", "bias", "modules_to_save"]
         keys += ["init_lora_weights"] if training else []
         return [key for key in keys if getattr(self, key) != getattr(plain, key)]
+
+    @property
+    def dropout(self) -> float:
+        return self.lora_dropout
+
+    @property
+    def separate_dropout(self) -> bool:
+        return self.lora_bias
 
     def cost(self, spec: LoraSpec, inputs: int, outputs: int) -> Cost:
         return Cost(trained=spec.lora_rank * (inputs + outputs), kept=spec.lora_rank)

@@ -204,7 +204,7 @@ class LoRADense(AdapterCell):
         return found
 
     def export(self) -> dict[str, NDArray[np.float32]]:
-        """Where an initial update was subtracted from the weight, the pair of twice the rank for the weight before."""
+        """The tensors to store; after ``subtract_initial_update``, A and B of twice the rank, for the old weight."""
         values = super().export()
         if self.initial is None:
             return values
@@ -212,7 +212,8 @@ class LoRADense(AdapterCell):
         return {**values, "lora_A.weight": a, "lora_B.weight": b}
 
     def accept(self, values: dict[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
-        """Of a pair of twice the rank, as ``export`` makes it, one half is trained and the other was subtracted."""
+        """The tensors to load: of a pair of twice the rank (see ``export``), the first half; the second is subtracted
+        from the weight, as it was before training."""
         rank, a, b = self.lora_rank, values.get("lora_A.weight"), values.get("lora_B.weight")
         if self.initial is None or a is None or b is None or len(a) != 2 * rank or b.shape[1] != 2 * rank:
             return values
@@ -232,7 +233,8 @@ class LoRADense(AdapterCell):
 
     def shape_key(self) -> Hashable:
         # a weight from which an update was subtracted is of no use to another adapter
-        return (super().shape_key(), id(self) if self.initial is not None else 0)
+        own_weight = id(self) if self.initial is not None else 0
+        return (super().shape_key(), self.lora_dropout.probability, own_weight)
 
     def load_state(self, state: State) -> None:
         super().load_state(state)
@@ -256,9 +258,6 @@ class LoRADense(AdapterCell):
         return dense_of(merged) if self.was_dense else merged
 
     # training
-
-    def dropouts(self) -> dict[str, DropoutKernel]:
-        return {"lora_a": self.lora_dropout} if self.lora_dropout.probability > 0 else {}
 
     def rate_factor(self, parameter: Parameter, ratio: float, embedding: float) -> float:
         return ratio if parameter is self.lora_b else super().rate_factor(parameter, ratio, embedding)

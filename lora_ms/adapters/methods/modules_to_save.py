@@ -1,6 +1,6 @@
 """Whole modules that train beside an adapter (``modules_to_save``), and biases that do (``bias: all``).
 
-PEFT stores the trained ``weight`` and ``bias`` under the module's own path; they stand in for the model's.
+PEFT stores the trained ``weight`` and ``bias`` under the module's own path; they replace the model's.
 """
 
 from collections.abc import Iterator, Mapping

@@ -1,4 +1,4 @@
-"""Whole modules that train beside an adapter: float32 copies of the layers that stand in the model."""
+"""Whole modules that train beside an adapter: float32 copies of the model's layers."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What a training loop asks of the adapter that stands in a model, whatever the method."""
+"""What a training loop asks of the adapter in a model, whatever the method."""
 
 from mindspore import nn
 

@@ -16,13 +16,17 @@ constexpr long QUERIES = 48;  // of a block: a multiple of every ROWS
 struct Attention {
     const float *q, *k, *v, *cos, *sin;
     const int32_t *first;
-    long batch, seq, heads, kv_heads, dim, table_row;
+    long batch, seq;       // lines, and tokens of a line
+    long heads, kv_heads;  // of queries, and of keys and values
+    long dim;              // of a head
+    long table_row;        // from a token's row of cos and sin to the next one's
 
     long q_row() const { return heads * dim; }
     long kv_row() const { return kv_heads * dim; }
 
-    // x [count, d] rows x_row apart -> x * cos + swap(x) * sin, times `scale`; of tokens from `token` on. `back`: the
-    // transpose, x * cos + swap(x * sin), from the gradient of what was rotated to that of what it was made from.
+    // x [count, d], rows x_row apart, of the tokens from `token` on -> (x * cos + swap(x) * sin) * scale, where swap
+    // exchanges the halves of a row. `back`: the transpose, x * cos + swap(x * sin), which takes a gradient of what was
+    // rotated to that of what it was rotated from.
     void rotate(const float *x, long x_row, long token, long count, float scale, float *to, long to_row,
                 bool back = false) const {
         const long half = dim / 2;
@@ -30,7 +34,9 @@ struct Attention {
             const float *c = cos + (token + i) * table_row, *s = sin + (token + i) * table_row, *from = x + i * x_row;
             const float *low = back ? s + half : s, *high = back ? s : s + half;
             float *out = to + i * to_row;
-            fetch(from + AHEAD * x_row, dim), fetch(c + AHEAD * table_row, dim), fetch(s + AHEAD * table_row, dim);
+            fetch(from + AHEAD * x_row, dim);
+            fetch(c + AHEAD * table_row, dim);
+            fetch(s + AHEAD * table_row, dim);
             long p = 0;
             for (; p + LANES <= half; p += LANES) {
                 const Vec x_low = load(from + p), x_high = load(from + half + p);
@@ -52,7 +58,7 @@ struct Attention {
 
 inline long padded(long n) { return divided(n, COLUMNS) * COLUMNS; }
 
-// Memory for one thread's intermediate numbers, kept from call to call; what is taken is valid until the next `Scratch`.
+// Memory for a thread's intermediate numbers, kept from call to call; what is taken is valid until the next Scratch.
 class Scratch {
   public:
     explicit Scratch(size_t numbers) {

@@ -7,11 +7,11 @@
 
 namespace lora_ms {
 
-// Rows [0, count) in stretches for the threads.
+// Calls work(i) for rows i in [0, count), shared out among the threads, `per_task` rows at a time.
 template <class Work>
-void over_rows(long count, long stretch, const Work &work) {
-    Threads::shared().run(divided(count, stretch), [&](long task) {
-        for (long i = task * stretch; i < std::min(count, (task + 1) * stretch); i++) work(i);
+void over_rows(long count, long per_task, const Work &work) {
+    Threads::shared().run(divided(count, per_task), [&](long task) {
+        for (long i = task * per_task; i < std::min(count, (task + 1) * per_task); i++) work(i);
     });
 }
 
@@ -29,7 +29,7 @@ inline void rms_norm(const float *x, const float *weight, float eps, long rows, 
 
 // With r = scale(x) and g = d_y weight: d_x = r g - x r^3 mean(g x).
 inline void rms_norm_gradient(const float *x, const float *weight, float eps, const float *d_y, long rows, long n,
-                          float *d_x) {
+                              float *d_x) {
     over_rows(rows, divided(8192, n), [&](long i) {
         const float *from = x + i * n, *grad = d_y + i * n, scale = rms_scale(from, n, eps);
         float *to = d_x + i * n;
@@ -54,7 +54,7 @@ inline void rms_norm_weight_gradient(const float *x, float eps, const float *d_y
 
 inline Vec sigmoid(Vec x) { return 1.0f / (1.0f + exponential(-x)); }
 
-constexpr long STRETCH = 4096;  // numbers
+constexpr long STRETCH = 4096;  // numbers that a task takes
 
 // y = gate sigmoid(gate) up, elementwise on n numbers.
 inline void gated_silu(const float *gate, const float *up, long n, float *y) {

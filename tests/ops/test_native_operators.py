@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from lora_ms.runtime import native_build as cpu
+from lora_ms.runtime import native_build
 
 RNG = np.random.default_rng(0)
 # of times_transposed: few rows and many, fewer columns than a vector, an inner dimension of one panel and of several,
@@ -21,7 +21,7 @@ def normal(*shape: int) -> np.ndarray:
 @pytest.fixture(scope="module", params=[4, 8, 16], ids=lambda lanes: f"{lanes} lanes")
 def call(request):
     """``call(name, inputs, shapes)``: the outputs of an operator; on three threads."""
-    library, why = cpu.build((f"-DLANES={request.param}",))
+    library, why = native_build.build((f"-DLANES={request.param}",))
     assert library is not None, why
     operators = ctypes.CDLL(str(library))
     operators.set_threads(3)
@@ -31,7 +31,7 @@ def call(request):
         arrays = [*(np.ascontiguousarray(x) for x in inputs), *outputs]
         sizes = [(ctypes.c_int64 * x.ndim)(*x.shape) for x in arrays]
         n = len(arrays)
-        status = getattr(operators, name)(
+        arguments = [
             n,
             (ctypes.c_void_p * n)(*(x.ctypes.data for x in arrays)),
             (ctypes.c_int * n)(*(x.ndim for x in arrays)),
@@ -39,8 +39,8 @@ def call(request):
             (ctypes.c_char_p * n)(*(x.dtype.name.encode() for x in arrays)),
             None,
             None,
-        )
-        assert status == 0
+        ]
+        assert getattr(operators, name)(*arguments) == 0
         return outputs
 
     return run

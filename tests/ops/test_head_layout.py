@@ -14,10 +14,10 @@ def test_two_axes_change_places_and_the_gradient_comes_back(graph_mode, shape):
     rng = np.random.default_rng(0)
     x, weight = (rng.standard_normal(shape, np.float32) for _ in range(2))
     swapped = weight.transpose((0, 2, 1, 3)).reshape(-1, d)
-    kernel = SwapAxes()
+    swap = SwapAxes()
 
     def weighted(flat):
-        out = kernel(flat, batch, rows, columns)
+        out = swap(flat, batch, rows, columns)
         return (out * Tensor(swapped)).sum(), out
 
     (_, out), gradient = ms.value_and_grad(weighted, 0, has_aux=True)(Tensor(x.reshape(-1, d)))

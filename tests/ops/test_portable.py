@@ -1,25 +1,23 @@
-"""Values and hand-written gradients of the kernels, against float64 formulas and central differences."""
+"""Values and hand-written gradients of the portable operators, against float64 formulas and central differences."""
 
-import mindspore as ms
 import numpy as np
 import pytest
 from mindspore import Tensor, nn
 
-from lora_ms.nn.attention import Attention
 from lora_ms.ops.portable import Rotary, SoftmaxAttention
 
 pytestmark = pytest.mark.usefixtures("graph_mode")
 
 
 class Weighted(nn.Cell):
-    """Sum of a kernel's (first) output times fixed numbers: a number whose gradient asks for every output's."""
+    """Sum of a cell's (first) output times fixed numbers: a number whose gradient needs that of every output."""
 
-    def __init__(self, kernel: nn.Cell, weights: np.ndarray, first: bool = False):
+    def __init__(self, cell: nn.Cell, weights: np.ndarray, first: bool = False):
         super().__init__()
-        self.kernel, self.weights, self.first = kernel, Tensor(weights), first
+        self.cell, self.weights, self.first = cell, Tensor(weights), first
 
     def construct(self, *inputs):
-        output = self.kernel(*inputs)
+        output = self.cell(*inputs)
         if self.first:
             output = output[0]
         return (output * self.weights).sum()
@@ -114,44 +112,3 @@ def test_scaled_columns_and_their_gradients(gradients, operators):
     _, (d_x, d_scale) = gradients(Weighted(operators.column_scale(), weights), (0, 1), x, scale)
     np.testing.assert_allclose(d_x, weights * scale, rtol=0, atol=1e-6)
     np.testing.assert_allclose(d_scale, (weights * x).sum(0), rtol=0, atol=1e-5)
-
-
-def test_grouped_heads(operators):
-    """Four query heads on two key/value heads: heads 0 and 1 on the first, 2 and 3 on the second."""
-    batch, seq, heads, kv_heads, d, hidden = 2, 3, 4, 2, 4, 5
-    layer = Attention(
-        hidden_size=hidden,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=d,
-        qkv_bias=False,
-        qk_norm_eps=None,
-        flash_attention=False,
-        dtype=ms.float32,
-        operators=operators,
-    )
-    weights = {
-        "q": random(heads * d, hidden),
-        "k": random(kv_heads * d, hidden),
-        "v": random(kv_heads * d, hidden, seed=1),
-        "o": random(hidden, heads * d),
-    }
-    for name, value in weights.items():
-        layer.parameters_dict()[f"{name}_proj.weight"].set_data(Tensor(value))
-    x = random(batch * seq, hidden, seed=9)
-    # tables that rotate by nothing; the query's carry 1/sqrt(d)
-    tables = ((heads, d**-0.5), (heads, 0), (kv_heads, 1), (kv_heads, 0))
-    rope = tuple(Tensor(np.full((batch * seq * n, d), number, np.float32)) for n, number in tables)
-    sizes = {"num_heads": heads, "num_kv_heads": kv_heads}
-    visible = operators.visibility(**sizes, dtype=ms.float32, flash=False)(Tensor(np.zeros((batch, seq), np.int32)))
-    found = layer(Tensor(x), rope, visible).asnumpy()
-    wanted = np.zeros((batch, seq, heads * d))
-    rows = x.reshape(batch, seq, hidden).astype(np.float64)
-    for row in range(batch):
-        for head in range(heads):
-            kv = slice(head // 2 * d, head // 2 * d + d)
-            own = slice(head * d, head * d + d)
-            q, k, v = rows[row] @ weights["q"][own].T, rows[row] @ weights["k"][kv].T, rows[row] @ weights["v"][kv].T
-            causal = np.where(np.tri(seq), 0, -1e9)
-            wanted[row, :, own] = attend(q[None] / np.sqrt(d), k[None], v[None], causal)[0]
-    np.testing.assert_allclose(found, wanted.reshape(-1, heads * d) @ weights["o"].T, rtol=0, atol=1e-5)

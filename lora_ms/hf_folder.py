@@ -1,0 +1,109 @@
+"""What a Hugging Face model folder holds, as transformers reads it.
+
+Folders in the wild spell names in several ways, hold a head that config.json calls tied, or say in
+generation_config.json alone which tokens end an answer. Every command reads them here, without MindSpore.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lora_ms import storage
+from lora_ms.errors import LoraMsError
+from lora_ms.storage import Entry
+
+HEAD = "lm_head.weight"
+EMBEDDING = "model.embed_tokens.weight"
+BARE = ("embed_tokens.", "layers.", "norm.")  # how names begin that were saved from the decoder without its head
+GENERATION = "generation_config.json"
+SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")  # generation_config.json's and ours
+
+
+class ModelFolder(NamedTuple):
+    """The weights of a folder.
+
+    Fields:
+        entries: tensors by transformers' names; the head only where it is another tensor than the embedding.
+        tied: whether the head is the embedding.
+        notices: lines for the user.
+    """
+
+    entries: dict[str, Entry]
+    tied: bool
+    notices: tuple[str, ...] = ()
+
+
+def open_model(path: Path, hf: Mapping[str, Any]) -> ModelFolder:
+    """The weights of folder ``path``, whose config.json is ``hf``.
+
+    Where config.json says tied and the folder holds both tensors, they decide: equal ones are tied, others are not.
+
+    Raises:
+        LoraMsError: no weights, or files that contradict each other.
+    """
+    entries = full_names(storage.open_dir(path))
+    if not hf.get("tie_word_embeddings", False) or HEAD not in entries:
+        return ModelFolder(entries, bool(hf.get("tie_word_embeddings", False)))
+    if EMBEDDING not in entries:
+        entries[EMBEDDING] = entries.pop(HEAD)
+        return ModelFolder(entries, True)
+    if same_numbers(entries[HEAD], entries[EMBEDDING]):
+        del entries[HEAD]
+        return ModelFolder(entries, True)
+    return ModelFolder(entries, False, (untied_notice(path),))
+
+
+def untied_notice(path: Path) -> str:
+    """What is said of a head that config.json calls tied and that is not."""
+    return f"{path}: lm_head.weight is not the embedding, although tie_word_embeddings is true: it is used as stored"
+
+
+def full_names(entries: Mapping[str, Entry]) -> dict[str, Entry]:
+    """``entries`` with ``model.`` before the names that lack it; a name that is taken then stays as it is."""
+    full = {}
+    for name, entry in entries.items():
+        wanted = f"model.{name}" if name.startswith(BARE) else name
+        full[name if wanted != name and wanted in entries else wanted] = entry
+    return full
+
+
+def same_numbers(one: Entry, other: Entry) -> bool:
+    """Whether two tensors are equal, number for number."""
+    if one.shape != other.shape:
+        return False
+    read = storage.read_words if one.dtype == other.dtype else storage.read_blocks
+    return all(np.array_equal(x, y) for x, y in zip(read(one), read(other), strict=True))
+
+
+def is_tied(path: Path, hf: Mapping[str, Any]) -> bool:
+    """``ModelFolder.tied``; of a folder without readable weights, what config.json says."""
+    try:
+        return open_model(path, hf).tied
+    except LoraMsError:
+        return bool(hf.get("tie_word_embeddings", False))
+
+
+def generation_config(path: Path) -> dict[str, Any]:
+    """generation_config.json of a folder; empty where there is none."""
+    return storage.read_json(path / GENERATION) if (path / GENERATION).is_file() else {}
+
+
+def end_tokens(settings: Mapping[str, Any], where: str) -> tuple[int, ...]:
+    """``eos_token_id`` of a config.json or generation_config.json: none, one or several ids.
+
+    Raises:
+        LoraMsError: something else.
+    """
+    ids = settings.get("eos_token_id")
+    ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
+    if not all(type(token) is int for token in ids):
+        raise LoraMsError(f"{where}: eos_token_id {settings['eos_token_id']!r}: give a token id or a list of them")
+    return tuple(ids)
+
+
+def sampling_defaults(path: Path) -> dict[str, Any]:
+    """How the authors of a model want it sampled: the keys of ``SAMPLING`` that generation_config.json sets."""
+    found = generation_config(path)
+    return {name: found[name] for name in SAMPLING if found.get(name) is not None}

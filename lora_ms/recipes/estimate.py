@@ -1,0 +1,128 @@
+"""What a configuration needs in memory, before any weight is read: for ``lora-ms estimate``, and one line of a run."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from lora_ms.config import RunConfig
+from lora_ms.data.packing import Shape
+from lora_ms.models.decoder import DecoderConfig
+from lora_ms.recipes import data, session
+from lora_ms.recipes.adapter import adapter_config
+from lora_ms.runtime import host, memory_estimate
+from lora_ms.runtime.device import Device, Runtime, default_dtype, has_native
+from lora_ms.runtime.memory_estimate import Job
+from lora_ms.train.gradient import recomputed_layers
+
+# Device, MB that a run can use of its memory, and whether host and card share it. Of an Orange Pi's the system takes
+# 1.5 GB.
+DEVICES: dict[str, tuple[Device, float, bool]] = {
+    "Ascend 910B, 64 GB": ("Ascend", 59.0 * 1024, False),
+    "Orange Pi 8 GB": ("Ascend", 6.5 * 1024, True),
+    "Orange Pi 16 GB": ("Ascend", 14.5 * 1024, True),
+    "Orange Pi 24 GB": ("Ascend", 22.5 * 1024, True),
+}
+PURPOSES = {
+    "libraries": "Python, MindSpore, libraries",
+    "weights": "weights",
+    "training": "what trains, gradient, AdamW",
+    "graphs": "compiled graphs",
+    "activations": "activations",
+    "logits": "logits",
+}
+
+
+def job_of(config: RunConfig, sizes: DecoderConfig, device: Device) -> Job:
+    """What decides the memory of one process of the run that ``config`` describes.
+
+    Raises:
+        LoraMsError: target_modules that match nothing, layers that do not exist.
+    """
+    processes = session.sharing(config)
+    sizes = replace(sizes, **{name: getattr(sizes, name) // processes for name in session.DIVIDED.values()})
+    pet = config.pet_config
+    costs = None
+    adapter = None if pet is None else adapter_config(pet)
+    if adapter is not None:
+        modules = memory_estimate.modules(sizes)
+        costs = {name: adapter.cost(spec, *modules[name]) for name, spec in adapter.specs(modules).items()}
+    dtype = config.model.sizes.compute_dtype or default_dtype(device)
+    beside_checkpoint = Path(config.load_checkpoint) / "tokenizer_config.json"
+    return Job(
+        sizes=sizes,
+        lines=config.batch_size,
+        length=data.seq_length(config, sizes.max_position_embeddings),
+        costs=costs,
+        dropout=0.0 if adapter is None else adapter.dropout,
+        separate_dropout=adapter is not None and adapter.separate_dropout,
+        float16=dtype != "float32",
+        recomputed=frozenset(recomputed_layers(config.recompute_config.recompute, sizes.num_hidden_layers)),
+        tokenizer=beside_checkpoint.is_file() or bool(config.processor.tokenizer.vocab_file),
+        device=device,
+        swap=config.optimizer.swap,
+        native=config.context.cpu_operators and has_native(device),
+    )
+
+
+def needs(job: Job, shared: bool = True) -> float:
+    """MB of the device's memory; where host and device do not share it, libraries and graphs lie in the host's."""
+    found = memory_estimate.estimate(job)
+    return found.total if shared else found.total - found.libraries - found.graphs
+
+
+def announce(config: RunConfig, sizes: DecoderConfig, runtime: Runtime, shape: Shape) -> None:
+    """Prints the estimate of a run whose largest micro-batch is ``shape``, and a warning where it will not fit.
+
+    On the CPU only, where all processes are taken to be on this machine.
+    """
+    if not runtime.uses_host_memory:
+        return
+    job = replace(job_of(config, sizes, runtime.device), lines=shape.lines, length=shape.length)
+    total = memory_estimate.estimate(job).total
+    room = host.available() / runtime.world
+    each = " for each process" if runtime.world > 1 else ""
+    print(f"memory: about {size(total)} at the peak, {size(room)} are free{each}")
+    if total > room:
+        change = ", ".join(memory_estimate.remedies(job, room)) or "a smaller model, or a larger machine"
+        print(f"warning: this run will probably run out of memory; change: {change}", flush=True)
+
+
+def size(megabytes: float) -> str:
+    """``812 MB`` or ``13.5 GB``."""
+    return f"{megabytes:,.0f} MB" if megabytes < 1024 else f"{megabytes / 1024:.1f} GB"
+
+
+def table(job: Job, room: float) -> list[str]:
+    """The parts of a run's memory on this machine, which has ``room`` MB."""
+    found = memory_estimate.estimate(job)
+    parameters = memory_estimate.parameters(job.sizes)
+    dtype = "float16" if job.float16 else "float32"
+    recomputed = ""
+    if job.recomputed:
+        recomputed = f", {len(job.recomputed)} of {job.sizes.num_hidden_layers} layers recomputed"
+    lines = [
+        f"{parameters:,} parameters in {dtype}; {memory_estimate.trainable(job):,} numbers train",
+        f"{job.lines} x {job.length:,} tokens at a time{recomputed}; {job.device}, {size(room)} free",
+        "",
+    ]
+    lines += [f"  {text:32}{size(getattr(found, name)):>10}" for name, text in PURPOSES.items()]
+    return [*lines, f"  {'all, at the peak':32}{size(found.total):>10}"]
+
+
+def fits(config: RunConfig, sizes: DecoderConfig, this_machine: dict[str, tuple[Device, float, bool]]) -> list[str]:
+    """A table of devices with what fits on each: this machine, and those of DEVICES, which were not measured.
+
+    this_machine: in the form of DEVICES; empty where there is no estimate for it.
+    """
+    devices = this_machine | DEVICES
+    lines = [f"  {'device':20}{'this run':>10}  {'':14}{'largest batch':>14}{'longest row':>13}"]
+    for name, (device, limit, shared) in devices.items():
+        job = job_of(config, sizes, device)
+        need = needs(job, shared)
+        in_host_memory = needs(job) - need
+        verdict = "fits" if need <= limit else "does not fit"
+        batch = memory_estimate.largest_batch(job, limit + in_host_memory)
+        length = memory_estimate.largest_length(job, limit + in_host_memory)
+        length = min(length, sizes.max_position_embeddings)
+        lines.append(f"  {name:20}{size(need):>10}  {verdict:14}{batch or 'none':>14}{length or 'none':>13}")
+    note = f"largest batch: of {job.length:,} tokens each; longest row: alone, in tokens"
+    return [*lines, f"  {note}", "  Ascend: the same arithmetic, in float16 unless told; not measured on hardware"]

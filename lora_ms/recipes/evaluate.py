@@ -1,0 +1,140 @@
+"""Held-out rows and questions: what a run evaluates, and what ``lora-ms eval`` asks a model."""
+
+import json
+from pathlib import Path
+
+from lora_ms import storage
+from lora_ms.config import RunConfig
+from lora_ms.data.example import Message
+from lora_ms.data.loader import DataPlan
+from lora_ms.data.pipeline import Preparation, read
+from lora_ms.data.report import Tally
+from lora_ms.data.store import TokenStore
+from lora_ms.data.template import encode_prompt
+from lora_ms.errors import LoraMsError
+from lora_ms.infer.chat import Speaker
+from lora_ms.infer.generate import Generator, check_prompts
+from lora_ms.infer.questions import chrf, is_match, question_of
+from lora_ms.infer.sampling import Sampling
+from lora_ms.models.decoder import CausalLM
+from lora_ms.recipes.data import NO_LIMIT, held_out_plan, tokenizer_for
+from lora_ms.runtime.device import Runtime
+from lora_ms.train.evaluation import Evaluator
+
+PREDICTIONS = "predictions.jsonl"
+
+
+def plan_of(config: RunConfig, store: TokenStore, tokenizer, seq_length: int, runtime: Runtime) -> DataPlan:
+    """One pass over rows of at most ``seq_length`` tokens, laid out as ``eval_dataset`` says."""
+    dataset = config.eval_dataset
+    return held_out_plan(
+        store,
+        config.eval_batch_size,
+        tokenizer,
+        seq_length,
+        runtime,
+        packing=dataset.packing,
+        length_buckets=dataset.length_buckets,
+    )
+
+
+def evaluator_for(
+    config: RunConfig, model: CausalLM, held_out: TokenStore, tokenizer, seq_length: int, runtime: Runtime
+) -> Evaluator:
+    """What a run evaluates with: the loss of ``held_out``, and the answers to ``evaluation.prompts``."""
+    samples = SampleAnswers(config, model, tokenizer) if config.evaluation.prompts else None
+    plan = plan_of(config, held_out, tokenizer, seq_length, runtime)
+    return Evaluator(model, plan, model.config.vocab_size, runtime, samples)
+
+
+class SampleAnswers:
+    """Greedy answers of ``model`` to ``evaluation.prompts``, in one batch; graphs are compiled once."""
+
+    def __init__(self, config: RunConfig, model: CausalLM, tokenizer):
+        if tokenizer is None:
+            raise LoraMsError("evaluation.prompts need a tokenizer, and load_checkpoint has none: take the prompts out")
+        self.prompts = config.evaluation.prompts
+        self.speaker = Speaker(
+            Generator(model),
+            tokenizer,
+            Sampling(),
+            max_new_tokens=config.evaluation.max_new_tokens,
+            max_length=model.config.longest,
+        )
+        self.tokens = [encode_prompt(tokenizer, [Message("user", prompt)]) for prompt in self.prompts]
+        check_prompts(self.tokens, model.config.vocab_size)
+        for number, tokens in enumerate(self.tokens, 1):
+            self.speaker.limit(tokens, number, len(self.tokens))  # now, rather than in the middle of the run
+
+    def __call__(self) -> list[dict[str, str]]:
+        answers = self.speaker.continued(self.tokens)
+        return [{"prompt": p, "answer": a} for p, a in zip(self.prompts, answers, strict=True)]
+
+
+class Quiz:
+    """The questions of ``evaluation.prompts_file``, and the scores of a model's answers to them."""
+
+    def __init__(self, config: RunConfig):
+        file = config.evaluation.prompts_file
+        tokenizer = tokenizer_for(config)
+        if tokenizer is None:
+            raise LoraMsError("prompts_file needs a tokenizer: load_checkpoint must be a Hugging Face folder with one")
+        dataset = config.eval_dataset
+        preparation = Preparation(
+            seq_length=NO_LIMIT,
+            format=dataset.format,
+            columns=dataset.columns,
+            fill=config.data_fill,
+            keep_placeholders=not dataset.fill,
+            num_samples=dataset.num_samples,
+        )
+        rows = read([file], preparation, Tally())
+        try:
+            self.questions = [question_of(tokenizer, row) for row in rows]
+        except LoraMsError as error:
+            raise LoraMsError(f"prompts_file {file}: {str(error).removeprefix(f'{file}: ')}") from None
+        self.batch_size = config.eval_batch_size
+        self.path = Path(config.output_dir) / PREDICTIONS
+
+    def ask(self, speaker: Speaker) -> list[str]:
+        """The model's answers, in batches of one size: questions of similar length together, the last batch padded.
+
+        Raises:
+            LoraMsError: a question leaves no room for an answer.
+        """
+        by_length = sorted(range(len(self.questions)), key=lambda i: len(self.questions[i].tokens))
+        longest = self.questions[by_length[-1]]
+        if len(longest.tokens) >= speaker.max_length:
+            found = f"{len(longest.tokens)} tokens, and the model takes {speaker.max_length}"
+            raise LoraMsError(f"{longest.where}: the question has {found} with the answer: shorten it")
+        answers: dict[int, str] = {}
+        size = min(self.batch_size, len(by_length))
+        for start in range(0, len(by_length), size):
+            taken = by_length[start : start + size]
+            prompts = [self.questions[i].tokens for i in taken]
+            filling = [prompts[-1]] * (size - len(taken))
+            answers |= zip(taken, speaker.continued([*prompts, *filling])[: len(taken)], strict=True)
+        return [answers[i] for i in range(len(self.questions))]
+
+    def run(self, speaker: Speaker, is_main: bool) -> None:
+        """Asks; on the main rank also writes ``predictions.jsonl`` and prints the scores."""
+        if not is_main:
+            self.ask(speaker)
+            return
+        with storage.whole(self.path) as part, open(part, "w", encoding="utf-8") as file:
+            answers = self.ask(speaker)
+            matches = [is_match(answer, q.reference) for q, answer in zip(self.questions, answers, strict=True)]
+            for q, answer, match in zip(self.questions, answers, matches, strict=True):
+                line = {"row": q.where, "prompt": q.prompt, "answer": answer, "reference": q.reference}
+                file.write(json.dumps({**line, "exact_match": match}, ensure_ascii=False) + "\n")
+        score = chrf(answers, [q.reference for q in self.questions])
+        exact = f"exact match {sum(matches) / len(matches):.1%} ({sum(matches):,} of {len(matches):,})"
+        print(exact if score is None else f"{exact}  chrF {score:.1f}")
+        if score is None:
+            print("chrF is left out: it needs sacrebleu (pip install sacrebleu)")
+        print(f"answers: {self.path}")
+
+
+def has_label_tokens(config: RunConfig) -> bool:
+    """Whether ``lora-ms eval`` has rows whose labels it scores: always, unless only a ``prompts_file`` is given."""
+    return bool(config.eval_dataset.sources) or not config.evaluation.prompts_file

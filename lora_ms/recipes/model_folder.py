@@ -1,0 +1,97 @@
+"""A Hugging Face folder of a model: where it is, whether it may be written, and what is copied besides weights.
+
+Loads without MindSpore.
+"""
+
+import shutil
+from pathlib import Path
+
+from lora_ms.adapters import peft_files
+from lora_ms.errors import LoraMsError
+from lora_ms.hf_folder import GENERATION
+
+TYPES = ("float16", "bfloat16", "float32", "auto")  # of the weights that are written; auto: as they are stored
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates",  # a folder of further ones
+)
+
+
+def check_type(dtype: str) -> None:
+    """Raises LoraMsError where ``dtype`` is not one of TYPES."""
+    if dtype not in TYPES:
+        raise LoraMsError(f"dtype {dtype!r} is none of {', '.join(TYPES)}")
+
+
+def check_adapter_folder(adapter: Path) -> None:
+    """Raises LoraMsError where ``adapter`` is not a folder."""
+    if not adapter.is_dir():
+        raise LoraMsError(f"load_adapter: {adapter} is not a folder; give the one that holds {peft_files.CONFIG}")
+
+
+def base_of(adapter: Path, load_checkpoint: str | None) -> Path:
+    """The folder of the adapter's model: ``load_checkpoint``, else the one that the adapter names.
+
+    Raises:
+        LoraMsError: there is none.
+    """
+    if load_checkpoint is None:
+        peft_files.read_adapter_config(adapter)
+        named = peft_files.base_name(adapter)
+        if named is None or not Path(named).is_dir():
+            what = f"the adapter's own, {named}, is no directory here" if named else "the adapter names none"
+            raise LoraMsError(f"which model? {what}: give --load_checkpoint with its Hugging Face directory")
+        return Path(named)
+    base = Path(load_checkpoint)
+    if not base.is_dir():
+        state = "is a file" if base.exists() else "does not exist"
+        raise LoraMsError(f"load_checkpoint: {base} {state}; give a Hugging Face directory")
+    return base
+
+
+def check_output(output: Path, base: Path, adapter: Path, overwrite: bool) -> None:
+    """Raises LoraMsError where a model may not be written to ``output``: over its source, or over another model."""
+    if not output.is_dir():
+        return
+    if output.samefile(base):
+        raise LoraMsError(f"output_dir {output} is the model itself: give another folder")
+    if output.samefile(adapter) or (output / peft_files.CONFIG).exists():
+        raise LoraMsError(f"output_dir {output} holds an adapter, which would be loaded on top: give another folder")
+    old = [file.name for file in output.iterdir() if file.suffix in (".safetensors", ".bin")]
+    if (old or (output / "config.json").exists()) and not overwrite:
+        raise LoraMsError(f"output_dir {output} holds a model: give another folder, or --overwrite True")
+
+
+def config_for(hf: dict, dtype: str, untied: bool) -> dict:
+    """config.json of the written model: ``hf``, the source's, with the type of the weights and of the head."""
+    changed = dict(hf)
+    if dtype != "auto":
+        key = "dtype" if "dtype" in hf or "rope_parameters" in hf else "torch_dtype"
+        changed = {k: v for k, v in hf.items() if k not in ("dtype", "torch_dtype")} | {key: dtype}
+    return changed | ({"tie_word_embeddings": False} if untied else {})
+
+
+def copy_texts(base: Path, adapter: Path, output: Path) -> list[str]:
+    """Copies tokenizer, chat template and generation settings; an adapter's tokenizer replaces the model's.
+
+    Returns the names of the files.
+    """
+    # files of two tokenizers must not mix
+    from_adapter = (adapter / "tokenizer_config.json").is_file()
+    copied = []
+    for name in (*TOKENIZER_FILES, GENERATION):
+        sources = [adapter] if from_adapter and name != GENERATION else [adapter, base]
+        source = next((folder / name for folder in sources if (folder / name).exists()), None)
+        if source is not None:
+            copy = shutil.copytree if source.is_dir() else shutil.copyfile
+            copy(source, output / name)
+            copied.append(name)
+    return copied

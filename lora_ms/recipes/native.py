@@ -1,0 +1,103 @@
+"""A run of our own loop, as a configuration asks for it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lora_ms.adapters.inject import report
+from lora_ms.config import RunConfig, dump_config
+from lora_ms.data.pipeline import Preparation
+from lora_ms.data.store import TokenStore
+from lora_ms.errors import LoraMsError
+from lora_ms.models.decoder import DecoderConfig
+from lora_ms.recipes import adapter, data, estimate, session
+from lora_ms.recipes.evaluate import evaluator_for
+from lora_ms.recipes.model import build_model, compute_dtype, read_sizes
+from lora_ms.recipes.outputs import RUN_LOG, earlier_outputs, weights_of
+from lora_ms.recipes.settings import settings_of
+from lora_ms.recipes.train import NativeRun
+from lora_ms.train import checkpoint, tensorboard
+from lora_ms.train.log import Tee
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class NativeInputs:
+    """What a run starts from, found and checked before the device is started."""
+
+    config: RunConfig
+    sizes: DecoderConfig
+    tokenizer: "PreTrainedTokenizerBase | None"
+    preparation: Preparation
+    rows: data.PreparedRows
+    held_out: TokenStore | None
+
+
+def read_inputs(config: RunConfig) -> NativeInputs:
+    """Checks ``config`` and reads the rows, so that most errors show within seconds. Writes nothing.
+
+    Raises:
+        LoraMsError: anything that a user can fix.
+    """
+    tensorboard.check(config.report_to)
+    sources = data.sources_of(config.train_dataset, "train")
+    pet = config.pet_config
+    if pet is not None and not config.load_checkpoint:
+        raise LoraMsError(
+            "load_checkpoint is missing: give the model to put the adapter on (pet_config: null trains anew)"
+        )
+    adapter.check_training(config, None if pet is None else adapter.adapter_config(pet))
+    sizes = read_sizes(config)
+    adapter.check_parallel(config, sizes)
+    tokenizer = data.tokenizer_for(config, training=True)
+    preparation = data.preparation_of(config, config.train_dataset, sizes.max_position_embeddings, sizes.vocab_size)
+    rows = data.rows_of(config.train_dataset, sources, tokenizer, preparation)
+    rows, held_out = data.split_off(config, rows, tokenizer, preparation)
+    session.check_output(Path(config.output_dir))
+    return NativeInputs(config, sizes, tokenizer, preparation, rows, held_out)
+
+
+def prepare(inputs: NativeInputs, log: Tee) -> NativeRun:
+    """Starts the device, and builds the model with its adapter; prints what will be trained.
+
+    Raises:
+        LoraMsError: anything that a user can fix; nothing was written then.
+    """
+    config = inputs.config
+    sizes = inputs.sizes
+    tokenizer = inputs.tokenizer
+    output_dir = Path(config.output_dir)
+    runtime = session.start(config)
+    dtype = compute_dtype(config, runtime)
+    settings = settings_of(config, sizes.max_position_embeddings)
+    if settings.resume:
+        checkpoint.find(output_dir, settings.resume)
+    plan = data.plan_training(inputs.rows, tokenizer, settings, runtime)
+    if runtime.is_main:
+        if settings.seq_length > sizes.longest:
+            print(
+                f"seq_length {settings.seq_length} is beyond the {sizes.longest} positions that the model was made for"
+            )
+        estimate.announce(config, sizes, runtime, plan.layout.shapes[-1])
+    model = build_model(config, sizes, dtype, runtime)
+    schedule_steps = settings.schedule_steps if settings.schedule_steps > 0 else plan.total_steps
+    trained = adapter.attach(config, model, schedule_steps, runtime.shard)
+    hook = None if trained is None else trained.step_hook(model)
+    if runtime.is_main:
+        print(report(model, trained, runtime.shard).line())
+        if hook is not None:
+            print(hook.describe())
+        log.to(output_dir / RUN_LOG)  # the first write: data, model and adapter are checked
+        if not settings.resume:
+            dump_config(config, str(output_dir / "config.yaml"))
+    evaluator = None
+    if inputs.held_out is not None:
+        evaluator = evaluator_for(config, model, inputs.held_out, tokenizer, settings.seq_length, runtime)
+    weights = weights_of(model, trained, tokenizer, hook, runtime.shard)
+    earlier = earlier_outputs(output_dir)
+    if runtime.is_main and earlier and not settings.resume:
+        print(f"{output_dir} holds {', '.join(earlier)} of an earlier run; this one writes {weights.folder} as it ends")
+    hooks = [] if hook is None else [hook]
+    return NativeRun(model, plan, settings, runtime, weights, hooks=hooks, evaluator=evaluator)
