@@ -62,6 +62,8 @@ class _Step(Graph):
     start: the cache slot of the first of the s tokens. padding: how many slots at the left of a line are padding.
     """
 
+    title = "generation"
+
     def __init__(self, model: nn.Cell, batch: int, length: int):
         super().__init__(auto_prefix=False)
         c = model.config

@@ -8,6 +8,7 @@ from mindspore import Tensor, nn, ops
 
 from lora_ms.models.rope_settings import longest_text
 from lora_ms.nn.attention import Attention
+from lora_ms.nn.graph import Graph
 from lora_ms.nn.kv_cache import KVCache
 from lora_ms.nn.layers import MLP, Embedding, Head, RMSNorm, SplitEmbedding
 from lora_ms.nn.parallel import WHOLE, Shard
@@ -138,7 +139,7 @@ class Decoder(nn.Cell):
         return self.norm(x)
 
 
-class CausalLM(nn.Cell):
+class CausalLM(Graph):
     """A decoder with its head: ``logits = model(input_ids, attention_mask)``.
 
     Args:
@@ -146,6 +147,8 @@ class CausalLM(nn.Cell):
         operators: what all its cells compute with.
         shard: with which ranks it is shared; on more than one, it is there for its loss alone, and has no logits.
     """
+
+    title = "the model"
 
     def __init__(
         self,

@@ -17,9 +17,11 @@ class Graph(nn.Cell):
 
     Attributes:
         compiling: what goes around a compilation of any ``Graph`` in this process, given the cell and its inputs.
+        title: what a person is told to wait for while it is compiled; "" where that is not worth a line.
     """
 
     compiling: Compiling | None = None
+    title = ""
 
     @property
     def compile_phase(self) -> str | None:

@@ -3,218 +3,211 @@
 MindSpore (2.7 to 2.10) writes the N-th graph that a process compiles to ``rank_R/graph_cache/compile_cache_N.mindir``
 under one folder, which it asks for once, and reads it back by that number. Hence the staging folder of each process:
 before a compilation, the graph of the same digest is put there under the number that MindSpore will look for; after
-one, the new file is taken from there into the store.
+one, the new file is taken from there into the store. Nothing else is ever in that folder, so that a number of ours that
+is not MindSpore's costs a compilation, and never gives another graph.
 """
 
 import atexit
-import json
 import os
 import shutil
-import stat
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from hashlib import sha256
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from mindspore import nn
-from mindspore.common.api import _cell_graph_executor
+import mindspore as ms
+from mindspore import Tensor, nn
+from mindspore.nn.cell import _cell_graph_executor
 
-from lora_ms.runtime import host
-from lora_ms.runtime.graph_digest import Unnameable, graph_digest
+from lora_ms.nn.graph import Graph
+from lora_ms.runtime.graph_digest import Unnameable, graph_digest, likeness
+from lora_ms.runtime.graph_store import Store, graphs_folder, new_stage
 
-LIMIT = 2 << 30  # bytes of all graphs that are kept
-GRAPH, ABOUT = "graph.mindir", "about.json"
-PART, STAGE = ".part-", ".stage-"  # beginnings of names: an entry that is being written, a process's staging folder
 ENABLE, FOLDER, TRUST = "MS_COMPILER_CACHE_ENABLE", "MS_COMPILER_CACHE_PATH", "MS_DEV_FORCE_USE_COMPILE_CACHE"
+LONG = 2.0  # seconds from which a person is told what they are for
+LOADING = 0.1  # of the time of its compilation, at most, goes by until a kept graph is ready
 
 
-class Entry(NamedTuple):
-    """One kept graph."""
-
-    graph: Path
-    seconds: float  # its compilation took, the first time
-
-
-class Store:
-    """The folder with the kept graphs, one folder each, written beside its name and renamed.
-
-    Args:
-        folder: made where it is missing, for its owner alone.
-        limit: bytes; the entries that were not used for the longest time go first.
+class Stage:
+    """The folder that MindSpore reads and writes in this process, and the number of its next graph.
 
     Raises:
-        OSError: it cannot be made, is another user's, or others may write to it.
+        OSError: it cannot be made.
     """
 
-    def __init__(self, folder: Path, limit: int = LIMIT):
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        check_private(folder)
-        self.folder, self.limit = folder, limit
-
-    def find(self, digest: str) -> Entry | None:
-        """The graph of that digest; None where there is none. One that is damaged is removed."""
-        entry = self.folder / digest
-        try:
-            about = json.loads((entry / ABOUT).read_text())
-            content = (entry / GRAPH).read_bytes()
-            whole = about["sha256"] == sha256(content).hexdigest() and about["digest"] == digest
-            found = Entry(entry / GRAPH, float(about["seconds"])) if whole else None
-        except FileNotFoundError:
-            found = None
-        except (OSError, ValueError, KeyError, TypeError):
-            found = None
-        if found is None:
-            shutil.rmtree(entry, ignore_errors=True)
-            return None
-        with suppress(OSError):
-            os.utime(entry)
-        return found
-
-    def keep(self, digest: str, graph: Path, seconds: float, name: str) -> None:
-        """Takes the file ``graph`` in; an entry that another process has made meanwhile stays.
-
-        Raises:
-            OSError: it cannot be written; nothing is left of it.
-        """
-        part = Path(tempfile.mkdtemp(prefix=PART, dir=self.folder))
-        try:
-            content = graph.read_bytes()
-            about = {
-                "digest": digest,
-                "sha256": sha256(content).hexdigest(),
-                "seconds": round(seconds, 3),
-                "graph": name,
-            }
-            write_synced(part / GRAPH, content)
-            write_synced(part / ABOUT, json.dumps(about).encode())
-            with suppress(OSError):  # a folder of that name is there
-                os.rename(part, self.folder / digest)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
-        self.shrink()
-
-    def entries(self) -> list[tuple[float, int, Path]]:
-        """Last use, bytes and folder of each, the longest unused first."""
-        found = []
-        for entry in self.folder.iterdir():
-            if not entry.name.startswith((PART, STAGE)):
-                with suppress(OSError):
-                    size = sum(file.stat().st_size for file in entry.iterdir())
-                    found.append((entry.stat().st_mtime, size, entry))
-        return sorted(found)
-
-    def size(self) -> int:
-        """Bytes of all graphs."""
-        return sum(size for _, size, _ in self.entries())
-
-    def shrink(self) -> None:
-        """Removes what has not been used for the longest time, until the rest is within the limit."""
-        entries = self.entries()
-        total = sum(size for _, size, _ in entries)
-        for _, size, entry in entries:
-            if total <= self.limit:
-                return
-            shutil.rmtree(entry, ignore_errors=True)
-            total -= size
-
-    def clear(self) -> None:
-        """Removes all graphs."""
-        for _, _, entry in self.entries():
-            shutil.rmtree(entry, ignore_errors=True)
-
-    def remove_leftovers(self) -> None:
-        """Removes what processes that were killed have left."""
-        for folder in self.folder.glob(f"{STAGE}*"):
-            process = folder.name.removeprefix(STAGE).partition("-")[0]
-            if process.isdigit() and not _is_running(int(process)):
-                shutil.rmtree(folder, ignore_errors=True)
-        for folder in self.folder.glob(f"{PART}*"):
-            with suppress(OSError):
-                if time.time() - folder.stat().st_mtime > 3600:
-                    shutil.rmtree(folder, ignore_errors=True)
-
-
-def check_private(folder: Path) -> None:
-    """Raises PermissionError where someone else could put a graph into ``folder``."""
-    status = folder.lstat()
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
-        raise PermissionError(f"{folder} is not this user's alone (owner {status.st_uid}, mode {status.st_mode:o})")
-
-
-def write_synced(path: Path, content: bytes) -> None:
-    """Writes a new file that lasts from then on."""
-    with open(path, "xb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
-
-
-def graphs_folder() -> Path:
-    """Where the graphs are kept."""
-    return host.cache_folder() / "graphs"
-
-
-class GraphCache:
-    """Compiles cells through a ``Store``.
-
-    Args:
-        rank: this process's number, by which MindSpore names a folder.
-        say: told, in one line, what is being waited for.
-    """
-
-    def __init__(self, store: Store, rank: int = 0, say: Callable[[str], None] | None = None):
-        self.store, self.say = store, say
-        store.remove_leftovers()
-        self.stage = Path(tempfile.mkdtemp(prefix=f"{STAGE}{os.getpid()}-", dir=store.folder))
-        atexit.register(shutil.rmtree, self.stage, ignore_errors=True)
-        self.staged = self.stage / f"rank_{rank}" / "graph_cache"
-        self.number = 0  # of the next graph, as MindSpore counts
+    def __init__(self, parent: Path):
+        self.folder = new_stage(parent)
+        self.files = self.folder / "rank_0" / "graph_cache"
+        self.files.mkdir(parents=True)
+        self.number = 0
+        atexit.register(self._remove, os.getpid())
         # MindSpore reads the program's main file and all that it imports, to compare them; it stops with an error where
         # there is no such file, as in `python -c`. The digest stands for the sources, so a file of a line will do.
         compiler: Any = sys.modules[type(_cell_graph_executor).__module__]
         compiler.entry_script_path = str(Path(__file__).with_name("__init__.py"))
-        self.hits, self.misses = 0, 0
+
+    def _remove(self, process: int) -> None:
+        if os.getpid() == process:  # and not its copy
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def for_rank(self, rank: int) -> None:
+        """Whatever number MindSpore gives this process, it finds the one folder."""
+        with suppress(FileExistsError):
+            (self.folder / f"rank_{rank}").symlink_to("rank_0")
+
+    @property
+    def next(self) -> Path:
+        """What MindSpore will read or write at its next compilation."""
+        return self.files / f"compile_cache_{self.number}.mindir"
+
+    def written(self) -> Path | None:
+        """What MindSpore has written; the number follows it."""
+        found = list(self.files.glob("compile_cache_*.mindir"))
+        if len(found) != 1:
+            return None
+        self.number = int(found[0].stem.rpartition("_")[2])
+        return found[0]
+
+    def done(self) -> None:
+        """After a compilation: empty again."""
+        self.number += 1
+        for file in self.files.glob("*"):
+            with suppress(OSError):
+                file.unlink()
+
+
+class GraphCache:
+    """What goes around every compilation of a process: it says what is being waited for, and keeps the graph.
+
+    Args:
+        store: None to keep nothing.
+        rank, world: of this process, and the number of all of the run.
+
+    Attributes:
+        stage: of this process, once there is a store: MindSpore asks for its folder once.
+        say: told, in one line, what is being waited for; see ``announcing``.
+    """
+
+    stage: Stage | None = None
+    say: Callable[[str], None] = staticmethod(lambda line: print(line, file=sys.stderr, flush=True))
+
+    def __init__(self, store: Store | None, rank: int = 0, world: int = 1):
+        self.store = store
+        self.process = (rank, world)
+        self.hits = 0
+        self.misses = 0
+        if store is not None:
+            GraphCache.stage = GraphCache.stage or Stage(store.folder)
+            GraphCache.stage.for_rank(rank)
 
     @contextmanager
     def compiling(self, cell: nn.Cell, inputs: tuple[Any, ...]) -> Iterator[None]:
         """Around one compilation: it finds the graph, where the store has it, or leaves it for the store."""
-        try:
-            digest = graph_digest(cell, inputs)
-        except Unnameable:
+        kind = likeness(cell, inputs)
+        store = self.store
+        stage = self.stage
+        digest = self._digest(cell, inputs)
+        if store is None or stage is None or digest is None:
+            self._announce(cell, inputs, kind, None)
             yield
             return
-        entry = self.store.find(digest)
-        file = self.staged / f"compile_cache_{self.number}.mindir"
-        variables = {ENABLE: "1", FOLDER: str(self.stage)}
-        if entry is not None:
-            self.staged.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(entry.graph, file)
+        seconds = None
+        try:
+            seconds = store.take(digest, stage.next)
+        except OSError:  # a full disk: part of a graph must not be taken for one
+            with suppress(OSError):
+                stage.next.unlink()
+        self._announce(cell, inputs, kind, seconds)
+        variables = {ENABLE: "1", FOLDER: str(stage.folder)}
+        if seconds is not None:
             variables[TRUST] = "1"  # the digest has compared more than MindSpore would
         begun = time.perf_counter()
-        with environment(variables):
-            yield
-        self.number += 1
-        self.hits += entry is not None
-        self.misses += entry is None
-        if entry is None and file.is_file():
-            with suppress(OSError):  # a full disk: the next run compiles again
-                self.store.keep(digest, file, time.perf_counter() - begun, type(cell).__name__)
-        with suppress(OSError):
-            file.unlink()
+        try:
+            with environment(variables):
+                yield
+            taken = time.perf_counter() - begun
+            written = stage.written()
+            if seconds is None and written is not None and self._digest(cell, inputs) is not None:
+                with suppress(OSError):  # a full disk: the next run compiles again
+                    store.keep(digest, written, taken, type(cell).__name__)
+        finally:
+            stage.done()
+        self.hits += seconds is not None
+        self.misses += seconds is None
+        store.remember(_what(kind, seconds), taken)
+
+    def _digest(self, cell: nn.Cell, inputs: tuple[Any, ...]) -> str | None:
+        """None: this graph is compiled without the store."""
+        if self.store is None or ENABLE in os.environ or ms.get_context("enable_compile_cache"):
+            return None
+        if ms.get_context("enable_graph_kernel"):  # fused kernels are in a folder of their own
+            return None
+        try:
+            return graph_digest(cell, inputs, self.process)
+        except Unnameable:
+            return None
+
+    def _announce(self, cell: nn.Cell, inputs: tuple[Any, ...], kind: str, compiled: float | None) -> None:
+        """Says what is being waited for. compiled: seconds that the graph, where it was found, took to compile."""
+        title = getattr(type(cell), "title", "")
+        if not title or self.process[0]:
+            return
+        last = None if self.store is None else self.store.times().get(_what(kind, compiled))
+        expected = last if last is not None or compiled is None else compiled * LOADING
+        if expected is not None and expected < LONG:
+            return
+        verb = "compiling" if compiled is None else "loading"
+        known = "" if last is None else f" ({last:.0f} s the last time)"
+        GraphCache.say(f"{verb} {title}{_tokens(inputs)}{known} …")
+
+
+def _tokens(inputs: tuple[Any, ...]) -> str:
+    """`` for 8 x 128 tokens`` where ids [b, s] are the first input."""
+    first = inputs[0] if inputs else None
+    if isinstance(first, Tensor) and first.ndim == 2 and first.dtype == ms.int32:
+        return f" for {first.shape[0]} x {first.shape[1]:,} tokens"
+    return ""
+
+
+def _what(kind: str, compiled: float | None) -> str:
+    return f"{'compile' if compiled is None else 'load'} {kind}"
+
+
+@contextmanager
+def announcing(say: Callable[[str], None]) -> Iterator[None]:
+    """Inside, ``say`` is told what is being waited for."""
+    before = GraphCache.say
+    GraphCache.say = staticmethod(say)
+    try:
+        yield
+    finally:
+        GraphCache.say = staticmethod(before)
+
+
+def keep_graphs(rank: int = 0, world: int = 1, wanted: bool = True) -> list[str]:
+    """Keeps the graphs that are compiled from now on; returns a line where that is not possible. May be repeated.
+
+    rank, world: of this process, and the number of all of the run. wanted: False to keep none.
+    """
+    folder = graphs_folder() if wanted else None
+    notices = []
+    if folder is not None and ENABLE in os.environ:
+        notices.append(
+            f"{ENABLE} is set: MindSpore then takes graphs of runs with other settings for the same; unset it, and "
+            "compiled graphs are kept here, by all that decides them"
+        )
+    elif folder is not None:
+        try:
+            store = Store(folder)
+            store.remove_leftovers()
+            Graph.compiling = GraphCache(store, rank, world).compiling
+            return []
+        except OSError as error:
+            notices.append(f"compiled graphs are not kept, so that every start compiles them: {error}")
+    Graph.compiling = GraphCache(None, rank, world).compiling
+    return notices
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import importlib.metadata
 import os
 import platform
 import sys
+import time
 import types
 from collections.abc import Iterable, Mapping
 from hashlib import blake2b
@@ -30,11 +31,14 @@ PACKAGE = Path(__file__).parents[1]
 TRUSTED = ("lora_ms", "mindspore", "numpy")  # packages whose sources the name stands for
 PLAIN = (bool, int, float, complex, str, bytes, type(None), type(...), slice, range, np.generic, np.dtype)
 OWN_KEYS = frozenset({"training", "mixed_precision_type", "_jit_config_dict", "_amp_level", "requires_grad"})
+MOST_CONSTANTS = 128 << 20  # bytes
 CHILDREN = ("_params", "_cells", "_buffers", "_params_list", "_primitives")  # where a cell keeps what it is made of
-# of a cell: text with addresses (what it tells are attributes, too), the call that a Graph is in, its last name, and
-# what a model of the Python interface generates with, which holds graphs and is in none
-IDLE_KEYS = frozenset({"_cell_init_args", "_call", "current_phase", "generator"})
-# of a run of msrun, and of this cache: they decide no graph. Rank and world are in the settings below
+# of a cell: text with addresses (what it tells are attributes, too), the call that a Graph is in, its last name, what a
+# model of the Python interface generates with, which holds graphs and is in none, and seeds of random operators, which
+# are attributes of those where they are used
+IDLE_KEYS = frozenset({"_cell_init_args", "_call", "current_phase", "generator", "seeds"})
+IDLE_CLOSURES = frozenset({"hash_obj"})  # the time at which mindspore.jit wrapped a function, as value_and_grad does
+# of a run of msrun, and of this cache: they decide no graph (its rank and their number are given apart)
 IDLE_VARIABLES = ("MS_SCHED_", "MS_ROLE", "MS_NODE_", "MS_COMPILER_CACHE_", "MS_DEV_FORCE_USE_COMPILE_CACHE", "MS_TOPO")
 
 
@@ -42,19 +46,31 @@ class Unnameable(Exception):
     """The graph holds something whose value cannot be read."""
 
 
-def graph_digest(cell: nn.Cell, inputs: Iterable[Any]) -> str:
+def graph_digest(cell: nn.Cell, inputs: Iterable[Any], process: tuple[int, int] = (0, 1)) -> str:
     """32 hexadecimal digits for the graph of ``cell`` on ``inputs``, of which only shapes and types count.
 
+    process: the rank of this one, and how many the run has.
+
     Raises:
-        Unnameable: the cell holds a value of an unknown kind, or a class from outside ``TRUSTED``.
+        Unnameable: the cell holds a value of an unknown kind, a class from outside ``TRUSTED``, two parameters of one
+            name or more constants than are worth keeping; or a source file was changed while this process ran.
     """
+    if sources_changed():
+        raise Unnameable("a source file that was changed since this process began")
     reader = _Reader()
-    reader.add("surroundings", surroundings())
-    reader.add("globals", _module_globals())
+    reader.add("surroundings", surroundings(), process)
     for value in inputs:
         reader.input(value)
     reader.read(cell)
+    reader.add("globals", plain_globals(reader.modules))
     return reader.hash.hexdigest()
+
+
+def likeness(cell: nn.Cell, inputs: Iterable[Any]) -> str:
+    """Tells about how long a graph takes: equal for one cell in two versions of this package."""
+    shapes = [tuple(value.shape) for value in inputs if isinstance(value, Tensor)]
+    sizes = [parameter.size for parameter in cell.get_parameters()]
+    return f"{type(cell).__name__} {shapes} with {len(sizes)} parameters, {sum(sizes)}"
 
 
 class _Reader:
@@ -64,6 +80,9 @@ class _Reader:
         self.hash = blake2b(digest_size=16)
         self.seen: dict[int, int] = {}
         self.kept: list[Any] = []  # so that no number of an object is given twice
+        self.names: set[str] = set()  # of parameters
+        self.modules: set[str] = set()  # of this package, that the classes and functions are in
+        self.room = MOST_CONSTANTS
 
     def add(self, *parts: Any) -> None:
         self.hash.update(repr(parts).encode())
@@ -96,7 +115,8 @@ class _Reader:
         elif isinstance(value, Parameter):
             self.parameter(value)
         elif isinstance(value, Tensor):
-            self.array("tensor", value.asnumpy(), str(value.dtype))
+            if not self.met(value):
+                self.array("tensor", value.asnumpy(), str(value.dtype))
         elif isinstance(value, np.ndarray):
             self.array("array", value, str(value.dtype))
         elif isinstance(value, Mapping):
@@ -116,12 +136,19 @@ class _Reader:
             self.other(value)
 
     def parameter(self, value: Parameter) -> None:
-        if not self.met(value):
-            self.add("parameter", value.name, tuple(value.shape), str(value.dtype), value.requires_grad)
+        if self.met(value):
+            return
+        if value.name in self.names:  # a graph that is read from disk knows them by their names
+            raise Unnameable(f"two parameters named {value.name}")
+        self.names.add(value.name)
+        self.add("parameter", value.name, tuple(value.shape), str(value.dtype), value.requires_grad)
 
     def array(self, kind: str, value: np.ndarray, dtype: str) -> None:
+        self.room -= value.nbytes
+        if self.room < 0:
+            raise Unnameable(f"more than {MOST_CONSTANTS:,} bytes of constants")
         self.add(kind, value.shape, dtype)
-        self.hash.update(np.ascontiguousarray(value).tobytes())
+        self.hash.update(memoryview(np.ascontiguousarray(value).reshape(-1).view(np.uint8)))
 
     def cell(self, cell: nn.Cell) -> None:
         if self.met(cell):
@@ -160,16 +187,25 @@ class _Reader:
     def function(self, value: types.FunctionType) -> None:
         if not _trusted(value.__module__):
             raise Unnameable(f"a function of {value.__module__}")
+        self._module(value.__module__)
         self.add("function", value.__module__, value.__qualname__, value.__code__.co_firstlineno)
         if not self.met(value):
             self.read((value.__defaults__, value.__kwdefaults__))
-            for one in value.__closure__ or ():
-                self.read(one.cell_contents)
+            for name, one in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
+                self.add(name)
+                if name not in IDLE_CLOSURES:
+                    self.read(one.cell_contents)
 
     def type_name(self, value: type) -> None:
         if not _trusted(value.__module__) and value.__module__ != "builtins":
             raise Unnameable(f"class {value.__module__}.{value.__qualname__}")
+        for kind in value.__mro__:
+            self._module(kind.__module__)
         self.add("class", value.__module__, value.__qualname__)
+
+    def _module(self, name: str) -> None:
+        if name.partition(".")[0] == PACKAGE.name:
+            self.modules.add(name)
 
 
 def vars_of(value: Any) -> Mapping[str, Any]:
@@ -189,14 +225,26 @@ def _bare_cell() -> frozenset[str]:
     return frozenset(vars(nn.Cell()))
 
 
-def _module_globals() -> list[tuple[str, str, str]]:
-    """Plain values in this package's modules that are loaded: a graph takes them in as constants."""
+def plain_globals(names: Iterable[str]) -> list[tuple[str, str, str]]:
+    """Plain values in modules of this package, and in those that they take from: a graph has them as constants.
+
+    They stand in the sources; but a program may have changed them.
+    """
     found = []
-    for name, module in sorted(sys.modules.items()):
-        if name.partition(".")[0] == PACKAGE.name and module is not None:
-            values = sorted(vars(module).items())
-            found += [(name, key, repr(one)) for key, one in values if key[:2] != "__" and _is_plain(one)]
-    return found
+    waiting = set(names)
+    read: set[str] = set()
+    while waiting:
+        name = waiting.pop()
+        read.add(name)
+        for key, value in vars(sys.modules[name]).items():
+            if key[:2] == "__":
+                continue
+            if _is_plain(value):
+                found.append((name, key, repr(value)))
+            origin = value.__name__ if isinstance(value, types.ModuleType) else getattr(value, "__module__", None)
+            if isinstance(origin, str) and origin.startswith(f"{PACKAGE.name}.") and origin != f"{name}.{key}":
+                waiting |= {origin} - read
+    return sorted(found)
 
 
 def _is_plain(value: Any) -> bool:
@@ -204,14 +252,35 @@ def _is_plain(value: Any) -> bool:
 
 
 @functools.cache
+def source_files() -> tuple[Path, ...]:
+    """Of this package, C++ included."""
+    return tuple(path for path in sorted(PACKAGE.rglob("*")) if path.suffix in (".py", ".h", ".cpp"))
+
+
+@functools.cache
 def sources() -> str:
-    """Of every source file of this package, C++ included."""
+    """Of every source file of this package."""
     found = blake2b(digest_size=16)
-    for path in sorted(PACKAGE.rglob("*")):
-        if path.suffix in (".py", ".h", ".cpp"):
-            found.update(f"{path.relative_to(PACKAGE)}\0".encode())
-            found.update(path.read_bytes())
+    for path in source_files():
+        found.update(f"{path.relative_to(PACKAGE)}\0".encode())
+        found.update(path.read_bytes())
     return found.hexdigest()
+
+
+def sources_changed() -> bool:
+    """Whether a source file was written since this process began: MindSpore reads some of them as it compiles."""
+    try:
+        return max(os.stat(path).st_ctime for path in source_files()) > process_start()
+    except FileNotFoundError:
+        return True
+
+
+@functools.cache
+def process_start() -> float:
+    """When this process began, in seconds as ``time.time`` has them."""
+    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])  # since the machine started
+    running = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    return time.time() - running
 
 
 def versions() -> tuple[str, ...]:

@@ -61,6 +61,8 @@ class MicroStep(Graph):
             Where there are any, the optimiser's parameters must stand in the model's order.
     """
 
+    title = "the training step"
+
     def __init__(self, loss: SummedLoss, optimizer: FlatAdamW, recompute: bool | int | Sequence[int] = False):
         super().__init__(auto_prefix=False)
         decoder, scale = loss.model.model, optimizer.loss_scale

@@ -86,6 +86,8 @@ class FlatAdamW(Graph):
         operators: what the step computes with.
     """
 
+    title = "the optimiser"
+
     def __init__(
         self,
         params: Sequence[Parameter],

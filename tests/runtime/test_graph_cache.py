@@ -1,22 +1,24 @@
-"""The store of compiled graphs, and the digest that names them: everything that decides a graph changes its name."""
+"""Compiled graphs that are found again: the digest that names them, and what goes around a compilation."""
 
-import json
+import errno
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from mindspore import Parameter, Tensor, nn, ops
 
+from lora_ms.nn import graph
 from lora_ms.nn.graph import Graph
-from lora_ms.runtime import graph_cache, graph_digest
-from lora_ms.runtime.graph_cache import ABOUT, GRAPH, PART, STAGE, GraphCache, Store
-from lora_ms.runtime.graph_digest import Unnameable
+from lora_ms.runtime import graph_digest, graph_store
+from lora_ms.runtime.graph_cache import ENABLE, TRUST, GraphCache, announcing, environment, keep_graphs
+from lora_ms.runtime.graph_digest import Unnameable, likeness, plain_globals
+from lora_ms.runtime.graph_store import GRAPH, Store
 
-MODEL = Path(__file__).parents[2] / "examples" / "tiny" / "model"
+ROOT = Path(__file__).parents[2]
+MODEL = ROOT / "examples" / "tiny" / "model"
 
 
 class Layer(nn.Cell):
@@ -130,7 +132,7 @@ def test_inputs_are_in_the_name(digest, given):
         (graph_digest, "sources", lambda: "other sources"),
         (graph_digest, "versions", lambda: ("3.11", "2.9.9", "2.9.9", "1.26")),
         (graph_digest, "processor", lambda: b"another processor"),
-        (graph_digest, "PLAIN_FOR_A_TEST", 3),  # a constant of one of our modules
+        (graph, "PLAIN_FOR_A_TEST", 3),  # a constant of a module that the cell's class comes from
     ],
 )
 def test_surroundings_are_in_the_name(digest, monkeypatch, target, name, value):
@@ -148,20 +150,74 @@ def test_variables_that_mindspore_reads_are_in_the_name(digest, monkeypatch):
     assert digest(Net(Layer(2.0))) != before
 
 
-def test_a_source_file_is_in_the_sources(monkeypatch, tmp_path):
-    (tmp_path / "a.py").write_text("x = 1\n")
+def test_constants_are_those_of_the_modules_that_a_graph_comes_from():
+    """And of the modules that these take from; not of whatever else the process has imported."""
+    found = plain_globals({"lora_ms.train.gradient"})
+    modules = {module for module, _, _ in found}
+    assert ("lora_ms.train.parts", "CHUNK_NUMBERS", str(1 << 24)) in found
+    assert "lora_ms.nn.loss" in modules and "lora_ms.runtime.graph_store" not in modules
+
+
+@pytest.fixture
+def source(monkeypatch, tmp_path):
+    """The one source file of another package."""
+    file = tmp_path / "a.py"
+    file.write_text("x = 1\n")
+    monkeypatch.setattr(graph_digest, "source_files", lambda: (file,))
     monkeypatch.setattr(graph_digest, "PACKAGE", tmp_path)
     graph_digest.sources.cache_clear()
+    yield file
+    graph_digest.sources.cache_clear()
+
+
+def test_a_source_file_is_in_the_sources(source):
     before = graph_digest.sources()
-    (tmp_path / "a.py").write_text("x = 2\n")
+    source.write_text("x = 2\n")
     graph_digest.sources.cache_clear()
     assert graph_digest.sources() != before
-    graph_digest.sources.cache_clear()
+
+
+def test_sources_that_change_while_a_process_runs_name_nothing(source, monkeypatch, digest):
+    """MindSpore reads a cell's source when it compiles it: it may not be the text that was imported."""
+    changed = source.stat().st_ctime
+    monkeypatch.setattr(graph_digest, "process_start", lambda: changed + 1)
+    assert not graph_digest.sources_changed()
+    monkeypatch.setattr(graph_digest, "process_start", lambda: changed - 1)
+    assert graph_digest.sources_changed()
+    with pytest.raises(Unnameable, match="changed since this process began"):
+        digest(Net(Layer(2.0)))
+
+
+def test_the_start_of_this_process():
+    code = "import time; from lora_ms.runtime.graph_digest import process_start; print(time.time() - process_start())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert 0.2 < float(done.stdout) < 60, done.stderr
+
+
+def test_parameters_of_one_name_have_no_name(digest):
+    net = Net(Layer(2.0))
+    net.more = Layer(2.0)
+    net.more.weight.name = net.layers[0].weight.name
+    with pytest.raises(Unnameable, match="two parameters named"):
+        digest(net)
+
+
+def test_large_constants_are_not_kept(digest, monkeypatch):
+    monkeypatch.setattr(graph_digest, "MOST_CONSTANTS", 31)
+    digest(Net(Layer(2.0)))
+    with pytest.raises(Unnameable, match="more than 31 bytes of constants"):
+        digest(Net(Layer(2.0), Layer(3.0)))
+
+
+def test_likeness_is_of_sizes():
+    found = {likeness(Net(*layers), given) for layers in ([Layer(2.0)], [Layer(3.0)]) for given in (inputs(),)}
+    assert found == {"Net [(2, 4)] with 1 parameters, 16"}
+    assert likeness(Net(Layer(2.0), Layer(2.0)), inputs(3)) == "Net [(3, 4)] with 2 parameters, 32"
 
 
 def test_what_cannot_be_read_has_no_name(digest):
     net = Net(Layer(2.0))
-    net.generator = iter([1])
+    net.other = iter([1])
     with pytest.raises(Unnameable, match="list_iterator"):
         digest(net)
     with pytest.raises(Unnameable, match="class .*Net"):  # another's code, whose sources are not read
@@ -169,146 +225,181 @@ def test_what_cannot_be_read_has_no_name(digest):
         graph_digest.graph_digest(Net(Layer(2.0)), inputs())
 
 
-# --- the store
+# --- around a compilation
 
 
 @pytest.fixture
-def store(tmp_path):
-    return Store(tmp_path / "graphs")
+def cache(tmp_path, monkeypatch, digest) -> GraphCache:
+    monkeypatch.setattr(GraphCache, "stage", None)
+    return GraphCache(Store(tmp_path / "graphs"))
 
 
-def kept(store: Store, digest: str, content: bytes = b"a graph", tmp: str = "graph") -> Path:
-    file = store.folder.parent / tmp
-    file.write_bytes(content)
-    store.keep(digest, file, 1.5, "Net")
-    return store.folder / digest
+class Compiler:
+    """What MindSpore does: writes the graph, or reads the one that is there."""
+
+    def __init__(self):
+        self.number = 0
+        self.read: list[bytes] = []
+
+    def __call__(self, cache: GraphCache, net: nn.Cell, content: bytes = b"graph") -> None:
+        with cache.compiling(net, inputs()):
+            if os.environ.get(ENABLE) != "1":
+                return
+            file = Path(os.environ["MS_COMPILER_CACHE_PATH"]) / "rank_0" / "graph_cache"
+            file = file / f"compile_cache_{self.number}.mindir"
+            self.number += 1
+            if os.environ.get(TRUST) == "1" and file.exists():
+                self.read.append(file.read_bytes())
+            else:
+                file.write_bytes(content)
 
 
-def test_what_is_kept_is_found(store):
-    assert store.find("d" * 32) is None
-    kept(store, "d" * 32)
-    found = store.find("d" * 32)
-    assert (found.graph.read_bytes(), found.seconds) == (b"a graph", 1.5)
-    assert store.folder.stat().st_mode & 0o777 == 0o700
+@pytest.fixture
+def compiler() -> Compiler:
+    return Compiler()
 
 
-def spoil_graph(entry: Path) -> None:
-    (entry / GRAPH).write_bytes(b"b graph")
+def test_a_graph_is_found_again(cache, compiler):
+    one, two = Net(Layer(2.0)), Net(Layer(3.0))
+    compiler(cache, one, b"one")
+    compiler(cache, two, b"two")
+    compiler(cache, two)
+    compiler(cache, one)
+    assert (compiler.read, cache.hits, cache.misses) == ([b"two", b"one"], 2, 2)
+    assert list(cache.stage.files.iterdir()) == []
+    assert ENABLE not in os.environ and TRUST not in os.environ
 
 
-def cut_graph(entry: Path) -> None:
-    (entry / GRAPH).write_bytes(b"a gra")
+def test_a_compilation_that_fails_leaves_nothing(cache, compiler):
+    with pytest.raises(RuntimeError), cache.compiling(Net(Layer(2.0)), inputs()):
+        cache.stage.next.write_bytes(b"half")
+        compiler.number += 1
+        raise RuntimeError
+    assert cache.store.entries() == [] and list(cache.stage.files.iterdir()) == []
+    compiler(cache, Net(Layer(2.0)), b"whole")
+    compiler(cache, Net(Layer(2.0)))
+    assert compiler.read == [b"whole"]
 
 
-def lose_graph(entry: Path) -> None:
-    (entry / GRAPH).unlink()
+def test_a_number_that_is_not_mindspores_costs_a_compilation(cache, compiler):
+    compiler(cache, Net(Layer(2.0)), b"one")
+    compiler.number += 5  # graphs that were compiled with the cache on, and without us
+    compiler(cache, Net(Layer(2.0)), b"again")  # looks for another number than ours, finds nothing
+    assert compiler.read == []
+    compiler(cache, Net(Layer(3.0)), b"two")  # by whose file we know the number again
+    compiler(cache, Net(Layer(2.0)))
+    compiler(cache, Net(Layer(3.0)))
+    assert compiler.read == [b"one", b"two"]
 
 
-def spoil_about(entry: Path) -> None:
-    (entry / ABOUT).write_text('{"sha256": ')
+def full(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def forge(entry: Path) -> None:
-    """The whole graph of another digest under this name."""
-    about = json.loads((entry / ABOUT).read_text())
-    (entry / ABOUT).write_text(json.dumps({**about, "digest": "e" * 32}))
+def test_on_a_full_disk_graphs_are_compiled_all_the_same(cache, compiler, monkeypatch):
+    monkeypatch.setattr(graph_store, "write_synced", full)
+    compiler(cache, Net(Layer(2.0)))
+    assert (cache.hits, cache.misses, cache.store.entries()) == (0, 1, [])
+    monkeypatch.undo()
 
 
-def no_folder(entry: Path) -> None:
-    for file in entry.iterdir():
-        file.unlink()
-    entry.rmdir()
-    entry.write_text("a file")
-
-
-@pytest.mark.parametrize("spoil", [spoil_graph, cut_graph, lose_graph, spoil_about, forge, no_folder])
-def test_a_damaged_entry_is_a_miss_and_can_be_kept_again(store, spoil):
-    entry = kept(store, "d" * 32)
-    spoil(entry)
-    assert store.find("d" * 32) is None
-    if entry.is_file():
-        entry.unlink()
-    kept(store, "d" * 32)
-    assert store.find("d" * 32) is not None
-
-
-def test_a_second_process_does_not_replace_an_entry(store):
-    kept(store, "d" * 32, b"first")
-    kept(store, "d" * 32, b"second")
-    assert store.find("d" * 32).graph.read_bytes() == b"first"
-    assert sorted(path.name for path in store.folder.iterdir()) == ["d" * 32]
-
-
-def test_the_longest_unused_goes_first(tmp_path):
-    store = Store(tmp_path / "graphs", limit=2500)
-    for i, name in enumerate("abc"):
-        entry = kept(store, name * 32, bytes(600))
-        os.utime(entry, (i, i))
-    assert store.find("a" * 32) is not None  # used just now
-    kept(store, "d" * 32, bytes(600))
-    assert [store.find(name * 32) is not None for name in "abcd"] == [True, False, True, True]
-    assert store.size() <= 2500
-    store.clear()
-    assert store.size() == 0
-
-
-def test_a_folder_that_others_may_write_to_is_refused(tmp_path):
-    folder = tmp_path / "graphs"
-    folder.mkdir()
-    folder.chmod(0o777)
-    with pytest.raises(PermissionError, match="is not this user's alone"):
-        Store(folder)
-    (tmp_path / "real").mkdir(mode=0o700)
-    (tmp_path / "link").symlink_to(tmp_path / "real")
-    with pytest.raises(PermissionError):
-        Store(tmp_path / "link")
-
-
-def test_leftovers_of_killed_processes_go(store):
-    child = subprocess.Popen([sys.executable, "-c", ""])
-    child.wait()
-    gone, here = store.folder / f"{STAGE}{child.pid}-x", store.folder / f"{STAGE}{os.getpid()}-x"
-    old, new = store.folder / f"{PART}old", store.folder / f"{PART}new"
-    for folder in (gone, here, old, new):
-        folder.mkdir()
-    os.utime(old, (time.time() - 7200,) * 2)
-    store.remove_leftovers()
-    assert [folder.exists() for folder in (gone, here, old, new)] == [False, True, False, True]
-
-
-def test_where_nothing_can_be_written_the_graph_is_compiled_all_the_same(store, monkeypatch, digest):
-    cache = GraphCache(store)
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(graph_cache, "write_synced", full)
+def test_a_graph_that_cannot_be_copied_is_a_miss(cache, compiler, monkeypatch):
+    compiler(cache, Net(Layer(2.0)), b"one")
+    written = Path.write_bytes
+    monkeypatch.setattr(Path, "write_bytes", lambda path, content: (written(path, content[:2]), full()))
     with cache.compiling(Net(Layer(2.0)), inputs()):
-        cache.staged.mkdir(parents=True)
-        (cache.staged / "compile_cache_0.mindir").write_bytes(b"graph")
-    assert (cache.hits, cache.misses, store.size()) == (0, 1, 0)
+        assert TRUST not in os.environ and not cache.stage.next.exists()
+    monkeypatch.setattr(Path, "write_bytes", written)
+    compiler.number += 1
+    compiler(cache, Net(Layer(2.0)))
+    assert compiler.read == [b"one"]
+
+
+def test_what_has_no_name_is_compiled_without_the_store(cache, compiler):
+    net = Net(Layer(2.0))
+    net.other = iter([1])
+    compiler(cache, net)
+    assert (compiler.number, cache.hits, cache.misses) == (0, 0, 0)
+
+
+def test_mindspores_own_cache_is_left_alone(cache, compiler, monkeypatch, tmp_path):
+    monkeypatch.setenv("LORA_MS_GRAPH_CACHE", str(tmp_path / "graphs"))
+    monkeypatch.setattr(Graph, "compiling", None)
+    assert keep_graphs() == []
+    monkeypatch.setenv(ENABLE, "1")
+    (line,) = keep_graphs()
+    assert line.startswith(f"{ENABLE} is set: MindSpore then takes graphs of runs with other settings")
+    with cache.compiling(Net(Layer(2.0)), inputs()):
+        assert os.environ[ENABLE] == "1" and TRUST not in os.environ
+    assert (cache.hits, cache.misses) == (0, 0)
+
+
+def test_a_folder_that_cannot_be_used_is_said(monkeypatch, tmp_path):
+    monkeypatch.setattr(Graph, "compiling", None)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("LORA_MS_GRAPH_CACHE", str(tmp_path / "file"))
+    (line,) = keep_graphs()
+    assert line.startswith("compiled graphs are not kept, so that every start compiles them: ") and "file" in line
+    assert keep_graphs(wanted=False) == []
+    monkeypatch.setenv("LORA_MS_GRAPH_CACHE", "False")
+    assert keep_graphs() == []
+
+
+class Named(Net):
+    title = "a test"
+
+
+def test_what_is_waited_for_is_said(cache, compiler, capsys, monkeypatch):
+    said: list[str] = []
+    times = iter([0, 7.0, 10, 13.0, 20, 20.5, 30, 30.1])
+    monkeypatch.setattr("lora_ms.runtime.graph_cache.time.perf_counter", lambda: next(times))
+    with announcing(said.append):
+        compiler(cache, Net(Layer(2.0)))  # without a title
+        compiler(cache, Named(Layer(2.0)))  # 3 s
+        compiler(cache, Named(Layer(2.0)))  # a tenth of that, at most
+        cache.store.clear()
+        cache.store.remember("compile Named [(2, 4)] with 1 parameters, 16", 3)
+        compiler(cache, Named(Layer(2.0)))
+    assert said == ["compiling a test …", "compiling a test (3 s the last time) …"]
+    with announcing(said.append):
+        cache.store.remember("load Named [(2, 4)] with 1 parameters, 16", 4)
+        monkeypatch.setattr("lora_ms.runtime.graph_cache.time.perf_counter", lambda: 1.0)
+        compiler(cache, Named(Layer(2.0)))
+    assert said[2:] == ["loading a test (4 s the last time) …"]
+    GraphCache(None).compiling(Named(Layer(2.0)), inputs()).__enter__()
+    assert capsys.readouterr().err == "compiling a test …\n"
+    with announcing(said.append):
+        ids = (Tensor(np.ones((8, 128), np.int32)),)
+        GraphCache(None).compiling(Named(Layer(2.0)), ids).__enter__()
+        GraphCache(None, rank=1, world=2).compiling(Named(Layer(2.0)), ids).__enter__()
+    assert said[3:] == ["compiling a test for 8 x 128 tokens …"]
+
+
+def test_the_environment_is_as_before(monkeypatch):
+    monkeypatch.setenv("MS_A", "1")
+    with environment({"MS_A": "2", "MS_B": "3"}):
+        assert (os.environ["MS_A"], os.environ["MS_B"]) == ("2", "3")
+    assert os.environ["MS_A"] == "1" and "MS_B" not in os.environ
 
 
 # --- with MindSpore, in processes of their own
 
 SCRIPT = """
 import sys
-from pathlib import Path
 import lora_ms
 from lora_ms.nn.graph import Graph
-from lora_ms.runtime.graph_cache import GraphCache, Store
 
-cache = GraphCache(Store(Path(sys.argv[1])))
-Graph.compiling = cache.compiling
-model = lora_ms.AutoModelForCausalLM.from_pretrained(sys.argv[2])
-for length in map(int, sys.argv[3].split(",")):
+model = lora_ms.AutoModelForCausalLM.from_pretrained(sys.argv[1])
+cache = Graph.compiling.__self__
+for length in map(int, sys.argv[2].split(",")):
     print(model.generate([[1, 2, 3]], max_new_tokens=length).tolist())
 print("hits", cache.hits, "misses", cache.misses)
 """
 
 
 def run(folder: Path, lengths: str, env: dict[str, str]) -> list[str]:
-    command = [sys.executable, "-c", SCRIPT, str(folder), str(MODEL), lengths]
+    command = [sys.executable, "-c", SCRIPT, str(MODEL), lengths]
+    env = {**env, "LORA_MS_GRAPH_CACHE": str(folder)}
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
@@ -316,12 +407,18 @@ def run(folder: Path, lengths: str, env: dict[str, str]) -> list[str]:
 
 @pytest.mark.slow
 def test_graphs_are_found_again_in_any_order_and_compute_the_same(tmp_path, python_env):
-    *cold, counts = run(tmp_path / "graphs", "4,40", python_env)
+    folder = tmp_path / "graphs"
+    *cold, counts = run(folder, "4,40", python_env)
     assert counts == "hits 0 misses 4"  # a prompt and a token, for two lengths of the cache
-    *warm, counts = run(tmp_path / "graphs", "40,4", python_env)
+    *warm, counts = run(folder, "40,4", python_env)
     assert counts == "hits 4 misses 0" and warm == cold[::-1]
-    for entry in (tmp_path / "graphs").iterdir():
-        (entry / GRAPH).chmod(0o600)
+    entries = [entry.folder for entry in Store(folder).entries()]
+    contents = [(entry / GRAPH).read_bytes() for entry in entries]
+    for entry, content in zip(entries, contents[1:] + contents[:1], strict=True):
+        (entry / GRAPH).write_bytes(content)  # each has another's graph
+    *forged, counts = run(folder, "4,40", python_env)
+    assert counts == "hits 0 misses 4" and forged == cold
+    for entry in (entry.folder for entry in Store(folder).entries()):
         (entry / GRAPH).write_bytes((entry / GRAPH).read_bytes()[:-100])
-    *again, counts = run(tmp_path / "graphs", "4,40", python_env)
-    assert counts == "hits 0 misses 4" and again == cold
+    *cut, counts = run(folder, "4,40", python_env)
+    assert counts == "hits 0 misses 4" and cut == cold
