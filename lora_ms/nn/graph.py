@@ -1,12 +1,12 @@
 """The cell at the top of a graph."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
-from mindspore import nn
+from mindspore import Parameter, nn
 
-Compiling = Callable[[nn.Cell, tuple[Any, ...]], AbstractContextManager[None]]
+Compiling = Callable[["Graph", tuple[Any, ...]], AbstractContextManager[None]]
 
 
 class Graph(nn.Cell):
@@ -37,6 +37,23 @@ class Graph(nn.Cell):
         with ExitStack() as stack:
             self.__dict__["_call"] = (stack, args)
             super().compile(*args, **kwargs)
+
+    def parameters_dict(self, recurse: bool = True) -> dict[str, Parameter]:
+        """Its parameters by name; while it is compiled, also those of cells that it holds in functions alone.
+
+        MindSpore binds the parameters of a graph that it reads from disk by this: one that is not in it would be
+        another, with a value of its own.
+        """
+        return {**super().parameters_dict(recurse), **self.__dict__.get("held", {})}
+
+    @contextmanager
+    def holding(self, parameters: Mapping[str, Parameter]) -> Iterator[None]:
+        """Inside, ``parameters_dict`` has these, too."""
+        self.__dict__["held"] = parameters
+        try:
+            yield
+        finally:
+            del self.__dict__["held"]
 
     def check_names(self) -> None:
         """MindSpore calls this when it is about to compile, and not where the graph is there already."""

@@ -18,11 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import mindspore as ms
+from google.protobuf.message import DecodeError
 from mindspore import Tensor, nn
 from mindspore.nn.cell import _cell_graph_executor
+from mindspore.train import mind_ir_pb2
 
 from lora_ms.nn.graph import Graph
-from lora_ms.runtime.graph_digest import Unnameable, graph_digest, likeness
+from lora_ms.runtime.graph_digest import GraphName, Unnameable, likeness, name_of, sources_changed
 from lora_ms.runtime.graph_store import Store, graphs_folder, new_stage
 
 ENABLE, FOLDER, TRUST = "MS_COMPILER_CACHE_ENABLE", "MS_COMPILER_CACHE_PATH", "MS_DEV_FORCE_USE_COMPILE_CACHE"
@@ -60,11 +62,12 @@ class Stage:
     @property
     def next(self) -> Path:
         """What MindSpore will read or write at its next compilation."""
-        return self.files / f"compile_cache_{self.number}.mindir"
+        role = os.environ.get("MS_ROLE", "")  # of a process that msrun has started
+        return self.files / f"{role}compile_cache_{self.number}.mindir"
 
     def written(self) -> Path | None:
         """What MindSpore has written; the number follows it."""
-        found = list(self.files.glob("compile_cache_*.mindir"))
+        found = list(self.files.glob("*compile_cache_*.mindir"))
         if len(found) != 1:
             return None
         self.number = int(found[0].stem.rpartition("_")[2])
@@ -103,19 +106,19 @@ class GraphCache:
             GraphCache.stage.for_rank(rank)
 
     @contextmanager
-    def compiling(self, cell: nn.Cell, inputs: tuple[Any, ...]) -> Iterator[None]:
+    def compiling(self, cell: Graph, inputs: tuple[Any, ...]) -> Iterator[None]:
         """Around one compilation: it finds the graph, where the store has it, or leaves it for the store."""
         kind = likeness(cell, inputs)
         store = self.store
         stage = self.stage
-        digest = self._digest(cell, inputs)
-        if store is None or stage is None or digest is None:
+        name = self._name(cell, inputs)
+        if store is None or stage is None or name is None:
             self._announce(cell, inputs, kind, None)
             yield
             return
         seconds = None
         try:
-            seconds = store.take(digest, stage.next)
+            seconds = store.take(name.digest, stage.next)
         except OSError:  # a full disk: part of a graph must not be taken for one
             with suppress(OSError):
                 stage.next.unlink()
@@ -125,34 +128,38 @@ class GraphCache:
             variables[TRUST] = "1"  # the digest has compared more than MindSpore would
         begun = time.perf_counter()
         try:
-            with environment(variables):
+            with environment(variables), cell.holding(name.parameters):
                 yield
             taken = time.perf_counter() - begun
             written = stage.written()
-            if seconds is None and written is not None and self._digest(cell, inputs) is not None:
+            if seconds is None and written is not None and self._may_be_kept(written, name):
                 with suppress(OSError):  # a full disk: the next run compiles again
-                    store.keep(digest, written, taken, type(cell).__name__)
+                    store.keep(name.digest, written, taken, type(cell).__name__)
         finally:
             stage.done()
         self.hits += seconds is not None
         self.misses += seconds is None
         store.remember(_what(kind, seconds), taken)
 
-    def _digest(self, cell: nn.Cell, inputs: tuple[Any, ...]) -> str | None:
+    def _may_be_kept(self, written: Path, name: GraphName) -> bool:
+        """Whether all parameters of the graph are known, and the sources still those that it was compiled from."""
+        used = parameters_of(written)
+        return used is not None and used <= name.parameters.keys() and not sources_changed()
+
+    def _name(self, cell: nn.Cell, inputs: tuple[Any, ...]) -> GraphName | None:
         """None: this graph is compiled without the store."""
         if self.store is None or ENABLE in os.environ or ms.get_context("enable_compile_cache"):
             return None
         if ms.get_context("enable_graph_kernel"):  # fused kernels are in a folder of their own
             return None
         try:
-            return graph_digest(cell, inputs, self.process)
+            return name_of(cell, inputs, self.process)
         except Unnameable:
             return None
 
-    def _announce(self, cell: nn.Cell, inputs: tuple[Any, ...], kind: str, compiled: float | None) -> None:
+    def _announce(self, cell: Graph, inputs: tuple[Any, ...], kind: str, compiled: float | None) -> None:
         """Says what is being waited for. compiled: seconds that the graph, where it was found, took to compile."""
-        title = getattr(type(cell), "title", "")
-        if not title or self.process[0]:
+        if not cell.title or self.process[0]:
             return
         last = None if self.store is None else self.store.times().get(_what(kind, compiled))
         expected = last if last is not None or compiled is None else compiled * LOADING
@@ -160,7 +167,7 @@ class GraphCache:
             return
         verb = "compiling" if compiled is None else "loading"
         known = "" if last is None else f" ({last:.0f} s the last time)"
-        GraphCache.say(f"{verb} {title}{_tokens(inputs)}{known} …")
+        GraphCache.say(f"{verb} {cell.title}{_tokens(inputs)}{known} …")
 
 
 def _tokens(inputs: tuple[Any, ...]) -> str:
@@ -173,6 +180,20 @@ def _tokens(inputs: tuple[Any, ...]) -> str:
 
 def _what(kind: str, compiled: float | None) -> str:
     return f"{'compile' if compiled is None else 'load'} {kind}"
+
+
+def parameters_of(file: Path) -> set[str] | None:
+    """Names of the parameters that a graph on disk works on, which stand there behind that of the graph.
+
+    None: it is no whole graph.
+    """
+    model: Any = mind_ir_pb2.ModelProto()
+    try:
+        model.ParseFromString(file.read_bytes())
+    except DecodeError:
+        return None
+    graphs = (model.graph, *model.functions)
+    return {parameter.name.partition(":")[2] for graph in graphs for parameter in graph.parameter}
 
 
 @contextmanager

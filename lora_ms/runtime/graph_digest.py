@@ -18,7 +18,7 @@ import types
 from collections.abc import Iterable, Mapping
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mindspore as ms
 import numpy as np
@@ -36,7 +36,7 @@ CHILDREN = ("_params", "_cells", "_buffers", "_params_list", "_primitives")  # w
 # of a cell: text with addresses (what it tells are attributes, too), the call that a Graph is in, its last name, what a
 # model of the Python interface generates with, which holds graphs and is in none, and seeds of random operators, which
 # are attributes of those where they are used
-IDLE_KEYS = frozenset({"_cell_init_args", "_call", "current_phase", "generator", "seeds"})
+IDLE_KEYS = frozenset({"_cell_init_args", "_call", "current_phase", "generator", "seeds", "held"})
 IDLE_CLOSURES = frozenset({"hash_obj"})  # the time at which mindspore.jit wrapped a function, as value_and_grad does
 # of a run of msrun, and of this cache: they decide no graph (its rank and their number are given apart)
 IDLE_VARIABLES = ("MS_SCHED_", "MS_ROLE", "MS_NODE_", "MS_COMPILER_CACHE_", "MS_DEV_FORCE_USE_COMPILE_CACHE", "MS_TOPO")
@@ -46,8 +46,15 @@ class Unnameable(Exception):
     """The graph holds something whose value cannot be read."""
 
 
-def graph_digest(cell: nn.Cell, inputs: Iterable[Any], process: tuple[int, int] = (0, 1)) -> str:
-    """32 hexadecimal digits for the graph of ``cell`` on ``inputs``, of which only shapes and types count.
+class GraphName(NamedTuple):
+    """What decides a graph, and what it works on."""
+
+    digest: str  # 32 hexadecimal digits
+    parameters: dict[str, Parameter]  # by name, all that the cell holds, in whatever way
+
+
+def name_of(cell: nn.Cell, inputs: Iterable[Any], process: tuple[int, int] = (0, 1)) -> GraphName:
+    """For the graph of ``cell`` on ``inputs``, of which only shapes and types count.
 
     process: the rank of this one, and how many the run has.
 
@@ -63,7 +70,12 @@ def graph_digest(cell: nn.Cell, inputs: Iterable[Any], process: tuple[int, int] 
         reader.input(value)
     reader.read(cell)
     reader.add("globals", plain_globals(reader.modules))
-    return reader.hash.hexdigest()
+    return GraphName(reader.hash.hexdigest(), reader.parameters)
+
+
+def graph_digest(cell: nn.Cell, inputs: Iterable[Any], process: tuple[int, int] = (0, 1)) -> str:
+    """The digest alone, see ``name_of``."""
+    return name_of(cell, inputs, process).digest
 
 
 def likeness(cell: nn.Cell, inputs: Iterable[Any]) -> str:
@@ -80,7 +92,7 @@ class _Reader:
         self.hash = blake2b(digest_size=16)
         self.seen: dict[int, int] = {}
         self.kept: list[Any] = []  # so that no number of an object is given twice
-        self.names: set[str] = set()  # of parameters
+        self.parameters: dict[str, Parameter] = {}
         self.modules: set[str] = set()  # of this package, that the classes and functions are in
         self.room = MOST_CONSTANTS
 
@@ -138,9 +150,9 @@ class _Reader:
     def parameter(self, value: Parameter) -> None:
         if self.met(value):
             return
-        if value.name in self.names:  # a graph that is read from disk knows them by their names
+        if value.name in self.parameters:  # a graph that is read from disk knows them by their names
             raise Unnameable(f"two parameters named {value.name}")
-        self.names.add(value.name)
+        self.parameters[value.name] = value
         self.add("parameter", value.name, tuple(value.shape), str(value.dtype), value.requires_grad)
 
     def array(self, kind: str, value: np.ndarray, dtype: str) -> None:

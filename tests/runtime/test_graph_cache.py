@@ -4,11 +4,14 @@ import errno
 import os
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
+import mindspore as ms
 import numpy as np
 import pytest
 from mindspore import Parameter, Tensor, nn, ops
+from mindspore.train import mind_ir_pb2
 
 from lora_ms.nn import graph
 from lora_ms.nn.graph import Graph
@@ -152,6 +155,7 @@ def test_variables_that_mindspore_reads_are_in_the_name(digest, monkeypatch):
 
 def test_constants_are_those_of_the_modules_that_a_graph_comes_from():
     """And of the modules that these take from; not of whatever else the process has imported."""
+    import_module("lora_ms.train.gradient")
     found = plain_globals({"lora_ms.train.gradient"})
     modules = {module for module, _, _ in found}
     assert ("lora_ms.train.parts", "CHUNK_NUMBERS", str(1 << 24)) in found
@@ -241,17 +245,26 @@ class Compiler:
         self.number = 0
         self.read: list[bytes] = []
 
-    def __call__(self, cache: GraphCache, net: nn.Cell, content: bytes = b"graph") -> None:
+    def __call__(self, cache: GraphCache, net: nn.Cell, content: bytes = b"graph", parameter: str = "") -> None:
         with cache.compiling(net, inputs()):
             if os.environ.get(ENABLE) != "1":
                 return
             file = Path(os.environ["MS_COMPILER_CACHE_PATH"]) / "rank_0" / "graph_cache"
-            file = file / f"compile_cache_{self.number}.mindir"
+            file = file / f"{os.environ.get('MS_ROLE', '')}compile_cache_{self.number}.mindir"
             self.number += 1
             if os.environ.get(TRUST) == "1" and file.exists():
-                self.read.append(file.read_bytes())
+                self.read.append(mind_ir_pb2.ModelProto.FromString(file.read_bytes()).producer_name.encode())
+                assert list(net.parameters_dict()) == [net.layers[0].weight.name]
             else:
-                file.write_bytes(content)
+                file.write_bytes(written(content.decode(), parameter or net.layers[0].weight.name))
+
+
+def written(name: str, parameter: str) -> bytes:
+    """A graph as MindSpore writes it, with one parameter."""
+    model = mind_ir_pb2.ModelProto(producer_name=name)
+    model.graph.name = "net"
+    model.graph.parameter.add().name = f"net:{parameter}"
+    return model.SerializeToString()
 
 
 @pytest.fixture
@@ -259,7 +272,9 @@ def compiler() -> Compiler:
     return Compiler()
 
 
-def test_a_graph_is_found_again(cache, compiler):
+@pytest.mark.parametrize("role", ["", "MS_WORKER"])
+def test_a_graph_is_found_again(cache, compiler, role, monkeypatch):
+    monkeypatch.setenv("MS_ROLE", role)
     one, two = Net(Layer(2.0)), Net(Layer(3.0))
     compiler(cache, one, b"one")
     compiler(cache, two, b"two")
@@ -313,6 +328,33 @@ def test_a_graph_that_cannot_be_copied_is_a_miss(cache, compiler, monkeypatch):
     compiler.number += 1
     compiler(cache, Net(Layer(2.0)))
     assert compiler.read == [b"one"]
+
+
+def test_a_graph_with_a_parameter_that_is_not_known_is_not_kept(cache, compiler):
+    """Read from disk, it would work on one of its own, and not on the run's."""
+    compiler(cache, Net(Layer(2.0)), parameter="another")
+    compiler(cache, Net(Layer(2.0)))
+    assert (compiler.read, cache.hits, cache.misses, len(cache.store.entries())) == ([], 0, 2, 1)
+
+
+class InAFunction(Graph):
+    """A net that it holds in a function alone."""
+
+    def __init__(self, net: nn.Cell):
+        super().__init__(auto_prefix=False)
+        self.gradient = ops.value_and_grad(net, None, ms.ParameterTuple([net.layers[0].weight]))
+
+    def construct(self, x):
+        return self.gradient(x)
+
+
+def test_parameters_in_functions_are_bound_too(cache, digest):
+    net = Net(Layer(2.0))
+    outer = InAFunction(net)
+    assert outer.parameters_dict() == {}
+    with cache.compiling(outer, inputs()):
+        assert list(outer.parameters_dict().values()) == [net.layers[0].weight]
+    assert outer.parameters_dict() == {}
 
 
 def test_what_has_no_name_is_compiled_without_the_store(cache, compiler):

@@ -12,17 +12,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lora_ms.runtime.graph_store import GRAPH, Store, checksum
+from lora_ms.runtime.graph_store import GRAPH, Store
 
 PET = "--model.model_config.pet_config"
 KINDS = {
-    "lora": [f"{PET}.lora_dropout", "0.1"],
+    "lora": [f"{PET}.lora_dropout", "0.1", "--train_dataset.validation_split", "0.25"],
+    "eps": [f"{PET}.lora_dropout", "0.1", "--train_dataset.validation_split", "0.25", "--optimizer.eps", "1e-2"],
     "dora": [f"{PET}.use_dora", "True"],
     "adalora": [f"{PET}.pet_type", "adalora", f"{PET}.init_rank", "4", f"{PET}.target_rank", "2"],
-    "full": [PET, "null"],
-    "recomputed": ["--recompute_config.recompute", "True"],
+    "full": ["--options", "pet_config=null"],
+    "recomputed": [f"{PET}.use_dora", "True", "--recompute_config.recompute", "True"],
     "float16": ["--model.model_config.compute_dtype", "float16"],
-    "evaluated": ["--train_dataset.validation_split", "0.25"],
 }
 RUNS = """
 import json, sys
@@ -55,7 +55,7 @@ def words(reference, tmp_path_factory) -> list[str]:
     file.write_text("".join(json.dumps({"input_ids": ids, "labels": ids}) + "\n" for ids in made))
     model = reference / "models" / "qwen2"
     flags = ["--load_checkpoint", str(model), "--train_dataset_dir", str(file), "--max_steps", "3"]
-    return [*flags, "--batch_size", "2", "--learning_rate", "1e-3", f"{PET}.target_modules", "all-linear"]
+    return [*flags, "--batch_size", "2", "--learning_rate", "1e-3", f"{PET}.target_modules", "q_proj"]
 
 
 def run_all(folder: Path, env: dict[str, str], asked: dict[str, list[str]]) -> dict[str, tuple[int, int]]:
@@ -73,50 +73,25 @@ def run_all(folder: Path, env: dict[str, str], asked: dict[str, list[str]]) -> d
 
 @pytest.mark.slow
 def test_warm_is_cold_to_the_bit(words, tmp_path, python_env):
+    """Each kind after the others: their settings differ in what MindSpore's own cache does not compare."""
+
     def asked(side: str) -> dict[str, list[str]]:
-        found = {}
-        for kind, flags in KINDS.items():
-            given = [word for word in words if kind != "full" or word not in (f"{PET}.target_modules", "all-linear")]
-            found[kind] = [*given, *flags, "--output_dir", str(tmp_path / side / kind)]
-        return found
+        outputs = {kind: ["--output_dir", str(tmp_path / side / kind)] for kind in KINDS}
+        return {kind: [*(words if kind != "full" else words[:-2]), *KINDS[kind], *outputs[kind]] for kind in KINDS}
 
     folder = tmp_path / "graphs"
-    none = run_all(Path("False"), python_env, asked("none"))
+    none = run_all(Path("False"), python_env, {"lora": asked("none")["lora"]})
     cold = run_all(folder, python_env, asked("cold"))
     warm = run_all(folder, python_env, asked("warm"))
     assert set(none.values()) == {(0, 0)}
-    assert all(misses >= 2 for _, misses in cold.values()), cold
-    assert {name: (0, hits) for name, (hits, _) in warm.items()} == {
-        name: (0, hits + misses) for name, (hits, misses) in cold.items()
-    }
+    assert all(misses >= 1 for _, misses in cold.values()), cold
+    assert warm == {name: (hits + misses, 0) for name, (hits, misses) in cold.items()}
+    found = {kind: numbers(tmp_path / "cold" / kind) for kind in KINDS}
+    assert numbers(tmp_path / "none" / "lora") == found["lora"]
     for kind in KINDS:
-        expected = numbers(tmp_path / "none" / kind)
-        assert numbers(tmp_path / "cold" / kind) == expected, kind
-        assert numbers(tmp_path / "warm" / kind) == expected, kind
-
-
-@pytest.mark.slow
-def test_settings_that_mindspores_own_cache_would_miss(words, tmp_path, python_env):
-    """Another eps, decay and dropout after a first run: each computes what it computes without a cache."""
-    changes = {
-        "first": [],
-        "eps": ["--optimizer.eps", "1e-2"],
-        "decay": ["--optimizer.weight_decay", "0.5"],
-        "dropout": [f"{PET}.lora_dropout", "0.3"],
-        "rank": [f"{PET}.lora_rank", "4"],
-        "accumulation": ["--gradient_accumulation_steps", "2"],
-    }
-
-    def asked(side: str) -> dict[str, list[str]]:
-        return {name: [*words, *flags, "--output_dir", str(tmp_path / side / name)] for name, flags in changes.items()}
-
-    run_all(Path("False"), python_env, asked("none"))
-    run_all(tmp_path / "graphs", python_env, {"first": asked("kept")["first"]})
-    run_all(tmp_path / "graphs", python_env, asked("kept"))
-    found = {name: numbers(tmp_path / "kept" / name) for name in changes}
-    assert found == {name: numbers(tmp_path / "none" / name) for name in changes}
-    losses = [tuple(record["loss"] for record in records) for records, _ in found.values()]
-    assert len(set(losses)) == len(changes)
+        assert numbers(tmp_path / "warm" / kind) == found[kind], kind
+    losses = [tuple(record.get("loss") for record in records) for records, _ in found.values()]
+    assert len(set(losses)) == len(KINDS) - 1  # recomputed is dora
 
 
 @pytest.mark.slow
@@ -125,7 +100,7 @@ def test_two_processes_of_a_run(words, root, tmp_path, python, python_env):
     (tmp_path / "run_mindformer.py").symlink_to(root / "run_mindformer.py")
     (tmp_path / "run.yaml").write_text("run_mode: finetune\nmodel: {model_config: {pet_config: {lora_dropout: 0.1}}}\n")
     kept = []
-    for side, folder in (("none", "False"), ("cold", "graphs"), ("warm", "graphs")):
+    for side in ("cold", "warm"):
         command = ["run_mindformer.py", "--config", "run.yaml", *words, "--use_parallel", "True", "--output_dir", side]
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -133,14 +108,14 @@ def test_two_processes_of_a_run(words, root, tmp_path, python, python_env):
         done = subprocess.run(
             ["bash", root / "scripts/msrun_launcher.sh", " ".join(command), "2", port, f"logs_{side}", "True", "300"],
             cwd=tmp_path,
-            env=env | {"LORA_MS_GRAPH_CACHE": folder if folder == "False" else str(tmp_path / folder)},
+            env=env | {"LORA_MS_GRAPH_CACHE": str(tmp_path / "graphs")},
             capture_output=True,
             text=True,
         )
         assert done.returncode == 0, done.stdout + done.stderr
         kept.append(len(Store(tmp_path / "graphs").entries()))
-    assert numbers(tmp_path / "none") == numbers(tmp_path / "cold") == numbers(tmp_path / "warm")
-    assert kept[0] == 0 and kept[1] == kept[2] >= 4  # each process its own: a gradient and an optimiser at least
+    assert numbers(tmp_path / "cold") == numbers(tmp_path / "warm")
+    assert kept[0] == kept[1] >= 4  # each process its own: a gradient and an optimiser at least
 
 
 KEEP = """
@@ -194,7 +169,7 @@ def test_two_processes_that_keep_the_same(tmp_path, python_env):
         children.append(subprocess.Popen(command, env=python_env, stdout=-1))
     for child in children:
         child.stdout.readline()
-    found = 0
+    found = moved = 0
     end = time.monotonic() + 2
     while time.monotonic() < end:
         for name in "abcd":
@@ -202,11 +177,11 @@ def test_two_processes_that_keep_the_same(tmp_path, python_env):
                 found += 1
                 assert (tmp_path / "mine").read_bytes() == content
         for entry in store.entries():  # so that both write again and again
-            os.rename(entry.folder, tmp_path / f"gone{found}-{entry.folder.name}")
+            moved += 1
+            os.rename(entry.folder, tmp_path / f"moved{moved}")
     for child in children:
         assert child.poll() is None
         child.kill()
         child.wait()
         child.stdout.close()
-    assert found > 4
-    assert checksum("a" * 32, content) != checksum("b" * 32, content)
+    assert found > 4 and moved > 4
