@@ -29,8 +29,9 @@ from lora_ms.runtime.native_build import processor
 
 PACKAGE = Path(__file__).parents[1]
 TRUSTED = ("lora_ms", "mindspore", "numpy")  # packages whose sources the name stands for
+EXACT = frozenset({bool, int, float, complex, str, bytes, type(None), type(...)})  # their repr tells type and value
 PLAIN = (bool, int, float, complex, str, bytes, type(None), type(...), slice, range, np.generic, np.dtype)
-OWN_KEYS = frozenset({"training", "mixed_precision_type", "_jit_config_dict", "_amp_level", "requires_grad"})
+OWN_KEYS = ("training", "mixed_precision_type", "_jit_config_dict", "_amp_level", "requires_grad")
 MOST_CONSTANTS = 128 << 20  # bytes
 CHILDREN = ("_params", "_cells", "_buffers", "_params_list", "_primitives")  # where a cell keeps what it is made of
 # of a cell: text with addresses (what it tells are attributes, too), the call that a Graph is in, its last name, what a
@@ -70,7 +71,7 @@ def name_of(cell: nn.Cell, inputs: Iterable[Any], process: tuple[int, int] = (0,
         reader.input(value)
     reader.read(cell)
     reader.add("globals", plain_globals(reader.modules))
-    return GraphName(reader.hash.hexdigest(), reader.parameters)
+    return GraphName(reader.digest(), reader.parameters)
 
 
 def graph_digest(cell: nn.Cell, inputs: Iterable[Any], process: tuple[int, int] = (0, 1)) -> str:
@@ -90,6 +91,8 @@ class _Reader:
 
     def __init__(self) -> None:
         self.hash = blake2b(digest_size=16)
+        self.waiting: list[str] = []  # for the hash, many small texts at once
+        self.types: set[type] = set()
         self.seen: dict[int, int] = {}
         self.kept: list[Any] = []  # so that no number of an object is given twice
         self.parameters: dict[str, Parameter] = {}
@@ -97,8 +100,15 @@ class _Reader:
         self.room = MOST_CONSTANTS
 
     def add(self, *parts: Any) -> None:
-        self.hash.update(repr(parts).encode())
-        self.hash.update(b"\0")
+        self.waiting.append(repr(parts))
+
+    def digest(self) -> str:
+        self._flush()
+        return self.hash.hexdigest()
+
+    def _flush(self) -> None:
+        self.hash.update("\0".join([*self.waiting, ""]).encode())
+        self.waiting.clear()
 
     def input(self, value: Any) -> None:
         if isinstance(value, Tensor):  # a Parameter is one
@@ -120,7 +130,9 @@ class _Reader:
         return False
 
     def read(self, value: Any) -> None:
-        if isinstance(value, PLAIN):
+        if type(value) in EXACT:
+            self.add(value)
+        elif isinstance(value, PLAIN):
             self.add(type(value).__name__, value)
         elif isinstance(value, type):
             self.type_name(value)
@@ -133,19 +145,34 @@ class _Reader:
             self.array("array", value, str(value.dtype))
         elif isinstance(value, Mapping):
             self.add("mapping", type(value).__name__, len(value))
-            for key, one in value.items():
-                self.read(key)
-                self.read(one)
+            if all(type(key) is str for key in value):
+                self.attributes(value)
+            else:
+                for key, one in value.items():
+                    self.read(key)
+                    self.read(one)
         elif isinstance(value, tuple | list):
             self.add("sequence", type(value).__name__, len(value))
-            for one in value:
-                self.read(one)
+            if all(type(one) in EXACT for one in value):
+                self.add(*value)
+            else:
+                for one in value:
+                    self.read(one)
         elif isinstance(value, set | frozenset):
             self.add("set", sorted(map(repr, value)))
         elif isinstance(value, nn.Cell):
             self.cell(value)
         else:
             self.other(value)
+
+    def attributes(self, values: Mapping[str, Any]) -> None:
+        """Named values, those that are plain at once."""
+        plain = {key: value for key, value in values.items() if type(value) in EXACT}
+        self.add(plain)
+        for key, value in values.items():
+            if key not in plain:
+                self.add(key)
+                self.read(value)
 
     def parameter(self, value: Parameter) -> None:
         if self.met(value):
@@ -160,20 +187,18 @@ class _Reader:
         if self.room < 0:
             raise Unnameable(f"more than {MOST_CONSTANTS:,} bytes of constants")
         self.add(kind, value.shape, dtype)
+        self._flush()
         self.hash.update(memoryview(np.ascontiguousarray(value).reshape(-1).view(np.uint8)))
 
     def cell(self, cell: nn.Cell) -> None:
         if self.met(cell):
             return
         self.type_name(type(cell))
-        self.read(cell.get_flags())
-        for key in (*CHILDREN, *sorted(OWN_KEYS)):
-            self.add(key)
-            self.read(getattr(cell, key))
-        for key in sorted(vars(cell).keys() - _bare_cell()):
-            if key not in IDLE_KEYS:
-                self.add(key)
-                self.read(vars(cell)[key])
+        children = {key: value for key in CHILDREN if (value := getattr(cell, key))}
+        own = {key: getattr(cell, key) for key in OWN_KEYS}
+        found = vars(cell)
+        self.add("cell", cell.get_flags(), len(children))
+        self.attributes(children | own | {key: found[key] for key in sorted(found.keys() - _bare_cell() - IDLE_KEYS)})
 
     def other(self, value: Any) -> None:
         if isinstance(value, types.FunctionType):
@@ -190,9 +215,7 @@ class _Reader:
         elif isinstance(value, Primitive) or dataclasses.is_dataclass(value) or _trusted(type(value).__module__):
             if not self.met(value):
                 self.type_name(type(value))
-                for key, one in sorted(vars_of(value).items()):
-                    self.add(key)
-                    self.read(one)
+                self.attributes(dict(sorted(vars_of(value).items())))
         else:
             raise Unnameable(f"a value of {type(value).__module__}.{type(value).__qualname__}")
 
@@ -209,10 +232,12 @@ class _Reader:
                     self.read(one.cell_contents)
 
     def type_name(self, value: type) -> None:
-        if not _trusted(value.__module__) and value.__module__ != "builtins":
-            raise Unnameable(f"class {value.__module__}.{value.__qualname__}")
-        for kind in value.__mro__:
-            self._module(kind.__module__)
+        if value not in self.types:
+            if not _trusted(value.__module__) and value.__module__ != "builtins":
+                raise Unnameable(f"class {value.__module__}.{value.__qualname__}")
+            for kind in value.__mro__:
+                self._module(kind.__module__)
+            self.types.add(value)
         self.add("class", value.__module__, value.__qualname__)
 
     def _module(self, name: str) -> None:
