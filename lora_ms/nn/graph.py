@@ -36,7 +36,10 @@ class Graph(nn.Cell):
         """Compiles for inputs like ``args``, unless that was done."""
         with ExitStack() as stack:
             self.__dict__["_call"] = (stack, args)
-            super().compile(*args, **kwargs)
+            try:
+                super().compile(*args, **kwargs)
+            finally:
+                del self.__dict__["_call"]
 
     def parameters_dict(self, recurse: bool = True) -> dict[str, Parameter]:
         """Its parameters by name; while it is compiled, also those of cells that it holds in functions alone.
@@ -58,6 +61,7 @@ class Graph(nn.Cell):
     def check_names(self) -> None:
         """MindSpore calls this when it is about to compile, and not where the graph is there already."""
         super().check_names()
-        if Graph.compiling is not None:
-            stack, args = self.__dict__["_call"]
+        call = self.__dict__.get("_call")
+        if Graph.compiling is not None and call is not None:
+            stack, args = call
             stack.enter_context(Graph.compiling(self, args))
