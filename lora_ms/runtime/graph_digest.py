@@ -188,7 +188,7 @@ class _Reader:
             raise Unnameable(f"more than {MOST_CONSTANTS:,} bytes of constants")
         self.add(kind, value.shape, dtype)
         self._flush()
-        self.hash.update(memoryview(np.ascontiguousarray(value).reshape(-1).view(np.uint8)))
+        self.hash.update(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
 
     def cell(self, cell: nn.Cell) -> None:
         if self.met(cell):
