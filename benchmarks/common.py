@@ -1,4 +1,4 @@
-"""What both benchmarks share: a random model on disk, and running the two sides in turn, each in its own process."""
+"""What the benchmarks share: a random model on disk, and running the two sides in turn, each in its own process."""
 
 import argparse
 import json
@@ -14,12 +14,12 @@ import numpy as np
 SIDES = ("ours", "torch")
 
 
-def parser(description: str) -> argparse.ArgumentParser:
-    """The arguments that both benchmarks take."""
+def parser(description: str, layers: type = int) -> argparse.ArgumentParser:
+    """The arguments that the benchmarks take; layers: the type of --layers."""
     out = argparse.ArgumentParser(description=description)
     out.add_argument("--torch_python", default=os.environ.get("LORA_MS_TORCH_PYTHON", sys.executable))
     out.add_argument("--rounds", type=int, default=2, help="times each side runs, in turn")
-    out.add_argument("--layers", type=int, default=8)
+    out.add_argument("--layers", type=layers, default=8)
     out.add_argument("--hidden", type=int, default=512)
     out.add_argument("--heads", type=int, default=8)
     out.add_argument("--ffn", type=int, default=1408)

@@ -21,7 +21,7 @@ DIRECTIONS = {
     "hf_folder": ("storage errors", "numpy"),
     "ops": ("ops", "mindspore numpy"),
     "nn": ("nn ops", "mindspore numpy"),
-    "runtime": ("runtime nn.parallel ops errors", "mindspore"),
+    "runtime": ("runtime nn.graph nn.parallel ops errors", "mindspore numpy google.protobuf"),
     "values": ("", "pydantic"),
     "config": ("config adapters.methods values errors", "yaml pydantic"),
     "data": (

@@ -146,7 +146,7 @@ def _run_mindformer(argv: list[str]) -> int:
 
 def _run_tool(args: argparse.Namespace) -> int:
     _quiet_libraries()
-    given = {flag.name: getattr(args, flag.name) for flag in TOOLS[args.tool].flags}
+    given = {flag.argument: getattr(args, flag.argument) for flag in TOOLS[args.tool].flags}
     faults = import_module(MODULES[args.tool]).run(**given)
     return 2 if faults else 0
 

@@ -41,7 +41,8 @@ class Version(argparse.Action):
 class Flag(NamedTuple):
     """A flag of a command that needs no configuration.
 
-    ``required`` is checked by us, after unknown flags: argparse would report what is missing first.
+    ``required`` is checked by us, after unknown flags: argparse would report what is missing first. Without a ``kind``
+    the flag takes no value.
     """
 
     name: str
@@ -51,6 +52,11 @@ class Flag(NamedTuple):
     default: Any = None
     required: bool = False
     nargs: str | None = None
+
+    @property
+    def argument(self) -> str:
+        """Its name as an argument in Python."""
+        return self.name.replace("-", "_")
 
 
 class Tool(NamedTuple):
@@ -85,7 +91,10 @@ TOOLS = {
     ),
     "doctor": Tool(
         "check this machine: versions, devices, memory, processes",
-        (Flag("msrun", flag_bool, "BOOL", "start two processes as a test (default True)", True),),
+        (
+            Flag("msrun", flag_bool, "BOOL", "start two processes as a test (default True)", True),
+            Flag("clear-cache", None, "", "remove the compiled graphs that are kept, and check nothing"),
+        ),
     ),
     "adapters combine": Tool(
         "combine several adapters into one",
@@ -150,6 +159,9 @@ def add_tools(commands: Any) -> dict[str, argparse.ArgumentParser]:
             usage=f"lora-ms {name} {needed} …",
         )
         for flag in tool.flags:
+            if flag.kind is None:
+                parser.add_argument(f"--{flag.name}", action="store_true", help=flag.text)
+                continue
             parser.add_argument(
                 f"--{flag.name}",
                 type=flag.kind,

@@ -204,6 +204,7 @@ class Context(Section):
     max_device_memory: Memory | None = None  # such as "59GB"
     low_memory: Flag = False  # float16 weights, one line at a time, recomputation, plain operators (ours)
     cpu_operators: Flag = True  # on the CPU, our own operators, compiled at first use where there is a compiler (ours)
+    graph_cache: Flag = True  # keep compiled graphs for the next start (ours)
     enable_graph_kernel: Flag = False  # fuse elementwise operators: a slower start, faster steps, less memory
     mode: NoEffect = 0  # 0 graph, 1 PyNative
     max_call_depth: NoEffect = 10000

@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 
 from lora_ms.data.collate import collate
 from lora_ms.data.example import Batch, DeviceBatch, DeviceStep, TokenRow
-from lora_ms.data.packing import Kind, Layout, MicroBatch, plan_layout, smaller_batches
+from lora_ms.data.packing import Kind, Layout, MicroBatch, Shape, plan_layout, smaller_batches
 from lora_ms.data.store import TokenStore
 from lora_ms.errors import LoraMsError
 
 Ints = NDArray[np.int64]
+LOOKED_THROUGH = 200  # steps; of a longer run the shapes are those of its layout
 
 
 class Source(NamedTuple):
@@ -247,6 +248,17 @@ class DataPlan:
         if not 0 <= step < self.total_steps:
             raise IndexError(f"step {step} of {self.total_steps}")
         return self.order.step(step)
+
+    def shapes_used(self) -> list[Shape]:
+        """The shapes of this rank's micro-batches, in the order of their costs; in a long run, all of the layout's."""
+        if self.total_steps > LOOKED_THROUGH:
+            return list(self.layout.shapes)
+        used = set()
+        for step in range(self.total_steps):
+            taken = self.step_rows(step)
+            batches = self.layout.arrange(self.rows.input_lengths[taken], self.rows.label_counts[taken])
+            used |= {batch.shape for batch in batches[self.rank :: self.world]}
+        return [shape for shape in self.layout.shapes if shape in used]
 
     def describe(self) -> str:
         """The shapes, for people."""

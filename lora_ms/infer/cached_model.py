@@ -60,6 +60,8 @@ class _Block(Graph):
 class _Top(Graph):
     """x [b * s, h], what stands beside it …, rows [b] -> (logits [b, v] of the tokens ``rows``, likeliest ids [b])."""
 
+    title = "generation"
+
     def __init__(self, model: nn.Cell, layers: _Layers):
         super().__init__(auto_prefix=False)
         self.model = model
@@ -73,6 +75,8 @@ class _Top(Graph):
 
 class _Whole(Graph):
     """All of it as one graph: for a few layers."""
+
+    title = "generation"
 
     def __init__(self, inputs: _Inputs, top: _Top):
         super().__init__(auto_prefix=False)

@@ -8,6 +8,7 @@ from mindspore import Tensor, nn, ops
 
 from lora_ms.models.rope_settings import longest_text
 from lora_ms.nn.attention import Attention, first_in_window
+from lora_ms.nn.graph import Graph
 from lora_ms.nn.kv_cache import KVCache
 from lora_ms.nn.layers import MLP, Embedding, Head, RMSNorm, SplitEmbedding
 from lora_ms.nn.parallel import WHOLE, Shard
@@ -192,7 +193,7 @@ class Decoder(nn.Cell):
         return (x,) + rope + (rows,) + visible
 
 
-class CausalLM(nn.Cell):
+class CausalLM(Graph):
     """A decoder with its head: ``logits = model(input_ids, attention_mask)``.
 
     Args:
@@ -200,6 +201,8 @@ class CausalLM(nn.Cell):
         operators: what all its cells compute with.
         shard: with which ranks it is shared; on more than one, it is there for its loss alone, and has no logits.
     """
+
+    title = "the model"
 
     def __init__(
         self,

@@ -9,6 +9,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
+from lora_ms.nn.graph import Graph
 from lora_ms.ops import portable
 
 
@@ -17,24 +18,31 @@ class Draws(nn.Cell):
 
     Every call draws new ones. In a training loop, whose runs must be resumable, they ``follow`` a table instead, which
     the loop fills for every micro-batch.
+
+    used: False where nobody will ask for numbers. Seeds are constants of a graph: it has none where it does not draw.
     """
 
-    def __init__(self):
+    def __init__(self, used: bool = True):
         super().__init__()
-        # from NumPy's stream, which mindspore.set_seed sets
-        rows, columns = (int(seed) for seed in np.random.randint(1, 2**31 - 1, 2))
-        self.rows = ops.UniformReal(rows, 1)
-        self.columns = ops.UniformReal(columns, 1)
-        self.rows.recompute(False)  # drawn once a step: a recomputed block must meet the same zeros
-        self.columns.recompute(False)
+        # from NumPy's stream, which mindspore.set_seed sets; in any case, since others draw after us
+        self.seeds = tuple(int(seed) for seed in np.random.randint(1, 2**31 - 1, 2))
+        if used:
+            self._draw_anew()
         self.uniform = portable.OuterUniform()
         self.followed = False
         self.split = 0
         self.first = 0  # index of the first column, where a process has a part of the layer's
 
+    def _draw_anew(self) -> None:
+        self.rows, self.columns = (ops.UniformReal(seed, 1) for seed in self.seeds)
+        self.rows.recompute(False)  # drawn once a step: a recomputed block must meet the same zeros
+        self.columns.recompute(False)
+
     def follow(self, table: Parameter, number: int, split: int) -> None:
         """Takes its numbers from row ``number`` of ``table``: those of x's rows from the first column on, those of its
         columns from column ``split`` on."""
+        if not self.followed:
+            del self.rows, self.columns
         self.followed = True
         self.split = split
         # the number is a parameter, so that layers can share a graph
@@ -46,6 +54,7 @@ class Draws(nn.Cell):
         if self.followed:
             self.followed = False
             del self.table, self.number
+            self._draw_anew()
 
     def numbers(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The t + h numbers of which ``construct`` makes t * h: rows [t, 1] and columns [1, h]."""
@@ -71,7 +80,7 @@ class DropoutKernel(nn.Cell):
         super().__init__()
         self.probability = probability
         self.columns = columns
-        self.draws = Draws()
+        self.draws = Draws(probability > 0)
         self.dropout = portable.Dropout(probability)
 
     def construct(self, x: Tensor) -> Tensor:
@@ -109,7 +118,7 @@ class DrawTable:
             draw.unfollow()
 
 
-class _Put(nn.Cell):
+class _Put(Graph):
     """Assigns the table, in a graph of its own: in one with the model, some of its reads may come before."""
 
     def __init__(self, table: Parameter):

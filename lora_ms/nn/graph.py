@@ -1,6 +1,12 @@
 """The cell at the top of a graph."""
 
-from mindspore import nn
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
+
+from mindspore import Parameter, nn
+
+Compiling = Callable[["Graph", tuple[Any, ...]], AbstractContextManager[None]]
 
 
 class Graph(nn.Cell):
@@ -8,7 +14,14 @@ class Graph(nn.Cell):
 
     At every call, MindSpore (2.7 to 2.10) writes the name of the compiled graph into each cell inside, though only a
     compilation reads it: 10 us a cell, 5 ms a token for 8 layers. Here the name is written when it has changed.
+
+    Attributes:
+        compiling: what goes around a compilation of any ``Graph`` in this process, given the cell and its inputs.
+        title: what a person is told to wait for while it is compiled; "" where that is not worth a line.
     """
+
+    compiling: Compiling | None = None
+    title = ""
 
     @property
     def compile_phase(self) -> str | None:
@@ -18,3 +31,37 @@ class Graph(nn.Cell):
     def compile_phase(self, value: str) -> None:
         if value != self._compile_phase:
             nn.Cell.compile_phase.fset(self, value)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compiles for inputs like ``args``, unless that was done."""
+        with ExitStack() as stack:
+            self.__dict__["_call"] = (stack, args)
+            try:
+                super().compile(*args, **kwargs)
+            finally:
+                del self.__dict__["_call"]
+
+    def parameters_dict(self, recurse: bool = True) -> dict[str, Parameter]:
+        """Its parameters by name; while it is compiled, also those of cells that it holds in functions alone.
+
+        MindSpore binds the parameters of a graph that it reads from disk by this: one that is not in it would be
+        another, with a value of its own.
+        """
+        return {**super().parameters_dict(recurse), **self.__dict__.get("held", {})}
+
+    @contextmanager
+    def holding(self, parameters: Mapping[str, Parameter]) -> Iterator[None]:
+        """Inside, ``parameters_dict`` has these, too."""
+        self.__dict__["held"] = parameters
+        try:
+            yield
+        finally:
+            del self.__dict__["held"]
+
+    def check_names(self) -> None:
+        """MindSpore calls this when it is about to compile, and not where the graph is there already."""
+        super().check_names()
+        call = self.__dict__.get("_call")
+        if Graph.compiling is not None and call is not None:
+            stack, args = call
+            stack.enter_context(Graph.compiling(self, args))

@@ -15,16 +15,19 @@ from lora_ms.adapters.methods.base import AdapterConfig
 from lora_ms.adapters.peft_format import incomplete, read_adapter_config, read_cells, save_adapter
 from lora_ms.errors import LoraMsError
 from lora_ms.infer.generate import Generator
+from lora_ms.nn.graph import Graph
 from lora_ms.python.adapter_set import AdapterSet, attached, detached
 
 DEFAULT = "default"
 
 
-class Logits(nn.Cell):
+class Logits(Graph):
     """The model's logits as a graph of their own, compiled with the cells that are in the model then."""
 
+    title = "the model"
+
     def __init__(self, model: nn.Cell):
-        super().__init__()
+        super().__init__(auto_prefix=False)
         self.model = model
 
     def construct(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:

@@ -17,7 +17,9 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import NamedTuple
 
-from lora_ms.runtime import host, native_build
+from lora_ms.errors import LoraMsError
+from lora_ms.runtime import graph_store, host, native_build
+from lora_ms.text import counted
 
 OK, WARNING, FAULT = "ok", "warning", "fault"
 REQUIRED = ("mindspore", "numpy", "transformers", "safetensors", "pydantic", "PyYAML", "datasets", "matplotlib", "tqdm")
@@ -65,6 +67,7 @@ def findings(msrun: bool = True) -> Iterator[Finding]:
     yield from package_findings(versions)
     yield device_finding()
     yield operators_finding()
+    yield graphs_finding()
     yield from memory_findings(host.available(), host.cgroup_limit())
     if versions["mindspore"]:
         yield mindspore_finding()
@@ -140,6 +143,43 @@ def operators_finding() -> Finding:
     if library is None:
         return Finding("operators", WARNING, f"runs on the CPU take longer: {why}; on Debian: apt install g++")
     return Finding("operators", OK, "native operators for the CPU are compiled")
+
+
+def graphs_finding() -> Finding:
+    """The compiled graphs that are kept."""
+    folder = graph_store.graphs_folder()
+    if folder is None:
+        return Finding("graphs", OK, f"compiled graphs are not kept: {graph_store.VARIABLE} is False")
+    try:
+        entries = graph_store.Store(folder).entries()
+    except OSError as error:
+        text = f"compiled graphs are not kept, so that every start compiles them: {error}"
+        return Finding("graphs", WARNING, f"{text}; {graph_store.VARIABLE} names another folder")
+    size = sum(entry.size for entry in entries) / 1e9
+    most = graph_store.LIMIT / 1e9
+    text = f"{counted(len(entries), 'compiled graph')}, {size:.2f} of at most {most:.0f} GB, in {folder}"
+    return Finding("graphs", OK, f"{text}; --clear-cache removes them")
+
+
+def clear_graphs() -> str:
+    """Removes the compiled graphs that are kept; returns a line about them.
+
+    Raises:
+        LoraMsError: they cannot be removed.
+    """
+    folder = graph_store.graphs_folder()
+    if folder is None:
+        return f"compiled graphs are not kept: {graph_store.VARIABLE} is False"
+    try:
+        store = graph_store.Store(folder)
+    except OSError as error:
+        raise LoraMsError(f"the compiled graphs cannot be removed: {error}") from None
+    before = store.entries()
+    store.clear()
+    if store.entries():
+        raise LoraMsError(f"some compiled graphs cannot be removed: look into {folder}")
+    size = sum(entry.size for entry in before) / 1e9
+    return f"removed {counted(len(before), 'compiled graph')}, {size:.2f} GB, from {folder}"
 
 
 def memory_findings(room: float, group: tuple[float, float] | None) -> list[Finding]:

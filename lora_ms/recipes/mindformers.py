@@ -31,7 +31,7 @@ from lora_ms.recipes.mindformers_network import (
 )
 from lora_ms.recipes.outputs import RUN_LOG, adapter_line
 from lora_ms.recipes.settings import settings_of
-from lora_ms.recipes.train import COMPILING, PreparedRun
+from lora_ms.recipes.train import PreparedRun
 from lora_ms.runtime.device import peak_memory_mb
 from lora_ms.train.callbacks import RunState, StepRecord
 from lora_ms.train.checkpoint import Weights
@@ -228,7 +228,7 @@ class StepProgress:
             if self.state.is_main:
                 steps = f"{self.state.total_steps:,} steps, {self.steps_per_epoch:,} an epoch"
                 print(f"training with MindFormers' trainer: {steps}")
-                print(COMPILING, flush=True)
+                print("compiling the training step, which takes a while …", flush=True)
             self.reporter.on_train_begin(self.state)
         self.clock = time.perf_counter()
 

@@ -85,7 +85,9 @@ def start(config: RunConfig) -> Runtime:
             return later
         # msrun tells each process its number
         return replace(later, rank=int(os.environ.get("RANK_ID", 0)), world=int(os.environ.get("MS_WORKER_NUM", 1)))
-    runtime, notices = device.setup(context.device_target, context.device_id, config.seed)
+    runtime, notices = device.setup(
+        context.device_target, context.device_id, config.seed, graph_cache=context.graph_cache
+    )
     print(*notices, sep="\n", end="\n" if notices else "")
     return runtime
 

@@ -32,6 +32,7 @@ def start(config: RunConfig) -> Runtime:
         model_parallel=config.parallel_config.model_parallel,
         cpu_operators=context.cpu_operators,
         plain_operators=context.low_memory,
+        graph_cache=context.graph_cache,
     )
     if runtime.is_main:
         for line in (*config.notices(), *notices, *layout_notices(config, runtime)):

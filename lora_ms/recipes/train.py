@@ -13,7 +13,7 @@ from lora_ms.data.loader import DataPlan
 from lora_ms.models.decoder import CausalLM
 from lora_ms.recipes.outputs import DATA_REPORT, adapter_line
 from lora_ms.runtime.device import Runtime, barrier, memory_share
-from lora_ms.text import counted
+from lora_ms.text import counted, listed
 from lora_ms.train import checkpoint
 from lora_ms.train.adaptive import MemoryMonitor
 from lora_ms.train.callbacks import EarlyStopping, TrainerCallback
@@ -26,8 +26,6 @@ from lora_ms.train.report import Reporter
 from lora_ms.train.settings import TrainSettings
 from lora_ms.train.steps import Steps
 from lora_ms.train.tensorboard import Summaries, TensorBoard
-
-COMPILING = "compiling the training step, which takes a while the first time …"
 
 
 class PreparedRun(Protocol):
@@ -155,7 +153,12 @@ class NativeRun:
                 f"training: {counted(plan.total_steps, 'step')} of {counted(plan.per_step, 'row')}, "
                 f"{plan.steps_per_epoch:,} an epoch" + (f", from step {start:,}" if start else "")
             )
-            print(COMPILING, flush=True)
+            shapes = [f"{shape.lines} x {shape.length:,}" for shape in plan.shapes_used()]
+            print(
+                f"batches of {counted(len(shapes), 'shape')}, each compiled when it first comes: "
+                f"{listed(shapes, separator=', ')} tokens",
+                flush=True,
+            )
 
     def train(self) -> Outcome:
         return self.loop.train()

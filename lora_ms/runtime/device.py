@@ -17,6 +17,7 @@ from lora_ms.errors import LoraMsError
 from lora_ms.nn.parallel import WHOLE, Shard, SumOverRanks
 from lora_ms.ops import PORTABLE, Operators, select
 from lora_ms.runtime import host, native_build
+from lora_ms.runtime.graph_cache import keep_graphs
 
 Device = Literal["CPU", "Ascend"]
 
@@ -92,6 +93,7 @@ def setup(
     model_parallel: int = 1,
     cpu_operators: bool = True,
     plain_operators: bool = False,
+    graph_cache: bool = True,
 ) -> tuple[Runtime, list[str]]:
     """Prepares MindSpore, in static-graph mode; returns the runtime and notices for the user. May be repeated.
 
@@ -99,6 +101,7 @@ def setup(
     model_parallel: the number of processes that share one model, with use_parallel.
     cpu_operators: on the CPU, compute with our C++ operators (``ops/csrc``), where they can be compiled.
     plain_operators: on Ascend, compute without its fused operators, which the 310B lacks in training.
+    graph_cache: keep compiled graphs for the next start.
 
     Raises:
         LoraMsError: use_parallel without msrun's environment, or communication that does not come up.
@@ -121,6 +124,7 @@ def setup(
     if cpu_operators and device == "CPU":
         library, lines = _native_library(runtime.world)
         notices += lines
+    notices += keep_graphs(runtime.rank, runtime.world, graph_cache)
     ms.set_seed(seed)
     return replace(runtime, operators=select(device, plain_operators, library)), notices
 

@@ -38,7 +38,7 @@ def build(extra: tuple[str, ...] = ()) -> tuple[Path | None, str]:
     try:
         version = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=TIME_LIMIT).stdout
         sources = [path.read_bytes() for path in sorted(SOURCES.glob("*.h")) + sorted(SOURCES.glob("*.cpp"))]
-        parts = [program.encode(), version.encode(), " ".join(flags).encode(), _processor(), *sources]
+        parts = [program.encode(), version.encode(), " ".join(flags).encode(), processor(), *sources]
         folder = cache_folder() / "cpu"
         library = folder / f"operators-{blake2b(b'|'.join(parts), digest_size=12).hexdigest()}.so"
         if not library.exists():
@@ -64,7 +64,7 @@ def _compile(command: list[str], library: Path) -> None:
         made.replace(library)
 
 
-def _processor() -> bytes:
+def processor() -> bytes:
     """What decides the code that -march=native generates."""
     try:
         text = Path("/proc/cpuinfo").read_text()

@@ -41,6 +41,8 @@ class Scores:
 class _TopScores(Graph):
     """The last layers and the finish: (x, rope …, visible of each …, rows [c], targets [c]) -> ``LabelScores``' two."""
 
+    title = "the evaluation"
+
     def __init__(self, half_layers: Sequence[nn.Cell], loss: SummedLoss):
         super().__init__(auto_prefix=False)
         self.half_layers = HalfLayers(half_layers, [True] * len(half_layers))

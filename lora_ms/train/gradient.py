@@ -21,7 +21,7 @@ import ctypes
 import sys
 from collections.abc import Sequence
 
-from mindspore import Tensor, nn, ops
+from mindspore import Tensor, ops
 
 from lora_ms.errors import LoraMsError
 from lora_ms.nn.graph import Graph
@@ -62,6 +62,8 @@ class MicroStep(Graph):
         recompute: the layers whose activations are recomputed in the backward pass, as ``recomputed_layers`` takes it.
             Where there are any, or many layers, the optimiser's parameters must stand in the model's order.
     """
+
+    title = "the training step"
 
     def __init__(self, loss: SummedLoss, optimizer: FlatAdamW, recompute: bool | int | Sequence[int] = False):
         super().__init__(auto_prefix=False)
@@ -148,7 +150,7 @@ class MicroStep(Graph):
                 trim(0)
 
 
-class Accumulate(nn.Cell):
+class Accumulate(Graph):
     """Adds the gradients of all parameters, in the optimiser's order, to its ``grad``.
 
     ties: pairs of them that belong to one parameter, as ``merge_tied`` takes them.

@@ -11,6 +11,7 @@ from mindspore import Tensor
 
 from lora_ms.errors import WriteError
 from lora_ms.nn.parallel import SumOverRanks
+from lora_ms.runtime.graph_cache import announcing
 from lora_ms.train import checkpoint
 from lora_ms.train.adaptive import HIGH, LOW, MemoryMonitor
 from lora_ms.train.callbacks import RunState, TrainerCallback
@@ -193,7 +194,7 @@ class TrainingLoop:
         self.steps.begin(state.step, 0 if self.monitor is None else self.monitor.level)
         self.tell("on_train_begin")
         try:
-            with StopSignal() as stop:
+            with StopSignal() as stop, announcing(lambda line: self.tell("on_notice", line)):
                 while state.step < total and not state.reason and not stopped:
                     self.steps.launch(state.step)
                     state.step += 1

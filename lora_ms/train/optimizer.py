@@ -10,6 +10,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from numpy.typing import NDArray
 
+from lora_ms.nn.graph import Graph
 from lora_ms.nn.parallel import WHOLE, Shard, split_axis
 from lora_ms.ops import PORTABLE, Operators
 from lora_ms.train.objectives import Objectives
@@ -62,7 +63,7 @@ class LossScaling:
     factor: float = 2.0  # what it is then multiplied by, and divided by after an overflow
 
 
-class FlatAdamW(nn.Cell):
+class FlatAdamW(Graph):
     """AdamW (Loshchilov and Hutter, 2019) with clipping by global norm, over all trainable parameters at once.
 
     Gradients, both moments and the update are vectors of n numbers, one slice a parameter: a few operators instead
@@ -84,6 +85,8 @@ class FlatAdamW(nn.Cell):
             AdamW does (``Parameter(device="CPU")``; not tried on one). On the CPU it changes nothing.
         operators: what the step computes with.
     """
+
+    title = "the optimiser"
 
     def __init__(
         self,

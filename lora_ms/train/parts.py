@@ -59,7 +59,7 @@ class Embed(nn.Cell):
         return self.decoder.embed_tokens(input_ids.reshape((-1,))).astype(self.decoder.stream)
 
 
-class LayerInputs(nn.Cell):
+class LayerInputs(Graph):
     """What the layers take: ids, positions [b, s] -> (x [t, h], rope …, what a query sees through each window …)."""
 
     def __init__(self, decoder: nn.Cell):
@@ -394,6 +394,8 @@ class TopGradients(Graph):
         half_layers, weights, recomputed, lowest: as ``HalfLayersBackward`` takes them.
     """
 
+    title = "the training step"
+
     def __init__(
         self,
         loss: SummedLoss,
@@ -418,7 +420,7 @@ class TopGradients(Graph):
         return (finished[0],) + found + finished[2:]
 
 
-class EmbeddingGradients(nn.Cell):
+class EmbeddingGradients(Graph):
     """(ids [b, s], d of the first layer's input [t, h]) -> the gradients of ``weights``, in the embedding."""
 
     def __init__(self, decoder: nn.Cell, weights: Sequence[Parameter]):

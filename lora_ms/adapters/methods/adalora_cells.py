@@ -16,6 +16,7 @@ from lora_ms.adapters.methods.base import Pair, Target
 from lora_ms.adapters.methods.lora import LoraSpec
 from lora_ms.adapters.methods.lora_cells import LoRADense
 from lora_ms.errors import LoraMsError
+from lora_ms.nn.graph import Graph
 from lora_ms.nn.layers import Embedding
 
 if TYPE_CHECKING:
@@ -198,7 +199,7 @@ class Importance(nn.Cell):
         return weight
 
 
-class Cut(nn.Cell):
+class Cut(Graph):
     """Sets E [rank, 1] of each module to zero where ``kept`` [triplets of all modules] is 0."""
 
     def __init__(self, es: Sequence[Parameter], kept: Parameter):
