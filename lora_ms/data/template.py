@@ -32,6 +32,8 @@ from lora_ms.data.example import (
 )
 from lora_ms.data.templates import ALPACA_PREAMBLE_WITH_INPUT, INPUT_HEADING, TEMPLATES
 from lora_ms.errors import LoraMsError
+from lora_ms.limits import MEMORY, LimitReached, limited
+from lora_ms.reading import read_text, reason
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -114,10 +116,7 @@ def set_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     if not Path(name).is_file():
         known = ", ".join((*TEMPLATES, *sorted(named)))
         raise LoraMsError(f"chat_template {name}: no such file, and none of {known}")
-    try:
-        tokenizer.chat_template = Path(name).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise LoraMsError(f"chat_template {name}: not readable as UTF-8 text") from error
+    tokenizer.chat_template = read_text(Path(name))
 
 
 def begins_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -299,20 +298,23 @@ class ChatFormat:
         """The text of messages; "" where the template refuses them."""
         try:
             return self._apply(messages, tools, False)
+        except LoraMsError:  # it takes too long
+            raise
         except Exception:  # the template is a program of the model's author: it may raise anything
             return ""
 
     def _apply(
         self, messages: list[dict[str, Any]], tools: list[Any] | None, prompt: bool, template: str | None = None
     ) -> str:
-        text = self.tokenizer.apply_chat_template(
-            messages,
-            tools=tools,
-            chat_template=template or self.template,
-            tokenize=False,
-            add_generation_prompt=prompt,
-        )
-        return str(text)
+        with limited("the chat template", memory=MEMORY):
+            text = self.tokenizer.apply_chat_template(
+                messages,
+                tools=tools,
+                chat_template=template or self.template,
+                tokenize=False,
+                add_generation_prompt=prompt,
+            )
+            return str(text)
 
     def prepared(self, row: Example, notes: Counter[str]) -> Example:
         """The row as the template can show it: what it does not take by itself is written into the texts."""
@@ -358,9 +360,10 @@ class ChatFormat:
         tools = None if row.tools is None else [_as_openai_tool(tool) for tool in row.tools.items]
         try:
             return self._apply(messages, tools, prompt, template)
+        except LimitReached as error:
+            raise LoraMsError(f"{row.where}: {error}") from None
         except Exception as error:  # the template is a program of the model's author: it may raise anything
-            reason = " ".join(str(error).split())
-            raise LoraMsError(f"{row.where}: the chat template refuses the messages: {reason}") from error
+            raise LoraMsError(f"{row.where}: the chat template refuses the messages: {reason(error)}") from error
 
     def _as_dict(self, message: Message) -> dict[str, Any]:
         if message.tool_calls is not None and self.calls is not None:
