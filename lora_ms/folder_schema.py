@@ -121,7 +121,7 @@ Patterns = Annotated[Any, AfterValidator(_patterns)] | None
 Layers = Annotated[Any, AfterValidator(_layers)] | None
 Token = Annotated[Any, AfterValidator(_token)] | None
 Tokens = Annotated[Any, AfterValidator(_tokens)] | None
-Factor = Annotated[float, Field(gt=-1e6, lt=1e6)] | None
+Factor = Annotated[float, Field(gt=-1e6, lt=1e6)]
 Probability = Annotated[float, Field(ge=0, le=1)] | None
 Steps = Annotated[int, Field(ge=0, lt=2**40)] | None
 Rank = Annotated[int, Field(ge=1, le=RANK)] | None
@@ -209,7 +209,7 @@ class AdapterJson(FolderFile):
     r: Rank = None
     init_r: Rank = None
     target_r: Rank = None
-    lora_alpha: Factor = None
+    lora_alpha: Factor | None = None
     lora_dropout: Probability = None
     rank_pattern: Annotated[dict[str, Any], AfterValidator(_ranks), AfterValidator(_patterns), SOME] | None = None
     alpha_pattern: Annotated[dict[str, Factor], AfterValidator(_patterns), SOME] | None = None
@@ -224,7 +224,7 @@ class AdapterJson(FolderFile):
     total_step: Steps = None
     beta1: Probability = None
     beta2: Probability = None
-    orth_reg_weight: Factor = None
+    orth_reg_weight: Factor | None = None
 
 
 def check(kind: type[FolderFile], value: dict[str, Any], file: Path | str) -> dict[str, Any]:

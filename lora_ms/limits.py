@@ -12,8 +12,8 @@ from pathlib import Path
 
 from lora_ms.errors import LoraMsError
 
-SECONDS = 5.0  # of the processor; real templates take milliseconds
-MEMORY = 2 * 2**30  # bytes that a template may take; real ones take what their text has
+SECONDS = 2.0  # of the processor; real templates take milliseconds
+MEMORY = 2**29  # bytes that a template may take; real ones take what their text has
 PATTERN_SECONDS = 1.0  # for an expression, in all its slow matches together
 PATTERN_LENGTH = 2000  # characters
 SLOW = 0.01  # seconds; real expressions take microseconds
@@ -22,7 +22,7 @@ _spent: dict[str, float] = defaultdict(float)  # seconds of slow matches, by exp
 
 
 class LimitReached(LoraMsError):
-    """A program took too long."""
+    """A program took too long, or too much memory."""
 
 
 @contextmanager
@@ -32,8 +32,7 @@ def limited(what: str, seconds: float = SECONDS, memory: int | None = None) -> I
     Outside the main thread, where Python delivers no signals, only memory is limited.
 
     Raises:
-        LimitReached: it took longer; ``what`` begins the line.
-        MemoryError: it took more memory.
+        LimitReached: it took more; ``what`` begins the line.
     """
 
     def stop(number: int, frame: object) -> None:
@@ -50,6 +49,10 @@ def limited(what: str, seconds: float = SECONDS, memory: int | None = None) -> I
         outer = signal.setitimer(signal.ITIMER_VIRTUAL, seconds) if timed else (0.0, 0.0)
         try:
             yield
+        except MemoryError:
+            if memory is None:
+                raise
+            raise LimitReached(f"{what} takes too much memory: it was stopped") from None
         finally:
             if timed:
                 signal.setitimer(signal.ITIMER_VIRTUAL, *outer)
@@ -67,25 +70,28 @@ def _address_space() -> int:
 
 def fullmatch(pattern: str, text: str) -> re.Match[str] | None:
     """``re.fullmatch`` under a limit of time. Raises LoraMsError, also where the expression does not parse."""
-    return _matched(pattern, text, whole=True)
+    return _matched(pattern, text, whole=True, shown=pattern)
 
 
-def match(pattern: str, text: str) -> re.Match[str] | None:
-    """``re.match`` under a limit of time. Raises LoraMsError, also where the expression does not parse."""
-    return _matched(pattern, text, whole=False)
+def match(pattern: str, text: str, shown: str | None = None) -> re.Match[str] | None:
+    """``re.match`` under a limit of time. Raises LoraMsError, also where the expression does not parse.
+
+    shown: the expression in the file, where ``pattern`` is made of it.
+    """
+    return _matched(pattern, text, whole=False, shown=pattern if shown is None else shown)
 
 
-def _matched(pattern: str, text: str, whole: bool) -> re.Match[str] | None:
+def _matched(pattern: str, text: str, whole: bool, shown: str) -> re.Match[str] | None:
     if len(pattern) > PATTERN_LENGTH:
         raise LoraMsError(f"a regular expression of {len(pattern):,} characters: at most {PATTERN_LENGTH:,} are read")
     try:
         expression = re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as error:
-        raise LoraMsError(f"not a regular expression: {pattern[:80]!r}: {error}") from None
+        raise LoraMsError(f"not a regular expression: {shown[:80]!r}: {error}") from None
     apply = expression.fullmatch if whole else expression.match
     if _is_quick(pattern):
         return apply(text)
-    what = f"the regular expression {pattern[:80]!r}"
+    what = f"the regular expression {shown[:80]!r}"
     began = _processor()
     with limited(what, max(PATTERN_SECONDS - _spent[pattern], SLOW)):
         found = apply(text)

@@ -32,9 +32,10 @@ def member(folder: str | os.PathLike, name: str) -> Path:
     try:
         root, target = folder.resolve(), file.resolve()
     except (OSError, RuntimeError, ValueError) as error:  # a circle of links, a null byte
-        raise LoraMsError(f"{file}: no such file ({error})") from None
+        raise LoraMsError(f"{folder}: {name!r} is no file of it ({reason(error)})") from None
     if "\0" in name or not (target.is_relative_to(root) or (file.is_symlink() and _in_hub(target))):
-        raise LoraMsError(f"{file}: leads out of the folder, to {target}: only files inside it are read; copy it there")
+        where = f"{folder}: {name} leads out of the folder, to {target}"
+        raise LoraMsError(f"{where}: only files inside it are read; copy the file there")
     return file
 
 
@@ -55,9 +56,10 @@ def opened(file: Path) -> Iterator[BinaryIO]:
         raise LoraMsError(f"{file}: no such file") from None
     except (OSError, ValueError) as error:
         raise LoraMsError(f"{file}: cannot be read: {reason(error)}") from None
+    if not stat.S_ISREG(os.fstat(number).st_mode):
+        os.close(number)
+        raise LoraMsError(f"{file}: not a regular file")
     with os.fdopen(number, "rb") as stream:
-        if not stat.S_ISREG(os.fstat(number).st_mode):
-            raise LoraMsError(f"{file}: not a regular file")
         yield stream
 
 

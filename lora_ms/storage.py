@@ -83,7 +83,7 @@ def read_header(file: Path) -> dict[str, Entry]:
 
 
 def _natural(text: str) -> int:
-    if text.startswith("-") or len(text) > 20:
+    if text.startswith("-") or len(text) > 20 or int(text) >= 2**64:
         raise ValueError(f"the number {text:.20} is out of range")
     return int(text)
 

@@ -50,7 +50,7 @@ def layer_index(name: str, layers_pattern: Collection[str] = ()) -> int | None:
         first = FIRST_NUMBER.search(name)
         return int(first["layer"]) if first else None
     for pattern in layers_pattern:
-        found = match(rf".*?\.(?:{pattern})\.(?P<layer>\d{{1,9}})\.", "." + name)
+        found = match(rf".*?\.(?:{pattern})\.(?P<layer>\d{{1,9}})\.", "." + name, shown=pattern)
         if found:
             return int(found["layer"])
     return None
@@ -58,7 +58,7 @@ def layer_index(name: str, layers_pattern: Collection[str] = ()) -> int | None:
 
 def fits_end(name: str, pattern: str) -> bool:
     """Whether an expression fits the whole path, or its end from a dot on."""
-    return match(rf"(.*\.)?({pattern})$", name) is not None
+    return match(rf"(.*\.)?({pattern})$", name, shown=pattern) is not None
 
 
 def by_pattern(name: str, patterns: Mapping[str, float], default: float) -> float:

@@ -141,8 +141,8 @@ def parse_yaml(text: str) -> Any:
     Raises:
         ValueError: it holds no YAML, a value that is none of its type, or more than any configuration.
     """
-    loader = _UniqueKeyLoader(text)
     try:
+        loader = _UniqueKeyLoader(text)
         node = loader.get_single_node()
         if node is None:
             return None
@@ -154,8 +154,6 @@ def parse_yaml(text: str) -> Any:
         raise ValueError("nested too deeply") from None
     except (ValueError, LookupError, AttributeError, TypeError, OverflowError) as problem:  # of !!int "" and the like
         raise ValueError(f"a value is none of its type ({problem})") from problem
-    finally:
-        loader.dispose()
 
 
 def _size(node: yaml.Node, known: dict[yaml.Node, int]) -> int:
