@@ -22,7 +22,11 @@ _spent: dict[str, float] = defaultdict(float)  # seconds of slow matches, by exp
 
 
 class LimitReached(LoraMsError):
-    """A program took too long, or too much memory."""
+    """A program took too long, or too much memory, or called itself without end."""
+
+
+class _Stop(BaseException):
+    """Ends a program; no ``except Exception`` of it, or of the library that runs it, goes on."""
 
 
 @contextmanager
@@ -36,7 +40,7 @@ def limited(what: str, seconds: float = SECONDS, memory: int | None = None) -> I
     """
 
     def stop(number: int, frame: object) -> None:
-        raise LimitReached(f"{what} takes too long: it was stopped")
+        raise _Stop
 
     timed = threading.current_thread() is threading.main_thread()
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
@@ -49,10 +53,14 @@ def limited(what: str, seconds: float = SECONDS, memory: int | None = None) -> I
         outer = signal.setitimer(signal.ITIMER_VIRTUAL, seconds) if timed else (0.0, 0.0)
         try:
             yield
+        except _Stop:
+            raise LimitReached(f"{what} takes too long: it was stopped") from None
         except MemoryError:
             if memory is None:
                 raise
             raise LimitReached(f"{what} takes too much memory: it was stopped") from None
+        except RecursionError:
+            raise LimitReached(f"{what} calls itself without end: it was stopped") from None
         finally:
             if timed:
                 signal.setitimer(signal.ITIMER_VIRTUAL, *outer)
