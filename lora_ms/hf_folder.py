@@ -13,7 +13,7 @@ import numpy as np
 from lora_ms import storage
 from lora_ms.errors import LoraMsError
 from lora_ms.folder_schema import VOCABULARY, ConfigJson, GenerationJson, TokenizerJson, check
-from lora_ms.reading import member, read_json
+from lora_ms.reading import CONFIG_SIZE, member, read_json
 from lora_ms.storage import Entry
 
 HEAD = "lm_head.weight"
@@ -45,12 +45,12 @@ def model_config(path: Path) -> dict[str, Any]:
     Raises:
         LoraMsError: it cannot be read, or a value is out of bounds.
     """
-    return check(ConfigJson, read_json(member(path, CONFIG)), path / CONFIG)
+    return check(ConfigJson, read_json(member(path, CONFIG), CONFIG_SIZE), path / CONFIG)
 
 
 def tokenizer_config(path: Path) -> dict[str, Any]:
     """tokenizer_config.json of folder ``path``. Raises as ``model_config``."""
-    return check(TokenizerJson, read_json(member(path, TOKENIZER_CONFIG)), path / TOKENIZER_CONFIG)
+    return check(TokenizerJson, read_json(member(path, TOKENIZER_CONFIG), CONFIG_SIZE), path / TOKENIZER_CONFIG)
 
 
 def open_model(path: Path, hf: Mapping[str, Any]) -> ModelFolder:
@@ -107,7 +107,7 @@ def generation_config(path: Path) -> dict[str, Any]:
     """generation_config.json of a folder; empty where there is none."""
     if not (path / GENERATION).is_file():
         return {}
-    return check(GenerationJson, read_json(member(path, GENERATION)), path / GENERATION)
+    return check(GenerationJson, read_json(member(path, GENERATION), CONFIG_SIZE), path / GENERATION)
 
 
 def end_tokens(settings: Mapping[str, Any], where: str) -> tuple[int, ...]:

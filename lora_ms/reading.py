@@ -85,7 +85,7 @@ def read_text(file: Path, most: int = CONFIG_SIZE) -> str:
         return content.decode("utf-8")
 
 
-def read_json(file: Path, most: int = CONFIG_SIZE) -> dict:
+def read_json(file: Path, most: int = JSON_SIZE) -> dict:
     """The object in ``file``.
 
     Raises:
@@ -145,4 +145,5 @@ def reason(fault: BaseException) -> str:
         return fault.strerror
     if isinstance(fault, KeyError):
         return f"{fault} is missing"
-    return " ".join(str(fault).split())[:200].rstrip(". ") or type(fault).__name__
+    lines = [line.strip() for line in str(fault).splitlines() if line.strip()]  # MindSpore's are followed by its own
+    return lines[0][:200].rstrip(". ") if lines else type(fault).__name__

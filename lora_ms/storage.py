@@ -14,7 +14,7 @@ from numpy.typing import DTypeLike
 
 from lora_ms.errors import LoraMsError, WriteError
 from lora_ms.folder_schema import IndexJson, check
-from lora_ms.reading import JSON_SIZE, member, opened, parse_json, read_json, readable
+from lora_ms.reading import member, opened, parse_json, read_json, readable
 
 # safetensors names its types so; bfloat16, which NumPy lacks, is read as 16-bit words
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "F64": np.float64}
@@ -135,7 +135,7 @@ def open_dir(path: Path) -> dict[str, Entry]:
     single = "model.safetensors"
     weight_map: dict[str, str] = {}
     if (path / INDEX).is_file():
-        index = read_json(member(path, INDEX), JSON_SIZE)
+        index = read_json(member(path, INDEX))
         weight_map = check(IndexJson, index, path / INDEX)["weight_map"]
     files = sorted(set(weight_map.values()))
     for file in files:

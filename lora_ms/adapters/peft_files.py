@@ -14,7 +14,7 @@ from lora_ms.adapters.methods.base import AdapterConfig
 from lora_ms.adapters.peft_config import from_peft
 from lora_ms.errors import LoraMsError
 from lora_ms.folder_schema import AdapterJson, check
-from lora_ms.reading import member, read_json
+from lora_ms.reading import CONFIG_SIZE, member, read_json
 
 PREFIX = "base_model.model."  # PEFT wraps the model twice, and keeps both attributes in the tensors' names
 WEIGHTS = "adapter_model.safetensors"
@@ -76,7 +76,7 @@ def read_adapter_config(path: str | os.PathLike) -> AdapterConfig:
 
 def read_settings(path: Path) -> dict[str, Any]:
     """adapter_config.json of directory ``path``, its values of the right types and within bounds."""
-    return check(AdapterJson, read_json(member(path, CONFIG)), path / CONFIG)
+    return check(AdapterJson, read_json(member(path, CONFIG), CONFIG_SIZE), path / CONFIG)
 
 
 def read_entries(path: Path) -> dict[str, storage.Entry]:
