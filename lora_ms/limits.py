@@ -1,14 +1,14 @@
 """Programs in files of others, chat templates and regular expressions, run under a limit of time and memory."""
 
+import os
 import re
 import resource
 import signal
 import threading
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from pathlib import Path
 
 from lora_ms.errors import LoraMsError
 
@@ -30,10 +30,11 @@ class _Stop(BaseException):
 
 
 @contextmanager
-def limited(what: str, seconds: float = SECONDS, memory: int | None = None) -> Iterator[None]:
+def limited(what: str, seconds: float = SECONDS, memory: int | None = None) -> Iterator[Callable[[], None]]:
     """Inside, Python code of at most so many seconds of the processor, and so many bytes more than there are now.
 
-    Outside the main thread, where Python delivers no signals, only memory is limited.
+    Yields what begins the count anew, for the next of several programs. Outside the main thread, where Python delivers
+    no signals, time is not limited; and memory is not where there are other threads, which may need it.
 
     Raises:
         LimitReached: it took more; ``what`` begins the line.
@@ -42,17 +43,24 @@ def limited(what: str, seconds: float = SECONDS, memory: int | None = None) -> I
     def stop(number: int, frame: object) -> None:
         raise _Stop
 
-    timed = threading.current_thread() is threading.main_thread()
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    before = signal.signal(signal.SIGVTALRM, stop) if timed else None
-    try:
+    def again() -> None:
         if memory is not None:
-            most = _address_space() + memory
+            most = int(os.pread(sizes, 100, 0).split()[0]) * resource.getpagesize() + memory
             if soft == resource.RLIM_INFINITY or most < soft:
                 resource.setrlimit(resource.RLIMIT_AS, (most, hard))
-        outer = signal.setitimer(signal.ITIMER_VIRTUAL, seconds) if timed else (0.0, 0.0)
+        if timed:
+            signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+
+    timed = threading.current_thread() is threading.main_thread()
+    memory = memory if threading.active_count() == 1 else None
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    sizes = os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
+    before = signal.signal(signal.SIGVTALRM, stop) if timed else None
+    try:
+        outer = signal.getitimer(signal.ITIMER_VIRTUAL)
         try:
-            yield
+            again()
+            yield again
         except _Stop:
             raise LimitReached(f"{what} takes too long: it was stopped") from None
         except MemoryError:
@@ -67,13 +75,9 @@ def limited(what: str, seconds: float = SECONDS, memory: int | None = None) -> I
     finally:
         if timed:
             signal.signal(signal.SIGVTALRM, before)
+        os.close(sizes)
         if memory is not None:
             resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-
-
-def _address_space() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    return pages * resource.getpagesize()
 
 
 def fullmatch(pattern: str, text: str) -> re.Match[str] | None:
