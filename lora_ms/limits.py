@@ -13,7 +13,7 @@ from functools import lru_cache
 from lora_ms.errors import LoraMsError
 
 SECONDS = 2.0  # of the processor; real templates take milliseconds
-MEMORY = 2**29  # bytes that a template may take; real ones take what their text has
+MEMORY = 2**30  # bytes that a template may take; real ones take what their text has
 PATTERN_SECONDS = 1.0  # for an expression, in all its slow matches together
 PATTERN_LENGTH = 2000  # characters
 SLOW = 0.01  # seconds; real expressions take microseconds
@@ -34,7 +34,7 @@ def limited(what: str, seconds: float = SECONDS, memory: int | None = None) -> I
     """Inside, Python code of at most so many seconds of the processor, and so many bytes more than there are now.
 
     Yields what begins the count anew, for the next of several programs. Outside the main thread, where Python delivers
-    no signals, time is not limited; and memory is not where there are other threads, which may need it.
+    no signals, time is not limited.
 
     Raises:
         LimitReached: it took more; ``what`` begins the line.
@@ -52,7 +52,6 @@ def limited(what: str, seconds: float = SECONDS, memory: int | None = None) -> I
             signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
 
     timed = threading.current_thread() is threading.main_thread()
-    memory = memory if threading.active_count() == 1 else None
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     sizes = os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
     before = signal.signal(signal.SIGVTALRM, stop) if timed else None

@@ -63,7 +63,7 @@ def read_header(file: Path) -> dict[str, Entry]:
         if length > HEADER_SIZE:
             raise ValueError(f"a header of {length:,} bytes: at most {HEADER_SIZE:,} are read")
         if length > size - 8:
-            raise ValueError("truncated: the header reaches beyond the end of the file")
+            raise ValueError("the header reaches beyond the end of the file")
         text = stream.read(length).decode("utf-8")
         if not text.startswith("{"):
             raise ValueError("the header is no JSON object")
@@ -73,7 +73,7 @@ def read_header(file: Path) -> dict[str, Entry]:
         end = 8 + length
         for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
             if entry.end > size:
-                raise ValueError(f"truncated: {name} ends at byte {entry.end:,} and the file at {size:,}")
+                raise LoraMsError(f"{file}: truncated: {name} ends at byte {entry.end:,} and the file at {size:,}")
             if entry.start != end:
                 raise ValueError(f"{name} begins at byte {entry.start:,}, and the tensor before it ends at {end:,}")
             end = entry.end

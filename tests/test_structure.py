@@ -28,7 +28,7 @@ DIRECTIONS = {
     "values": ("", "pydantic"),
     "config": ("config adapters.methods values reading errors", "yaml pydantic"),
     "data": (
-        "data runtime.host hf_folder storage reading limits errors",
+        "data runtime.host hf_folder storage reading limits errors text",
         "numpy transformers mindspore.dataset mindspore.mindrecord datasets pyarrow",
     ),
     "models": ("models nn ops hf_folder storage reading errors text", "mindspore numpy"),

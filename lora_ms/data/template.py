@@ -33,7 +33,8 @@ from lora_ms.data.example import (
 from lora_ms.data.templates import ALPACA_PREAMBLE_WITH_INPUT, INPUT_HEADING, TEMPLATES
 from lora_ms.errors import LoraMsError
 from lora_ms.limits import MEMORY, limited
-from lora_ms.reading import read_text, reason
+from lora_ms.reading import read_text
+from lora_ms.text import shortened
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -367,7 +368,8 @@ class ChatFormat:
         except (MemoryError, RecursionError):
             raise
         except Exception as error:  # the template is a program of the model's author: it may raise anything
-            raise LoraMsError(f"{row.where}: the chat template refuses the messages: {reason(error)}") from error
+            reason = shortened(" ".join(str(error).split()), 300)
+            raise LoraMsError(f"{row.where}: the chat template refuses the messages: {reason}") from error
 
     def _as_dict(self, message: Message) -> dict[str, Any]:
         if message.tool_calls is not None and self.calls is not None:

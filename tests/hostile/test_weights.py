@@ -41,7 +41,7 @@ def error_of(tmp_path, content: bytes) -> str:
     file.write_bytes(content)
     with pytest.raises(LoraMsError) as error:
         read_header(file)
-    assert str(error.value).startswith(f"{file}: not readable as safetensors (")
+    assert str(error.value).startswith(f"{file}: ")
     return str(error.value)
 
 
@@ -138,10 +138,10 @@ def test_what_the_library_takes_and_we_refuse(tmp_path):
     ("content", "wanted"),
     [
         (b"", "the header"),
-        (b"\x08\0\0\0", "truncated"),
+        (b"\x08\0\0\0", "the header reaches beyond"),
         (b"\xff" * 8, "a header of 18,446,744,073,709,551,615 bytes: at most 100,000,000 are read"),
         ((100_000_001).to_bytes(8, "little"), "a header of 100,000,001 bytes"),
-        ((1000).to_bytes(8, "little") + b"{}", "truncated: the header reaches beyond the end of the file"),
+        ((1000).to_bytes(8, "little") + b"{}", "the header reaches beyond the end of the file"),
         (save(GOOD)[:-1], "truncated: b ends at byte"),
         (save(GOOD) + b"\0", "the tensors end at byte"),
     ],
