@@ -12,7 +12,7 @@ class WriteError(LoraMsError):
     """A file or folder cannot be written: a full disk, or no permission. What stood there before is as it was."""
 
 
-def out_of_memory(fault: Exception) -> str | None:
+def out_of_memory(fault: BaseException) -> str | None:
     """The message for an error of MindSpore, NumPy or Python that means so, on the CPU or on Ascend; else None."""
     words = (
         "allocate memory failed",

@@ -12,11 +12,15 @@ import numpy as np
 
 from lora_ms import storage
 from lora_ms.errors import LoraMsError
+from lora_ms.folder_schema import VOCABULARY, ConfigJson, GenerationJson, TokenizerJson, check
+from lora_ms.reading import CONFIG_SIZE, member, read_json
 from lora_ms.storage import Entry
 
 HEAD = "lm_head.weight"
 EMBEDDING = "model.embed_tokens.weight"
 BARE = ("embed_tokens.", "layers.", "norm.")  # how names begin that were saved from the decoder without its head
+CONFIG = "config.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 GENERATION = "generation_config.json"
 SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")  # generation_config.json's and ours
 
@@ -33,6 +37,20 @@ class ModelFolder(NamedTuple):
     entries: dict[str, Entry]
     tied: bool
     notices: tuple[str, ...] = ()
+
+
+def model_config(path: Path) -> dict[str, Any]:
+    """config.json of folder ``path``.
+
+    Raises:
+        LoraMsError: it cannot be read, or a value is out of bounds.
+    """
+    return check(ConfigJson, read_json(member(path, CONFIG), CONFIG_SIZE), path / CONFIG)
+
+
+def tokenizer_config(path: Path) -> dict[str, Any]:
+    """tokenizer_config.json of folder ``path``. Raises as ``model_config``."""
+    return check(TokenizerJson, read_json(member(path, TOKENIZER_CONFIG), CONFIG_SIZE), path / TOKENIZER_CONFIG)
 
 
 def open_model(path: Path, hf: Mapping[str, Any]) -> ModelFolder:
@@ -87,7 +105,9 @@ def is_tied(path: Path, hf: Mapping[str, Any]) -> bool:
 
 def generation_config(path: Path) -> dict[str, Any]:
     """generation_config.json of a folder; empty where there is none."""
-    return storage.read_json(path / GENERATION) if (path / GENERATION).is_file() else {}
+    if not (path / GENERATION).is_file():
+        return {}
+    return check(GenerationJson, read_json(member(path, GENERATION), CONFIG_SIZE), path / GENERATION)
 
 
 def end_tokens(settings: Mapping[str, Any], where: str) -> tuple[int, ...]:
@@ -98,7 +118,7 @@ def end_tokens(settings: Mapping[str, Any], where: str) -> tuple[int, ...]:
     """
     ids = settings.get("eos_token_id")
     ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
-    if not all(type(token) is int for token in ids):
+    if not all(type(token) is int and 0 <= token < VOCABULARY for token in ids):
         raise LoraMsError(f"{where}: eos_token_id {settings['eos_token_id']!r}: give a token id or a list of them")
     return tuple(ids)
 

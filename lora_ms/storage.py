@@ -13,9 +13,23 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from lora_ms.errors import LoraMsError, WriteError
+from lora_ms.folder_schema import IndexJson, check
+from lora_ms.reading import member, opened, parse_json, read_json, readable
 
 # safetensors names its types so; bfloat16, which NumPy lacks, is read as 16-bit words
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "F64": np.float64}
+# bits of a number, by all types of the format
+BITS = {
+    **dict.fromkeys(("F4",), 4),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 16),
+    **dict.fromkeys(("I32", "U32", "F32"), 32),
+    **dict.fromkeys(("I64", "U64", "F64", "C64"), 64),
+}
+HEADER_SIZE = 100_000_000  # bytes, the library's limit
+LONGEST_NAME = 1000  # characters of a tensor's name
+MOST_AXES = 32  # of a tensor, as in NumPy
 STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 INDEX = "model.safetensors.index.json"
 MODEL_FILES = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
@@ -37,48 +51,95 @@ class Entry(NamedTuple):
 def read_header(file: Path) -> dict[str, Entry]:
     """Names and places of one file's tensors (format: 8-byte little-endian length, JSON, data).
 
+    The rules are the safetensors library's: the tensors fill the data from the first byte to the last, one after
+    another, each as long as its type and shape say. Besides, no name stands twice or is very long.
+
     Raises:
-        LoraMsError: the file is missing, truncated or not safetensors.
+        LoraMsError: the file is missing, truncated, contradicts itself or is no safetensors file.
     """
-    try:
-        size = file.stat().st_size
-        with open(file, "rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if length > size - 8:
-                raise ValueError("the header reaches beyond the end of the file")
-            header = json.loads(stream.read(length))
-        places = {name: _place(info) for name, info in header.items() if name != "__metadata__"}
-    except FileNotFoundError:
-        raise LoraMsError(f"{file}: no such file") from None
-    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
-        raise LoraMsError(f"{file}: not a readable safetensors file ({error})") from None
-    base = 8 + length
-    entries = {}
-    for name, (dtype, shape, start, end) in places.items():
-        if base + end > size:
-            raise LoraMsError(f"{file}: truncated: {name} ends at byte {base + end:,} and the file at {size:,}")
-        entries[name] = Entry(file, dtype, shape, base + start, base + end)
+    with opened(file) as stream, readable(file, "safetensors"):
+        size = os.fstat(stream.fileno()).st_size
+        length = int.from_bytes(stream.read(8), "little")
+        if length > HEADER_SIZE:
+            raise ValueError(f"a header of {length:,} bytes: at most {HEADER_SIZE:,} are read")
+        if length > size - 8:
+            raise ValueError("the header reaches beyond the end of the file")
+        text = stream.read(length).decode("utf-8")
+        if not text.startswith("{"):
+            raise ValueError("the header is no JSON object")
+        header = parse_json(text, parse_int=_natural, parse_constant=_no_number)
+        _check_metadata(header.pop("__metadata__", None))
+        entries = {name: _entry(file, name, info, 8 + length) for name, info in header.items()}
+        end = 8 + length
+        for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
+            if entry.end > size:
+                raise LoraMsError(f"{file}: truncated: {name} ends at byte {entry.end:,} and the file at {size:,}")
+            if entry.start != end:
+                raise ValueError(f"{name} begins at byte {entry.start:,}, and the tensor before it ends at {end:,}")
+            end = entry.end
+        if end != size:
+            raise ValueError(f"the tensors end at byte {end:,} and the file at {size:,}")
     return entries
 
 
-def _place(info: dict) -> tuple[str, tuple[int, ...], int, int]:
-    start, end = info["data_offsets"]
-    return info["dtype"], tuple(info["shape"]), start, end
+def _natural(text: str) -> int:
+    if text.startswith("-") or len(text) > 20 or int(text) >= 2**64:
+        raise ValueError(f"the number {text:.20} is out of range")
+    return int(text)
+
+
+def _no_number(text: str) -> None:
+    raise ValueError(f"{text} is no number")
+
+
+def _check_metadata(metadata: Any) -> None:
+    texts = metadata is None or (isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values()))
+    if not texts:
+        raise ValueError("__metadata__ holds something else than texts")
+
+
+def _entry(file: Path, name: str, info: Any, base: int) -> Entry:
+    """The place of a tensor; base: where the data begin."""
+    name.encode()  # half a surrogate pair is no text
+    if len(name) > LONGEST_NAME:
+        raise ValueError(f"a name of {len(name):,} characters: at most {LONGEST_NAME:,} are read")
+    if not isinstance(info, dict) or info.keys() != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"{name} has other keys than dtype, shape and data_offsets")
+    dtype, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in BITS:
+        raise ValueError(f"{name} is of the unknown type {dtype!r:.80}")
+    whole = isinstance(shape, list) and isinstance(offsets, list) and all(type(n) is int for n in (*shape, *offsets))
+    if not whole or len(offsets) != 2:
+        raise ValueError(f"{name}: shape and data_offsets are no lists of whole numbers")
+    if len(shape) > MOST_AXES:
+        raise ValueError(f"{name}: {len(shape):,} axes, and at most {MOST_AXES} are read")
+    bits = BITS[dtype]
+    for number in shape:
+        bits *= number
+        if bits >= 2**63:
+            raise ValueError(f"{name}: its shape is out of range")
+    start, end = offsets
+    if end < start or bits != 8 * (end - start):
+        raise ValueError(
+            f"{name}: data_offsets of {end - start:,} bytes, but {dtype} of shape {shape} takes {bits // 8:,}"
+        )
+    return Entry(file, dtype, tuple(shape), base + start, base + end)
 
 
 def open_dir(path: Path) -> dict[str, Entry]:
     """All tensors of a directory: one ``model.safetensors``, or shards named by an index.
 
     Raises:
-        LoraMsError: neither, or both: then nothing says which of the two are the weights.
+        LoraMsError: neither, or both: then nothing says which of the two are the weights; or a file outside.
     """
     single = "model.safetensors"
-    weight_map: Any = {}
+    weight_map: dict[str, str] = {}
     if (path / INDEX).is_file():
-        weight_map = read_json(path / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise LoraMsError(f"{path / INDEX}: holds no weight_map")
+        index = read_json(member(path, INDEX))
+        weight_map = check(IndexJson, index, path / INDEX)["weight_map"]
     files = sorted(set(weight_map.values()))
+    for file in files:
+        member(path, file)
     if (path / single).is_file() and single not in files:
         left = [file for file in files if (path / file).is_file()]
         if left:
@@ -92,7 +153,7 @@ def open_dir(path: Path) -> dict[str, Entry]:
         raise LoraMsError(f"{path}: holds no {single} and no {INDEX}")
     entries: dict[str, Entry] = {}
     for file in files:
-        found = read_header(path / file)
+        found = read_header(member(path, file))
         entries |= {name: entry for name, entry in found.items() if weight_map.get(name, file) == file}
     return entries
 
@@ -149,19 +210,6 @@ def read_words(entry: Entry) -> Iterator[np.ndarray]:
     for start in range(entry.start, entry.end, BLOCK * kind.itemsize):
         count = (min(start + BLOCK * kind.itemsize, entry.end) - start) // kind.itemsize
         yield np.fromfile(entry.file, kind, count, offset=start)
-
-
-def read_json(file: Path) -> dict:
-    """The object in ``file``. Raises LoraMsError where the file is missing, does not parse or holds something else."""
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise LoraMsError(f"{file}: no such file") from None
-    except (OSError, ValueError) as error:
-        raise LoraMsError(f"{file}: not readable as JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise LoraMsError(f"{file}: holds no JSON object")
-    return value
 
 
 @contextmanager

@@ -17,30 +17,36 @@ DIRECTIONS = {
     "__init__": ("adapters python train.callbacks errors", ""),
     "errors": ("", ""),
     "text": ("", ""),
-    "storage": ("errors", "numpy safetensors"),
-    "hf_folder": ("storage errors", "numpy"),
+    "reading": ("errors", ""),
+    "limits": ("errors", ""),
+    "folder_schema": ("limits errors", "pydantic"),
+    "storage": ("folder_schema reading errors", "numpy safetensors"),
+    "hf_folder": ("storage folder_schema reading errors", "numpy"),
     "ops": ("ops", "mindspore numpy"),
     "nn": ("nn ops", "mindspore numpy"),
     "runtime": ("runtime nn.graph nn.parallel ops errors", "mindspore numpy google.protobuf"),
     "values": ("", "pydantic"),
-    "config": ("config adapters.methods values errors", "yaml pydantic"),
+    "config": ("config adapters.methods values reading errors", "yaml pydantic"),
     "data": (
-        "data runtime.host storage errors",
+        "data runtime.host hf_folder storage reading limits errors text",
         "numpy transformers mindspore.dataset mindspore.mindrecord datasets pyarrow",
     ),
-    "models": ("models nn ops hf_folder storage errors text", "mindspore numpy"),
-    "adapters": ("adapters nn ops hf_folder storage values errors text", "mindspore numpy"),
+    "models": ("models nn ops hf_folder storage reading errors text", "mindspore numpy"),
+    "adapters": (
+        "adapters nn ops hf_folder storage folder_schema reading limits values errors text",
+        "mindspore numpy",
+    ),
     "train": (
-        "train nn ops data adapters.methods.PARAMETERS runtime storage errors",
+        "train nn ops data adapters.methods.PARAMETERS runtime storage errors text",
         "mindspore numpy tqdm matplotlib tensorboardX",
     ),
     "infer": ("infer nn ops data.template data.example errors", "mindspore numpy transformers sacrebleu"),
     "bridge": (
-        "bridge adapters models nn ops hf_folder storage errors text",
+        "bridge adapters models nn ops hf_folder storage reading errors text",
         "mindspore numpy yaml mindformers mindpet",
     ),
     "recipes": (
-        "recipes config bridge adapters models train infer data nn ops runtime hf_folder storage errors text",
+        "recipes config bridge adapters models train infer data nn ops runtime hf_folder storage reading errors text",
         "mindspore numpy transformers",
     ),
     "commands": (
@@ -51,7 +57,7 @@ DIRECTIONS = {
         "python recipes adapters models train infer data nn runtime hf_folder storage errors",
         "mindspore numpy transformers",
     ),
-    "cli": ("cli commands recipes config errors", ""),
+    "cli": ("cli commands recipes config errors text", ""),
 }
 # What a room may import inside functions only: `data` and --help answer without MindSpore.
 LAZY_ONLY = {

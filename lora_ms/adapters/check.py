@@ -13,7 +13,8 @@ from lora_ms.adapters import offline_merge, peft_files
 from lora_ms.adapters.matching import layer_index, leaf_of, ranges
 from lora_ms.adapters.methods.base import AdapterConfig
 from lora_ms.errors import LoraMsError
-from lora_ms.hf_folder import open_model
+from lora_ms.hf_folder import TOKENIZER_CONFIG, model_config, open_model, tokenizer_config
+from lora_ms.reading import member, read_text
 from lora_ms.storage import Entry
 from lora_ms.text import counted, listed
 
@@ -40,7 +41,7 @@ def few(names: list[str]) -> str:
 def check_files(adapter: Path, base: Path | None) -> Iterator[Check]:
     """Every check that the files of ``adapter`` and of the model ``base`` can answer, in the order of the table."""
     try:
-        config, raw = peft_files.read_adapter_config(adapter), storage.read_json(adapter / peft_files.CONFIG)
+        config, raw = peft_files.read_adapter_config(adapter), peft_files.read_settings(adapter)
         yield Check("settings", OK, config.describe())
     except LoraMsError as error:
         yield Check("settings", FAULT, str(error))
@@ -90,7 +91,7 @@ def check_keys(
 
 def check_spelling(adapter: Path, entries: Mapping[str, Entry]) -> Iterator[Check]:
     """Names that PEFT reads and does not write."""
-    odd = [key for key in storage.read_header(adapter / peft_files.WEIGHTS) if key not in entries]
+    odd = [key for key in storage.read_header(member(adapter, peft_files.WEIGHTS)) if key not in entries]
     if odd:
         text = f"{counted(len(odd), 'tensor')} spelled as PEFT reads and vLLM does not: {odd[0]}; save it again"
         yield Check("vLLM: names", WARNING, text)
@@ -101,7 +102,7 @@ def check_complete(config: AdapterConfig, held: Collection[str], base: Path) -> 
     try:
         names = [key.removesuffix(".weight") for key, entry in base_entries(base).items() if len(entry.shape) == 2]
         missing = missing_modules(config, held, names)
-    except (LoraMsError, re.error):
+    except LoraMsError:
         return  # the table says so elsewhere
     if missing:
         yield Check("complete", FAULT, f"{peft_files.CONFIG} names modules of which it holds nothing: {missing}")
@@ -177,7 +178,7 @@ def is_filled(entry: Entry, number: float) -> bool:
 
 def base_entries(base: Path) -> dict[str, Entry]:
     """The tensors of the model's directory, the shared head included."""
-    folder = open_model(base, storage.read_json(base / "config.json"))
+    folder = open_model(base, model_config(base))
     return offline_merge.with_head(folder.entries, folder.tied)
 
 
@@ -214,12 +215,12 @@ def check_base(
 def template_of(folder: Path) -> str | None:
     """The chat template of a directory, if any; of several, the one named default."""
     if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    if (folder / "tokenizer_config.json").is_file():
-        template = storage.read_json(folder / "tokenizer_config.json").get("chat_template")
+        return read_text(member(folder, "chat_template.jinja"))
+    if (folder / TOKENIZER_CONFIG).is_file():
+        template = tokenizer_config(folder).get("chat_template")
         if isinstance(template, list):
-            template = {each["name"]: each["template"] for each in template}.get("default")
-        return template
+            template = {each["name"]: each["template"] for each in template}
+        return template.get("default") if isinstance(template, dict) else template
     return None
 
 

@@ -3,9 +3,12 @@
 import re
 from collections.abc import Collection, Iterable, Mapping
 
+from lora_ms.limits import fullmatch, match
+
 ALL_LINEAR = "all-linear"
 HEADS = ("lm_head", "output")  # never among all-linear
 EMBEDDINGS = ("embed_tokens", "tok_embeddings")
+FIRST_NUMBER = re.compile(r"\.(?P<layer>\d{1,9})\.")  # of a dotted path
 
 # MindFormers' leaf names of the projections, accepted in target_modules
 ALIASES = {
@@ -37,23 +40,31 @@ def matches(name: str, target_modules: str | Iterable[str]) -> bool:
         return leaf not in (*HEADS, *EMBEDDINGS)
     if isinstance(target_modules, str):
         leaf_names = (leaf, ALIASES.get(leaf, leaf))
-        return any(re.match(target_modules, n) for n in leaf_names) or bool(re.fullmatch(target_modules, name))
+        return any(match(target_modules, n) for n in leaf_names) or bool(fullmatch(target_modules, name))
     return ends_with(name, target_modules)
 
 
 def layer_index(name: str, layers_pattern: Collection[str] = ()) -> int | None:
     """The number of the layer that ``name`` lies in, counted in the list that ``layers_pattern`` names."""
-    for pattern in layers_pattern or (r"[^.]*",):
-        found = re.match(rf".*?\.{pattern}\.(\d+)\.", "." + name)
+    if not layers_pattern:
+        first = FIRST_NUMBER.search(name)
+        return int(first["layer"]) if first else None
+    for pattern in layers_pattern:
+        found = match(rf".*?\.(?:{pattern})\.(?P<layer>\d{{1,9}})\.", "." + name, shown=pattern)
         if found:
-            return int(found[1])
+            return int(found["layer"])
     return None
+
+
+def fits_end(name: str, pattern: str) -> bool:
+    """Whether an expression fits the whole path, or its end from a dot on."""
+    return match(rf"(.*\.)?({pattern})$", name, shown=pattern) is not None
 
 
 def by_pattern(name: str, patterns: Mapping[str, float], default: float) -> float:
     """The value of the first pattern that fits the end of the path, as PEFT reads its two patterns."""
     for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
+        if fits_end(name, pattern):
             return value
     return default
 

@@ -3,16 +3,18 @@
 import os
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from lora_ms import storage
-from lora_ms.adapters.matching import by_pattern
+from lora_ms.adapters.matching import fits_end
 from lora_ms.adapters.methods import METHODS, modules_to_save
 from lora_ms.adapters.methods.base import AdapterConfig
 from lora_ms.adapters.peft_config import from_peft
 from lora_ms.errors import LoraMsError
+from lora_ms.folder_schema import AdapterJson, check
+from lora_ms.reading import CONFIG_SIZE, member, read_json
 
 PREFIX = "base_model.model."  # PEFT wraps the model twice, and keeps both attributes in the tensors' names
 WEIGHTS = "adapter_model.safetensors"
@@ -66,10 +68,15 @@ def usual_key(key: str) -> str:
 
 def read_adapter_config(path: str | os.PathLike) -> AdapterConfig:
     """The settings of the adapter in directory ``path``."""
-    file = Path(path) / CONFIG
-    if not file.is_file():
+    path = Path(path)
+    if not (path / CONFIG).is_file():
         raise LoraMsError(f"{path}: no adapter here: {CONFIG} is missing")
-    return from_peft(storage.read_json(file), str(file))
+    return from_peft(read_settings(path), str(path / CONFIG))
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """adapter_config.json of directory ``path``, its values of the right types and within bounds."""
+    return check(AdapterJson, read_json(member(path, CONFIG), CONFIG_SIZE), path / CONFIG)
 
 
 def read_entries(path: Path) -> dict[str, storage.Entry]:
@@ -81,7 +88,7 @@ def read_entries(path: Path) -> dict[str, storage.Entry]:
     if not (path / WEIGHTS).is_file() and (path / "adapter_model.bin").is_file():
         raise LoraMsError(f"{path}: adapter_model.bin is not read: save the adapter as {WEIGHTS}")
     entries: dict[str, storage.Entry] = {}
-    for key, entry in storage.read_header(path / WEIGHTS).items():
+    for key, entry in storage.read_header(member(path, WEIGHTS)).items():
         if usual_key(key) in entries:
             raise LoraMsError(f"{path / WEIGHTS}: {usual_key(key)} is there twice, once as {key}")
         entries[usual_key(key)] = entry
@@ -99,11 +106,10 @@ def check_patterns(path: Path, config: AdapterConfig, names: list[str]) -> None:
     """Raises LoraMsError where a pattern of the file, such as a rank's, matches none of its own modules ``names``."""
     for key, patterns in config.patterns().items():
         for pattern in patterns:
-            if not any(by_pattern(name, {pattern: 1.0}, 0.0) for name in names):
+            if not any(fits_end(name, pattern) for name in names):
                 raise LoraMsError(f"{path}: {key} {pattern!r} matches none of the adapter's modules")
 
 
 def base_name(path: Path) -> str | None:
     """The model that the adapter in directory ``path`` names as its own."""
-    name = storage.read_json(path / CONFIG).get("base_model_name_or_path")
-    return name if isinstance(name, str) and name else None
+    return read_settings(path).get("base_model_name_or_path") or None

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from lora_ms import storage
 from lora_ms.bridge.layout import Order
 from lora_ms.errors import LoraMsError
+from lora_ms.reading import readable
 from lora_ms.storage import Planned
 
 NAME_MAP = "param_name_map.json"  # MindSpore's index of a folder of safetensors files
@@ -59,10 +60,8 @@ def read_file(path: Path) -> dict[str, Stored]:
         return {name: of_entry(entry) for name, entry in storage.read_header(path).items()}
     if not path.is_file():
         raise LoraMsError(f"{path}: no such file; give a .ckpt or .safetensors file, or a folder")
-    try:
+    with readable(path, "a checkpoint"):
         loaded = ms.load_checkpoint(str(path))
-    except (ValueError, RuntimeError, OSError) as error:
-        raise LoraMsError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]})") from None
     return {name: _of_tensor(value) for name, value in loaded.items() if value.dtype in IN_MEMORY}
 
 

@@ -22,7 +22,7 @@ from lora_ms.bridge.files import decoded, in_memory, of_entry, planned
 from lora_ms.bridge.layout import Heads, inverse
 from lora_ms.bridge.settings import ALONE
 from lora_ms.errors import LoraMsError
-from lora_ms.hf_folder import open_model
+from lora_ms.hf_folder import model_config, open_model
 from lora_ms.models.decoder import DecoderConfig
 from lora_ms.models.hub import check_names
 from lora_ms.models.mindformers_names import FUSED, mindformers_module, split_name
@@ -97,7 +97,7 @@ def fill(network: nn.Cell, folder: Path, heads: Heads, fused: bool) -> None:
     Raises:
         LoraMsError: they are not the network's.
     """
-    found = open_model(folder, storage.read_json(folder / "config.json"))
+    found = open_model(folder, model_config(folder))
     stored = {name: of_entry(entry) for name, entry in found.entries.items()}
     parameters = dict(network.parameters_and_names())
     tensors = weights.to_mindformers(stored, "legacy", fused, heads, None, folder)

@@ -19,6 +19,7 @@ from pathlib import Path
 from lora_ms.cli.flags import COMMAND_FLAGS, FLAG_KEYS, OTHER_FLAGS, add_command_flags, add_flags
 from lora_ms.cli.parser import TOOLS, Help, Parser, Version, add_tools
 from lora_ms.errors import LoraMsError, out_of_memory
+from lora_ms.text import Escaping, shortened
 
 # Command -> the module whose ``run`` does it. Those of TOOLS get their flags as keyword arguments, the others a
 # configuration and the flags that are theirs alone (COMMAND_FLAGS). check-adapter and doctor return a number of faults.
@@ -69,9 +70,12 @@ def run_mindformer(argv: Sequence[str] | None = None) -> int:
 
 
 def _guarded(command: Callable[[list[str]], int], argv: list[str]) -> int:
-    for stream in (sys.stdout, sys.stderr):
+    streams = sys.stdout, sys.stderr
+    for stream in streams:
         if isinstance(stream, io.TextIOWrapper):  # what the terminal cannot show is replaced
             stream.reconfigure(errors="replace")
+    # a progress bar returns to the beginning of its line
+    sys.stdout, sys.stderr = Escaping(sys.stdout), Escaping(sys.stderr, keep="\r")  # type: ignore[assignment]
     try:
         try:
             status = command(argv)
@@ -84,14 +88,21 @@ def _guarded(command: Callable[[list[str]], int], argv: list[str]) -> int:
     except BrokenPipeError:  # `… | head`: nobody reads on, and the flush at exit must not complain either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except (LoraMsError, MemoryError, RuntimeError) as fault:
+    except BaseException as fault:  # a panic of a library in Rust is no Exception
         if "--debug" in argv:
             raise
-        text = str(fault) if isinstance(fault, LoraMsError) else out_of_memory(fault)
-        if text is None:
-            raise
-        print("error:", " ".join(text.split()), file=sys.stderr)
+        print("error:", shortened(" ".join(_said_of(fault).split())), file=sys.stderr)
         return 2
+    finally:
+        sys.stdout, sys.stderr = streams
+
+
+def _said_of(fault: BaseException) -> str:
+    if isinstance(fault, LoraMsError):
+        return str(fault)
+    return out_of_memory(fault) or (
+        f"{type(fault).__name__}: {fault} (this should not happen: add --debug to see where, and report it)"
+    )
 
 
 def _lora_ms(argv: list[str]) -> int:

@@ -3,11 +3,12 @@
 from pathlib import Path
 
 from lora_ms import storage
-from lora_ms.adapters.peft_files import CONFIG, WEIGHTS, base_name
+from lora_ms.adapters.peft_files import CONFIG, WEIGHTS, base_name, read_settings
 from lora_ms.bridge import adapters
 from lora_ms.bridge.files import SUFFIXES, read_file, write_file
 from lora_ms.bridge.layout import Heads, heads_of
 from lora_ms.errors import LoraMsError
+from lora_ms.hf_folder import model_config
 from lora_ms.models.mindformers_names import mindformers_module
 
 
@@ -46,8 +47,7 @@ def heads_at(base: str | None, contiguous: bool) -> Heads | None:
     """The attention sizes of the model in folder ``base``; None where there is no such folder."""
     if base is None or not (Path(base) / "config.json").is_file():
         return None
-    file = Path(base) / "config.json"
-    return heads_of(storage.read_json(file), file, contiguous)
+    return heads_of(model_config(Path(base)), Path(base) / "config.json", contiguous)
 
 
 def to_mindformers(source: Path, target: Path, naming: str, concat: bool, heads: Heads | None) -> None:
@@ -90,7 +90,7 @@ def alpha_of(source: Path) -> float:
     """
     folder = source if source.is_dir() else source.parent
     if (folder / CONFIG).is_file():
-        alpha = storage.read_json(folder / CONFIG).get("lora_alpha")
+        alpha = read_settings(folder).get("lora_alpha")
         if isinstance(alpha, (int, float)):
             return alpha
     raise LoraMsError(f"{source} does not hold its lora_alpha: give --lora_alpha, as pet_config had it in training")

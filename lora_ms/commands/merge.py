@@ -5,7 +5,7 @@ from pathlib import Path
 from lora_ms import storage
 from lora_ms.adapters import offline_merge
 from lora_ms.errors import LoraMsError
-from lora_ms.hf_folder import open_model
+from lora_ms.hf_folder import model_config, open_model
 from lora_ms.recipes.model_folder import (
     base_of,
     check_adapter_folder,
@@ -39,7 +39,7 @@ def run(
     output = Path(output_dir)
     check_adapter_folder(adapter)
     base = base_of(adapter, load_checkpoint)
-    hf = storage.read_json(base / "config.json")
+    hf = model_config(base)
     quantised = hf.get("quantization_config")
     if quantised:
         method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised

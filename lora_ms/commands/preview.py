@@ -8,15 +8,15 @@ from pathlib import Path
 
 import numpy as np
 
-from lora_ms import storage
 from lora_ms.config import RunConfig
 from lora_ms.data.example import IGNORE_INDEX, TokenRow
 from lora_ms.data.pipeline import Preparation, finish, read, tokenise
 from lora_ms.data.report import Tally, notes_of
 from lora_ms.data.store import TokenStore
 from lora_ms.errors import LoraMsError
+from lora_ms.hf_folder import CONFIG, model_config
 from lora_ms.recipes import data
-from lora_ms.text import counted
+from lora_ms.text import counted, escaped, unescaped
 
 ROWS = 3  # shown where no row is asked for
 COLOUR, GREY, PLAIN = "\x1b[1;32m", "\x1b[90m", "\x1b[0m"
@@ -45,7 +45,7 @@ def run(config: RunConfig, row: int | None) -> None:
         raise LoraMsError(f"--row {row}: not among the rows that are kept, of {tally.rows:,} that were read")
     colours = sys.stdout.isatty()
     for item in shown:
-        print(show(item, tokenizer, colours), end="\n\n")
+        print(show(item, tokenizer, colours), end="\n\n", file=unescaped(sys.stdout))
     for note in notes(tally, preparation):
         print(note)
 
@@ -64,8 +64,9 @@ def notes(tally: Tally, preparation: Preparation) -> list[str]:
 
 
 def _vocab_size(config: RunConfig) -> int | None:
-    file = Path(config.load_checkpoint) / "config.json"
-    return storage.read_json(file).get("vocab_size") if config.load_checkpoint and file.is_file() else None
+    folder = Path(config.load_checkpoint)
+    known = config.load_checkpoint and (folder / CONFIG).is_file()
+    return model_config(folder).get("vocab_size") if known else None
 
 
 def of_number(rows: Iterable[TokenRow], number: int) -> Iterator[TokenRow]:
@@ -94,7 +95,7 @@ def show(row: TokenRow, tokenizer, colours: bool) -> str:
     head = f"{row.where}: {counted(len(row.input_ids), 'token')}, {labels:,} of them labels"
     parts = []
     for part in np.split(np.arange(len(learnt)), edges):
-        text = tokenizer.decode(row.input_ids[part], clean_up_tokenization_spaces=False)
+        text = escaped(tokenizer.decode(row.input_ids[part], clean_up_tokenization_spaces=False))
         if colours:
             parts.append(f"{COLOUR if learnt[part[0]] else GREY}{text}{PLAIN}")
         else:

@@ -5,6 +5,7 @@ Order, later wins: defaults, YAML, preset, named flags, ``--options a.b=v``, fre
 
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -14,9 +15,12 @@ from lora_ms.config.presets import LOW_MEMORY, PRESETS
 from lora_ms.config.problems import describe
 from lora_ms.config.schema import MINDFORMERS_SECTIONS, RunConfig, key_of, move_pet_config, without_effect
 from lora_ms.errors import LoraMsError
+from lora_ms.reading import read_bytes
 from lora_ms.values import Section
 
 PET_CONFIG = ("model", "model_config", "pet_config")
+YAML_SIZE = 10**6  # bytes
+MOST_VALUES = 100_000  # of a YAML; MindFormers' have some 200
 
 
 def load_config(
@@ -69,20 +73,28 @@ def load_config(
 
 def lower_memory(data: dict[str, Any]) -> None:
     """Fills in what ``context.low_memory`` asks for; the batch becomes micro-batches of one row, the step stays."""
-    if str((data.get("context") or {}).get("low_memory", False)) not in ("True", "true"):
+    context = data.get("context")
+    if not isinstance(context, dict) or str(context.get("low_memory", False)) not in ("True", "true"):
         return
     for key, value in LOW_MEMORY.items():
         *sections, name = key.split(".")
         place = data
         for section in sections:
-            place = place.get(section) or {}
+            place = _section(place, section)
         if place.get(name) is None:
             _set(data, key, value)
-    runner = data.get("runner_config") or {}
-    rows = runner.get("batch_size") or (data.get("train_dataset") or {}).get("batch_size") or 1
-    if type(rows) is int and rows > 1:
-        _set(data, "runner_config.gradient_accumulation_steps", rows * runner.get("gradient_accumulation_steps", 1))
+    runner = _section(data, "runner_config")
+    rows = runner.get("batch_size") or _section(data, "train_dataset").get("batch_size") or 1
+    steps = runner.get("gradient_accumulation_steps", 1)
+    if type(rows) is int and rows > 1 and type(steps) is int:
+        _set(data, "runner_config.gradient_accumulation_steps", rows * steps)
         _set(data, "runner_config.batch_size", 1)
+
+
+def _section(data: dict[str, Any], key: str) -> dict[str, Any]:
+    """The mapping under a key; an empty one where the schema will find something else."""
+    found = data.get(key)
+    return found if isinstance(found, dict) else {}
 
 
 def dump_config(config: RunConfig, path: str) -> None:
@@ -107,23 +119,61 @@ def read_yaml(path: str) -> dict[str, Any]:
     Raises:
         LoraMsError: missing or unreadable file, bad YAML (line and column), a key given twice, no mapping.
     """
+    if not os.path.exists(path):
+        raise LoraMsError(f"cannot read config {path}: No such file or directory")
+    text = read_bytes(Path(path), YAML_SIZE)
     try:
-        with open(path, encoding="utf-8") as file:
-            data = yaml.load(file, _UniqueKeyLoader)
-    except OSError as problem:
-        raise LoraMsError(f"cannot read config {path}: {problem.strerror}") from problem
+        data = parse_yaml(text.decode("utf-8"))
     except UnicodeDecodeError as problem:
         raise LoraMsError(f"{path} is not UTF-8 text (byte {problem.start}): save it as UTF-8") from problem
-    except yaml.YAMLError as problem:
-        raise LoraMsError(f"{path} is not valid YAML: {_yaml_problem(problem)}") from problem
+    except ValueError as problem:
+        raise LoraMsError(f"{path} is not valid YAML: {problem}") from problem
     if data is None:
         return {}
     if not isinstance(data, dict):
         raise LoraMsError(f"{path}: the top level expects a mapping (key: value), got {type(data).__name__}")
+    return data
+
+
+def parse_yaml(text: str) -> Any:
+    """What ``text`` holds as YAML, its aliases written out.
+
+    Raises:
+        ValueError: it holds no YAML, a value that is none of its type, or more than any configuration.
+    """
     try:
-        return _unshared(data)
+        loader = _UniqueKeyLoader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _size(node, {})
+        return _unshared(loader.construct_document(node))
+    except yaml.YAMLError as problem:
+        raise ValueError(_yaml_problem(problem)) from problem
     except RecursionError:
-        raise LoraMsError(f"{path}: a YAML anchor contains itself") from None
+        raise ValueError("nested too deeply") from None
+    except (ValueError, LookupError, AttributeError, TypeError, OverflowError) as problem:  # of !!int "" and the like
+        raise ValueError(f"a value is none of its type ({problem})") from problem
+
+
+def _size(node: yaml.Node, known: dict[yaml.Node, int]) -> int:
+    """How many values ``node`` stands for, with aliases written out. Raises YAMLError for more than MOST_VALUES."""
+    if node in known:
+        if not known[node]:
+            raise yaml.composer.ComposerError(None, None, "an anchor contains itself", node.start_mark)
+        return known[node]
+    known[node] = 0  # not known yet
+    inner: list[yaml.Node] = []
+    if isinstance(node, yaml.MappingNode):
+        inner = [part for pair in node.value for part in pair]
+    elif isinstance(node, yaml.SequenceNode):
+        inner = node.value
+    size = 1 + sum(_size(part, known) for part in inner)
+    if size > MOST_VALUES:
+        problem = f"more than {MOST_VALUES:,} values, with those that aliases repeat"
+        raise yaml.composer.ComposerError(None, None, problem, node.start_mark)
+    known[node] = size
+    return size
 
 
 def _unshared(value: Any) -> Any:
@@ -132,6 +182,8 @@ def _unshared(value: Any) -> Any:
         return {key: _unshared(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_unshared(item) for item in value]
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise ValueError("a whole number of more than 64 bits")
     return value
 
 
@@ -170,10 +222,9 @@ def _split_override(text: str) -> tuple[str, Any]:
     if not equals or not key:
         raise LoraMsError(f"override {text!r} expects the form section.key=value")
     try:
-        return key, yaml.safe_load(value)
-    except yaml.YAMLError as problem:
-        reason = _yaml_problem(problem)
-        raise LoraMsError(f"override {text!r} is not valid YAML ({reason}): quote the value") from problem
+        return key, parse_yaml(value)
+    except ValueError as problem:
+        raise LoraMsError(f"override {text[:200]!r} is not valid YAML ({problem}): quote the value") from problem
 
 
 def _set(data: dict[str, Any], key: str, value: Any) -> None:

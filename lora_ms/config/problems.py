@@ -1,6 +1,7 @@
 """Says in one line what is wrong with a configuration: every problem, its dotted key, the value and what is wanted."""
 
 import difflib
+import reprlib
 from collections.abc import Mapping
 from typing import Any, get_args
 
@@ -12,18 +13,22 @@ from lora_ms.config.schema import RunConfig, key_of
 from lora_ms.config.sections import MAPPING, NUMBER
 from lora_ms.values import Section
 
+LISTED = 10  # errors that are described; looking for the nearest known key takes 10 ms
 TAGS = {*CALLBACKS, NUMBER, MAPPING}  # pydantic puts these into an error's place; they are no keys
 
 
 def describe(problem: ValidationError) -> str:
-    """All errors of ``problem`` in one line."""
-    return "; ".join(_describe_one(error) for error in problem.errors(include_url=False))
+    """The first errors of ``problem`` in one line."""
+    errors = problem.errors(include_url=False)
+    more = f" and {len(errors) - LISTED:,} more" if len(errors) > LISTED else ""
+    return "; ".join(_describe_one(error) for error in errors[:LISTED]) + more
 
 
 def _describe_one(error: Mapping[str, Any]) -> str:
     place = tuple(part for part in error["loc"] if part not in TAGS)
     key, value = ".".join(str(part) for part in place), error["input"]
-    shown = repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
+    shown = reprlib.repr(value) if isinstance(value, dict | list) else repr(value)
+    shown = shown if len(shown) <= 60 else shown[:57] + "..."
     match error["type"]:
         case "extra_forbidden":
             return f"unknown key {key}{_nearest(error['loc'])}"

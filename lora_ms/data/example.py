@@ -40,6 +40,15 @@ class RowFault(Exception):
         return re.sub(r"\([^()]*\)|\d+", "…", self.text.split(":")[0])
 
 
+MOST_BYTES = 16 * 2**20
+"""Length of a row: four million tokens, many times what a model takes. Tokenising takes some 25 times as much."""
+
+
+def too_long() -> RowFault:
+    """What is wrong with a row of more than ``MOST_BYTES``."""
+    return RowFault(f"longer than {MOST_BYTES >> 20} MB", "cut it into several rows")
+
+
 def shown_name(path: Path) -> str:
     """The name of a file as text: bytes of it that are not UTF-8 as \\xca and the like."""
     return path.name.encode(errors="surrogateescape").decode(errors="backslashreplace")

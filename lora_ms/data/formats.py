@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from lora_ms.data.example import (
     IGNORE_INDEX,
+    MOST_BYTES,
     REASONING,
     Completion,
     Example,
@@ -27,8 +28,10 @@ from lora_ms.data.example import (
     ToolData,
     function_of,
     shown_name,
+    too_long,
 )
 from lora_ms.errors import LoraMsError
+from lora_ms.reading import reason as reason_of
 
 FORMATS = (
     "instruction + output (optional: input, system, history), messages (a list of role + content), conversations "
@@ -243,6 +246,10 @@ def parse_rows(
                 faults.add(row.where, fault)
             else:
                 on_fault(fault)
+        except LoraMsError:
+            raise
+        except Exception as fault:  # of a row in a shape that nobody thought of
+            raise LoraMsError(f"{row.where}: not readable as a row ({reason_of(fault)})") from fault
         else:
             if reason:
                 notes.left_out[reason] += 1
@@ -697,6 +704,8 @@ def from_json(value: Any) -> Any:
 
 
 def _check_characters(text: str) -> None:
+    if len(text) > MOST_BYTES:
+        raise too_long()
     try:
         text.encode()
     except UnicodeEncodeError as error:  # JSON may escape half of a surrogate pair, which no tokenizer takes

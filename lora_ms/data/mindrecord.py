@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from lora_ms.data.example import IGNORE_INDEX, RawRow, TokenRow, shown_name
 from lora_ms.errors import LoraMsError
+from lora_ms.reading import readable
 
 ROWS_WRITTEN = 2000  # together
 
@@ -32,7 +33,7 @@ def _mindrecord_rows(path: Path) -> Iterator[dict[str, NDArray[Any]]]:
         import mindspore.dataset as ds
     except ImportError as error:
         raise LoraMsError(f"{path}: MindRecord files need MindSpore; install it, or give .json or .jsonl") from error
-    try:
+    with readable(path, "MindRecord", "write it anew"):
         # A list, so that one shard of several is read alone; the folder or glob names the others.
         dataset = ds.MindDataset([str(path)], shuffle=False, num_parallel_workers=1)
         columns = dataset.get_col_names()
@@ -40,9 +41,6 @@ def _mindrecord_rows(path: Path) -> Iterator[dict[str, NDArray[Any]]]:
             names = ", ".join(columns)
             raise LoraMsError(f'{path}: columns {names}; a column "input_ids" is needed (and may have "labels")')
         yield from dataset.create_dict_iterator(num_epochs=1, output_numpy=True)
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
-        raise LoraMsError(f"{path}: not readable as MindRecord ({reason}); write it anew") from error
 
 
 def trim_padding(ids: NDArray[Any], labels: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:

@@ -9,10 +9,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from lora_ms.data.example import RawRow, RowFault, shown_name
+from lora_ms.data.example import MOST_BYTES, RawRow, RowFault, shown_name, too_long
 from lora_ms.data.mindrecord import read_mindrecord
 from lora_ms.data.tables import read_table, without_filled_nulls
 from lora_ms.errors import LoraMsError
+from lora_ms.reading import opened, readable
 
 SUPPORTED = ".json, .jsonl, .csv, .tsv, .parquet, .mindrecord, or a folder saved by Hugging Face datasets"
 BOM = b"\xef\xbb\xbf"
@@ -125,31 +126,40 @@ def read_file(path: Path, split: str) -> Iterator[RawRow]:
 
 def read_json(path: Path) -> Iterator[RawRow]:
     """The rows of a JSON file: one object a line, read line by line; or a list or an object, read whole."""
-    try:
-        with open(path, "rb") as file:
-            if path.suffix.lower() == ".jsonl" or _has_one_object_a_line(file):
-                yield from _json_lines(path, file)
-            else:
-                yield from _json_document(path, file.read())
-    except OSError as error:
-        raise LoraMsError(f"{path}: cannot be read: {error.strerror}; check its permissions") from error
+    with opened(path) as file:
+        if path.suffix.lower() == ".jsonl" or _has_one_object_a_line(file):
+            yield from _json_lines(path, file)
+        else:
+            with readable(path, "JSON"):  # it is in memory as a whole
+                raw = file.read()
+            yield from _json_document(path, raw)
 
 
 def _has_one_object_a_line(file: BinaryIO) -> bool:
     """Whether a file named .json begins with a whole object on a line of its own, and more follows."""
-    first = next((line for line in file if line.removeprefix(BOM).strip()), b"")
-    more = any(line.strip() for line in file)
+    lines = _lines(file)
+    first = next((line for line in lines if line.removeprefix(BOM).strip()), b"")
+    more = any(line.strip() for line in lines)
     file.seek(0)
     try:
-        return more and isinstance(json.loads(first.removeprefix(BOM)), dict)
+        return more and len(first) <= MOST_BYTES and isinstance(json.loads(first.removeprefix(BOM)), dict)
     except (ValueError, RecursionError):
         return False
+
+
+def _lines(file: BinaryIO) -> Iterator[bytes]:
+    """The lines of a file; of one that is too long, the first ``MOST_BYTES`` + 1 bytes."""
+    while line := file.readline(MOST_BYTES + 1):
+        rest = line
+        while len(rest) > MOST_BYTES and not rest.endswith(b"\n"):
+            rest = file.readline(MOST_BYTES + 1)
+        yield line
 
 
 def _json_lines(path: Path, file: BinaryIO) -> Iterator[RawRow]:
     # by bytes: text would also be split at U+2028 and its like, which JSON strings may hold
     advice = ""
-    for number, raw in enumerate(file, start=1):
+    for number, raw in enumerate(_lines(file), start=1):
         line = (raw.removeprefix(BOM) if number == 1 else raw).rstrip(b"\r\n")
         if not line.strip():
             continue
@@ -158,10 +168,10 @@ def _json_lines(path: Path, file: BinaryIO) -> Iterator[RawRow]:
             advice = "a list of objects needs the name .json" if is_list else "write one object per line"
         value: Any
         try:
-            value = _without_repeated_keys(_loads(line))
+            value = _without_repeated_keys(_loads(line.decode())) if len(line) <= MOST_BYTES else too_long()
         except UnicodeDecodeError as error:
             value = _not_utf8(line, error)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             value = RowFault(f"not valid JSON ({_reason(error)})", advice)
         yield RawRow(path, f"{shown_name(path)}:{number}", value)
 
@@ -177,14 +187,18 @@ def _json_document(path: Path, raw: bytes) -> Iterator[RawRow]:
         return
     try:
         document = _loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         place = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
         raise LoraMsError(
             f"{shown_name(path)}{place}: not valid JSON ({_reason(error)}); write a list of objects"
         ) from error
     rows = document if isinstance(document, list) else [document]
     for number, row in enumerate(rows, start=1):
-        yield RawRow(path, f"{shown_name(path)}[{number}]", _without_repeated_keys(row))
+        try:
+            value = _without_repeated_keys(row)
+        except RecursionError as error:
+            value = RowFault(f"not valid JSON ({_reason(error)})", "write objects with few levels")
+        yield RawRow(path, f"{shown_name(path)}[{number}]", value)
 
 
 class _Repeated(dict[str, Any]):
@@ -193,7 +207,7 @@ class _Repeated(dict[str, Any]):
     key: str
 
 
-def _loads(text: str | bytes) -> Any:
+def _loads(text: str) -> Any:
     return json.loads(text, object_pairs_hook=_object)
 
 
@@ -225,7 +239,7 @@ def _not_utf8(raw: bytes, error: UnicodeDecodeError) -> RowFault:
     return RowFault(f"byte 0x{raw[error.start]:02x} is not UTF-8", advice)
 
 
-def _reason(error: json.JSONDecodeError | RecursionError) -> str:
-    if isinstance(error, RecursionError):
-        return "nested too deeply"
-    return f"{error.msg.removesuffix(' at')} at column {error.colno}"
+def _reason(error: ValueError | RecursionError) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg.removesuffix(' at')} at column {error.colno}"
+    return "nested too deeply" if isinstance(error, RecursionError) else "a number of too many digits"

@@ -1,14 +1,20 @@
 """Tables: CSV, Parquet, and folders that Hugging Face datasets has saved. Read in pieces, never whole."""
 
 import csv
+import io
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lora_ms.data.example import RawRow, RowFault, shown_name
+from lora_ms.data.example import MOST_BYTES, RawRow, RowFault, shown_name
 from lora_ms.errors import LoraMsError
+from lora_ms.reading import member, opened, read_json, readable
+
+if TYPE_CHECKING:
+    import pyarrow
 
 ROWS_AT_A_TIME = 512
+QUOTES = "put fields with commas or quotes in quotes"
 
 
 def read_table(path: Path, kind: str, split: str) -> Iterator[RawRow]:
@@ -21,11 +27,14 @@ def read_table(path: Path, kind: str, split: str) -> Iterator[RawRow]:
 
 
 def _csv(path: Path, delimiter: str) -> Iterator[RawRow]:
-    csv.field_size_limit(1 << 30)
+    csv.field_size_limit(MOST_BYTES)
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
+        with opened(path) as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, delimiter=delimiter, strict=True)
-            names = next(reader, [])
+            try:
+                names = next(reader, [])
+            except csv.Error as error:
+                raise LoraMsError(f"{shown_name(path)}:1: not valid CSV ({error}); {QUOTES}") from None
             _check_columns(path, names)
             while True:
                 where = f"{shown_name(path)}:{reader.line_num + 1}"
@@ -34,8 +43,7 @@ def _csv(path: Path, delimiter: str) -> Iterator[RawRow]:
                 except StopIteration:
                     return
                 except csv.Error as error:
-                    fault = RowFault(f"not valid CSV ({error})", "put fields with commas or quotes in quotes")
-                    yield RawRow(path, where, fault)
+                    yield RawRow(path, where, RowFault(f"not valid CSV ({error})", QUOTES))
                     continue
                 if fields:
                     yield RawRow(path, where, _by_column(names, fields))
@@ -44,8 +52,6 @@ def _csv(path: Path, delimiter: str) -> Iterator[RawRow]:
         raise LoraMsError(
             f"{shown_name(path)}: byte 0x{error.object[error.start]:02x} is not UTF-8; {advice}"
         ) from error
-    except OSError as error:
-        raise LoraMsError(f"{path}: cannot be read: {error.strerror}; check its permissions") from error
 
 
 def _by_column(names: list[str], fields: list[str]) -> dict[str, str] | RowFault:
@@ -66,33 +72,48 @@ def _parquet(path: Path) -> Iterator[RawRow]:
     import pyarrow.parquet
 
     number = 0
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            _check_columns(path, file.schema_arrow.names)
-            for batch in file.iter_batches(ROWS_AT_A_TIME):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield RawRow(path, f"{shown_name(path)}[{number}]", without_filled_nulls(row))
-    except (pyarrow.ArrowException, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise LoraMsError(f"{path}: not readable as Parquet ({reason}); write it anew") from error
+    with opened(path) as raw, readable(path, "Parquet", "write it anew"), pyarrow.parquet.ParquetFile(raw) as file:
+        _check_columns(path, file.schema_arrow.names)
+        for batch in file.iter_batches(ROWS_AT_A_TIME):
+            for row in _rows(batch):
+                number += 1
+                yield RawRow(path, f"{shown_name(path)}[{number}]", row)
+
+
+def _rows(table: "pyarrow.Table | pyarrow.RecordBatch") -> Iterator[dict[str, Any]]:
+    """The rows of a piece of an Arrow table, once its offsets and texts are known to be good."""
+    table.validate(full=True)
+    yield from map(without_filled_nulls, table.to_pylist())
 
 
 def _saved_dataset(path: Path, split: str) -> Iterator[RawRow]:
     from datasets import DatasetDict, load_from_disk
 
+    _check_saved_files(path)
     dataset: Any
-    try:
+    number = 0
+    with readable(path, "a saved dataset", "save it anew"):
         dataset = load_from_disk(str(path))
-    except Exception as error:  # whatever a damaged folder makes of Arrow, JSON and pickles
-        reason = " ".join(str(error).split())[:200]
-        raise LoraMsError(f"{path}: not readable as a saved dataset ({reason}); save it anew") from error
-    if isinstance(dataset, DatasetDict):
-        if split not in dataset:
-            raise LoraMsError(f"{path}: there is no split {split!r}; there are {', '.join(sorted(dataset))}")
-        dataset = dataset[split]
-    for number, row in enumerate(dataset, start=1):
-        yield RawRow(path, f"{shown_name(path)}[{number}]", without_filled_nulls(row))
+        if isinstance(dataset, DatasetDict):
+            if split not in dataset:
+                raise LoraMsError(f"{path}: there is no split {split!r}; there are {', '.join(sorted(dataset))}")
+            dataset = dataset[split]
+        for table in dataset.with_format("arrow").iter(ROWS_AT_A_TIME):
+            for row in _rows(table):
+                number += 1
+                yield RawRow(path, f"{shown_name(path)}[{number}]", row)
+
+
+def _check_saved_files(path: Path) -> None:
+    """Raises LoraMsError where a saved dataset names files outside its folder."""
+    splits = [path]
+    if (path / "dataset_dict.json").is_file():
+        names = read_json(member(path, "dataset_dict.json")).get("splits")
+        splits = [member(path, str(name)) for name in names] if isinstance(names, list) else []
+    for folder in splits:
+        files = read_json(member(folder, "state.json")).get("_data_files")
+        for file in files if isinstance(files, list) else []:
+            member(folder, str(file.get("filename") if isinstance(file, dict) else file))
 
 
 def without_filled_nulls(row: Mapping[str, Any]) -> dict[str, Any]:

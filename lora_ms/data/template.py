@@ -32,6 +32,9 @@ from lora_ms.data.example import (
 )
 from lora_ms.data.templates import ALPACA_PREAMBLE_WITH_INPUT, INPUT_HEADING, TEMPLATES
 from lora_ms.errors import LoraMsError
+from lora_ms.limits import MEMORY, limited
+from lora_ms.reading import read_text
+from lora_ms.text import shortened
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -114,10 +117,7 @@ def set_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     if not Path(name).is_file():
         known = ", ".join((*TEMPLATES, *sorted(named)))
         raise LoraMsError(f"chat_template {name}: no such file, and none of {known}")
-    try:
-        tokenizer.chat_template = Path(name).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise LoraMsError(f"chat_template {name}: not readable as UTF-8 text") from error
+    tokenizer.chat_template = read_text(Path(name))
 
 
 def begins_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -149,18 +149,20 @@ def encode_rows(
     formats: dict[bool, ChatFormat] = {}  # by whether a conversation has tools
     texts: list[list[Labelled]] = []
     encoded = []
-    for row in rows:
-        notes: Counter[str] = Counter()
-        if isinstance(row, Completion):
-            texts.append([_completion(tokenizer, row)])
-            count = 0
-        else:
-            with_tools = _has_list(row.tools)
-            if with_tools not in formats:
-                formats[with_tools] = ChatFormat.of(tokenizer, with_tools)
-            texts.append(_conversation(formats[with_tools], row, turns, notes))
-            count = sum(message.role == "assistant" for message in row.messages)
-        encoded.append(Encoded([], count, notes))
+    with limited("the chat template", memory=MEMORY) as again:
+        for row in rows:
+            again()
+            notes: Counter[str] = Counter()
+            if isinstance(row, Completion):
+                texts.append([_completion(tokenizer, row)])
+                count = 0
+            else:
+                with_tools = _has_list(row.tools)
+                if with_tools not in formats:
+                    formats[with_tools] = ChatFormat.of(tokenizer, with_tools)
+                texts.append(_conversation(formats[with_tools], row, turns, notes))
+                count = sum(message.role == "assistant" for message in row.messages)
+            encoded.append(Encoded([], count, notes))
     flat = [labelled for group in texts for labelled in group]
     tokens = iter(_tokenise_all(tokenizer, flat))
     for row, group, result in zip(rows, texts, encoded, strict=True):
@@ -181,15 +183,18 @@ def encode_prompt(
 
     input: the tail of the last user message that the Alpaca prompt sets apart; a chat template does not.
     """
-    chat = ChatFormat.of(tokenizer, _has_list(tools))
-    row = chat.prepared(Example("the prompt", tuple(messages), input, tools), Counter())
-    text = chat.render(row, len(row.messages), prompt=True)
     edges: set[int] = set()
-    for number, message in enumerate(row.messages):
-        if message.role == "assistant":
-            turn = chat.turn(row, number)
-            if text.startswith(turn.text[: turn.end]):  # split where training splits it: past turns have their tokens
-                edges.update(turn.edges)
+    with limited("the chat template", memory=MEMORY):
+        chat = ChatFormat.of(tokenizer, _has_list(tools))
+        row = chat.prepared(Example("the prompt", tuple(messages), input, tools), Counter())
+        text = chat.render(row, len(row.messages), prompt=True)
+        for number, message in enumerate(row.messages):
+            if message.role == "assistant":
+                turn = chat.turn(row, number)
+                if text.startswith(
+                    turn.text[: turn.end]
+                ):  # split where training splits it: past turns have their tokens
+                    edges.update(turn.edges)
     return [*_default_bos(tokenizer), *_tokenise(tokenizer, text, sorted(edges))[0]]
 
 
@@ -299,6 +304,8 @@ class ChatFormat:
         """The text of messages; "" where the template refuses them."""
         try:
             return self._apply(messages, tools, False)
+        except (MemoryError, RecursionError):
+            raise
         except Exception:  # the template is a program of the model's author: it may raise anything
             return ""
 
@@ -358,8 +365,10 @@ class ChatFormat:
         tools = None if row.tools is None else [_as_openai_tool(tool) for tool in row.tools.items]
         try:
             return self._apply(messages, tools, prompt, template)
+        except (MemoryError, RecursionError):
+            raise
         except Exception as error:  # the template is a program of the model's author: it may raise anything
-            reason = " ".join(str(error).split())
+            reason = shortened(" ".join(str(error).split()), 300)
             raise LoraMsError(f"{row.where}: the chat template refuses the messages: {reason}") from error
 
     def _as_dict(self, message: Message) -> dict[str, Any]:

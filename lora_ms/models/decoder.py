@@ -61,6 +61,31 @@ class DecoderConfig:
         return longest_text(self.max_position_embeddings, self.rope_scaling)
 
 
+def weight_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every weight of ``CausalLM``, known before anything is built."""
+    hidden, width = config.hidden_size, config.head_dim
+    q, kv = config.num_attention_heads * width, config.num_key_value_heads * width
+    layer: dict[str, tuple[int, ...]] = {"input_layernorm.weight": (hidden,)}
+    for name, rows in (("q_proj", q), ("k_proj", kv), ("v_proj", kv)):
+        layer[f"self_attn.{name}.weight"] = (rows, hidden)
+        if config.attention_bias:
+            layer[f"self_attn.{name}.bias"] = (rows,)
+    layer["self_attn.o_proj.weight"] = (hidden, q)
+    if config.qk_norm:
+        layer |= {"self_attn.q_norm.weight": (width,), "self_attn.k_norm.weight": (width,)}
+    layer |= {
+        "post_attention_layernorm.weight": (hidden,),
+        "mlp.gate_proj.weight": (config.intermediate_size, hidden),
+        "mlp.up_proj.weight": (config.intermediate_size, hidden),
+        "mlp.down_proj.weight": (hidden, config.intermediate_size),
+    }
+    layers = range(config.num_hidden_layers)
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
+    shapes |= {f"model.layers.{number}.{name}": shape for number in layers for name, shape in layer.items()}
+    shapes["model.norm.weight"] = (hidden,)
+    return shapes if config.tie_word_embeddings else {**shapes, "lm_head.weight": (config.vocab_size, hidden)}
+
+
 class DecoderLayer(nn.Cell):
     """Attention and feed-forward, each behind a norm and beside a residual; x [t, h]."""
 

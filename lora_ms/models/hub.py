@@ -14,21 +14,24 @@ from numpy.typing import DTypeLike
 from lora_ms import storage
 from lora_ms.errors import LoraMsError
 from lora_ms.hf_folder import (
+    CONFIG,
     EMBEDDING,
     GENERATION,
     HEAD,
     end_tokens,
     generation_config,
+    model_config,
     open_model,
     untied_notice,
 )
-from lora_ms.models.decoder import CausalLM, DecoderConfig
-from lora_ms.models.llama import llama_config
+from lora_ms.models.decoder import CausalLM, DecoderConfig, weight_shapes
+from lora_ms.models.llama import REQUIRED, llama_config
 from lora_ms.models.mindformers_names import hugging_face_name
 from lora_ms.models.mistral import mistral_config
 from lora_ms.models.qwen import ATTENTION, qwen2_config, qwen3_config
 from lora_ms.nn.parallel import WHOLE, Shard, split_axis
 from lora_ms.ops import PORTABLE, Operators
+from lora_ms.reading import opened, readable
 from lora_ms.text import listed
 
 FAMILIES = {
@@ -46,14 +49,15 @@ def read_config(path: Path) -> tuple[DecoderConfig, dict]:
 
     An answer ends with an ``eos_token_id`` of config.json or of generation_config.json.
     """
-    hf = storage.read_json(path / "config.json")
+    hf = model_config(path)
     names = hf.get("architectures") or ["none"]
     if names[0] not in FAMILIES:
         raise LoraMsError(f"{path}: architecture {names[0]} is not supported; supported: {', '.join(FAMILIES)}")
-    try:
+    missing = [key for key in REQUIRED if hf.get(key) is None]
+    if missing:
+        raise LoraMsError(f"{path / CONFIG}: {missing[0]!r} is missing")
+    with readable(path / CONFIG, "the sizes of a model"):
         config = FAMILIES[names[0]](hf)
-    except KeyError as key:
-        raise LoraMsError(f"{path / 'config.json'}: {key} is missing") from None
     ends = end_tokens(generation_config(path), str(path / GENERATION))
     return replace(config, eos_token_ids=tuple(dict.fromkeys((*config.eos_token_ids, *ends)))), hf
 
@@ -69,11 +73,6 @@ def check_names(expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int
     ]
     if faults:
         raise LoraMsError(f"{where}: {len(faults)} tensors do not fit the model: {listed(faults)}")
-
-
-def expected_shapes(model: CausalLM, shard: Shard = WHOLE) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every weight of a bare model, as one rank would have it."""
-    return {name: shard.whole_shape(name, tuple(p.shape)) for name, p in model.parameters_and_names()}
 
 
 def load_directory(
@@ -96,8 +95,8 @@ def load_directory(
     folder = open_model(path, hf)
     config = replace(config, tie_word_embeddings=folder.tied)
     entries = {name: entry for name, entry in folder.entries.items() if not name.endswith(FREQUENCIES)}
+    check_names(weight_shapes(config), {n: e.shape for n, e in entries.items()}, str(path))
     model = model_class(replace(config, flash_attention=flash_attention), ms_dtype, operators, shard)
-    check_names(expected_shapes(model, shard), {n: e.shape for n, e in entries.items()}, str(path))
     for name, parameter in model.parameters_and_names():
         parameter.name = name
         entry = entries[name]
@@ -124,10 +123,10 @@ def load_checkpoint(
 ) -> CausalLM:
     """The model of a MindSpore ``.ckpt`` or ``.safetensors`` file with MindFormers' names."""
     form = "safetensors" if path.suffix == ".safetensors" else "ckpt"
-    try:
+    if form == "safetensors":
+        storage.read_header(path)  # refuses what contradicts itself
+    with opened(path), readable(path, "a checkpoint"):
         stored = ms.load_checkpoint(str(path), format=form)
-    except (ValueError, RuntimeError, OSError) as error:
-        raise LoraMsError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]})") from None
     weights = {hugging_face_name(name): value for name, value in stored.items()}
     weights = {name: value for name, value in weights.items() if not name.endswith(FREQUENCIES)}
     notices: tuple[str, ...] = ()
@@ -139,8 +138,8 @@ def load_checkpoint(
         else:
             config = replace(config, tie_word_embeddings=False)
             notices = (untied_notice(path),)
+    check_names(weight_shapes(config), {n: tuple(w.shape) for n, w in weights.items()}, str(path))
     model = CausalLM(config, ms_dtype, operators, shard)
-    check_names(expected_shapes(model, shard), {n: tuple(w.shape) for n, w in weights.items()}, str(path))
     for name, parameter in model.parameters_and_names():
         parameter.name = name
         part = shard.part(name, weights.pop(name).asnumpy())
@@ -171,7 +170,8 @@ def new_model(config: DecoderConfig, ms_dtype: ms.Type, seed: int, operators: Op
 def restore(model: CausalLM, path: str | os.PathLike) -> None:
     """Reads the weights of directory ``path`` into ``model``, which has the same ones."""
     entries = storage.open_dir(Path(path))
-    check_names(expected_shapes(model), {n: e.shape for n, e in entries.items()}, str(path))
+    expected = {name: tuple(p.shape) for name, p in model.parameters_and_names()}
+    check_names(expected, {n: e.shape for n, e in entries.items()}, str(path))
     for name, parameter in model.parameters_and_names():
         parameter.set_data(Tensor.from_numpy(storage.read(entries[name], NUMPY_DTYPES[parameter.dtype])))
 

@@ -5,21 +5,25 @@ from lora_ms.hf_folder import end_tokens
 from lora_ms.models.decoder import DecoderConfig
 from lora_ms.models.rope_settings import rope
 
+# sizes without a default
+REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+
 
 def common_sizes(hf: dict) -> dict:
     """The fields of ``DecoderConfig`` that all families have, by the names of config.json."""
     if hf.get("hidden_act", "silu") != "silu":
         raise LoraMsError(f"config.json: hidden_act {hf['hidden_act']!r} is not supported; supported: silu")
     theta, scaling = rope(hf)
-    heads = hf["num_attention_heads"]
+    heads, hidden = hf["num_attention_heads"], hf["hidden_size"]
+    kv_heads, head_dim = hf.get("num_key_value_heads") or heads, hf.get("head_dim") or hidden // heads
+    if heads % kv_heads:
+        raise LoraMsError(f"config.json: {heads} num_attention_heads cannot share {kv_heads} num_key_value_heads")
+    if head_dim < 2 or head_dim % 2:
+        raise LoraMsError(f"config.json: heads of {head_dim} channels cannot be rotated: their number must be even")
     return {
-        "vocab_size": hf["vocab_size"],
-        "hidden_size": hf["hidden_size"],
-        "intermediate_size": hf["intermediate_size"],
-        "num_hidden_layers": hf["num_hidden_layers"],
-        "num_attention_heads": heads,
-        "num_key_value_heads": hf.get("num_key_value_heads") or heads,
-        "head_dim": hf.get("head_dim") or hf["hidden_size"] // heads,
+        **{key: hf[key] for key in REQUIRED},
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
         "rms_norm_eps": hf.get("rms_norm_eps", 1e-6),
         "rope_theta": theta,
         "rope_scaling": scaling,

@@ -16,6 +16,7 @@ ROPE_TYPES: dict[str, tuple[str, ...]] = {  # and the numbers that each needs
 }
 # MindFormers' names of all but NTK
 EXTEND_METHODS = {"PI": "linear", "linear": "linear", "DYNAMIC_NTK": "dynamic", "YARN": "yarn", "LLAMA3": "llama3"}
+MOST = 1e15  # of a number
 YARN_OPTIONS = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")
 
 
@@ -33,12 +34,14 @@ def rope(hf: Mapping[str, Any]) -> tuple[float, dict | None]:
             raise LoraMsError(f"config.json: {key} {found} is not supported: one set of numbers for all layers is")
     chosen = older or newer
     theta = chosen.get("rope_theta", hf.get("rope_theta", 10000.0))
+    if isinstance(theta, bool) or not isinstance(theta, int | float) or not 0 < theta < MOST:
+        raise LoraMsError(f"config.json: rope_theta expects a number above 0, got {theta!r}")
     if older and newer:
         check_agree(older, newer, theta)
     if chosen.get("partial_rotary_factor", hf.get("partial_rotary_factor")) not in (None, 1):
         raise LoraMsError("config.json: partial_rotary_factor is not supported; whole heads are rotated")
     kind = kind_of(chosen)
-    if kind not in ROPE_TYPES:
+    if not isinstance(kind, str) or kind not in ROPE_TYPES:
         raise LoraMsError(f"config.json: rope_type {kind!r} is not supported; supported: {', '.join(ROPE_TYPES)}")
     numbers = dict(chosen)
     longest = hf.get("max_position_embeddings", 2048)
@@ -85,7 +88,7 @@ def scaling_of(kind: str, numbers: Mapping[str, Any], where: str) -> dict | None
     found = {key: numbers[key] for key in (*needed, *options) if numbers.get(key) is not None}
     for key, value in found.items():
         right = isinstance(value, bool) == (key == "truncate") and isinstance(value, (int, float))
-        if not right or (key in needed and value <= 0):
+        if not right or not abs(value) < MOST or (key in needed and value <= 0):
             raise LoraMsError(f"{where} {kind}: {key} {value!r} is out of range")
     return None if kind == "default" else {"rope_type": kind, **found}
 

@@ -10,7 +10,7 @@ from lora_ms.bridge import weights
 from lora_ms.bridge.files import NAME_MAP, SUFFIXES, of_entry, read_file, write_file
 from lora_ms.bridge.layout import heads_of
 from lora_ms.errors import LoraMsError
-from lora_ms.hf_folder import EMBEDDING, HEAD, open_model, untied_notice
+from lora_ms.hf_folder import EMBEDDING, HEAD, model_config, open_model, untied_notice
 from lora_ms.models.decoder import DecoderConfig
 from lora_ms.models.hub import check_names, read_config
 from lora_ms.recipes.model_folder import check_output, config_for, copy_texts
@@ -32,7 +32,7 @@ def to_mindformers(
     naming, concat, contiguous: see ``commands.convert``. dtype: one of safetensors' types; None: each tensor's own.
     shard_size: bytes of the largest file of a folder.
     """
-    hf = storage.read_json(source / "config.json")
+    hf = model_config(source)
     heads = heads_of(hf, source / "config.json", contiguous)
     found = open_model(source, hf)
     stored = {name: of_entry(entry) for name, entry in found.entries.items()}

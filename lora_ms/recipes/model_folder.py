@@ -3,12 +3,12 @@
 Loads without MindSpore.
 """
 
-import shutil
 from pathlib import Path
 
 from lora_ms.adapters import peft_files
 from lora_ms.errors import LoraMsError
 from lora_ms.hf_folder import GENERATION
+from lora_ms.reading import JSON_SIZE, member, read_bytes
 
 TYPES = ("float16", "bfloat16", "float32", "auto")  # of the weights that are written; auto: as they are stored
 TOKENIZER_FILES = (
@@ -90,8 +90,17 @@ def copy_texts(base: Path, adapter: Path, output: Path) -> list[str]:
     for name in (*TOKENIZER_FILES, GENERATION):
         sources = [adapter] if from_adapter and name != GENERATION else [adapter, base]
         source = next((folder / name for folder in sources if (folder / name).exists()), None)
-        if source is not None:
-            copy = shutil.copytree if source.is_dir() else shutil.copyfile
-            copy(source, output / name)
-            copied.append(name)
+        if source is None:
+            continue
+        if source.is_dir():
+            (output / name).mkdir()
+            for file in sorted(source.glob("*.jinja")):
+                _copy(source.parent, f"{name}/{file.name}", output)
+        else:
+            _copy(source.parent, name, output)
+        copied.append(name)
     return copied
+
+
+def _copy(folder: Path, name: str, output: Path) -> None:
+    (output / name).write_bytes(read_bytes(member(folder, name), JSON_SIZE))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TextIO
 
 from lora_ms.errors import LoraMsError
+from lora_ms.text import escaped
 
 
 class Tee:
@@ -22,7 +23,7 @@ class Tee:
     def __exit__(self, kind, error, trace) -> None:
         sys.stdout = self.screen
         if isinstance(error, LoraMsError):
-            self.copy.write(f"error: {error}\n")
+            self.copy.write(escaped(f"error: {error}") + "\n")
         self.copy.close()
 
     def to(self, path: Path) -> None:
@@ -42,7 +43,7 @@ class Tee:
 
     def write(self, text: str) -> int:
         """To screen and file."""
-        self.copy.write(text)
+        self.copy.write(escaped(text))
         return self.screen.write(text)
 
     def flush(self) -> None:

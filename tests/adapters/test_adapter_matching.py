@@ -111,9 +111,9 @@ COULD = "down_proj, embed_tokens, gate_proj, k_proj, lm_head, o_proj, q_proj, up
         (LoraConfig(target_modules="q_proj", layers_to_transform=(2, 5)),
          f"target_modules 'q_proj' matches no layer in layers [2, 5]; could match: {COULD}"),
         (LoraConfig(target_modules="q_proj("),
-         "not a regular expression in pet_config: 'q_proj(': missing ), unterminated subpattern at position 6"),
+         "not a regular expression: 'q_proj(': missing ), unterminated subpattern at position 6"),
         (LoraConfig(exclude_modules="*k_proj"),
-         "not a regular expression in pet_config: '*k_proj': nothing to repeat at position 0"),
+         "not a regular expression: '*k_proj': nothing to repeat at position 0"),
     ],
 )  # fmt: skip
 def test_no_match_says_what_could_match(model, config, message):

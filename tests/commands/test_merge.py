@@ -508,7 +508,7 @@ def test_files_that_are_broken(refused):
     file = Path("adapter/adapter_model.safetensors")
     data = file.read_bytes()
     file.write_bytes(data[:100])
-    assert refused() == f"{file}: not a readable safetensors file (the header reaches beyond the end of the file)"
+    assert refused() == f"{file}: not readable as safetensors (the header reaches beyond the end of the file)"
     file.unlink()
     assert refused() == f"{file}: no such file"
     (file.parent / "adapter_model.bin").write_bytes(b"")

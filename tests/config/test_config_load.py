@@ -101,7 +101,7 @@ def test_impossible_overrides(yaml_file, overrides, message):
 def test_unreadable_files(yaml_file, tmp_path):
     missing = str(tmp_path / "none.yaml")
     assert error_of(missing) == f"cannot read config {missing}: No such file or directory"
-    assert error_of(str(tmp_path)) == f"cannot read config {tmp_path}: Is a directory"
+    assert error_of(str(tmp_path)) == f"{tmp_path}: not a regular file"
     path = yaml_file("seed: 1\n  x: 2\n")
     assert error_of(path) == f"{path} is not valid YAML: mapping values are not allowed here (line 2, column 4)"
     assert error_of(yaml_file("- 1\n")) == f"{path}: the top level expects a mapping (key: value), got list"
@@ -114,7 +114,9 @@ def test_unreadable_files(yaml_file, tmp_path):
         f"{path}: model.model_config expects a mapping of keys, got 3"
     )
     assert error_of(yaml_file("pet_config: null\nmodel: 3")) == "model expects a mapping of keys, got 3"
-    assert error_of(yaml_file("a: &a [*a]\n")) == f"{path}: a YAML anchor contains itself"
+    assert error_of(yaml_file("a: &a [*a]\n")) == (
+        f"{path} is not valid YAML: an anchor contains itself (line 1, column 4)"
+    )
     (tmp_path / "run.yaml").write_bytes(b"seed: 1 # \xff\n")
     assert error_of(path) == f"{path} is not UTF-8 text (byte 10): save it as UTF-8"
 

@@ -145,5 +145,5 @@ def test_tokenizers_of_transformers_5(folder, keys):
 @pytest.mark.parametrize("keys", [{"extra_special_tokens": 5}, {"tokenizer_class": "NoSuchTokenizer"}])
 def test_a_tokenizer_that_cannot_be_read_is_no_traceback(folder, keys):
     change(folder, **keys)
-    with pytest.raises(LoraMsError, match="the tokenizer cannot be read: "):
+    with pytest.raises(LoraMsError, match="not readable as a tokenizer|extra_special_tokens expects"):
         load_tokenizer(folder)

@@ -192,7 +192,7 @@ def test_files_cut_short_are_refused(reference, tmp_path):
     reason = "the header reaches beyond the end of the file"
     for size in (0, 5, start - 1):
         file.write_bytes(data[:size])
-        assert error_of(tmp_path / "m") == f"{file}: not a readable safetensors file ({reason})"
+        assert error_of(tmp_path / "m") == f"{file}: not readable as safetensors ({reason})"
 
 
 def test_a_missing_file_or_shard_is_named(reference, tmp_path):
@@ -361,7 +361,7 @@ def test_a_mindspore_checkpoint_that_is_none(reference, tmp_path, suffix):
     file.write_bytes(b"no checkpoint")
     with pytest.raises(LoraMsError) as caught:
         load_checkpoint(file, read_config(reference / "models" / "llama2")[0])
-    assert str(caught.value).startswith(f"{file}: not a readable checkpoint (")
+    assert str(caught.value).startswith(f"{file}: not readable as ")
     # MindSpore leaves the file open; it is closed here, where the warning is ignored
     del caught
     gc.collect()

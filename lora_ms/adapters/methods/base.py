@@ -16,7 +16,6 @@ Weights are [out, in], as PEFT stores them. A module is named by its dotted path
 """
 
 import dataclasses
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
@@ -26,8 +25,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_ms import storage
-from lora_ms.adapters.matching import ALL_LINEAR, ends_with, layer_index, leaf_of, matches, ranges
+from lora_ms.adapters.matching import ALL_LINEAR, ends_with, fits_end, layer_index, leaf_of, matches, ranges
 from lora_ms.errors import LoraMsError
+from lora_ms.limits import fullmatch
 from lora_ms.values import Bounds, Exclusions, Layers, Targets, Texts
 
 if TYPE_CHECKING:
@@ -250,7 +250,7 @@ class AdapterConfig(ABC):
         """Whether module ``name`` is left out although it may be a target."""
         excluded = self.exclude_modules
         if isinstance(excluded, str):
-            if excluded and re.fullmatch(excluded, name):
+            if excluded and fullmatch(excluded, name):
                 return True
         elif ends_with(name, excluded):
             return True
@@ -276,16 +276,13 @@ class AdapterConfig(ABC):
                 could match is listed.
         """
         names = list(names)
-        try:
-            found = {name: spec for name in names if (spec := self.choose(name)) is not None}
-            self.check_names(names)
-        except re.error as error:
-            raise LoraMsError(f"not a regular expression in pet_config: {error.pattern!r}: {error}") from None
+        found = {name: spec for name in names if (spec := self.choose(name)) is not None}
+        self.check_names(names)
         if not found:
             raise LoraMsError(self._no_match(names))
         for key, patterns in self.patterns().items():
             for pattern in patterns:
-                if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in found):
+                if not any(fits_end(name, pattern) for name in found):
                     raise LoraMsError(f"{key} {pattern!r} matches none of the {len(found)} adapted modules")
         return found
 
