@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_ms.errors import LoraMsError
+from lora_ms.errors import LoraMsError, WriteError
 from lora_ms.storage import read_json
 
 if TYPE_CHECKING:
@@ -49,6 +49,14 @@ def _load(folder: Path) -> PreTrainedTokenizerBase:
         changes = {"extra_special_tokens": {}, "additional_special_tokens": texts}
     kind = PreTrainedTokenizerFast if settings.get("tokenizer_class") == "TokenizersBackend" else AutoTokenizer
     return kind.from_pretrained(str(folder), local_files_only=True, **changes)
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Writes the tokenizer's files into ``folder``. Raises WriteError."""
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # the tokenizers library raises no other
+        raise WriteError(f"cannot write the tokenizer into {folder}: {error}") from None
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase | None) -> int:

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from lora_ms import storage
+from lora_ms import saving
 from lora_ms.config import RunConfig
 from lora_ms.data.example import Message
 from lora_ms.data.loader import DataPlan
@@ -121,7 +121,7 @@ class Quiz:
         if not is_main:
             self.ask(speaker)
             return
-        with storage.whole(self.path) as part, open(part, "w", encoding="utf-8") as file:
+        with saving.new_file(self.path) as part, open(part, "w", encoding="utf-8") as file:
             answers = self.ask(speaker)
             matches = [is_match(answer, q.reference) for q, answer in zip(self.questions, answers, strict=True)]
             for q, answer, match in zip(self.questions, answers, matches, strict=True):
