@@ -1,7 +1,7 @@
 """Files and folders that are written whole or not at all. Every saver goes through this module.
 
 What is written stands beside its final name first, as ``.lora_ms-part.NAME``; it is brought to disk and then renamed. A
-folder that is replaced stands aside as ``.lora_ms-old.NAME`` meanwhile. A finished folder holds ``lora_ms.sha256``, the
+folder that is replaced stands aside as ``.lora_ms-old.NAME`` meanwhile. A finished folder holds ``lora-ms.sha256``, the
 digests of its files in the format of ``sha256sum -c``: it says which files are ours, and finds those that have changed.
 """
 
@@ -19,7 +19,7 @@ from pathlib import Path
 from lora_ms.errors import LoraMsError, WriteError
 from lora_ms.text import size_text
 
-MARKER = "lora_ms.sha256"
+MARKER = "lora-ms.sha256"
 PART, OLD = ".lora_ms-part.", ".lora_ms-old."  # before the name of what is being written, and of what it replaces
 LINES = re.compile(r"(?:[0-9a-f]{64}  [^\n]+\n)*")
 BLOCK = 1 << 20  # bytes
@@ -54,6 +54,11 @@ def delete(path: Path) -> None:
             path.unlink()
 
 
+def final_of(part: Path) -> Path:
+    """The folder that ``part`` is written for; another folder itself."""
+    return part.with_name(part.name.removeprefix(PART))
+
+
 # --- files
 
 
@@ -70,7 +75,7 @@ def new_file(file: Path) -> Iterator[Path]:
     In a folder that is itself being written (``new_folder``), it is ``file``: the folder is whole or not at all.
 
     Raises:
-        WriteError: it cannot be written; ``file`` is as it was.
+        WriteError: it cannot be written; ``file`` is as it was. In a folder that is being written, OSError.
     """
     whole_with_folder = is_unfinished(Path(file.parent.name)) and file.name != MARKER
     part = file if whole_with_folder else file.with_name(PART + file.name)
@@ -86,6 +91,8 @@ def new_file(file: Path) -> Iterator[Path]:
         os.replace(part, file)
         _sync_folder(file.parent)
     except OSError as error:
+        if whole_with_folder:
+            raise
         raise WriteError(f"cannot write {file}: {error.strerror or error}") from None
     finally:
         if not whole_with_folder:
@@ -180,7 +187,7 @@ def seal(folder: Path) -> None:
 
 
 def changed(folder: Path) -> str | None:
-    """What is wrong with the files that ``lora_ms.sha256`` lists, in a few words; None where all are as written.
+    """What is wrong with the files that ``lora-ms.sha256`` lists, in a few words; None where all are as written.
 
     Raises:
         LoraMsError: there is no such list, or it is damaged.

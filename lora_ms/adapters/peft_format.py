@@ -85,13 +85,17 @@ def save_adapter(
     path, tensors = Path(path), adapter_tensors(model, config) if tensors is None else tensors
     for name, value in tensors.items():
         if not np.isfinite(value).all():
-            raise LoraMsError(f"{name} holds NaN or infinity; {path} was not written")
+            raise LoraMsError(f"{name} holds NaN or infinity; {saving.final_of(path)} was not written")
     storage.write_tensors(path / WEIGHTS, tensors)
     storage.write_json(path / CONFIG, to_peft(config, adapted(model), base_model))
 
 
 def save_as_lora(
-    model: nn.Cell, path: Path, config: AdapterConfig, base_model: str | None, add: Callable[[Path], None]
+    model: nn.Cell,
+    path: Path,
+    config: AdapterConfig,
+    base_model: str | None = None,
+    add: Callable[[Path], None] = lambda folder: None,
 ) -> bool:
     """Writes the adapter of ``model`` into directory ``path`` as plain LoRA; False where it has no such form.
 

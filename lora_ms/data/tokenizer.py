@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_ms.errors import LoraMsError, WriteError
+from lora_ms.errors import LoraMsError
 from lora_ms.storage import read_json
 
 if TYPE_CHECKING:
@@ -52,11 +52,11 @@ def _load(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Writes the tokenizer's files into ``folder``. Raises WriteError."""
+    """Writes the tokenizer's files into ``folder``. Raises OSError."""
     try:
         tokenizer.save_pretrained(folder)
     except Exception as error:  # the tokenizers library raises no other
-        raise WriteError(f"cannot write the tokenizer into {folder}: {error}") from None
+        raise OSError(f"the tokenizer: {error}") from None
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase | None) -> int:

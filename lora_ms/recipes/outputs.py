@@ -69,7 +69,7 @@ def weights_of(
     def finish(path: Path) -> None:
         # a checkpoint holds what may yet come back; the end of the run does not
         config = hook.config()
-        as_lora = path.with_name(path.name.removeprefix(saving.PART) + AS_LORA)
+        as_lora = path.with_name(saving.final_of(path).name + AS_LORA)
         save(path, config)
         line = hook.summary()
         if save_as_lora(model, as_lora, config, model.source, add_tokenizer):

@@ -1,9 +1,10 @@
-"""Fails every call by which a saver changes files, one after another: ``python tests/saving/fault_injection.py [NAME…]``
+"""Fails every call by which a saver changes files, one after another: ``python tests/saving/fault_injection.py``
 
 Each saver replaces something old by something new. In a process of its own, its k-th call (faults.c says which are
 counted, those of libraries in C, C++ and Rust included) kills it, or fails with ENOSPC, with EIO, or as on a disk that
 is full from then on. Afterwards, and after what the next start does to clear up, the old or the new is there, whole;
-the new where the saver did not complain. Prints a table; the exit status is the number of faults.
+the new where the saver did not complain. Names of savers may be given. Prints a table;
+the exit status is the number of faults.
 """
 
 import ctypes
@@ -173,6 +174,9 @@ def savers() -> dict[str, Saver]:
     def read_yaml(file: Path) -> float | str:
         return {1: OLD, 2: NEW}.get(load_config(str(file)).seed, "other")
 
+    def write_yaml(file: Path, value: float) -> None:
+        dump_config(load_config(None, options=[f"seed={int(value)}"]), str(file))
+
     def read_png(file: Path) -> float | str:
         from matplotlib.image import imread
 
@@ -201,11 +205,7 @@ def savers() -> dict[str, Saver]:
             return
         made = Metrics(file, 3)
         for step in (4, 5):
-            made.write(
-                StepRecord(
-                    step, 1.0, NEW, 1.0, 1e-3, 8, 8, tokens_per_second=1, step_time_s=1, wait_share=0, peak_memory_mb=1
-                )
-            )
+            made.write(StepRecord(step, 1.0, NEW, 1.0, 1e-3, 8, 8, 1.0, 1.0, 0.0, 1.0))
         made.sync()
 
     def read_records(folder: Path) -> float | str:
@@ -258,9 +258,7 @@ def savers() -> dict[str, Saver]:
         "data_report.json": text_file(
             "r.json", lambda f, v: storage.write_json(f, {"v": v}), lambda f: storage.read_json(f)["v"]
         ),
-        "config.yaml": text_file(
-            "c.yaml", lambda f, v: dump_config(load_config(None, options=[f"seed={int(v)}"]), f), read_yaml
-        ),
+        "config.yaml": text_file("c.yaml", write_yaml, read_yaml),
         "loss.png": text_file("loss.png", write_png, read_png),
         "converted .ckpt": text_file("x.ckpt", ckpt, read_ckpt),
         "converted .safetensors": text_file("x.safetensors", ckpt, read_ckpt),
@@ -270,8 +268,8 @@ def savers() -> dict[str, Saver]:
 
 
 def attempt(saver: Saver, folder: Path, shim: ctypes.CDLL, k: int, mode: int) -> int:
-    """Writes the new in a process of its own; 0, 3 for an error of ours, 4 for any other, 137 where it was killed; 1,000
-    more where the fault has happened."""
+    """Writes the new in a process of its own; its status is 0, 3 for an error of ours or 4 for another, and 10 more
+    where the fault has happened; 137 where it was killed by it."""
     child = os.fork()
     if child:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

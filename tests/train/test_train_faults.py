@@ -36,7 +36,7 @@ def test_a_full_disk_costs_a_checkpoint_and_nothing_else(train, plain_run, tmp_p
     found = train(tmp_path, save_steps=2, callbacks=[disk])
     assert disk.saved == ["step_2", "step_6"]
     warning = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("warning"))
-    assert warning.startswith(f"warning: cannot write {tmp_path / 'checkpoints' / 'step_4'}")
+    assert warning.startswith(f"warning: cannot write {tmp_path / 'checkpoints' / 'step_4'}: File too large")
     assert warning.endswith("the run goes on, and its last checkpoint is step_2")
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step_2", "step_6"]
     assert found.records == plain_run.records
