@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -21,6 +21,8 @@ from lora_ms.text import size_text
 
 MARKER = "lora-ms.sha256"
 PART, OLD = ".lora_ms-part.", ".lora_ms-old."  # before the name of what is being written, and of what it replaces
+DIGEST_LENGTH = 66  # characters, with two spaces
+MOST_LISTED = 1 << 24  # bytes of a list
 LINES = re.compile(r"(?:[0-9a-f]{64}  [^\n]+\n)*")
 BLOCK = 1 << 20  # bytes
 
@@ -161,27 +163,29 @@ def listed(folder: Path) -> dict[str, str] | None:
         LoraMsError: the list is damaged.
     """
     file = folder / MARKER
-    try:
-        text = file.read_text(encoding="utf-8")
-    except FileNotFoundError:
+    if not os.path.lexists(file):
         return None
+    try:
+        fits = file.is_file() and file.stat().st_size <= MOST_LISTED
+        text = file.read_text(encoding="utf-8") if fits else "too large, or no file"
     except (OSError, ValueError) as error:
         raise LoraMsError(f"{file}: not readable ({error})") from None
-    lines = [line.split("  ", 1) for line in text.splitlines()] if LINES.fullmatch(text) else [["", ".."]]
-    if any(name.startswith("/") or ".." in Path(name).parts for _, name in lines):
+    lines = text.split("\n")[:-1] if LINES.fullmatch(text) else [".."]
+    names = [line[DIGEST_LENGTH:] for line in lines]
+    if any(name.startswith("/") or ".." in name.split("/") for name in names) or lines == [".."]:
         raise LoraMsError(f"{file}: damaged: it is not a list of digests of files in its folder")
-    return {name: digest for digest, name in lines}
+    return {name: line[: DIGEST_LENGTH - 2] for name, line in zip(names, lines, strict=True)}
 
 
-def seal(folder: Path) -> None:
-    """Brings the files of ``folder`` to disk, and then the list of their digests."""
-    lines = []
-    for name in files_of(folder):
-        if name != MARKER:
-            lines.append(f"{digest_of(folder / name, sync=True)}  {name}\n")
-    for below in {folder, *(folder / name for name in files_of(folder))} - {folder}:
-        if below.parent != folder:
-            _sync_folder(below.parent)
+def seal(folder: Path, names: Sequence[str] | None = None) -> None:
+    """Brings files of ``folder`` to disk, and then the list of their digests.
+
+    names: the files that are ours; None: all.
+    """
+    names = [name for name in (files_of(folder) if names is None else names) if name != MARKER]
+    lines = [f"{digest_of(folder / name, sync=True)}  {name}\n" for name in names]
+    for below in {os.path.dirname(name) for name in names} - {""}:
+        _sync_folder(folder / below)
     with new_file(folder / MARKER) as part:
         part.write_text("".join(lines), encoding="utf-8")
 
@@ -196,6 +200,8 @@ def changed(folder: Path) -> str | None:
     if digests is None:
         raise LoraMsError(f"{folder}: holds no {MARKER}, so that its files cannot be verified")
     for name, digest in digests.items():
+        if not (folder / name).is_file():
+            return f"{name} is missing"
         try:
             found = digest_of(folder / name)
         except OSError as error:
@@ -318,13 +324,14 @@ def new_folder(folder: Path, size: int = 0, replaced: re.Pattern | None = None) 
         unfinished = True
         with locked(part):
             yield part
-            seal(part)
+            ours = files_of(part)
             _keep_foreign(folder, part, replaced)
+            seal(part, ours)
             unfinished = False
             _swap(part, folder)
     except OSError as error:
-        ours = error.filename is None or Path(error.filename).absolute().is_relative_to(folder.parent)
-        what = f"write {folder}" if ours else f"read {error.filename}"
+        here = error.filename is None or Path(error.filename).absolute().is_relative_to(folder.parent)
+        what = f"write {folder}" if here else f"read {error.filename}"
         kept = "" if unfinished or not part.exists() else f"; what was to be there is complete in {part}"
         raise WriteError(f"cannot {what}: {error.strerror or error}{kept}") from None
     finally:
