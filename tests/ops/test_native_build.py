@@ -82,16 +82,13 @@ def test_a_damaged_library_is_built_again(cache, tmp_path, monkeypatch):
     library, why = native_build.build()
     assert library is not None, why
     whole = library.read_bytes()
-    for number, damage in enumerate(
-        (
-            lambda: library.write_bytes(whole[:-200]),
-            lambda: library.write_bytes(whole[:100] + bytes([whole[100] ^ 1]) + whole[101:]),
-            lambda: library.with_name(f"{library.name}.sha256").unlink(),
-            lambda: library.with_name(f"{library.name}.sha256").write_bytes(b"\xff"),
-        ),
-        2,
+    digest = library.with_name(f"{library.name}.sha256")
+    flipped = whole[:100] + bytes([whole[100] ^ 1]) + whole[101:]
+    for number, (file, content) in enumerate(
+        ((library, whole[:-200]), (library, flipped), (digest, b""), (digest, b"\xff")), 2
     ):
-        damage()
+        file.unlink()  # this process has the old one loaded
+        file.write_bytes(content)
         assert native_build.build() == (library, "")
         assert library.read_bytes() == whole and times_built(tmp_path) == number
     assert native_build.build() == (library, "") and times_built(tmp_path) == number
