@@ -216,8 +216,8 @@ def test_tokenizer_template_and_generation_settings_go_along(text_model, referen
     assert (out / "chat_template.jinja").read_text() == "{{ messages }}"
     assert not (out / "vocab.json").exists()
     assert sorted(tree(out)) == sorted(
-        ["chat_template.jinja", "config.json", "generation_config.json", "lora-ms.sha256", "model.safetensors", "tokenizer.json",
-         "tokenizer_config.json"]
+        ["chat_template.jinja", "config.json", "generation_config.json", "lora-ms.sha256", "model.safetensors",
+         "tokenizer.json", "tokenizer_config.json"]
     )  # fmt: skip
 
 
