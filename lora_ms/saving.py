@@ -304,7 +304,10 @@ def new_folder(folder: Path, size: int = 0, replaced: re.Pattern | None = None) 
     Raises:
         WriteError: too little room, another process at it, or the folder cannot be written; it is as it was then.
     """
-    folder = folder.absolute()
+    try:
+        folder = folder.absolute()
+    except OSError as error:
+        raise WriteError(f"cannot write {folder}: the current folder is gone ({error.strerror})") from None
     part = folder.with_name(PART + folder.name)
     made = [parent for parent in folder.parents if not parent.exists()]
     unfinished = False
@@ -312,6 +315,9 @@ def new_folder(folder: Path, size: int = 0, replaced: re.Pattern | None = None) 
         folder.parent.mkdir(parents=True, exist_ok=True)
         if folder.exists():
             os.listdir(folder)  # fails at once where it is a file
+            if Path.cwd().is_relative_to(folder.resolve()) or os.path.ismount(folder):
+                why = "it is the current folder, or one above it or on a disk of its own, which cannot be replaced"
+                raise WriteError(f"cannot write {folder}: {why}; give a new folder in it")
         free = shutil.disk_usage(folder.parent).free
         if free < size:
             raise WriteError(f"cannot write {folder}: {size_text(size)} are needed, {size_text(free)} are free")

@@ -97,11 +97,11 @@ def write_results(folder: Path, fill: Callable[[Path], None]) -> WriteError | No
         except WriteError as error:
             failed = error
         name = f"lora_ms_{folder.name}_{time.strftime('%Y%m%d_%H%M%S')}"
-        for parent in (Path.cwd(), Path.home(), Path(tempfile.gettempdir())):
+        for parent in (Path(), Path.home(), Path(tempfile.gettempdir())):
             with suppress(WriteError), saving.new_folder(parent / name) as part:
                 fill(part)
             if (parent / name).is_dir():
-                return WriteError(f"{failed}; what was trained is in {parent / name} instead")
+                return WriteError(f"{failed}; what was trained is in {(parent / name).absolute()} instead")
         raise failed
 
 

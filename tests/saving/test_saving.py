@@ -199,6 +199,17 @@ def test_too_little_room(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+def test_the_current_folder_is_not_replaced(tmp_path, monkeypatch):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    for here in (tmp_path / "a", tmp_path / "a" / "b"):
+        monkeypatch.chdir(here)
+        with pytest.raises(WriteError, match="it is the current folder, or one above it"):
+            make(tmp_path / "a", x="1")
+    monkeypatch.chdir(tmp_path)
+    make(Path("a"), x="1")
+    assert contents(tmp_path / "a") == {"x": "1"}
+
+
 def test_two_writers_of_a_folder(tmp_path):
     with saving.new_folder(tmp_path / "f") as part:
         fill(part, a="1")
