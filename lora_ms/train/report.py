@@ -14,6 +14,8 @@ from lora_ms.text import counted
 from lora_ms.train.callbacks import EvaluationRecord, RunState, StepRecord, TrainerCallback
 
 METRICS = "metrics.jsonl"
+PLOTTED = ("step", "loss", "eval_loss", "learning_rate", "grad_norm")
+LARGEST = 1e300  # of these numbers
 
 
 class Metrics:
@@ -77,8 +79,8 @@ def _record(line: bytes) -> dict | None:
         return None
     if not isinstance(found, dict) or type(found.get("step")) is not int:
         return None
-    numbers = (found.get(name) for name in ("loss", "eval_loss", "learning_rate", "grad_norm"))
-    return found if all(value is None or isinstance(value, int | float) for value in numbers) else None
+    numbers = [found[name] for name in PLOTTED if found.get(name) is not None]
+    return found if all(isinstance(number, int | float) and abs(number) <= LARGEST for number in numbers) else None
 
 
 class Progress:

@@ -129,7 +129,8 @@ def test_records_outlive_what_goes_wrong(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "line",
-    [b"\xff", b"[1]", b"{}", b'{"step": "1"}', b'{"step": 1, "loss": "x"}', b"[" * 100_000, b"null", b'{"step":'],
+    [b"\xff", b"[1]", b"{}", b'{"step": "1"}', b'{"step": 1, "loss": "x"}', b"[" * 100_000, b"null", b'{"step":']
+ODD += [b'{"step": 1, "loss": NaN}', b'{"step": 1' + b"0" * 400 + b"}", b'{"step": 1, "grad_norm": 1' + b"0" * 400 + b"}"],
 )
 def test_other_lines_among_the_records(tmp_path, capsys, line):
     path = tmp_path / "metrics.jsonl"
