@@ -70,7 +70,7 @@ def train(run: PreparedRun) -> Outcome:
     """
     run.begin()
     outcome = run.train()
-    weights = None if outcome.stopped else run.weights()
+    weights = None if outcome.stopped and outcome.saved else run.weights()
     unwritten = None
     if weights is not None:
         weights.collect()
@@ -107,6 +107,11 @@ def write_results(folder: Path, fill: Callable[[Path], None]) -> WriteError | No
 
 def closing_lines(run: PreparedRun, outcome: Outcome) -> list[str]:
     """What the user is told at the end of a run."""
+    if outcome.stopped and not outcome.saved:
+        return [
+            f"stopped after step {outcome.steps:,} of {run.total_steps:,}; its checkpoint could not be written",
+            f"the weights are in {run.settings.output_dir}: to train on with them, give them as --load_adapter",
+        ]
     if outcome.stopped:
         return [
             f"stopped after step {outcome.steps:,} of {run.total_steps:,}, and saved",

@@ -32,6 +32,7 @@ class Outcome:
     stopped: bool  # by Ctrl-C, SIGTERM or SIGHUP, before its end
     losses: list[float]  # of the steps that this run did; those that overflowed in float16 left out
     reason: str = ""  # why a callback ended it before its last step
+    saved: bool = True  # where it was stopped: whether its checkpoint was written
 
     @property
     def first_loss(self) -> float:
@@ -76,6 +77,7 @@ class TrainingLoop:
         )
         self.sum_over_ranks = SumOverRanks() if self.runtime.world > 1 else None
         self.losses: list[float] = []
+        self.saved = True  # whether the last checkpoint that was due was written
 
     def fingerprint(self) -> dict:
         """What a checkpoint must share with the run that goes on from it: all that decides its numbers."""
@@ -151,9 +153,11 @@ class TrainingLoop:
             last = [found.name for found in checkpoint.list_checkpoints(folder)][-1:]
             kept_one = last[0] if last else "none"
             self.tell("on_notice", f"warning: {error}; the run goes on, and its last checkpoint is {kept_one}")
+            self.saved = False
             return
         finally:
             self.steps.pause(begun)
+        self.saved = True
         self.tell("on_save", path)
 
     def evaluate(self) -> None:
@@ -217,7 +221,9 @@ class TrainingLoop:
         finally:
             self.tell("on_train_end")
             self.steps.close()
-        return Outcome(state.step, stopped and state.step < total, self.losses, state.reason)
+        stopped = stopped and state.step < total
+        saved = not (stopped and self._any_rank(not self.saved))
+        return Outcome(state.step, stopped, self.losses, state.reason, saved)
 
     def _between_steps(self, stopped: bool) -> None:
         """Does what is due after a step. stopped: whether a signal has asked for the end of the run."""
