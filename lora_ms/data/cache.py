@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import blake2b
@@ -50,13 +49,14 @@ def key_of(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase | None, pre
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Holds the folder: another process, such as another card's, waits and then finds the work done."""
+    """Holds the folder: another process, such as another card's, waits and then finds the work done.
+
+    Raises:
+        WriteError: a file in it cannot be used, here or in the block.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handle = saving.lock(folder, wait=True)
+        with saving.locked(folder, wait=True):
+            yield
     except OSError as error:
-        raise WriteError(f"the cache {folder} cannot be written: {error.strerror}") from None
-    try:
-        yield
-    finally:
-        os.close(handle)
+        raise WriteError(f"cannot use the cache {folder}: {error.strerror}: {error.filename or ''}") from None

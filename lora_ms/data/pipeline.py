@@ -27,7 +27,7 @@ from lora_ms.data.readers import RowSource, find_files, read_sources
 from lora_ms.data.report import Report, Tally, percentiles, repeated, scripts_of, shares
 from lora_ms.data.store import StoreWriter, TokenStore
 from lora_ms.data.template import Encoded, encode_rows
-from lora_ms.errors import LoraMsError, WriteError
+from lora_ms.errors import LoraMsError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -117,26 +117,23 @@ def _build(
     say: Callable[[str], None],
 ) -> None:
     """Tokenises into `folder`; a build that was killed goes on from the last state that it wrote."""
-    try:
-        with closing(_Begun(folder)) as begun:
-            rows = read(sources, preparation, begun.tally)
-            if begun.taken:
-                say(f"going on after {begun.taken:,} rows that were tokenised before")
-                next(islice(rows, begun.taken - 1, None), None)
-            saved = 0
-            for taken, token_rows in tokenise(rows, tokenizer, preparation, begun.tally):
-                for row in token_rows:
-                    begun.writer.add(row)
-                if taken - saved >= SAVE_EVERY:
-                    saved = taken
-                    begun.save(begun.taken + taken)
-                    say(f"{begun.taken + taken:,} rows tokenised")
-        store = TokenStore.load(folder)
-        storage.write_json(folder / REPORT, finish(store, preparation, begun.tally).as_json())
-        (folder / STATE).unlink(missing_ok=True)
-        saving.seal(folder)
-    except OSError as error:
-        raise WriteError(f"cannot write the tokens into {folder}: {error.strerror}") from None
+    with closing(_Begun(folder)) as begun:
+        rows = read(sources, preparation, begun.tally)
+        if begun.taken:
+            say(f"going on after {begun.taken:,} rows that were tokenised before")
+            next(islice(rows, begun.taken - 1, None), None)
+        saved = 0
+        for taken, token_rows in tokenise(rows, tokenizer, preparation, begun.tally):
+            for row in token_rows:
+                begun.writer.add(row)
+            if taken - saved >= SAVE_EVERY:
+                saved = taken
+                begun.save(begun.taken + taken)
+                say(f"{begun.taken + taken:,} rows tokenised")
+    store = TokenStore.load(folder)
+    storage.write_json(folder / REPORT, finish(store, preparation, begun.tally).as_json())
+    (folder / STATE).unlink(missing_ok=True)
+    saving.seal(folder)
 
 
 class _Begun:
