@@ -56,8 +56,8 @@ def check_foreign(output_dir: Path) -> None:
     found = [f"{name}/{file}" for name in REPLACED for file in saving.foreign(output_dir / name)]
     checkpoints = folder_of(output_dir)
     if checkpoints.is_dir():
-        for path in sorted(checkpoints.iterdir()):
-            files = [path.name] if _number(path) < 0 and not saving.is_unfinished(path) else saving.foreign(path)
+        for path in sorted(path for path in checkpoints.iterdir() if not saving.is_unfinished(Path(path.name))):
+            files = [path.name] if _number(path) < 0 else saving.foreign(path)
             found += [f"{checkpoints.name}/{path.name}{'/' if path.is_dir() else ''}" for _ in files[:1]]
     if found:
         raise LoraMsError(
@@ -69,7 +69,7 @@ def check_foreign(output_dir: Path) -> None:
 
 def remove_foreign(output_dir: Path) -> None:
     """Removes what ``check_foreign`` finds, with the folders that it is in."""
-    checkpoints = [path for path in folder_of(output_dir).glob("*") if not saving.is_unfinished(path)]
+    checkpoints = [path for path in folder_of(output_dir).glob("*") if not saving.is_unfinished(Path(path.name))]
     for folder in [path for path in checkpoints if _number(path) < 0 or saving.foreign(path)]:
         saving.delete(folder)
     for name in REPLACED:

@@ -51,6 +51,7 @@ def record(step: int) -> StepRecord:
 def test_others_files_are_named_and_removed_where_that_is_asked(tmp_path, name, named):
     save(tmp_path, 3)
     (tmp_path / "checkpoints" / f"{saving.PART}step_4").mkdir()
+    (tmp_path / "checkpoints" / f"{saving.PART}step_4" / "half").write_text("of a run that was killed")
     (tmp_path / "notes.txt").write_text("beside what a run replaces")
     checkpoint.check_foreign(tmp_path)
     mine = tmp_path / name
