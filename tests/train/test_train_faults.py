@@ -73,7 +73,7 @@ class Stopped(TrainerCallback):
         if record.step == 2:
             resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, self.soft_hard[1]))
         if record.step == 3:
-            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def on_notice(self, state, text):
         resource.setrlimit(resource.RLIMIT_FSIZE, self.soft_hard)  # room again, once the checkpoint has failed
