@@ -78,6 +78,9 @@ class Stopped(TrainerCallback):
     def on_notice(self, state, text):
         resource.setrlimit(resource.RLIMIT_FSIZE, self.soft_hard)  # room again, once the checkpoint has failed
 
+    def on_train_end(self, state):
+        resource.setrlimit(resource.RLIMIT_FSIZE, self.soft_hard)
+
 
 def test_a_run_that_is_stopped_on_a_full_disk_keeps_its_weights(train, tmp_path, capsys):
     found = train(tmp_path, save_steps=0, callbacks=[Stopped()])
