@@ -85,7 +85,7 @@ class Stopped(TrainerCallback):
 def test_a_run_that_is_stopped_on_a_full_disk_keeps_its_weights(train, tmp_path, capsys):
     found = train(tmp_path, save_steps=0, callbacks=[Stopped()])
     assert (found.outcome.steps, found.outcome.stopped, found.outcome.saved) == (4, True, False)
-    assert list((tmp_path / "checkpoints").iterdir()) == []
+    assert not (tmp_path / "checkpoints").exists()
     assert len(found.adapter) == 28
     assert (
         "checkpoints/step_4: File too large; the run goes on, and its last checkpoint is none"
