@@ -1,20 +1,20 @@
-"""Files on disk: tensors mapped and read one at a time; files and folders written atomically."""
+"""Tensors and settings on disk: mapped and read one at a time, and written block by block."""
 
 import json
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import DTypeLike
 
-from lora_ms.errors import LoraMsError, WriteError
+from lora_ms.errors import LoraMsError
 from lora_ms.folder_schema import IndexJson, check
 from lora_ms.reading import member, opened, parse_json, read_json, readable
+from lora_ms.saving import new_file
 
 # safetensors names its types so; bfloat16, which NumPy lacks, is read as 16-bit words
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "F64": np.float64}
@@ -31,8 +31,10 @@ HEADER_SIZE = 100_000_000  # bytes, the library's limit
 LONGEST_NAME = 1000  # characters of a tensor's name
 MOST_AXES = 32  # of a tensor, as in NumPy
 STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+OF_NUMPY = {"float32": "F32", "float16": "F16", "float64": "F64"}
 INDEX = "model.safetensors.index.json"
-MODEL_FILES = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
+# what another model in the same folder replaces
+MODEL_FILES = re.compile(r"config\.json|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 SHARD_SIZE = 5 * 10**9  # bytes, as transformers has it
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 BLOCK = 2**22  # numbers of a tensor that are in memory at a time
@@ -212,44 +214,20 @@ def read_words(entry: Entry) -> Iterator[np.ndarray]:
         yield np.fromfile(entry.file, kind, count, offset=start)
 
 
-@contextmanager
-def whole(file: Path) -> Iterator[Path]:
-    """A path to write in place of ``file``: renamed to it at the end of the block, removed where the block fails.
-
-    Raises:
-        WriteError: the folder cannot be made or written.
-    """
-    part = file.with_name(file.name + ".part")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        yield part
-        os.replace(part, file)
-    except OSError as error:
-        raise WriteError(f"cannot write {file}: {error.strerror or error}") from None
-    finally:
-        with suppress(OSError):  # where the folder is none there is nothing to remove, either
-            part.unlink(missing_ok=True)
-
-
 def write_json(file: Path, value: object) -> None:
     """Indented, with a final newline."""
-    with whole(file) as part:
+    with new_file(file) as part:
         part.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def write_tensors(file: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
-    """One safetensors file; metadata defaults to the ``{"format": "pt"}`` that transformers and PEFT look for."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import save_file
-
-    with whole(file) as part:
-        # of a view, safetensors writes the memory behind it, without a warning
-        tensors = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
-        try:
-            save_file(tensors, part, metadata={"format": "pt"} if metadata is None else metadata)
-        except SafetensorError as error:
-            raise OSError(f"{error}") from None
-        part.chmod(0o644)  # safetensors leaves it to the owner alone
+def write_tensors(file: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """One safetensors file, as the library itself writes it: sorted by name."""
+    planned = {
+        name: Planned(OF_NUMPY[value.dtype.name], value.shape, partial(iter, [value]))
+        for name, value in sorted(tensors.items())
+    }
+    with new_file(file) as part:
+        write_blocks(part, planned)
 
 
 def encoded(values: np.ndarray, dtype: str) -> np.ndarray:
@@ -274,11 +252,6 @@ class Planned(NamedTuple):
     def size(self) -> int:
         """Bytes."""
         return int(np.prod(self.shape)) * np.dtype(DTYPES[self.dtype]).itemsize
-
-
-def size_text(size: int) -> str:
-    """``1.54 GB``, ``12.3 MB`` or ``140 KB``."""
-    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.0f} KB"
 
 
 def parse_size(text: str) -> int:
@@ -323,57 +296,10 @@ def write_blocks(file: Path, planned: Mapping[str, Planned]) -> None:
     for name, tensor in planned.items():
         header[name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [end, end + tensor.size]}
         end += tensor.size
-    text = json.dumps(header, separators=(",", ":")).encode()
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # the data begin at a multiple of 8, as the format has it
     with open(file, "wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         for tensor in planned.values():
             for block in tensor.blocks():
                 stream.write(np.ascontiguousarray(block).data.cast("B") if block.size else b"")
-
-
-@contextmanager
-def whole_folder(folder: Path, size: int) -> Iterator[Path]:
-    """A folder to fill in place of ``folder``, whose files move there at the end of the block.
-
-    A folder that is new or empty appears at once. From one that holds other files the old weights are removed, so that
-    their shards are not taken for new ones, and the new files are moved in, ``config.json`` last.
-
-    size: bytes that will be written.
-
-    Raises:
-        LoraMsError: too little room, or the folder cannot be made or written; it is as it was then.
-    """
-    folder = folder.absolute()
-    part = folder.with_name(f".{folder.name}.part")
-    made = [parent for parent in folder.parents if not parent.exists()]
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        if folder.exists():
-            os.listdir(folder)  # fails at once where it is a file
-        free = shutil.disk_usage(folder.parent).free
-        if free < size:
-            raise LoraMsError(f"cannot write {folder}: {size_text(size)} are needed, {size_text(free)} are free")
-        shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
-        part.mkdir()
-        yield part
-        if not folder.exists() or not any(folder.iterdir()):
-            os.replace(part, folder)
-            return
-        (folder / "config.json").unlink(missing_ok=True)
-        for file in folder.iterdir():
-            if MODEL_FILES.fullmatch(file.name):
-                file.unlink()
-        for file in sorted(part.iterdir(), key=lambda file: file.name == "config.json"):
-            if file.is_dir():
-                shutil.rmtree(folder / file.name, ignore_errors=True)
-            os.replace(file, folder / file.name)
-    except OSError as error:
-        ours = error.filename is None or Path(error.filename).absolute().is_relative_to(folder.parent)
-        what = f"write {folder}" if ours else f"read {error.filename}"
-        raise LoraMsError(f"cannot {what}: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-        for parent in made if not folder.exists() else ():
-            with suppress(OSError):
-                parent.rmdir()

@@ -43,6 +43,11 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
+def size_text(size: int) -> str:
+    """``1.54 GB``, ``12.3 MB`` or ``140 KB``."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.0f} KB"
+
+
 def listed(items: Sequence[str], most: int = 10, separator: str = "; ") -> str:
     """``a; b; c and 4 more``."""
     more = f" and {len(items) - most:,} more" if len(items) > most else ""

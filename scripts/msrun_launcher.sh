@@ -75,8 +75,8 @@ fi
 if [ $first = 0 ] && (exec 4<>"/dev/tcp/$ADDR/$PORT") 2>/dev/null; then
     die "port $PORT of $ADDR is in use, perhaps by another run; give a PORT of your own (\"CMD\" N PORT LOG_DIR JOIN TIMEOUT)"
 fi
+mkdir -p "$LOG_DIR" 2>/dev/null && [ -w "$LOG_DIR" ] || die "LOG_DIR $LOG_DIR cannot be written; give another"
 if [ $JOIN = False ]; then
-    mkdir -p "$LOG_DIR"
     setsid bash "$0" "$1" "$N" "$LOCAL" "$ADDR" "$PORT" "$NODE_RANK" "$LOG_DIR" True "$TIMEOUT" \
         </dev/null >"$LOG_DIR/launcher.log" 2>&1 &
     echo "Starting $LOCAL of $N processes: ${command[*]}"

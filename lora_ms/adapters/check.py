@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lora_ms import storage
+from lora_ms import saving, storage
 from lora_ms.adapters import offline_merge, peft_files
 from lora_ms.adapters.matching import layer_index, leaf_of, ranges
 from lora_ms.adapters.methods.base import AdapterConfig
@@ -40,6 +40,7 @@ def few(names: list[str]) -> str:
 
 def check_files(adapter: Path, base: Path | None) -> Iterator[Check]:
     """Every check that the files of ``adapter`` and of the model ``base`` can answer, in the order of the table."""
+    yield from check_digests(adapter)
     try:
         config, raw = peft_files.read_adapter_config(adapter), peft_files.read_settings(adapter)
         yield Check("settings", OK, config.describe())
@@ -63,6 +64,20 @@ def check_files(adapter: Path, base: Path | None) -> Iterator[Check]:
         yield from check_complete(config, set(modules), base)
     yield check_template(adapter, base)
     yield from check_vllm(config, raw, modules)
+
+
+def check_digests(adapter: Path) -> Iterator[Check]:
+    """Whether the files are as they were written, where we wrote them."""
+    try:
+        if saving.listed(adapter) is None:
+            return  # another program's
+        fault = saving.changed(adapter)
+    except LoraMsError as error:
+        fault = str(error)
+    if fault:
+        yield Check("digests", FAULT, fault)
+    else:
+        yield Check("digests", OK, f"all files are as {saving.MARKER} says")
 
 
 def check_keys(

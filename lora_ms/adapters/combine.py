@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lora_ms import storage
+from lora_ms import saving, storage
 from lora_ms.adapters.arithmetic import Array, Mix, combined_pair, widened
 from lora_ms.adapters.matching import leaf_of
 from lora_ms.adapters.methods.base import AdapterConfig, Pair
@@ -199,7 +199,7 @@ def write_adapter(adapter: Adapter, path: str | os.PathLike, base_model: str | N
     specs = {}
     for name, pair in adapter.tensors.items():
         if not (np.isfinite(pair.a).all() and np.isfinite(pair.b).all()):
-            raise LoraMsError(f"{name} holds NaN or infinity; {path} was not written")
+            raise LoraMsError(f"{name} holds NaN or infinity; {saving.final_of(path)} was not written")
         for tensor, value in config.pair_tensors(name, pair).items():
             stored[f"{PREFIX}{name}.{tensor}"] = np.ascontiguousarray(value, np.float32)
         specs[name] = config.pair_spec(pair)

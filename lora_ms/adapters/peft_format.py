@@ -1,7 +1,7 @@
 """Adapters in PEFT's format, from and to a model: ``adapter_config.json`` and ``adapter_model.safetensors``."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +9,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn
 from numpy.typing import NDArray
 
-from lora_ms import storage
+from lora_ms import saving, storage
 from lora_ms.adapters.check import missing_modules
 from lora_ms.adapters.inject import (
     InjectReport,
@@ -85,22 +85,33 @@ def save_adapter(
     path, tensors = Path(path), adapter_tensors(model, config) if tensors is None else tensors
     for name, value in tensors.items():
         if not np.isfinite(value).all():
-            raise LoraMsError(f"{name} holds NaN or infinity; {path} was not written")
+            raise LoraMsError(f"{name} holds NaN or infinity; {saving.final_of(path)} was not written")
     storage.write_tensors(path / WEIGHTS, tensors)
     storage.write_json(path / CONFIG, to_peft(config, adapted(model), base_model))
 
 
-def save_as_lora(model: nn.Cell, path: Path, config: AdapterConfig, base_model: str | None = None) -> bool:
-    """Writes the adapter of ``model`` into directory ``path`` as plain LoRA; False where it has no such form."""
+def save_as_lora(
+    model: nn.Cell,
+    path: Path,
+    config: AdapterConfig,
+    base_model: str | None = None,
+    add: Callable[[Path], None] = lambda folder: None,
+) -> bool:
+    """Writes the adapter of ``model`` into directory ``path`` as plain LoRA; False where it has no such form.
+
+    add: writes what is to stand beside it.
+    """
     modules, found = stored_tensors(model, config), adapted(model)
     form = config.as_lora({name: modules.pop(name) for name in found.specs})
     if form is None:
         return False
     lora, specs, tensors = form
     left_out = tuple(name for name in found.specs if name not in specs)
-    storage.write_tensors(path / WEIGHTS, by_key({**modules, **tensors}))
     written = Adapted(specs, found.saved, (*found.plain, *left_out))
-    storage.write_json(path / CONFIG, to_peft(lora, written, base_model))
+    with saving.new_folder(path) as part:
+        storage.write_tensors(part / WEIGHTS, by_key({**modules, **tensors}))
+        storage.write_json(part / CONFIG, to_peft(lora, written, base_model))
+        add(part)
     return True
 
 

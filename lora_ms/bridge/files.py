@@ -1,6 +1,5 @@
 """MindFormers' checkpoint files: ``.safetensors`` read and written in pieces, ``.ckpt`` whole in memory."""
 
-import os
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -11,7 +10,7 @@ import numpy as np
 from mindspore import Tensor
 from numpy.typing import NDArray
 
-from lora_ms import storage
+from lora_ms import saving, storage
 from lora_ms.bridge.layout import Order
 from lora_ms.errors import LoraMsError
 from lora_ms.reading import readable
@@ -108,20 +107,15 @@ def in_memory(tensor: Planned) -> NDArray:
 def write_file(path: Path, tensors: Mapping[str, Planned]) -> None:
     """One ``.safetensors`` or ``.ckpt`` file, atomically."""
     if path.suffix == ".safetensors":
-        with storage.whole(path) as part:
+        with saving.new_file(path) as part:
             storage.write_blocks(part, tensors)
         return
-    part = path.with_name(f".{path.name}.part.ckpt")  # MindSpore expects this ending
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with saving.new_file(path) as part:
         values = [{"name": name, "data": _tensor(tensor)} for name, tensor in tensors.items()]
-        ms.save_checkpoint(values, str(part), format="ckpt")
-        os.replace(part, path)
-        path.chmod(0o644)  # MindSpore leaves it to read alone
-    except OSError as error:
-        raise LoraMsError(f"cannot write {path}: {error.strerror or error}") from None
-    finally:
-        part.unlink(missing_ok=True)
+        try:
+            ms.save_checkpoint(values, str(part), format="ckpt")
+        except RuntimeError as error:
+            raise OSError(str(error).splitlines()[0]) from None
 
 
 def _tensor(tensor: Planned) -> Tensor:

@@ -9,7 +9,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn
 from numpy.typing import NDArray
 
-from lora_ms import storage
+from lora_ms import saving, storage
 from lora_ms.adapters.inject import adapted_layers, freeze_all, install
 from lora_ms.adapters.methods.base import AdapterConfig, Target
 from lora_ms.adapters.offline_merge import modules_of
@@ -242,7 +242,7 @@ def save_adapter(
     tensors = by_key(arrays)
     for name, value in tensors.items():
         if not np.isfinite(value).all():
-            raise LoraMsError(f"{name} holds NaN or infinity; {folder} was not written")
+            raise LoraMsError(f"{name} holds NaN or infinity; {saving.final_of(folder)} was not written")
     specs: dict[str, Any] = {module: config.spec(module) for module in arrays}  # MindPet's, which has no cells of ours
     for path, cell in adapted_layers(network).items():
         specs |= dict.fromkeys(parts_of(_module(path)), cell.spec)

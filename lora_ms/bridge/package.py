@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from importlib import metadata
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
-from typing import Protocol, TextIO
+from typing import Protocol
 
 from lora_ms.errors import LoraMsError
 
@@ -34,9 +34,9 @@ NAMES = {
 
 
 class Log(Protocol):
-    """Where their output goes: a stream that may be replaced by another."""
+    """Where their output goes."""
 
-    copy: TextIO
+    def keep(self, text: str) -> None: ...
 
 
 class Sink:
@@ -47,12 +47,11 @@ class Sink:
 
     def write(self, text: str) -> int:
         if self.target is not None:
-            self.target.copy.write(text)
+            self.target.keep(text)
         return len(text)
 
     def flush(self) -> None:
-        if self.target is not None:
-            self.target.copy.flush()
+        pass
 
     def isatty(self) -> bool:
         return False
@@ -63,7 +62,7 @@ SINK = Sink()
 
 @contextmanager
 def silenced(log: Log) -> Iterator[None]:
-    """Inside the block, what is printed goes to ``log.copy`` alone."""
+    """Inside the block, what is printed goes to ``log`` alone."""
     before = SINK.target
     streams = (sys.stdout, sys.stderr)
     SINK.target = log

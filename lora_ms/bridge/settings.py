@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from lora_ms import storage
+from lora_ms import saving
 from lora_ms.errors import LoraMsError
 
 STEP = "PortableTrainOneStepCell"  # registered by bridge.trainer
@@ -105,7 +105,7 @@ def for_mindformers(given: dict, sections: dict, train_file: str, eval_file: str
 
 def write_settings(file: Path, asked: dict) -> None:
     """Writes the configuration as a file, which MindFormers completes with its own defaults."""
-    with storage.whole(file) as part:
+    with saving.new_file(file) as part:
         part.write_text(yaml.safe_dump(asked, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 

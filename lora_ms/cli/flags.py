@@ -87,6 +87,13 @@ FLAGS: dict[str, list[tuple[str, str, Any, str, str]]] = {
             "True|NAME",
             "resume from the newest checkpoint, or from NAME",
         ),
+        (
+            "overwrite_output_dir",
+            "overwrite_output_dir",
+            flag_bool,
+            "BOOL",
+            "delete others' files in the folders that a run replaces",
+        ),
         ("do_eval", "do_eval", flag_bool, "BOOL", "evaluate on eval_dataset while training"),
         ("eval_step_interval", "eval_step_interval", flag_int, "N", "optimiser steps between evaluations (100)"),
         ("seed", "seed", flag_int, "N", "seed of initialisation, order, dropout, sampling"),

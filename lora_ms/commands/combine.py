@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
+from lora_ms import saving
 from lora_ms.adapters.combine import COMBINATIONS, combine, read_adapter, write_adapter
 from lora_ms.adapters.peft_files import base_name
-from lora_ms.data.tokenizer import load_tokenizer
+from lora_ms.data.tokenizer import load_tokenizer, save_tokenizer
 from lora_ms.errors import LoraMsError
 
 
@@ -34,11 +35,11 @@ def run(
     if len(set(bases.values())) > 1:
         named = "; ".join(f"{path}: {base}" for path, base in bases.items())
         print(f"warning: the adapters name different base models, and fit together only on one: {named}")
-    write_adapter(combined, output_dir, next(iter(bases.values()), None))
-    for path in adapters:
-        if (Path(path) / "tokenizer_config.json").is_file():
-            load_tokenizer(path).save_pretrained(output_dir)
-            break
+    tokenizers = [load_tokenizer(path) for path in adapters if (Path(path) / "tokenizer_config.json").is_file()]
+    with saving.new_folder(Path(output_dir)) as part:
+        write_adapter(combined, part, next(iter(bases.values()), None))
+        if tokenizers:
+            save_tokenizer(tokenizers[0], part)
     modules = len(combined.tensors)
     new_rank = max(len(pair.a) for pair in combined.tensors.values())
     print(f"{len(adapters)} adapters combined by {method}: rank {new_rank} on {modules} modules, {output_dir}")

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from lora_ms import storage
+from lora_ms import saving, storage
 from lora_ms.adapters import offline_merge
 from lora_ms.errors import LoraMsError
 from lora_ms.hf_folder import model_config, open_model
@@ -14,6 +14,7 @@ from lora_ms.recipes.model_folder import (
     config_for,
     copy_texts,
 )
+from lora_ms.text import size_text
 
 
 def run(
@@ -58,13 +59,13 @@ def run(
         updates.pop(offline_merge.HEAD, None)
     planned = offline_merge.plan(entries, updates, storage.STORED.get(dtype), safe_merge)
     size = sum(tensor.size for tensor in planned.values())
-    print(f"merging {len(updates)} modules of {adapter} into {base}: {len(planned)} tensors, {storage.size_text(size)}")
+    print(f"merging {len(updates)} modules of {adapter} into {base}: {len(planned)} tensors, {size_text(size)}")
     unties = hf.get("tie_word_embeddings", False) and not tied
     if unties:
         print("the head and the embedding come apart: tie_word_embeddings becomes false")
-    with storage.whole_folder(output, size) as folder:
+    with saving.new_folder(output, size, storage.MODEL_FILES) as folder:
         for file in storage.write_model(folder, planned, shard_size):
-            print(f"  {file.name}  {storage.size_text(file.stat().st_size)}")
+            print(f"  {file.name}  {size_text(file.stat().st_size)}")
         copied = copy_texts(base, adapter, folder)
         storage.write_json(folder / "config.json", config_for(hf, dtype, unties))
     print(f"merged model: {output}")

@@ -16,6 +16,7 @@ from lora_ms.recipes import data
 from lora_ms.recipes.model import read_sizes
 from lora_ms.recipes.outputs import DATA_REPORT
 from lora_ms.recipes.session import check_output
+from lora_ms.train.log import locked_output
 
 ROWS_PER_FILE = 100_000
 SAMPLED_ROWS = 4096  # from which padding is estimated
@@ -43,11 +44,12 @@ def run(config: RunConfig, report: bool, layout: str) -> None:
     store, found = prepare(sources, tokenizer, preparation, always_cache=True)
     found = replace(found, padding=padding(config, store, preparation.seq_length))
     print(*found.table(), sep="\n")
-    storage.write_json(output_dir / DATA_REPORT, [found.as_json()])
-    if report:
-        return
-    width = preparation.seq_length + 1 if layout == "mindformers" else None
-    written = write(store, output_dir, width, pad_id(tokenizer))
+    with locked_output(output_dir):
+        storage.write_json(output_dir / DATA_REPORT, [found.as_json()])
+        if report:
+            return
+        width = preparation.seq_length + 1 if layout == "mindformers" else None
+        written = write(store, output_dir, width, pad_id(tokenizer))
     print(f"{len(store):,} rows in {written} MindRecord files: {output_dir}")
 
 
@@ -72,7 +74,8 @@ def write(store: TokenStore, output_dir: Path, width: int | None, pad: int) -> i
     """Writes the files that do not exist yet; returns the number of all."""
     content = {"content": store.key, "rows": len(store), "width": width}
     state = storage.read_json(output_dir / STATE) if (output_dir / STATE).is_file() else {}
-    done = state.get("done", 0) if {key: state.get(key) for key in content} == content else 0
+    done = state.get("done") if {key: state.get(key) for key in content} == content else 0
+    done = done if type(done) is int and done >= 0 else 0
     files = -(-len(store) // ROWS_PER_FILE)
     for number in range(done, files):
         rows = range(number * ROWS_PER_FILE, min((number + 1) * ROWS_PER_FILE, len(store)))

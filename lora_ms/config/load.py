@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from lora_ms import saving
 from lora_ms.config.presets import LOW_MEMORY, PRESETS
 from lora_ms.config.problems import describe
 from lora_ms.config.schema import MINDFORMERS_SECTIONS, RunConfig, key_of, move_pet_config, without_effect
@@ -102,15 +103,11 @@ def dump_config(config: RunConfig, path: str) -> None:
     they have their default value.
 
     Raises:
-        LoraMsError: the file cannot be written.
+        WriteError: the file cannot be written.
     """
     text = yaml.safe_dump({**_plain(config), **config.mindformers_sections}, sort_keys=False, allow_unicode=True)
-    try:
-        with open(f"{path}.tmp", "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(f"{path}.tmp", path)
-    except OSError as problem:
-        raise LoraMsError(f"cannot write {path}: {problem.strerror}") from problem
+    with saving.new_file(Path(path)) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 def read_yaml(path: str) -> dict[str, Any]:

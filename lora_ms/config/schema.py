@@ -102,6 +102,7 @@ class RunConfig(Section):
     load_checkpoint: Path = ""  # Hugging Face folder, or MindSpore .ckpt or .safetensors
     load_adapter: Path = ""  # PEFT adapter folder to go on from, or to predict with (ours)
     resume_training: Annotated[bool | str, BeforeValidator(_resume)] = False  # True: the newest; or a checkpoint's name
+    overwrite_output_dir: Flag = False  # delete others' files in the folders that a run replaces (ours)
     use_parallel: Flag = False  # one process per card, started by msrun
     do_eval: Flag = False  # evaluate on eval_dataset while training, and at its end
     eval_step_interval: Whole = Field(100, ge=-1)  # optimiser steps between evaluations, -1: none but the last

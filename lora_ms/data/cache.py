@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,7 +9,9 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_ms import saving
 from lora_ms.data.template import template_of
+from lora_ms.errors import WriteError
 from lora_ms.runtime import host
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ VERSION = 3  # raised when the same rows would become other tokens
 
 def folder_of(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase | None, preparation: Mapping[str, Any]) -> Path:
     """The folder of the tokens that these files become."""
-    return host.cache_folder() / "tokens" / key_of(files, tokenizer, preparation)
+    return host.cache_folder("tokens") / key_of(files, tokenizer, preparation)
 
 
 def key_of(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase | None, preparation: Mapping[str, Any]) -> str:
@@ -48,8 +49,14 @@ def key_of(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase | None, pre
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Holds the folder: another process, such as another card's, waits and then finds the work done."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    """Holds the folder: another process, such as another card's, waits and then finds the work done.
+
+    Raises:
+        WriteError: a file in it cannot be used, here or in the block.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with saving.locked(folder, wait=True):
+            yield
+    except OSError as error:
+        raise WriteError(f"cannot use the cache {folder}: {error.strerror}: {error.filename or ''}") from None

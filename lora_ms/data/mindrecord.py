@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_ms.data.example import IGNORE_INDEX, RawRow, TokenRow, shown_name
-from lora_ms.errors import LoraMsError
+from lora_ms.errors import LoraMsError, WriteError
 from lora_ms.reading import readable
 
 ROWS_WRITTEN = 2000  # together
@@ -64,14 +64,18 @@ def write_mindrecord(path: Path, rows: Iterable[TokenRow], width: int | None, pa
     """
     from mindspore.mindrecord import FileWriter
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    writer = FileWriter(str(path), 1, overwrite=True)
     column = {"type": "int32", "shape": [-1 if width is None else width]}
-    writer.add_schema({"input_ids": column, "labels": column}, "token rows of lora_ms")
     rows = iter(rows)
-    while piece := [_padded(row, width, pad_id) for row in islice(rows, ROWS_WRITTEN)]:
-        writer.write_raw_data(piece)
-    writer.commit()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        writer = FileWriter(str(path), 1, overwrite=True)
+        writer.add_schema({"input_ids": column, "labels": column}, "token rows of lora_ms")
+        while piece := [_padded(row, width, pad_id) for row in islice(rows, ROWS_WRITTEN)]:
+            writer.write_raw_data(piece)
+        writer.commit()
+    except (OSError, RuntimeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error).strip().splitlines()[0]
+        raise WriteError(f"cannot write {path}: {reason}") from None
 
 
 def _padded(row: TokenRow, width: int | None, pad_id: int) -> dict[str, NDArray[np.int32]]:

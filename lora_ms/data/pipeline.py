@@ -5,18 +5,20 @@ The stages are generators over the rows, one after another: `read` and `tokenise
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field, replace
+from hashlib import sha256
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from zlib import adler32, crc32
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_ms import storage
+from lora_ms import saving, storage
 from lora_ms.data import cache
 from lora_ms.data.clean import Cleaner, CleaningRules
 from lora_ms.data.example import IGNORE_INDEX, Completion, Example, Row, TokenRow
@@ -75,12 +77,31 @@ def prepare(
     preparation = replace(preparation, vocab_size=None)
     folder = cache.folder_of(files, tokenizer, asdict(preparation))
     with cache.locked(folder):
-        if not (folder / REPORT).is_file():
+        found = _kept(folder, say)
+        if found is None:
             _build(folder, sources, tokenizer, preparation, say)
-    store = TokenStore.load(folder)
+            found = _load(folder)
+    store, report = found
     if vocab_size is not None:
         check_vocabulary(store, vocab_size)
-    return store, Report(**storage.read_json(folder / REPORT))
+    return store, report
+
+
+def _load(folder: Path) -> tuple[TokenStore, Report]:
+    return TokenStore.load(folder), Report(**storage.read_json(folder / REPORT))
+
+
+def _kept(folder: Path, say: Callable[[str], None]) -> tuple[TokenStore, Report] | None:
+    """What was kept in `folder`, every file as it was written; None where that is nothing."""
+    if not (folder / saving.MARKER).exists():
+        return None
+    if saving.is_intact(folder):
+        with suppress(OSError, TypeError, ValueError, LoraMsError):  # files of another version of this program
+            return _load(folder)
+    say(f"the tokens kept in {folder} are damaged: tokenising the rows again")
+    for name in saving.files_of(folder):
+        (folder / name).unlink()
+    return None
 
 
 def _all_files(source: str, split: str) -> list[Path]:
@@ -96,27 +117,57 @@ def _build(
     say: Callable[[str], None],
 ) -> None:
     """Tokenises into `folder`; a build that was killed goes on from the last state that it wrote."""
-    state = storage.read_json(folder / STATE) if (folder / STATE).is_file() else {}
-    tally = Tally.of(state["tally"]) if state else Tally()
-    tally.forget_reading()
-    done = state.get("taken", 0)
-    rows = read(sources, preparation, tally)
-    if done:
-        say(f"going on after {done:,} rows that were tokenised before")
-        next(islice(rows, done - 1, None), None)
-    saved = 0
-    with closing(StoreWriter(folder, **state.get("written", {}))) as writer:
-        for taken, token_rows in tokenise(rows, tokenizer, preparation, tally):
+    with closing(_Begun(folder)) as begun:
+        rows = read(sources, preparation, begun.tally)
+        if begun.taken:
+            say(f"going on after {begun.taken:,} rows that were tokenised before")
+            next(islice(rows, begun.taken - 1, None), None)
+        saved = 0
+        for taken, token_rows in tokenise(rows, tokenizer, preparation, begun.tally):
             for row in token_rows:
-                writer.add(row)
+                begun.writer.add(row)
             if taken - saved >= SAVE_EVERY:
                 saved = taken
-                position = {"written": writer.flush(), "taken": done + taken, "tally": tally.state()}
-                storage.write_json(folder / STATE, position)
-                say(f"{done + taken:,} rows tokenised")
+                begun.save(begun.taken + taken)
+                say(f"{begun.taken + taken:,} rows tokenised")
     store = TokenStore.load(folder)
-    storage.write_json(folder / REPORT, finish(store, preparation, tally).as_json())
+    storage.write_json(folder / REPORT, finish(store, preparation, begun.tally).as_json())
     (folder / STATE).unlink(missing_ok=True)
+    saving.seal(folder)
+
+
+class _Begun:
+    """A build of tokens: where an earlier start of it stopped, or its beginning."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.taken = 0  # rows that were read before
+        self.tally = Tally()
+        try:
+            state = storage.read_json(folder / STATE) if (folder / STATE).is_file() else {}
+            if state and state.pop("sha256") != _digest(state):
+                raise ValueError("damaged")
+            self.writer = StoreWriter(folder, **state.get("written", {}))
+            if state:
+                self.tally = Tally.of(state["tally"])
+                self.taken = state["taken"]
+        except (LoraMsError, KeyError, TypeError, ValueError):  # damaged: from the beginning, then
+            self.writer = StoreWriter(folder)
+        self.tally.forget_reading()
+
+    def save(self, taken: int) -> None:
+        """Writes where the build is, after ``taken`` rows."""
+        state = {"written": self.writer.flush(), "taken": taken, "tally": self.tally.state()}
+        state = json.loads(json.dumps(state))  # its keys as they are read
+        storage.write_json(self.folder / STATE, {**state, "sha256": _digest(state)})
+
+    def close(self) -> None:
+        """No more rows."""
+        self.writer.close()
+
+
+def _digest(state: Mapping[str, Any]) -> str:
+    return sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def prepare_rows(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterable, Iterator, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
-from typing import NamedTuple, overload
+from typing import Any, BinaryIO, NamedTuple, overload
 from zlib import crc32
 
 import numpy as np
@@ -184,19 +186,31 @@ def _map(file: Path, dtype: type) -> NDArray:
 class StoreWriter:
     """Appends rows to the files of a store; ``flush`` makes them last, and a later start goes on from there.
 
-    rows, tokens, letters: what an earlier start has flushed; whatever came after is cut off.
+    rows, tokens, letters, digests: what an earlier start has flushed; whatever came after is cut off.
+
+    Raises ValueError where the files do not hold that, and OSError.
     """
 
-    def __init__(self, folder: Path, rows: int = 0, tokens: int = 0, letters: int = 0) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+    def __init__(
+        self, folder: Path, rows: int = 0, tokens: int = 0, letters: int = 0, digests: Mapping[str, str] | None = None
+    ) -> None:
         self.rows = rows
         self.tokens = tokens
         self.letters = letters
         sizes = {"ids": tokens, "labels": tokens, "ends": rows, "names": letters, "name_ends": rows}
-        self.files = {}
+        self.files: dict[str, BinaryIO] = {}
+        self.digests = {}
         for name, count in sizes.items():
-            file = self.files[name] = open(folder / f"{name}.bin", "ab")
-            file.truncate(count * np.dtype(DTYPES[name]).itemsize)
+            size = count * np.dtype(DTYPES[name]).itemsize
+            file = self.files[name] = open(folder / f"{name}.bin", "ab+")
+            digest = self.digests[name] = sha256()
+            file.seek(0)
+            while piece := file.read(min(size - file.tell(), 1 << 20)):
+                digest.update(piece)
+            if digests is not None and digest.hexdigest() != digests[name]:
+                self.close()
+                raise ValueError(f"{name}.bin is damaged")
+            file.truncate(size)
 
     def add(self, row: TokenRow) -> None:
         """One more row."""
@@ -204,17 +218,23 @@ class StoreWriter:
         self.rows += 1
         self.tokens += len(row.input_ids)
         self.letters += len(name)
-        self.files["ids"].write(row.input_ids.tobytes())
-        self.files["labels"].write(row.labels.tobytes())
-        self.files["ends"].write(self.tokens.to_bytes(8, "little"))
-        self.files["names"].write(name)
-        self.files["name_ends"].write(self.letters.to_bytes(8, "little"))
+        self._write("ids", row.input_ids.tobytes())
+        self._write("labels", row.labels.tobytes())
+        self._write("ends", self.tokens.to_bytes(8, "little"))
+        self._write("names", name)
+        self._write("name_ends", self.letters.to_bytes(8, "little"))
 
-    def flush(self) -> dict[str, int]:
-        """Writes what is buffered; the counts to go on from."""
+    def _write(self, name: str, data: bytes) -> None:
+        self.files[name].write(data)
+        self.digests[name].update(data)
+
+    def flush(self) -> dict[str, Any]:
+        """Brings to disk what is buffered; the counts and digests to go on from."""
         for file in self.files.values():
             file.flush()
-        return {"rows": self.rows, "tokens": self.tokens, "letters": self.letters}
+            os.fsync(file.fileno())
+        digests = {name: digest.hexdigest() for name, digest in self.digests.items()}
+        return {"rows": self.rows, "tokens": self.tokens, "letters": self.letters, "digests": digests}
 
     def close(self) -> None:
         """No more rows."""

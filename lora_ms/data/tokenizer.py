@@ -101,6 +101,14 @@ def _model_type(folder: Path) -> str | None:
     return hf_folder.model_config(folder).get("model_type") if found else None
 
 
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Writes the tokenizer's files into ``folder``. Raises OSError."""
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # the tokenizers library raises no other
+        raise OSError(f"the tokenizer: {error}") from None
+
+
 def pad_id(tokenizer: PreTrainedTokenizerBase | None) -> int:
     """Id to fill rows with. Padding goes by length, so any id will do; 0 where the tokenizer has none."""
     if tokenizer is None or tokenizer.pad_token_id is None:

@@ -11,7 +11,7 @@ import numpy as np
 from mindspore import Parameter, Tensor
 from numpy.typing import DTypeLike
 
-from lora_ms import storage
+from lora_ms import saving, storage
 from lora_ms.errors import LoraMsError
 from lora_ms.hf_folder import (
     CONFIG,
@@ -221,8 +221,8 @@ def stored_blocks(parameter: Parameter, dtype: str) -> Iterator[np.ndarray]:
     yield storage.encoded(parameter.asnumpy(), dtype)
 
 
-def save_directory(
-    model: CausalLM, path: str | os.PathLike, dtype: DTypeLike = np.float32, shard_size: int = storage.SHARD_SIZE
+def write_directory(
+    model: CausalLM, folder: Path, dtype: DTypeLike = np.float32, shard_size: int = storage.SHARD_SIZE
 ) -> None:
     """Writes ``config.json`` and the weights, in files of at most ``shard_size`` bytes: transformers loads the result.
 
@@ -242,9 +242,18 @@ def save_directory(
     hf["dtype" if "rope_parameters" in hf else "torch_dtype"] = name_of_type
     if model.config.tie_word_embeddings and "lm_head.weight" in planned:
         hf["tie_word_embeddings"] = False
-    with storage.whole_folder(Path(path), sum(tensor.size for tensor in planned.values())) as folder:
-        for _ in storage.write_model(folder, planned, shard_size):
-            pass
-        if model.generation_config:
-            storage.write_json(folder / GENERATION, model.generation_config)
-        storage.write_json(folder / "config.json", hf)
+    for _ in storage.write_model(folder, planned, shard_size):
+        pass
+    if model.generation_config:
+        storage.write_json(folder / GENERATION, model.generation_config)
+    storage.write_json(folder / "config.json", hf)
+
+
+def save_directory(
+    model: CausalLM, path: str | os.PathLike, dtype: DTypeLike = np.float32, shard_size: int = storage.SHARD_SIZE
+) -> None:
+    """``write_directory`` into a folder that is written whole or not at all."""
+    check_plain(model)
+    size = sum(p.size for _, p in model.parameters_and_names()) * np.dtype(dtype).itemsize
+    with saving.new_folder(Path(path), size, storage.MODEL_FILES) as folder:
+        write_directory(model, folder, dtype, shard_size)

@@ -8,6 +8,7 @@ import numpy as np
 from mindspore import Tensor, nn
 from numpy.typing import NDArray
 
+from lora_ms import saving
 from lora_ms.adapters.check import missing_modules
 from lora_ms.adapters.combine import combine
 from lora_ms.adapters.inject import build, report, select, target_layers
@@ -230,7 +231,8 @@ class PeftModel:
         for name in selected_adapters or (active,):
             self.adapters.activate(name)
             folder = Path(path) if selected_adapters is None or name == DEFAULT else Path(path) / name
-            save_adapter(self.model, folder, self.peft_config[name], self.model.source)
+            with saving.new_folder(folder) as part:
+                save_adapter(self.model, part, self.peft_config[name], self.model.source)
         self.adapters.activate(active)
 
 

@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from lora_ms.runtime.device import Runtime
 from lora_ms.train import tensorboard
 from lora_ms.train.callbacks import TrainerCallback
 from lora_ms.train.evaluation import Evaluator
+from lora_ms.train.log import locked_output
 from lora_ms.train.loop import Outcome
 from lora_ms.train.settings import TrainSettings
 
@@ -32,6 +34,7 @@ SETTINGS = {
     "early_stopping_patience": "patience",
     "gradient_checkpointing": "recompute",
     "resume_from_checkpoint": "resume",
+    "overwrite_output_dir": "overwrite",
 }
 STRATEGIES = ("no", "steps", "epoch")
 SCHEDULES = ("constant", "linear", "cosine")
@@ -66,6 +69,7 @@ class TrainingArguments:
     use_parallel: bool = False  # one process per card, started by msrun
     seed: int = 0
     resume_from_checkpoint: bool | str = False  # True: the newest; or a name such as "step_40"
+    overwrite_output_dir: bool = False  # delete others' files in the folders that a run replaces
     auto_trans_ckpt: bool = False  # no effect: each process reads its part of the checkpoint either way
     eval_strategy: str = "no"  # no, steps or epoch, of eval_dataset; and once at the end
     evaluation_strategy: str = "no"  # its older name
@@ -198,7 +202,8 @@ class Trainer:
             evaluator=self._evaluator(settings, runtime) if self.args.evaluates else None,
             callbacks=self.callbacks,
         )
-        outcome = train(run)
+        with locked_output(settings.output_dir) if runtime.is_main else nullcontext():
+            outcome = train(run)
         if self.peft and hook is not None:
             self.peft.peft_config[str(self.peft.active_adapter)] = hook.config()
         return outcome

@@ -9,6 +9,7 @@ from lora_ms.adapters import check
 from lora_ms.adapters.check import FAULT, OK, WARNING, Check
 from lora_ms.errors import LoraMsError
 from lora_ms.runtime import host
+from lora_ms.text import size_text
 
 PROMPT = "Who are you? Tell me in one sentence."
 TOKENS = 16  # of the prompt
@@ -33,7 +34,7 @@ def check_logits(adapter: Path, base: Path) -> Check:
     needed = 5 * check.size_of(entries)  # bytes: float32, and a quarter to work with
     free = int(host.available() * host.MB)
     if needed > free:
-        text = f"not compared: {storage.size_text(needed)} of memory are needed, {storage.size_text(free)} are free"
+        text = f"not compared: {size_text(needed)} of memory are needed, {size_text(free)} are free"
         return Check("logits", WARNING, text)
     from mindspore import Tensor
 

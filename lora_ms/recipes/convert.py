@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lora_ms import storage
+from lora_ms import saving, storage
 from lora_ms.bridge import weights
 from lora_ms.bridge.files import NAME_MAP, SUFFIXES, of_entry, read_file, write_file
 from lora_ms.bridge.layout import heads_of
@@ -14,6 +14,7 @@ from lora_ms.hf_folder import EMBEDDING, HEAD, model_config, open_model, untied_
 from lora_ms.models.decoder import DecoderConfig
 from lora_ms.models.hub import check_names, read_config
 from lora_ms.recipes.model_folder import check_output, config_for, copy_texts
+from lora_ms.text import size_text
 
 
 def to_mindformers(
@@ -44,14 +45,14 @@ def to_mindformers(
         write_file(target, tensors)
     else:
         check_output(target, source, source, overwrite)
-        with storage.whole_folder(target, total) as folder:
+        with saving.new_folder(target, total, storage.MODEL_FILES) as folder:
             shards = storage.shards_of(tensors, shard_size)
             for file, names in shards.items():
                 storage.write_blocks(folder / file, {name: tensors[name] for name in names})
             storage.write_json(folder / NAME_MAP, {name: file for file, names in shards.items() for name in names})
     return [
         *found.notices,
-        f"{len(tensors)} tensors, {storage.size_text(total)}, under MindFormers' {naming} names: {target}",
+        f"{len(tensors)} tensors, {size_text(total)}, under MindFormers' {naming} names: {target}",
     ]
 
 
@@ -74,7 +75,7 @@ def to_hugging_face(
     check_names(shapes_of(sizes), {name: tensor.shape for name, tensor in tensors.items()}, str(source))
     check_output(target, base, base, overwrite)
     total = sum(tensor.size for tensor in tensors.values())
-    with storage.whole_folder(target, total) as folder:
+    with saving.new_folder(target, total, storage.MODEL_FILES) as folder:
         for _ in storage.write_model(folder, tensors, shard_size):
             pass
         copy_texts(base, base, folder)
@@ -82,7 +83,7 @@ def to_hugging_face(
         named = [name for name, stored in storage.STORED.items() if {stored} == written]
         storage.write_json(folder / "config.json", config_for(hf, named[0] if named else dtype, unties))
     lines = [untied_notice(source)] if unties else []
-    lines += [f"{len(tensors)} tensors, {storage.size_text(total)}: {target}"]
+    lines += [f"{len(tensors)} tensors, {size_text(total)}: {target}"]
     if left_out:
         lines.append(f"left out: {len(left_out)} tensors that are no weights of the model, such as {left_out[0]}")
     return lines

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from lora_ms import storage
+from lora_ms import saving
 from lora_ms.config import RunConfig
 from lora_ms.data.example import Message
 from lora_ms.data.loader import DataPlan
@@ -121,17 +121,17 @@ class Quiz:
         if not is_main:
             self.ask(speaker)
             return
-        with storage.whole(self.path) as part, open(part, "w", encoding="utf-8") as file:
-            answers = self.ask(speaker)
-            matches = [is_match(answer, q.reference) for q, answer in zip(self.questions, answers, strict=True)]
-            for q, answer, match in zip(self.questions, answers, matches, strict=True):
-                line = {"row": q.where, "prompt": q.prompt, "answer": answer, "reference": q.reference}
-                file.write(json.dumps({**line, "exact_match": match}, ensure_ascii=False) + "\n")
+        answers = self.ask(speaker)
+        matches = [is_match(answer, q.reference) for q, answer in zip(self.questions, answers, strict=True)]
         score = chrf(answers, [q.reference for q in self.questions])
         exact = f"exact match {sum(matches) / len(matches):.1%} ({sum(matches):,} of {len(matches):,})"
         print(exact if score is None else f"{exact}  chrF {score:.1f}")
         if score is None:
             print("chrF is left out: it needs sacrebleu (pip install sacrebleu)")
+        with saving.new_file(self.path) as part, open(part, "w", encoding="utf-8") as file:
+            for q, answer, match in zip(self.questions, answers, matches, strict=True):
+                line = {"row": q.where, "prompt": q.prompt, "answer": answer, "reference": q.reference}
+                file.write(json.dumps({**line, "exact_match": match}, ensure_ascii=False) + "\n")
         print(f"answers: {self.path}")
 
 

@@ -33,6 +33,7 @@ from lora_ms.recipes.outputs import RUN_LOG, adapter_line
 from lora_ms.recipes.settings import settings_of
 from lora_ms.recipes.train import PreparedRun
 from lora_ms.runtime.device import peak_memory_mb
+from lora_ms.train import checkpoint
 from lora_ms.train.callbacks import RunState, StepRecord
 from lora_ms.train.checkpoint import Weights
 from lora_ms.train.evaluation import Scores
@@ -69,7 +70,7 @@ def read_inputs(config: RunConfig) -> MindFormersInputs:
     data.sources_of(config.train_dataset, "train")
     sizes = sizes_of(config)
     tokenizer = data.tokenizer_for(config, training=True)
-    session.check_output(Path(config.output_dir))
+    session.check_run_output(config)
     return MindFormersInputs(config, pet, sizes, tokenizer)
 
 
@@ -87,9 +88,9 @@ def prepare(inputs: MindFormersInputs, log: Tee) -> PreparedRun:
         folder /= f"rank_{runtime.rank}"
     with nullcontext() if runtime.is_main else package.silenced(log):
         built = MindFormersModel(config, inputs.pet, inputs.sizes, runtime, log)
+        log.to((output_dir if runtime.is_main else folder) / RUN_LOG)
         train = rows_of(config, "train", inputs.sizes, inputs.tokenizer, folder)
         held_out = rows_of(config, "eval", inputs.sizes, inputs.tokenizer, folder) if config.do_eval else None
-        log.to((output_dir if runtime.is_main else folder) / RUN_LOG)
         asked = built.settings(train, held_out)
         batch_size = asked["runner_config"]["batch_size"]
         if train.count < batch_size:
@@ -159,6 +160,12 @@ class MindFormersRun:
 
     def begin(self) -> None:
         """MindFormers writes checkpoints of its own, and resumes by itself."""
+        output_dir = self.settings.output_dir
+        if self.runtime.is_main:
+            checkpoint.recover(output_dir)
+            if self.settings.overwrite:
+                checkpoint.remove_foreign(output_dir)
+            checkpoint.check_foreign(output_dir)
 
     def train(self) -> Outcome:
         tokens = self.batch_size * self.built.length

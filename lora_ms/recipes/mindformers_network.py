@@ -17,7 +17,7 @@ from lora_ms.bridge import model, package, settings, trainer
 from lora_ms.config import PetConfig, RunConfig
 from lora_ms.config.model import method_keys
 from lora_ms.data.mindrecord import fixed_width, write_mindrecord
-from lora_ms.data.tokenizer import pad_id
+from lora_ms.data.tokenizer import pad_id, save_tokenizer
 from lora_ms.errors import LoraMsError
 from lora_ms.models.decoder import DecoderConfig
 from lora_ms.recipes import data
@@ -254,4 +254,4 @@ class MindFormersModel:
         """Writes the adapter of ``network`` as a PEFT folder, with the tokenizer."""
         model.save_adapter(network, folder, self.lora, self.heads, self.linear, self.config.load_checkpoint)
         if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+            save_tokenizer(tokenizer, folder)

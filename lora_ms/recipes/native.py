@@ -55,7 +55,7 @@ def read_inputs(config: RunConfig) -> NativeInputs:
     preparation = data.preparation_of(config, config.train_dataset, sizes.max_position_embeddings, sizes.vocab_size)
     rows = data.rows_of(config.train_dataset, sources, tokenizer, preparation)
     rows, held_out = data.split_off(config, rows, tokenizer, preparation)
-    session.check_output(Path(config.output_dir))
+    session.check_run_output(config)
     return NativeInputs(config, sizes, tokenizer, preparation, rows, held_out)
 
 
@@ -72,7 +72,10 @@ def prepare(inputs: NativeInputs, log: Tee) -> NativeRun:
     runtime = session.start(config)
     dtype = compute_dtype(config, runtime)
     settings = settings_of(config, sizes.max_position_embeddings)
-    if settings.resume:
+    if settings.resume and runtime.is_main:
+        if output_dir.is_dir():
+            log.to(output_dir / RUN_LOG)
+            checkpoint.recover(output_dir)
         checkpoint.find(output_dir, settings.resume)
     plan = data.plan_training(inputs.rows, tokenizer, settings, runtime)
     if runtime.is_main:
@@ -89,8 +92,8 @@ def prepare(inputs: NativeInputs, log: Tee) -> NativeRun:
         print(report(model, trained, runtime.shard).line())
         if hook is not None:
             print(hook.describe())
-        log.to(output_dir / RUN_LOG)  # the first write: data, model and adapter are checked
         if not settings.resume:
+            log.to(output_dir / RUN_LOG)  # the first write: data, model and adapter are checked
             dump_config(config, str(output_dir / "config.yaml"))
     evaluator = None
     if inputs.held_out is not None:

@@ -6,21 +6,22 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from lora_ms import saving
 from lora_ms.adapters.methods.base import AdapterConfig
 from lora_ms.adapters.peft_format import adapter_tensors, restore_adapter, save_adapter, save_as_lora
+from lora_ms.data.tokenizer import save_tokenizer
 from lora_ms.models import hub
 from lora_ms.models.decoder import CausalLM
 from lora_ms.nn.parallel import WHOLE, Shard
-from lora_ms.train.checkpoint import FOLDERS, Weights
+from lora_ms.train.checkpoint import AS_LORA, REPLACED, Weights
 
 DATA_REPORT = "data_report.json"  # what became of the rows
 RUN_LOG = "run.log"  # what was printed
-AS_LORA = "adapter_lora"  # besides adapter/: the same as plain LoRA, where the method has such a form
 
 
 def earlier_outputs(output_dir: Path) -> list[str]:
     """Folders that an earlier run has left with what it trained."""
-    return [name for name in (*FOLDERS, AS_LORA) if (output_dir / name).is_dir()]
+    return [name for name in REPLACED[1:] if (output_dir / name).is_dir()]
 
 
 def adapter_line(output_dir: Path, folder: str) -> str:
@@ -48,13 +49,16 @@ def weights_of(
         if adapter is not None and shard.count > 1:
             gathered.update(adapter_tensors(model, adapter, shard))
 
+    def add_tokenizer(path: Path) -> None:
+        if tokenizer is not None:
+            save_tokenizer(tokenizer, path)
+
     def save(path: Path, config: AdapterConfig | None) -> None:
         if config is None:
-            hub.save_directory(model, path)
+            hub.write_directory(model, path)
         else:
             save_adapter(model, path, config, model.source, gathered or None)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(path)
+        add_tokenizer(path)
 
     def read(path: Path) -> None:
         if adapter is None:
@@ -65,12 +69,10 @@ def weights_of(
     def finish(path: Path) -> None:
         # a checkpoint holds what may yet come back; the end of the run does not
         config = hook.config()
-        as_lora = path.with_name(AS_LORA)
+        as_lora = path.with_name(saving.final_of(path).name + AS_LORA)
         save(path, config)
         line = hook.summary()
-        if save_as_lora(model, as_lora, config, model.source):
-            if tokenizer is not None:
-                tokenizer.save_pretrained(as_lora)
+        if save_as_lora(model, as_lora, config, model.source, add_tokenizer):
             line += f"; as plain LoRA in {as_lora}"
         print(line)
 

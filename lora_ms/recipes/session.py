@@ -8,6 +8,8 @@ from lora_ms.errors import LoraMsError
 from lora_ms.models.decoder import DecoderConfig
 from lora_ms.runtime import device
 from lora_ms.runtime.device import Runtime
+from lora_ms.train import checkpoint
+from lora_ms.train.log import locked_output
 
 MODEL_PARALLEL = "parallel_config.model_parallel"
 # sizes that are divided among the processes that share a model: YAML key -> DecoderConfig's
@@ -83,6 +85,18 @@ def layout_notices(config: RunConfig, runtime: Runtime) -> list[str]:
     layout = f"processes: {runtime.data_ranks} data-parallel x {runtime.shard.count} model-parallel"
     other = asked.data_parallel not in (1, runtime.data_ranks)
     return [layout + (f" (parallel_config.data_parallel is {asked.data_parallel})" if other else "")]
+
+
+def check_run_output(config: RunConfig) -> None:
+    """Raises LoraMsError where a run may not write to ``output_dir``: it cannot be written, another run is at it, or it
+    holds what no run has written where this one would replace it. Creates nothing."""
+    output_dir = Path(config.output_dir)
+    check_output(output_dir)
+    if output_dir.is_dir() and not config.use_parallel:  # of several processes, the main one has the lock
+        with locked_output(output_dir):
+            pass
+    if not config.overwrite_output_dir:
+        checkpoint.check_foreign(output_dir)
 
 
 def check_output(output_dir: Path) -> None:

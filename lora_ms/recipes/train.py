@@ -1,15 +1,19 @@
 """The one function that trains: for the command line, the Python interface and MindFormers' backend."""
 
-from collections.abc import Sequence
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 import mindspore as ms
 
-from lora_ms import storage
+from lora_ms import saving, storage
 from lora_ms.adapters.methods.training import rate_factors
 from lora_ms.data.loader import DataPlan
+from lora_ms.errors import WriteError
 from lora_ms.models.decoder import CausalLM
 from lora_ms.recipes.outputs import DATA_REPORT, adapter_line
 from lora_ms.runtime.device import Runtime, barrier, memory_share
@@ -24,6 +28,7 @@ from lora_ms.train.loop import Outcome, TrainingLoop
 from lora_ms.train.profile import Profiling
 from lora_ms.train.report import Reporter
 from lora_ms.train.settings import TrainSettings
+from lora_ms.train.signals import StopSignal
 from lora_ms.train.steps import Steps
 from lora_ms.train.tensorboard import Summaries, TensorBoard
 
@@ -59,20 +64,52 @@ def train(run: PreparedRun) -> Outcome:
 
     Raises:
         LoraMsError: nothing to train, a loss that is not finite, or a checkpoint that does not fit.
+        WriteError: ``output_dir`` cannot be written at the end; the error says where the results are.
     """
     run.begin()
     outcome = run.train()
-    weights = None if outcome.stopped else run.weights()
+    weights = None if outcome.stopped and outcome.saved else run.weights()
+    unwritten = None
     if weights is not None:
         weights.collect()
         if run.runtime.is_main:
-            checkpoint.put(run.settings.output_dir / weights.folder, weights.finish or weights.write)
+            unwritten = write_results(run.settings.output_dir / weights.folder, weights.finish or weights.write)
     run.end()
+    if unwritten is not None:
+        raise unwritten
     return outcome
+
+
+def write_results(folder: Path, fill: Callable[[Path], None]) -> WriteError | None:
+    """Writes what was trained into ``folder``, or else into a new one elsewhere, which the error names that is
+    returned then.
+
+    Raises:
+        WriteError: it cannot be written anywhere.
+    """
+    with StopSignal():  # nothing is lost to a signal now
+        try:
+            with saving.new_folder(folder) as part:
+                fill(part)
+            return None
+        except WriteError as error:
+            failed = error
+        name = f"lora_ms_{folder.name}_{time.strftime('%Y%m%d_%H%M%S')}"
+        for parent in (Path(), Path.home(), Path(tempfile.gettempdir())):
+            with suppress(WriteError), saving.new_folder(parent / name) as part:
+                fill(part)
+            if (parent / name).is_dir():
+                return WriteError(f"{failed}; what was trained is in {(parent / name).absolute()} instead")
+        raise failed
 
 
 def closing_lines(run: PreparedRun, outcome: Outcome) -> list[str]:
     """What the user is told at the end of a run."""
+    if outcome.stopped and not outcome.saved:
+        return [
+            f"stopped after step {outcome.steps:,} of {run.total_steps:,}; its checkpoint could not be written",
+            f"the weights are in {run.settings.output_dir}: to train on with them, give them as --load_adapter",
+        ]
     if outcome.stopped:
         return [
             f"stopped after step {outcome.steps:,} of {run.total_steps:,}, and saved",
@@ -137,6 +174,9 @@ class NativeRun:
         output_dir = self.settings.output_dir
         if self.runtime.is_main:
             checkpoint.recover(output_dir)
+            if self.settings.overwrite:
+                checkpoint.remove_foreign(output_dir)
+            checkpoint.check_foreign(output_dir)
         if self.runtime.world > 1:
             barrier()
         if self.settings.resume:
@@ -148,7 +188,10 @@ class NativeRun:
         if self.runtime.is_main:
             plan = self.plan
             start = self.loop.state.step
-            storage.write_json(output_dir / DATA_REPORT, plan.reports)
+            try:
+                storage.write_json(output_dir / DATA_REPORT, plan.reports)
+            except WriteError as error:
+                print(f"warning: {error}; the run goes on")
             print(
                 f"training: {counted(plan.total_steps, 'step')} of {counted(plan.per_step, 'row')}, "
                 f"{plan.steps_per_epoch:,} an epoch" + (f", from step {start:,}" if start else "")

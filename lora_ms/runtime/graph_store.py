@@ -40,7 +40,7 @@ def graphs_folder() -> Path | None:
     asked = os.environ.get(VARIABLE, "")
     if asked.lower() in ("false", "0"):
         return None
-    return Path(asked) if asked else host.cache_folder() / "graphs"
+    return Path(asked) if asked else host.cache_folder("graphs")
 
 
 class Store:

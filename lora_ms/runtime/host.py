@@ -1,9 +1,16 @@
 """This machine: its memory and cores, the limits of its control group, and the cache folder. MB is 2^20 bytes."""
 
+import atexit
 import math
 import os
+import shutil
+import sys
+import tempfile
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+
+from lora_ms import saving
 
 MB = 2**20
 V1_MEMORY = ("memory.limit_in_bytes", "memory.usage_in_bytes")
@@ -113,6 +120,28 @@ def share(budget_mb: float | None = None) -> float:
     return 1 - free / total if group is None else max(1 - free / total, group[1] / group[0])
 
 
-def cache_folder() -> Path:
-    """The cache of compiled operators and tokenised rows: $LORA_MS_CACHE, else ~/.cache/lora_ms."""
-    return Path(os.environ.get("LORA_MS_CACHE") or Path.home() / ".cache" / "lora_ms")
+def cache_folder(kind: str = "") -> Path:
+    """The cache, or its folder of one ``kind``: under $LORA_MS_CACHE, else ~/.cache/lora_ms. It is made.
+
+    What others could have written is not used: there, it is a temporary folder, and the user is told.
+    """
+    folder = Path(os.environ.get("LORA_MS_CACHE") or Path.home() / ".cache" / "lora_ms")
+    for each in dict.fromkeys((folder, folder / kind)):
+        fault = saving.make_private(each)
+        if fault is not None:
+            folder = _temporary_cache(str(each), fault)
+            (folder / kind).mkdir(exist_ok=True)
+            break
+    return folder / kind
+
+
+@cache
+def _temporary_cache(refused: str, fault: str) -> Path:
+    folder = tempfile.mkdtemp(prefix="lora_ms_cache_")  # its owner's alone
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    print(
+        f"warning: the cache {refused} {fault}, so this run has a temporary one: chmod 700 it where nobody else has "
+        "used it, or set LORA_MS_CACHE to a folder of your own",
+        file=sys.stderr,
+    )
+    return Path(folder)

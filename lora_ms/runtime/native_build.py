@@ -6,10 +6,11 @@ import platform
 import shutil
 import subprocess
 import sys
-import tempfile
 from hashlib import blake2b
 from pathlib import Path
 
+from lora_ms import saving
+from lora_ms.errors import WriteError
 from lora_ms.runtime.host import cache_folder
 
 COMPILERS = ("c++", "g++", "clang++")
@@ -39,14 +40,14 @@ def build(extra: tuple[str, ...] = ()) -> tuple[Path | None, str]:
         version = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=TIME_LIMIT).stdout
         sources = [path.read_bytes() for path in sorted(SOURCES.glob("*.h")) + sorted(SOURCES.glob("*.cpp"))]
         parts = [program.encode(), version.encode(), " ".join(flags).encode(), processor(), *sources]
-        folder = cache_folder() / "cpu"
+        folder = cache_folder("cpu")
         library = folder / f"operators-{blake2b(b'|'.join(parts), digest_size=12).hexdigest()}.so"
-        if not library.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            print("compiling the operators for this processor, once …", file=sys.stderr, flush=True)
-            _compile([program, *flags], library)
+        with saving.locked(folder, wait=True):  # another process may be building the same
+            if not saving.has_digest(library):
+                print("compiling the operators for this processor, once …", file=sys.stderr, flush=True)
+                _compile([program, *flags], library)
         ctypes.CDLL(str(library))
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, WriteError, subprocess.SubprocessError) as error:
         text = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
         lines = [line for line in text.splitlines() if "error" in line] or text.splitlines() or [type(error).__name__]
         return None, f"{program}: {lines[0].strip()}"
@@ -54,14 +55,12 @@ def build(extra: tuple[str, ...] = ()) -> tuple[Path | None, str]:
 
 
 def _compile(command: list[str], library: Path) -> None:
-    # to a temporary name first: another process may be building the same, and must not load half a file
-    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-        made = Path(folder) / library.name
+    with saving.new_file(library) as made:
         subprocess.run(
             [*command, "-o", str(made), str(SOURCES / "operators.cpp")],
             check=True, capture_output=True, text=True, timeout=TIME_LIMIT,
         )  # fmt: skip
-        made.replace(library)
+    saving.write_digest(library)
 
 
 def processor() -> bytes:

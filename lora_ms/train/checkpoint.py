@@ -1,24 +1,26 @@
 """Checkpoints of a run: weights, optimiser and position, each directory written atomically."""
 
-import os
+import math
 import re
-import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from numpy.typing import NDArray
 
-from lora_ms import storage
+from lora_ms import saving, storage
 from lora_ms.errors import LoraMsError, WriteError
+from lora_ms.text import listed
 from lora_ms.train.optimizer import FlatAdamW
 
 OPTIMIZER = "optimizer.safetensors"
 STATE = "trainer_state.json"
-PART = ".part"  # end of the name of a folder that is being written
-OLD = ".old"  # of one that is being replaced
 BEST = "best"  # under output_dir: the weights of the lowest evaluation loss
 FOLDERS = ("adapter", "model")  # under output_dir: what was trained, an adapter or all parameters
+AS_LORA = "_lora"  # end of the name of one beside it: the same as plain LoRA, where the method has such a form
+REPLACED = (BEST, *FOLDERS, f"adapter{AS_LORA}")
+MOST_STEPS = 10**12  # optimiser steps
 
 
 @dataclass(frozen=True)
@@ -31,43 +33,6 @@ class Weights:
     identity: Mapping[str, object]  # what decides how the weights are used, such as lora_alpha
     finish: Callable[[Path], None] | None = None  # writes them when the run ends; None: ``write`` does
     collect: Callable[[], None] = lambda: None  # called by every process before the main one writes
-
-
-def replace_folder(part: Path, final: Path) -> None:
-    """Renames the finished folder ``part`` to ``final``, which may exist; its files are on disk before.
-
-    ``recover_folders`` finishes what was killed halfway.
-    """
-    for file in part.iterdir():
-        with open(file, "rb") as stream:
-            os.fsync(stream.fileno())
-    old = final.with_name(final.name + OLD)
-    if final.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(final, old)
-    os.replace(part, final)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def remove_folder(folder: Path) -> None:
-    """Removes ``folder`` atomically."""
-    gone = folder.with_name(folder.name + PART)
-    shutil.rmtree(gone, ignore_errors=True)
-    os.replace(folder, gone)
-    shutil.rmtree(gone, ignore_errors=True)
-
-
-def recover_folders(parent: Path, names: str) -> None:
-    """Clears up after a killed run, among folders ``names`` (a glob): unfinished ones are removed, and one that was
-    about to be replaced comes back."""
-    for folder in parent.glob(f"{names}{OLD}"):
-        final = folder.with_name(folder.name.removesuffix(OLD))
-        if final.exists():
-            shutil.rmtree(folder, ignore_errors=True)
-        else:
-            os.replace(folder, final)
-    for part in parent.glob(f"{names}{PART}"):
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def _number(path: Path) -> int:
@@ -86,29 +51,43 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
     return sorted(found, key=_number)
 
 
+def check_foreign(output_dir: Path) -> None:
+    """Raises LoraMsError where the folders that a run replaces or clears hold what no run has written."""
+    found = [f"{name}/{file}" for name in REPLACED for file in saving.foreign(output_dir / name)]
+    checkpoints = folder_of(output_dir)
+    if checkpoints.is_dir():
+        for path in sorted(path for path in checkpoints.iterdir() if not saving.is_unfinished(Path(path.name))):
+            files = [path.name] if _number(path) < 0 else saving.foreign(path)
+            found += [f"{checkpoints.name}/{path.name}{'/' if path.is_dir() else ''}" for _ in files[:1]]
+    if found:
+        raise LoraMsError(
+            f"{output_dir} holds {listed(found, most=3, separator=', ')}, which no run is known to have written and "
+            "this one would remove: move it away, give another output_dir, or set overwrite_output_dir: True to "
+            "delete it"
+        )
+
+
+def remove_foreign(output_dir: Path) -> None:
+    """Removes what ``check_foreign`` finds, with the folders that it is in."""
+    checkpoints = [path for path in folder_of(output_dir).glob("*") if not saving.is_unfinished(Path(path.name))]
+    for folder in [path for path in checkpoints if _number(path) < 0 or saving.foreign(path)]:
+        saving.delete(folder)
+    for name in REPLACED:
+        if saving.foreign(output_dir / name):
+            saving.delete(output_dir / name)
+
+
 def recover(output_dir: Path) -> None:
-    """Clears up after a run that was killed while it saved."""
-    recover_folders(folder_of(output_dir), "step_*")
-    for name in (BEST, *FOLDERS):
-        recover_folders(output_dir, name)
-
-
-def put(final: Path, fill: Callable[[Path], None]) -> None:
-    """Writes folder ``final``, or replaces it, atomically; ``fill`` writes what is to be in it.
+    """Clears up after a run that was killed while it saved; the lock of ``output_dir`` is held.
 
     Raises:
-        WriteError: it cannot be written; what stood there before is as it was.
+        WriteError: it cannot be done.
     """
-    part = final.with_name(final.name + PART)
     try:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        fill(part)
-        replace_folder(part, final)
+        saving.recover_all(output_dir)
+        saving.recover_all(folder_of(output_dir))
     except OSError as error:
-        raise WriteError(f"cannot write {final}: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+        raise WriteError(f"cannot clear up {output_dir}: {error.strerror}: {error.filename}") from None
 
 
 def save(
@@ -126,25 +105,31 @@ def save(
     Raises:
         WriteError: it cannot be written; the earlier ones are as they were.
     """
-
-    def fill(part: Path) -> None:
+    final = folder_of(output_dir) / f"step_{step}"
+    with saving.new_folder(final) as part:
         write_weights(part)
         storage.write_tensors(part / OPTIMIZER, {name: value.reshape(-1) for name, value in optimizer.items()})
         storage.write_json(part / STATE, {"step": step, **state})
-
-    final = folder_of(output_dir) / f"step_{step}"
-    put(final, fill)
     for old in list_checkpoints(output_dir)[: -max(keep, 1)]:
-        remove_folder(old)
+        with suppress(OSError):  # it costs room, and nothing else
+            saving.remove(old)
     return final
 
 
 def clear(output_dir: Path) -> list[str]:
-    """Removes the checkpoints of an earlier run, so that they are not taken for the new one's; returns their names."""
-    old = [path.name for path in list_checkpoints(output_dir)]
-    shutil.rmtree(folder_of(output_dir), ignore_errors=True)
-    shutil.rmtree(output_dir / BEST, ignore_errors=True)
-    return old
+    """Removes the checkpoints of an earlier run, so that they are not taken for the new one's; returns their names.
+
+    Raises:
+        WriteError: they cannot be removed.
+    """
+    old = list_checkpoints(output_dir)
+    best = output_dir / BEST
+    try:
+        for folder in [*old, best] if best.is_dir() else old:
+            saving.remove(folder)
+    except OSError as error:
+        raise WriteError(f"cannot remove the checkpoints in {output_dir}: {error.strerror}") from None
+    return [path.name for path in old]
 
 
 def find(output_dir: Path, resume: bool | str) -> Path:
@@ -166,14 +151,43 @@ def load(path: Path, optimizer: FlatAdamW, fingerprint: dict) -> dict:
     """Restores the optimiser from checkpoint ``path``; returns what else was saved, ``step`` among it.
 
     Raises:
-        LoraMsError: the checkpoint is of a run with other settings; each difference is listed.
+        LoraMsError: a file is damaged, or the checkpoint is of a run with other settings; each difference is listed.
     """
+    try:
+        saving.verify(path)
+    except LoraMsError as error:
+        others = [other.name for other in list_checkpoints(path.parents[1]) if other != path]
+        more = f" (--resume_training {others[-1]} goes on from an earlier one)" if others else ""
+        raise LoraMsError(f"{error}{more}") from None
     stored = storage.read_json(path / STATE)
+    check_state(path, stored)
     faults = [
         f"{key}: {stored.get(key)} there, {here} here" for key, here in fingerprint.items() if stored.get(key) != here
     ]
     if faults:
         raise LoraMsError(f"{path}: made by a run with other settings: {'; '.join(faults)}")
     entries = storage.read_header(path / OPTIMIZER)
+    sizes = optimizer.whole_sizes()
+    found = {name: math.prod(entry.shape) for name, entry in entries.items()}
+    if found != sizes:
+        odd = sorted(name for name in {*sizes, *found} if sizes.get(name) != found.get(name))
+        raise LoraMsError(f"{path / OPTIMIZER}: not the optimiser of this run: {', '.join(odd)}")
     optimizer.restore({name: storage.read(entry, "float32") for name, entry in entries.items()})
     return stored
+
+
+def check_state(path: Path, stored: dict) -> None:
+    """Raises LoraMsError where ``trainer_state.json`` does not hold what a run writes, within its bounds."""
+
+    def whole(value: object) -> bool:
+        return type(value) is int and 0 <= value <= MOST_STEPS
+
+    def loss(value: object) -> bool:
+        return value is None or (type(value) is float and math.isfinite(value))
+
+    kinds = {"step": whole, "skipped": whole, "best_step": whole, "worse": whole, "best_loss": loss}
+    odd = [f"{key} {stored.get(key)!r}" for key, fits in kinds.items() if key not in stored or not fits(stored[key])]
+    if stored.get("step") != _number(path):
+        odd.append(f"step {stored.get('step')!r} in {path.name}")
+    if odd:
+        raise LoraMsError(f"{path / STATE}: not what a run has written: {', '.join(dict.fromkeys(odd))}")

@@ -9,11 +9,13 @@ from typing import Any
 import mindspore as ms
 from mindspore import Tensor
 
-from lora_ms.errors import WriteError
+from lora_ms import saving
+from lora_ms.errors import LoraMsError, WriteError
 from lora_ms.nn.parallel import SumOverRanks
 from lora_ms.runtime.graph_cache import announcing
 from lora_ms.train import checkpoint
 from lora_ms.train.adaptive import HIGH, LOW, MemoryMonitor
+from lora_ms.train.agreement import check_agreement, code_digest
 from lora_ms.train.callbacks import RunState, TrainerCallback
 from lora_ms.train.checkpoint import Weights
 from lora_ms.train.evaluation import Evaluator
@@ -28,9 +30,10 @@ class Outcome:
     """How a run ended."""
 
     steps: int  # optimiser steps done in all, those before a resume included
-    stopped: bool  # by Ctrl-C or SIGTERM, before its end
+    stopped: bool  # by Ctrl-C, SIGTERM or SIGHUP, before its end
     losses: list[float]  # of the steps that this run did; those that overflowed in float16 left out
     reason: str = ""  # why a callback ended it before its last step
+    saved: bool = True  # where it was stopped: whether its checkpoint was written
 
     @property
     def first_loss(self) -> float:
@@ -75,6 +78,7 @@ class TrainingLoop:
         )
         self.sum_over_ranks = SumOverRanks() if self.runtime.world > 1 else None
         self.losses: list[float] = []
+        self.saved = True  # whether the last checkpoint that was due was written
 
     def fingerprint(self) -> dict:
         """What a checkpoint must share with the run that goes on from it: all that decides its numbers."""
@@ -84,9 +88,14 @@ class TrainingLoop:
         """Goes on from checkpoint ``path``.
 
         Raises:
-            LoraMsError: it is of a run with other settings.
+            LoraMsError: it is damaged, of a run with other settings, or beyond the last step.
         """
         stored = checkpoint.load(path, self.steps.optimizer, self.fingerprint())
+        if stored["step"] > self.plan.total_steps:
+            raise LoraMsError(
+                f"{path}: {stored['step']:,} steps are done there, and this run has {self.plan.total_steps:,}: raise "
+                "max_steps or epochs"
+            )
         self.weights.read(path)
         self.state.step = stored["step"]
         for name in KEPT_STATE:
@@ -117,6 +126,12 @@ class TrainingLoop:
             return seen
         return bool(self.sum_over_ranks(Tensor([float(seen)], ms.float32)).asnumpy()[0])
 
+    def check_ranks(self) -> None:
+        """Raises LoraMsError where the processes of the run differ in what all of them must share."""
+        if self.sum_over_ranks is not None:
+            values = self.settings.shared() | self.fingerprint()
+            check_agreement(values, self.sum_over_ranks, self.runtime.world, code_digest())
+
     def save(self) -> None:
         """Checkpoint of the steps done: all ranks call it, the main one writes; where it cannot, the run goes on."""
         begun = time.perf_counter()
@@ -139,9 +154,11 @@ class TrainingLoop:
             last = [found.name for found in checkpoint.list_checkpoints(folder)][-1:]
             kept_one = last[0] if last else "none"
             self.tell("on_notice", f"warning: {error}; the run goes on, and its last checkpoint is {kept_one}")
+            self.saved = False
             return
         finally:
             self.steps.pause(begun)
+        self.saved = True
         self.tell("on_save", path)
 
     def evaluate(self) -> None:
@@ -166,7 +183,8 @@ class TrainingLoop:
 
     def _keep_best(self) -> None:
         try:
-            checkpoint.put(self.settings.output_dir / checkpoint.BEST, self.weights.write)
+            with saving.new_folder(self.settings.output_dir / checkpoint.BEST) as part:
+                self.weights.write(part)
         except WriteError as error:
             self.tell("on_notice", f"warning: {error}; the run goes on")
 
@@ -191,6 +209,7 @@ class TrainingLoop:
         """From the steps that are done to the end, or to the first Ctrl-C."""
         state, total = self.state, self.plan.total_steps
         stopped = False
+        self.check_ranks()
         self.steps.begin(state.step, 0 if self.monitor is None else self.monitor.level)
         self.tell("on_train_begin")
         try:
@@ -203,7 +222,9 @@ class TrainingLoop:
         finally:
             self.tell("on_train_end")
             self.steps.close()
-        return Outcome(state.step, stopped and state.step < total, self.losses, state.reason)
+        stopped = stopped and state.step < total
+        saved = not (stopped and self._any_rank(not self.saved))
+        return Outcome(state.step, stopped, self.losses, state.reason, saved)
 
     def _between_steps(self, stopped: bool) -> None:
         """Does what is due after a step. stopped: whether a signal has asked for the end of the run."""

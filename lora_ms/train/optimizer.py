@@ -164,6 +164,12 @@ class FlatAdamW(Graph):
             state[moment] = np.concatenate([whole.ravel() for whole in self.shard.gather(named).values()])
         return state
 
+    def whole_sizes(self) -> dict[str, int]:
+        """How many numbers each value of ``whole_state()`` has."""
+        whole = sum(math.prod(self.shard.whole_shape(p.name, tuple(p.shape))) for p in self.params)
+        sizes = {name: int(parameter.size) for name, parameter in self.state().items()}
+        return sizes | {"exp_avg": whole, "exp_avg_sq": whole}
+
     def restore(self, state: Mapping[str, NDArray]) -> None:
         """Takes the values of ``whole_state()``, of this or another number of ranks."""
         shapes = {p.name: self.shard.whole_shape(p.name, tuple(p.shape)) for p in self.params}

@@ -2,43 +2,57 @@
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from lora_ms import storage
+from lora_ms import saving
 from lora_ms.errors import WriteError
+from lora_ms.text import counted
 from lora_ms.train.callbacks import EvaluationRecord, RunState, StepRecord, TrainerCallback
 
 METRICS = "metrics.jsonl"
+PLOTTED = ("step", "loss", "eval_loss", "learning_rate", "grad_norm")
+LARGEST = 1e300  # of these numbers
 
 
 class Metrics:
-    """``metrics.jsonl``: one record a line, in order; the lines after ``start`` of a resumed run are dropped."""
+    """``metrics.jsonl``: one record a line, in order; the lines after ``start`` of a resumed run are dropped.
+
+    What cannot be written is left out: the user is told once, and the run goes on.
+    """
 
     def __init__(self, path: Path, start: int):
         self.path = path
-        self.full = False  # whether the disk is, and the user knows
-        kept = [r for r in read_metrics(path) if r["step"] <= start] if start and path.is_file() else []
-        with storage.whole(path) as part:
-            part.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
-        # a line at a time, so that a stopped run has its records
-        self.stream = open(path, "a", buffering=1, encoding="utf-8")
+        self.missing = False  # whether records are missing, and the user knows
+        kept, odd = read_metrics(path) if start and path.is_file() else ([], 0)
+        if odd:
+            print(f"warning: {path}: {counted(odd, 'line')} of other content than records left out")
+        text = "".join(json.dumps(record) + "\n" for record in kept if record["step"] <= start)
+        with self._told(), saving.new_file(path) as part:
+            part.write_text(text, encoding="utf-8")
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, WriteError) as error:
+            if not self.missing:
+                reason = error.strerror if isinstance(error, OSError) else error
+                print(f"warning: cannot write {self.path}: {reason}; records from here on may be missing")
+            self.missing = True
 
     def write(self, record: StepRecord | EvaluationRecord) -> None:
-        """Appends one record; on a full disk, says so once and goes on."""
-        try:
-            self.stream.write(json.dumps(fields_of(record), ensure_ascii=False) + "\n")
-        except OSError as error:
-            if not self.full:
-                print(f"warning: cannot write {self.path}: {error.strerror}; records from here on may be missing")
-            self.full = True
+        """Appends one record; it is in the file at once, so that a stopped run has its records."""
+        with self._told():
+            saving.append(self.path, json.dumps(fields_of(record), ensure_ascii=False) + "\n")
 
-    def close(self) -> None:
-        """No more records."""
-        try:
-            self.stream.close()
-        except OSError:  # the same full disk
-            pass
+    def sync(self) -> None:
+        """Brings the records to disk."""
+        with self._told():
+            saving.sync(self.path)
 
 
 def fields_of(record: StepRecord | EvaluationRecord) -> dict:
@@ -48,10 +62,25 @@ def fields_of(record: StepRecord | EvaluationRecord) -> dict:
     return {**found, **terms}
 
 
-def read_metrics(path: Path) -> list[dict]:
-    """Records of a ``metrics.jsonl``; the last line of a killed run may be cut, and is left out then."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("}\n")]
+def read_metrics(path: Path) -> tuple[list[dict], int]:
+    """Records of a ``metrics.jsonl``, and how many of its lines are none; a last one that was cut is left out."""
+    try:
+        lines = path.read_bytes().split(b"\n")[:-1]
+    except OSError:
+        return [], 0
+    records = [record for line in lines if (record := _record(line)) is not None]
+    return records, len(lines) - len(records)
+
+
+def _record(line: bytes) -> dict | None:
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(found, dict) or type(found.get("step")) is not int:
+        return None
+    numbers = [found[name] for name in PLOTTED if found.get(name) is not None]
+    return found if all(isinstance(number, int | float) and abs(number) <= LARGEST for number in numbers) else None
 
 
 class Progress:
@@ -71,8 +100,9 @@ class Progress:
         loss = "overflow" if record.loss is None else f"{record.loss:.4f}"
         numbers = f"loss {loss}  {record.tokens_per_second:,.0f} tok/s"
         if self.bar is not None:
-            self.bar.set_description_str(numbers, refresh=False)
-            self.bar.update(record.step - self.bar.n)
+            with self._on_terminal() as bar:
+                bar.set_description_str(numbers, refresh=False)
+                bar.update(record.step - bar.n)
         elif logged:
             norm = "overflow" if record.grad_norm is None else f"{record.grad_norm:.2f}"
             rest = f"lr {record.learning_rate:.2e}  norm {norm}"
@@ -87,7 +117,8 @@ class Progress:
         if self.bar is None:
             print(*lines, sep="\n", flush=True)
         else:
-            self.bar.write("\n".join(lines))
+            with self._on_terminal() as bar:
+                bar.write("\n".join(lines))
 
     def evaluated(self, e: EvaluationRecord) -> None:
         """Shows an evaluation."""
@@ -102,7 +133,16 @@ class Progress:
     def close(self) -> None:
         """Leaves the terminal on a new line."""
         if self.bar is not None:
-            self.bar.close()
+            with self._on_terminal() as bar:
+                bar.close()
+
+    @contextmanager
+    def _on_terminal(self) -> Iterator[Any]:
+        """The bar; where the terminal was closed, there is none from here on."""
+        try:
+            yield self.bar
+        except OSError:
+            self.bar = None
 
 
 class Reporter(TrainerCallback):
@@ -128,6 +168,9 @@ class Reporter(TrainerCallback):
             self.progress.evaluated(evaluation)
             self.metrics.write(evaluation)
 
+    def on_save(self, state: RunState, path: Path) -> None:
+        self.metrics.sync()  # a run that goes on from there has the records up to it
+
     def on_notice(self, state: RunState, text: str) -> None:
         if state.is_main:
             self.progress.lines(text)
@@ -135,8 +178,8 @@ class Reporter(TrainerCallback):
     def on_train_end(self, state: RunState) -> None:
         if state.is_main:
             self.progress.close()
-            self.metrics.close()
-            records = read_metrics(state.output_dir / METRICS)
+            self.metrics.sync()
+            records, _ = read_metrics(state.output_dir / METRICS)
             if any("loss" in r for r in records):
                 try:
                     plot_loss(records, state.output_dir / "loss.png")
@@ -186,6 +229,6 @@ def plot_loss(records: list[dict], path: Path) -> None:
     figure.align_ylabels()
     norm.set_xlabel("optimiser step")
     norm.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    with storage.whole(path) as part:
+    with saving.new_file(path) as part:
         figure.savefig(part, format="png")
     pyplot.close(figure)

@@ -82,6 +82,8 @@ class TrainSettings:
     profile_dir: str = ""  # "": output_dir/profile
     resume: bool | str = setting(False, "resume_training")  # True: from the newest checkpoint; or a checkpoint's name
 
+    overwrite: bool = setting(False, "overwrite_output_dir")  # delete what no run has written where a run writes
+
     # evaluation
     eval_steps: int = 0  # optimiser steps between evaluations; 0: one at the end; -1: an epoch
     eval_epochs: int = 0  # epochs between evaluations; 0: none but those of eval_steps
@@ -100,6 +102,11 @@ class TrainSettings:
         """What a resumed run must share; tuples as lists, as JSON returns them."""
         values = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.metadata.get("decides")}
         return json.loads(json.dumps(values))
+
+    def shared(self) -> dict[str, object]:
+        """What the processes of a run must share: all but folders and the memory of a machine."""
+        apart = ("output_dir", "summary_dir", "profile_dir", "memory_budget_mb")
+        return {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name not in apart}
 
     @property
     def layout(self) -> Kind:

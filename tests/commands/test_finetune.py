@@ -24,7 +24,7 @@ model:
     pet_config: {lora_dropout: 0.0, target_modules: 'q_proj|v_proj'}
 """
 FILES = ["config.yaml", "data_report.json", "loss.png", "metrics.jsonl", "run.log"]
-ADAPTER = ["adapter_config.json", "adapter_model.safetensors"]
+ADAPTER = ["adapter_config.json", "adapter_model.safetensors", "lora-ms.sha256"]
 TOKENIZER = ["chat_template.jinja", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json"]
 MINDFORMERS_NAMES = {
     "model.embed_tokens.weight": "model.tok_embeddings.embedding_weight",

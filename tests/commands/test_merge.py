@@ -13,7 +13,7 @@ import pytest
 from mindspore import Tensor
 from safetensors.numpy import load_file, save_file
 
-from lora_ms import storage
+from lora_ms import saving, storage
 from lora_ms.cli.main import main
 from lora_ms.models import hub
 
@@ -216,8 +216,8 @@ def test_tokenizer_template_and_generation_settings_go_along(text_model, referen
     assert (out / "chat_template.jinja").read_text() == "{{ messages }}"
     assert not (out / "vocab.json").exists()
     assert sorted(tree(out)) == sorted(
-        ["chat_template.jinja", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
-         "tokenizer_config.json"]
+        ["chat_template.jinja", "config.json", "generation_config.json", "lora-ms.sha256", "model.safetensors",
+         "tokenizer.json", "tokenizer_config.json"]
     )  # fmt: skip
 
 
@@ -321,7 +321,7 @@ def test_a_disk_that_is_full(large, tmp_path, python, python_env):
 
 def test_too_little_room_is_seen_before_anything_is_written(tmp_path, monkeypatch, capsys):
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: usage._replace(free=100_000))
+    monkeypatch.setattr(saving.shutil, "disk_usage", lambda path: usage._replace(free=100_000))
     base, adapter = paths_of("qwen2_rslora")
     words = ["--load_checkpoint", str(base), "--load_adapter", str(adapter), "--output_dir", str(tmp_path / "m")]
     assert main(["merge", *words]) == 2
@@ -411,7 +411,7 @@ def test_overwriting_leaves_nothing_of_the_old_model(reference, tmp_path):
     shutil.copytree(reference / "models" / "qwen2", out)  # two shards and an index
     (out / "notes.txt").write_text("mine")
     merge(*paths_of("qwen2_rslora"), out, "--overwrite", "True")
-    assert sorted(tree(out)) == ["config.json", "model.safetensors", "notes.txt"]
+    assert sorted(tree(out)) == ["config.json", "lora-ms.sha256", "model.safetensors", "notes.txt"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -419,7 +419,7 @@ def test_a_folder_of_other_files_is_filled(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("mine")
     merge(*paths_of("qwen2_rslora"), tmp_path / "out")
-    assert sorted(tree(tmp_path / "out")) == ["config.json", "model.safetensors", "notes.txt"]
+    assert sorted(tree(tmp_path / "out")) == ["config.json", "lora-ms.sha256", "model.safetensors", "notes.txt"]
 
 
 def test_wrong_values(refused):

@@ -2,10 +2,12 @@
 
 import json
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from lora_ms import saving
 from lora_ms.data import cache, pipeline
 from lora_ms.data.clean import CleaningRules
 from lora_ms.data.mindrecord import write_mindrecord
@@ -122,3 +124,60 @@ def test_mindformers_convention(rows_file, chatml, tmp_path):
         length = len(row.input_ids)
         assert item["input_ids"].tolist() == row.input_ids.tolist() + [261] * (65 - length)
         assert item["labels"].tolist() == row.labels.tolist() + [-100] * (65 - length)
+
+
+def kept_folder(tmp_path) -> Path:
+    (folder,) = (tmp_path / "cache" / "tokens").iterdir()
+    return folder
+
+
+@pytest.mark.parametrize("name", ["ids.bin", "labels.bin", "ends.bin", "names.bin", "report.json", saving.MARKER])
+@pytest.mark.parametrize("damage", ["flipped", "cut", "gone"])
+def test_damaged_tokens_are_made_anew(rows_file, chatml, tmp_path, name, damage):
+    wanted, wanted_report = prepare([str(rows_file)], chatml, HOW, always_cache=True)
+    wanted = TokenStore.of(list(wanted))
+    file = kept_folder(tmp_path) / name
+    data = bytearray(file.read_bytes())
+    if damage == "flipped":
+        data[len(data) // 2] ^= 4
+        file.write_bytes(data)
+    elif damage == "cut":
+        file.write_bytes(data[: len(data) // 2])
+    else:
+        file.unlink()
+    said: list[str] = []
+    found, report = prepare([str(rows_file)], chatml, HOW, always_cache=True, say=said.append)
+    same(found, wanted)
+    assert report == wanted_report
+    if (name, damage) != (saving.MARKER, "gone"):  # then it is a build that was not finished
+        assert said == [f"the tokens kept in {kept_folder(tmp_path)} are damaged: tokenising the rows again"]
+    assert saving.is_intact(kept_folder(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["ids.bin", "name_ends.bin", "state.json"])
+def test_a_killed_build_that_was_damaged_begins_anew(rows_file, chatml, tmp_path, monkeypatch, name):
+    tally = Tally()
+    wanted, wanted_report = prepare_rows(read([str(rows_file)], HOW, tally), chatml, HOW, tally)
+    monkeypatch.setattr(pipeline, "SAVE_EVERY", 256)
+    tokenise = pipeline.tokenise
+
+    def dies(*args):
+        for number, chunk in enumerate(tokenise(*args)):
+            if number == 2:
+                raise KeyboardInterrupt
+            yield chunk
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "tokenise", dies)
+        with pytest.raises(KeyboardInterrupt):
+            prepare([str(rows_file)], chatml, HOW, always_cache=True, say=lambda line: None)
+    file = kept_folder(tmp_path) / name
+    data = bytearray(file.read_bytes())
+    place = data.index(b'"taken": 512') + 9 if name == "state.json" else 8
+    data[place] ^= 1
+    file.write_bytes(data)
+    said: list[str] = []
+    store, report = prepare([str(rows_file)], chatml, HOW, always_cache=True, say=said.append)
+    assert not said or not said[0].startswith("going on")
+    same(store, wanted)
+    assert report == wanted_report

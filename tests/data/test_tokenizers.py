@@ -11,7 +11,7 @@ from lora_ms.data.example import Example, Message
 from lora_ms.data.template import encode_prompt, encode_text, set_template, template_of
 from lora_ms.data.tokenizer import load_tokenizer
 from lora_ms.errors import LoraMsError
-from lora_ms.storage import whole_folder
+from lora_ms.saving import new_folder
 
 EXAMPLE = Example("a", (Message("user", "q"), Message("assistant", "a")))
 
@@ -113,7 +113,7 @@ def test_further_templates_go_along_with_a_merged_model(reference, folder, tmp_p
 
 def test_a_folder_in_a_folder_is_replaced(tmp_path):
     for text in ("one", "two"):
-        with whole_folder(tmp_path / "out", 10) as part:
+        with new_folder(tmp_path / "out", 10) as part:
             (part / "inner").mkdir()
             (part / "inner" / text).write_text(text)
     assert [path.name for path in (tmp_path / "out" / "inner").iterdir()] == ["two"]

@@ -225,7 +225,9 @@ def test_a_saved_directory_loads_as_it_was(reference, raw_tensors, tmp_path, nam
     again = load_directory(tmp_path / "m")
     assert_same(weights(again), stored)
     assert again.config == model.config
-    assert sorted(p.name for p in (tmp_path / "m").iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(p.name for p in (tmp_path / "m").iterdir()) == [
+        "config.json", "lora-ms.sha256", "model.safetensors"
+    ]  # fmt: skip
 
 
 def test_saving_in_shards_over_an_older_model(reference, raw_tensors, tmp_path):
@@ -238,7 +240,7 @@ def test_saving_in_shards_over_an_older_model(reference, raw_tensors, tmp_path):
     assert_same(raw_tensors(tmp_path / "m"), stored)
     names = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
     assert sorted(p.name for p in tmp_path.joinpath("m").iterdir()) == sorted(
-        ["config.json", "tokenizer.json", storage.INDEX, *names]
+        ["config.json", "lora-ms.sha256", "tokenizer.json", storage.INDEX, *names]
     )
     index = json.loads((tmp_path / "m" / storage.INDEX).read_text())
     assert index["metadata"]["total_size"] == sum(value.nbytes for value in stored.values())
@@ -248,7 +250,7 @@ def test_saving_in_shards_over_an_older_model(reference, raw_tensors, tmp_path):
     assert_same(weights(load_directory(tmp_path / "m")), stored)
     save_directory(model, tmp_path / "m")
     assert sorted(p.name for p in tmp_path.joinpath("m").iterdir()) == [
-        "config.json", "model.safetensors", "tokenizer.json"
+        "config.json", "lora-ms.sha256", "model.safetensors", "tokenizer.json"
     ]  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """Compiling the operators: once, into the cache; and what is said where it cannot be."""
 
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ def compiler(folder: Path, text: str) -> str:
 def test_a_library_is_compiled_once(cache):
     first, why = native_build.build()
     assert first is not None and first.parent == cache, why
-    assert [path.name for path in cache.iterdir()] == [first.name]
+    assert sorted(path.name for path in cache.iterdir()) == [first.name, f"{first.name}.sha256"]
     stamp = os.stat(first).st_mtime_ns
     assert native_build.build() == (first, "") and os.stat(first).st_mtime_ns == stamp
     other, _ = native_build.build(("-DLANES=4",))
@@ -59,3 +60,50 @@ def test_a_library_that_does_not_load_is_not_used(cache, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", compiler(tmp_path, script))
     library, why = native_build.build()
     assert library is None and "my-c++: " in why
+
+
+def copying_compiler(folder: Path) -> str:
+    """Gives out a small library of the compiler's own for every build."""
+    made = folder / "made.so"
+    subprocess.run(["cc", "-shared", "-fPIC", "-x", "c", "-o", str(made), os.devnull], check=True)
+    script = (
+        f'[ "$1" = --version ] && exit 0; while [ "$1" != -o ]; do shift; done; cp {made} "$2"; echo >> {folder}/built'
+    )
+    return compiler(folder, script)
+
+
+def times_built(folder: Path) -> int:
+    return len((folder / "built").read_text())
+
+
+def test_a_damaged_library_is_built_again(cache, tmp_path, monkeypatch):
+    """Loaded, one that was cut would end the process by SIGBUS; one whose digest is missing may be anybody's."""
+    monkeypatch.setenv("CXX", copying_compiler(tmp_path))
+    library, why = native_build.build()
+    assert library is not None, why
+    whole = library.read_bytes()
+    digest = library.with_name(f"{library.name}.sha256")
+    flipped = whole[:100] + bytes([whole[100] ^ 1]) + whole[101:]
+    for number, (file, content) in enumerate(
+        ((library, whole[:-200]), (library, flipped), (digest, b""), (digest, b"\xff")), 2
+    ):
+        file.unlink()  # this process has the old one loaded
+        file.write_bytes(content)
+        assert native_build.build() == (library, "")
+        assert library.read_bytes() == whole and times_built(tmp_path) == number
+    assert native_build.build() == (library, "") and times_built(tmp_path) == number
+
+
+GIVEN_AWAY = pytest.param("given away", marks=pytest.mark.skipif(os.geteuid() != 0, reason="it takes root"))
+
+
+@pytest.mark.parametrize("planted", ["open", GIVEN_AWAY])
+def test_a_cache_that_others_can_write_is_not_used(cache, tmp_path, monkeypatch, capsys, planted):
+    monkeypatch.setenv("CXX", copying_compiler(tmp_path))
+    library, _ = native_build.build()
+    cache.chmod(0o777) if planted == "open" else os.chown(cache, 1234, 1234)
+    other, why = native_build.build()
+    assert other is not None and other.name == library.name and not other.is_relative_to(tmp_path), why
+    assert times_built(tmp_path) == 2
+    fault = "can be written by others (mode 777)" if planted == "open" else "belongs to another user (1234)"
+    assert f"warning: the cache {cache} {fault}, so this run has a temporary one" in capsys.readouterr().err

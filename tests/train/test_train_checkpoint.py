@@ -8,12 +8,14 @@ import pytest
 from mindspore import Parameter, Tensor
 from safetensors.numpy import load_file
 
+from lora_ms import saving
 from lora_ms.errors import LoraMsError
 from lora_ms.train import checkpoint
 from lora_ms.train.optimizer import FlatAdamW, LossScaling
 
 pytestmark = pytest.mark.usefixtures("graph_mode")
-STATE = {"rows": 48, "rows_per_step": 8, "seed": 7, "trainable_numbers": 10}
+SETTINGS = {"rows": 48, "rows_per_step": 8, "seed": 7, "trainable_numbers": 10}
+STATE = {**SETTINGS, "best_step": 0, "best_loss": None, "worse": 0, "skipped": 0}
 
 
 def optimizer(seed: int | None = None) -> FlatAdamW:
@@ -56,9 +58,9 @@ def test_at_least_one_is_kept(tmp_path):
 
 def test_what_is_no_finished_checkpoint_is_passed_over(tmp_path):
     save(tmp_path, 3)
-    for name in ("step_9", "step_7.part", "step_x", "notes"):
+    for name in ("step_9", f"{saving.PART}step_7", "step_x", "notes"):
         (tmp_path / "checkpoints" / name).mkdir()
-    (tmp_path / "checkpoints" / "step_7.part" / checkpoint.STATE).write_text("{}")
+    (tmp_path / "checkpoints" / f"{saving.PART}step_7" / checkpoint.STATE).write_text("{}")
     assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == ["step_3"]
 
 
@@ -82,9 +84,11 @@ def test_the_optimiser_comes_back_bit_for_bit(tmp_path):
     path = save(tmp_path, 5, made=optimizer(seed=1))
     assert path == tmp_path / "checkpoints" / "step_5"
     assert json.loads((path / checkpoint.STATE).read_text()) == {"step": 5, **STATE}
-    assert sorted(p.name for p in path.iterdir()) == ["optimizer.safetensors", "trainer_state.json", "weights"]
+    assert sorted(p.name for p in path.iterdir()) == [
+        "lora-ms.sha256", "optimizer.safetensors", "trainer_state.json", "weights",
+    ]  # fmt: skip
     wanted, found = optimizer(seed=1).state(), optimizer()
-    assert checkpoint.load(path, found, STATE) == {"step": 5, **STATE}
+    assert checkpoint.load(path, found, SETTINGS) == {"step": 5, **STATE}
     assert sorted(found.state()) == ["count", "exp_avg", "exp_avg_sq", "good_steps", "loss_scale"]
     for name, parameter in found.state().items():
         assert parameter.shape == wanted[name].shape and parameter.dtype == ms.float32
@@ -98,7 +102,7 @@ def test_the_optimiser_comes_back_bit_for_bit(tmp_path):
 def test_every_setting_that_differs_is_listed(tmp_path):
     path = save(tmp_path, 5)
     with pytest.raises(LoraMsError) as caught:
-        checkpoint.load(path, optimizer(), STATE | {"rows": 50, "seed": 8})
+        checkpoint.load(path, optimizer(), SETTINGS | {"rows": 50, "seed": 8})
     differences = "rows: 48 there, 50 here; seed: 7 there, 8 here"
     assert str(caught.value) == f"{path}: made by a run with other settings: {differences}"
 

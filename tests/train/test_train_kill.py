@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from lora_ms import saving
+
 STEPS = 200
 TIMES = ("tokens_per_second", "step_time_s", "wait_share", "peak_memory_mb", "eval_time_s")
 
@@ -73,7 +75,7 @@ def records(out) -> list[dict]:
 def assert_all_whole(out) -> None:
     """Every file that bears its final name can be read."""
     for file in out.rglob("*"):
-        if any(part.endswith(".part") for part in file.relative_to(out).parts):
+        if saving.is_unfinished(file.relative_to(out)):
             continue
         if file.suffix == ".safetensors":
             assert load_file(file)

@@ -10,6 +10,7 @@ import pytest
 from mindspore import Tensor
 from safetensors.numpy import load_file
 
+from lora_ms import saving
 from lora_ms.adapters.inject import adapted_layers
 from lora_ms.data.example import TokenRow
 from lora_ms.data.packing import Layout, Shape
@@ -112,8 +113,8 @@ def test_the_plot_is_a_picture(plain_run):
 def test_what_a_run_leaves_behind(plain_run):
     names = sorted(str(p.relative_to(plain_run.path)) for p in plain_run.path.rglob("*") if p.is_file())
     assert names == [
-        "adapter/adapter_config.json", "adapter/adapter_model.safetensors", "data_report.json", "loss.png",
-        "metrics.jsonl",
+        "adapter/adapter_config.json", "adapter/adapter_model.safetensors", "adapter/lora-ms.sha256",
+        "data_report.json", "loss.png", "metrics.jsonl",
     ]  # fmt: skip
 
 
@@ -147,7 +148,8 @@ def test_checkpoints_are_saved_when_due_and_pruned(resumed_run):
     folder = found.path / "checkpoints"
     assert sorted(p.name for p in folder.iterdir()) == ["step_4", "step_6"]
     assert sorted(p.name for p in (folder / "step_6").iterdir()) == [
-        "adapter_config.json", "adapter_model.safetensors", "optimizer.safetensors", "trainer_state.json",
+        "adapter_config.json", "adapter_model.safetensors", "lora-ms.sha256", "optimizer.safetensors",
+        "trainer_state.json",
     ]  # fmt: skip
     for name, value in load_file(folder / "step_6" / "adapter_model.safetensors").items():
         np.testing.assert_array_equal(value, found.adapter[name])
@@ -171,8 +173,8 @@ def test_other_settings_do_not_resume(resumed_run, train, tmp_path):
 def test_a_loss_that_is_no_number_stops_the_run(train, tmp_path, poisoned):
     """The third row of four is taken by step 2."""
     adapter = tmp_path / "adapter"
-    adapter.mkdir()
-    (adapter / "adapter_config.json").write_text("the last run's")
+    with saving.new_folder(adapter) as part:
+        (part / "adapter_config.json").write_text("the last run's")
     times = adapter.stat().st_mtime_ns
     with pytest.raises(LoraMsError) as caught:
         train(tmp_path, name="deepseek_r1_qwen", **poisoned, batch_size=2, shuffle=False, save_steps=1)
@@ -180,15 +182,23 @@ def test_a_loss_that_is_no_number_stops_the_run(train, tmp_path, poisoned):
         "the loss of step 2 (rows row 2, row 3) is nan; no weight was changed by it: "
         "lower the learning rate, or look at these rows"
     )
-    assert [p.name for p in adapter.iterdir()] == ["adapter_config.json"] and adapter.stat().st_mtime_ns == times
+    assert saving.is_intact(adapter) and adapter.stat().st_mtime_ns == times
     assert (adapter / "adapter_config.json").read_text() == "the last run's"
     good = tmp_path / "checkpoints" / "step_1"
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_1"]
     assert sorted(p.name for p in good.iterdir()) == [
-        "adapter_config.json", "adapter_model.safetensors", "optimizer.safetensors", "trainer_state.json",
+        "adapter_config.json", "adapter_model.safetensors", "lora-ms.sha256", "optimizer.safetensors",
+        "trainer_state.json",
     ]  # fmt: skip
     assert all(np.isfinite(value).all() for value in load_file(good / "adapter_model.safetensors").values())
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_checkpoint_beyond_the_end_is_refused(train, tmp_path):
+    """At a constant rate a run may be longer or shorter; one that is done has nothing to go on with."""
+    train(tmp_path, max_steps=3, lr_kind="constant", save_steps=3)
+    with pytest.raises(LoraMsError, match="step_3: 3 steps are done there, and this run has 2: raise max_steps"):
+        train(tmp_path, max_steps=2, lr_kind="constant", resume=True)
 
 
 def test_nothing_to_train_is_an_error(train, tmp_path):
