@@ -206,7 +206,7 @@ class Project(nn.Cell):
         return self.layer.project(x)
 
 
-class Mix(nn.Cell):
+class Attend(nn.Cell):
     """Queries, keys and values, rope …, visible, and what ``Attention.mix_keeping`` gave … -> the first of these."""
 
     def __init__(self, layer: nn.Cell):
@@ -285,7 +285,7 @@ class AttentionBackward(nn.Cell):
         inner = [layer.input_layernorm, attention.q_proj, attention.k_proj, attention.v_proj]
         self.project = StepBackward(Project(layer), inner, weights)
         self.join = StepBackward(Join(layer), [attention.o_proj], weights)
-        self.mix = StepBackward(Mix(layer), attention.norms(), weights)
+        self.mix = StepBackward(Attend(layer), attention.norms(), weights)
         self.trains = len(weights) > 0
         self.flatten = Flatten()
 

@@ -1,12 +1,16 @@
 """Generation against transformers' ``generate``: the same tokens, alone, in a left-padded batch, with a penalty."""
 
+from dataclasses import replace
+
+import mindspore as ms
 import numpy as np
 import pytest
 
 from lora_ms.errors import LoraMsError
 from lora_ms.infer.generate import PIECE, Generator, cache_length, pad_rows
 from lora_ms.infer.sampling import Sampling
-from lora_ms.models.hub import load_directory
+from lora_ms.models.decoder import DecoderConfig
+from lora_ms.models.hub import load_directory, new_model
 from lora_ms.ops import PORTABLE
 
 MODELS = ("llama2", "llama3", "qwen2", "qwen3", "deepseek_r1_qwen")
@@ -79,6 +83,29 @@ def test_prompts_of_several_pieces_and_fewer_rows(qwen2):
     graphs = len(qwen2.compiled)
     assert [qwen2.generate([prompt], 9)[0] for prompt in prompts] == together
     assert len(qwen2.compiled) == graphs
+
+
+@pytest.mark.parametrize("windows", [(), (1, 4, 7)], ids=["full", "some sliding"])
+def test_layers_that_share_graphs_answer_as_one_graph_does(native, windows):
+    """Eight layers are two blocks of three, and the top; afterwards every layer has its own weights again."""
+    sizes = DecoderConfig(
+        vocab_size=60, hidden_size=16, intermediate_size=24, num_hidden_layers=8, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=4, rms_norm_eps=1e-5, rope_theta=1e4, tie_word_embeddings=True,
+        sliding_window=6 if windows else 0, sliding_layers=windows,
+    )  # fmt: skip
+    model = new_model(sizes, ms.float32, 0, native)
+    before = {name: parameter.asnumpy() for name, parameter in model.parameters_and_names()}
+    prompts = [[5, 9, 3], list(range(1, 50)), [7] * 20]
+    answers = []
+    for lends_memory in (True, False):
+        model.operators = replace(native, lends_memory=lends_memory)
+        generator = Generator(model)
+        answers.append([generator.generate(prompts, 12), generator.generate(prompts[:2], 5)])
+        assert (generator.compiled[0].whole is None) == lends_memory
+    assert answers[0] == answers[1]
+    assert len({tuple(row) for row in answers[0][0]}) == 3  # no answer is another's
+    for name, parameter in model.parameters_and_names():
+        np.testing.assert_array_equal(parameter.asnumpy(), before[name], err_msg=name)
 
 
 def test_rows_of_unequal_length_are_padded_on_both_sides():
