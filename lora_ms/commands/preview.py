@@ -34,7 +34,7 @@ def run(config: RunConfig, row: int | None) -> None:
     tokenizer = data.tokenizer_for(config, training=True)
     if tokenizer is None:
         raise LoraMsError("no tokenizer: give --load_checkpoint, or processor.tokenizer.vocab_file")
-    preparation = data.preparation_of(config, config.train_dataset, data.NO_LIMIT, _vocab_size(config))
+    preparation = data.preparation_of(config, config.train_dataset, *_limits(config))
     tally = Tally()
     chunks = tokenise(read(sources, preparation, tally), tokenizer, preparation, tally)
     rows = (kept for _, chunk in chunks for kept in chunk)
@@ -63,10 +63,14 @@ def notes(tally: Tally, preparation: Preparation) -> list[str]:
     return found + notes_of(tally)
 
 
-def _vocab_size(config: RunConfig) -> int | None:
+def _limits(config: RunConfig) -> tuple[int, int | None]:
+    """The model's longest text, in tokens, and the size of its vocabulary, as training has them; a model without a
+    config.json has no limits here."""
     folder = Path(config.load_checkpoint)
-    known = config.load_checkpoint and (folder / CONFIG).is_file()
-    return model_config(folder).get("vocab_size") if known else None
+    if not config.load_checkpoint or not (folder / CONFIG).is_file():
+        return data.NO_LIMIT, None
+    hf = model_config(folder)
+    return hf.get("max_position_embeddings", data.NO_LIMIT), hf.get("vocab_size")
 
 
 def of_number(rows: Iterable[TokenRow], number: int) -> Iterator[TokenRow]:

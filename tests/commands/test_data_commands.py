@@ -87,6 +87,27 @@ def test_preview_says_what_it_left_out(words, tmp_path, capsys):
     ]
 
 
+def test_preview_and_preprocess_leave_out_what_is_longer_than_the_model(text_model, tmp_path, capsys):
+    """Without a seq_length it is the model's, 512, in both."""
+    text = tmp_path / "rows.jsonl"
+    rows = [{"instruction": "a", "output": "b" * length} for length in (600, 300)]
+    text.write_text("\n".join(map(json.dumps, rows)))
+    words = [
+        "--load_checkpoint",
+        str(text_model),
+        "--train_dataset_dir",
+        str(text),
+        "--output_dir",
+        str(tmp_path / "o"),
+    ]
+    assert main(["preview", *words]) == 0
+    said = capsys.readouterr().out
+    assert said.splitlines()[-1] == "longer than seq_length 512: 1 rows, 0 of them cut and 1 dropped"
+    assert "rows.jsonl:1:" not in said and "rows.jsonl:2:" in said
+    assert main(["preprocess", *words, "--report"]) == 0
+    assert "longer than seq_length 512, dropped" in capsys.readouterr().out
+
+
 def test_preview_shows_all_rows_that_a_conversation_becomes(words, tmp_path, capsys):
     (tmp_path / "late.jinja").write_text(
         "{% for m in messages %}{{ m.content if loop.last or m.role == 'user' else '-' }}<|im_end|>{% endfor %}"
