@@ -39,6 +39,7 @@ FLAGS = [
     ("--only_save_strategy true", "only_save_strategy", True),
     ("--resume_training True", "resume_training", True),
     ("--resume_training FALSE", "resume_training", False),
+    ("--overwrite_output_dir True", "overwrite_output_dir", True),
     ("--resume_training step_7", "resume_training", "step_7"),
     ("--strategy_load_checkpoint s", "strategy_load_checkpoint", "s"),
     ("--remote_save_url u", "remote_save_url", "u"),

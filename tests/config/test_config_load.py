@@ -167,7 +167,8 @@ def test_dump_writes_beside_and_says_where_it_cannot(tmp_path):
     dump_config(config, str(tmp_path / "config.yaml"))
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
     assert load_config(str(tmp_path / "config.yaml")) == config
-    nowhere = str(tmp_path / "no" / "config.yaml")
+    (tmp_path / "file").touch()
+    nowhere = str(tmp_path / "file" / "config.yaml")
     with pytest.raises(LoraMsError) as caught:
         dump_config(config, nowhere)
-    assert str(caught.value) == f"cannot write {nowhere}: No such file or directory"
+    assert str(caught.value) == f"cannot write {nowhere}: File exists"
