@@ -133,7 +133,9 @@ SOME = Field(max_length=20_000)  # patterns
 class FolderFile(BaseModel):
     """A JSON file of a folder."""
 
-    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, protected_namespaces=())
+    model_config = ConfigDict(  # built when the first such file is read: that takes 2 ms
+        strict=True, extra="ignore", allow_inf_nan=False, protected_namespaces=(), defer_build=True
+    )
 
 
 class ConfigJson(FolderFile):

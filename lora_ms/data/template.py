@@ -33,7 +33,7 @@ from lora_ms.data.example import (
 from lora_ms.data.templates import ALPACA_PREAMBLE_WITH_INPUT, INPUT_HEADING, TEMPLATES
 from lora_ms.errors import LoraMsError
 from lora_ms.limits import MEMORY, limited
-from lora_ms.reading import read_text
+from lora_ms.reading import read_text, readable
 from lora_ms.text import shortened
 
 if TYPE_CHECKING:
@@ -600,10 +600,11 @@ def _tokenise(tokenizer: PreTrainedTokenizerBase, text: str, edges: Sequence[int
 def _ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
     if not texts:
         return []
-    if not tokenizer.is_fast:
-        # verbose=False: rows longer than the model are counted and reported later, not warned of one by one.
-        return tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids
-    backend = tokenizer.backend_tokenizer  # in parallel over the cores, and without offsets, which nothing here needs
-    backend.no_truncation()
-    backend.no_padding()
-    return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+    with readable("the text", "tokens"):  # the template or the tokenizer may hold half a character
+        if not tokenizer.is_fast:
+            # verbose=False: rows longer than the model are counted and reported later, not warned of one by one.
+            return tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids
+        backend = tokenizer.backend_tokenizer  # in parallel over the cores, and without offsets: nothing here needs any
+        backend.no_truncation()
+        backend.no_padding()
+        return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
