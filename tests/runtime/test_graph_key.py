@@ -99,7 +99,7 @@ def plain(names) -> tuple[str, str]:
         {"loraplus_lr_ratio": 16.0},
         {"neftune_noise_alpha": 5.0},
     ],
-    ids=lambda change: " ".join(change),
+    ids=" ".join,
 )
 def test_a_change_of_what_is_computed_is_a_miss(names, plain, changes):
     assert names(**changes) != plain
@@ -116,14 +116,14 @@ def test_a_change_of_what_is_computed_is_a_miss(names, plain, changes):
         {"save_steps": 1},
         {"config": replace(LORA, use_rslora=True)},
     ],
-    ids=lambda change: " ".join(change),
+    ids=" ".join,
 )
 def test_what_the_graphs_are_given_at_each_step_is_no_miss(names, plain, changes):
     """Rates, draws, the update's scaling and the number of micro-batches go in as numbers: the graphs are the same."""
     assert names(**changes) == plain
 
 
-@pytest.mark.parametrize("change", [{"loss_scale": 2.0}, {"dynamic_scale": False}, {"scale_window": 7}], ids=lambda change: " ".join(change))
+@pytest.mark.parametrize("change", [{"loss_scale": 2.0}, {"dynamic_scale": False}, {"scale_window": 7}], ids=" ".join)
 def test_loss_scaling_is_in_the_name_of_a_run_in_float16(names, change):
     """But for the first scale, which is the value of a parameter."""
     before = names(dtype=ms.float16)
