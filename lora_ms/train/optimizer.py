@@ -10,6 +10,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from numpy.typing import NDArray
 
+from lora_ms.nn.flat_parameters import FlatParameters
 from lora_ms.nn.graph import Graph
 from lora_ms.nn.parallel import WHOLE, Shard, split_axis
 from lora_ms.ops import PORTABLE, Operators
@@ -67,7 +68,9 @@ class FlatAdamW(Graph):
     """AdamW (Loshchilov and Hutter, 2019) with clipping by global norm, over all trainable parameters at once.
 
     Gradients, both moments and the update are vectors of n numbers, one slice a parameter: a few operators instead
-    of a few hundred, and one ``AllReduce``. A step whose gradient is not finite changes nothing but the loss scale.
+    of a few hundred, and one ``AllReduce``. Where memory can be lent, the parameters are parts of such a vector, so
+    that the graph does not grow with their number; else they are copied into one, and back. A step whose gradient is
+    not finite changes nothing but the loss scale.
 
     Args:
         params: trainable parameters, float32.
@@ -112,6 +115,11 @@ class FlatAdamW(Graph):
         self.starts = (0, *np.cumsum(self.sizes).tolist()[:-1])
         self.flatten = Flatten()
         self.map = ops.HyperMap()
+        self.flat: FlatParameters | None = None
+        self.is_flat = operators.lends_memory
+        if self.is_flat:
+            self.vector = Parameter(Tensor(np.zeros(1, np.float32)), name="parameters", requires_grad=False)
+            self.flat = FlatParameters(params, self.vector)
         self.adamw = operators.adamw(*betas, eps)
         self.max_grad_norm = max_grad_norm
         self.all_reduce = all_reduce
@@ -192,13 +200,18 @@ class FlatAdamW(Graph):
         apart = square * (1.0 - self.common)
         return grad, ops.reduce_sum(square - apart) + self.shard_sum(ops.reduce_sum(apart).reshape((1,)))[0]
 
+    def __call__(self, lr: Tensor, label_tokens: Tensor) -> tuple[Tensor, ...]:
+        if self.flat is not None:
+            self.flat.gather()
+        return super().__call__(lr, label_tokens)
+
     def construct(self, lr: Tensor, label_tokens: Tensor) -> tuple[Tensor, ...]:
         """One step from the summed gradients in ``grad``, which is then emptied.
 
         lr [], label_tokens [] (of all ranks) -> (gradient norm before clipping [], whether it was finite [], the value
         [] of each extra term of the loss, before the step …).
         """
-        old = self.flatten(self.params)
+        old = self.vector if self.is_flat else self.flatten(self.params)
         grad, terms = self.mean_gradient(old, label_tokens)
         grad, square = self.whole(grad)
         norm = ops.sqrt(square)
@@ -221,7 +234,11 @@ class FlatAdamW(Graph):
             rate=taken * lr * self.rates,
             decay=self.decay,
         )
-        self.map(ops.partial(_put, new), self.params, self.starts, self.sizes)
+        if self.is_flat:
+            # the terms are computed from the old numbers, which lie where the new ones are put
+            ops.assign(self.vector, ops.depend(new, terms) if self.has_objectives else new)
+        else:
+            self.map(ops.partial(_put, new), self.params, self.starts, self.sizes)
         ops.assign(self.exp_avg, exp_avg)
         ops.assign(self.exp_avg_sq, exp_avg_sq)
         ops.assign(self.count, count)
