@@ -25,7 +25,7 @@ class Draws(nn.Cell):
     def __init__(self, used: bool = True):
         super().__init__()
         # from NumPy's stream, which mindspore.set_seed sets; in any case, since others draw after us
-        self.seeds = tuple(int(seed) for seed in np.random.randint(1, 2**31 - 1, 2))
+        self._seeds = tuple(int(seed) for seed in np.random.randint(1, 2**31 - 1, 2))
         if used:
             self._draw_anew()
         self.uniform = portable.OuterUniform()
@@ -34,7 +34,7 @@ class Draws(nn.Cell):
         self.first = 0  # index of the first column, where a process has a part of the layer's
 
     def _draw_anew(self) -> None:
-        self.rows, self.columns = (ops.UniformReal(seed, 1) for seed in self.seeds)
+        self.rows, self.columns = (ops.UniformReal(seed, 1) for seed in self._seeds)
         self.rows.recompute(False)  # drawn once a step: a recomputed block must meet the same zeros
         self.columns.recompute(False)
 

@@ -192,7 +192,9 @@ def test_which_layers_have_a_window(folder, name, changes, window, layers):
 
 
 def test_what_mistral_leaves_out(folder):
-    config, _ = read_config(folder("mistral", num_key_value_heads=None, max_position_embeddings=None))
+    config, _ = read_config(
+        folder("mistral", num_attention_heads=8, num_key_value_heads=None, max_position_embeddings=None)
+    )
     assert (config.num_key_value_heads, config.max_position_embeddings) == (8, 131072)
 
 

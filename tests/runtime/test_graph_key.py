@@ -15,7 +15,7 @@ from lora_ms.adapters.methods.adalora import AdaLoraConfig
 from lora_ms.adapters.methods.ia3 import IA3Config
 from lora_ms.adapters.methods.lora import LoraConfig
 from lora_ms.data.example import TokenRow
-from lora_ms.infer.generate import Generator
+from lora_ms.infer.cached_model import CachedModel
 from lora_ms.models.decoder import CausalLM
 from lora_ms.models.hub import load_directory
 from lora_ms.ops import PORTABLE
@@ -134,16 +134,9 @@ def generation(folder: Path, dtype=ms.float32, batch: int = 1, length: int = 64,
     model = load_directory(folder, dtype, operators=PORTABLE)
     if adapter is not None:
         inject(model, adapter)
-    generator = Generator(model)
-    step = next(iter(steps_of(generator, batch, length)))
-    ids = Tensor(np.zeros((batch, 32), np.int32))
-    return graph_digest.graph_digest(step, (ids, Tensor(0, ms.int32), Tensor(np.zeros(batch, np.int32))))
-
-
-def steps_of(generator: Generator, batch: int, length: int):
-    from lora_ms.infer.generate import _Step
-
-    yield _Step(generator.model, batch, length).set_train(False)
+    graph = CachedModel(model, batch, length).whole
+    lines = Tensor(np.zeros(batch, np.int32))
+    return graph_digest.graph_digest(graph, (Tensor(np.zeros((batch, 32), np.int32)), lines, lines, lines))
 
 
 def test_generation(reference):
