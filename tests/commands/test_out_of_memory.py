@@ -34,9 +34,12 @@ def test_words_for_it(fault, monkeypatch, capsys):
     assert "batch_size" in capsys.readouterr().err
 
 
-def test_another_fault_stays_as_it_is(monkeypatch):
+def test_another_fault_is_one_line_and_a_traceback_with_debug(monkeypatch, capsys):
     from lora_ms.cli import main as module
 
     monkeypatch.setattr(module, "_lora_ms", lambda argv: (_ for _ in ()).throw(RuntimeError("no such kernel")))
+    assert module.main([]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "RuntimeError: no such kernel" in line and "--debug" in line
     with pytest.raises(RuntimeError, match="no such kernel"):
-        module.main([])
+        module.main(["--debug"])
