@@ -302,11 +302,11 @@ class CachedAttention(nn.Cell):
 
     def construct(self, q: Tensor, k: Tensor, v: Tensor, rope: tuple, visible: Tensor, cache: tuple) -> Tensor:
         keys, values, rows = cache
-        heads = rows.shape[0] // visible.shape[1]  # b * n_kv
         positions = (rope[2], rope[3], visible)
         new_keys, new_values = self.cache_rows(k, v, *positions)
-        keys = portable.write_rows(keys, rows, new_keys, heads)
-        values = portable.write_rows(values, rows, new_values, heads)
+        # as they lie: MindSpore copies what it reshapes, and these are long
+        keys = ops.scatter_update(keys, rows, new_keys)
+        values = ops.scatter_update(values, rows, new_values)
         return self.attention(q, keys, values, *positions, rows)
 
 

@@ -244,7 +244,7 @@ inline void cache_rows(const Attention &a, float *keys, float *values) {
     });
 }
 
-// New tokens of each line look at those in a cache, keys and values [b * n_kv, length, d], from `first` [b, s] up to
+// New tokens of each line look at those in a cache, keys and values [b * n_kv * length, d], from `first` [b, s] up to
 // their own slots, which follow one another; q [b * s, n_h * d] -> out like q. slots [b]: of each line's first new token.
 // k and v of `a` are the cache's.
 inline void cached_attention(const Attention &a, long length, const std::vector<long> &slots, float *out) {
