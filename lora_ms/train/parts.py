@@ -94,8 +94,8 @@ class AttentionHalf(nn.Cell):
     def construct(self, x: Tensor, rope: tuple, visible: Tensor, rows: Tensor | None) -> Tensor:
         return self.layer.attend(x, rope, visible, rows)
 
-    def backward(self, weights: Sequence[Parameter], recomputed: bool) -> nn.Cell:
-        return AttentionBackward(self, weights, recomputed)
+    def backward(self, weights: Sequence[Parameter]) -> nn.Cell:
+        return AttentionBackward(self.layer, weights)
 
 
 class FeedForwardHalf(nn.Cell):
@@ -114,8 +114,8 @@ class FeedForwardHalf(nn.Cell):
     def construct(self, x: Tensor, rope: tuple, visible: Tensor, rows: Tensor | None) -> Tensor:
         return self.layer.feed(x)
 
-    def backward(self, weights: Sequence[Parameter], recomputed: bool) -> nn.Cell:
-        return FeedForwardBackward(self, weights, recomputed)
+    def backward(self, weights: Sequence[Parameter]) -> nn.Cell:
+        return FeedForwardBackward(self.layer, weights)
 
 
 class HalfLayers(nn.Cell):
@@ -277,11 +277,9 @@ class AttentionBackward(nn.Cell):
     """Of ``AttentionHalf``: (x and what is kept, rope, visible, rows or none, d output) -> (d x, the gradient of
     ``weights`` [n], if there are any)."""
 
-    def __init__(self, half: AttentionHalf, weights: Sequence[Parameter], recomputed: bool):
+    def __init__(self, layer: nn.Cell, weights: Sequence[Parameter]):
         super().__init__(auto_prefix=False)
-        layer, attention = half.layer, half.layer.self_attn
-        self.half = half
-        self.recomputed = recomputed
+        attention = layer.self_attn
         inner = [layer.input_layernorm, attention.q_proj, attention.k_proj, attention.v_proj]
         self.project = StepBackward(Project(layer), inner, weights)
         self.join = StepBackward(Join(layer), [attention.o_proj], weights)
@@ -291,9 +289,6 @@ class AttentionBackward(nn.Cell):
 
     def construct(self, kept: tuple, rope: tuple, visible: Tensor, rows: Tensor | None, grad: Tensor) -> tuple:
         x, kept = kept[0], kept[1:]
-        if self.recomputed:
-            x = ops.depend(x, grad)
-            kept = self.half.keeping(x, rope, visible, rows)[1:]
         mixed = kept[3]
         if rows is None:
             joined, d_output = self.join(x, mixed, grad)
@@ -310,11 +305,9 @@ class AttentionBackward(nn.Cell):
 class FeedForwardBackward(nn.Cell):
     """Of ``FeedForwardHalf``, as ``AttentionBackward``."""
 
-    def __init__(self, half: FeedForwardHalf, weights: Sequence[Parameter], recomputed: bool):
+    def __init__(self, layer: nn.Cell, weights: Sequence[Parameter]):
         super().__init__(auto_prefix=False)
-        layer, mlp = half.layer, half.layer.mlp
-        self.half = half
-        self.recomputed = recomputed
+        mlp = layer.mlp
         inner = [layer.post_attention_layernorm, mlp.gate_proj, mlp.up_proj]
         self.expand = StepBackward(Expand(layer), inner, weights)
         self.contract = StepBackward(Contract(layer), [mlp.down_proj], weights)
@@ -323,9 +316,6 @@ class FeedForwardBackward(nn.Cell):
 
     def construct(self, kept: tuple, rope: tuple, visible: Tensor, rows: Tensor | None, grad: Tensor) -> tuple:
         x, kept = kept[0], kept[1:]
-        if self.recomputed:
-            x = ops.depend(x, grad)
-            kept = self.half.keeping(x, rope, visible, rows)[1:]
         gate, up = kept
         contracted, d_down = self.contract(x, gate, up, grad)
         expanded, d_inner = self.expand(x, contracted[1:])
@@ -357,8 +347,10 @@ class HalfLayersBackward(nn.Cell):
         lowest: int = 0,
     ):
         super().__init__(auto_prefix=False)
-        parts = [half.backward(*pair) for half, *pair in zip(half_layers, weights, recomputed, strict=True)]
+        self.half_layers = nn.CellList(list(half_layers), auto_prefix=False)
+        parts = [half.backward(own) for half, own in zip(half_layers, weights, strict=True)]
         self.parts = nn.CellList(parts, auto_prefix=False)
+        self.recomputed = tuple(recomputed)
         self.lowest = lowest
         counts = kept_counts(half_layers, recomputed)
         self.ends = tuple(sum(1 + count for count in counts[: i + 1]) for i in range(len(counts)))
@@ -372,7 +364,11 @@ class HalfLayersBackward(nn.Cell):
         for j in range(count - self.lowest):
             i = count - 1 - j
             own = kept[self.starts[i] : self.ends[i]]
-            gradients = self.parts[i](own, rope, visible[i // 2], rows if i == count - 2 else None, grad)
+            own_rows = rows if i == count - 2 else None
+            if self.recomputed[i]:
+                x = ops.depend(own[0], grad)
+                own = (x,) + self.half_layers[i].keeping(x, rope, visible[i // 2], own_rows)[1:]
+            gradients = self.parts[i](own, rope, visible[i // 2], own_rows, grad)
             grad = gradients[0]
             found = gradients[1:] + found
         return (grad,) + found
