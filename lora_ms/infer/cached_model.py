@@ -8,13 +8,12 @@ import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 from numpy.typing import NDArray
 
+from lora_ms.nn import sharing
 from lora_ms.nn.graph import Graph
 from lora_ms.nn.kv_cache import KVCache
-from lora_ms.nn.sharing import BLOCK_LAYERS, Place, block_count, kind_of, parameters_of, sharing
+from lora_ms.nn.sharing import Place, kind_of, layers_in_blocks, parameters_of
 
-# From so many layers on they share graphs. Fewer are compiled as fast in one graph, in which a token takes an eighth
-# less time.
-SHARED_FROM = 16
+BLOCK_LAYERS = 3  # a call of a graph takes some 0.7 ms of Python and MindSpore
 
 
 class _Inputs(Graph):
@@ -113,8 +112,8 @@ class CachedModel:
             operators=model.operators,
         )
         layers, windows = list(model.model.layers), c.window_indices
-        shares_graphs = model.operators.lends_memory and len(layers) >= SHARED_FROM
-        top = BLOCK_LAYERS * block_count(len(layers)) if shares_graphs else 0  # the first layer that is in no block
+        shares_graphs = model.operators.lends_memory and len(layers) >= sharing.SHARED_FROM
+        top = layers_in_blocks(len(layers), BLOCK_LAYERS) if shares_graphs else 0  # the first layer that is in no block
         self.inputs = _Inputs(model, cache).set_train(False)
         self.top = _Top(model, _Layers(layers[top:], windows[top:], cache, top)).set_train(False)
         self.whole = _Whole(self.inputs, self.top).set_train(False) if top == 0 else None
@@ -136,7 +135,7 @@ class CachedModel:
     @contextmanager
     def running(self) -> Iterator[None]:
         """Calls stand inside; the model's layers have each other's parameters meanwhile."""
-        with sharing(self.places):
+        with sharing.sharing(self.places):
             yield
 
     def run(self, input_ids: NDArray, start: NDArray, lengths: NDArray, last: NDArray) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,8 @@ GRAPH_ADAPTER = 4.8
 GRAPH_DROPOUT = 0.8  # of an adapter with dropout
 GRAPH_UPDATE = 1.2  # of an adapter, in the optimiser
 GRAPH_RECOMPUTED = 1.25  # factor on a layer that is recomputed
-BLOCK = 3  # layers that share their graphs with others; as in nn.sharing
+BLOCK = 2  # layers that share their graphs with others; as in train.shared_layers
+SHARED_FROM = 16  # layers of a model; as in nn.sharing
 INDEX = 12  # bytes that kernels keep of every number of a layer's hidden states, for as long as the graph lives
 INDEX_NATIVE = 4  # with native operators, besides a few of MindSpore's
 GAPS = 1.05  # size of the memory pool over what it holds
@@ -215,9 +216,8 @@ def tables(job: Job) -> float:
 def in_blocks(job: Job) -> int:
     """How many layers, from the lowest, run in blocks that share graphs; as in train.gradient."""
     count = job.sizes.num_hidden_layers
-    blocks = (count - 1) // BLOCK
-    shares = len({*job.recomputed}) == count or (job.device == "CPU" and blocks > 1)
-    return BLOCK * blocks if shares else 0
+    shares = len({*job.recomputed}) == count or (job.device == "CPU" and count >= SHARED_FROM)
+    return (count - 1) // BLOCK * BLOCK if shares else 0
 
 
 def compiled(job: Job) -> list[int]:

@@ -24,8 +24,8 @@ from collections.abc import Sequence
 from mindspore import Tensor, ops
 
 from lora_ms.errors import LoraMsError
+from lora_ms.nn import sharing
 from lora_ms.nn.graph import Graph
-from lora_ms.nn.sharing import block_count
 from lora_ms.train.optimizer import FlatAdamW
 from lora_ms.train.parts import (
     EmbeddingGradients,
@@ -70,7 +70,7 @@ class MicroStep(Graph):
         decoder, scale = loss.model.model, optimizer.loss_scale
         count = len(decoder.layers)
         layers = recomputed_layers(recompute, count)
-        shares_graphs = (loss.model.operators.lends_memory and block_count(count) > 1) or len(layers) == count
+        shares_graphs = (loss.model.operators.lends_memory and count >= sharing.SHARED_FROM) or len(layers) == count
         self.is_whole = not layers and not shares_graphs
         self.shared: SharedLayers | None = None
         self.prepared: set[tuple] = set()  # shapes of batches

@@ -8,8 +8,13 @@ from mindspore import Parameter, Tensor, nn, ops
 
 from lora_ms.nn import sharing
 from lora_ms.nn.graph import Graph
-from lora_ms.nn.sharing import Place, block_count, kind_of, parameters_of
+from lora_ms.nn.sharing import Place, kind_of, layers_in_blocks, parameters_of
 from lora_ms.train.parts import ROTARY_TABLES, HalfLayers, HalfLayersBackward, ModelParts, kept_counts
+
+# Layers of a block, which are compiled together: compilation takes a fifth less time than with blocks of three. Each
+# alone takes less still, but a graph of up to 100 kernels is run in the caller's thread, without a thread that prepares
+# the next kernel meanwhile: steps of 3 to 10% more time. A layer has some 50 kernels forward.
+BLOCK_LAYERS = 2
 
 
 class _BlockForward(Graph):
@@ -87,8 +92,8 @@ class Block:
 
 
 class SharedLayers:
-    """The layers of a model below the top, in blocks of ``sharing.BLOCK_LAYERS``; all blocks of a kind run in the
-    graphs of the first.
+    """The layers of a model below the top, in blocks of ``BLOCK_LAYERS``; all blocks of a kind run in the graphs of the
+    first.
 
     Args:
         recomputed: of each half-layer of the model, whether its activations are recomputed.
@@ -98,8 +103,8 @@ class SharedLayers:
     """
 
     def __init__(self, parts: ModelParts, recomputed: Sequence[bool]):
-        size = self.size = 2 * sharing.BLOCK_LAYERS  # half-layers of a block
-        self.top = block_count(len(parts.half_layers) // 2) * size
+        size = self.size = 2 * BLOCK_LAYERS  # half-layers of a block
+        self.top = 2 * layers_in_blocks(len(parts.half_layers) // 2, BLOCK_LAYERS)
         self.blocks: list[Block] = []
         kinds: dict[Any, BlockGraphs] = {}
         for first in range(0, self.top, size):

@@ -244,10 +244,12 @@ def test_the_control_group_limits_the_cores(tmp_path, monkeypatch, name, text, w
 def test_constants_that_stand_in_two_places():
     from lora_ms.nn import sharing
     from lora_ms.ops import portable
-    from lora_ms.train import parts
+    from lora_ms.train import parts, shared_layers
 
-    copies = (memory_estimate.BLOCK, memory_estimate.CHUNK_NUMBERS, memory_estimate.PART_NUMBERS)
-    assert copies == (sharing.BLOCK_LAYERS, parts.CHUNK_NUMBERS, portable.PART_NUMBERS)
+    assert memory_estimate.BLOCK == shared_layers.BLOCK_LAYERS
+    assert memory_estimate.SHARED_FROM == sharing.SHARED_FROM
+    assert memory_estimate.CHUNK_NUMBERS == parts.CHUNK_NUMBERS
+    assert memory_estimate.PART_NUMBERS == portable.PART_NUMBERS
 
 
 def test_the_share_in_use(monkeypatch):

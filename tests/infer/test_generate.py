@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from lora_ms.errors import LoraMsError
-from lora_ms.infer import cached_model
 from lora_ms.infer.generate import PIECE, Generator, cache_length, pad_rows
 from lora_ms.infer.sampling import Sampling
 from lora_ms.models.decoder import DecoderConfig
 from lora_ms.models.hub import load_directory, new_model
+from lora_ms.nn import sharing
 from lora_ms.ops import PORTABLE
 
 MODELS = ("llama2", "llama3", "qwen2", "qwen3", "deepseek_r1_qwen")
@@ -89,7 +89,7 @@ def test_prompts_of_several_pieces_and_fewer_rows(qwen2):
 @pytest.mark.parametrize("windows", [(), (1, 4, 7)], ids=["full", "some sliding"])
 def test_layers_that_share_graphs_answer_as_one_graph_does(native, windows, monkeypatch):
     """Eight layers are two blocks of three, and the top; afterwards every layer has its own weights again."""
-    monkeypatch.setattr(cached_model, "SHARED_FROM", 8)
+    monkeypatch.setattr(sharing, "SHARED_FROM", 8)
     sizes = DecoderConfig(
         vocab_size=60, hidden_size=16, intermediate_size=24, num_hidden_layers=8, num_attention_heads=4,
         num_key_value_heads=2, head_dim=4, rms_norm_eps=1e-5, rope_theta=1e4, tie_word_embeddings=True,

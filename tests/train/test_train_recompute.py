@@ -8,7 +8,7 @@ import pytest
 from lora_ms.errors import LoraMsError
 from lora_ms.models.decoder import DecoderConfig
 from lora_ms.nn import sharing
-from lora_ms.nn.sharing import BLOCK_LAYERS
+from lora_ms.train import shared_layers
 from lora_ms.train.gradient import MicroStep, recomputed_layers
 from lora_ms.train.optimizer import FlatAdamW, LossScaling
 
@@ -74,10 +74,10 @@ def test_gradients_with_one_layer_computed_again(tied):
     np.testing.assert_allclose(optimizer.grad.asnumpy(), wanted, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("block", [1, BLOCK_LAYERS])
+@pytest.mark.parametrize("block", [1, shared_layers.BLOCK_LAYERS])
 def test_gradients_block_by_block(tied, block, monkeypatch):
     """Two micro-batches; the layers have their own values afterwards."""
-    monkeypatch.setattr(sharing, "BLOCK_LAYERS", block)
+    monkeypatch.setattr(shared_layers, "BLOCK_LAYERS", block)
     loss, batch, params, value, gradients = tied
     before = {name: parameter.asnumpy() for name, parameter in loss.parameters_and_names()}
     optimizer = FlatAdamW(list(params), loss_scaling=LossScaling(2.0, dynamic=False))
@@ -92,7 +92,7 @@ def test_gradients_block_by_block(tied, block, monkeypatch):
 
 @pytest.mark.parametrize(("pattern", "kinds"), [({}, 1), ({r"layers.2.mlp.*": 3}, 2)])
 def test_blocks_of_a_kind_share_their_graphs(native, pattern, kinds):
-    """Nine layers are two blocks and the top."""
+    """Six layers are two blocks and the top."""
     import mindspore as ms
 
     from lora_ms.adapters.inject import inject
@@ -100,11 +100,11 @@ def test_blocks_of_a_kind_share_their_graphs(native, pattern, kinds):
     from lora_ms.models.hub import new_model
     from lora_ms.train.parts import SummedLoss
 
-    model = new_model(small(num_hidden_layers=9), ms.float32, 0, native)
+    model = new_model(small(num_hidden_layers=6), ms.float32, 0, native)
     inject(model, LoraConfig(2, 4.0, 0.1, "all-linear", rank_pattern=pattern))
     params = [p for p in model.get_parameters() if p.requires_grad]
     shared = MicroStep(SummedLoss(model, 40), FlatAdamW(params), True).shared
-    assert (len(shared.blocks), len(shared.graphs), shared.top) == (2, kinds, 12)
+    assert (len(shared.blocks), len(shared.graphs), shared.top) == (2, kinds, 8)
 
 
 METHODS = {
@@ -130,7 +130,8 @@ def test_every_method_block_by_block(native, method, monkeypatch):
     from lora_ms.train.evaluation import LabelScores
     from lora_ms.train.parts import SummedLoss
 
-    monkeypatch.setattr(sharing, "BLOCK_LAYERS", 1)
+    monkeypatch.setattr(shared_layers, "BLOCK_LAYERS", 1)
+    monkeypatch.setattr(sharing, "SHARED_FROM", 3)
     model = new_model(small(num_hidden_layers=3, attention_bias=True), ms.float32, 0, native)
     options = METHODS[method]
     targets = ["k_proj", "down_proj"]

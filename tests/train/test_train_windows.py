@@ -13,6 +13,7 @@ from lora_ms.models.decoder import DecoderConfig
 from lora_ms.models.hub import new_model
 from lora_ms.nn import sharing
 from lora_ms.ops import PORTABLE, Operators
+from lora_ms.train import shared_layers
 from lora_ms.train.evaluation import LabelScores
 from lora_ms.train.gradient import MicroStep
 from lora_ms.train.optimizer import FlatAdamW
@@ -25,7 +26,8 @@ LENGTHS = (30, 5, 17)
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(sharing, "BLOCK_LAYERS", 2)
+    monkeypatch.setattr(shared_layers, "BLOCK_LAYERS", 2)
+    monkeypatch.setattr(sharing, "SHARED_FROM", LAYERS)
 
 
 def config(layers: tuple[int, ...], window: int = 6) -> DecoderConfig:
