@@ -29,3 +29,14 @@ def out_of_memory(fault: BaseException) -> str | None:
         "model.model_config.seq_length, set recompute_config.recompute: True or compute_dtype: float16, or give "
         "--low_memory True; lora-ms estimate says what fits"
     )
+
+
+def lost_connection(fault: BaseException) -> str | None:
+    """The message for MindSpore's errors where another process of the run, or msrun's scheduler, is gone; else None."""
+    words = ("connection between the scheduler and the worker", "Launch kernel failed: Default/AllReduce")
+    if not any(word in str(fault) for word in words):
+        return None
+    return (
+        "the connection to the other processes of this run is lost: one of them, or msrun's scheduler, has ended (see "
+        "their logs); start all of them again, with --resume_training True to go on from the last checkpoint"
+    )

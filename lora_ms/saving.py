@@ -3,6 +3,8 @@
 What is written stands beside its final name first, as ``.lora_ms-part.NAME``; it is brought to disk and then renamed. A
 folder that is replaced stands aside as ``.lora_ms-old.NAME`` meanwhile. A finished folder holds ``lora-ms.sha256``, the
 digests of its files in the format of ``sha256sum -c``: it says which files are ours, and finds those that have changed.
+Files that belong together in a folder that holds others, too, are written in ``.lora_ms-set.NAME`` there, and have a
+list of their own.
 """
 
 import errno
@@ -21,6 +23,7 @@ from lora_ms.text import size_text
 
 MARKER = "lora-ms.sha256"
 PART, OLD = ".lora_ms-part.", ".lora_ms-old."  # before the name of what is being written, and of what it replaces
+SET = ".lora_ms-set."  # before the name of the list of files that are placed together
 DIGEST_LENGTH = 66  # characters, with two spaces
 MOST_LISTED = 1 << 24  # bytes of a list
 LINES = re.compile(r"(?:[0-9a-f]{64}  [^\n]+\n)*")
@@ -156,13 +159,15 @@ def files_of(folder: Path) -> list[str]:
     return sorted(found)
 
 
-def listed(folder: Path) -> dict[str, str] | None:
+def listed(folder: Path, marker: str = MARKER) -> dict[str, str] | None:
     """The digests of the files that we wrote into ``folder``, by name; None where it is not ours.
+
+    marker: the list's name.
 
     Raises:
         LoraMsError: the list is damaged.
     """
-    file = folder / MARKER
+    file = folder / marker
     if not os.path.lexists(file):
         return None
     try:
@@ -177,28 +182,28 @@ def listed(folder: Path) -> dict[str, str] | None:
     return {name: line[: DIGEST_LENGTH - 2] for name, line in zip(names, lines, strict=True)}
 
 
-def seal(folder: Path, names: Sequence[str] | None = None) -> None:
+def seal(folder: Path, names: Sequence[str] | None = None, marker: str = MARKER) -> None:
     """Brings files of ``folder`` to disk, and then the list of their digests.
 
     names: the files that are ours; None: all.
     """
-    names = [name for name in (files_of(folder) if names is None else names) if name != MARKER]
+    names = [name for name in (files_of(folder) if names is None else names) if name != marker]
     lines = [f"{digest_of(folder / name, sync=True)}  {name}\n" for name in names]
     for below in {os.path.dirname(name) for name in names} - {""}:
         _sync_folder(folder / below)
-    with new_file(folder / MARKER) as part:
+    with new_file(folder / marker) as part:
         part.write_text("".join(lines), encoding="utf-8")
 
 
-def changed(folder: Path) -> str | None:
-    """What is wrong with the files that ``lora-ms.sha256`` lists, in a few words; None where all are as written.
+def changed(folder: Path, marker: str = MARKER) -> str | None:
+    """What is wrong with the files that the list ``marker`` names, in a few words; None where all are as written.
 
     Raises:
         LoraMsError: there is no such list, or it is damaged.
     """
-    digests = listed(folder)
+    digests = listed(folder, marker)
     if digests is None:
-        raise LoraMsError(f"{folder}: holds no {MARKER}, so that its files cannot be verified")
+        raise LoraMsError(f"{folder}: holds no {marker}, so that its files cannot be verified")
     for name, digest in digests.items():
         if not (folder / name).is_file():
             return f"{name} is missing"
@@ -207,7 +212,7 @@ def changed(folder: Path) -> str | None:
         except OSError as error:
             return f"{name}: {error.strerror}"
         if found != digest:
-            return f"{name} is damaged: its SHA-256 is {found[:16]}…, and {digest[:16]}… in {MARKER}"
+            return f"{name} is damaged: its SHA-256 is {found[:16]}…, and {digest[:16]}… in {marker}"
     return None
 
 
@@ -218,10 +223,10 @@ def verify(folder: Path) -> None:
         raise LoraMsError(f"{folder}: {fault}")
 
 
-def is_intact(folder: Path) -> bool:
+def is_intact(folder: Path, marker: str = MARKER) -> bool:
     """Whether ``folder`` was finished, and all its files are as they were written."""
     try:
-        return folder.is_dir() and changed(folder) is None
+        return folder.is_dir() and changed(folder, marker) is None
     except LoraMsError:
         return False
 
@@ -358,6 +363,56 @@ def remove(folder: Path) -> None:
     delete(part)
     os.rename(folder, part)
     (part / MARKER).unlink(missing_ok=True)  # unfinished from here on: ``recover`` removes what is left
+    delete(part)
+
+
+# --- files that belong together
+
+
+def set_of(folder: Path, marker: str) -> Path:
+    """The folder in which files are written that ``place_set`` puts into ``folder`` together, with the list ``marker``.
+
+    It outlives the process that fills it, so that the next one can go on.
+    """
+    return folder / f"{SET}{marker}"
+
+
+def place_set(folder: Path, marker: str, names: Sequence[str]) -> None:
+    """Puts the files ``names`` of ``set_of`` into ``folder``, in place of those that its earlier list ``marker`` names.
+    Where that is interrupted, ``finish_set`` goes on. Raises OSError and WriteError."""
+    seal(set_of(folder, marker), names, marker)
+    finish_set(folder, marker)
+
+
+def set_is_unfinished(folder: Path, marker: str) -> bool:
+    """Whether ``place_set`` has begun in ``folder`` and not ended: some of its files are missing there."""
+    return os.path.lexists(set_of(folder, marker) / marker)
+
+
+def finish_set(folder: Path, marker: str) -> None:
+    """Ends a ``place_set`` that was interrupted, if there is one.
+
+    Raises:
+        LoraMsError: its list is damaged.
+        OSError: a file cannot be placed.
+    """
+    part = set_of(folder, marker)
+    new = listed(part, marker) if part.is_dir() and not part.is_symlink() else None
+    if new is None:
+        return
+    try:
+        old = listed(folder, marker) or {}
+    except LoraMsError:
+        old = {}
+    waiting = [name for name in new if os.path.lexists(part / name)]
+    for name in old:  # all of them before the first new one, so that old and new files never stand side by side
+        if name in waiting or name not in new:
+            (folder / name).unlink(missing_ok=True)
+    for name in waiting:
+        os.replace(part / name, folder / name)
+    _sync_folder(folder)
+    os.replace(part / marker, folder / marker)
+    _sync_folder(folder)
     delete(part)
 
 

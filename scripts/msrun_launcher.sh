@@ -94,6 +94,47 @@ processes() {
     done
 }
 
+alive() {  # PROCESS: it is there, and no zombie
+    local stat
+    stat=$(cat "/proc/$1/stat" 2>/dev/null) || return 1
+    stat=${stat##*) }
+    [ "${stat:0:1}" != Z ]
+}
+
+# Prints which of msrun's processes is the scheduler.
+find_scheduler() {
+    local child
+    for child in $children; do
+        if grep -qzx MS_ROLE=MS_SCHED "/proc/$child/environ" 2>/dev/null; then
+            echo "$child"
+            return
+        fi
+    done
+}
+
+# Ends the run where msrun or its scheduler has ended and the others have not: they could wait for TIMEOUT seconds.
+GRACE=30  # seconds: a scheduler may end shortly before the others
+children='' scheduler='' gone='' lost=''
+watch() {
+    if ! alive "$msrun"; then
+        lost="msrun, process $msrun,"
+    else
+        children=$(cat "/proc/$msrun/task/$msrun/children" 2>/dev/null || true)
+    fi
+    if [ -z "$lost" ] && [ -z "$scheduler" ]; then
+        scheduler=$(find_scheduler)
+    elif [ -z "$lost" ] && ! alive "$scheduler"; then
+        gone=${gone:-$SECONDS}
+        if [ $((SECONDS - gone)) -ge $GRACE ]; then
+            lost="msrun's scheduler, process $scheduler,"
+        fi
+    fi
+    if [ -n "$lost" ]; then
+        # shellcheck disable=SC2086
+        kill -KILL -- "-$msrun" $children 2>/dev/null || true
+    fi
+}
+
 stops=0
 stop() {
     stops=$((stops + 1))
@@ -119,11 +160,17 @@ trap stop INT TERM
 
 # msrun sees within a second that a process has failed, and kills the others; then it would wait half a minute for its
 # scheduler, which is killed here with msrun.
-failed='' code=0
+failed='' code=0 begun='' seen=0
 while true; do
+    if [ -z "$failed$lost" ] && [ "$SECONDS" != "$seen" ]; then
+        seen=$SECONDS
+        watch
+    fi
     got=0
-    IFS= read -r line <&3 || got=$?
-    if [ $got -gt 128 ]; then  # a signal
+    IFS= read -r -t 1 line <&3 || got=$?
+    line=$begun$line begun=''
+    if [ $got -gt 128 ]; then  # a signal, or a second without a line
+        begun=$line
         continue
     elif [ $got != 0 ]; then
         break
@@ -150,6 +197,9 @@ if [ -n "$failed" ]; then
         how="was ended by signal ${code#-}"
     fi
     echo "error: ${rank:+rank $rank, }process $failed, $how; the others were stopped; the full logs are in $LOG_DIR" >&2
+elif [ -n "$lost" ]; then
+    echo "error: $lost has ended, and the others were stopped; start the run again, with --resume_training True to go on" \
+        "from its last checkpoint; the full logs are in $LOG_DIR" >&2
 elif [ $status != 0 ]; then
     echo "error: the run failed, with status $status; the full logs are in $LOG_DIR" >&2
 fi

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from lora_ms.cli.flags import COMMAND_FLAGS, FLAG_KEYS, OTHER_FLAGS, add_command_flags, add_flags
 from lora_ms.cli.parser import TOOLS, Help, Parser, Version, add_tools
-from lora_ms.errors import LoraMsError, out_of_memory
+from lora_ms.errors import LoraMsError, lost_connection, out_of_memory
 from lora_ms.text import Escaping, shortened
 
 # Command -> the module whose ``run`` does it. Those of TOOLS get their flags as keyword arguments, the others a
@@ -100,8 +100,10 @@ def _guarded(command: Callable[[list[str]], int], argv: list[str]) -> int:
 def _said_of(fault: BaseException) -> str:
     if isinstance(fault, LoraMsError):
         return str(fault)
-    return out_of_memory(fault) or (
-        f"{type(fault).__name__}: {fault} (this should not happen: add --debug to see where, and report it)"
+    return (
+        out_of_memory(fault)
+        or lost_connection(fault)
+        or (f"{type(fault).__name__}: {fault} (this should not happen: add --debug to see where, and report it)")
     )
 
 

@@ -2,16 +2,18 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from lora_ms import storage
+from lora_ms import saving, storage
 from lora_ms.config import RunConfig
 from lora_ms.data.loader import DataPlan
-from lora_ms.data.mindrecord import write_mindrecord
+from lora_ms.data.mindrecord import WRITTEN_SET, write_mindrecord
 from lora_ms.data.pipeline import prepare
 from lora_ms.data.store import TokenStore
 from lora_ms.data.tokenizer import pad_id
+from lora_ms.errors import LoraMsError, WriteError
 from lora_ms.recipes import data
 from lora_ms.recipes.model import read_sizes
 from lora_ms.recipes.outputs import DATA_REPORT
@@ -26,7 +28,8 @@ STATE = "preprocess.json"  # how far the files are written
 def run(config: RunConfig, report: bool, layout: str) -> None:
     """Writes ``output_dir/train-00000.mindrecord`` and so on, and ``data_report.json``.
 
-    A run that was killed is continued, and nothing is done where files, settings and tokenizer are the same.
+    The files are written in a folder of their own first, and take their places together. A run that was killed goes on
+    from its last finished file, and nothing is done where files, settings and tokenizer are the same.
 
     report: print the report, and write no rows. layout: "rows", or "mindformers" for rows of seq_length + 1 tokens.
     """
@@ -71,15 +74,56 @@ def padding(config: RunConfig, store: TokenStore, seq_length: int) -> dict[str, 
 
 
 def write(store: TokenStore, output_dir: Path, width: int | None, pad: int) -> int:
-    """Writes the files that do not exist yet; returns the number of all."""
+    """Writes the files of ``store``, unless they are there; returns their number.
+
+    Raises WriteError where they cannot be written: what was in ``output_dir`` is as it was.
+    """
     content = {"content": store.key, "rows": len(store), "width": width}
-    state = storage.read_json(output_dir / STATE) if (output_dir / STATE).is_file() else {}
-    done = state.get("done") if {key: state.get(key) for key in content} == content else 0
-    done = done if type(done) is int and done >= 0 else 0
     files = -(-len(store) // ROWS_PER_FILE)
-    for number in range(done, files):
-        rows = range(number * ROWS_PER_FILE, min((number + 1) * ROWS_PER_FILE, len(store)))
-        write_mindrecord(output_dir / f"train-{number:05}.mindrecord", (store[i] for i in rows), width, pad)
-        store.release()
-        storage.write_json(output_dir / STATE, {**content, "done": number + 1})
+    part = saving.set_of(output_dir, WRITTEN_SET)
+    done: dict[str, str] = {}
+    try:
+        saving.finish_set(output_dir, WRITTEN_SET)
+        if state_of(output_dir, content) and saving.is_intact(output_dir, WRITTEN_SET):
+            saving.delete(part)  # what is left of another run
+            return files
+        done = finished(part, content)
+        if not done:
+            saving.delete(part)
+            part.mkdir()
+            storage.write_json(part / STATE, {**content, "done": done})
+        for number in range(len(done) // 2, files):
+            name = f"train-{number:05}.mindrecord"
+            for left in part.glob(f"{name}*"):  # of a process that was killed
+                saving.delete(left)
+            rows = range(number * ROWS_PER_FILE, min((number + 1) * ROWS_PER_FILE, len(store)))
+            write_mindrecord(part / name, (store[i] for i in rows), width, pad)
+            store.release()
+            done |= {file: saving.digest_of(part / file, sync=True) for file in (name, f"{name}.db")}
+            storage.write_json(part / STATE, {**content, "done": done})
+        saving.place_set(output_dir, WRITTEN_SET, [*done, STATE])
+    except (OSError, WriteError) as error:
+        why = f"cannot write {error.filename or part}: {error.strerror}" if isinstance(error, OSError) else str(error)
+        kept = "; the same command goes on from the last file that is finished" if done else ""
+        raise WriteError(f"{why}{kept}") from None
     return files
+
+
+def state_of(folder: Path, content: dict[str, object]) -> dict[str, Any]:
+    """The state of the files of this content in ``folder``; empty where it holds none."""
+    try:
+        state = storage.read_json(folder / STATE)
+    except LoraMsError:
+        return {}
+    return state if {key: state.get(key) for key in content} == content else {}
+
+
+def finished(part: Path, content: dict[str, object]) -> dict[str, str]:
+    """The first files of this content in ``part``, with their indexes, that an earlier process has finished, and their
+    digests; empty where one of them has changed."""
+    done = state_of(part, content).get("done", {})
+    try:
+        whole = not part.is_symlink() and all(saving.digest_of(part / name) == done[name] for name in done)
+    except (OSError, TypeError):
+        return {}
+    return done if whole else {}

@@ -1,5 +1,6 @@
 """MindRecord files: token rows as MindFormers stores them."""
 
+import stat
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -8,11 +9,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lora_ms import saving
 from lora_ms.data.example import IGNORE_INDEX, RawRow, TokenRow, shown_name
 from lora_ms.errors import LoraMsError, WriteError
-from lora_ms.reading import readable
+from lora_ms.reading import readable, reason
 
 ROWS_WRITTEN = 2000  # together
+WRITTEN_SET = "mindrecord.sha256"  # the list of the files of ``lora-ms preprocess``
 
 
 def read_mindrecord(path: Path) -> Iterator[RawRow]:
@@ -21,6 +24,8 @@ def read_mindrecord(path: Path) -> Iterator[RawRow]:
     Rows are stored at one length, filled up with a pad token whose label is -100: that tail is cut off here.
     Without labels, padding cannot be told from text, and the row stays whole.
     """
+    if saving.set_is_unfinished(path.parent, WRITTEN_SET):
+        raise LoraMsError(f"{path}: lora-ms preprocess ended before all files were in their place; run it once more")
     if not path.with_name(f"{path.name}.db").is_file():
         raise LoraMsError(f"{path}: its index {path.name}.db is missing; copy it beside the file")
     for number, row in enumerate(_mindrecord_rows(path), start=1):
@@ -63,19 +68,24 @@ def write_mindrecord(path: Path, rows: Iterable[TokenRow], width: int | None, pa
         None keeps each row as long as it is.
     """
     from mindspore.mindrecord import FileWriter
+    from mindspore.mindrecord.common.exceptions import MindRecordException
 
     column = {"type": "int32", "shape": [-1 if width is None else width]}
     rows = iter(rows)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        saving.create(path)
+        mode = path.stat().st_mode  # by the umask
+        path.unlink()
         writer = FileWriter(str(path), 1, overwrite=True)
         writer.add_schema({"input_ids": column, "labels": column}, "token rows of lora_ms")
         while piece := [_padded(row, width, pad_id) for row in islice(rows, ROWS_WRITTEN)]:
             writer.write_raw_data(piece)
         writer.commit()
-    except (OSError, RuntimeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error).strip().splitlines()[0]
-        raise WriteError(f"cannot write {path}: {reason}") from None
+        for file in (path, path.with_name(f"{path.name}.db")):
+            file.chmod(stat.S_IMODE(mode))  # MindSpore sets its own
+    except (OSError, RuntimeError, MindRecordException) as error:
+        raise WriteError(f"cannot write {path}: {reason(error)}") from None
 
 
 def _padded(row: TokenRow, width: int | None, pad_id: int) -> dict[str, NDArray[np.int32]]:

@@ -177,8 +177,7 @@ class NativeRun:
             if self.settings.overwrite:
                 checkpoint.remove_foreign(output_dir)
             checkpoint.check_foreign(output_dir)
-        if self.runtime.world > 1:
-            barrier()
+        self.loop.check_ranks()  # the others wait here for the main one
         if self.settings.resume:
             self.loop.restore(checkpoint.find(output_dir, self.settings.resume))
         elif self.runtime.is_main:

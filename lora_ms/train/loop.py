@@ -101,6 +101,8 @@ class TrainingLoop:
         for name in KEPT_STATE:
             setattr(self.state, name, stored[name])
         self.steps.skipped = stored["skipped"]
+        if self.sum_over_ranks is not None:
+            check_agreement({"the checkpoint's step": stored["step"]}, self.sum_over_ranks, self.runtime.world)
 
     def report(self) -> None:
         """Waits for the pending steps, and tells the callbacks.
@@ -127,10 +129,14 @@ class TrainingLoop:
         return bool(self.sum_over_ranks(Tensor([float(seen)], ms.float32)).asnumpy()[0])
 
     def check_ranks(self) -> None:
-        """Raises LoraMsError where the processes of the run differ in what all of them must share."""
-        if self.sum_over_ranks is not None:
-            values = self.settings.shared() | self.fingerprint()
-            check_agreement(values, self.sum_over_ranks, self.runtime.world, code_digest())
+        """Raises LoraMsError where the processes of the run differ in what all of them must share; each calls it."""
+        if self.sum_over_ranks is None:
+            return
+        values = self.settings.shared() | self.fingerprint()
+        values["model_parallel"] = self.runtime.shard.count
+        values["do_eval"] = self.evaluator is not None
+        values["eval_tokens_crc32"] = self.evaluator.plan.checksum() if self.evaluator is not None else None
+        check_agreement(values, self.sum_over_ranks, self.runtime.world, code_digest())
 
     def save(self) -> None:
         """Checkpoint of the steps done: all ranks call it, the main one writes; where it cannot, the run goes on."""
@@ -209,7 +215,6 @@ class TrainingLoop:
         """From the steps that are done to the end, or to the first Ctrl-C."""
         state, total = self.state, self.plan.total_steps
         stopped = False
-        self.check_ranks()
         self.steps.begin(state.step, 0 if self.monitor is None else self.monitor.level)
         self.tell("on_train_begin")
         try:

@@ -1,4 +1,4 @@
-"""Too little memory is one line that names the keys to lower, with status 2."""
+"""Too little memory, and another process that is gone, are one line that says what to do, with status 2."""
 
 import subprocess
 
@@ -32,6 +32,23 @@ def test_words_for_it(fault, monkeypatch, capsys):
     monkeypatch.setattr(module, "_lora_ms", lambda argv: (_ for _ in ()).throw(fault))
     assert module.main([]) == 2
     assert "batch_size" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "It is possible that an exception has occurred in the TCP connection between the scheduler and the worker.",
+        "Launch kernel failed: Default/AllReduce-op5",
+    ],
+)
+def test_words_for_a_lost_connection(words, monkeypatch, capsys):
+    from lora_ms.cli import main as module
+
+    monkeypatch.setattr(module, "_lora_ms", lambda argv: (_ for _ in ()).throw(RuntimeError(words)))
+    assert module.main([]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: the connection to the other processes of this run is lost: ")
+    assert said.endswith("with --resume_training True to go on from the last checkpoint\n") and said.count("\n") == 1
 
 
 def test_another_fault_is_one_line_and_a_traceback_with_debug(monkeypatch, capsys):

@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections import Counter
 from collections.abc import Callable
 from contextlib import redirect_stderr
@@ -40,8 +41,12 @@ def savers() -> dict[str, Saver]:
 
     from lora_ms import saving, storage
     from lora_ms.bridge.files import write_file
+    from lora_ms.commands import preprocess
     from lora_ms.config import dump_config, load_config
+    from lora_ms.data.example import TokenRow
+    from lora_ms.data.mindrecord import WRITTEN_SET, read_mindrecord
     from lora_ms.data.pipeline import Preparation, prepare
+    from lora_ms.data.store import TokenStore
     from lora_ms.errors import LoraMsError
     from lora_ms.runtime import native_build
     from lora_ms.train import checkpoint
@@ -168,6 +173,38 @@ def savers() -> dict[str, Saver]:
         tokens(folder, NEW)
         return NEW
 
+    # --- MindRecord files; each call in a process of its own, since a fork does not have MindSpore's threads
+
+    def mindrecord_rows(value: float) -> list[list[int]]:
+        return [[int(value), row, 7] for row in range(6 if value == OLD else 4)]
+
+    def write_mindrecord(folder: Path, value: float) -> None:
+        rows = [np.array(ids, np.int32) for ids in mindrecord_rows(value)]
+        store = TokenStore(TokenStore.of([TokenRow("row", ids, ids) for ids in rows]).columns, str(value))
+        preprocess.write(store, folder, None, 0)
+
+    def mindrecords(folder: Path, value: float) -> None:
+        if value == OLD:
+            assert in_a_fork(lambda: write_mindrecord(folder, OLD)) == 0
+        else:
+            write_mindrecord(folder, NEW)
+
+    def found_mindrecords(folder: Path) -> float:
+        files = sorted(folder.glob("train-*.mindrecord"))
+        rows = [row.value["input_ids"].tolist() for file in files for row in read_mindrecord(file)]
+        value = {3: OLD, 2: NEW}[len(files)]
+        assert rows == mindrecord_rows(value) and len(list(folder.glob("train-*"))) == 2 * len(files)
+        return value
+
+    def read_mindrecords(folder: Path) -> float | str:
+        """What is there, after which the same command must come to its end."""
+        found = in_a_fork(lambda: found_mindrecords(folder))
+        again = in_a_fork(lambda: write_mindrecord(folder, NEW)), in_a_fork(lambda: found_mindrecords(folder))
+        names = {path.name for path in folder.iterdir() if not path.name.startswith("train-")}
+        if again != (0, NEW) or names != {preprocess.STATE, WRITTEN_SET}:
+            return f"status {found}, then {again} and {sorted(names)}"
+        return float(found)
+
     # --- files
 
     def text_file(name: str, write: Callable[[Path, float], None], read: Callable[[Path], float | str]) -> Saver:
@@ -257,6 +294,7 @@ def savers() -> dict[str, Saver]:
         "model, file to shards": model({OLD: 10**9, NEW: 300}),
         "cached library": Saver(library, read_library),
         "cached tokens": Saver(tokens, read_tokens),
+        "MindRecord files": Saver(mindrecords, read_mindrecords, lambda f: saving.finish_set(f, WRITTEN_SET)),
         "data_report.json": text_file(
             "r.json", lambda f, v: storage.write_json(f, {"v": v}), lambda f: storage.read_json(f)["v"]
         ),
@@ -267,6 +305,20 @@ def savers() -> dict[str, Saver]:
         "metrics.jsonl": Saver(metrics, read_records, best_effort=True),
         "run.log": Saver(log, read_log, best_effort=True),
     }
+
+
+def in_a_fork(work: Callable[[], float | None]) -> int:
+    """Does ``work`` in a process of its own; returns what it returns, or 99 for an error."""
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    status = 99
+    try:
+        status = int(work() or 0)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(status)
 
 
 def attempt(saver: Saver, folder: Path, shim: ctypes.CDLL, k: int, mode: int) -> int:
@@ -330,6 +382,20 @@ def run(name: str, saver: Saver, shim: ctypes.CDLL, top: Path) -> int:
     return faults
 
 
+def small_mindrecords() -> None:
+    """MindRecord files of some KB: MindSpore's are of 50 MB at least otherwise."""
+    from mindspore.mindrecord import FileWriter
+
+    made = FileWriter.__init__
+
+    def make(self, *args, **more) -> None:
+        made(self, *args, **more)
+        self.set_header_size(1 << 14)
+        self.set_page_size(1 << 15)
+
+    FileWriter.__init__ = make
+
+
 def main() -> int:
     if "faults.so" not in os.environ.get("LD_PRELOAD", ""):
         made = tempfile.mkdtemp()
@@ -340,9 +406,12 @@ def main() -> int:
     shim = ctypes.CDLL(os.environ["FAULTS"])
     shim.counted.restype = ctypes.c_long
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    from lora_ms.commands import preprocess
     from lora_ms.data import pipeline
 
     pipeline.SAVE_EVERY = 256
+    preprocess.ROWS_PER_FILE = 2
+    small_mindrecords()
     with tempfile.TemporaryDirectory() as name:
         top = Path(name)
         (top / "rows.jsonl").write_text(

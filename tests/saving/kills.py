@@ -53,12 +53,30 @@ def finish(process: int, log: Path) -> None:
         raise RuntimeError(f"status {status}: {log.read_text()[-500:]}")
 
 
-def wait_for_step(process: int, log: Path, seen: int) -> None:
-    """Until the first line of a step, after the ``seen`` first characters of the log."""
+def has_ended(process: int, log: Path) -> bool:
+    """Whether the run has come to its end; raises where it has failed."""
+    ended, status = os.waitpid(process, os.WNOHANG)
+    if status:
+        raise RuntimeError(f"status {os.waitstatus_to_exitcode(status)}: {log.read_text()[-500:]}")
+    return bool(ended)
+
+
+def kill_within(process: int, log: Path, seen: int, out: Path, record: int, pause: float) -> None:
+    """Kills a run ``pause`` seconds after this record, if it has not come to its end before.
+
+    seen: characters of the log that are of earlier processes.
+    """
     while not log.exists() or "\nstep " not in log.read_text()[seen:]:
-        if os.waitpid(process, os.WNOHANG)[0]:
-            raise RuntimeError(log.read_text()[-500:])
+        if has_ended(process, log):  # it was killed between its last checkpoint and its end: no step is left
+            return
         time.sleep(0.005)
+    while records_so_far(out) < record:
+        if has_ended(process, log):
+            return
+        time.sleep(0.001)
+    time.sleep(pause)
+    os.kill(process, signal.SIGKILL)
+    os.waitpid(process, 0)
 
 
 def records(out: Path) -> list[dict]:
@@ -108,13 +126,7 @@ def main(runs: int, seed: int) -> int:
                     resume = ["--resume_training", "True"] if list(out.glob("checkpoints/step_*")) else []
                     seen = len(log.read_text()) if log.exists() else 0
                     process = start([*words(folder, out, evaluated), *resume], log)
-                    wait_for_step(process, log, seen)
-                    record = dice.randrange(1, STEPS)
-                    while records_so_far(out) < record and not os.waitpid(process, os.WNOHANG)[0]:
-                        time.sleep(0.001)
-                    time.sleep(dice.random() * 0.1)
-                    os.kill(process, signal.SIGKILL)
-                    os.waitpid(process, 0)
+                    kill_within(process, log, seen, out, dice.randrange(1, STEPS), dice.random() * 0.1)
                     check_whole(out)
                     moments.append(records_so_far(out))
                 resume = ["--resume_training", "True"] if list(out.glob("checkpoints/step_*")) else []

@@ -6,6 +6,7 @@ import re
 import stat
 import subprocess
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -253,6 +254,66 @@ def test_the_damaged_file_is_named(tmp_path):
     (folder / saving.MARKER).unlink()
     with pytest.raises(LoraMsError, match=r"holds no lora-ms\.sha256"):
         saving.verify(folder)
+
+
+# --- files that belong together
+
+
+def place(folder: Path, **texts: str) -> None:
+    part = saving.set_of(folder, "rows.sha256")
+    part.mkdir()
+    fill(part, **texts)
+    saving.place_set(folder, "rows.sha256", sorted(texts))
+
+
+def failing(call: Callable, outcomes: list[bool]) -> Callable:
+    """``call``, but for an error where the next of ``outcomes``, which is taken away, says so."""
+
+    def made(*args, **more):
+        if not outcomes.pop(0):
+            raise OSError(5, "Input/output error")
+        return call(*args, **more)
+
+    return made
+
+
+@pytest.mark.parametrize("call", ["replace", "unlink", "fsync"])
+def test_an_interrupted_set_is_finished_by_the_next(tmp_path, monkeypatch, call):
+    """At each call of a kind: the old files all together, or after ``finish_set`` the new ones."""
+    done = False
+    for k in range(1, 20):
+        folder = tmp_path / str(k)
+        folder.mkdir()
+        (folder / "mine").write_text("mine")
+        place(folder, a="old", b="old", c="old")
+        outcomes = [True] * (k - 1) + [False] + [True] * 50  # of the calls
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, failing(getattr(os, call), outcomes))
+            try:
+                place(folder, b="new", c="new", d="new")
+                done = len(outcomes) > 50
+            except (OSError, WriteError):
+                pass
+        begun = saving.set_is_unfinished(folder, "rows.sha256")
+        saving.finish_set(folder, "rows.sha256")
+        found = {name: (folder / name).read_text() for name in "abcd" if (folder / name).exists()}
+        new = {"b": "new", "c": "new", "d": "new"}
+        assert found == new or (found == {"a": "old", "b": "old", "c": "old"} and not begun and not done)
+        assert saving.is_intact(folder, "rows.sha256") and (folder / "mine").read_text() == "mine"
+        if done:
+            break
+    assert done and k > 2
+
+
+def test_a_set_with_a_damaged_list_places_nothing(tmp_path):
+    place(tmp_path, a="old")
+    part = saving.set_of(tmp_path, "rows.sha256")
+    part.mkdir()
+    fill(part, a="new")
+    (part / "rows.sha256").write_text("0" * 64 + "  ../a\n")
+    with pytest.raises(LoraMsError, match="is not a list of digests"):
+        saving.finish_set(tmp_path, "rows.sha256")
+    assert (tmp_path / "a").read_text() == "old"
 
 
 # --- locks and private folders

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -13,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+
+from lora_ms import saving
 
 pytestmark = pytest.mark.slow
 
@@ -28,6 +31,15 @@ model:
   model_config:
     seq_length: 16
     pet_config: {{lora_rank: 4, lora_alpha: 8, lora_dropout: 0.0, target_modules: all-linear}}
+"""
+# run_mindformer.py, where the second process has settings of its own
+APART = """
+import os, sys
+from lora_ms.cli.main import run_mindformer
+
+if os.environ.get("MS_NODE_ID") == "1":
+    sys.argv += ["--learning_rate", "7e-3", "--do_eval", "False", "--seed", "4"]
+raise SystemExit(run_mindformer())
 """
 # of each: data-parallel and model-parallel ranks, and what else its command says
 LAYOUTS = {
@@ -52,8 +64,10 @@ class Launcher:
         words = [self.root / "run_mindformer.py", *self.words, "--output_dir", name, "--batch_size", "8", *more]
         return self.finish(subprocess.Popen([self.python, *map(str, words)], **self.pipes()))
 
-    def start(self, name: str, data_ranks: int, shared: int, *more: str) -> subprocess.Popen[str]:
-        words = ["run_mindformer.py", *self.words, "--output_dir", f"'{name}'", "--batch_size", str(8 // data_ranks)]
+    def start(
+        self, name: str, data_ranks: int, shared: int, *more: str, program: str = "run_mindformer.py"
+    ) -> subprocess.Popen[str]:
+        words = [program, *self.words, "--output_dir", f"'{name}'", "--batch_size", str(8 // data_ranks)]
         words += ["--use_parallel", "True", "--parallel_config.model_parallel", str(shared), *more]
         with socket.socket() as here:
             here.bind(("127.0.0.1", 0))
@@ -216,6 +230,29 @@ def test_a_stop_finishes_the_step_and_saves(launch, endless, alive):
     last = max(record["step"] for record in launch.records("stopped"))
     assert (launch.folder / f"stopped/checkpoints/step_{last}/adapter_model.safetensors").is_file()
     assert not any(map(alive, ranks))
+
+
+def test_ranks_with_other_settings_take_no_step(launch):
+    """Nor do they touch an earlier run's checkpoint."""
+    kept = launch.folder / "differing/checkpoints/step_1"
+    with saving.new_folder(kept) as part:
+        (part / "w").write_text("w")
+    (launch.folder / "apart.py").write_text(APART)
+    ran = launch.finish(launch.start("differing", 2, 1, program="apart.py"))
+    assert ran.returncode == 2
+    errors = [line for line in ran.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 2, ran.stderr
+    assert re.fullmatch(
+        r"error: rank \d, process \d+, ended with status 2; the others were stopped; the full logs are in .*", errors[0]
+    )
+    assert re.fullmatch(
+        "error: the processes of this run were started with different settings: here "
+        r"(do_eval True; eval_tokens_crc32 \d+; learning_rate 0\.005|do_eval False; eval_tokens_crc32 None; "
+        r"learning_rate 0\.007) and 1 more; give all of them the same YAML and flags",
+        errors[1],
+    )
+    assert "step 1/" not in ran.stdout and not (launch.folder / "differing/metrics.jsonl").exists()
+    assert (kept / "w").read_text() == "w"
 
 
 def test_a_rank_that_fails_shows_its_error(launch):

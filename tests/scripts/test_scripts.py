@@ -253,6 +253,38 @@ def test_launcher_names_the_rank_that_failed_and_waits_for_no_one(machine, launc
     assert "noise" not in result.stdout and not (machine.folder / "waited").exists()
 
 
+@pytest.mark.parametrize(
+    ("statement", "what"),
+    [
+        ("kill -9 $$", "msrun, process {msrun},"),
+        ("sleep 2.5; kill -9 $scheduler; wait $worker", "msrun's scheduler, process {scheduler},"),
+    ],
+    ids=["msrun", "scheduler"],
+)
+def test_launcher_stops_the_processes_that_a_killed_one_has_left(machine, launcher, statement, what):
+    """msrun's processes have sessions of their own, and would wait for the scheduler for as long as TIMEOUT says."""
+    sleeper = "setsid sleep 60 &"
+    msrun_that(
+        machine,
+        f"MS_ROLE=MS_SCHED {sleeper}\nscheduler=$!\nMS_ROLE=MS_WORKER {sleeper}\nworker=$!\n"
+        f'echo "$$ $scheduler $worker" >processes; sleep 2\n{statement}\n',
+    )
+    launcher_text = (ROOT / "scripts/msrun_launcher.sh").read_text()
+    assert launcher_text.count("GRACE=30 ") == 1
+    shutil.copytree(ROOT / "scripts", machine.folder / "scripts")
+    (machine.folder / "scripts/msrun_launcher.sh").write_text(launcher_text.replace("GRACE=30 ", "GRACE=1 "))
+    begun = time.monotonic()
+    result = machine.run(machine.folder / "scripts/msrun_launcher.sh", "job.py", "2", "9000", "logs", "True", "7200")
+    assert time.monotonic() - begun < 20
+    msrun, scheduler, worker = map(int, (machine.folder / "processes").read_text().split())
+    assert (result.returncode, result.stderr.splitlines()[0]) == (
+        137,
+        f"error: {what.format(msrun=msrun, scheduler=scheduler)} has ended, and the others were stopped; start the run "
+        "again, with --resume_training True to go on from its last checkpoint; the full logs are in logs",
+    )
+    assert not any(map(machine.alive, (msrun, scheduler, worker)))
+
+
 def test_launcher_finds_a_port_in_use(launcher):
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
