@@ -209,7 +209,7 @@ def run_side(args) -> None:
 
 def measured(args, folder: str, side: str, work: str, graphs: str) -> dict[str, float]:
     """One process. graphs: the folder of compiled graphs."""
-    python = sys.executable if side == "ours" else args.torch_python
+    python = os.path.abspath(sys.executable if side == "ours" else args.torch_python)  # it runs in another folder
     with tempfile.TemporaryDirectory() as output:
         command = [python, os.path.abspath(__file__), "--side", side, "--work", work, "--model", folder]
         command += ["--output", output, "--vocab", str(args.vocab)]
