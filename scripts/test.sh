@@ -32,5 +32,11 @@ fi
 # Tests start lora-ms, msrun and python by name.
 export PATH="$VENV/bin:$PATH"
 cd "$ROOT"
+# What one test has compiled, the next ones read; a folder of this run's own, so that every run begins with none.
+if [ -z "${LORA_MS_GRAPH_CACHE:-}" ]; then
+    LORA_MS_GRAPH_CACHE=$(mktemp -d)
+    export LORA_MS_GRAPH_CACHE
+    trap 'rm -rf "$LORA_MS_GRAPH_CACHE"' EXIT
+fi
 # Two processes: most of a test's time is MindSpore's compiler, which has one thread. A file stays in one process.
-exec "$VENV/bin/python" -m pytest -n 2 --dist loadfile "$@"
+"$VENV/bin/python" -m pytest -n 2 --dist loadfile "$@"
