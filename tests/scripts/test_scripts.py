@@ -14,8 +14,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 BASH = shutil.which("bash") or "bash"
 TOOLS = (
-    *("bash", "cat", "chmod", "cut", "dirname", "grep", "ls", "mkdir", "mv", "printf", "rm", "sed", "setsid", "sleep"),
-    *("tail", "xargs"),
+    *("bash", "cat", "chmod", "cut", "dirname", "grep", "ls", "mkdir", "mktemp", "mv", "printf", "rm", "sed"),
+    *("setsid", "sleep", "tail", "xargs"),
 )
 NO_PYTHON = (
     "error: no working Python 3.10, 3.11 or 3.12 with the venv module on PATH; "
