@@ -103,7 +103,7 @@ def _said_of(fault: BaseException) -> str:
     return (
         out_of_memory(fault)
         or lost_connection(fault)
-        or (f"{type(fault).__name__}: {fault} (this should not happen: add --debug to see where, and report it)")
+        or f"{type(fault).__name__}: {fault} (this should not happen: add --debug to see where, and report it)"
     )
 
 
