@@ -113,7 +113,9 @@ class AutoModelForCausalLM:
 
     @staticmethod
     def from_pretrained(path: str | os.PathLike, ms_dtype: ms.Type = ms.float32) -> ModelForCausalLM:
-        """The model of a Hugging Face folder, with weights of ``ms_dtype`` (float32 or float16).
+        """The model of a Hugging Face folder, with weights of ``ms_dtype`` (float32, float16 or bfloat16).
+
+        On the CPU all arithmetic is float32, whatever the weights are.
 
         Raises:
             LoraMsError: not such a folder, an unsupported architecture, or tensors that do not fit.
