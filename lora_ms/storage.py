@@ -174,6 +174,12 @@ def read(entry: Entry, dtype: DTypeLike) -> np.ndarray:
     return np.array(raw, dtype, copy=entry.dtype != "BF16" or raw.dtype != dtype).reshape(entry.shape)
 
 
+def read_raw(entry: Entry) -> np.ndarray:
+    """The bytes of a tensor of any type, as they lie: uint8 [n], mapped."""
+    size = entry.end - entry.start
+    return np.memmap(entry.file, np.uint8, "r", entry.start, (size,)) if size else np.empty(0, np.uint8)
+
+
 def rows_of(entry: Entry, start: int, stop: int) -> Entry:
     """The rows from ``start`` to ``stop`` of a tensor, as a tensor."""
     width = (entry.end - entry.start) // max(entry.shape[0], 1)
@@ -251,7 +257,7 @@ class Planned(NamedTuple):
     @property
     def size(self) -> int:
         """Bytes."""
-        return int(np.prod(self.shape)) * np.dtype(DTYPES[self.dtype]).itemsize
+        return int(np.prod(self.shape)) * BITS[self.dtype] // 8
 
 
 def parse_size(text: str) -> int:

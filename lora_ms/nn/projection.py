@@ -83,6 +83,15 @@ class Projection(nn.Cell):
         """The weight [out, in], on the host."""
         raise NotImplementedError
 
+    def original(self) -> NDArray[np.float32] | None:
+        """Of a quantised weight, the one that was quantised; None where it is not at hand."""
+        return self.numbers()
+
+    @property
+    def weight_size(self) -> int:
+        """Numbers of the weight."""
+        return self.in_channels * self.out_channels
+
     def replaced(self, weight: NDArray, bias: NDArray | None = None, dtype: ms.Type | None = None) -> "Projection":
         """A projection like this one, with the weight [out, in] and the bias [out] given, in ``weight_dtype`` or
         ``dtype``."""

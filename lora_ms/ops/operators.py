@@ -8,7 +8,7 @@ from typing import Any
 import mindspore as ms
 from mindspore import Tensor, nn
 
-from lora_ms.ops import ascend, native, portable
+from lora_ms.ops import ascend, native, portable, portable_nf4
 
 Visibility = Tensor
 """What each query may see: ``first`` [b, s] int32, the earliest key of its line that it sees; it sees the keys from
@@ -38,6 +38,17 @@ class Operators:
     """dropout -> cell: (x [t, in], W [out, in], A [rank, in], B [out, rank], scaling [], rows [t, 1], columns [1, in])
     -> x W^T + scaling dropout(x) A^T B^T [t, out]. rows, columns: random numbers in [0, 1), see ``portable.Dropout``;
     both None: no dropout. ``scaling`` has no gradient."""
+    nf4_absmax: Callable[[], nn.Cell]
+    """(absmax [n] uint8, codes [256], nested absmax [n / 256, rounded up], offset [1]) -> absmax [n] float32 of
+    weights in NF4; without a gradient."""
+    nf4_product: Callable[[], nn.Cell]
+    """(x [t, in], codes [out, in / 2] uint8, absmax [out * in / 64] float32) -> x W^T [t, out], in the type of x, for W
+    in NF4, of which codes hold two numbers a byte, by rows; ``codes`` may have another shape where in is odd. W has no
+    gradient."""
+    nf4_product_back: Callable[[], nn.Cell]
+    """(dy [t, out], codes, absmax) -> dy W [t, in], in the type of dy; without a gradient."""
+    nf4_adapted_product: Callable[[float], nn.Cell]
+    """As ``adapted_product``, with codes and absmax in the place of W."""
     low_rank_update: Callable[[], nn.Cell]
     """(x [t, in], A [rank, in], B [out, rank], scaling []) -> scaling x A^T B^T [t, out]."""
     column_scale: Callable[[], nn.Cell]
@@ -104,6 +115,10 @@ PORTABLE = Operators(
     product=portable.Product,
     product_back=portable.MatMul,
     adapted_product=portable.AdaptedProduct,
+    nf4_absmax=portable_nf4.NF4Absmax,
+    nf4_product=portable_nf4.NF4Product,
+    nf4_product_back=portable_nf4.NF4ProductBack,
+    nf4_adapted_product=portable_nf4.NF4AdaptedProduct,
     low_rank_update=portable.LowRankUpdate,
     column_scale=portable.ColumnScale,
     rms_norm=portable.RMSNorm,

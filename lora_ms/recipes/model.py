@@ -13,6 +13,7 @@ from lora_ms.models import hub
 from lora_ms.models.decoder import CausalLM, DecoderConfig
 from lora_ms.models.rope_settings import mindformers_rope
 from lora_ms.nn.rope import rotation_of
+from lora_ms.quant.settings import Quantisation, read_quantisation, skipping_all_but
 from lora_ms.runtime.device import Runtime, default_dtype
 
 # YAML key -> DecoderConfig's; where both a YAML and a config.json give one, they must agree
@@ -113,6 +114,7 @@ def read_sizes(config: RunConfig) -> DecoderConfig:
     sizes, path = config.model.sizes, Path(config.load_checkpoint)
     if sizes.ignore_token_id != IGNORE_INDEX:
         raise LoraMsError(f"ignore_token_id {sizes.ignore_token_id} is not supported: labels use {IGNORE_INDEX}")
+    check_quantised(config)
     if not config.load_checkpoint:
         return decoder_config(sizes)
     if not path.exists():
@@ -126,6 +128,35 @@ def read_sizes(config: RunConfig) -> DecoderConfig:
     if (path.parent / "config.json").is_file() and sizes.hidden_size is None:
         raise LoraMsError(f"load_checkpoint: {path} is a file of a Hugging Face folder; give the folder, {path.parent}")
     return decoder_config(sizes)
+
+
+def quantisation(config: RunConfig, layers: int) -> Quantisation | None:
+    """What is quantised as the model is loaded: by ``quantization_config``, or the layers of ``layer_groups`` that have
+    ``bits``.
+
+    layers: the model's.
+    """
+    asked, pet = config.model.sizes.quantization_config, config.pet_config
+    found = None if asked is None else read_quantisation(asked)
+    groups = [] if pet is None else pet.layer_groups
+    chosen = {layer for group in groups if group.bits is not None for layer in group.layers}
+    if not chosen:
+        return found
+    found = found or Quantisation()
+    return found._replace(skip=(*found.skip, *skipping_all_but(chosen, layers)))
+
+
+def check_quantised(config: RunConfig) -> None:
+    """Raises LoraMsError where ``quantization_config`` asks for what the run cannot do."""
+    path, pet = Path(config.load_checkpoint), config.pet_config
+    if quantisation(config, 0) is None:
+        return
+    if not path.is_dir():
+        raise LoraMsError("quantization_config needs a Hugging Face directory as load_checkpoint")
+    if config.backend != "native":
+        raise LoraMsError("quantization_config needs backend native: MindFormers' models are not quantised")
+    if config.run_mode in ("finetune", "train") and pet is None:
+        raise LoraMsError("weights of four bits do not train: give pet_config, or leave quantization_config out")
 
 
 def build_model(config: RunConfig, sizes: DecoderConfig, dtype: ms.Type, runtime: Runtime) -> CausalLM:
@@ -147,7 +178,12 @@ def _read_model(config: RunConfig, sizes: DecoderConfig, dtype: ms.Type, runtime
         return hub.new_model(sizes, dtype, config.seed, operators)
     if path.is_dir():
         return hub.load_directory(
-            path, dtype, flash_attention=sizes.flash_attention, operators=operators, shard=runtime.shard
+            path,
+            dtype,
+            flash_attention=sizes.flash_attention,
+            operators=operators,
+            shard=runtime.shard,
+            quantisation=quantisation(config, sizes.num_hidden_layers),
         )
     if config.model.sizes.qkv_concat:
         raise LoraMsError(

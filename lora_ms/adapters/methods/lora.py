@@ -77,6 +77,7 @@ class LayerGroup:
     lora_rank: int = option(REQUIRED, Whole, RANK)
     lora_alpha: float = option(REQUIRED, WholeOrNumber, ALPHA, yaml_default=None)  # None: that of the same scaling
     target_modules: str | tuple[str, ...] | None = option(None, Targets)  # None: the adapter's own
+    bits: str | None = option(None, Literal["nf4"])  # how these layers' weights are loaded; None: as the others
 
 
 @dataclass(frozen=True)
@@ -228,6 +229,7 @@ class LoraConfig(AdapterConfig, LowRankOptions):
                 # without an alpha of its own it keeps the adapter's alpha / rank
                 lora_alpha=group.lora_alpha or keys.lora_alpha * group.lora_rank / keys.lora_rank,
                 target_modules=_tuple_of(group.target_modules),
+                bits=group.bits,
             )
             for group in keys.layer_groups
         ]
