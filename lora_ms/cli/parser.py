@@ -82,6 +82,17 @@ TOOLS = {
             Flag("overwrite", flag_bool, "BOOL", "replace a model in output_dir (default False)", False),
         ),
     ),
+    "quantize": Tool(
+        "write a model with its layers' weights in four bits, for transformers with bitsandbytes and for us",
+        (
+            Flag("load_checkpoint", str, "DIR", "the model's Hugging Face folder", required=True),
+            Flag("output_dir", flag_path, "DIR", "where the quantised model goes", required=True),
+            Flag("type", str, "NAME", "nf4 (default)", "nf4"),
+            Flag("double", None, "", "quantise the blocks' largest numbers, too: 4.13 bits a number, not 4.5"),
+            Flag("max_shard_size", str, "SIZE", "largest file, such as 500MB (default 5GB)", "5GB"),
+            Flag("overwrite", flag_bool, "BOOL", "replace a model in output_dir (default False)", False),
+        ),
+    ),
     "check-adapter": Tool(
         "check an adapter: complete, fits its model, servable",
         (

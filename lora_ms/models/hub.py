@@ -35,10 +35,10 @@ from lora_ms.models.qwen import ATTENTION, qwen2_config, qwen3_config
 from lora_ms.nn.layers import projection
 from lora_ms.nn.nf4 import NF4Projection
 from lora_ms.nn.parallel import WHOLE, Shard, split_axis
-from lora_ms.nn.projection import Projection
+from lora_ms.nn.projection import DenseProjection, Projection
 from lora_ms.ops import PORTABLE, Operators
 from lora_ms.quant import nf4
-from lora_ms.quant.folder import StoredNF4
+from lora_ms.quant.folder import StoredNF4, planned_nf4, quantised_entry
 from lora_ms.quant.nf4 import NF4
 from lora_ms.quant.settings import Quantisation, read_quantisation
 from lora_ms.reading import opened, readable
@@ -196,7 +196,7 @@ class QuantisedWeights:
         entry = self.entries[name]
         if np.prod(entry.shape) % 2:
             raise LoraMsError(f"{name} {list(entry.shape)} has an odd number of numbers: NF4 stores them in pairs")
-        return nf4.quantise(storage.read(entry, np.float32), self.quantisation.double), original
+        return quantised_entry(name, entry, self.quantisation.double), original
 
 
 def quantised_layers(model: nn.Cell) -> dict[str, NF4Projection]:
@@ -315,10 +315,22 @@ def window_keys(config: DecoderConfig) -> dict:
 def check_plain(model: CausalLM) -> None:
     """Raises LoraMsError where ``model`` has parameters that a Hugging Face directory of its kind has no place for."""
     biased = ("q_proj.bias", "k_proj.bias", "v_proj.bias") if model.config.attention_bias else ()
-    odd = [name for name, _ in model.parameters_and_names() if not name.endswith((".weight", *biased))]
+    packed = {parameter for cell in quantised_layers(model).values() for parameter in cell.weights()}
+    odd = [
+        name
+        for name, parameter in model.parameters_and_names()
+        if parameter not in packed and not name.endswith((".weight", *biased))
+    ]
     if odd:
         why = "a bias that config.json cannot ask for" if odd[0].endswith(".bias") else "of an adapter: merge it first"
         raise LoraMsError(f"the model cannot be saved as it is: {odd[0]} is {why}")
+
+
+def quantisation_of(model: CausalLM, quantised: Mapping[str, NF4Projection]) -> Quantisation:
+    """Which layers of ``model`` are whole, and which are in NF4."""
+    whole = [name for name, cell in model.model.cells_and_names() if type(cell) is DenseProjection]
+    double = any(cell.double for cell in quantised.values())
+    return Quantisation(double, tuple(f"model.{name}" for name in whole))
 
 
 def stored_blocks(parameter: Parameter, dtype: str) -> Iterator[np.ndarray]:
@@ -339,11 +351,19 @@ def write_directory(
     check_plain(model)
     name_of_type = np.dtype(dtype).name
     stored = storage.STORED[name_of_type]
+    quantised = quantised_layers(model)
+    packed = {parameter for cell in quantised.values() for parameter in cell.weights()}
     planned = {
         name: storage.Planned(stored, tuple(p.shape), partial(stored_blocks, p, stored))
         for name, p in model.parameters_and_names()
+        if p not in packed
     }
-    hf = {k: v for k, v in model.hf_config.items() if k not in ("torch_dtype", "dtype")}
+    for name, cell in quantised.items():
+        shape = (cell.out_channels, cell.in_channels)
+        planned |= planned_nf4(f"{name}.weight", shape, name_of_type, cell.double, cell.stored)
+    hf = {k: v for k, v in model.hf_config.items() if k not in ("torch_dtype", "dtype", "quantization_config")}
+    if quantised:
+        hf["quantization_config"] = quantisation_of(model, quantised).to_config()
     hf["dtype" if "rope_parameters" in hf else "torch_dtype"] = name_of_type
     if model.config.tie_word_embeddings and "lm_head.weight" in planned:
         hf["tie_word_embeddings"] = False

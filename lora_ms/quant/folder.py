@@ -131,7 +131,7 @@ def _state(where: str, entry: Entry) -> dict[str, Any]:
     return {**state, "shape": (shape[0], shape[1])}
 
 
-def planned(
+def planned_nf4(
     name: str, shape: tuple[int, int], dtype: str, double: bool, weight: Callable[[], NF4]
 ) -> dict[str, Planned]:
     """The tensors to write for the weight ``name`` [out, in], which had the type ``dtype`` of ``DTYPES``.
@@ -185,6 +185,15 @@ def _state_size(shape: tuple[int, int], dtype: str, double: bool) -> int:
     return len(json.dumps(state)) + 24
 
 
-def quantised_entry(entry: Entry, double: bool) -> NF4:
-    """A weight that is stored whole, quantised as it is stored."""
-    return quantise(storage.read(entry, np.float32), double)
+def quantised_entry(name: str, entry: Entry, double: bool) -> NF4:
+    """The weight ``name``, which is stored whole, quantised as it is stored.
+
+    Raises:
+        LoraMsError: it holds NaN or infinity.
+    """
+    found = quantise(storage.read(entry, np.float32), double)
+    # NaN and infinity show in the largest number of their block, and in the mean of these
+    values = found.absmax if found.nested is None else found.nested.offset
+    if not np.isfinite(values).all():
+        raise LoraMsError(f"{entry.file}: {name} holds NaN or infinity")
+    return found

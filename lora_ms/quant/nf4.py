@@ -86,7 +86,9 @@ def blocks_of(numbers: int, block: int = BLOCK) -> int:
 
 
 def quantise(weight: NDArray[np.float32], double: bool = False) -> NF4:
-    """The weight [out, in], whose numbers are finite, in NF4; ``double``: with double quantisation.
+    """The weight [out, in] in NF4; of NaN and infinity among its numbers an absmax is NaN or infinity.
+
+    double: with double quantisation.
 
     Besides the weight and the result, some pieces of ``PIECE`` numbers are in memory.
     """

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ def random(*shape: int) -> np.ndarray:
 
 
 def by_definition(weight: np.ndarray) -> np.ndarray:
-    """The numbers that NF4 has in the place of ``weight``: of each block of 64, the nearest of 16 parts of its largest."""
+    """The numbers that NF4 has in the place of ``weight``: of each block, the nearest of 16 parts of its largest."""
     flat = weight.reshape(-1).astype(np.float64)
     blocks = [flat[start : start + 64] for start in range(0, flat.size, 64)]
     codes = nf4.CODES.astype(np.float64)
@@ -107,8 +108,12 @@ def test_the_same_bytes_are_written(reference, kind, tmp_path):
     planned = {}
     for name in names:
         entry = whole[name]
-        planned |= folder.planned(
-            name, entry.shape, "bfloat16", double, lambda entry=entry: folder.quantised_entry(entry, double)
+        planned |= folder.planned_nf4(
+            name,
+            entry.shape,
+            "bfloat16",
+            double,
+            lambda name=name, entry=entry: folder.quantised_entry(name, entry, double),
         )
     storage.write_blocks(tmp_path / "model.safetensors", planned)
     ours = storage.open_dir(tmp_path)
@@ -132,7 +137,8 @@ def test_the_same_bytes_are_written(reference, kind, tmp_path):
 def test_what_is_written_is_read_to_the_bit(kind, tmp_path):
     weight = nf4.quantise(random(24, 96), kind == "double")
     storage.write_blocks(
-        tmp_path / "model.safetensors", folder.planned("x.weight", (24, 96), "float16", kind == "double", lambda: weight)
+        tmp_path / "model.safetensors",
+        folder.planned_nf4("x.weight", (24, 96), "float16", kind == "double", lambda: weight),
     )
     found = folder.split(storage.open_dir(tmp_path))[1]["x.weight"]
     assert (found.shape, found.entry.shape) == ((24, 96), (24, 96))
