@@ -25,6 +25,8 @@ class NF4Projection(Projection):
         original: reads the weight [out, in] that was quantised; None where it is not at hand.
     """
 
+    quantised = True
+
     def __init__(
         self,
         weight: NF4,

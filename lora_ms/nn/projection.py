@@ -21,6 +21,8 @@ class Projection(nn.Cell):
         activation: applied to the output; None for none.
     """
 
+    quantised = False  # whether the weight has fewer bits than ``numbers``, and does not train
+
     def __init__(
         self,
         in_channels: int,

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from functools import partial
 
 import numpy as np
 import pytest

@@ -42,9 +42,9 @@ if TYPE_CHECKING:
 
 RANK, ALPHA, DROPOUT = Bounds(ge=1), Bounds(gt=0), Bounds(ge=0, lt=1)
 BIASES = ("none", "all", "lora_only")
-INITS = ("gaussian", "orthogonal", "pissa", "olora")  # and pissa_niter_N; True for the default
+INITS = ("gaussian", "orthogonal", "pissa", "olora", "loftq")  # and pissa_niter_N; True for the default
 # values of init_lora_weights that leave the weight as it was: the file holds what came of them
-FORGOTTEN_INITS = ("eva", "mica", "gaussian", "orthogonal")
+FORGOTTEN_INITS = ("eva", "mica", "gaussian", "orthogonal", "loftq")
 
 
 def is_init(value: Any) -> bool:
@@ -130,7 +130,8 @@ class LoraConfig(AdapterConfig, LowRankOptions):
         use_dora: train the length of each row of the weight apart from its direction.
         lora_bias: a bias beside each B.
         bias: which biases of the base train: none, all, or lora_only (of the adapted layers).
-        init_lora_weights: True (A Kaiming uniform, B zero), gaussian, orthogonal, pissa, pissa_niter_N or olora.
+        init_lora_weights: True (A Kaiming uniform, B zero), gaussian, orthogonal, pissa, pissa_niter_N, olora,
+            or loftq: of quantised weights, the leading part of what quantisation took away (one step, as in PEFT).
 
     Raises:
         LoraMsError: a value out of range, or two that exclude each other.
@@ -217,6 +218,11 @@ class LoraConfig(AdapterConfig, LowRankOptions):
     def trains_all_biases(self) -> bool:
         return self.bias == "all"
 
+    @property
+    def quantises_some(self) -> bool:
+        """Whether some of ``layer_groups`` are quantised, and others perhaps not."""
+        return any(group.bits is not None for group in self.layer_groups)
+
     # YAML
 
     @classmethod
@@ -280,8 +286,12 @@ class LoraConfig(AdapterConfig, LowRankOptions):
 
     def notes(self, names: Iterable[str], adapted: Iterable[str]) -> list[str]:
         grouped = [layer for group in self.layer_groups for layer in group.layers]
+        adapted = list(adapted)
         left = missing_layers(names, grouped) if grouped else ""
-        return [*([f"layers without an adapter: {left}"] if left else []), *self.head_notes(adapted)]
+        found = [f"layers without an adapter: {left}"] if left else []
+        if self.init_lora_weights == "loftq" and any(self.scaling(name) != 1 for name in adapted):
+            found.append("loftq expects lora_alpha equal to lora_rank: the error is added alpha / rank times")
+        return [*found, *self.head_notes(adapted)]
 
     # cells
 
