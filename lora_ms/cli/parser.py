@@ -80,6 +80,7 @@ TOOLS = {
             Flag("max_shard_size", str, "SIZE", "largest file, such as 500MB (default 5GB)", "5GB"),
             Flag("safe_merge", flag_bool, "BOOL", "refuse NaN and infinity (default True)", True),
             Flag("overwrite", flag_bool, "BOOL", "replace a model in output_dir (default False)", False),
+            Flag("onto", str, "NAME", "trained on four bits: original, or dequantized, the numbers of the training"),
         ),
     ),
     "quantize": Tool(

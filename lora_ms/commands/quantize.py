@@ -1,18 +1,16 @@
 """``lora-ms quantize``: a model with its layers' weights in four bits, written tensor by tensor."""
 
-import re
 from functools import partial
 from pathlib import Path
 
 from lora_ms import saving, storage
 from lora_ms.errors import LoraMsError
 from lora_ms.hf_folder import CONFIG, model_config, open_model
-from lora_ms.quant.folder import planned_nf4, quantised_entry
+from lora_ms.quant.folder import LINEAR, planned_nf4, quantised_entry
 from lora_ms.quant.settings import Quantisation
 from lora_ms.recipes.model_folder import check_output, copy_texts
 from lora_ms.text import size_text
 
-LINEAR = re.compile(r"model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj\.weight")
 TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # of weights that are quantised
 
 

@@ -1,6 +1,7 @@
 """NF4 weights in folders, by the names of bitsandbytes: ``X.weight`` and, beside it, ``X.weight.absmax`` and others."""
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -26,6 +27,8 @@ STATE = ".quant_state.bitsandbytes__"
 PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
 STATE_SIZE = 10_000  # bytes of JSON that are read
 DTYPES = ("float32", "float16", "bfloat16")  # of the weight before it was quantised
+# weights that are quantised: of the linear layers, but for the head
+LINEAR = re.compile(r"model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj\.weight")
 TYPE = "NF4"  # dtype of an ``Entry`` that stands for a quantised weight
 
 
@@ -36,6 +39,7 @@ class StoredNF4(NamedTuple):
     shape: tuple[int, int]  # [out, in]
     parts: Mapping[str, Entry]  # by what follows the weight's name; "" is the packed weight
     offset: float | None  # of the absmax, where they are quantised
+    dtype: str  # of ``DTYPES``, of the weight before it was quantised
 
     @property
     def entry(self) -> Entry:
@@ -101,7 +105,7 @@ def _stored(name: str, kind: str, parts: Mapping[str, Entry], state: Entry) -> S
             raise LoraMsError(f"{where}{part} is {given}, should be {dtype or 'U8'} of {size:,} for {list(shape)}")
     if not np.array_equal(storage.read(parts[".quant_map"], np.float32).reshape(-1), CODES):
         raise LoraMsError(f"{where}.quant_map holds other numbers than NF4's")
-    return StoredNF4(name, shape, parts, found["nested_offset"] if double else None)
+    return StoredNF4(name, shape, parts, found["nested_offset"] if double else None, found["dtype"])
 
 
 def _state(where: str, entry: Entry) -> dict[str, Any]:
