@@ -1,17 +1,19 @@
 """Weights of four bits from end to end: quantised folders, training on them, and merging what was trained."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
 
+import mindspore as ms
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
 import lora_ms
 from lora_ms.cli.main import main
-from lora_ms.models.hub import load_directory, quantised_layers
-from lora_ms.quant.settings import Quantisation
+from lora_ms.models.hub import load_directory, new_model, quantised_layers, read_config, save_directory
+from lora_ms.quant.settings import Quantisation, read_quantisation
 
 RUN = (
     "--runner_config.batch_size 2 --max_steps 4 --learning_rate 0.005 --seq_length 16 "
@@ -111,7 +113,7 @@ def test_merged_from_a_quantised_folder(folders, run, tmp_path, capsys):
     [
         (
             [],
-            "the adapter was trained on weights of four bits (nf4-double), and merged into others it is another model: ",
+            "the adapter was trained on weights of four bits (nf4-double), and merged into others it is anoth",
         ),
         (["--onto", "x"], "onto 'x': give original or dequantized"),
         (["--onto", "original", "--load_checkpoint", "nf4-double"], "{}/nf4-double is quantised: to merge --onto orig"),
@@ -203,3 +205,44 @@ def test_in_python(model, folders, tmp_path):
     assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
     with pytest.raises(lora_ms.LoraMsError, match="quantization_config: 'int8' is none of nf4, nf4-double"):
         lora_ms.AutoModelForCausalLM.from_pretrained(model, quantization_config="int8")
+
+
+@pytest.fixture(scope="module")
+def deep(reference, tmp_path_factory) -> Path:
+    """32 small layers of random weights."""
+    sizes = dataclasses.replace(read_config(reference / "models" / "llama2")[0], num_hidden_layers=32)
+    sizes = dataclasses.replace(sizes, hidden_size=32, num_attention_heads=2, num_key_value_heads=2, head_dim=16)
+    path = tmp_path_factory.mktemp("deep") / "model"
+    save_directory(new_model(dataclasses.replace(sizes, intermediate_size=64), ms.float32, seed=1), path)
+    return path
+
+
+def test_layered(deep, root, rows_file, tmp_path, capsys):
+    """Ranks and types are where the YAML of the 7B model says, in graphs that layers share, and the loss goes down."""
+    sizes = ("hidden_size", "num_heads", "n_kv_heads", "intermediate_size", "vocab_size")
+    given = {
+        "--config": root / "configs" / "llama2" / "qlora_llama2_7b_layered.yaml",
+        "--load_checkpoint": deep,
+        "--train_dataset_dir": rows_file,
+        "--output_dir": tmp_path,
+        "--epochs": 6,
+        "--batch_size": 8,
+        "--gradient_accumulation_steps": 1,
+        "--learning_rate": 0.01,
+        "--seq_length": 16,
+        "--model.model_config.compute_dtype": "float32",
+        **{f"--model.model_config.{size}": "null" for size in sizes},
+    }
+    assert main(["finetune", *(str(word) for pair in given.items() for word in pair)]) == 0
+    found = losses(tmp_path)
+    assert found[-1] < found[0] - 0.05, found
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    ranks = {int(name.split(".")[4]): len(value) for name, value in tensors.items() if "lora_A" in name}
+    assert ranks == {layer: 64 if layer < 11 else 16 for layer in range(32)}
+    record = json.loads((tmp_path / "adapter" / "base_quantization.json").read_text())
+    settings = read_quantisation(record)
+    assert settings.double
+    types = {layer: settings.quantises(f"model.layers.{layer}.mlp.up_proj") for layer in range(32)}
+    assert types == {layer: layer >= 11 for layer in range(32)}
+    model = load_directory(deep, quantisation=settings)
+    assert {int(name.split(".")[2]) for name in quantised_layers(model)} == set(range(11, 32))
