@@ -204,18 +204,27 @@ def quantised_layers(model: nn.Cell) -> dict[str, NF4Projection]:
     return {name: cell for name, cell in model.cells_and_names() if isinstance(cell, NF4Projection)}
 
 
+def stored_quantisation(path: Path, hf: Mapping[str, Any]) -> Quantisation | None:
+    """How the weights of the folder ``path``, with config.json ``hf``, are quantised; None where they are whole.
+
+    Raises:
+        LoraMsError: another kind of four bits.
+    """
+    stored = hf.get("quantization_config")
+    if stored is None:
+        return None
+    try:
+        return read_quantisation(stored, strict=False)
+    except ValueError as problem:
+        raise LoraMsError(f"{path / CONFIG}: quantization_config: {problem}") from None
+
+
 def check_quantised(path: Path, hf: Mapping[str, Any], folder: ModelFolder, asked: bool) -> None:
     """Raises LoraMsError for a kind of four bits that is not read, and for quantised weights that are to be quantised.
 
     asked: whether the weights are to be quantised as they are read.
     """
-    stored = hf.get("quantization_config")
-    if stored is not None:
-        try:
-            read_quantisation(stored, strict=False)
-        except ValueError as problem:
-            raise LoraMsError(f"{path / CONFIG}: quantization_config: {problem}") from None
-    if asked and (stored is not None or folder.quantised):
+    if (stored_quantisation(path, hf) is not None or folder.quantised) and asked:
         raise LoraMsError(f"{path} is quantised already: leave quantization_config out, or give the original model")
 
 

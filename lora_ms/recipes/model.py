@@ -8,7 +8,7 @@ import mindspore as ms
 from lora_ms.config import ModelSizes, RunConfig
 from lora_ms.data.example import IGNORE_INDEX
 from lora_ms.errors import LoraMsError
-from lora_ms.hf_folder import is_tied
+from lora_ms.hf_folder import is_tied, model_config
 from lora_ms.models import hub
 from lora_ms.models.decoder import CausalLM, DecoderConfig
 from lora_ms.models.rope_settings import mindformers_rope
@@ -144,6 +144,19 @@ def quantisation(config: RunConfig, layers: int) -> Quantisation | None:
         return found
     found = found or Quantisation()
     return found._replace(skip=(*found.skip, *skipping_all_but(chosen, layers)))
+
+
+def quantisation_of_run(config: RunConfig, layers: int) -> Quantisation | None:
+    """``quantisation``, or that of the folder where it is quantised already.
+
+    Raises:
+        LoraMsError: a folder in another kind of four bits.
+    """
+    path = Path(config.load_checkpoint)
+    found = quantisation(config, layers)
+    if found is not None or not config.load_checkpoint or not path.is_dir():
+        return found
+    return hub.stored_quantisation(path, model_config(path))
 
 
 def check_quantised(config: RunConfig) -> None:
