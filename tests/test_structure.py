@@ -24,7 +24,7 @@ DIRECTIONS = {
     "storage": ("folder_schema reading saving errors", "numpy safetensors"),
     "hf_folder": ("quant storage folder_schema reading errors", "numpy"),
     "quant": ("quant storage reading limits errors", "numpy"),
-    "ops": ("ops quant.nf4", "mindspore numpy"),
+    "ops": ("ops quant.nf4 quant.int4", "mindspore numpy"),
     "nn": ("nn ops quant", "mindspore numpy"),
     "runtime": ("runtime nn.graph nn.parallel ops saving errors", "mindspore numpy google.protobuf"),
     "values": ("", "pydantic"),

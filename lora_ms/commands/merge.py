@@ -10,7 +10,8 @@ from lora_ms.adapters import offline_merge, peft_files
 from lora_ms.adapters.offline_merge import Decoded
 from lora_ms.errors import LoraMsError
 from lora_ms.hf_folder import ModelFolder, model_config, open_model
-from lora_ms.quant.folder import LINEAR, StoredNF4, quantised_entry
+from lora_ms.quant.folder import LINEAR, quantised_entry
+from lora_ms.quant.int4_folder import METHODS, GroupSettings, read_groups
 from lora_ms.quant.nf4 import dequantise
 from lora_ms.quant.settings import Quantisation, read_quantisation
 from lora_ms.recipes.compare_logits import distance_line
@@ -81,14 +82,23 @@ def run(
         storage.write_json(folder / "config.json", config_for(written, dtype, unties))
     print(f"merged model: {output}")
     if trained_on is not None:
-        print(distance_line(base, adapter, output, None if stored.quantised else trained_on))
+        print(
+            distance_line(
+                base,
+                adapter,
+                output,
+                trained_on if isinstance(trained_on, Quantisation) and not stored.quantised else None,
+            )
+        )
     if "tokenizer_config.json" in copied:
         print(f"try it: lora-ms chat --load_checkpoint {output}   (transformers and vLLM load it as it is)")
     else:
         print("no tokenizer came along: copy one into the folder, and lora-ms chat can use it")
 
 
-def trained_in_four_bits(base: Path, hf: dict, stored: ModelFolder, adapter: Path) -> Quantisation | None:
+def trained_in_four_bits(
+    base: Path, hf: dict, stored: ModelFolder, adapter: Path
+) -> Quantisation | GroupSettings | None:
     """How the weights were quantised that the adapter was trained on; None where nothing says that they were.
 
     Raises:
@@ -98,6 +108,8 @@ def trained_in_four_bits(base: Path, hf: dict, stored: ModelFolder, adapter: Pat
     settings = hf.get("quantization_config")
     if settings is None and not stored.quantised:
         return found
+    if stored.quantised and isinstance(settings, dict) and settings.get("quant_method") in METHODS:
+        return read_groups(settings)
     try:
         here = read_quantisation(settings or "nf4", strict=False)
     except ValueError:
@@ -110,7 +122,9 @@ def trained_in_four_bits(base: Path, hf: dict, stored: ModelFolder, adapter: Pat
     return here
 
 
-def check_onto(onto: str | None, base: Path, stored: ModelFolder, trained_on: Quantisation | None) -> None:
+def check_onto(
+    onto: str | None, base: Path, stored: ModelFolder, trained_on: Quantisation | GroupSettings | None
+) -> None:
     """Raises LoraMsError where ``onto`` is missing, is neither of the two, or does not suit the model."""
     if onto not in (None, *ONTO):
         raise LoraMsError(f"onto {onto!r}: give {' or '.join(ONTO)}")
@@ -125,22 +139,18 @@ def check_onto(onto: str | None, base: Path, stored: ModelFolder, trained_on: Qu
         raise LoraMsError(f"--onto dequantized: neither {base} nor the adapter says that weights were quantised")
 
 
-def decoded_weights(stored: ModelFolder, trained_on: Quantisation) -> dict[str, Decoded]:
+def decoded_weights(stored: ModelFolder, trained_on: Quantisation | GroupSettings) -> dict[str, Decoded]:
     """The weights of the model that have other numbers once they are quantised, by name."""
     if stored.quantised:
         return {
-            name: Decoded(storage.STORED[weight.dtype], partial(_stored_numbers, weight))
-            for name, weight in stored.quantised.items()
+            name: Decoded(storage.STORED[weight.dtype], weight.numbers) for name, weight in stored.quantised.items()
         }
+    assert isinstance(trained_on, Quantisation)  # of groups, the folder is quantised
     return {
         name: Decoded(entry.dtype, partial(_quantised_numbers, name, entry, trained_on.double))
         for name, entry in stored.entries.items()
         if LINEAR.fullmatch(name) and trained_on.quantises(name.removesuffix(".weight"))
     }
-
-
-def _stored_numbers(weight: StoredNF4) -> NDArray:
-    return dequantise(weight.read())
 
 
 def _quantised_numbers(name: str, entry: storage.Entry, double: bool) -> NDArray:

@@ -32,13 +32,17 @@ from lora_ms.models.llama import REQUIRED, llama_config
 from lora_ms.models.mindformers_names import hugging_face_name
 from lora_ms.models.mistral import mistral_config
 from lora_ms.models.qwen import ATTENTION, qwen2_config, qwen3_config
+from lora_ms.nn.int4 import Int4Projection
 from lora_ms.nn.layers import projection
 from lora_ms.nn.nf4 import NF4Projection
 from lora_ms.nn.parallel import WHOLE, Shard, split_axis
 from lora_ms.nn.projection import DenseProjection, Projection
+from lora_ms.nn.quantised import QuantisedProjection
 from lora_ms.ops import PORTABLE, Operators
-from lora_ms.quant import nf4
+from lora_ms.quant import int4, nf4
 from lora_ms.quant.folder import StoredNF4, planned_nf4, quantised_entry
+from lora_ms.quant.int4 import Int4
+from lora_ms.quant.int4_folder import METHODS, GroupSettings, StoredInt4, read_groups
 from lora_ms.quant.nf4 import NF4
 from lora_ms.quant.settings import Quantisation, read_quantisation
 from lora_ms.reading import opened, readable
@@ -133,11 +137,11 @@ def load_directory(
 
 
 class QuantisedWeights:
-    """The weights of a folder, some of which are in NF4 there, or come into it as they are read.
+    """The weights of a folder, some of which have four bits there, or come into NF4 as they are read.
 
     Args:
         entries: the folder's tensors, by name.
-        stored: those among them that are stored in NF4.
+        stored: those among them that are stored in four bits.
         quantisation: which of the others are quantised.
         dtype: of those that are not.
     """
@@ -145,7 +149,7 @@ class QuantisedWeights:
     def __init__(
         self,
         entries: Mapping[str, Entry],
-        stored: Mapping[str, StoredNF4],
+        stored: Mapping[str, StoredNF4 | StoredInt4],
         quantisation: Quantisation | None,
         dtype: ms.Type,
         operators: Operators,
@@ -159,18 +163,18 @@ class QuantisedWeights:
         self.shard = shard
 
     def read(self, name: str, dtype: DTypeLike) -> np.ndarray:
-        """This rank's part of a tensor; one that is in NF4 where the model has it whole is decoded."""
+        """This rank's part of a tensor; one in four bits where the model has it whole is decoded."""
         entry = self.entries[name]
         if name in self.stored:
-            part = self.shard.part(name, nf4.dequantise(self.stored[name].read()))
+            part = self.shard.part(name, self.stored[name].numbers())
             return np.ascontiguousarray(part.astype(dtype))
         if self.shard.count > 1 and split_axis(name) is not None:
             return storage.read_part(entry, self.shard.slices(name, entry.shape), dtype)
         return storage.read(entry, dtype)
 
     def make(self, path: str, in_channels: int, out_channels: int, has_bias: bool) -> Projection:
-        """The projection at ``path``, of these sizes on this rank: with its weight where that is in NF4, else to be
-        filled."""
+        """The projection at ``path``, of these sizes on this rank: with its weight where that has four bits, else to
+        be filled."""
         name = f"{path}.weight"
         weight, original = self._quantised(path, name)
         if weight is None:
@@ -178,16 +182,21 @@ class QuantisedWeights:
         if self.shard.count > 1:
             rows, columns = self.shard.slices(name, weight.shape)
             try:
-                weight = nf4.part(weight, rows, columns)
+                if isinstance(weight, NF4):
+                    weight = nf4.part(weight, rows, columns)
+                else:
+                    weight = int4.part(weight, rows, columns)
             except ValueError as problem:
                 raise LoraMsError(
-                    f"{name} {list(weight.shape)} in NF4 cannot be shared by {self.shard.count} processes: {problem}"
+                    f"{name} of four bits cannot be shared by {self.shard.count} processes: {problem}"
                 ) from None
         bias = Parameter(initializer("zeros", (out_channels,), self.dtype), name="bias") if has_bias else None
+        if isinstance(weight, Int4):
+            return Int4Projection(weight, bias, self.operators)
         return NF4Projection(weight, bias, self.operators, original=original)
 
-    def _quantised(self, path: str, name: str) -> tuple[NF4 | None, Callable[[], np.ndarray] | None]:
-        """The whole weight in NF4, and what reads the one that it was made of, if it is at hand."""
+    def _quantised(self, path: str, name: str) -> tuple[NF4 | Int4 | None, Callable[[], np.ndarray] | None]:
+        """The whole weight in four bits, and what reads the one that it was made of, if it is at hand."""
         if name in self.stored:
             return self.stored[name].read(), None
         if self.quantisation is None or not self.quantisation.quantises(path):
@@ -199,12 +208,12 @@ class QuantisedWeights:
         return quantised_entry(name, entry, self.quantisation.double), original
 
 
-def quantised_layers(model: nn.Cell) -> dict[str, NF4Projection]:
-    """The projections of ``model`` in NF4, by path."""
-    return {name: cell for name, cell in model.cells_and_names() if isinstance(cell, NF4Projection)}
+def quantised_layers(model: nn.Cell) -> dict[str, QuantisedProjection]:
+    """The projections of ``model`` with weights of four bits, by path."""
+    return {name: cell for name, cell in model.cells_and_names() if isinstance(cell, QuantisedProjection)}
 
 
-def stored_quantisation(path: Path, hf: Mapping[str, Any]) -> Quantisation | None:
+def stored_quantisation(path: Path, hf: Mapping[str, Any]) -> Quantisation | GroupSettings | None:
     """How the weights of the folder ``path``, with config.json ``hf``, are quantised; None where they are whole.
 
     Raises:
@@ -214,6 +223,8 @@ def stored_quantisation(path: Path, hf: Mapping[str, Any]) -> Quantisation | Non
     if stored is None:
         return None
     try:
+        if isinstance(stored, dict) and stored.get("quant_method") in METHODS:
+            return read_groups(stored)
         return read_quantisation(stored, strict=False)
     except ValueError as problem:
         raise LoraMsError(f"{path / CONFIG}: quantization_config: {problem}") from None
@@ -335,10 +346,10 @@ def check_plain(model: CausalLM) -> None:
         raise LoraMsError(f"the model cannot be saved as it is: {odd[0]} is {why}")
 
 
-def quantisation_of(model: CausalLM, quantised: Mapping[str, NF4Projection]) -> Quantisation:
+def quantisation_of(model: CausalLM, quantised: Mapping[str, QuantisedProjection]) -> Quantisation:
     """Which layers of ``model`` are whole, and which are in NF4."""
     whole = [name for name, cell in model.model.cells_and_names() if type(cell) is DenseProjection]
-    double = any(cell.double for cell in quantised.values())
+    double = any(isinstance(cell, NF4Projection) and cell.double for cell in quantised.values())
     return Quantisation(double, tuple(f"model.{name}" for name in whole))
 
 
@@ -368,6 +379,8 @@ def write_directory(
         if p not in packed
     }
     for name, cell in quantised.items():
+        if not isinstance(cell, NF4Projection):
+            raise LoraMsError(f"the model cannot be saved as it is: {name} is in four bits that are read only")
         shape = (cell.out_channels, cell.in_channels)
         planned |= planned_nf4(f"{name}.weight", shape, name_of_type, cell.double, cell.stored)
     hf = {k: v for k, v in model.hf_config.items() if k not in ("torch_dtype", "dtype", "quantization_config")}

@@ -8,7 +8,7 @@ from typing import Any
 import mindspore as ms
 from mindspore import Tensor, nn
 
-from lora_ms.ops import ascend, native, portable, portable_nf4
+from lora_ms.ops import ascend, native, portable, portable_int4, portable_nf4
 
 Visibility = Tensor
 """What each query may see: ``first`` [b, s] int32, the earliest key of its line that it sees; it sees the keys from
@@ -49,6 +49,16 @@ class Operators:
     """(dy [t, out], codes, absmax) -> dy W [t, in], in the type of dy; without a gradient."""
     nf4_adapted_product: Callable[[float], nn.Cell]
     """As ``adapted_product``, with codes and absmax in the place of W."""
+    int4_product: Callable[[], nn.Cell]
+    """(x [t, in], codes [out, in / 2] uint8, scales [out, groups] float16, zeros [out, groups] uint8) -> x W^T
+    [t, out], in the type of x, for ``W = scale (code - zero)``, of which codes hold two numbers a byte. W has no
+    gradient."""
+    int4_product_back: Callable[[], nn.Cell]
+    """(dy [t, out], codes, scales, zeros) -> dy W [t, in], in the type of dy; without a gradient."""
+    int4_adapted_product: Callable[[float], nn.Cell]
+    """As ``adapted_product``, with codes, scales and zeros in the place of W."""
+    column_order: Callable[[], nn.Cell]
+    """(x [t, n], order [n], inverse [n]) -> x[:, order], for a permutation and its inverse, int32."""
     low_rank_update: Callable[[], nn.Cell]
     """(x [t, in], A [rank, in], B [out, rank], scaling []) -> scaling x A^T B^T [t, out]."""
     column_scale: Callable[[], nn.Cell]
@@ -119,6 +129,10 @@ PORTABLE = Operators(
     nf4_product=portable_nf4.NF4Product,
     nf4_product_back=portable_nf4.NF4ProductBack,
     nf4_adapted_product=portable_nf4.NF4AdaptedProduct,
+    int4_product=portable_int4.Int4Product,
+    int4_product_back=portable_int4.Int4ProductBack,
+    int4_adapted_product=portable_int4.Int4AdaptedProduct,
+    column_order=portable_int4.ColumnOrder,
     low_rank_update=portable.LowRankUpdate,
     column_scale=portable.ColumnScale,
     rms_norm=portable.RMSNorm,

@@ -18,6 +18,7 @@ from lora_ms.quant.nf4 import (
     NF4,
     Nested,
     blocks_of,
+    dequantise,
     quantise,
 )
 from lora_ms.reading import parse_json
@@ -57,6 +58,10 @@ class StoredNF4(NamedTuple):
         for values in nested[:2]:
             self._check(values)
         return NF4(self.shape, packed, np.array(storage.read_raw(self.parts[".absmax"])), nested)
+
+    def numbers(self) -> NDArray[np.float32]:
+        """The weight [out, in]."""
+        return dequantise(self.read())
 
     def _floats(self, part: str) -> NDArray[np.float32]:
         return storage.read(self.parts[part], np.float32)

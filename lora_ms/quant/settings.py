@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from lora_ms import limits
+from lora_ms.quant.nf4 import BLOCK, NESTED_BLOCK
 
 SKIP = "llm_int8_skip_modules"
 WRITTEN = {  # what is written besides the choices, as transformers has it
@@ -47,13 +48,19 @@ class Quantisation(NamedTuple):
         """Whether the linear layer at the dotted path ``module`` is quantised."""
         return not module.endswith(HEAD) and not any(_names(pattern, module) for pattern in self.skip)
 
+    @property
+    def width(self) -> float:
+        """Bytes of a quantised number: half of one, and an absmax in float32 for 64 numbers; or that in a byte, and a
+        nested absmax for 256 of these."""
+        return 0.5 + (1 / BLOCK + 4 / (BLOCK * NESTED_BLOCK) if self.double else 4 / BLOCK)
+
     def to_config(self) -> dict[str, Any]:
         """transformers' keys."""
         skip = list(self.skip) if HEAD in self.skip or not self.skip else [HEAD, *self.skip]
         return {**WRITTEN, "bnb_4bit_use_double_quant": self.double, SKIP: skip or None}
 
     def name(self) -> str:
-        """As ``--quantize`` has it."""
+        """For the user, as ``--quantize`` has it."""
         return next(name for name, double in SHORT.items() if double == self.double)
 
 

@@ -65,7 +65,7 @@ def job_of(config: RunConfig, sizes: DecoderConfig, device: Device) -> Job:
         swap=config.optimizer.swap,
         native=config.context.cpu_operators and has_native(device),
         quantised=frozenset(quantised),
-        double=four_bits is not None and four_bits.double,
+        **({} if four_bits is None else {"quantised_width": four_bits.width}),
         quantisable=config.backend == "native"
         and Path(config.load_checkpoint).is_dir()
         and bool(config.load_checkpoint),
@@ -129,8 +129,7 @@ def four_bits(job: Job) -> str:
     dense = memory_estimate.modules(job.sizes)
     numbers = sum(dense[name][0] * dense[name][1] for name in job.quantised)
     layers = ranges({int(name.split(".")[2]) for name in job.quantised})
-    bits = 8 * (memory_estimate.FOUR_BITS_DOUBLE if job.double else memory_estimate.FOUR_BITS)
-    return f", {numbers:,} of them (layers {layers}) in NF4 of {bits:.2f} bits"
+    return f", {numbers:,} of them (layers {layers}) in {8 * job.quantised_width:.2f} bits"
 
 
 def fits(config: RunConfig, sizes: DecoderConfig, this_machine: dict[str, tuple[Device, float, bool]]) -> list[str]:

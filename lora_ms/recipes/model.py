@@ -13,6 +13,7 @@ from lora_ms.models import hub
 from lora_ms.models.decoder import CausalLM, DecoderConfig
 from lora_ms.models.rope_settings import mindformers_rope
 from lora_ms.nn.rope import rotation_of
+from lora_ms.quant.int4_folder import GroupSettings
 from lora_ms.quant.settings import Quantisation, read_quantisation, skipping_all_but
 from lora_ms.runtime.device import Runtime, default_dtype
 
@@ -146,7 +147,7 @@ def quantisation(config: RunConfig, layers: int) -> Quantisation | None:
     return found._replace(skip=(*found.skip, *skipping_all_but(chosen, layers)))
 
 
-def quantisation_of_run(config: RunConfig, layers: int) -> Quantisation | None:
+def quantisation_of_run(config: RunConfig, layers: int) -> Quantisation | GroupSettings | None:
     """``quantisation``, or that of the folder where it is quantised already.
 
     Raises:

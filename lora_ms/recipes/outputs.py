@@ -14,6 +14,7 @@ from lora_ms.data.tokenizer import save_tokenizer
 from lora_ms.models import hub
 from lora_ms.models.decoder import CausalLM
 from lora_ms.nn.parallel import WHOLE, Shard
+from lora_ms.quant.int4_folder import METHODS
 from lora_ms.quant.settings import read_quantisation
 from lora_ms.train.checkpoint import AS_LORA, REPLACED, Weights
 
@@ -36,6 +37,8 @@ def base_quantization(model: CausalLM) -> dict[str, Any] | None:
     stored = model.hf_config.get("quantization_config")
     if stored is None or not hub.quantised_layers(model):
         return None
+    if stored.get("quant_method") in METHODS:
+        return None  # a folder of its own, which the adapter's settings name
     return read_quantisation(stored, strict=False).to_config()
 
 

@@ -29,10 +29,6 @@ LOGITS = 3  # matrices [chunk, vocabulary] alive at once in the loss
 LOGITS_NATIVE = 2
 CHUNK_NUMBERS = 1 << 24  # numbers of such a matrix; as in train.step
 PART_NUMBERS = 1 << 24  # numbers of the head that are widened to float32 at once; as in nn.projection
-# bytes of a number in four bits: half of one, and an absmax in float32 for 64 numbers; or that in a byte, and a nested
-# absmax for 256 of these
-FOUR_BITS = 0.5 + 4 / 64
-FOUR_BITS_DOUBLE = 0.5 + 1 / 64 + 4 / (64 * 256)
 # bytes of a number of the weight that is multiplied, for a moment: its place in the table, itself, absmax, the product
 DECODED = 14
 DECODED_NATIVE = 14
@@ -95,7 +91,7 @@ class Job:
     swap: bool = False  # AdamW's moments in the host's memory between steps
     native: bool = False  # on the CPU: native operators in place of MindSpore's
     quantised: Collection[str] = field(default_factory=frozenset)  # modules whose weights are in four bits
-    double: bool = False  # with double quantisation
+    quantised_width: float = 0.5625  # bytes of a number of these; NF4's
     quantisable: bool = False  # whether the weights could be quantised as they are loaded
 
     @property
@@ -170,8 +166,7 @@ def weights_mb(job: Job) -> float:
     """MB of the model's weights."""
     dense = modules(job.sizes)
     numbers = sum(dense[name][0] * dense[name][1] for name in job.quantised)
-    packed = numbers * (FOUR_BITS_DOUBLE if job.double else FOUR_BITS)
-    return (packed + (parameters(job.sizes) - numbers) * job.weight_width) / MB
+    return (numbers * job.quantised_width + (parameters(job.sizes) - numbers) * job.weight_width) / MB
 
 
 def decoded_mb(job: Job) -> float:
@@ -340,8 +335,8 @@ def remedies(job: Job, room: float) -> list[str]:
     last = replace(one, recomputed=every, float16=job.float16 or trains_adapter)
     layers = frozenset(name for name in modules(job.sizes) if name.startswith("model.layers."))
     if job.quantisable and trains_adapter and not job.quantised:
-        last = replace(last, quantised=layers, double=True)
-        steps.append(("model.model_config.quantization_config nf4-double (--quantize)", last))
+        last = replace(last, quantised=layers)
+        steps.append(("model.model_config.quantization_config nf4 (--quantize)", last))
     length = largest_length(last, room, job.length)
     if 0 < length < job.length:
         steps.append((f"model.model_config.seq_length {length}", replace(last, length=length)))
