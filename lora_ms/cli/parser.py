@@ -84,7 +84,7 @@ TOOLS = {
         ),
     ),
     "quantize": Tool(
-        "write a model with its layers' weights in four bits, for transformers with bitsandbytes and for us",
+        "write a model with weights in four bits (bitsandbytes' NF4)",
         (
             Flag("load_checkpoint", str, "DIR", "the model's Hugging Face folder", required=True),
             Flag("output_dir", flag_path, "DIR", "where the quantised model goes", required=True),

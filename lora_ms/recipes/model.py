@@ -5,6 +5,7 @@ from pathlib import Path
 
 import mindspore as ms
 
+from lora_ms.adapters.matching import ranges
 from lora_ms.config import ModelSizes, RunConfig
 from lora_ms.data.example import IGNORE_INDEX
 from lora_ms.errors import LoraMsError
@@ -16,6 +17,7 @@ from lora_ms.nn.rope import rotation_of
 from lora_ms.quant.int4_folder import GroupSettings
 from lora_ms.quant.settings import Quantisation, read_quantisation, skipping_all_but
 from lora_ms.runtime.device import Runtime, default_dtype
+from lora_ms.text import size_text
 
 # YAML key -> DecoderConfig's; where both a YAML and a config.json give one, they must agree
 SIZES = {
@@ -161,16 +163,31 @@ def quantisation_of_run(config: RunConfig, layers: int) -> Quantisation | GroupS
 
 
 def check_quantised(config: RunConfig) -> None:
-    """Raises LoraMsError where ``quantization_config`` asks for what the run cannot do."""
-    path, pet = Path(config.load_checkpoint), config.pet_config
-    if quantisation(config, 0) is None:
-        return
-    if not path.is_dir():
+    """Raises LoraMsError where weights are to have four bits, and the run cannot be so."""
+    path = Path(config.load_checkpoint)
+    asked = quantisation(config, 0) is not None
+    if asked and not path.is_dir():
         raise LoraMsError("quantization_config needs a Hugging Face directory as load_checkpoint")
-    if config.backend != "native":
+    if asked and config.backend != "native":
         raise LoraMsError("quantization_config needs backend native: MindFormers' models are not quantised")
-    if config.run_mode in ("finetune", "train") and pet is None:
-        raise LoraMsError("weights of four bits do not train: give pet_config, or leave quantization_config out")
+    trains_all = config.run_mode in ("finetune", "train") and config.pet_config is None
+    if trains_all and quantisation_of_run(config, 0) is not None:
+        raise LoraMsError("weights of four bits do not train: give pet_config, or a model whose weights are whole")
+
+
+def four_bits_lines(model: CausalLM) -> list[str]:
+    """A line with what of the weights has four bits, and what that takes; none where nothing has."""
+    quantised = hub.quantised_layers(model)
+    if not quantised:
+        return []
+    packed = {parameter for cell in quantised.values() for parameter in cell.weights()}
+    taken = sum(parameter.nbytes for parameter in packed)
+    whole = sum(p.nbytes for p in model.get_parameters() if p not in packed and not p.requires_grad)
+    numbers = sum(cell.weight_size for cell in quantised.values())
+    layers = ranges({int(name.split(".")[2]) for name in quantised})
+    bits = 8 * taken / numbers
+    text = f"in four bits: {numbers:,} numbers of layers {layers}, {size_text(taken)} ({bits:.2f} bits each)"
+    return [f"{text}; whole: {size_text(whole)}"]
 
 
 def build_model(config: RunConfig, sizes: DecoderConfig, dtype: ms.Type, runtime: Runtime) -> CausalLM:

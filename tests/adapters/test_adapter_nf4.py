@@ -130,3 +130,10 @@ def test_loftq_leaves_whole_layers_alone(reference, native):
     inject(model, config(init_lora_weights="loftq", layer_groups=groups))
     begun = {name: cell.lora_b.asnumpy().any() for name, cell in adapter_cells(model).items()}
     assert {name.split(".")[2]: value for name, value in begun.items()} == {"0": False, "1": True}
+
+
+def test_layers_that_should_have_four_bits(reference, native):
+    groups = (LayerGroup((0,), 2, 2.0, bits="nf4"), LayerGroup((1,), 2, 2.0))
+    whole = load_directory(reference / "models" / "qwen2", operators=native)
+    with pytest.raises(LoraMsError, match=r"layers.0.self_attn.q_proj is to have four bits, and the model is loaded"):
+        inject(whole, config(layer_groups=groups))

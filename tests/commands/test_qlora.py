@@ -69,7 +69,7 @@ def test_trained_on_a_folder_as_on_weights_quantised_at_load(folders, run, rows_
     assert settings[0] == settings[1] and settings[0]["bnb_4bit_use_double_quant"] is True
 
 
-@pytest.mark.parametrize("words", [(), ("--recompute_config.recompute", "True"), ("--train_dataset.packing", "False")])
+@pytest.mark.parametrize("words", [("--recompute_config.recompute", "True"), ("--train_dataset.packing", "False")])
 def test_resumed_to_the_bit(model, rows_file, tmp_path, words):
     common = ["--quantize", "nf4", *SAVES, *words]
     wanted = finetune(model, rows_file, tmp_path / "whole", *common)
@@ -155,6 +155,7 @@ def test_checked_and_used(model, run, folders, capsys):
         (["--options", "X={load_in_4bit: True, bnb_4bit_qant_type: nf4}"], "unknown key 'bnb_4bit_qant_type'; the nea"),
         (["--options", "X={quant_method: gptq, bits: 4}"], "unknown key 'bits'; the nearest is"),
         (["--quantize", "nf4", "--options", "pet_config=null"], "weights of four bits do not train: give pet_config"),
+        (["--options", "pet_config=null", "--load_checkpoint", "nf4"], "weights of four bits do not train: give pet"),
         (["--quantize", "nf4", "--load_checkpoint", "nf4"], "is quantised already: leave quantization_config out, or "),
     ],
 )
@@ -199,6 +200,8 @@ def test_in_python(model, folders, tmp_path):
         "llm_int8_skip_modules"
     ]
     assert sorted(skipped)[0] == "lm_head" and all(name.startswith("model.layers.1.") for name in sorted(skipped)[1:])
+    with pytest.raises(lora_ms.LoraMsError, match="weights of four bits do not train: give Trainer a PeftModel"):
+        lora_ms.Trainer(found, lora_ms.TrainingArguments(output_dir=str(tmp_path)), [])
     peft = lora_ms.get_peft_model(found, lora_ms.LoraConfig(lora_rank=2, target_modules="all-linear"))
     merged = peft.merge_and_unload()
     merged.save_pretrained(tmp_path / "merged")
@@ -234,6 +237,9 @@ def test_layered(deep, root, rows_file, tmp_path, capsys):
         **{f"--model.model_config.{size}": "null" for size in sizes},
     }
     assert main(["finetune", *(str(word) for pair in given.items() for word in pair)]) == 0
+    said = capsys.readouterr().out
+    line = next(line for line in said.splitlines() if line.startswith("in four bits"))
+    assert "215,040 numbers of layers 11-31, " in line and "whole: " in line
     found = losses(tmp_path)
     assert found[-1] < found[0] - 0.05, found
     tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")

@@ -124,7 +124,7 @@ class LoraConfig(AdapterConfig, LowRankOptions):
         layers_to_transform: indices of the layers that get adapters; None for all.
         layers_pattern: names of the list of layers that the indices count in, where there are several.
         rank_pattern, alpha_pattern: other ranks and alphas, by a regular expression for the end of the path.
-        layer_groups: ranks by ranges of layers, in place of the three above.
+        layer_groups: ranks by ranges of layers, in place of the three above; ``bits``: of layers in four bits.
         modules_to_save: path suffixes of whole modules to train: norms, embedding, head, dense layers.
         use_rslora: scale by ``lora_alpha / sqrt(rank)``.
         use_dora: train the length of each row of the weight apart from its direction.
@@ -222,6 +222,10 @@ class LoraConfig(AdapterConfig, LowRankOptions):
     def quantises_some(self) -> bool:
         """Whether some of ``layer_groups`` are quantised, and others perhaps not."""
         return any(group.bits is not None for group in self.layer_groups)
+
+    def wants_bits(self, name: str) -> bool:
+        """Whether the layer group of module ``name`` says that its weights have four bits."""
+        return any(group.bits is not None for group in self._groups_of(name))
 
     # YAML
 

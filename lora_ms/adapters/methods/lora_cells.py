@@ -333,6 +333,11 @@ def build(config: "LoraConfig", target: Target, spec: LoraSpec) -> AdapterCell:
 
     if type(target.layer) is Embedding:
         return embedding_cells.build(config, target, spec)
+    if config.wants_bits(target.name) and not projection_of(target.layer, target.operators).quantised:
+        raise LoraMsError(
+            f"layer_groups: {target.name} is to have four bits, and the model is loaded: load it with "
+            "quantization_config, and name the other layers in llm_int8_skip_modules"
+        )
     kind = dora_cells.DoRADense if config.use_dora else LoRADense
     init = config.init_lora_weights
     if init == "loftq" and not projection_of(target.layer, target.operators).quantised:
