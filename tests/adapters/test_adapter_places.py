@@ -163,9 +163,11 @@ def test_two_groups_that_both_want_one_module_overlap(groups):
         ({"alpha_pattern": {"q_proj": -1}}, "q_proj must be above 0, got -1"),
         ({"bias": "some"}, "bias 'some' is none of none, all, lora_only"),
         ({"init_lora_weights": "kaiming"},
-         "init_lora_weights 'kaiming' is none of True, gaussian, orthogonal, pissa, olora, pissa_niter_N"),
+         "init_lora_weights 'kaiming' is none of True, gaussian, orthogonal, pissa, olora, loftq, "
+         "pissa_niter_N"),
         ({"init_lora_weights": "pissa_niter_0"},
-         "init_lora_weights 'pissa_niter_0' is none of True, gaussian, orthogonal, pissa, olora, pissa_niter_N"),
+         "init_lora_weights 'pissa_niter_0' is none of True, gaussian, orthogonal, pissa, olora, loftq, "
+         "pissa_niter_N"),
         ({"init_lora_weights": "orthogonal", "lora_rank": 3}, "init_lora_weights orthogonal expects even ranks, got 3"),
         ({"init_lora_weights": "orthogonal", "rank_pattern": {"q_proj": 5}},
          "init_lora_weights orthogonal expects even ranks, got 5"),

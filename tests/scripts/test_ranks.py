@@ -265,7 +265,7 @@ def test_a_rank_that_fails_shows_its_error(launch):
     assert not (launch.folder / "refused").exists()
 
 
-@pytest.mark.parametrize(("data_ranks", "shared"), [(2, 1), (1, 2)])
+@pytest.mark.parametrize(("data_ranks", "shared"), [(2, 2)])
 def test_weights_of_four_bits(launch, data_ranks, shared):
     """Shared out by blocks of 64 numbers, or whole in each process: the numbers of one process."""
     import dataclasses
