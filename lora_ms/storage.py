@@ -160,10 +160,15 @@ def open_dir(path: Path) -> dict[str, Entry]:
     return entries
 
 
-def read(entry: Entry, dtype: DTypeLike) -> np.ndarray:
-    """The tensor as ``dtype``; at most one copy of it is in memory besides the mapped file."""
+def check_type(entry: Entry) -> None:
+    """Raises LoraMsError where a tensor is not of one of ``DTYPES``."""
     if entry.dtype not in DTYPES:
         raise LoraMsError(f"{entry.file}: type {entry.dtype} is not supported; supported: {', '.join(DTYPES)}")
+
+
+def read(entry: Entry, dtype: DTypeLike) -> np.ndarray:
+    """The tensor as ``dtype``; at most one copy of it is in memory besides the mapped file."""
+    check_type(entry)
     stored = np.dtype(DTYPES[entry.dtype])
     count = (entry.end - entry.start) // stored.itemsize
     raw = np.memmap(entry.file, stored, "r", entry.start, (count,)) if count else np.empty(0, stored)
@@ -214,6 +219,7 @@ def read_blocks(entry: Entry, dtype: DTypeLike = np.float32) -> Iterator[np.ndar
 
 def read_words(entry: Entry) -> Iterator[np.ndarray]:
     """The tensor as it is stored, in blocks."""
+    check_type(entry)
     kind = np.dtype(DTYPES[entry.dtype])
     for start in range(entry.start, entry.end, BLOCK * kind.itemsize):
         count = (min(start + BLOCK * kind.itemsize, entry.end) - start) // kind.itemsize

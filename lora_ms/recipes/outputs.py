@@ -42,6 +42,15 @@ def base_quantization(model: CausalLM) -> dict[str, Any] | None:
     return read_quantisation(stored, strict=False).to_config()
 
 
+def quantization_text(model: CausalLM) -> str | None:
+    """How the weights are quantised that an adapter trains on, in a checkpoint; None where they are whole."""
+    found = base_quantization(model)
+    if found is None:
+        return None
+    settings = read_quantisation(found)
+    return f"{settings.name()} without {', '.join(settings.skip)}" if settings.skip else settings.name()
+
+
 def weights_of(
     model: CausalLM,
     adapter: AdapterConfig | None,
@@ -101,7 +110,7 @@ def weights_of(
         folder="model" if adapter is None else "adapter",
         write=partial(save, config=adapter),
         read=read,
-        identity={} if adapter is None else adapter.identity(),
+        identity={} if adapter is None else {**adapter.identity(), "quantization": quantization_text(model)},
         finish=None if hook is None else finish,
         collect=collect,
     )

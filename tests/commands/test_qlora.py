@@ -70,7 +70,7 @@ def test_trained_on_a_folder_as_on_weights_quantised_at_load(folders, run, rows_
 
 
 @pytest.mark.parametrize("words", [("--recompute_config.recompute", "True"), ("--train_dataset.packing", "False")])
-def test_resumed_to_the_bit(model, rows_file, tmp_path, words):
+def test_resumed_to_the_bit(model, rows_file, tmp_path, capsys, words):
     common = ["--quantize", "nf4", *SAVES, *words]
     wanted = finetune(model, rows_file, tmp_path / "whole", *common)
     finetune(model, rows_file, tmp_path / "parts", *common)
@@ -78,6 +78,10 @@ def test_resumed_to_the_bit(model, rows_file, tmp_path, words):
     found = finetune(model, rows_file, tmp_path / "parts", *common, "--resume_training", "True")
     for name, value in wanted.items():
         np.testing.assert_array_equal(found[name], value, err_msg=name)
+    given = ["--load_checkpoint", str(model), "--train_dataset_dir", str(rows_file), "--resume_training", "True"]
+    other = [word.replace("nf4", "nf4-double") for word in common]
+    assert main(["finetune", *given, "--output_dir", str(tmp_path / "parts"), *RUN.split(), *other]) == 2
+    assert "quantization: nf4 there, nf4-double here" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("onto", ["original", "dequantized"])

@@ -123,6 +123,23 @@ def test_an_absmax_below_zero(reference, tmp_path):
     assert refused(folder).endswith(f"{KEY}: an absmax is negative or not finite")
 
 
+def test_a_tied_head_in_four_bits(reference, tmp_path):
+    """Two quantised tensors of one name's role cannot be compared: a line, and no traceback."""
+    folder = shutil.copytree(reference / "nf4" / "plain", tmp_path / "model")
+    entries = storage.open_dir(folder)
+    values = {name: (e.dtype, e.shape, np.array(storage.read_raw(e))) for name, e in entries.items()}
+    for name in [name for name in values if name.startswith(KEY)]:
+        for copy in ("lm_head.weight", "model.embed_tokens.weight"):
+            values[copy + name.removeprefix(KEY)] = values[name]
+    planned = {
+        name: storage.Planned(dtype, shape, lambda value=value: [value])
+        for name, (dtype, shape, value) in values.items()
+    }
+    storage.write_blocks(folder / "other", planned)
+    (folder / "other").replace(folder / "model.safetensors")
+    assert "type NF4 is not supported" in refused(folder)
+
+
 # --- settings
 
 

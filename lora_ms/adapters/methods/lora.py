@@ -183,6 +183,8 @@ class LoraConfig(AdapterConfig, LowRankOptions):
             check_number(pattern, alpha, ALPHA)
         for index, group in enumerate(self.layer_groups):
             check_bounds(group, f" of layer_groups {index}")
+            if group.bits not in (None, "nf4"):
+                raise LoraMsError(f"bits {group.bits!r} of layer_groups {index}: give nf4, or leave it out")
         self.check_bias()
         self._check_init()
         if self.use_dora and self.lora_bias:
