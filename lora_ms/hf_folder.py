@@ -13,6 +13,8 @@ import numpy as np
 from lora_ms import storage
 from lora_ms.errors import LoraMsError
 from lora_ms.folder_schema import VOCABULARY, ConfigJson, GenerationJson, TokenizerJson, check
+from lora_ms.quant.folder import StoredNF4, split
+from lora_ms.quant.int4_folder import StoredInt4, split_groups
 from lora_ms.reading import CONFIG_SIZE, member, read_json
 from lora_ms.storage import Entry
 
@@ -32,11 +34,14 @@ class ModelFolder(NamedTuple):
         entries: tensors by transformers' names; the head only where it is another tensor than the embedding.
         tied: whether the head is the embedding.
         notices: lines for the user.
+        quantised: of the entries, those that are stored in four bits; their shapes are those of the weights, and
+            ``storage`` does not read them.
     """
 
     entries: dict[str, Entry]
     tied: bool
     notices: tuple[str, ...] = ()
+    quantised: Mapping[str, StoredNF4 | StoredInt4] = {}
 
 
 def model_config(path: Path) -> dict[str, Any]:
@@ -61,7 +66,15 @@ def open_model(path: Path, hf: Mapping[str, Any]) -> ModelFolder:
     Raises:
         LoraMsError: no weights, or files that contradict each other.
     """
-    entries = full_names(storage.open_dir(path))
+    entries, in_groups = split_groups(full_names(storage.open_dir(path)), hf.get("quantization_config"))
+    entries, in_nf4 = split(entries)
+    quantised: dict[str, StoredNF4 | StoredInt4] = {**in_groups, **in_nf4}
+    entries |= {name: weight.entry for name, weight in quantised.items()}
+    folder = _with_head(path, hf, entries)
+    return folder._replace(quantised=quantised)
+
+
+def _with_head(path: Path, hf: Mapping[str, Any], entries: dict[str, Entry]) -> ModelFolder:
     if not hf.get("tie_word_embeddings", False) or HEAD not in entries:
         return ModelFolder(entries, bool(hf.get("tie_word_embeddings", False)))
     if EMBEDDING not in entries:

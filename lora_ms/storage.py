@@ -160,11 +160,16 @@ def open_dir(path: Path) -> dict[str, Entry]:
     return entries
 
 
+def check_type(entry: Entry) -> None:
+    """Raises LoraMsError where a tensor is not of one of ``DTYPES``."""
+    if entry.dtype not in DTYPES:
+        raise LoraMsError(f"{entry.file}: type {entry.dtype} is not supported; supported: {', '.join(DTYPES)}")
+
+
 def read(entry: Entry, dtype: DTypeLike) -> np.ndarray:
     """The tensor as ``dtype``, which may be the bfloat16 of a library; at most one copy of it is in memory besides the
     mapped file."""
-    if entry.dtype not in DTYPES:
-        raise LoraMsError(f"{entry.file}: type {entry.dtype} is not supported; supported: {', '.join(DTYPES)}")
+    check_type(entry)
     stored = np.dtype(DTYPES[entry.dtype])
     count = (entry.end - entry.start) // stored.itemsize
     raw = np.memmap(entry.file, stored, "r", entry.start, (count,)) if count else np.empty(0, stored)
@@ -175,6 +180,12 @@ def read(entry: Entry, dtype: DTypeLike) -> np.ndarray:
         wide <<= 16
         raw = wide.view(np.float32)
     return np.array(raw, dtype, copy=entry.dtype != "BF16" or raw.dtype != dtype).reshape(entry.shape)
+
+
+def read_raw(entry: Entry) -> np.ndarray:
+    """The bytes of a tensor of any type, as they lie: uint8 [n], mapped."""
+    size = entry.end - entry.start
+    return np.memmap(entry.file, np.uint8, "r", entry.start, (size,)) if size else np.empty(0, np.uint8)
 
 
 def rows_of(entry: Entry, start: int, stop: int) -> Entry:
@@ -211,6 +222,7 @@ def read_blocks(entry: Entry, dtype: DTypeLike = np.float32) -> Iterator[np.ndar
 
 def read_words(entry: Entry) -> Iterator[np.ndarray]:
     """The tensor as it is stored, in blocks."""
+    check_type(entry)
     kind = np.dtype(DTYPES[entry.dtype])
     for start in range(entry.start, entry.end, BLOCK * kind.itemsize):
         count = (min(start + BLOCK * kind.itemsize, entry.end) - start) // kind.itemsize
@@ -254,7 +266,7 @@ class Planned(NamedTuple):
     @property
     def size(self) -> int:
         """Bytes."""
-        return int(np.prod(self.shape)) * np.dtype(DTYPES[self.dtype]).itemsize
+        return int(np.prod(self.shape)) * BITS[self.dtype] // 8
 
 
 def parse_size(text: str) -> int:

@@ -65,6 +65,20 @@ FLAGS = [
     ("--trust_remote_code True", "trust_remote_code", True),
     # ours
     ("--load_adapter ad", "load_adapter", "ad"),
+    (
+        "--quantize nf4-double",
+        "model.model_config.quantization_config",
+        {
+            "quant_method": "bitsandbytes",
+            "load_in_4bit": True,
+            "load_in_8bit": False,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_compute_dtype": "float32",
+            "bnb_4bit_quant_storage": "uint8",
+            "bnb_4bit_use_double_quant": True,
+            "llm_int8_skip_modules": None,
+        },
+    ),
     ("--max_steps -1", "runner_config.max_steps", -1),
     ("--max_new_tokens 12", "model.model_config.max_new_tokens", 12),
     ("--max_length 100", "model.model_config.max_decode_length", 100),
@@ -147,7 +161,9 @@ def test_commands(ran, words, task, run_mode):
 
 
 MERGE = {"load_adapter": "a", "load_checkpoint": None, "output_dir": "o", "dtype": "auto", "max_shard_size": "5GB",
-         "safe_merge": True, "overwrite": False}  # fmt: skip
+         "safe_merge": True, "overwrite": False, "onto": None}  # fmt: skip
+QUANTIZE = {"load_checkpoint": "b", "output_dir": "o", "type": "nf4", "double": False, "max_shard_size": "5GB",
+            "overwrite": False}  # fmt: skip
 COMBINE = {"adapters": ["a", "b"], "weights": [0.7, -0.3], "method": "linear", "density": None, "rank": None,
            "seed": 0, "output_dir": "o"}  # fmt: skip
 
@@ -158,12 +174,14 @@ COMBINE = {"adapters": ["a", "b"], "weights": [0.7, -0.3], "method": "linear", "
         ("merge --load_adapter a --output_dir o", "merge", MERGE),
         (
             "merge --load_checkpoint b --load_adapter a --output_dir o --dtype float16 --max_shard_size 1GB "
-            "--safe_merge False --overwrite True",
+            "--safe_merge False --overwrite True --onto original",
             "merge",
             MERGE
             | {"load_checkpoint": "b", "dtype": "float16", "max_shard_size": "1GB", "safe_merge": False}
-            | {"overwrite": True},
+            | {"overwrite": True, "onto": "original"},
         ),
+        ("quantize --load_checkpoint b --output_dir o", "quantize", QUANTIZE),
+        ("quantize --load_checkpoint b --output_dir o --double", "quantize", QUANTIZE | {"double": True}),
         ("check-adapter --load_adapter a", "check_adapter", {"load_adapter": "a", "load_checkpoint": None}),
         ("check-adapter --load_adapter a --load_checkpoint b", "check_adapter",
          {"load_adapter": "a", "load_checkpoint": "b"}),

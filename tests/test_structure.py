@@ -22,19 +22,20 @@ DIRECTIONS = {
     "folder_schema": ("limits errors", "pydantic"),
     "saving": ("errors text", ""),
     "storage": ("folder_schema reading saving errors", "numpy safetensors"),
-    "hf_folder": ("storage folder_schema reading errors", "numpy"),
-    "ops": ("ops", "mindspore numpy"),
-    "nn": ("nn ops", "mindspore numpy"),
+    "hf_folder": ("quant storage folder_schema reading errors", "numpy"),
+    "quant": ("quant storage reading limits errors", "numpy"),
+    "ops": ("ops quant.nf4 quant.int4", "mindspore numpy"),
+    "nn": ("nn ops quant", "mindspore numpy"),
     "runtime": ("runtime nn.graph nn.parallel ops saving errors", "mindspore numpy google.protobuf"),
     "values": ("", "pydantic"),
-    "config": ("config adapters.methods saving values reading errors", "yaml pydantic"),
+    "config": ("config adapters.methods quant saving values reading errors", "yaml pydantic"),
     "data": (
         "data runtime.host hf_folder saving storage reading limits errors text",
         "numpy transformers mindspore.dataset mindspore.mindrecord datasets pyarrow",
     ),
-    "models": ("models nn ops hf_folder saving storage reading errors text", "mindspore numpy"),
+    "models": ("models quant nn ops hf_folder saving storage reading errors text", "mindspore numpy"),
     "adapters": (
-        "adapters nn ops hf_folder saving storage folder_schema reading limits values errors text",
+        "adapters quant nn ops hf_folder saving storage folder_schema reading limits values errors text",
         "mindspore numpy",
     ),
     "train": (
@@ -47,16 +48,17 @@ DIRECTIONS = {
         "mindspore numpy yaml mindformers mindpet",
     ),
     "recipes": (
-        "recipes config bridge adapters models train infer data nn ops runtime hf_folder saving storage reading errors "
-        "text",
+        "recipes config bridge adapters models quant train infer data nn ops runtime hf_folder saving storage reading "
+        "errors text",
         "mindspore numpy transformers",
     ),
     "commands": (
-        "commands recipes config adapters models train infer data runtime hf_folder saving storage errors text bridge",
+        "commands recipes config adapters models quant train infer data runtime hf_folder saving storage errors text "
+        "bridge",
         "numpy",
     ),
     "python": (
-        "python recipes adapters models train infer data nn runtime hf_folder saving storage errors",
+        "python recipes adapters models quant train infer data nn runtime hf_folder saving storage errors",
         "mindspore numpy transformers",
     ),
     "cli": ("cli commands recipes config errors text", ""),

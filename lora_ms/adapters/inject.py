@@ -12,12 +12,16 @@ from lora_ms.adapters.methods import modules_to_save_cells
 from lora_ms.adapters.methods.base import AdapterConfig, Target
 from lora_ms.adapters.methods.base_cells import AdapterCell
 from lora_ms.errors import LoraMsError
+from lora_ms.nn.int4 import Int4Projection
 from lora_ms.nn.layers import Embedding, Head
+from lora_ms.nn.nf4 import NF4Projection
 from lora_ms.nn.parallel import WHOLE, Shard
 from lora_ms.nn.projection import DenseProjection
+from lora_ms.nn.quantised import QuantisedProjection
 from lora_ms.ops import PORTABLE, Operators
 
-TARGETS = (nn.Dense, DenseProjection, Head, Embedding)  # exactly these: a subclass computes something else
+# exactly these: a subclass computes something else
+TARGETS = (nn.Dense, DenseProjection, NF4Projection, Int4Projection, Head, Embedding)
 
 
 @dataclass(frozen=True)
@@ -160,11 +164,14 @@ def inject(
 
 def report(model: nn.Cell, config: AdapterConfig | None = None, shard: Shard = WHOLE) -> InjectReport:
     """Counts what trains in ``model``, on all processes of ``shard`` together; ``config`` adds its notes."""
+    quantised = [cell for _, cell in model.cells_and_names() if isinstance(cell, QuantisedProjection)]
+    packed = {parameter for cell in quantised for parameter in cell.weights()}
     sizes = [
         (math.prod(shard.whole_shape(p.name, tuple(p.shape))), p.requires_grad)
         for p in model.get_parameters()
-        if p.ndim  # a scalar is a setting, no weight
+        if p.ndim and p not in packed  # a scalar is a setting, no weight
     ]
+    sizes += [(cell.weight_size * shard.count, False) for cell in quantised]
     adapted = adapted_layers(model)
     return InjectReport(
         modules=tuple(adapted),

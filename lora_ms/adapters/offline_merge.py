@@ -3,8 +3,10 @@
 Neither MindSpore nor the model is needed: names, shapes and the adapter's settings say all.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +29,16 @@ from lora_ms.text import listed
 
 HEAD, EMBEDDING = "lm_head", "model.embed_tokens"
 Tensors = Mapping[str, Entry]  # of one module, by name
+
+
+class Decoded(NamedTuple):
+    """A weight that is not stored as it is merged into."""
+
+    dtype: str  # safetensors' name of the type that it had before it was quantised
+    numbers: Callable[[], NDArray]  # [out, in] float32
+
+
+NOTHING_DECODED: Mapping[str, Decoded] = {}
 
 
 def expected_shapes(
@@ -134,36 +146,67 @@ def still_tied(updates: Mapping[str, Update]) -> bool:
     return updates[HEAD].keeps_tie(updates[EMBEDDING])
 
 
-def plan(base: Mapping[str, Entry], updates: Mapping[str, Update], dtype: str | None, safe: bool) -> dict[str, Planned]:
+def plan(
+    base: Mapping[str, Entry],
+    updates: Mapping[str, Update],
+    dtype: str | None,
+    safe: bool,
+    decoded: Mapping[str, Decoded] = NOTHING_DECODED,
+) -> dict[str, Planned]:
     """The tensors of the merged model in the order of ``base``.
 
     dtype: safetensors' name of the type to write; None for each tensor's own.
     safe: blocks that are not finite as they are written raise LoraMsError.
+    decoded: weights whose numbers come from elsewhere than from their place in ``base``.
     """
     planned = {}
     for key, entry in base.items():
+        if key in decoded:
+            entry = entry._replace(dtype=decoded[key].dtype)
         if entry.dtype not in storage.DTYPES:
             raise LoraMsError(f"{entry.file}: {key} is of type {entry.dtype}, which is not supported")
         name, _, leaf = key.rpartition(".")
         update, target = updates.get(name), dtype or entry.dtype
         if update is not None and not (update.changes_weight if leaf == "weight" else update.changes_bias):
             update = None
-        planned[key] = Planned(target, entry.shape, _blocks(key, entry, update, target, safe))
+        read = partial(_rows_of_decoded, decoded[key]) if key in decoded else None
+        planned[key] = Planned(target, entry.shape, _blocks(key, entry, update, target, safe=safe, read=read))
     return planned
 
 
-def _blocks(key: str, entry: Entry, update: Update | None, dtype: str, safe: bool):
+def _rows_of_decoded(weight: Decoded) -> Callable[[slice], NDArray]:
+    numbers = weight.numbers()
+    return lambda rows: numbers[rows]
+
+
+def _rows_of_stored(entry: Entry) -> Callable[[slice], NDArray]:
+    return lambda rows: storage.read(storage.rows_of(entry, rows.start, rows.stop), np.float32)
+
+
+def _blocks(
+    key: str,
+    entry: Entry,
+    update: Update | None,
+    dtype: str,
+    *,
+    safe: bool,
+    read: Callable[[], Callable[[slice], NDArray]] | None,
+):
     def stored() -> Iterator[NDArray]:
         # what stays as it is is copied word by word
         yield from storage.read_words(entry)
 
     def computed() -> Iterator[NDArray]:
-        if update is None:
+        rows = _rows_of_stored(entry) if read is None else read()
+        values: Iterator[NDArray]
+        if update is None and read is not None:
+            values = (rows(block) for block in storage.row_blocks(entry.shape))
+        elif update is None:
             values = storage.read_blocks(entry)
         elif key.endswith(".bias"):
             values = iter([update.bias(storage.read(entry, np.float32))])
         else:
-            values = update.blocks(entry)
+            values = update.blocks(entry.shape, rows)
         for block in values:
             words = storage.encoded(block, dtype)
             if safe and not np.isfinite(block).all():
@@ -172,4 +215,4 @@ def _blocks(key: str, entry: Entry, update: Update | None, dtype: str, safe: boo
                 raise LoraMsError(f"{key} is out of float16's range: merge with --dtype bfloat16 or float32")
             yield words
 
-    return stored if update is None and dtype == entry.dtype else computed
+    return stored if update is None and dtype == entry.dtype and read is None else computed

@@ -14,11 +14,13 @@ from lora_ms.adapters.methods.base import AdapterConfig
 from lora_ms.adapters.peft_config import from_peft
 from lora_ms.errors import LoraMsError
 from lora_ms.folder_schema import AdapterJson, check
+from lora_ms.quant.settings import Quantisation, read_quantisation
 from lora_ms.reading import CONFIG_SIZE, member, read_json
 
 PREFIX = "base_model.model."  # PEFT wraps the model twice, and keeps both attributes in the tensors' names
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
+BASE_QUANTIZATION = "base_quantization.json"  # ours: how the weights were quantised that the adapter was trained on
 
 
 # names that PEFT reads as well: a running model's, in which the adapter is called "default"
@@ -38,6 +40,20 @@ def _tensor_names() -> tuple[str, ...]:
 
 
 TENSOR_NAMES = _tensor_names()
+
+
+def base_quantisation(path: Path) -> Quantisation | None:
+    """How the weights were quantised that the adapter in directory ``path`` was trained on; None: not by us.
+
+    Raises:
+        LoraMsError: another kind of four bits, or a file that cannot be read.
+    """
+    if not (path / BASE_QUANTIZATION).is_file():
+        return None
+    try:
+        return read_quantisation(read_json(member(path, BASE_QUANTIZATION), CONFIG_SIZE))
+    except ValueError as problem:
+        raise LoraMsError(f"{path / BASE_QUANTIZATION}: {problem}") from None
 
 
 class TensorKey(NamedTuple):

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from mindspore import Parameter, Tensor, nn
@@ -26,6 +27,7 @@ from lora_ms.adapters.methods.base import AdapterConfig
 from lora_ms.adapters.methods.base_cells import AdapterCell
 from lora_ms.adapters.peft_config import Adapted, to_peft
 from lora_ms.adapters.peft_files import (
+    BASE_QUANTIZATION,
     CONFIG,
     PREFIX,
     WEIGHTS,
@@ -74,10 +76,12 @@ def save_adapter(
     config: AdapterConfig,
     base_model: str | None = None,
     tensors: dict[str, Array] | None = None,
+    base_quantization: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes the adapter of ``model`` into directory ``path``, each file atomically.
 
     tensors: what ``adapter_tensors`` returned, where layers are shared with other processes.
+    base_quantization: transformers' ``quantization_config`` of the model; None where its weights are whole.
 
     Raises:
         LoraMsError: an adapter weight is not finite (nothing is written then), or the directory cannot be written.
@@ -88,6 +92,8 @@ def save_adapter(
             raise LoraMsError(f"{name} holds NaN or infinity; {saving.final_of(path)} was not written")
     storage.write_tensors(path / WEIGHTS, tensors)
     storage.write_json(path / CONFIG, to_peft(config, adapted(model), base_model))
+    if base_quantization is not None:
+        storage.write_json(path / BASE_QUANTIZATION, base_quantization)
 
 
 def save_as_lora(

@@ -55,6 +55,7 @@ FLAGS: dict[str, list[tuple[str, str, Any, str, str]]] = {
     "what to train on": [
         ("load_checkpoint", "load_checkpoint", str, "PATH", "Hugging Face folder, or .ckpt, .safetensors"),
         ("load_adapter", "load_adapter", str, "DIR", "adapter folder to continue from, or to use"),
+        ("quantize", f"{SIZES}.quantization_config", str, "NAME", "the model's weights in four bits: nf4, nf4-double"),
         ("train_dataset_dir", f"train_dataset.{DATA}", str, "PATH", "training rows: file, folder or glob"),
         ("eval_dataset_dir", f"eval_dataset.{DATA}", str, "PATH", "evaluation rows: file, folder or glob"),
         ("num_samples", "train_dataset.num_samples", flag_int, "N", "train on the first N rows only"),

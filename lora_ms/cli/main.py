@@ -32,6 +32,7 @@ MODULES = {
     "preview": "lora_ms.commands.preview",
     "preprocess": "lora_ms.commands.preprocess",
     "merge": "lora_ms.commands.merge",
+    "quantize": "lora_ms.commands.quantize",
     "check-adapter": "lora_ms.commands.check_adapter",
     "doctor": "lora_ms.commands.doctor",
     "adapters combine": "lora_ms.commands.combine",

@@ -80,6 +80,18 @@ TOOLS = {
             Flag("max_shard_size", str, "SIZE", "largest file, such as 500MB (default 5GB)", "5GB"),
             Flag("safe_merge", flag_bool, "BOOL", "refuse NaN and infinity (default True)", True),
             Flag("overwrite", flag_bool, "BOOL", "replace a model in output_dir (default False)", False),
+            Flag("onto", str, "NAME", "trained on four bits: original, or dequantized, the numbers of the training"),
+        ),
+    ),
+    "quantize": Tool(
+        "write a model with weights in four bits (bitsandbytes' NF4)",
+        (
+            Flag("load_checkpoint", str, "DIR", "the model's Hugging Face folder", required=True),
+            Flag("output_dir", flag_path, "DIR", "where the quantised model goes", required=True),
+            Flag("type", str, "NAME", "nf4 (default)", "nf4"),
+            Flag("double", None, "", "quantise the blocks' largest numbers, too: 4.13 bits a number, not 4.5"),
+            Flag("max_shard_size", str, "SIZE", "largest file, such as 500MB (default 5GB)", "5GB"),
+            Flag("overwrite", flag_bool, "BOOL", "replace a model in output_dir (default False)", False),
         ),
     ),
     "check-adapter": Tool(

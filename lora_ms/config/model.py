@@ -7,6 +7,7 @@ from pydantic import BeforeValidator, Field, create_model, model_validator
 
 from lora_ms.adapters.methods import METHODS
 from lora_ms.adapters.methods.base import REQUIRED, AdapterConfig, Key, keys_of
+from lora_ms.quant.settings import read_quantisation
 from lora_ms.values import Flag, NoEffect, Number, Scaling, Section, Text, Texts, TokenIds, Whole
 
 ExtendMethod = Literal["None", "PI", "linear", "NTK", "DYNAMIC_NTK", "YARN", "LLAMA3"]
@@ -91,6 +92,10 @@ else:
     )
 
 
+def _quantization(value: Any) -> dict[str, Any] | None:
+    return None if value is None else read_quantisation(value).to_config()
+
+
 class ModelSizes(Section):
     """``model.model_config``. A size that is None was not given: it comes from the checkpoint's config.json."""
 
@@ -119,6 +124,7 @@ class ModelSizes(Section):
     ignore_token_id: Whole = -100  # label that carries no loss
     compute_dtype: Literal["float32", "float16", "bfloat16"] | None = None  # None: the device's default
     use_flash_attention: Flag = True  # Ascend's fused attention, where the device has it
+    quantization_config: Annotated[dict[str, Any] | None, BeforeValidator(_quantization)] = None  # of four bits
     pet_config: PetConfig | None = None
 
     do_sample: Flag = False  # False: always the likeliest token

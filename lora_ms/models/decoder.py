@@ -10,7 +10,16 @@ from lora_ms.models.rope_settings import longest_text
 from lora_ms.nn.attention import Attention, first_in_window
 from lora_ms.nn.graph import Graph
 from lora_ms.nn.kv_cache import KVCache
-from lora_ms.nn.layers import MLP, Embedding, Head, RMSNorm, SplitEmbedding
+from lora_ms.nn.layers import (
+    MLP,
+    Embedding,
+    Head,
+    MakeProjection,
+    RMSNorm,
+    SplitEmbedding,
+    dense_projections,
+    inside,
+)
 from lora_ms.nn.parallel import WHOLE, Shard
 from lora_ms.nn.rope import RotaryTables, rotation_of
 from lora_ms.ops import PORTABLE, Operators
@@ -89,7 +98,7 @@ def weight_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
 class DecoderLayer(nn.Cell):
     """Attention and feed-forward, each behind a norm and beside a residual; x [t, h]."""
 
-    def __init__(self, config: DecoderConfig, dtype: ms.Type, operators: Operators, shard: Shard):
+    def __init__(self, config: DecoderConfig, dtype: ms.Type, make: MakeProjection, operators: Operators, shard: Shard):
         super().__init__()
         c = config
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype, operators)
@@ -102,11 +111,12 @@ class DecoderLayer(nn.Cell):
             qk_norm_eps=c.rms_norm_eps if c.qk_norm else None,
             flash_attention=c.flash_attention,
             dtype=dtype,
+            make=inside("self_attn", make),
             operators=operators,
             shard=shard,
         )
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype, operators)
-        self.mlp = MLP(c.hidden_size, c.intermediate_size, dtype, operators, shard)
+        self.mlp = MLP(c.hidden_size, c.intermediate_size, inside("mlp", make), operators, shard)
 
     def construct(self, x: Tensor, rope: tuple, visible: Visibility, rows: Tensor | None = None) -> Tensor:
         """rows [c]: the tokens whose output is needed, all where None; only they pass what follows the attention."""
@@ -156,7 +166,7 @@ class Decoder(nn.Cell):
     layer with a sliding window, the last tokens of these.
     """
 
-    def __init__(self, config: DecoderConfig, dtype: ms.Type, operators: Operators, shard: Shard):
+    def __init__(self, config: DecoderConfig, dtype: ms.Type, make: MakeProjection, operators: Operators, shard: Shard):
         super().__init__()
         c = config
         heads = c.num_attention_heads // shard.count
@@ -167,7 +177,10 @@ class Decoder(nn.Cell):
             self.embed_tokens: Embedding = SplitEmbedding(c.vocab_size, c.hidden_size, dtype, operators, shard)
         else:
             self.embed_tokens = Embedding.zeros(c.vocab_size, c.hidden_size, dtype, operators)
-        self.layers = nn.CellList([DecoderLayer(c, dtype, operators, shard) for _ in range(c.num_hidden_layers)])
+        layers = [
+            DecoderLayer(c, dtype, inside(f"layers.{i}", make), operators, shard) for i in range(c.num_hidden_layers)
+        ]
+        self.layers = nn.CellList(layers)
         self.windows = c.windows
         self.window_indices = c.window_indices
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype, operators)
@@ -225,6 +238,7 @@ class CausalLM(Graph):
         dtype: of the weights.
         operators: what all its cells compute with.
         shard: with which ranks it is shared; on more than one, it is there for its loss alone, and has no logits.
+        make: makes the layers' projections, by their paths; None: with weights of ``dtype``, to be loaded.
     """
 
     title = "the model"
@@ -235,12 +249,14 @@ class CausalLM(Graph):
         dtype: ms.Type = ms.float32,
         operators: Operators = PORTABLE,
         shard: Shard = WHOLE,
+        make: MakeProjection | None = None,
     ):
         super().__init__()
+        make = dense_projections(dtype, operators) if make is None else make
         self.config = config
         self.dtype = dtype
         self.operators = operators
-        self.model = Decoder(config, dtype, operators, shard)
+        self.model = Decoder(config, dtype, inside("model", make), operators, shard)
         self.project = operators.product()
         self.lm_head = Head.zeros(
             config.hidden_size, config.vocab_size // shard.count, has_bias=False, dtype=dtype, operators=operators

@@ -1,14 +1,16 @@
 """Models from and to Hugging Face directories and MindFormers checkpoints."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import mindspore as ms
 import numpy as np
-from mindspore import Parameter, Tensor
+from mindspore import Parameter, Tensor, nn
+from mindspore.common.initializer import initializer
 from numpy.typing import DTypeLike
 
 from lora_ms import saving, storage
@@ -18,6 +20,7 @@ from lora_ms.hf_folder import (
     EMBEDDING,
     GENERATION,
     HEAD,
+    ModelFolder,
     end_tokens,
     generation_config,
     model_config,
@@ -29,9 +32,21 @@ from lora_ms.models.llama import REQUIRED, llama_config
 from lora_ms.models.mindformers_names import hugging_face_name
 from lora_ms.models.mistral import mistral_config
 from lora_ms.models.qwen import ATTENTION, qwen2_config, qwen3_config
+from lora_ms.nn.int4 import Int4Projection
+from lora_ms.nn.layers import projection
+from lora_ms.nn.nf4 import NF4Projection
 from lora_ms.nn.parallel import WHOLE, Shard, split_axis
+from lora_ms.nn.projection import DenseProjection, Projection, vector_dtype
+from lora_ms.nn.quantised import QuantisedProjection
 from lora_ms.ops import PORTABLE, Operators
+from lora_ms.quant import int4, nf4
+from lora_ms.quant.folder import StoredNF4, planned_nf4, quantised_entry
+from lora_ms.quant.int4 import Int4
+from lora_ms.quant.int4_folder import METHODS, GroupSettings, StoredInt4, read_groups
+from lora_ms.quant.nf4 import NF4
+from lora_ms.quant.settings import Quantisation, read_quantisation
 from lora_ms.reading import opened, readable
+from lora_ms.storage import Entry
 from lora_ms.text import listed
 
 FAMILIES = {
@@ -97,35 +112,146 @@ def load_directory(
     flash_attention: bool = True,
     operators: Operators = PORTABLE,
     shard: Shard = WHOLE,
+    quantisation: Quantisation | None = None,
 ) -> CausalLM:
     """The model of a Hugging Face directory, its weights converted one at a time to ``ms_dtype``.
 
     operators: what it computes with, ``runtime.device.setup``'s.
     shard: with which ranks the model is shared; each reads its own part.
+    quantisation: which linear layers are quantised as they are read. A folder that is quantised stays as it is.
+
+    Raises:
+        LoraMsError: not such a folder, or tensors that do not fit the model; ``quantisation`` of a quantised folder.
     """
     check_dtype(ms_dtype, operators)
     path = Path(path)
     config, hf = read_config(path)
     folder = open_model(path, hf)
+    check_quantised(path, hf, folder, quantisation is not None)
     config = replace(config, tie_word_embeddings=folder.tied)
     entries = {name: entry for name, entry in folder.entries.items() if not name.endswith(FREQUENCIES)}
     check_names(weight_shapes(config), {n: e.shape for n, e in entries.items()}, str(path))
-    model = model_class(replace(config, flash_attention=flash_attention), ms_dtype, operators, shard)
+    weights = QuantisedWeights(entries, folder.quantised, quantisation, ms_dtype, operators, shard)
+    config = replace(config, flash_attention=flash_attention)
+    model = model_class(config, ms_dtype, operators, shard, weights.make)
+    quantised = {parameter for cell in quantised_layers(model).values() for parameter in cell.weights()}
     for name, parameter in model.parameters_and_names():
         parameter.name = name
-        entry = entries[name]
-        if shard.count > 1 and split_axis(name) is not None:
-            value = storage.read_part(entry, shard.slices(name, entry.shape), NUMPY_DTYPES[parameter.dtype])
-        else:
-            value = storage.read(entry, NUMPY_DTYPES[parameter.dtype])
-        parameter.set_data(Tensor.from_numpy(value))
+        if parameter not in quantised:
+            parameter.set_data(Tensor.from_numpy(weights.read(name, NUMPY_DTYPES[parameter.dtype])))
     model.source = str(path)
     model.hf_config = hf
+    if quantisation is not None:
+        model.hf_config = {**hf, "quantization_config": quantisation.to_config()}
     if folder.tied != hf.get("tie_word_embeddings", False):
-        model.hf_config = {**hf, "tie_word_embeddings": folder.tied}
+        model.hf_config = {**model.hf_config, "tie_word_embeddings": folder.tied}
     model.generation_config = generation_config(path)
     model.notices = folder.notices
     return model
+
+
+class QuantisedWeights:
+    """The weights of a folder, some of which have four bits there, or come into NF4 as they are read.
+
+    Args:
+        entries: the folder's tensors, by name.
+        stored: those among them that are stored in four bits.
+        quantisation: which of the others are quantised.
+        dtype: of those that are not.
+    """
+
+    def __init__(
+        self,
+        entries: Mapping[str, Entry],
+        stored: Mapping[str, StoredNF4 | StoredInt4],
+        quantisation: Quantisation | None,
+        dtype: ms.Type,
+        operators: Operators,
+        shard: Shard,
+    ):
+        self.entries = entries
+        self.stored = stored
+        self.quantisation = quantisation
+        self.dtype = dtype
+        self.operators = operators
+        self.shard = shard
+
+    def read(self, name: str, dtype: DTypeLike) -> np.ndarray:
+        """This rank's part of a tensor; one in four bits where the model has it whole is decoded."""
+        entry = self.entries[name]
+        if name in self.stored:
+            part = self.shard.part(name, self.stored[name].numbers())
+            return np.ascontiguousarray(part.astype(dtype))
+        if self.shard.count > 1 and split_axis(name) is not None:
+            return storage.read_part(entry, self.shard.slices(name, entry.shape), dtype)
+        return storage.read(entry, dtype)
+
+    def make(self, path: str, in_channels: int, out_channels: int, has_bias: bool) -> Projection:
+        """The projection at ``path``, of these sizes on this rank: with its weight where that has four bits, else to
+        be filled."""
+        name = f"{path}.weight"
+        weight, original = self._quantised(path, name)
+        if weight is None:
+            return projection(in_channels, out_channels, has_bias, self.dtype, self.operators)
+        if self.shard.count > 1:
+            rows, columns = self.shard.slices(name, weight.shape)
+            try:
+                if isinstance(weight, NF4):
+                    weight = nf4.part(weight, rows, columns)
+                else:
+                    weight = int4.part(weight, rows, columns)
+            except ValueError as problem:
+                raise LoraMsError(
+                    f"{name} of four bits cannot be shared by {self.shard.count} processes: {problem}"
+                ) from None
+        bias_dtype = vector_dtype(self.dtype, self.operators)
+        bias = Parameter(initializer("zeros", (out_channels,), bias_dtype), name="bias") if has_bias else None
+        if isinstance(weight, Int4):
+            return Int4Projection(weight, bias, self.operators)
+        return NF4Projection(weight, bias, self.operators, original=original)
+
+    def _quantised(self, path: str, name: str) -> tuple[NF4 | Int4 | None, Callable[[], np.ndarray] | None]:
+        """The whole weight in four bits, and what reads the one that it was made of, if it is at hand."""
+        if name in self.stored:
+            return self.stored[name].read(), None
+        if self.quantisation is None or not self.quantisation.quantises(path):
+            return None, None
+        original = partial(self.read, name, np.float32)
+        entry = self.entries[name]
+        if np.prod(entry.shape) % 2:
+            raise LoraMsError(f"{name} {list(entry.shape)} has an odd number of numbers: NF4 stores them in pairs")
+        return quantised_entry(name, entry, self.quantisation.double), original
+
+
+def quantised_layers(model: nn.Cell) -> dict[str, QuantisedProjection]:
+    """The projections of ``model`` with weights of four bits, by path."""
+    return {name: cell for name, cell in model.cells_and_names() if isinstance(cell, QuantisedProjection)}
+
+
+def stored_quantisation(path: Path, hf: Mapping[str, Any]) -> Quantisation | GroupSettings | None:
+    """How the weights of the folder ``path``, with config.json ``hf``, are quantised; None where they are whole.
+
+    Raises:
+        LoraMsError: another kind of four bits.
+    """
+    stored = hf.get("quantization_config")
+    if stored is None:
+        return None
+    try:
+        if isinstance(stored, dict) and stored.get("quant_method") in METHODS:
+            return read_groups(stored)
+        return read_quantisation(stored, strict=False)
+    except ValueError as problem:
+        raise LoraMsError(f"{path / CONFIG}: quantization_config: {problem}") from None
+
+
+def check_quantised(path: Path, hf: Mapping[str, Any], folder: ModelFolder, asked: bool) -> None:
+    """Raises LoraMsError for a kind of four bits that is not read, and for quantised weights that are to be quantised.
+
+    asked: whether the weights are to be quantised as they are read.
+    """
+    if (stored_quantisation(path, hf) is not None or folder.quantised) and asked:
+        raise LoraMsError(f"{path} is quantised already: leave quantization_config out, or give the original model")
 
 
 def load_checkpoint(
@@ -224,10 +350,22 @@ def window_keys(config: DecoderConfig) -> dict:
 def check_plain(model: CausalLM) -> None:
     """Raises LoraMsError where ``model`` has parameters that a Hugging Face directory of its kind has no place for."""
     biased = ("q_proj.bias", "k_proj.bias", "v_proj.bias") if model.config.attention_bias else ()
-    odd = [name for name, _ in model.parameters_and_names() if not name.endswith((".weight", *biased))]
+    packed = {parameter for cell in quantised_layers(model).values() for parameter in cell.weights()}
+    odd = [
+        name
+        for name, parameter in model.parameters_and_names()
+        if parameter not in packed and not name.endswith((".weight", *biased))
+    ]
     if odd:
         why = "a bias that config.json cannot ask for" if odd[0].endswith(".bias") else "of an adapter: merge it first"
         raise LoraMsError(f"the model cannot be saved as it is: {odd[0]} is {why}")
+
+
+def quantisation_of(model: CausalLM, quantised: Mapping[str, QuantisedProjection]) -> Quantisation:
+    """Which layers of ``model`` are whole, and which are in NF4."""
+    whole = [name for name, cell in model.model.cells_and_names() if type(cell) is DenseProjection]
+    double = any(isinstance(cell, NF4Projection) and cell.double for cell in quantised.values())
+    return Quantisation(double, tuple(f"model.{name}" for name in whole))
 
 
 def stored_blocks(parameter: Parameter, dtype: str) -> Iterator[np.ndarray]:
@@ -248,11 +386,21 @@ def write_directory(
     check_plain(model)
     name_of_type = np.dtype(dtype).name
     stored = storage.STORED[name_of_type]
+    quantised = quantised_layers(model)
+    packed = {parameter for cell in quantised.values() for parameter in cell.weights()}
     planned = {
         name: storage.Planned(stored, tuple(p.shape), partial(stored_blocks, p, stored))
         for name, p in model.parameters_and_names()
+        if p not in packed
     }
-    hf = {k: v for k, v in model.hf_config.items() if k not in ("torch_dtype", "dtype")}
+    for name, cell in quantised.items():
+        if not isinstance(cell, NF4Projection):
+            raise LoraMsError(f"the model cannot be saved as it is: {name} is in four bits that are read only")
+        shape = (cell.out_channels, cell.in_channels)
+        planned |= planned_nf4(f"{name}.weight", shape, name_of_type, cell.double, cell.stored)
+    hf = {k: v for k, v in model.hf_config.items() if k not in ("torch_dtype", "dtype", "quantization_config")}
+    if quantised:
+        hf["quantization_config"] = quantisation_of(model, quantised).to_config()
     hf["dtype" if "rope_parameters" in hf else "torch_dtype"] = name_of_type
     if model.config.tie_word_embeddings and "lm_head.weight" in planned:
         hf["tie_word_embeddings"] = False

@@ -3,7 +3,7 @@
 import mindspore as ms
 from mindspore import Tensor, nn, ops
 
-from lora_ms.nn.layers import RMSNorm, projection
+from lora_ms.nn.layers import MakeProjection, RMSNorm
 from lora_ms.nn.parallel import WHOLE, Shard, sum_gradient, sum_output
 from lora_ms.ops import Operators
 from lora_ms.ops.operators import Visibility
@@ -24,6 +24,8 @@ class Attention(nn.Cell):
         qkv_bias: whether q, k and v have biases.
         qk_norm_eps: eps of the norms on queries and keys; None for no norms.
         flash_attention: whether to use the device's fused attention, where it has one.
+        dtype: of the norms' weights.
+        make: makes the projections.
     """
 
     def __init__(
@@ -36,6 +38,7 @@ class Attention(nn.Cell):
         qk_norm_eps: float | None,
         flash_attention: bool,
         dtype: ms.Type,
+        make: MakeProjection,
         operators: Operators,
         shard: Shard = WHOLE,
     ):
@@ -43,11 +46,10 @@ class Attention(nn.Cell):
         num_heads = num_heads // shard.count
         num_kv_heads = num_kv_heads // shard.count
         self.head_dim = head_dim
-        common = {"dtype": dtype, "operators": operators}
-        self.q_proj = projection(hidden_size, num_heads * head_dim, has_bias=qkv_bias, **common)
-        self.k_proj = projection(hidden_size, num_kv_heads * head_dim, has_bias=qkv_bias, **common)
-        self.v_proj = projection(hidden_size, num_kv_heads * head_dim, has_bias=qkv_bias, **common)
-        self.o_proj = projection(num_heads * head_dim, hidden_size, has_bias=False, **common)
+        self.q_proj = make("q_proj", hidden_size, num_heads * head_dim, qkv_bias)
+        self.k_proj = make("k_proj", hidden_size, num_kv_heads * head_dim, qkv_bias)
+        self.v_proj = make("v_proj", hidden_size, num_kv_heads * head_dim, qkv_bias)
+        self.o_proj = make("o_proj", num_heads * head_dim, hidden_size, False)
         self.sum_gradient = sum_gradient(shard)
         self.sum_output = sum_output(shard)
         self.qk_norm = qk_norm_eps is not None

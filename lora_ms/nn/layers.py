@@ -1,5 +1,7 @@
 """Normalisation, the feed-forward block, the embedding and the head."""
 
+from collections.abc import Callable
+
 import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import initializer
@@ -19,6 +21,28 @@ PROJECTIONS: dict[ms.Type, type[DenseProjection]] = {
 def projection(in_channels: int, out_channels: int, has_bias: bool, dtype: ms.Type, operators: Operators) -> Projection:
     """A projection whose numbers are to be loaded, zero until then."""
     return PROJECTIONS[dtype].zeros(in_channels, out_channels, has_bias, dtype, operators)
+
+
+MakeProjection = Callable[[str, int, int, bool], Projection]
+"""(name, in, out, has_bias) -> the projection of that name, as a model that is loaded wants it."""
+
+
+def dense_projections(dtype: ms.Type, operators: Operators) -> MakeProjection:
+    """All of ``dtype``."""
+
+    def make(name: str, in_channels: int, out_channels: int, has_bias: bool) -> Projection:
+        return projection(in_channels, out_channels, has_bias, dtype, operators)
+
+    return make
+
+
+def inside(prefix: str, make: MakeProjection) -> MakeProjection:
+    """``make`` for the projections of the module ``prefix``, named by what follows it."""
+
+    def make_inside(name: str, in_channels: int, out_channels: int, has_bias: bool) -> Projection:
+        return make(f"{prefix}.{name}", in_channels, out_channels, has_bias)
+
+    return make_inside
 
 
 class Head(DenseProjection):
@@ -79,15 +103,20 @@ class MLP(nn.Cell):
     """``down(silu(gate(x)) * up(x))`` (Shazeer, 2020) for x [t, h]; of ``shard``, this rank's channels."""
 
     def __init__(
-        self, hidden_size: int, intermediate_size: int, dtype: ms.Type, operators: Operators, shard: Shard = WHOLE
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        make: MakeProjection,
+        operators: Operators,
+        shard: Shard = WHOLE,
     ):
         super().__init__()
         channels = intermediate_size // shard.count
         self.sum_gradient = sum_gradient(shard)
         self.sum_output = sum_output(shard)
-        self.gate_proj = projection(hidden_size, channels, has_bias=False, dtype=dtype, operators=operators)
-        self.up_proj = projection(hidden_size, channels, has_bias=False, dtype=dtype, operators=operators)
-        self.down_proj = projection(channels, hidden_size, has_bias=False, dtype=dtype, operators=operators)
+        self.gate_proj = make("gate_proj", hidden_size, channels, False)
+        self.up_proj = make("up_proj", hidden_size, channels, False)
+        self.down_proj = make("down_proj", channels, hidden_size, False)
         self.gated_silu = operators.gated_silu()
 
     def expand(self, x: Tensor) -> tuple[Tensor, Tensor]:

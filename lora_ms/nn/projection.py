@@ -26,6 +26,8 @@ class Projection(nn.Cell):
         activation: applied to the output; None for none.
     """
 
+    quantised = False  # whether the weight has fewer bits than ``numbers``, and does not train
+
     def __init__(
         self,
         in_channels: int,
@@ -87,6 +89,15 @@ class Projection(nn.Cell):
     def numbers(self) -> NDArray[np.float32]:
         """The weight [out, in], on the host."""
         raise NotImplementedError
+
+    def original(self) -> NDArray[np.float32] | None:
+        """Of a quantised weight, the one that was quantised; None where it is not at hand."""
+        return self.numbers()
+
+    @property
+    def weight_size(self) -> int:
+        """Numbers of the weight."""
+        return self.in_channels * self.out_channels
 
     def replaced(self, weight: NDArray, bias: NDArray | None = None, dtype: ms.Type | None = None) -> "Projection":
         """A projection like this one, with the weight [out, in] and the bias [out] given, in ``weight_dtype`` or

@@ -34,7 +34,20 @@ def right_factor(weight: Tensor) -> Tensor:
     return weight if weight.dtype in RIGHT_FACTORS else weight.astype(ms.float32)
 
 
+def four_bits(codes: Tensor, scales: Tensor, zeros: Tensor | None) -> tuple[Tensor, ...]:
+    """A weight of four bits as the operators take it: NF4 has no zeros."""
+    return (codes, scales) if zeros is None else (codes, scales, zeros)
+
+
 # The shapes of outputs from those of inputs.
+
+
+def _times_four_bits(grad, codes, *_):
+    return [grad[0], 2 * codes[0] * codes[1] // grad[1]]
+
+
+def _times_four_bits_transposed(x, codes, *_):
+    return [x[0], 2 * codes[0] * codes[1] // x[1]]
 
 
 def _times_transposed(a, b, *_):
@@ -181,6 +194,132 @@ class _AdaptedProduct(nn.Cell):
         d_low, d_a, d_b = self.factors(*inputs, *dropout)
         d_x = self.dropped_gradient(grad, weight, d_low, a, *dropout)
         return d_x, d_weight, d_a, d_b, ops.zeros_like(scaling), ops.zeros_like(rows), ops.zeros_like(columns)
+
+
+class FourBitsBack(nn.Cell):
+    """``dy W`` for dy [t, out] and W [out, in] of four bits a number, decoded as it is packed; it has no gradient.
+
+    kind: "nf4" of codes [out, in / 2] and the largest size of each block; "int4" of codes, scales and zeros.
+    """
+
+    def __init__(self, library: str, rounding: str, kind: str):
+        super().__init__()
+        self.forward = operator(library, f"{kind}_times{rounding}", _times_four_bits)
+
+    def construct(self, grad: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None = None) -> Tensor:
+        return self.forward(grad.astype(ms.float32), *four_bits(codes, scales, zeros)).astype(grad.dtype)
+
+
+class FourBitsProduct(nn.Cell):
+    """``x W^T`` for x [t, in] and W as ``FourBitsBack`` takes it, which has no gradient."""
+
+    def __init__(self, library: str, rounding: str, kind: str):
+        super().__init__()
+        self.product = _FourBitsProduct(library, rounding, kind)
+
+    def construct(self, x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None = None) -> Tensor:
+        return self.product(x.astype(ms.float32), codes, scales, zeros).astype(x.dtype)
+
+
+class _FourBitsProduct(nn.Cell):
+    def __init__(self, library: str, rounding: str, kind: str):
+        super().__init__()
+        self.forward = operator(library, f"{kind}_times_transposed{rounding}", _times_four_bits_transposed)
+        self.times = operator(library, f"{kind}_times{rounding}", _times_four_bits)
+
+    def construct(self, x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
+        return self.forward(x, *four_bits(codes, scales, zeros))
+
+    def bprop(self, x, codes, scales, zeros, out, dout):
+        weight = four_bits(codes, scales, zeros)
+        none = 0 if zeros is None else ops.zeros_like(zeros)
+        return self.times(dout, *weight), ops.zeros_like(codes), ops.zeros_like(scales), none
+
+
+class NF4AdaptedProduct(nn.Cell):
+    """``AdaptedProduct`` of a weight in NF4."""
+
+    def __init__(self, library: str, rounding: str, dropout: float):
+        super().__init__()
+        self.product = _FourBitsAdaptedProduct(library, rounding, "nf4", dropout)
+
+    def construct(
+        self,
+        x: Tensor,
+        codes: Tensor,
+        absmax: Tensor,
+        a: Tensor,
+        b: Tensor,
+        scaling: Tensor,
+        rows: Tensor | None = None,
+        columns: Tensor | None = None,
+    ) -> Tensor:
+        wide = (a.astype(ms.float32), b.astype(ms.float32), scaling.astype(ms.float32))
+        return self.product(x.astype(ms.float32), codes, absmax, None, *wide, rows, columns)[0].astype(x.dtype)
+
+
+class Int4AdaptedProduct(nn.Cell):
+    """``AdaptedProduct`` of a weight of four bits in groups."""
+
+    def __init__(self, library: str, rounding: str, dropout: float):
+        super().__init__()
+        self.product = _FourBitsAdaptedProduct(library, rounding, "int4", dropout)
+
+    def construct(
+        self,
+        x: Tensor,
+        codes: Tensor,
+        scales: Tensor,
+        zeros: Tensor,
+        a: Tensor,
+        b: Tensor,
+        scaling: Tensor,
+        rows: Tensor | None = None,
+        columns: Tensor | None = None,
+    ) -> Tensor:
+        wide = (a.astype(ms.float32), b.astype(ms.float32), scaling.astype(ms.float32))
+        return self.product(x.astype(ms.float32), codes, scales, zeros, *wide, rows, columns)[0].astype(x.dtype)
+
+
+class _FourBitsAdaptedProduct(nn.Cell):
+    """``_AdaptedProduct`` with a weight as ``FourBitsBack`` takes it, which has no gradient."""
+
+    def __init__(self, library: str, rounding: str, kind: str, dropout: float):
+        super().__init__()
+        self.rate = Tensor([dropout, 1.0 / (1.0 - dropout)], ms.float32)
+        self.low = operator(library, "low_rank_input", _times_transposed)
+        self.forward = operator(library, f"{kind}_times_transposed{rounding}", _times_four_bits_transposed)
+        self.factors = operator(library, "adapted_product_gradient", _adapted_gradient, 3)
+        self.times = operator(library, f"{kind}_times{rounding}", _times_four_bits)
+        self.dropped_gradient = operator(library, f"{kind}_dropped_input_gradient{rounding}", _times_four_bits)
+
+    def construct(
+        self,
+        x: Tensor,
+        codes: Tensor,
+        scales: Tensor,
+        zeros: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        scaling: Tensor,
+        rows: Tensor | None,
+        columns: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        dropout = () if rows is None else (rows, columns, self.rate)
+        low = self.low(x, a, scaling, *dropout)
+        return self.forward(x, *four_bits(codes, scales, zeros), low, b), low
+
+    def bprop(self, x, codes, scales, zeros, a, b, scaling, rows, columns, out, dout):
+        grad, weight = dout[0], four_bits(codes, scales, zeros)
+        inputs = (grad, x, out[1], b, scaling)
+        frozen = (ops.zeros_like(codes), ops.zeros_like(scales), 0 if zeros is None else ops.zeros_like(zeros))
+        if rows is None:
+            d_low, d_a, d_b = self.factors(*inputs)
+            return self.times(grad, *weight, d_low, a), *frozen, d_a, d_b, ops.zeros_like(scaling), 0, 0
+        dropout = (rows, columns, self.rate)
+        d_low, d_a, d_b = self.factors(*inputs, *dropout)
+        d_x = self.dropped_gradient(grad, *weight, d_low, a, *dropout)
+        return d_x, *frozen, d_a, d_b, ops.zeros_like(scaling), ops.zeros_like(rows), ops.zeros_like(columns)
 
 
 class EmbeddingRows(nn.Cell):

@@ -8,7 +8,7 @@ from typing import Any
 import mindspore as ms
 from mindspore import Tensor, nn
 
-from lora_ms.ops import ascend, native, portable
+from lora_ms.ops import ascend, native, portable, portable_int4, portable_nf4
 
 Visibility = Tensor
 """What each query may see: ``first`` [b, s] int32, the earliest key of its line that it sees; it sees the keys from
@@ -42,6 +42,27 @@ class Operators:
     """dropout -> cell: (x [t, in], W [out, in], A [rank, in], B [out, rank], scaling [], rows [t, 1], columns [1, in])
     -> x W^T + scaling dropout(x) A^T B^T [t, out]. rows, columns: random numbers in [0, 1), see ``portable.Dropout``;
     both None: no dropout. ``scaling`` has no gradient."""
+    nf4_absmax: Callable[[], nn.Cell]
+    """(absmax [n] uint8, codes [256], nested absmax [n / 256, rounded up], offset [1]) -> absmax [n] float32 of
+    weights in NF4; without a gradient."""
+    nf4_product: Callable[[], nn.Cell]
+    """(x [t, in], codes [out, in / 2] uint8, absmax [out * in / 64] float32) -> x W^T [t, out], in the type of x, for W
+    in NF4, of which codes hold two numbers a byte, by rows; ``codes`` may have another shape where in is odd. W has no
+    gradient."""
+    nf4_product_back: Callable[[], nn.Cell]
+    """(dy [t, out], codes, absmax) -> dy W [t, in], in the type of dy; without a gradient."""
+    nf4_adapted_product: Callable[[float], nn.Cell]
+    """As ``adapted_product``, with codes and absmax in the place of W."""
+    int4_product: Callable[[], nn.Cell]
+    """(x [t, in], codes [out, in / 2] uint8, scales [out, groups] float16, zeros [out, groups] uint8) -> x W^T
+    [t, out], in the type of x, for ``W = scale (code - zero)``, of which codes hold two numbers a byte. W has no
+    gradient."""
+    int4_product_back: Callable[[], nn.Cell]
+    """(dy [t, out], codes, scales, zeros) -> dy W [t, in], in the type of dy; without a gradient."""
+    int4_adapted_product: Callable[[float], nn.Cell]
+    """As ``adapted_product``, with codes, scales and zeros in the place of W."""
+    column_order: Callable[[], nn.Cell]
+    """(x [t, n], order [n], inverse [n]) -> x[:, order], for a permutation and its inverse, int32."""
     low_rank_update: Callable[[], nn.Cell]
     """(x [t, in], A [rank, in], B [out, rank], scaling []) -> scaling x A^T B^T [t, out]."""
     column_scale: Callable[[], nn.Cell]
@@ -110,6 +131,14 @@ PORTABLE = Operators(
     product=portable.Product,
     product_back=portable.MatMul,
     adapted_product=portable.AdaptedProduct,
+    nf4_absmax=portable_nf4.NF4Absmax,
+    nf4_product=portable_nf4.NF4Product,
+    nf4_product_back=portable_nf4.NF4ProductBack,
+    nf4_adapted_product=portable_nf4.NF4AdaptedProduct,
+    int4_product=portable_int4.Int4Product,
+    int4_product_back=portable_int4.Int4ProductBack,
+    int4_adapted_product=portable_int4.Int4AdaptedProduct,
+    column_order=portable_int4.ColumnOrder,
     low_rank_update=portable.LowRankUpdate,
     column_scale=portable.ColumnScale,
     rms_norm=portable.RMSNorm,
@@ -159,6 +188,12 @@ def _native(library: str, rounding: str) -> Operators:
         product=partial(native.Product, library, rounding),
         product_back=partial(native.ProductBack, library, rounding),
         adapted_product=partial(native.AdaptedProduct, library, rounding),
+        nf4_product=partial(native.FourBitsProduct, library, rounding, "nf4"),
+        nf4_product_back=partial(native.FourBitsBack, library, rounding, "nf4"),
+        nf4_adapted_product=partial(native.NF4AdaptedProduct, library, rounding),
+        int4_product=partial(native.FourBitsProduct, library, rounding, "int4"),
+        int4_product_back=partial(native.FourBitsBack, library, rounding, "int4"),
+        int4_adapted_product=partial(native.Int4AdaptedProduct, library, rounding),
         rms_norm=partial(native.RMSNorm, library),
         gated_silu=partial(native.GatedSiLU, library),
         visibility=_unsized(native.FirstKeys),

@@ -1,8 +1,9 @@
 """Models and tokenizers by folder, with transformers' names."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import mindspore as ms
 import numpy as np
@@ -15,6 +16,7 @@ from lora_ms.infer.generate import Generator, pad_rows, prompt_name
 from lora_ms.infer.sampling import Sampling
 from lora_ms.models import hub
 from lora_ms.models.decoder import CausalLM
+from lora_ms.quant.settings import read_quantisation
 from lora_ms.runtime import device
 
 SAMPLING_NAMES = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "seed")
@@ -112,16 +114,32 @@ class AutoModelForCausalLM:
     """Models by folder."""
 
     @staticmethod
-    def from_pretrained(path: str | os.PathLike, ms_dtype: ms.Type = ms.float32) -> ModelForCausalLM:
+    def from_pretrained(
+        path: str | os.PathLike,
+        ms_dtype: ms.Type = ms.float32,
+        quantization_config: Mapping[str, Any] | str | None = None,
+    ) -> ModelForCausalLM:
         """The model of a Hugging Face folder, with weights of ``ms_dtype`` (float32, float16 or bfloat16).
 
         On the CPU all arithmetic is float32, whatever the weights are.
 
+        quantization_config: loads the layers' weights in four bits: transformers' keys (``load_in_4bit: True,
+            bnb_4bit_quant_type: nf4, bnb_4bit_use_double_quant, llm_int8_skip_modules``), or ``nf4``, ``nf4-double``. A
+            folder that bitsandbytes wrote is in four bits without it.
+
         Raises:
             LoraMsError: not such a folder, an unsupported architecture, or tensors that do not fit.
         """
+        quantisation = None
+        if quantization_config is not None:
+            try:
+                quantisation = read_quantisation(quantization_config)
+            except ValueError as problem:
+                raise LoraMsError(f"quantization_config: {problem}") from None
         runtime, _ = device.setup()
-        model = hub.load_directory(Path(path), ms_dtype, ModelForCausalLM, operators=runtime.operators)
+        model = hub.load_directory(
+            Path(path), ms_dtype, ModelForCausalLM, operators=runtime.operators, quantisation=quantisation
+        )
         for line in model.notices:
             print(line)
         return model

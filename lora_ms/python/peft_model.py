@@ -18,6 +18,7 @@ from lora_ms.errors import LoraMsError
 from lora_ms.infer.generate import Generator
 from lora_ms.nn.graph import Graph
 from lora_ms.python.adapter_set import AdapterSet, attached, detached
+from lora_ms.recipes.outputs import base_quantization
 
 DEFAULT = "default"
 
@@ -232,7 +233,9 @@ class PeftModel:
             self.adapters.activate(name)
             folder = Path(path) if selected_adapters is None or name == DEFAULT else Path(path) / name
             with saving.new_folder(folder) as part:
-                save_adapter(self.model, part, self.peft_config[name], self.model.source)
+                quantization = base_quantization(self.model)
+                config = self.peft_config[name]
+                save_adapter(self.model, part, config, self.model.source, base_quantization=quantization)
         self.adapters.activate(active)
 
 

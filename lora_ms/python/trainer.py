@@ -10,6 +10,7 @@ from pathlib import Path
 from lora_ms.data.pipeline import Preparation, prepare_rows, read, read_rows
 from lora_ms.data.report import Tally
 from lora_ms.errors import LoraMsError
+from lora_ms.models.hub import quantised_layers
 from lora_ms.python.model import ModelForCausalLM
 from lora_ms.python.peft_model import PeftModel
 from lora_ms.recipes import data
@@ -162,6 +163,8 @@ class Trainer:
             raise LoraMsError(f"callbacks must be objects of a subclass of lora_ms.TrainerCallback, got {wrong[0]!r}")
         if args.evaluates and eval_dataset is None:
             raise LoraMsError("eval_strategy is given and eval_dataset is not: give Trainer the rows to evaluate")
+        if not isinstance(model, PeftModel) and quantised_layers(model):
+            raise LoraMsError("weights of four bits do not train: give Trainer a PeftModel, of get_peft_model")
         self.peft = model if isinstance(model, PeftModel) else None
         self.model = model.model if isinstance(model, PeftModel) else model
         self.args = args

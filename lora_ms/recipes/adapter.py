@@ -1,16 +1,18 @@
 """The adapter that a configuration asks for: checked, and put into the model, fresh or from a folder."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from lora_ms.adapters.inject import freeze, inject, saved_layers, target_layers
 from lora_ms.adapters.methods import METHODS
 from lora_ms.adapters.methods.base import AdapterConfig
-from lora_ms.adapters.peft_files import read_adapter_config
+from lora_ms.adapters.peft_files import base_quantisation, read_adapter_config
 from lora_ms.adapters.peft_format import adapted, load_adapter
 from lora_ms.config import PetConfig, RunConfig
 from lora_ms.errors import LoraMsError
 from lora_ms.models.decoder import CausalLM, DecoderConfig
+from lora_ms.models.hub import quantised_layers
 from lora_ms.nn.parallel import WHOLE, Shard
 from lora_ms.recipes import session
 
@@ -61,7 +63,7 @@ def load_agreeing(path: str, pet: PetConfig, wanted: AdapterConfig, model: Causa
     layers = list(target_layers(model))
     saved = set(saved_layers(model, wanted))
     loaded, found = load_adapter(model, path, stored.continued(pet, given), shard)
-    for line in found.notes:
+    for line in (*found.notes, *quantisation_notes(path, model)):
         print(line)
     standing = adapted(model)
     faults = []
@@ -90,6 +92,16 @@ def load_agreeing(path: str, pet: PetConfig, wanted: AdapterConfig, model: Causa
     if faults:
         raise LoraMsError(f"load_adapter {path}: {'; '.join(faults)}")
     return loaded
+
+
+def quantisation_notes(path: str, model: CausalLM) -> list[str]:
+    """A line where the adapter in ``path`` was trained on weights of four bits, and those of ``model`` are whole."""
+    trained_on = base_quantisation(Path(path))
+    if trained_on is None or quantised_layers(model):
+        return []
+    return [
+        f"{path} was trained on weights of four bits, and these are whole: --quantize {trained_on.name()} is closer"
+    ]
 
 
 def check_training(config: RunConfig, adapter: AdapterConfig | None) -> None:

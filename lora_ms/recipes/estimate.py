@@ -3,11 +3,13 @@
 from dataclasses import replace
 from pathlib import Path
 
+from lora_ms.adapters.matching import ranges
 from lora_ms.config import RunConfig
 from lora_ms.data.packing import Shape
 from lora_ms.models.decoder import DecoderConfig
 from lora_ms.recipes import data, session
 from lora_ms.recipes.adapter import adapter_config
+from lora_ms.recipes.model import quantisation_of_run
 from lora_ms.runtime import host, memory_estimate
 from lora_ms.runtime.device import Device, Runtime, default_dtype, has_native
 from lora_ms.runtime.memory_estimate import Job
@@ -46,6 +48,8 @@ def job_of(config: RunConfig, sizes: DecoderConfig, device: Device) -> Job:
         modules = memory_estimate.modules(sizes)
         costs = {name: adapter.cost(spec, *modules[name]) for name, spec in adapter.specs(modules).items()}
     dtype = config.model.sizes.compute_dtype or default_dtype(device)
+    four_bits = quantisation_of_run(config, sizes.num_hidden_layers)
+    quantised = [] if four_bits is None else [name for name in linear_layers(sizes) if four_bits.quantises(name)]
     beside_checkpoint = Path(config.load_checkpoint) / "tokenizer_config.json"
     return Job(
         sizes=sizes,
@@ -60,7 +64,17 @@ def job_of(config: RunConfig, sizes: DecoderConfig, device: Device) -> Job:
         device=device,
         swap=config.optimizer.swap,
         native=config.context.cpu_operators and has_native(device),
+        quantised=frozenset(quantised),
+        **({} if four_bits is None else {"quantised_width": four_bits.width}),
+        quantisable=config.backend == "native"
+        and Path(config.load_checkpoint).is_dir()
+        and bool(config.load_checkpoint),
     )
+
+
+def linear_layers(sizes: DecoderConfig) -> list[str]:
+    """The modules that quantisation may reach."""
+    return [name for name in memory_estimate.modules(sizes) if name.startswith("model.layers.")]
 
 
 def needs(job: Job, shared: bool = True) -> float:
@@ -100,12 +114,22 @@ def table(job: Job, room: float) -> list[str]:
     if job.recomputed:
         recomputed = f", {len(job.recomputed)} of {job.sizes.num_hidden_layers} layers recomputed"
     lines = [
-        f"{parameters:,} parameters in {dtype}; {memory_estimate.trainable(job):,} numbers train",
+        f"{parameters:,} parameters in {dtype}{four_bits(job)}; {memory_estimate.trainable(job):,} numbers train",
         f"{job.lines} x {job.length:,} tokens at a time{recomputed}; {job.device}, {size(room)} free",
         "",
     ]
     lines += [f"  {text:32}{size(getattr(found, name)):>10}" for name, text in PURPOSES.items()]
     return [*lines, f"  {'all, at the peak':32}{size(found.total):>10}"]
+
+
+def four_bits(job: Job) -> str:
+    """What of the weights is in four bits, for the user; "" where nothing is."""
+    if not job.quantised:
+        return ""
+    dense = memory_estimate.modules(job.sizes)
+    numbers = sum(dense[name][0] * dense[name][1] for name in job.quantised)
+    layers = ranges({int(name.split(".")[2]) for name in job.quantised})
+    return f", {numbers:,} of them (layers {layers}) in {8 * job.quantised_width:.2f} bits"
 
 
 def fits(config: RunConfig, sizes: DecoderConfig, this_machine: dict[str, tuple[Device, float, bool]]) -> list[str]:

@@ -10,6 +10,7 @@ from lora_ms.infer.chat import Speaker
 from lora_ms.infer.generate import Generator
 from lora_ms.infer.sampling import Sampling
 from lora_ms.models.decoder import CausalLM
+from lora_ms.recipes.adapter import quantisation_notes
 from lora_ms.recipes.data import tokenizer_for
 from lora_ms.recipes.model import build_model, compute_dtype, read_sizes
 from lora_ms.runtime.device import Runtime
@@ -23,7 +24,7 @@ def model_for_use(config: RunConfig, runtime: Runtime) -> CausalLM:
     model = build_model(config, sizes, compute_dtype(config, runtime), runtime)
     if config.load_adapter:
         _, found = load_adapter(model, config.load_adapter, shard=runtime.shard)
-        for line in found.notes if runtime.is_main else ():
+        for line in (*found.notes, *quantisation_notes(config.load_adapter, model)) if runtime.is_main else ():
             print(line)
     return model.set_train(False)
 

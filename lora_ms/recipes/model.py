@@ -5,15 +5,19 @@ from pathlib import Path
 
 import mindspore as ms
 
+from lora_ms.adapters.matching import ranges
 from lora_ms.config import ModelSizes, RunConfig
 from lora_ms.data.example import IGNORE_INDEX
 from lora_ms.errors import LoraMsError
-from lora_ms.hf_folder import is_tied
+from lora_ms.hf_folder import is_tied, model_config
 from lora_ms.models import hub
 from lora_ms.models.decoder import CausalLM, DecoderConfig
 from lora_ms.models.rope_settings import mindformers_rope
 from lora_ms.nn.rope import rotation_of
+from lora_ms.quant.int4_folder import GroupSettings
+from lora_ms.quant.settings import Quantisation, read_quantisation, skipping_all_but
 from lora_ms.runtime.device import Runtime, default_dtype
+from lora_ms.text import size_text
 
 # YAML key -> DecoderConfig's; where both a YAML and a config.json give one, they must agree
 SIZES = {
@@ -114,6 +118,7 @@ def read_sizes(config: RunConfig) -> DecoderConfig:
     sizes, path = config.model.sizes, Path(config.load_checkpoint)
     if sizes.ignore_token_id != IGNORE_INDEX:
         raise LoraMsError(f"ignore_token_id {sizes.ignore_token_id} is not supported: labels use {IGNORE_INDEX}")
+    check_quantised(config)
     if not config.load_checkpoint:
         return decoder_config(sizes)
     if not path.exists():
@@ -127,6 +132,63 @@ def read_sizes(config: RunConfig) -> DecoderConfig:
     if (path.parent / "config.json").is_file() and sizes.hidden_size is None:
         raise LoraMsError(f"load_checkpoint: {path} is a file of a Hugging Face folder; give the folder, {path.parent}")
     return decoder_config(sizes)
+
+
+def quantisation(config: RunConfig, layers: int) -> Quantisation | None:
+    """What is quantised as the model is loaded: by ``quantization_config``, or the layers of ``layer_groups`` that have
+    ``bits``.
+
+    layers: the model's.
+    """
+    asked, pet = config.model.sizes.quantization_config, config.pet_config
+    found = None if asked is None else read_quantisation(asked)
+    groups = [] if pet is None else pet.layer_groups
+    chosen = {layer for group in groups if group.bits is not None for layer in group.layers}
+    if not chosen:
+        return found
+    found = found or Quantisation()
+    return found._replace(skip=(*found.skip, *skipping_all_but(chosen, layers)))
+
+
+def quantisation_of_run(config: RunConfig, layers: int) -> Quantisation | GroupSettings | None:
+    """``quantisation``, or that of the folder where it is quantised already.
+
+    Raises:
+        LoraMsError: a folder in another kind of four bits.
+    """
+    path = Path(config.load_checkpoint)
+    found = quantisation(config, layers)
+    if found is not None or not config.load_checkpoint or not path.is_dir():
+        return found
+    return hub.stored_quantisation(path, model_config(path))
+
+
+def check_quantised(config: RunConfig) -> None:
+    """Raises LoraMsError where weights are to have four bits, and the run cannot be so."""
+    path = Path(config.load_checkpoint)
+    asked = quantisation(config, 0) is not None
+    if asked and not path.is_dir():
+        raise LoraMsError("quantization_config needs a Hugging Face directory as load_checkpoint")
+    if asked and config.backend != "native":
+        raise LoraMsError("quantization_config needs backend native: MindFormers' models are not quantised")
+    trains_all = config.run_mode in ("finetune", "train") and config.pet_config is None
+    if trains_all and quantisation_of_run(config, 0) is not None:
+        raise LoraMsError("weights of four bits do not train: give pet_config, or a model whose weights are whole")
+
+
+def four_bits_lines(model: CausalLM) -> list[str]:
+    """A line with what of the weights has four bits, and what that takes; none where nothing has."""
+    quantised = hub.quantised_layers(model)
+    if not quantised:
+        return []
+    packed = {parameter for cell in quantised.values() for parameter in cell.weights()}
+    taken = sum(parameter.nbytes for parameter in packed)
+    whole = sum(p.nbytes for p in model.get_parameters() if p not in packed and not p.requires_grad)
+    numbers = sum(cell.weight_size for cell in quantised.values())
+    layers = ranges({int(name.split(".")[2]) for name in quantised})
+    bits = 8 * taken / numbers
+    text = f"in four bits: {numbers:,} numbers of layers {layers}, {size_text(taken)} ({bits:.2f} bits each)"
+    return [f"{text}; whole: {size_text(whole)}"]
 
 
 def build_model(config: RunConfig, sizes: DecoderConfig, dtype: ms.Type, runtime: Runtime) -> CausalLM:
@@ -148,7 +210,12 @@ def _read_model(config: RunConfig, sizes: DecoderConfig, dtype: ms.Type, runtime
         return hub.new_model(sizes, dtype, config.seed, operators)
     if path.is_dir():
         return hub.load_directory(
-            path, dtype, flash_attention=sizes.flash_attention, operators=operators, shard=runtime.shard
+            path,
+            dtype,
+            flash_attention=sizes.flash_attention,
+            operators=operators,
+            shard=runtime.shard,
+            quantisation=quantisation(config, sizes.num_hidden_layers),
         )
     if config.model.sizes.qkv_concat:
         raise LoraMsError(

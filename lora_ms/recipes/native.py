@@ -12,7 +12,7 @@ from lora_ms.errors import LoraMsError
 from lora_ms.models.decoder import DecoderConfig
 from lora_ms.recipes import adapter, data, estimate, session
 from lora_ms.recipes.evaluate import evaluator_for
-from lora_ms.recipes.model import build_model, compute_dtype, read_sizes
+from lora_ms.recipes.model import build_model, compute_dtype, four_bits_lines, read_sizes
 from lora_ms.recipes.outputs import RUN_LOG, earlier_outputs, weights_of
 from lora_ms.recipes.settings import settings_of
 from lora_ms.recipes.train import NativeRun
@@ -89,7 +89,7 @@ def prepare(inputs: NativeInputs, log: Tee) -> NativeRun:
     trained = adapter.attach(config, model, schedule_steps, runtime.shard)
     hook = None if trained is None else trained.step_hook(model)
     if runtime.is_main:
-        print(report(model, trained, runtime.shard).line())
+        print(*four_bits_lines(model), report(model, trained, runtime.shard).line(), sep="\n")
         if hook is not None:
             print(hook.describe())
         if not settings.resume:

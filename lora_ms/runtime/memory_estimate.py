@@ -29,6 +29,9 @@ LOGITS = 3  # matrices [chunk, vocabulary] alive at once in the loss
 LOGITS_NATIVE = 2
 CHUNK_NUMBERS = 1 << 24  # numbers of such a matrix; as in train.step
 PART_NUMBERS = 1 << 24  # numbers of the head that are widened to float32 at once; as in nn.projection
+# bytes of a number of the weight that is multiplied, for a moment: its place in the table, itself, absmax, the product
+DECODED = 14
+DECODED_NATIVE = 14
 OPTIMIZER_WORK = 9  # vectors of all trainable numbers alive at once in the optimiser's graph
 OPTIMIZER_WORK_NATIVE = 7
 
@@ -87,6 +90,9 @@ class Job:
     device: Literal["CPU", "Ascend"] = "CPU"
     swap: bool = False  # AdamW's moments in the host's memory between steps
     native: bool = False  # on the CPU: native operators in place of MindSpore's
+    quantised: Collection[str] = field(default_factory=frozenset)  # modules whose weights are in four bits
+    quantised_width: float = 0.5625  # bytes of a number of these; NF4's
+    quantisable: bool = False  # whether the weights could be quantised as they are loaded
 
     @property
     def weight_width(self) -> int:
@@ -154,6 +160,20 @@ def parameters(sizes: Sizes) -> int:
     norms = 2 * sizes.hidden_size
     rest = sizes.num_hidden_layers * (norms + biases) + sizes.hidden_size
     return sum(inputs * outputs for inputs, outputs in dense.values()) + rest
+
+
+def weights_mb(job: Job) -> float:
+    """MB of the model's weights."""
+    dense = modules(job.sizes)
+    numbers = sum(dense[name][0] * dense[name][1] for name in job.quantised)
+    return (numbers * job.quantised_width + (parameters(job.sizes) - numbers) * job.weight_width) / MB
+
+
+def decoded_mb(job: Job) -> float:
+    """MB of the largest weight in four bits while it is multiplied."""
+    dense = modules(job.sizes)
+    largest_one = max((dense[name][0] * dense[name][1] for name in job.quantised), default=0)
+    return largest_one * (DECODED_NATIVE if job.native else DECODED) / MB
 
 
 def trainable(job: Job) -> int:
@@ -259,7 +279,7 @@ def estimate(job: Job) -> Estimate:
     halves = [0.0, 0.0]
     if recomputed:
         halves = [max(parts) for parts in zip(*(kept(job, i) for i in recomputed), strict=True)]
-    backward = rest + max(half + work for half, work in zip(halves, working(job), strict=True))
+    backward = rest + max(half + work for half, work in zip(halves, working(job), strict=True)) + decoded_mb(job)
     gradients = 2 * 4 * count / MB
     update = 4 * (OPTIMIZER_WORK_NATIVE if job.native else OPTIMIZER_WORK) * count / MB
     peak = GAPS * max(rest + logits, backward + gradients, update + job.swapped * count / MB)
@@ -268,7 +288,7 @@ def estimate(job: Job) -> Estimate:
     of_loss = min(GAPS * logits, peak)
     return Estimate(
         libraries=LIBRARIES + TOKENIZER * job.tokenizer,
-        weights=parameters(s) * job.weight_width / MB,
+        weights=weights_mb(job),
         training=((16 if job.costs is not None else 12) - job.swapped) * count / MB,
         graphs=GRAPH + operators_mb(job) + index,
         activations=peak - of_loss,
@@ -313,6 +333,10 @@ def remedies(job: Job, room: float) -> list[str]:
     if not job.float16 and trains_adapter:
         steps.append(("model.model_config.compute_dtype float16", replace(one, recomputed=every, float16=True)))
     last = replace(one, recomputed=every, float16=job.float16 or trains_adapter)
+    layers = frozenset(name for name in modules(job.sizes) if name.startswith("model.layers."))
+    if job.quantisable and trains_adapter and not job.quantised:
+        last = replace(last, quantised=layers)
+        steps.append(("model.model_config.quantization_config nf4 (--quantize)", last))
     length = largest_length(last, room, job.length)
     if 0 < length < job.length:
         steps.append((f"model.model_config.seq_length {length}", replace(last, length=length)))

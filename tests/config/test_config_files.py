@@ -12,6 +12,7 @@ FILES = sorted((ROOT / "configs").rglob("*.yaml"))
 SIZES = {
     "lora_llama2_7b": (4096, 32, 32, 32, None, 11008, 32000, 1e-5, 1e4, None, False),
     "lora_llama2_7b_layered": (4096, 32, 32, 32, None, 11008, 32000, 1e-5, 1e4, None, False),
+    "qlora_llama2_7b_layered": (4096, 32, 32, 32, None, 11008, 32000, 1e-5, 1e4, None, False),
     "lora_llama2_7b_8p": (4096, 32, 32, 32, None, 11008, 32000, 1e-5, 1e4, None, False),
     "lora_llama2_70b_8p": (8192, 80, 64, 8, None, 28672, 32000, 1e-5, 1e4, None, False),
     "lora_llama2_13b": (5120, 40, 40, 40, None, 13824, 32000, 1e-5, 1e4, None, False),
@@ -181,6 +182,15 @@ def test_layered_settings():
         (list(range(11)), 64, None),
         (list(range(11, 32)), 16, None),
     ]
+
+
+def test_layers_of_four_bits():
+    config = load_config(str(ROOT / "configs/llama2/qlora_llama2_7b_layered.yaml"))
+    assert [(g.layers, g.lora_rank, g.bits) for g in config.pet_config.layer_groups] == [
+        (list(range(11)), 64, None),
+        (list(range(11, 32)), 16, "nf4"),
+    ]
+    assert config.model.sizes.quantization_config["bnb_4bit_use_double_quant"] is True
 
 
 def test_the_other_tiny_settings_differ_in_pet_config_and_adaloras_rate():

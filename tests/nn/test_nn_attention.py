@@ -5,6 +5,7 @@ import numpy as np
 from mindspore import Tensor
 
 from lora_ms.nn.attention import Attention
+from lora_ms.nn.layers import dense_projections
 
 
 def random(*shape: int, seed: int = 0) -> np.ndarray:
@@ -29,6 +30,7 @@ def test_grouped_heads(operators):
         qk_norm_eps=None,
         flash_attention=False,
         dtype=ms.float32,
+        make=dense_projections(ms.float32, operators),
         operators=operators,
     )
     weights = {

@@ -263,3 +263,27 @@ def test_a_rank_that_fails_shows_its_error(launch):
         "vocab_size 128: choose a number that does"
     )
     assert not (launch.folder / "refused").exists()
+
+
+@pytest.mark.parametrize(("data_ranks", "shared"), [(2, 2)])
+def test_weights_of_four_bits(launch, data_ranks, shared):
+    """Shared out by blocks of 64 numbers, or whole in each process: the numbers of one process."""
+    import dataclasses
+
+    import mindspore as ms
+
+    from lora_ms.models.hub import new_model, read_config, save_directory
+
+    sizes = read_config(launch.root / "tests/reference/models/qwen2")[0]
+    wider = dataclasses.replace(sizes, hidden_size=128, head_dim=32, intermediate_size=256)
+    if not (launch.folder / "wider").exists():
+        save_directory(new_model(wider, ms.float32, seed=2), launch.folder / "wider")
+    words = ["--load_checkpoint", "wider", "--quantize", "nf4-double", "--max_steps", "4", "--do_eval", "False"]
+    one, several = f"four bits {shared} alone", f"four bits {shared}"
+    for ran in (launch.alone(one, *words), launch.finish(launch.start(several, data_ranks, shared, *words))):
+        assert ran.returncode == 0, ran.stdout + ran.stderr
+    losses = [[record["loss"] for record in launch.records(name)] for name in (one, several)]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+    found, wanted = launch.adapter(several), launch.adapter(one)
+    for name, value in wanted.items():
+        np.testing.assert_allclose(found[name], value, rtol=0, atol=1e-5, err_msg=name)

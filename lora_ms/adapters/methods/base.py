@@ -17,7 +17,7 @@ Weights are [out, in], as PEFT stores them. A module is named by its dotted path
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
@@ -136,11 +136,14 @@ class Update:
             bias = bias if name not in self.tensors else self.tensor(name)
         return bias
 
-    def blocks(self, base: storage.Entry) -> Iterator[Array]:
-        """The merged weight in blocks of rows, so that no whole weight need fit into memory."""
-        for rows in storage.row_blocks(base.shape) if self.by_rows else [slice(0, base.shape[0])]:
+    def blocks(self, shape: Shape, read: Callable[[slice], Array]) -> Iterator[Array]:
+        """The merged weight in blocks of rows, so that no whole weight need fit into memory.
+
+        read: the unmerged rows of a weight of ``shape``.
+        """
+        for rows in storage.row_blocks(shape) if self.by_rows else [slice(0, shape[0])]:
             with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is for the caller to refuse
-                merged = self.weight(storage.read(storage.rows_of(base, rows.start, rows.stop), np.float32), rows)
+                merged = self.weight(read(rows), rows)
             yield merged
         self._read.clear()
 

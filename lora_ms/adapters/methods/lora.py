@@ -42,9 +42,9 @@ if TYPE_CHECKING:
 
 RANK, ALPHA, DROPOUT = Bounds(ge=1), Bounds(gt=0), Bounds(ge=0, lt=1)
 BIASES = ("none", "all", "lora_only")
-INITS = ("gaussian", "orthogonal", "pissa", "olora")  # and pissa_niter_N; True for the default
+INITS = ("gaussian", "orthogonal", "pissa", "olora", "loftq")  # and pissa_niter_N; True for the default
 # values of init_lora_weights that leave the weight as it was: the file holds what came of them
-FORGOTTEN_INITS = ("eva", "mica", "gaussian", "orthogonal")
+FORGOTTEN_INITS = ("eva", "mica", "gaussian", "orthogonal", "loftq")
 
 
 def is_init(value: Any) -> bool:
@@ -77,6 +77,7 @@ class LayerGroup:
     lora_rank: int = option(REQUIRED, Whole, RANK)
     lora_alpha: float = option(REQUIRED, WholeOrNumber, ALPHA, yaml_default=None)  # None: that of the same scaling
     target_modules: str | tuple[str, ...] | None = option(None, Targets)  # None: the adapter's own
+    bits: str | None = option(None, Literal["nf4"])  # how these layers' weights are loaded; None: as the others
 
 
 @dataclass(frozen=True)
@@ -123,13 +124,14 @@ class LoraConfig(AdapterConfig, LowRankOptions):
         layers_to_transform: indices of the layers that get adapters; None for all.
         layers_pattern: names of the list of layers that the indices count in, where there are several.
         rank_pattern, alpha_pattern: other ranks and alphas, by a regular expression for the end of the path.
-        layer_groups: ranks by ranges of layers, in place of the three above.
+        layer_groups: ranks by ranges of layers, in place of the three above; ``bits``: of layers in four bits.
         modules_to_save: path suffixes of whole modules to train: norms, embedding, head, dense layers.
         use_rslora: scale by ``lora_alpha / sqrt(rank)``.
         use_dora: train the length of each row of the weight apart from its direction.
         lora_bias: a bias beside each B.
         bias: which biases of the base train: none, all, or lora_only (of the adapted layers).
-        init_lora_weights: True (A Kaiming uniform, B zero), gaussian, orthogonal, pissa, pissa_niter_N or olora.
+        init_lora_weights: True (A Kaiming uniform, B zero), gaussian, orthogonal, pissa, pissa_niter_N, olora,
+            or loftq: of quantised weights, the leading part of what quantisation took away (one step, as in PEFT).
 
     Raises:
         LoraMsError: a value out of range, or two that exclude each other.
@@ -181,6 +183,8 @@ class LoraConfig(AdapterConfig, LowRankOptions):
             check_number(pattern, alpha, ALPHA)
         for index, group in enumerate(self.layer_groups):
             check_bounds(group, f" of layer_groups {index}")
+            if group.bits not in (None, "nf4"):
+                raise LoraMsError(f"bits {group.bits!r} of layer_groups {index}: give nf4, or leave it out")
         self.check_bias()
         self._check_init()
         if self.use_dora and self.lora_bias:
@@ -216,6 +220,15 @@ class LoraConfig(AdapterConfig, LowRankOptions):
     def trains_all_biases(self) -> bool:
         return self.bias == "all"
 
+    @property
+    def quantises_some(self) -> bool:
+        """Whether some of ``layer_groups`` are quantised, and others perhaps not."""
+        return any(group.bits is not None for group in self.layer_groups)
+
+    def wants_bits(self, name: str) -> bool:
+        """Whether the layer group of module ``name`` says that its weights have four bits."""
+        return any(group.bits is not None for group in self._groups_of(name))
+
     # YAML
 
     @classmethod
@@ -228,6 +241,7 @@ class LoraConfig(AdapterConfig, LowRankOptions):
                 # without an alpha of its own it keeps the adapter's alpha / rank
                 lora_alpha=group.lora_alpha or keys.lora_alpha * group.lora_rank / keys.lora_rank,
                 target_modules=_tuple_of(group.target_modules),
+                bits=group.bits,
             )
             for group in keys.layer_groups
         ]
@@ -278,8 +292,12 @@ class LoraConfig(AdapterConfig, LowRankOptions):
 
     def notes(self, names: Iterable[str], adapted: Iterable[str]) -> list[str]:
         grouped = [layer for group in self.layer_groups for layer in group.layers]
+        adapted = list(adapted)
         left = missing_layers(names, grouped) if grouped else ""
-        return [*([f"layers without an adapter: {left}"] if left else []), *self.head_notes(adapted)]
+        found = [f"layers without an adapter: {left}"] if left else []
+        if self.init_lora_weights == "loftq" and any(self.scaling(name) != 1 for name in adapted):
+            found.append("loftq expects lora_alpha equal to lora_rank: the error is added alpha / rank times")
+        return [*found, *self.head_notes(adapted)]
 
     # cells
 

@@ -14,6 +14,7 @@ from lora_ms.adapters.methods import lowrank
 from lora_ms.adapters.methods.base import Pair, Target
 from lora_ms.adapters.methods.base_cells import AdapterCell, State, dense_of, freeze, trained_copy
 from lora_ms.adapters.methods.lora import LoraSpec
+from lora_ms.errors import LoraMsError
 from lora_ms.nn.dropout import DropoutKernel
 from lora_ms.nn.layers import Embedding
 from lora_ms.nn.parallel import split_axis
@@ -163,12 +164,22 @@ class LoRADense(AdapterCell):
     # a weight from which PiSSA and OLoRA have subtracted the initial update
 
     def _initialise(self, init: str) -> None:
+        if init == "loftq":
+            self._begin_with(*lowrank.error_factors(quantisation_error(self.base), self.lora_rank))
+            return
+        if lowrank.changes_weight(init) and self.base.quantised:
+            raise LoraMsError(
+                f"init_lora_weights {init} changes the weights, and these are quantised: choose loftq, or True"
+            )
         rng = np.random.default_rng(np.random.randint(2**31))  # NumPy's stream, which mindspore.set_seed sets
         a, b = lowrank.initial_factors(init, self.base.numbers(), self.lora_rank, self.scaling_value(), rng)
-        self.lora_a.set_data(Tensor(a, self.lora_a.dtype))
-        self.lora_b.set_data(Tensor(b, self.lora_b.dtype))
+        self._begin_with(a, b)
         if lowrank.changes_weight(init):
             self.subtract_initial_update(a, b)
+
+    def _begin_with(self, a: NDArray, b: NDArray) -> None:
+        self.lora_a.set_data(Tensor(a, self.lora_a.dtype))
+        self.lora_b.set_data(Tensor(b, self.lora_b.dtype))
 
     def subtract_initial_update(self, a: NDArray, b: NDArray) -> None:
         """Makes the weight, in a copy of its own, what is left without ``scaling b a``."""
@@ -296,6 +307,17 @@ class LoRADense(AdapterCell):
         return self.base.finish(y).reshape(in_shape[:-1] + (-1,)).astype(in_dtype)
 
 
+def quantisation_error(base: Projection) -> NDArray[np.float32]:
+    """What quantisation took from the weight [out, in]. Raises LoraMsError where the weight before is not at hand."""
+    original = base.original()
+    if original is None:
+        raise LoraMsError(
+            "init_lora_weights loftq needs the weights before they were quantised: give the original model with "
+            "quantization_config, not a quantised folder"
+        )
+    return original - base.numbers()
+
+
 def initial_a(target: Target, lora_rank: int) -> Tensor | None:
     """This process's columns of the A that one process would have drawn; None where A is not split."""
     shard, name = target.shard, f"{target.name}.lora_a"
@@ -311,13 +333,25 @@ def build(config: "LoraConfig", target: Target, spec: LoraSpec) -> AdapterCell:
 
     if type(target.layer) is Embedding:
         return embedding_cells.build(config, target, spec)
+    if config.wants_bits(target.name) and not projection_of(target.layer, target.operators).quantised:
+        raise LoraMsError(
+            f"layer_groups: {target.name} is to have four bits, and the model is loaded: load it with "
+            "quantization_config, and name the other layers in llm_int8_skip_modules"
+        )
     kind = dora_cells.DoRADense if config.use_dora else LoRADense
+    init = config.init_lora_weights
+    if init == "loftq" and not projection_of(target.layer, target.operators).quantised:
+        if not config.quantises_some:
+            raise LoraMsError(
+                f"init_lora_weights loftq: {target.name} is not quantised; give quantization_config (--quantize nf4)"
+            )
+        init = True  # of layers that stay whole, nothing was taken away
     return kind.from_dense(
         target.layer,
         spec.lora_rank,
         spec.lora_alpha,
         lora_dropout=config.lora_dropout,
-        init_lora_weights=config.init_lora_weights,
+        init_lora_weights=init,
         train_bias=config.bias != "none",
         use_rslora=config.use_rslora,
         lora_bias=config.lora_bias,

@@ -71,6 +71,14 @@ def initial_factors(
     return np.ascontiguousarray(root[:, None] * v), np.ascontiguousarray(u * root)
 
 
+def error_factors(error: Array, rank: int) -> tuple[Array, Array]:
+    """A [rank, in] and B [out, rank] of LoftQ (Li et al., 2023) after one step: the best of their rank for ``error``
+    [out, in], what quantisation took from a weight. As in PEFT, whatever the scaling is."""
+    u, s, v = principal_factors(error, rank, None, np.random.default_rng(0))
+    root = np.sqrt(s)
+    return np.ascontiguousarray(root[:, None] * v), np.ascontiguousarray(u * root)
+
+
 def changes_weight(init: str) -> bool:
     """Whether the initial update is subtracted from the weight."""
     return init.startswith("pissa") or init == "olora"

@@ -3,7 +3,7 @@
 PEFT stores the trained ``weight`` and ``bias`` under the module's own path; they replace the model's.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
@@ -27,7 +27,7 @@ class WholeUpdate(Update):
         super().__init__(tensors)
         self.changes_weight = "weight" in tensors
 
-    def blocks(self, base: Entry) -> Iterator[Array]:
+    def blocks(self, shape: Shape, read: Callable[[slice], Array]) -> Iterator[Array]:
         yield from storage.read_blocks(self.tensors["weight"])
 
     def keeps_tie(self, other: Update) -> bool:

@@ -6,7 +6,9 @@ import mindspore as ms
 from mindspore import Parameter, Tensor, nn
 
 from lora_ms.adapters.methods.base_cells import AdapterCell, dense_of, trained_copy
+from lora_ms.nn.int4 import Int4Projection
 from lora_ms.nn.layers import Embedding, Head, RMSNorm
+from lora_ms.nn.nf4 import NF4Projection
 from lora_ms.nn.projection import DenseProjection, Projection, projection_of
 from lora_ms.ops import PORTABLE, Operators
 
@@ -100,6 +102,8 @@ class TrainedNorm(AdapterCell):
 COPIES: dict[type, Any] = {
     nn.Dense: TrainedDense,
     DenseProjection: TrainedDense,
+    NF4Projection: TrainedDense,
+    Int4Projection: TrainedDense,
     Head: TrainedDense,
     Embedding: TrainedEmbedding,
     RMSNorm: TrainedNorm,

@@ -7,14 +7,16 @@
 
 namespace lora_ms {
 
-enum class Type { FLOAT32, FLOAT16, BFLOAT16, NF4 };
+enum class Type { FLOAT32, FLOAT16, BFLOAT16, NF4, INT4 };
 
 // Element (i, j) is number place + i * row + j * column of data.
 struct Matrix {
     const void *data;
     long row, column;
     Type type = Type::FLOAT32;
-    const float *scales = nullptr;  // of NF4: the largest size of each block
+    const void *scales = nullptr;    // of NF4 and INT4, of each group of neighbours,
+    const uint8_t *zeros = nullptr;  // and, of INT4, its zero
+    long group = 0;                  // numbers of a group
     long place = 0;
 
     Matrix transposed() const {
@@ -38,10 +40,10 @@ struct Nf4 {
     const float *scales;
     long place;
     Nf4 operator+(long n) const { return {codes, scales, place + n}; }
-    float operator[](long n) const { return number(place + n); }
-    float number(long n) const {
-        const uint8_t two = codes[n / 2];
-        return LEVELS[n % 2 ? two & 15 : two >> 4] * scales[n / BLOCK];
+    float operator[](long n) const {
+        const long i = place + n;
+        const uint8_t two = codes[i / 2];
+        return LEVELS[i % 2 ? two & 15 : two >> 4] * scales[i / BLOCK];
     }
     // quantiles of a normal distribution, as the format names them
     static constexpr float LEVELS[16] = {
@@ -51,34 +53,75 @@ struct Nf4 {
         1.0f};
 };
 
-inline Vec load_some(Nf4 from, long count) {
-    Vec x{};
-    for (long i = 0; i < count; i++) x[i] = from[i];
-    return x;
-}
+// Numbers of four bits from `place` on: two in a byte, the first in its high half, each less its group's zero, times the
+// group's scale (GPTQ, Frantar et al., 2023; AWQ, Lin et al., 2024).
+struct Int4 {
+    const uint8_t *codes;
+    const Float16 *scales;
+    const uint8_t *zeros;
+    long group, place;
+    Int4 operator+(long n) const { return {codes, scales, zeros, group, place + n}; }
+    float operator[](long n) const {
+        const long i = place + n;
+        const uint8_t two = codes[i / 2];
+        const int code = i % 2 ? two & 15 : two >> 4;
+        return static_cast<float>(code - zeros[i / group]) * scale(i / group);
+    }
+    float scale(long n) const { return load_some(scales + n, 1)[0]; }
+};
 
-inline Vec load(Nf4 from) {
-    if (from.place % LANES) return load_some(from, LANES);  // across two blocks, or from the middle of a byte
-    const uint8_t *codes = from.codes + from.place / 2;
-    const float scale = from.scales[from.place / Nf4::BLOCK];
+// LANES codes, two in a byte, the first in its high half.
+inline Ints codes_at(const uint8_t *codes) {
 #if LANES == 16 && defined(__AVX512F__)
-    const __m128i two = _mm_loadl_epi64(reinterpret_cast<const __m128i *>(codes)), low = _mm_set1_epi8(15);
-    const __m128i one = _mm_unpacklo_epi8(_mm_and_si128(_mm_srli_epi16(two, 4), low), _mm_and_si128(two, low));
-    const __m512i place = _mm512_maskz_cvtepu8_epi32(0xffff, one);
-    return _mm512_maskz_permutexvar_ps(0xffff, place, _mm512_loadu_ps(Nf4::LEVELS)) * scale;
+    const __m128i two = _mm_loadl_epi64(reinterpret_cast<const __m128i *>(codes)), mask = _mm_set1_epi8(15);
+    const __m128i low = _mm_and_si128(two, mask), high = _mm_and_si128(_mm_srli_epi16(two, 4), mask);
+    return (Ints)_mm512_maskz_cvtepu8_epi32(0xffff, _mm_unpacklo_epi8(high, low));
 #elif LANES == 8 && defined(__AVX2__)
     int32_t four;
     std::memcpy(&four, codes, sizeof four);
     const __m256i shifts = _mm256_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24);
-    const __m256i one = _mm256_and_si256(_mm256_srlv_epi32(_mm256_set1_epi32(four), shifts), _mm256_set1_epi32(15));
-    const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(Nf4::LEVELS), one);
-    const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(Nf4::LEVELS + 8), one);
-    return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(one, 28))) * scale;
+    return (Ints)_mm256_and_si256(_mm256_srlv_epi32(_mm256_set1_epi32(four), shifts), _mm256_set1_epi32(15));
+#else
+    Ints all;
+    for (long i = 0; i < LANES; i++) all[i] = i % 2 ? codes[i / 2] & 15 : codes[i / 2] >> 4;
+    return all;
+#endif
+}
+
+// The levels at these codes.
+inline Vec levels_at(Ints codes) {
+#if LANES == 16 && defined(__AVX512F__)
+    return _mm512_maskz_permutexvar_ps(0xffff, (__m512i)codes, _mm512_loadu_ps(Nf4::LEVELS));
+#elif LANES == 8 && defined(__AVX2__)
+    const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(Nf4::LEVELS), (__m256i)codes);
+    const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(Nf4::LEVELS + 8), (__m256i)codes);
+    return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32((__m256i)codes, 28)));
 #else
     Vec x;
-    for (long i = 0; i < LANES; i++) x[i] = Nf4::LEVELS[i % 2 ? codes[i / 2] & 15 : codes[i / 2] >> 4];
-    return x * scale;
+    for (long i = 0; i < LANES; i++) x[i] = Nf4::LEVELS[codes[i]];
+    return x;
 #endif
+}
+
+template <class FourBits>
+Vec load_one_by_one(FourBits from, long count) {
+    Vec x{};
+    for (long i = 0; i < count; i++) x[i] = from[i];
+    return x;
+}
+inline Vec load_some(Nf4 from, long count) { return load_one_by_one(from, count); }
+inline Vec load_some(Int4 from, long count) { return load_one_by_one(from, count); }
+
+inline Vec load(Nf4 from) {
+    if (from.place % LANES) return load_some(from, LANES);  // across two blocks, or from the middle of a byte
+    return levels_at(codes_at(from.codes + from.place / 2)) * from.scales[from.place / Nf4::BLOCK];
+}
+
+inline Vec load(Int4 from) {
+    if (from.place % LANES || from.group % LANES) return load_some(from, LANES);
+    const long group = from.place / from.group;
+    const Ints codes = codes_at(from.codes + from.place / 2) - static_cast<int32_t>(from.zeros[group]);
+    return __builtin_convertvector(codes, Vec) * from.scale(group);
 }
 
 // Calls work with the numbers of `matrix` from its place on: a pointer, or what behaves like one.
@@ -88,7 +131,12 @@ void with_numbers(const Matrix &matrix, const Work &work) {
         case Type::FLOAT32: return work(matrix.floats());
         case Type::FLOAT16: return work(static_cast<const Float16 *>(matrix.data) + matrix.place);
         case Type::BFLOAT16: return work(static_cast<const BFloat16 *>(matrix.data) + matrix.place);
-        case Type::NF4: return work(Nf4{static_cast<const uint8_t *>(matrix.data), matrix.scales, matrix.place});
+        case Type::NF4:
+            return work(Nf4{static_cast<const uint8_t *>(matrix.data), static_cast<const float *>(matrix.scales),
+                            matrix.place});
+        case Type::INT4:
+            return work(Int4{static_cast<const uint8_t *>(matrix.data), static_cast<const Float16 *>(matrix.scales),
+                             matrix.zeros, matrix.group, matrix.place});
     }
 }
 

@@ -46,6 +46,12 @@ class Arguments {
         return {data_[i], ndims_[i], shapes_[i], types_[i]};
     }
 
+    // The last output.
+    Tensor last() const {
+        const int i = count_ - 1;
+        return {data_[i], ndims_[i], shapes_[i], types_[i]};
+    }
+
     // How many tensors are left before the last `outputs`.
     int inputs_left(int outputs) const { return count_ - outputs - at_; }
 
@@ -72,14 +78,29 @@ class Arguments {
 enum Kind { TIMES_TRANSPOSED, TIMES, TRANSPOSED_TIMES };
 typedef void (*Multiply)(const std::vector<Term> &, long, long, const float *, long, float *);
 
+// A weight [out, in] as operators take it: a tensor of any type; or of four bits, its codes by rows, two in a byte, with
+// a scale, or with a scale (float16) and a zero, for each group of neighbours.
+Matrix next_weight(Type type, Arguments &arguments, long out) {
+    const Tensor weight = arguments.next();
+    if (type != Type::NF4 && type != Type::INT4) return weight.matrix();
+    const Tensor scales = arguments.next();
+    const uint8_t *zeros = type == Type::INT4 ? static_cast<const uint8_t *>(arguments.next().data) : nullptr;
+    const long numbers = 2 * weight.numbers();
+    const long group = type == Type::NF4 ? Nf4::BLOCK : numbers / scales.numbers();
+    return {weight.data, numbers / out, 1, type, scales.data, zeros, group};
+}
+
 // Inputs a1, b1, a2, b2, … and, where their number is odd, what the products are added to: [m, n], or [n], to each row.
-int products(Kind kind, Arguments arguments, Multiply multiply = product) {
+// b1 is a weight of `type`.
+int products(Kind kind, Arguments arguments, Multiply multiply = product, Type type = Type::FLOAT32) {
     std::vector<Term> terms;
+    const long out = kind == TIMES ? 0 : arguments.last().size(1);
     while (arguments.inputs_left(1) >= 2) {
-        const Tensor left = arguments.next(), right = arguments.next();
+        const Tensor left = arguments.next();
         const Matrix a = kind == TRANSPOSED_TIMES ? left.matrix().transposed() : left.matrix();
-        const Matrix b = kind == TIMES_TRANSPOSED ? right.matrix().transposed() : right.matrix();
-        terms.push_back({a, b, left.size(kind == TRANSPOSED_TIMES ? 0 : 1)});
+        const long depth = left.size(kind == TRANSPOSED_TIMES ? 0 : 1);
+        const Matrix right = next_weight(terms.empty() ? type : Type::FLOAT32, arguments, kind == TIMES ? depth : out);
+        terms.push_back({a, kind == TIMES_TRANSPOSED ? right.transposed() : right, depth});
     }
     const float *start = nullptr;
     bool start_of_each_row = false;
@@ -135,13 +156,25 @@ extern "C" int rounds_to_bfloat16() { return ROUNDS_TO_BFLOAT16; }
 
 // a b^T + …: a [m, k], b [n, k]
 OPERATOR(times_transposed) { return products(TIMES_TRANSPOSED, ARGUMENTS); }
+OPERATOR(nf4_times_transposed) { return products(TIMES_TRANSPOSED, ARGUMENTS, product, Type::NF4); }
+OPERATOR(int4_times_transposed) { return products(TIMES_TRANSPOSED, ARGUMENTS, product, Type::INT4); }
 
 // a b + …: a [m, k], b [k, n]
 OPERATOR(times) { return products(TIMES, ARGUMENTS); }
+OPERATOR(nf4_times) { return products(TIMES, ARGUMENTS, product, Type::NF4); }
+OPERATOR(int4_times) { return products(TIMES, ARGUMENTS, product, Type::INT4); }
 
 // The same with a and b rounded to bfloat16, but not what is added to their product.
 OPERATOR(times_transposed_bfloat16) { return products(TIMES_TRANSPOSED, ARGUMENTS, product_bfloat16); }
 OPERATOR(times_bfloat16) { return products(TIMES, ARGUMENTS, product_bfloat16); }
+OPERATOR(nf4_times_transposed_bfloat16) {
+    return products(TIMES_TRANSPOSED, ARGUMENTS, product_bfloat16, Type::NF4);
+}
+OPERATOR(nf4_times_bfloat16) { return products(TIMES, ARGUMENTS, product_bfloat16, Type::NF4); }
+OPERATOR(int4_times_transposed_bfloat16) {
+    return products(TIMES_TRANSPOSED, ARGUMENTS, product_bfloat16, Type::INT4);
+}
+OPERATOR(int4_times_bfloat16) { return products(TIMES, ARGUMENTS, product_bfloat16, Type::INT4); }
 
 // a^T b + …: a [k, m], b [k, n]
 OPERATOR(transposed_times) { return products(TRANSPOSED_TIMES, ARGUMENTS); }
@@ -178,19 +211,27 @@ OPERATOR(adapted_product_gradient) {
 }
 
 // d_y, W, d_low, A, rows, columns, [rate, 1 / (1 - rate)] -> d_x = d_y W + dropout(d_low A)
-int adapted_product_input_gradient(Arguments arguments, Multiply multiply) {
-    const Tensor d_y = arguments.next(), weight = arguments.next(), d_low = arguments.next(), a = arguments.next();
+int input_gradient(Arguments arguments, Multiply multiply, Type type = Type::FLOAT32) {
+    const Tensor d_y = arguments.next();
+    const long tokens = d_y.size(0), out = d_y.size(1);
+    const Matrix weight = next_weight(type, arguments, out);
+    const Tensor d_low = arguments.next(), a = arguments.next();
     const Dropout dropout = arguments.dropout();
     const Tensor d_x = arguments.next();
-    const long tokens = d_y.size(0), out = d_y.size(1), in = weight.size(1), rank = d_low.size(1);
+    const long in = d_x.size(1), rank = d_low.size(1);
     const Numbers update(new float[tokens * in]);
     product({{d_low.matrix(), a.matrix(), rank}}, tokens, in, nullptr, 0, update.get());
     dropout(update.get(), tokens, in, update.get());
-    multiply({{d_y.matrix(), weight.matrix(), out}}, tokens, in, update.get(), in, d_x.floats());
+    multiply({{d_y.matrix(), weight, out}}, tokens, in, update.get(), in, d_x.floats());
     return 0;
 }
-OPERATOR(dropped_input_gradient) { return adapted_product_input_gradient(ARGUMENTS, product); }
-OPERATOR(dropped_input_gradient_bfloat16) { return adapted_product_input_gradient(ARGUMENTS, product_bfloat16); }
+
+OPERATOR(dropped_input_gradient) { return input_gradient(ARGUMENTS, product); }
+OPERATOR(nf4_dropped_input_gradient) { return input_gradient(ARGUMENTS, product, Type::NF4); }
+OPERATOR(int4_dropped_input_gradient) { return input_gradient(ARGUMENTS, product, Type::INT4); }
+OPERATOR(dropped_input_gradient_bfloat16) { return input_gradient(ARGUMENTS, product_bfloat16); }
+OPERATOR(nf4_dropped_input_gradient_bfloat16) { return input_gradient(ARGUMENTS, product_bfloat16, Type::NF4); }
+OPERATOR(int4_dropped_input_gradient_bfloat16) { return input_gradient(ARGUMENTS, product_bfloat16, Type::INT4); }
 
 // ids [t] int32, weight [v, h] of any type -> its rows in float32 [t, h]
 OPERATOR(embedding) {

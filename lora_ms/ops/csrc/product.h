@@ -47,7 +47,10 @@ template <class Number>
 void fetch(const Number *from, long count) {
     for (long i = 0; i < count; i += 64 / sizeof(Number)) __builtin_prefetch(from + i);
 }
-inline void fetch(Nf4 from, long count) { fetch(from.codes + from.place / 2, count / 2); }
+template <class FourBits>
+void fetch(FourBits from, long count) {
+    fetch(from.codes + from.place / 2, count / 2);
+}
 
 // Rows [0, depth) and columns [0, width) of a B whose rows lie whole, as panels; columns beyond it are zero.
 template <class Numbers>

@@ -1,0 +1,1 @@
+"""Weights of four bits: their formats in NumPy, from and to folders. Without MindSpore."""
