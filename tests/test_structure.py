@@ -49,7 +49,7 @@ DIRECTIONS = {
     "recipes": (
         "recipes config bridge adapters models train infer data nn ops runtime hf_folder saving storage reading errors "
         "text",
-        "mindspore numpy transformers",
+        "mindspore numpy transformers huggingface_hub modelscope_hub",
     ),
     "commands": (
         "commands recipes config adapters models train infer data runtime hf_folder saving storage errors text bridge",

@@ -53,10 +53,18 @@ DATA = "data_loader.dataset_dir"
 # group -> (flag, key of the configuration, type, placeholder, help); a flag that is not given keeps the YAML's value
 FLAGS: dict[str, list[tuple[str, str, Any, str, str]]] = {
     "what to train on": [
-        ("load_checkpoint", "load_checkpoint", str, "PATH", "Hugging Face folder, or .ckpt, .safetensors"),
+        (
+            "load_checkpoint",
+            "load_checkpoint",
+            str,
+            "PATH",
+            "Hugging Face folder, owner/name, or .ckpt, .safetensors",
+        ),
         ("load_adapter", "load_adapter", str, "DIR", "adapter folder to continue from, or to use"),
-        ("train_dataset_dir", f"train_dataset.{DATA}", str, "PATH", "training rows: file, folder or glob"),
-        ("eval_dataset_dir", f"eval_dataset.{DATA}", str, "PATH", "evaluation rows: file, folder or glob"),
+        ("train_dataset_dir", f"train_dataset.{DATA}", str, "PATH", "training rows: file, folder, glob or owner/name"),
+        ("eval_dataset_dir", f"eval_dataset.{DATA}", str, "PATH", "evaluation rows: file, folder, glob or owner/name"),
+        ("hub", "hub", str, "NAME", "hf or modelscope: where a model or data given as owner/name come from"),
+        ("revision", "revision", str, "NAME", "branch, tag or commit of such a model"),
         ("num_samples", "train_dataset.num_samples", flag_int, "N", "train on the first N rows only"),
         (
             "chat_template",

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
-from pathlib import Path
+from typing import Any
 
 from lora_ms.cli.flags import COMMAND_FLAGS, FLAG_KEYS, OTHER_FLAGS, add_command_flags, add_flags
 from lora_ms.cli.parser import TOOLS, Help, Parser, Version, add_tools
@@ -37,6 +37,7 @@ MODULES = {
     "adapters combine": "lora_ms.commands.combine",
     "convert-adapter": "lora_ms.commands.convert_adapter",
     "convert": "lora_ms.commands.convert",
+    "download": "lora_ms.commands.download",
 }
 COMMANDS = {
     "finetune": "train an adapter (or, with pet_config: null, the whole model)",
@@ -160,6 +161,7 @@ def _run_mindformer(argv: list[str]) -> int:
 def _run_tool(args: argparse.Namespace) -> int:
     _quiet_libraries()
     given = {flag.argument: getattr(args, flag.argument) for flag in TOOLS[args.tool].flags}
+    _fetch_named(given)
     faults = import_module(MODULES[args.tool]).run(**given)
     return 2 if faults else 0
 
@@ -183,19 +185,32 @@ def _run_command(command: str | None, args: argparse.Namespace, free_form: list[
         raise LoraMsError('nothing to predict: give --predict_data "a prompt" "another"')
     if args.system is not None and "system" not in COMMAND_FLAGS.get(command, ()):
         raise LoraMsError(f"--system is for predict and chat, not {command}: leave it out (rows have their own)")
+    from lora_ms.recipes.download import fetch_named
+
+    fetch_named(config, command)
     with _ended_by_ctrl_c():
         module = import_module(MODULES[command])
     module.run(config, **{flag: getattr(args, flag) for flag in COMMAND_FLAGS.get(command, ())})
     return 0
 
 
+def _fetch_named(given: dict[str, Any]) -> None:
+    """Puts folders in the place of a hub's names."""
+    for name, kind in (("load_checkpoint", "model"), ("load_adapter", "adapter")):
+        if given.get(name) is not None:
+            from lora_ms.recipes.download import local_folder
+
+            given[name] = str(local_folder(given[name], kind, said=f"{name}: "))
+
+
 def _base_of(adapter: str | None) -> str:
     """The model that the adapter names, for a command without a YAML and without ``--load_checkpoint``."""
     if adapter is None:
         raise LoraMsError("what model? give --config FILE.yaml, or --load_checkpoint with a model's folder")
+    from lora_ms.recipes.download import local_folder
     from lora_ms.recipes.model_folder import base_of
 
-    return str(base_of(Path(adapter), None))
+    return str(base_of(local_folder(adapter, "adapter", said="load_adapter: "), None))
 
 
 def _combination_methods() -> str:
@@ -278,7 +293,13 @@ def _parse(parser: Parser, argv: list[str], free_form: list[str]) -> argparse.Na
             key = _key_meant(flag.removeprefix("--"))
             nearest = key or f"{nearest} (keys of the YAML: --section.key VALUE)"
         raise LoraMsError(f"unknown flag {flag}; {nearest}")
-    required = [] if args.tool is None else [flag.name for flag in TOOLS[args.tool].flags if flag.required]
+    flags = () if args.tool is None else TOOLS[args.tool].flags
+    for first in (each for each in flags if each.first):
+        alone, given = getattr(args, f"{first.argument}_alone"), getattr(args, first.argument)
+        if alone is not None and given is not None:
+            raise LoraMsError(f"{alone} and --{first.name} {given}: give one of them")
+        setattr(args, first.argument, given if alone is None else alone)
+    required = [each.name for each in flags if each.required]
     missing = [f"--{name}" for name in required if getattr(args, name) is None]
     if missing:
         raise LoraMsError(f"{', '.join(missing)}: missing (see lora-ms {args.tool} --help)")

@@ -42,7 +42,7 @@ class Flag(NamedTuple):
     """A flag of a command that needs no configuration.
 
     ``required`` is checked by us, after unknown flags: argparse would report what is missing first. Without a ``kind``
-    the flag takes no value.
+    the flag takes no value. The value of one that is ``first`` may also stand alone, after the command.
     """
 
     name: str
@@ -52,6 +52,7 @@ class Flag(NamedTuple):
     default: Any = None
     required: bool = False
     nargs: str | None = None
+    first: bool = False
 
     @property
     def argument(self) -> str:
@@ -64,6 +65,7 @@ class Tool(NamedTuple):
 
     summary: str
     flags: tuple[Flag, ...]
+    notes: str = ""  # stands below the flags, in lines of at most 79 characters
 
 
 BASE = "the model's Hugging Face folder; default: the one the adapter names"
@@ -122,6 +124,22 @@ TOOLS = {
             Flag("load_checkpoint", str, "DIR", "the model's Hugging Face folder; needed with concat"),
         ),
     ),
+    "download": Tool(
+        "fetch a model, an adapter or a dataset from a hub",
+        (
+            Flag("name", str, "NAME", "owner/name; may stand alone", required=True, first=True),
+            Flag("kind", str, "KIND", "model (default), adapter or dataset", "model"),
+            Flag("hub", str, "NAME", "hf (default) or modelscope", "hf"),
+            Flag("revision", str, "NAME", "branch, tag or commit (default: the hub's)"),
+            Flag("output_dir", flag_path, "DIR", "where to (default: the hub's own cache)"),
+        ),
+        "Only files that are read here are fetched (config, safetensors, tokenizer,\n"
+        "template; rows of a dataset), never code; each is held against the hub's\n"
+        "digest. What was cut goes on at the next call. Mirrors, tokens and caches are\n"
+        "the hubs' own: HF_ENDPOINT, HF_TOKEN, HF_HOME, HF_HUB_OFFLINE;\n"
+        "MODELSCOPE_ENDPOINT, MODELSCOPE_API_TOKEN, MODELSCOPE_CACHE.\n"
+        "--load_checkpoint, --load_adapter and --train_dataset_dir take such names, too.",
+    ),
     "convert": Tool(
         "convert a model from Hugging Face to MindFormers, or back",
         (
@@ -149,7 +167,11 @@ def add_tools(commands: Any) -> dict[str, argparse.ArgumentParser]:
         if group and group not in groups:
             outer = commands.add_parser(group, help=f"work with several adapters: {leaf}", allow_abbrev=False)
             groups[group] = outer.add_subparsers(dest="action", metavar="ACTION", title="actions", required=True)
-        needed = " ".join(f"--{flag.name} {flag.placeholder}" for flag in tool.flags if flag.required)
+        needed = " ".join(
+            flag.placeholder if flag.first else f"--{flag.name} {flag.placeholder}"
+            for flag in tool.flags
+            if flag.required
+        )
         parser = parsers[name] = groups.get(group, commands).add_parser(
             leaf,
             help=tool.summary,
@@ -157,8 +179,13 @@ def add_tools(commands: Any) -> dict[str, argparse.ArgumentParser]:
             allow_abbrev=False,
             formatter_class=ListHelp,
             usage=f"lora-ms {name} {needed} …",
+            epilog=tool.notes,
         )
         for flag in tool.flags:
+            if flag.first:
+                parser.add_argument(
+                    f"{flag.argument}_alone", nargs="?", metavar=flag.placeholder, help=argparse.SUPPRESS
+                )
             if flag.kind is None:
                 parser.add_argument(f"--{flag.name}", action="store_true", help=flag.text)
                 continue

@@ -99,8 +99,10 @@ class RunConfig(Section):
     output_dir: Folder = "./output"
     run_mode: RunMode = "finetune"  # finetune and train are the same: pet_config says what is trained
     backend: Literal["native", "mindformers"] = "native"  # whose model and trainer (ours)
-    load_checkpoint: Path = ""  # Hugging Face folder, or MindSpore .ckpt or .safetensors
+    load_checkpoint: Path = ""  # Hugging Face folder or a hub's owner/name, or MindSpore .ckpt, .safetensors
     load_adapter: Path = ""  # PEFT adapter folder to go on from, or to predict with (ours)
+    hub: Literal["hf", "modelscope"] = "hf"  # where models and data given by name come from (ours)
+    revision: Path = ""  # of load_checkpoint by name: branch, tag or commit (ours)
     resume_training: Annotated[bool | str, BeforeValidator(_resume)] = False  # True: the newest; or a checkpoint's name
     overwrite_output_dir: Flag = False  # delete others' files in the folders that a run replaces (ours)
     use_parallel: Flag = False  # one process per card, started by msrun

@@ -18,6 +18,7 @@ from lora_ms.hf_folder import (
     EMBEDDING,
     GENERATION,
     HEAD,
+    base_name,
     end_tokens,
     generation_config,
     model_config,
@@ -105,7 +106,7 @@ def load_directory(
         else:
             value = storage.read(entry, NUMPY_DTYPES[ms_dtype])
         parameter.set_data(Tensor.from_numpy(value))
-    model.source = str(path)
+    model.source = base_name(path)
     model.hf_config = hf
     if folder.tied != hf.get("tie_word_embeddings", False):
         model.hf_config = {**hf, "tie_word_embeddings": folder.tied}

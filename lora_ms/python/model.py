@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import mindspore as ms
 import numpy as np
@@ -13,8 +12,9 @@ from lora_ms.data.tokenizer import load_tokenizer
 from lora_ms.errors import LoraMsError
 from lora_ms.infer.generate import Generator, pad_rows, prompt_name
 from lora_ms.infer.sampling import Sampling
-from lora_ms.models import hub
 from lora_ms.models.decoder import CausalLM
+from lora_ms.models.hub import NUMPY_DTYPES, load_directory, save_directory
+from lora_ms.recipes.download import local_folder
 from lora_ms.runtime import device
 
 SAMPLING_NAMES = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "seed")
@@ -72,7 +72,7 @@ class ModelForCausalLM(CausalLM):
 
     def save_pretrained(self, path: str | os.PathLike) -> None:
         """Writes a Hugging Face folder in the type of the weights; transformers and vLLM load it."""
-        hub.save_directory(self, path, hub.NUMPY_DTYPES[self.dtype])
+        save_directory(self, path, NUMPY_DTYPES[self.dtype])
 
 
 def _limits(
@@ -112,14 +112,23 @@ class AutoModelForCausalLM:
     """Models by folder."""
 
     @staticmethod
-    def from_pretrained(path: str | os.PathLike, ms_dtype: ms.Type = ms.float32) -> ModelForCausalLM:
+    def from_pretrained(
+        path: str | os.PathLike, ms_dtype: ms.Type = ms.float32, *, hub: str = "hf", revision: str | None = None
+    ) -> ModelForCausalLM:
         """The model of a Hugging Face folder, with weights of ``ms_dtype`` (float32 or float16).
 
+        Args:
+            path: the folder, or ``owner/name`` on a hub: its files are fetched into the hub's cache, and no code.
+            hub: hf or modelscope.
+            revision: branch, tag or commit of a model given by name.
+
         Raises:
-            LoraMsError: not such a folder, an unsupported architecture, or tensors that do not fit.
+            LoraMsError: not such a folder, an unsupported architecture, tensors that do not fit, or a name that no
+                hub has.
         """
+        folder = local_folder(path, "model", hub, revision)
         runtime, _ = device.setup()
-        model = hub.load_directory(Path(path), ms_dtype, ModelForCausalLM, operators=runtime.operators)
+        model = load_directory(folder, ms_dtype, ModelForCausalLM, operators=runtime.operators)
         for line in model.notices:
             print(line)
         return model
@@ -129,6 +138,6 @@ class AutoTokenizer:
     """Tokenizers by folder."""
 
     @staticmethod
-    def from_pretrained(path: str | os.PathLike):
-        """transformers' own tokenizer of a folder on disk."""
-        return load_tokenizer(path)
+    def from_pretrained(path: str | os.PathLike, *, hub: str = "hf", revision: str | None = None):
+        """transformers' own tokenizer of a folder, or of a model's name (see ``AutoModelForCausalLM``)."""
+        return load_tokenizer(local_folder(path, "model", hub, revision))
