@@ -46,9 +46,10 @@ DIRECTIONS = {
         "bridge adapters models nn ops hf_folder saving storage reading errors text",
         "mindspore numpy yaml mindformers mindpet",
     ),
+    "gguf": ("gguf storage limits reading errors", "numpy gguf tokenizers transformers"),
     "recipes": (
-        "recipes config bridge adapters models train infer data nn ops runtime hf_folder saving storage reading errors "
-        "text",
+        "recipes config gguf bridge adapters models train infer data nn ops runtime hf_folder folder_schema saving "
+        "storage reading limits errors text",
         "mindspore numpy transformers huggingface_hub modelscope_hub",
     ),
     "commands": (

@@ -38,6 +38,7 @@ MODULES = {
     "convert-adapter": "lora_ms.commands.convert_adapter",
     "convert": "lora_ms.commands.convert",
     "download": "lora_ms.commands.download",
+    "export gguf": "lora_ms.commands.export",
 }
 COMMANDS = {
     "finetune": "train an adapter (or, with pet_config: null, the whole model)",

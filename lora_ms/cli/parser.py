@@ -53,6 +53,7 @@ class Flag(NamedTuple):
     required: bool = False
     nargs: str | None = None
     first: bool = False
+    other: str = ""  # a second name
 
     @property
     def argument(self) -> str:
@@ -141,20 +142,59 @@ TOOLS = {
         "--load_checkpoint, --load_adapter and --train_dataset_dir take such names, too.",
     ),
     "convert": Tool(
-        "convert a model from Hugging Face to MindFormers, or back",
+        "convert a model from GGUF, or between Hugging Face and MindFormers",
         (
-            Flag("input", str, "PATH", "Hugging Face folder, or .ckpt, .safetensors or a folder", required=True),
             Flag(
-                "output", flag_path, "PATH", "file or folder for MindFormers, a folder for Hugging Face", required=True
+                "input",
+                str,
+                "PATH",
+                "Hugging Face folder, .ckpt, .safetensors or their folder, or .gguf; may stand alone",
+                required=True,
+                first=True,
+            ),
+            Flag(
+                "output",
+                flag_path,
+                "PATH",
+                "file or folder for MindFormers, a folder for Hugging Face",
+                required=True,
+                other="output_dir",
             ),
             Flag("naming", str, "NAME", "MindFormers' names to write: legacy (default) or mcore", "legacy"),
             Flag("concat", flag_bool, "BOOL", CONCAT, False),
             Flag("contiguous", flag_bool, "BOOL", CONTIGUOUS, False),
-            Flag("load_checkpoint", str, "DIR", "to Hugging Face: folder with config.json and tokenizer"),
-            Flag("dtype", str, "TYPE", "float16, bfloat16, float32; auto (default): as stored", "auto"),
+            Flag(
+                "load_checkpoint",
+                str,
+                "DIR",
+                "folder with config.json and tokenizer; of a .gguf: another tokenizer",
+            ),
+            Flag(
+                "dtype",
+                str,
+                "TYPE",
+                "float16, bfloat16, float32; auto (default): as stored (quantised: float16)",
+                "auto",
+            ),
             Flag("max_shard_size", str, "SIZE", "largest file, such as 500MB (default 5GB)", "5GB"),
             Flag("overwrite", flag_bool, "BOOL", "replace what is at output (default False)", False),
         ),
+        "lora-ms convert model.gguf --output_dir DIR writes a Hugging Face folder of a\n"
+        "Llama, Mistral, Qwen2 or Qwen3, of any type that the gguf package reads.",
+    ),
+    "export gguf": Tool(
+        "write a model or an adapter for llama.cpp and Ollama",
+        (
+            Flag("load_checkpoint", str, "DIR", "the model's Hugging Face folder (default: the adapter's own)"),
+            Flag("load_adapter", str, "DIR", "adapter folder: writes adapter.gguf"),
+            Flag("output_dir", flag_path, "DIR", "where the files go", required=True),
+            Flag("with_base", flag_bool, "BOOL", "beside an adapter, write its model, too (default False)", False),
+            Flag("dtype", str, "TYPE", "float16, bfloat16, float32; auto (default): as stored", "auto"),
+            Flag("overwrite", flag_bool, "BOOL", "replace what is in output_dir (default False)", False),
+        ),
+        "Beside it stands an Ollama Modelfile with the chat template of the training.\n"
+        "DoRA, whole modules, trained biases and adapters on the embedding have no\n"
+        "place in llama.cpp's adapters: merge them first. Quantise with llama.cpp.",
     ),
 }
 
@@ -165,7 +205,7 @@ def add_tools(commands: Any) -> dict[str, argparse.ArgumentParser]:
     for name, tool in TOOLS.items():
         group, _, leaf = name.rpartition(" ")
         if group and group not in groups:
-            outer = commands.add_parser(group, help=f"work with several adapters: {leaf}", allow_abbrev=False)
+            outer = commands.add_parser(group, help=f"{leaf}: {tool.summary}", allow_abbrev=False)
             groups[group] = outer.add_subparsers(dest="action", metavar="ACTION", title="actions", required=True)
         needed = " ".join(
             flag.placeholder if flag.first else f"--{flag.name} {flag.placeholder}"
@@ -190,7 +230,7 @@ def add_tools(commands: Any) -> dict[str, argparse.ArgumentParser]:
                 parser.add_argument(f"--{flag.name}", action="store_true", help=flag.text)
                 continue
             parser.add_argument(
-                f"--{flag.name}",
+                *(f"--{name}" for name in (flag.name, flag.other) if name),
                 type=flag.kind,
                 default=flag.default,
                 nargs=flag.nargs,
