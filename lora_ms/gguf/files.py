@@ -187,6 +187,13 @@ def write(path: Path, architecture: str, metadata: Mapping[str, Any], tensors: M
     """
     gguf = package()
     writer = gguf.GGUFWriter(path, architecture)
+    try:
+        _write(writer, gguf, metadata, tensors)
+    finally:
+        writer.close()
+
+
+def _write(writer: Any, gguf: Any, metadata: Mapping[str, Any], tensors: Mapping[str, Output]) -> None:
     for key, value in metadata.items():
         if isinstance(value, bool):
             writer.add_bool(key, value)
@@ -207,4 +214,3 @@ def write(path: Path, architecture: str, metadata: Mapping[str, Any], tensors: M
     writer.write_ti_data_to_file()
     for tensor in tensors.values():
         writer.write_tensor_data(np.concatenate(list(tensor.values())).reshape(tensor.shape))
-    writer.close()

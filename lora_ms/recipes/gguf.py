@@ -36,7 +36,7 @@ FREQUENCIES = "rope_freqs.weight"  # by how much each rotation is slowed; comput
 FILE_TYPES = {"F32": 0, "F16": 1, "BF16": 32}  # general.file_type
 MODEL, ADAPTER, MODELFILE = "model.gguf", "adapter.gguf", "Modelfile"
 # the numbers with which Llama 3.1 and 3.2 slow their rotation, beside the factor
-LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 
 # --- from a GGUF
@@ -149,13 +149,15 @@ def _scaling(file: GgufFile, architecture: str, head_dim: int) -> dict[str, Any]
         with readable(file.path, f"the tensor {FREQUENCIES}"):
             slowed = np.array(tensor.data, np.float32).ravel()
         theta = file.value(f"{architecture}.rope.freq_base", float, 10000.0)
-        found = {"rope_type": "llama3", "factor": float(slowed.max(initial=1.0)), **LLAMA3}
         if not np.isfinite(slowed).all() or not 1 <= head_dim <= 2**12 or not 0 < theta < 1e15:
             raise file.fault(f"{FREQUENCIES} or the rotation it belongs to is out of range")
-        wanted = slowing(head_dim, theta, found)
-        if slowed.shape != wanted.shape or not np.allclose(slowed, wanted, rtol=1e-4):
-            raise file.fault(f"{FREQUENCIES} slows the rotation otherwise than Llama 3.1 does, which is not supported")
-        return found
+        known = {"rope_type": "llama3", "factor": float(slowed.max(initial=1.0)), **LLAMA3}
+        for original in (2**power for power in range(4, 21)):  # the file does not say for how long texts it was made
+            found = {**known, "original_max_position_embeddings": original}
+            wanted = slowing(head_dim, theta, found)
+            if slowed.shape == wanted.shape and np.allclose(slowed, wanted, rtol=1e-4):
+                return found
+        raise file.fault(f"{FREQUENCIES} slows the rotation otherwise than Llama 3.1 does, which is not supported")
     if kind == "none":
         return None
     if kind not in ("linear", "yarn"):
