@@ -142,7 +142,7 @@ TOOLS = {
         "--load_checkpoint, --load_adapter and --train_dataset_dir take such names, too.",
     ),
     "convert": Tool(
-        "convert a model from GGUF, or between Hugging Face and MindFormers",
+        "convert a model to MindFormers and back, or from GGUF",
         (
             Flag(
                 "input",
