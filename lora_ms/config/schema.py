@@ -172,6 +172,7 @@ class RunConfig(Section):
     trust_remote_code: NoEffect = False
 
     _mindformers_sections: dict[str, Any] = PrivateAttr(default_factory=dict)
+    _taken_back: list[str] = PrivateAttr(default_factory=list)
 
     @model_validator(mode="before")
     @classmethod
@@ -193,6 +194,11 @@ class RunConfig(Section):
     def mindformers_sections(self) -> dict[str, Any]:
         """Sections that MindFormers reads itself, as they were given; empty with the native backend."""
         return self._mindformers_sections
+
+    @property
+    def taken_back(self) -> list[str]:
+        """Lines on values of the command line that later ones of it replace."""
+        return self._taken_back
 
     @property
     def pet_config(self) -> PetConfig | None:
@@ -274,7 +280,7 @@ class RunConfig(Section):
     def notices(self) -> list[str]:
         """One line with all given keys that change nothing here, sorted; no line where there are none."""
         keys = sorted([*_changed_without_effect(self, ""), *self._overridden()])
-        return [f"no effect here: {', '.join(keys)}"] if keys else []
+        return [*self.taken_back, *([f"no effect here: {', '.join(keys)}"] if keys else [])]
 
     def _overridden(self) -> Iterator[str]:
         if self.optimizer.learning_rate not in (None, self.learning_rate):
