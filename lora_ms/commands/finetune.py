@@ -45,8 +45,8 @@ def next_lines(config: RunConfig, prepared: PreparedRun, seconds: float) -> list
         return [*lines, f"next: lora-ms chat --load_checkpoint {output}/model"]
     if not Path(config.load_checkpoint).is_dir():
         return lines
-    return [
-        *lines,
-        f"next: lora-ms chat --load_checkpoint {base} --load_adapter {output}/adapter",
-        f"      lora-ms merge --load_adapter {output}/adapter --output_dir {output}/merged",
-    ]
+    merge = f"lora-ms merge --load_adapter {output}/adapter --output_dir {output}/merged"
+    if not (Path(config.output_dir) / "adapter" / "tokenizer_config.json").is_file():
+        return [*lines, f"next: {merge}"]
+    chat = f"lora-ms chat --load_checkpoint {base} --load_adapter {output}/adapter"
+    return [*lines, f"next: {chat}", f"      {merge}"]
