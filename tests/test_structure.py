@@ -16,6 +16,7 @@ PACKAGE = ROOT / "lora_ms"
 DIRECTIONS = {
     "__init__": ("adapters python train.callbacks errors", ""),
     "errors": ("", ""),
+    "bundled": ("", ""),
     "text": ("", ""),
     "reading": ("errors", ""),
     "limits": ("errors", ""),
@@ -27,7 +28,7 @@ DIRECTIONS = {
     "nn": ("nn ops", "mindspore numpy"),
     "runtime": ("runtime nn.graph nn.parallel ops saving errors", "mindspore numpy google.protobuf"),
     "values": ("", "pydantic"),
-    "config": ("config adapters.methods saving values reading errors", "yaml pydantic"),
+    "config": ("config adapters.methods bundled saving values reading errors", "yaml pydantic"),
     "data": (
         "data runtime.host hf_folder saving storage reading limits errors text",
         "numpy transformers mindspore.dataset mindspore.mindrecord datasets pyarrow",
@@ -60,7 +61,7 @@ DIRECTIONS = {
         "python recipes adapters models train infer data nn runtime hf_folder saving storage errors",
         "mindspore numpy transformers",
     ),
-    "cli": ("cli commands recipes config errors text", ""),
+    "cli": ("cli commands recipes config bundled errors text __version__", ""),
 }
 # What a room may import inside functions only: `data` and --help answer without MindSpore.
 LAZY_ONLY = {

@@ -3,6 +3,7 @@
 import argparse
 from typing import Any, NamedTuple, NoReturn
 
+from lora_ms import __version__
 from lora_ms.cli.flags import flag_bool, flag_float, flag_int, flag_path
 from lora_ms.errors import LoraMsError
 
@@ -26,15 +27,10 @@ class ListHelp(Help, argparse.RawDescriptionHelpFormatter):
 
 
 class Version(argparse.Action):
-    """``--version``; the package's metadata is read only when asked for."""
+    """``--version``."""
 
     def __call__(self, *_: Any) -> None:
-        from importlib.metadata import PackageNotFoundError, version
-
-        try:
-            print("lora-ms", version("lora_ms"))
-        except PackageNotFoundError:
-            print("lora-ms (not installed: run from its source folder)")
+        print("lora-ms", __version__)
         raise SystemExit(0)
 
 

@@ -12,6 +12,7 @@ import yaml
 from pydantic import ValidationError
 
 from lora_ms import saving
+from lora_ms.bundled import bundled
 from lora_ms.config.presets import LOW_MEMORY, PRESETS
 from lora_ms.config.problems import describe
 from lora_ms.config.schema import MINDFORMERS_SECTIONS, RunConfig, key_of, move_pet_config, without_effect
@@ -118,6 +119,8 @@ def read_yaml(path: str) -> dict[str, Any]:
     Raises:
         LoraMsError: missing or unreadable file, bad YAML (line and column), a key given twice, no mapping.
     """
+    if not os.path.exists(path):
+        path = str(bundled(path) or path)  # configs/… of the package, from any folder
     if not os.path.exists(path):
         raise LoraMsError(f"cannot read config {path}: No such file or directory")
     text = read_bytes(Path(path), YAML_SIZE)
