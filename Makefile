@@ -9,8 +9,8 @@ check: setup
 	bash scripts/test.sh
 
 # What takes less than two minutes: lint, types, and tests of the folders that compile few graphs.
-QUICK := tests/test_structure.py tests/test_cli_flags.py tests/config tests/data tests/hostile tests/models tests/gguf \
-	tests/examples tests/commands/test_command_line.py tests/commands/test_bad_input.py
+QUICK := tests/test_structure.py tests/test_cli_flags.py tests/config tests/data tests/hostile \
+	tests/commands/test_command_line.py tests/commands/test_bad_input.py
 
 quick: setup
 	$(BIN)/ruff check .

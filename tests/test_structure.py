@@ -55,7 +55,7 @@ DIRECTIONS = {
     ),
     "commands": (
         "commands recipes config adapters models train infer data runtime hf_folder saving storage errors text bridge",
-        "numpy",
+        "numpy transformers",
     ),
     "python": (
         "python recipes adapters models train infer data nn runtime hf_folder saving storage errors",

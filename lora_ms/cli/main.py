@@ -47,7 +47,7 @@ COMMANDS = {
     "chat": "chat with a model and its adapter",
     "eval": "score a model on eval_dataset, and its answers to a file of questions",
     "estimate": "estimate how much memory a run takes, and where it fits",
-    "preview": "show rows as the model sees them, labels in colour",
+    "preview": "show rows as the model sees them, labels in colour; without a model, as read",
     "preprocess": "tokenise rows once, into MindRecord files; with --report only describe them",
 }
 # words that people try, and what there is
@@ -149,7 +149,8 @@ def _lora_ms(argv: list[str]) -> int:
     args = _parse(parser, known, free_form)
     if args.tool is not None:
         return _run_tool(args)
-    if args.config is None and args.load_checkpoint is None:
+    without_model = args.command == "preview" and args.load_adapter is None  # rows as they were read
+    if args.config is None and args.load_checkpoint is None and not without_model:
         args.load_checkpoint = _base_of(args.load_adapter)
     allowed = RUN_MODES[args.command]
     if args.run_mode is None:
