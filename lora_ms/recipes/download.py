@@ -160,7 +160,9 @@ def _fetch_rows(dataset: Dataset, name: str, hub: str) -> None:
 
 def _record(wanted: Wanted) -> Path:
     text = "\n".join((wanted.hub, wanted.kind, wanted.name, wanted.revision or "", wanted.split or ""))
-    return cache_folder("hub") / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
+    folder = cache_folder("hub") / hashlib.sha256(text.encode()).hexdigest()[:32]
+    folder.mkdir(exist_ok=True)
+    return folder / "fetched.json"
 
 
 def _fetched_before(wanted: Wanted, commit: str | None = None) -> Path | None:
@@ -200,10 +202,14 @@ def fetch(wanted: Wanted, output_dir: Path | None = None, refresh: bool = False)
     """
     if wanted.hub not in HUBS:
         raise wanted.fault(f"hub {wanted.hub!r} is none of {', '.join(HUBS)}")
-    if not refresh and output_dir is None:
-        before = _fetched_before(wanted)
-        if before is not None:
-            return before
+    if output_dir is not None:
+        return _fetch(wanted, output_dir, refresh)
+    with saving.locked(_record(wanted).parent, wait=True):  # of several processes, one fetches
+        before = None if refresh else _fetched_before(wanted)
+        return _fetch(wanted, None, refresh) if before is None else before
+
+
+def _fetch(wanted: Wanted, output_dir: Path | None, refresh: bool) -> Path:
     look, load = (_look_hf, _load_hf) if wanted.hub == "hf" else (_look_modelscope, _load_modelscope)
     try:
         listing = look(wanted)

@@ -457,3 +457,18 @@ def test_names_in_python(monkeypatch, text_model, rows_text, tmp_path):
     trainer = Trainer(object(), TrainingArguments(str(tmp_path / "out")), "someone/rows", tokenizer)
     assert trainer.train_dataset == str(rows / "train.jsonl")
     assert asked == [Wanted(QWEN, "model", "modelscope", "v1"), Wanted("someone/rows", "dataset", split="train")]
+
+
+def test_two_processes_fetch_once(hub, python, python_env, tmp_path):
+    env = {
+        **{k: v for k, v in python_env.items() if not k.startswith("HF_")},
+        **{"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "LORA_MS_CACHE": str(tmp_path / "cache")},
+        **{"HF_HUB_DISABLE_XET": "1", "NO_PROXY": "*"},
+    }
+    program = f"from lora_ms.recipes.download import local_folder; print(local_folder({QWEN!r}))"
+    both = [subprocess.Popen([python, "-c", program], env=env, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    outputs = [process.communicate(timeout=100)[0].splitlines() for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert outputs[0][-1] == outputs[1][-1]
+    assert sorted(len(lines) for lines in outputs) == [1, 2]  # one says what it fetches
+    assert len([path for _, path, _ in hub.requests if path.endswith("?blobs=True")]) == 1
