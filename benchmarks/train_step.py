@@ -1,4 +1,4 @@
-"""A LoRA training step, ours against torch + transformers + PEFT: same weights, rows and types, float32 on the CPU.
+"""A LoRA training step, ours against torch + transformers + PEFT: same weights, rows and types, on the CPU.
 
 python benchmarks/train_step.py --labels dense --torch_python PYTHON_WITH_TORCH_AND_PEFT
 """
@@ -47,8 +47,9 @@ def ours(args):
     from lora_ms.train.optimizer import FlatAdamW
     from lora_ms.train.parts import SummedLoss
 
-    runtime, _ = setup("CPU", graph_kernel=args.graph_kernel)
-    model = load_directory(args.model, operators=runtime.operators)
+    runtime, _ = setup("CPU", graph_kernel=args.graph_kernel, bfloat16=args.bfloat16)
+    dtype = ms.bfloat16 if args.bfloat16 else ms.float32
+    model = load_directory(args.model, dtype, operators=runtime.operators)
     inject(model, LoraConfig(RANK, ALPHA, args.dropout, TARGETS))
     model.set_train(True)
     parameters = [p for p in model.get_parameters() if p.requires_grad]
@@ -74,7 +75,8 @@ def torch(args):
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(os.cpu_count())
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    dtype = torch.bfloat16 if args.bfloat16 else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
     config = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=args.dropout, target_modules=TARGETS)
     model = get_peft_model(model, config).train()
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -98,6 +100,7 @@ def main() -> None:
     arguments.add_argument("--dropout", type=float, default=0.0)
     arguments.add_argument("--graph_kernel", action="store_true", help="our side with context.enable_graph_kernel")
     arguments.add_argument("--recompute", action="store_true", help="our side with recompute_config.recompute")
+    arguments.add_argument("--bfloat16", action="store_true", help="weights, and products with them, in bfloat16")
     args = arguments.parse_args()
     if not args.side:
         table(run_sides(os.path.abspath(__file__), args, sys.argv[1:]), FIGURES)

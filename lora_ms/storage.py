@@ -164,13 +164,16 @@ def open_dir(path: Path) -> dict[str, Entry]:
 
 
 def read(entry: Entry, dtype: DTypeLike) -> np.ndarray:
-    """The tensor as ``dtype``; at most one copy of it is in memory besides the mapped file."""
+    """The tensor as ``dtype``, which may be the bfloat16 of a library; at most one copy of it is in memory besides the
+    mapped file."""
     if entry.dtype not in DTYPES:
         raise LoraMsError(f"{entry.file}: type {entry.dtype} is not supported; supported: {', '.join(DTYPES)}")
     stored = np.dtype(DTYPES[entry.dtype])
     count = (entry.end - entry.start) // stored.itemsize
     raw = np.memmap(entry.file, stored, "r", entry.start, (count,)) if count else np.empty(0, stored)
     if entry.dtype == "BF16":
+        if np.dtype(dtype).name == "bfloat16":
+            return np.array(raw).view(dtype).reshape(entry.shape)
         wide = raw.astype(np.uint32)
         wide <<= 16
         raw = wide.view(np.float32)

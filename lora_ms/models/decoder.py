@@ -164,9 +164,9 @@ class Decoder(nn.Cell):
         self.operators = operators
         self.stream = operators.stream_dtype(dtype)
         if shard.count > 1:
-            self.embed_tokens: Embedding = SplitEmbedding(c.vocab_size, c.hidden_size, dtype, shard)
+            self.embed_tokens: Embedding = SplitEmbedding(c.vocab_size, c.hidden_size, dtype, operators, shard)
         else:
-            self.embed_tokens = Embedding.zeros(c.vocab_size, c.hidden_size, dtype)
+            self.embed_tokens = Embedding.zeros(c.vocab_size, c.hidden_size, dtype, operators)
         self.layers = nn.CellList([DecoderLayer(c, dtype, operators, shard) for _ in range(c.num_hidden_layers)])
         self.windows = c.windows
         self.window_indices = c.window_indices

@@ -42,7 +42,11 @@ FAMILIES = {
     "Qwen3ForCausalLM": qwen3_config,
 }
 FREQUENCIES = "rotary_emb.inv_freq"  # end of names in old Llama files: numbers that are computed anew
-NUMPY_DTYPES: dict[ms.Type, DTypeLike] = {ms.float32: np.float32, ms.float16: np.float16}
+NUMPY_DTYPES: dict[ms.Type, DTypeLike] = {
+    ms.float32: np.float32,
+    ms.float16: np.float16,
+    ms.bfloat16: ms.dtype_to_nptype(ms.bfloat16),
+}
 
 
 def read_config(path: Path) -> tuple[DecoderConfig, dict]:
@@ -76,6 +80,17 @@ def check_names(expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int
         raise LoraMsError(f"{where}: {len(faults)} tensors do not fit the model: {listed(faults)}")
 
 
+def check_dtype(dtype: ms.Type, operators: Operators) -> None:
+    """Raises LoraMsError where weights cannot have ``dtype`` with these operators."""
+    if dtype not in NUMPY_DTYPES:
+        raise LoraMsError(f"type {dtype} is not supported for weights; supported: float32, float16, bfloat16")
+    if dtype == ms.bfloat16 and not operators.reads_bfloat16:
+        raise LoraMsError(
+            "weights in bfloat16 need a C++ compiler on the CPU, as MindSpore has no operators for them there: install "
+            "g++ or clang++, or choose float32"
+        )
+
+
 def load_directory(
     path: str | os.PathLike,
     ms_dtype: ms.Type = ms.float32,
@@ -89,8 +104,7 @@ def load_directory(
     operators: what it computes with, ``runtime.device.setup``'s.
     shard: with which ranks the model is shared; each reads its own part.
     """
-    if ms_dtype not in NUMPY_DTYPES:
-        raise LoraMsError(f"type {ms_dtype} is not supported for weights; supported: float32, float16")
+    check_dtype(ms_dtype, operators)
     path = Path(path)
     config, hf = read_config(path)
     folder = open_model(path, hf)
@@ -102,9 +116,9 @@ def load_directory(
         parameter.name = name
         entry = entries[name]
         if shard.count > 1 and split_axis(name) is not None:
-            value = storage.read_part(entry, shard.slices(name, entry.shape), NUMPY_DTYPES[ms_dtype])
+            value = storage.read_part(entry, shard.slices(name, entry.shape), NUMPY_DTYPES[parameter.dtype])
         else:
-            value = storage.read(entry, NUMPY_DTYPES[ms_dtype])
+            value = storage.read(entry, NUMPY_DTYPES[parameter.dtype])
         parameter.set_data(Tensor.from_numpy(value))
     model.source = base_name(path)
     model.hf_config = hf
@@ -144,7 +158,7 @@ def load_checkpoint(
     for name, parameter in model.parameters_and_names():
         parameter.name = name
         part = shard.part(name, weights.pop(name).asnumpy())
-        parameter.set_data(Tensor.from_numpy(np.array(part, NUMPY_DTYPES[ms_dtype], order="C")))
+        parameter.set_data(Tensor.from_numpy(np.array(part, NUMPY_DTYPES[parameter.dtype], order="C")))
     model.source = str(path)
     model.hf_config = hf_config(config, ms_dtype)
     model.generation_config = {}
@@ -160,7 +174,7 @@ def new_model(config: DecoderConfig, ms_dtype: ms.Type, seed: int, operators: Op
         parameter.name = name
         if parameter.ndim == 2:
             value = rng.standard_normal(parameter.shape, np.float32) * config.hidden_size**-0.5
-            parameter.set_data(Tensor.from_numpy(value.astype(NUMPY_DTYPES[ms_dtype])))
+            parameter.set_data(Tensor.from_numpy(value.astype(NUMPY_DTYPES[parameter.dtype])))
     model.source = None
     model.hf_config = hf_config(config, ms_dtype)
     model.generation_config = {}
@@ -192,7 +206,7 @@ def hf_config(config: DecoderConfig, ms_dtype: ms.Type) -> dict:
         "model_type": architecture.removesuffix("ForCausalLM").lower(),
         "hidden_act": "silu",
         "eos_token_id": (eos[0] if len(eos) == 1 else eos) if eos else None,
-        "torch_dtype": "float16" if ms_dtype == ms.float16 else "float32",
+        "torch_dtype": np.dtype(NUMPY_DTYPES[ms_dtype]).name,
         **hf,
         **window_keys(config),
     }

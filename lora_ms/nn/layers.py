@@ -5,13 +5,14 @@ from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import initializer
 
 from lora_ms.nn.parallel import WHOLE, Shard, sum_gradient, sum_output
-from lora_ms.nn.projection import DenseProjection, Projection
+from lora_ms.nn.projection import DenseProjection, Projection, vector_dtype
 from lora_ms.ops import PORTABLE, Operators
 
 # kinds of weights by the type that a model is loaded in
 PROJECTIONS: dict[ms.Type, type[DenseProjection]] = {
     ms.float32: DenseProjection,
     ms.float16: DenseProjection,
+    ms.bfloat16: DenseProjection,
 }
 
 
@@ -31,7 +32,7 @@ class RMSNorm(nn.Cell):
         super().__init__()
         self.eps = eps
         self.operators = operators
-        self.weight = Parameter(initializer("ones", (hidden_size,), dtype), name="weight")
+        self.weight = Parameter(initializer("ones", (hidden_size,), vector_dtype(dtype, operators)), name="weight")
         self.kernel = operators.rms_norm(eps)
 
     def construct(self, x: Tensor) -> Tensor:
@@ -41,25 +42,27 @@ class RMSNorm(nn.Cell):
 class Embedding(nn.Cell):
     """Rows of ``weight`` [v, h] by id."""
 
-    def __init__(self, weight: Parameter):
+    def __init__(self, weight: Parameter, operators: Operators):
         super().__init__()
         self.weight = weight
+        self.operators = operators
+        self.rows_of = operators.embedding()
 
     @classmethod
-    def zeros(cls, vocab_size: int, hidden_size: int, dtype: ms.Type) -> "Embedding":
+    def zeros(cls, vocab_size: int, hidden_size: int, dtype: ms.Type, operators: Operators) -> "Embedding":
         """An embedding whose numbers are to be loaded."""
-        return cls(Parameter(initializer("zeros", (vocab_size, hidden_size), dtype), name="weight"))
+        return cls(Parameter(initializer("zeros", (vocab_size, hidden_size), dtype), name="weight"), operators)
 
     def construct(self, input_ids: Tensor) -> Tensor:
-        return ops.gather(self.weight, input_ids, 0)
+        return self.rows_of(input_ids, self.weight)
 
 
 class SplitEmbedding(Embedding):
     """``Embedding`` of which each rank of ``shard`` has v / n rows, one rank after another; not to be trained."""
 
-    def __init__(self, vocab_size: int, hidden_size: int, dtype: ms.Type, shard: Shard):
+    def __init__(self, vocab_size: int, hidden_size: int, dtype: ms.Type, operators: Operators, shard: Shard):
         self.rows = vocab_size // shard.count
-        super().__init__(Parameter(initializer("zeros", (self.rows, hidden_size), dtype), name="weight"))
+        super().__init__(Parameter(initializer("zeros", (self.rows, hidden_size), dtype), name="weight"), operators)
         self.first = shard.index * self.rows
         self.sum_output = sum_output(shard)
         self.outer = ops.MatMul()
@@ -67,7 +70,7 @@ class SplitEmbedding(Embedding):
     def construct(self, input_ids: Tensor) -> Tensor:
         row = input_ids - self.first
         here = ops.logical_and(row >= 0, row < self.rows)
-        x = ops.gather(self.weight, row * here.astype(row.dtype), 0)
+        x = self.rows_of(row * here.astype(row.dtype), self.weight)
         spread = self.outer(here.astype(x.dtype).reshape((-1, 1)), ops.ones((1, x.shape[-1]), x.dtype))
         return self.sum_output(x * spread)
 

@@ -11,6 +11,11 @@ from numpy.typing import NDArray
 from lora_ms.ops import Operators
 
 
+def vector_dtype(dtype: ms.Type, operators: Operators) -> ms.Type:
+    """The type of biases and norms' weights where matrices have ``dtype``: few numbers, in a type with arithmetic."""
+    return operators.stream_dtype(dtype) if dtype == ms.bfloat16 else dtype
+
+
 class Projection(nn.Cell):
     """A linear layer, ``activation(x W^T + b)`` for x [..., in] -> [..., out].
 
@@ -117,7 +122,7 @@ class Projection(nn.Cell):
 
 
 class DenseProjection(Projection):
-    """A projection whose ``weight`` [out, in] is float32 or float16, whatever the type of x."""
+    """A projection whose ``weight`` [out, in] is float32, float16 or bfloat16, whatever the type of x."""
 
     def __init__(
         self,
@@ -140,7 +145,8 @@ class DenseProjection(Projection):
     ) -> "DenseProjection":
         """A layer whose numbers are to be loaded."""
         weight = Parameter(initializer("zeros", (out_channels, in_channels), dtype), name="weight")
-        bias = Parameter(initializer("zeros", (out_channels,), dtype), name="bias") if has_bias else None
+        bias_dtype = vector_dtype(dtype, operators)
+        bias = Parameter(initializer("zeros", (out_channels,), bias_dtype), name="bias") if has_bias else None
         return cls(weight, bias, operators)
 
     @property

@@ -9,7 +9,7 @@ from mindspore import Tensor, nn, ops
 
 from lora_ms.ops import portable
 
-FLASH_TYPES = (ms.float16,)  # types that are given to the fused attention
+FLASH_TYPES = (ms.float16, ms.bfloat16)  # types that are given to the fused attention
 
 
 def stream_dtype(dtype: ms.Type) -> ms.Type:
@@ -64,7 +64,7 @@ class FlashMask(portable.ScoreMask):
 
 
 class FlashAttention(PlainAttention):
-    """Attention by the fused operator, which keeps no [s, s] matrix; float16 only. visible: ``FlashMask``'s."""
+    """Attention by the fused operator, which keeps no [s, s] matrix; of FLASH_TYPES. visible: ``FlashMask``'s."""
 
     def construct(self, q: Tensor, k: Tensor, v: Tensor, rope: tuple, visible: Tensor) -> Tensor:
         batch = visible.shape[0]

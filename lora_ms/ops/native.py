@@ -1,9 +1,10 @@
 """The C++ operators of ``ops/csrc`` as MindSpore's custom operators.
 
-They compute in float32 and give the type of their input; right factors of products may be float16, and are widened as
-they are used. MindSpore's own operators on the CPU are one pass over memory each, and its matrix products pack both
-factors anew. These fuse what belongs together, leave out the half of a causal mask that nothing sees, and keep nothing
-but what they return.
+They compute in float32 and give the type of their input; right factors of products may be float16 or bfloat16, and are
+widened as they are used. Products with weights may, on request, round both factors to bfloat16 where the processor
+multiplies such numbers (``rounding``: ROUNDED in place of ""). MindSpore's own operators on the CPU are one pass over
+memory each, and its matrix products pack both factors anew. These fuse what belongs together, leave out the half of a
+causal mask that nothing sees, and keep nothing but what they return.
 
 Every class takes the path of the compiled library first.
 """
@@ -17,7 +18,8 @@ from mindspore import Tensor, nn, ops
 
 from lora_ms.ops import portable
 
-RIGHT_FACTORS = (ms.float32, ms.float16)  # types of right factors that these operators read
+RIGHT_FACTORS = (ms.float32, ms.float16, ms.bfloat16)  # types of right factors that these operators read
+ROUNDED = "_bfloat16"  # end of the names of products that round both factors
 
 
 @cache
@@ -63,6 +65,10 @@ def _like_three(x, y, z, *_):
     return list(x), list(y), list(z)
 
 
+def _embedding(ids, weight):
+    return [ids[0], weight[1]]
+
+
 def _columns_of_first(x, *_):
     return [x[1]]
 
@@ -87,10 +93,10 @@ def _cache_rows(k, v, cos, *_):
 class Product(nn.Cell):
     """``x W^T`` for x [t, in] and W [out, in]."""
 
-    def __init__(self, library: str):
+    def __init__(self, library: str, rounding: str = ""):
         super().__init__()
-        self.forward = operator(library, "times_transposed", _times_transposed)
-        self.input_gradient = operator(library, "times", _times)
+        self.forward = operator(library, f"times_transposed{rounding}", _times_transposed)
+        self.input_gradient = operator(library, f"times{rounding}", _times)
         self.weight_gradient = operator(library, "transposed_times", _transposed_times)
 
     def construct(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -105,9 +111,9 @@ class Product(nn.Cell):
 class ProductBack(nn.Cell):
     """``dy W`` for dy [t, out] and W [out, in]; it has no gradient."""
 
-    def __init__(self, library: str):
+    def __init__(self, library: str, rounding: str = ""):
         super().__init__()
-        self.forward = operator(library, "times", _times)
+        self.forward = operator(library, f"times{rounding}", _times)
 
     def construct(self, grad: Tensor, weight: Tensor) -> Tensor:
         return self.forward(grad.astype(ms.float32), right_factor(weight)).astype(grad.dtype)
@@ -121,9 +127,9 @@ class AdaptedProduct(nn.Cell):
     are kept for the gradient: both are formed again.
     """
 
-    def __init__(self, library: str, dropout: float):
+    def __init__(self, library: str, rounding: str, dropout: float):
         super().__init__()
-        self.product = _AdaptedProduct(library, dropout)
+        self.product = _AdaptedProduct(library, rounding, dropout)
 
     def construct(
         self,
@@ -146,14 +152,14 @@ class _AdaptedProduct(nn.Cell):
     Two operators: where the gradient is taken from kept inputs, the small one alone is run again.
     """
 
-    def __init__(self, library: str, dropout: float):
+    def __init__(self, library: str, rounding: str, dropout: float):
         super().__init__()
         self.rate = Tensor([dropout, 1.0 / (1.0 - dropout)], ms.float32)
         self.low = operator(library, "low_rank_input", _times_transposed)
-        self.forward = operator(library, "times_transposed", _times_transposed)
+        self.forward = operator(library, f"times_transposed{rounding}", _times_transposed)
         self.factors = operator(library, "adapted_product_gradient", _adapted_gradient, 3)
-        self.times = operator(library, "times", _times)
-        self.dropped_gradient = operator(library, "adapted_product_input_gradient", _times)
+        self.times = operator(library, f"times{rounding}", _times)
+        self.dropped_gradient = operator(library, f"dropped_input_gradient{rounding}", _times)
         self.transposed_times = operator(library, "transposed_times", _transposed_times)
 
     def construct(
@@ -175,6 +181,34 @@ class _AdaptedProduct(nn.Cell):
         d_low, d_a, d_b = self.factors(*inputs, *dropout)
         d_x = self.dropped_gradient(grad, weight, d_low, a, *dropout)
         return d_x, d_weight, d_a, d_b, ops.zeros_like(scaling), ops.zeros_like(rows), ops.zeros_like(columns)
+
+
+class EmbeddingRows(nn.Cell):
+    """ids [t] int32 and the weight [v, h] -> its rows [t, h]: of bfloat16, which MindSpore does not gather on the CPU,
+    in float32 and without a gradient."""
+
+    def __init__(self, library: str):
+        super().__init__()
+        self.rows = _FrozenRows(library)
+
+    def construct(self, ids: Tensor, weight: Tensor) -> Tensor:
+        if weight.dtype == ms.bfloat16:
+            return self.rows(ids.astype(ms.int32), weight)
+        return ops.gather(weight, ids, 0)
+
+
+class _FrozenRows(nn.Cell):
+    """``EmbeddingRows`` of a weight that does not train."""
+
+    def __init__(self, library: str):
+        super().__init__()
+        self.forward = operator(library, "embedding", _embedding)
+
+    def construct(self, ids: Tensor, weight: Tensor) -> Tensor:
+        return self.forward(ids, weight)
+
+    def bprop(self, ids, weight, out, dout):
+        return ops.zeros_like(ids), 0
 
 
 class RMSNorm(nn.Cell):
@@ -313,9 +347,9 @@ class CachedAttention(nn.Cell):
 class HeadProduct(nn.Cell):
     """hidden [c, h] and the head [v, h] -> logits [c, v] float32."""
 
-    def __init__(self, library: str):
+    def __init__(self, library: str, rounding: str = ""):
         super().__init__()
-        self.product = operator(library, "times_transposed", _times_transposed)
+        self.product = operator(library, f"times_transposed{rounding}", _times_transposed)
 
     def construct(self, hidden: Tensor, head: Tensor) -> Tensor:
         return self.product(hidden.astype(ms.float32), right_factor(head))
@@ -324,9 +358,9 @@ class HeadProduct(nn.Cell):
 class HeadProductBack(nn.Cell):
     """probs [c, v] float32 and the head [v, h] -> probs head [c, h]."""
 
-    def __init__(self, library: str):
+    def __init__(self, library: str, rounding: str = ""):
         super().__init__()
-        self.product = operator(library, "times", _times)
+        self.product = operator(library, f"times{rounding}", _times)
 
     def construct(self, probs: Tensor, head: Tensor) -> Tensor:
         return self.product(probs, right_factor(head))
@@ -335,10 +369,10 @@ class HeadProductBack(nn.Cell):
 class CrossEntropy(nn.Cell):
     """``portable.CrossEntropy``, whose softmax, loss and gradient are one pass over the logits."""
 
-    def __init__(self, library: str):
+    def __init__(self, library: str, rounding: str = ""):
         super().__init__()
-        self.head_product = HeadProduct(library)
-        self.head_product_back = HeadProductBack(library)
+        self.head_product = HeadProduct(library, rounding)
+        self.head_product_back = HeadProductBack(library, rounding)
         self.cross_entropy = operator(library, "cross_entropy", _cross_entropy, 3)
         self.transposed_times = operator(library, "transposed_times", _transposed_times)
 

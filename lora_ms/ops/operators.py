@@ -30,6 +30,10 @@ class Operators:
     name: str
     stream_dtype: Callable[[ms.Type], ms.Type]
     """The type of what flows between layers, from that of the weights."""
+    reads_bfloat16: bool
+    """Whether weights may be bfloat16."""
+    embedding: Callable[[], nn.Cell]
+    """(ids [t], W [v, h]) -> the rows of W [t, h]; in float32 where the type of W has no arithmetic."""
     product: Callable[[], nn.Cell]
     """(x [t, in], W [out, in]) -> x W^T [t, out], in the type of x."""
     product_back: Callable[[], nn.Cell]
@@ -101,6 +105,8 @@ def _unsized(cell: Callable[..., nn.Cell]) -> Callable[..., nn.Cell]:
 PORTABLE = Operators(
     name="portable",
     stream_dtype=portable.stream_dtype,
+    reads_bfloat16=False,
+    embedding=portable.EmbeddingRows,
     product=portable.Product,
     product_back=portable.MatMul,
     adapted_product=portable.AdaptedProduct,
@@ -126,6 +132,7 @@ ASCEND_PLAIN = replace(
     name="ascend, not fused",
     lends_memory=False,  # not tried there
     stream_dtype=ascend.stream_dtype,
+    reads_bfloat16=True,
     attention=_no_flash(ascend.PlainAttention),
     cached_attention=_no_flash(ascend.PlainCachedAttention),
     head_product=ascend.HeadProduct,
@@ -143,13 +150,15 @@ ASCEND = replace(
 )
 
 
-def _native(library: str) -> Operators:
+def _native(library: str, rounding: str) -> Operators:
     return replace(
         PORTABLE,
-        name="native",
-        product=partial(native.Product, library),
-        product_back=partial(native.ProductBack, library),
-        adapted_product=partial(native.AdaptedProduct, library),
+        name=f"native{rounding}",
+        reads_bfloat16=True,
+        embedding=partial(native.EmbeddingRows, library),
+        product=partial(native.Product, library, rounding),
+        product_back=partial(native.ProductBack, library, rounding),
+        adapted_product=partial(native.AdaptedProduct, library, rounding),
         rms_norm=partial(native.RMSNorm, library),
         gated_silu=partial(native.GatedSiLU, library),
         visibility=_unsized(native.FirstKeys),
@@ -157,20 +166,20 @@ def _native(library: str) -> Operators:
         cached_visibility=_unsized(native.FirstKeys),
         reads_used_slots=True,
         cached_attention=_unsized(partial(native.CachedAttention, library)),
-        head_product=partial(native.HeadProduct, library),
-        head_product_back=partial(native.HeadProductBack, library),
-        cross_entropy=partial(native.CrossEntropy, library),
+        head_product=partial(native.HeadProduct, library, rounding),
+        head_product_back=partial(native.HeadProductBack, library, rounding),
+        cross_entropy=partial(native.CrossEntropy, library, rounding),
         adamw=partial(native.AdamW, library),
     )
 
 
 @cache
-def select(device: str, plain: bool = False, library: str = "") -> Operators:
+def select(device: str, plain: bool = False, library: str = "", bfloat16: bool = False) -> Operators:
     """The operators for ``device``, CPU or Ascend.
 
     plain: on Ascend, without its fused operators. library: on the CPU, the path of our compiled C++ operators, or ""
-    for MindSpore's.
+    for MindSpore's. bfloat16: with them, round the factors of products with weights to bfloat16; sums are float32.
     """
     if device == "Ascend":
         return ASCEND_PLAIN if plain else ASCEND
-    return _native(library) if library else PORTABLE
+    return _native(library, native.ROUNDED if bfloat16 else "") if library else PORTABLE

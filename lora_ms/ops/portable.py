@@ -54,6 +54,13 @@ class Product(nn.Cell):
         return self.input_gradient(dout, weight), self.weight_gradient(dout, x).astype(weight.dtype)
 
 
+class EmbeddingRows(nn.Cell):
+    """ids [t] and the weight [v, h] -> its rows [t, h]."""
+
+    def construct(self, ids: Tensor, weight: Tensor) -> Tensor:
+        return ops.gather(weight, ids, 0)
+
+
 class LowRankUpdate(nn.Cell):
     """``scaling x A^T B^T`` for x [t, in], A [rank, in], B [out, rank]; ``scaling`` [] is not trained."""
 

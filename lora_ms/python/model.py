@@ -115,7 +115,9 @@ class AutoModelForCausalLM:
     def from_pretrained(
         path: str | os.PathLike, ms_dtype: ms.Type = ms.float32, *, hub: str = "hf", revision: str | None = None
     ) -> ModelForCausalLM:
-        """The model of a Hugging Face folder, with weights of ``ms_dtype`` (float32 or float16).
+        """The model of a Hugging Face folder, with weights of ``ms_dtype`` (float32, float16 or bfloat16).
+
+        On the CPU all arithmetic is float32, whatever the weights are.
 
         Args:
             path: the folder, or ``owner/name`` on a hub: its files are fetched into the hub's cache, and no code.

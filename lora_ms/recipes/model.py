@@ -33,14 +33,15 @@ SIZES = {
 
 
 def compute_dtype(config: RunConfig, runtime: Runtime) -> ms.Type:
-    """Type of weights and activations: the YAML's, else the device's default."""
-    default = default_dtype(runtime.device)
-    asked = config.model.sizes.compute_dtype or default
-    if asked == "bfloat16":
-        if runtime.is_main:
-            print(f"compute_dtype bfloat16 is not supported yet: computing in {default}")
-        asked = default
-    return {"float32": ms.float32, "float16": ms.float16}[asked]
+    """Type of weights: the YAML's, else the device's default.
+
+    Raises:
+        LoraMsError: bfloat16 without operators that read it.
+    """
+    asked = config.model.sizes.compute_dtype or default_dtype(runtime.device)
+    dtype = {"float32": ms.float32, "float16": ms.float16, "bfloat16": ms.bfloat16}[asked]
+    hub.check_dtype(dtype, runtime.operators)
+    return dtype
 
 
 def decoder_config(sizes: ModelSizes) -> DecoderConfig:

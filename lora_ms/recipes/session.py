@@ -35,6 +35,7 @@ def start(config: RunConfig) -> Runtime:
         cpu_operators=context.cpu_operators,
         plain_operators=context.low_memory,
         graph_cache=context.graph_cache,
+        bfloat16=config.model.sizes.compute_dtype == "bfloat16",
     )
     if runtime.is_main:
         for line in (*config.notices(), *notices, *layout_notices(config, runtime)):

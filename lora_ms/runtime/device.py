@@ -94,6 +94,7 @@ def setup(
     cpu_operators: bool = True,
     plain_operators: bool = False,
     graph_cache: bool = True,
+    bfloat16: bool = False,
 ) -> tuple[Runtime, list[str]]:
     """Prepares MindSpore, in static-graph mode; returns the runtime and notices for the user. May be repeated.
 
@@ -102,6 +103,7 @@ def setup(
     cpu_operators: on the CPU, compute with our C++ operators (``ops/csrc``), where they can be compiled.
     plain_operators: on Ascend, compute without its fused operators, which the 310B lacks in training.
     graph_cache: keep compiled graphs for the next start.
+    bfloat16: with our C++ operators, multiply with weights in bfloat16, where the processor can.
 
     Raises:
         LoraMsError: use_parallel without msrun's environment, or communication that does not come up.
@@ -124,9 +126,11 @@ def setup(
     if cpu_operators and device == "CPU":
         library, lines = _native_library(runtime.world)
         notices += lines
+        if bfloat16 and library and not native_build.rounds_to_bfloat16(library):
+            notices.append("compute_dtype bfloat16: this processor does not multiply it; the weights have it alone")
     notices += keep_graphs(runtime.rank, runtime.world, graph_cache)
     ms.set_seed(seed)
-    return replace(runtime, operators=select(device, plain_operators, library)), notices
+    return replace(runtime, operators=select(device, plain_operators, library, bfloat16)), notices
 
 
 def _fuse_kernels(device: Device) -> list[str]:

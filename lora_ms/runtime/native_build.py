@@ -73,6 +73,11 @@ def processor() -> bytes:
     return "\n".join(sorted({line for line in text.splitlines() if line.startswith(wanted)})).encode()
 
 
+def rounds_to_bfloat16(library: str) -> bool:
+    """Whether this processor has the instructions for products of bfloat16 numbers."""
+    return bool(ctypes.CDLL(library).rounds_to_bfloat16())
+
+
 def set_threads(library: Path, count: int) -> None:
     """The number of threads that the operators run on, at least 1."""
     ctypes.CDLL(str(library)).set_threads(count)

@@ -2,7 +2,9 @@
 
 import ctypes
 import math
+from functools import cache
 
+import mindspore as ms
 import numpy as np
 import pytest
 
@@ -21,7 +23,13 @@ def normal(*shape: int) -> np.ndarray:
 @pytest.fixture(scope="module", params=[4, 8, 16], ids=lambda lanes: f"{lanes} lanes")
 def call(request):
     """``call(name, inputs, shapes)``: the outputs of an operator; on three threads."""
-    library, why = native_build.build((f"-DLANES={request.param}",))
+    return compiled((f"-DLANES={request.param}",))[1]
+
+
+@cache
+def compiled(flags: tuple[str, ...]) -> tuple:
+    """The operators, compiled with more flags, and ``call``."""
+    library, why = native_build.build(flags)
     assert library is not None, why
     operators = ctypes.CDLL(str(library))
     operators.set_threads(3)
@@ -43,7 +51,7 @@ def call(request):
         assert getattr(operators, name)(*arguments) == 0
         return outputs
 
-    return run
+    return operators, run
 
 
 def close(found: np.ndarray, wanted: np.ndarray, atol: float = 1e-5) -> None:
@@ -88,6 +96,42 @@ def test_every_number_of_float16_is_widened_exactly(call):
             b = np.stack([some, np.ones_like(some)], 1)
             found = call("times_transposed", [np.array([[1, 0]] * rows, np.float32), b], [(rows, 2**12)])[0]
             np.testing.assert_array_equal(found, np.tile(some.astype(np.float32), (rows, 1)))
+
+
+BFLOAT16 = ms.dtype_to_nptype(ms.bfloat16)
+
+
+@pytest.mark.parametrize("m, n, k", SHAPES)
+def test_a_right_factor_in_bfloat16_is_widened_exactly(call, m, n, k):
+    a, b, c, d = normal(m, k), normal(n, k).astype(BFLOAT16), normal(m, 5), normal(n, 5)
+    for name, terms in (("times_transposed", [a, b, c, d]), ("times", [a, b.T, c, d.T])):
+        wide = [x.astype(np.float32) for x in terms]
+        np.testing.assert_array_equal(call(name, terms, [(m, n)])[0], call(name, wide, [(m, n)])[0])
+
+
+@pytest.mark.parametrize("flags", [(), ("-DLORA_MS_NO_AMX",)], ids=["tiles", "pairs"])
+@pytest.mark.parametrize("m, n, k", [*SHAPES, (33, 4200, 70), (9, 40, 4200), (8, 16, 31)])
+def test_products_of_rounded_factors(flags, m, n, k):
+    """Both factors of the first product are rounded, where the processor has the instructions; what is added is not."""
+    operators, run = compiled(flags)
+    rounds = bool(operators.rounds_to_bfloat16()) and m >= 8
+    a, b, c, d, start = normal(m, k), normal(n, k), normal(m, 5), normal(n, 5), normal(m, n)
+    x, w = ((y.astype(BFLOAT16) if rounds else y).astype(float) for y in (a, b))
+    wanted = x @ w.T + c.astype(float) @ d.T
+    close(run("times_transposed_bfloat16", [a, b, c, d], [(m, n)])[0], wanted, 2e-4)
+    close(run("times_transposed_bfloat16", [a, b, c, d, start], [(m, n)])[0], wanted + start, 2e-4)
+    close(run("times_bfloat16", [a, b.T, c, d.T], [(m, n)])[0], wanted, 2e-4)
+    half = b.astype(BFLOAT16)
+    wanted = x @ half.astype(float).T
+    close(run("times_transposed_bfloat16", [a, half], [(m, n)])[0], wanted, 2e-4)
+    close(run("times_bfloat16", [a, half.T], [(m, n)])[0], wanted, 2e-4)
+
+
+def test_rows_of_an_embedding(call):
+    ids = np.array([3, 0, 3, 6], np.int32)
+    for dtype in (np.float32, np.float16, BFLOAT16):
+        weight = normal(7, 37).astype(dtype)
+        np.testing.assert_array_equal(call("embedding", [ids, weight], [(4, 37)])[0], weight[ids].astype(np.float32))
 
 
 @pytest.mark.parametrize("n", (5, 67, 512))
@@ -159,7 +203,7 @@ def test_an_adapted_product_with_dropout(call, tokens, width, out, rank):
     d_low = 1.5 * grad.astype(float) @ b
     for one, other in zip(found, (d_low, d_low.T @ (x * kept), grad.T @ wanted), strict=True):
         close(one, other, 5e-4)
-    d_x = call("adapted_product_input_gradient", [grad, w, found[0], a, *more], [x.shape])[0]
+    d_x = call("dropped_input_gradient", [grad, w, found[0], a, *more], [x.shape])[0]
     close(d_x, grad.astype(float) @ w + (d_low @ a) * kept, 5e-4)
 
 

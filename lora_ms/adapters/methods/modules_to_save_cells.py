@@ -60,13 +60,14 @@ class TrainedEmbedding(AdapterCell):
     def __init__(self, layer: Embedding):
         super().__init__()
         self.base_dtype: ms.Type = layer.weight.dtype
-        self.base = Embedding(trained_copy(layer.weight, "weight"))
+        self.base = Embedding(trained_copy(layer.weight, "weight"), layer.operators)
 
     def tensors(self) -> dict[str, Parameter]:
         return {"weight": self.base.weight}
 
     def merge(self) -> Embedding:
-        return Embedding(Parameter(Tensor(self.base.weight.asnumpy(), self.base_dtype), name="weight"))
+        weight = Parameter(Tensor(self.base.weight.asnumpy(), self.base_dtype), name="weight")
+        return Embedding(weight, self.base.operators)
 
     def construct(self, input_ids: Tensor) -> Tensor:
         return self.base(input_ids).astype(self.base_dtype)

@@ -1,11 +1,12 @@
 // The operators as MindSpore's custom operators of kind "aot" call them: addresses, ranks, shapes and types of the
 // inputs, then of the outputs. All is float32 but indices, which are int32, and weights W and right factors of
-// products, which may be float16. What each computes stands beside its function in rows.h, product.h and attention.h.
+// products, which may be float16 or bfloat16. What each computes stands beside its function in rows.h, product.h and attention.h.
 
 #include <memory>
 #include <optional>
 
 #include "attention.h"
+#include "bfloat16.h"
 #include "dropout.h"
 
 using namespace lora_ms;
@@ -24,8 +25,8 @@ struct Tensor {
     float number() const { return *floats(); }  // of a scalar
     long size(int axis) const { return shape[axis]; }
     Matrix matrix() const {
-        const bool half = std::strcmp(type, "float16") == 0;
-        return {half ? nullptr : floats(), size(1), 1, half ? static_cast<const Float16 *>(data) : nullptr};
+        const bool half = std::strcmp(type, "float16") == 0, brain = std::strcmp(type, "bfloat16") == 0;
+        return {data, size(1), 1, half ? Type::FLOAT16 : brain ? Type::BFLOAT16 : Type::FLOAT32};
     }
     long numbers() const {
         long n = 1;
@@ -69,9 +70,10 @@ class Arguments {
 };
 
 enum Kind { TIMES_TRANSPOSED, TIMES, TRANSPOSED_TIMES };
+typedef void (*Multiply)(const std::vector<Term> &, long, long, const float *, long, float *);
 
 // Inputs a1, b1, a2, b2, … and, where their number is odd, what the products are added to: [m, n], or [n], to each row.
-int products(Kind kind, Arguments arguments) {
+int products(Kind kind, Arguments arguments, Multiply multiply = product) {
     std::vector<Term> terms;
     while (arguments.inputs_left(1) >= 2) {
         const Tensor left = arguments.next(), right = arguments.next();
@@ -87,7 +89,7 @@ int products(Kind kind, Arguments arguments) {
         start_of_each_row = given.ndim == 2;
     }
     const Tensor c = arguments.next();
-    product(terms, c.size(0), c.size(1), start, start_of_each_row ? c.size(1) : 0, c.floats());
+    multiply(terms, c.size(0), c.size(1), start, start_of_each_row ? c.size(1) : 0, c.floats());
     return 0;
 }
 
@@ -104,7 +106,7 @@ typedef std::unique_ptr<float[]> Numbers;
 Matrix dropped(const std::optional<Dropout> &dropout, Matrix x, long tokens, long n, Numbers &memory) {
     if (!dropout) return x;
     memory.reset(new float[tokens * n]);
-    (*dropout)(x.data, tokens, n, memory.get());
+    (*dropout)(x.floats(), tokens, n, memory.get());
     return {memory.get(), n, 1};
 }
 
@@ -128,11 +130,18 @@ Attention attention_of(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Ten
 
 extern "C" void set_threads(int count) { Threads::shared().set_count(count); }
 
+// Whether the operators named …_bfloat16 round to bfloat16; without the instructions for it they are as the others.
+extern "C" int rounds_to_bfloat16() { return ROUNDS_TO_BFLOAT16; }
+
 // a b^T + …: a [m, k], b [n, k]
 OPERATOR(times_transposed) { return products(TIMES_TRANSPOSED, ARGUMENTS); }
 
 // a b + …: a [m, k], b [k, n]
 OPERATOR(times) { return products(TIMES, ARGUMENTS); }
+
+// The same with a and b rounded to bfloat16, but not what is added to their product.
+OPERATOR(times_transposed_bfloat16) { return products(TIMES_TRANSPOSED, ARGUMENTS, product_bfloat16); }
+OPERATOR(times_bfloat16) { return products(TIMES, ARGUMENTS, product_bfloat16); }
 
 // a^T b + …: a [k, m], b [k, n]
 OPERATOR(transposed_times) { return products(TRANSPOSED_TIMES, ARGUMENTS); }
@@ -169,8 +178,7 @@ OPERATOR(adapted_product_gradient) {
 }
 
 // d_y, W, d_low, A, rows, columns, [rate, 1 / (1 - rate)] -> d_x = d_y W + dropout(d_low A)
-OPERATOR(adapted_product_input_gradient) {
-    Arguments arguments = ARGUMENTS;
+int adapted_product_input_gradient(Arguments arguments, Multiply multiply) {
     const Tensor d_y = arguments.next(), weight = arguments.next(), d_low = arguments.next(), a = arguments.next();
     const Dropout dropout = arguments.dropout();
     const Tensor d_x = arguments.next();
@@ -178,7 +186,24 @@ OPERATOR(adapted_product_input_gradient) {
     const Numbers update(new float[tokens * in]);
     product({{d_low.matrix(), a.matrix(), rank}}, tokens, in, nullptr, 0, update.get());
     dropout(update.get(), tokens, in, update.get());
-    product({{d_y.matrix(), weight.matrix(), out}}, tokens, in, update.get(), in, d_x.floats());
+    multiply({{d_y.matrix(), weight.matrix(), out}}, tokens, in, update.get(), in, d_x.floats());
+    return 0;
+}
+OPERATOR(dropped_input_gradient) { return adapted_product_input_gradient(ARGUMENTS, product); }
+OPERATOR(dropped_input_gradient_bfloat16) { return adapted_product_input_gradient(ARGUMENTS, product_bfloat16); }
+
+// ids [t] int32, weight [v, h] of any type -> its rows in float32 [t, h]
+OPERATOR(embedding) {
+    Arguments arguments = ARGUMENTS;
+    const Tensor ids = arguments.next(), weight = arguments.next(), rows = arguments.next();
+    const long hidden = weight.size(1);
+    for (long i = 0; i < ids.size(0); i++)
+        if (ids.ints()[i] < 0 || ids.ints()[i] >= weight.size(0)) return 1;  // MindSpore stops with the operator's name
+    for (long i = 0; i < ids.size(0); i++)
+        with_numbers(weight.matrix().from(ids.ints()[i], 0), [&](auto from) {
+            float *to = rows.floats() + i * hidden;
+            for (long j = 0; j < hidden; j += LANES) store_up_to(to + j, load_up_to(from + j, hidden - j), hidden - j);
+        });
     return 0;
 }
 

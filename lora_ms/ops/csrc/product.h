@@ -1,4 +1,5 @@
-// Matrix products C = D + A1 B1 + A2 B2 + … in float32; a B may be float16, whose numbers are widened as they are used.
+// Matrix products C = D + A1 B1 + A2 B2 + … in float32; a B may be of any type, whose numbers are widened as they are
+// used.
 //
 // Columns of B are packed into panels of 2 * LANES, once for all threads; a tile of ROWS x 2 LANES of C is held in
 // registers while it goes through some 512 rows of a panel (Goto and van de Geijn, 2008). A is read where it lies.
@@ -9,8 +10,8 @@
 #include <algorithm>
 #include <vector>
 
+#include "matrix.h"
 #include "threads.h"
-#include "vector.h"
 
 namespace lora_ms {
 
@@ -24,18 +25,6 @@ constexpr long SHARED = 1024;     // columns of B that are packed at a time for 
 constexpr long PACKED = 1 << 20;  // and about how many numbers: they come from the third-level cache
 constexpr long AHEAD = 8;         // rows: what is fetched now is wanted then; a panel's come from far, and a tile that
                                   // waits for them reaches four fifths of the speed
-
-// Element (i, j) is at data[i * row + j * column].
-struct Matrix {
-    const float *data;
-    long row, column;
-    const Float16 *half = nullptr;  // in place of data
-    Matrix transposed() const { return {data, column, row, half}; }
-    Matrix from(long i, long j) const {
-        const long place = i * row + j * column;
-        return half ? Matrix{nullptr, row, column, half + place} : Matrix{data + place, row, column};
-    }
-};
 
 // A [m, depth] times B [depth, n].
 struct Term {
@@ -58,13 +47,14 @@ template <class Number>
 void fetch(const Number *from, long count) {
     for (long i = 0; i < count; i += 64 / sizeof(Number)) __builtin_prefetch(from + i);
 }
+inline void fetch(Nf4 from, long count) { fetch(from.codes + from.place / 2, count / 2); }
 
 // Rows [0, depth) and columns [0, width) of a B whose rows lie whole, as panels; columns beyond it are zero.
-template <class Number>
-void pack_rows(const Number *from, long row, long depth, long width, float *to) {
+template <class Numbers>
+void pack_rows(Numbers from, long row, long depth, long width, float *to) {
     const long whole = width / COLUMNS * COLUMNS;
     if (whole < width) std::fill_n(to + whole * depth, COLUMNS * depth, 0.0f);
-    for (long p = 0; p < depth; p++, from += row, to += COLUMNS) {
+    for (long p = 0; p < depth; p++, from = from + row, to += COLUMNS) {
         fetch(from + AHEAD * row, width);
         for (long j = 0; j < whole; j += COLUMNS)
             for (long i = 0; i < COLUMNS; i += LANES) store(to + j * depth + i, load(from + j + i));
@@ -86,8 +76,9 @@ inline void pack_columns(const float *from, long column, long depth, long column
         for (long i = 0; i < COLUMNS; i++) to[p * COLUMNS + i] = i < columns ? from[p + i * column] : 0.0f;
 }
 
-// Of float16: a small square after another is widened first.
-inline void pack_columns(const Float16 *from, long column, long depth, long columns, float *to) {
+// Of another type: a small square after another is widened first.
+template <class Numbers>
+void pack_columns(Numbers from, long column, long depth, long columns, float *to) {
     constexpr long SOME = 64;
     float square[COLUMNS * SOME];
     for (long p = 0; p < depth; p += SOME) {
@@ -95,20 +86,17 @@ inline void pack_columns(const Float16 *from, long column, long depth, long colu
         for (long i = 0; i < columns; i++)
             for (long n = 0; n < rows; n += LANES)
                 store(square + i * SOME + n, load_up_to(from + p + i * column + n, rows - n));
-        pack_columns(square, SOME, rows, columns, to + p * COLUMNS);
+        pack_columns(static_cast<const float *>(square), SOME, rows, columns, to + p * COLUMNS);
     }
 }
 
-template <class Number>
-void pack_numbers(const Number *from, Matrix b, long depth, long width, float *to) {
-    if (b.column == 1) return pack_rows(from, b.row, depth, width, to);
-    for (long j = 0; j < width; j += COLUMNS)
-        pack_columns(from + j * b.column, b.column, depth, std::min<long>(COLUMNS, width - j), to + j * depth);
-}
-
 // Rows [0, depth) and columns [0, width) of B, of which one or the other lie whole, as panels.
-inline void pack(Matrix b, long depth, long width, float *to) {
-    b.half ? pack_numbers(b.half, b, depth, width, to) : pack_numbers(b.data, b, depth, width, to);
+inline void pack(const Matrix &b, long depth, long width, float *to) {
+    with_numbers(b, [&](auto from) {
+        if (b.column == 1) return pack_rows(from, b.row, depth, width, to);
+        for (long j = 0; j < width; j += COLUMNS)
+            pack_columns(from + j * b.column, b.column, depth, std::min<long>(COLUMNS, width - j), to + j * depth);
+    });
 }
 
 // [M, width] of C from what `start` has (nothing: 0) and the pieces.
@@ -120,7 +108,7 @@ void tile(const Piece *pieces, int count, long i, long j, const float *start, lo
     for (int r = 0; r < M; r++) sums[r][0] = sums[r][1] = Vec{};
     for (int n = 0; n < count; n++) {
         const long row = pieces[n].a.row, column = pieces[n].a.column, depth = pieces[n].depth;
-        const float *a = pieces[n].a.data + i * row, *b = pieces[n].panel(j);
+        const float *a = pieces[n].a.floats() + i * row, *b = pieces[n].panel(j);
         for (long p = 0; p < depth; p++, a += column, b += COLUMNS) {
             const Vec left = load(b), right = load(b + LANES);
             fetch(b + AHEAD * COLUMNS, COLUMNS);
@@ -244,8 +232,8 @@ inline void multiply_columns(const std::vector<Term> &terms, long m, long j, lon
 }
 
 // Adds to out[j], for j in [0, N), the sum of a[i] * b[j * row + i] for i in [0, depth): in one order, whatever N is.
-template <int N, class Number>
-void add_dots(const float *a, const Number *b, long row, long depth, float *out) {
+template <int N, class Numbers>
+void add_dots(const float *a, Numbers b, long row, long depth, float *out) {
     Vec sums[N][2] = {};
     long p = 0;
     for (; p + 2 * LANES <= depth; p += 2 * LANES) {
@@ -282,16 +270,15 @@ inline void multiply_few_rows(const std::vector<Term> &terms, long m, long n, co
                 float *to = c + i * n + j;
                 for (long q = 0; q < columns; q++) to[q] = start ? start[i * start_row + j + q] : 0.0f;
                 for (const Term &term : terms) {
-                    const float *a = term.a.from(i, 0).data;
+                    const float *a = term.a.from(i, 0).floats();
                     const Matrix b = term.b.from(0, j);
-                    const auto add = [&](const auto *weights) {
+                    with_numbers(b, [&](auto weights) {
                         if (columns == 4) {
                             add_dots<4>(a, weights, b.column, term.depth, to);
                         } else {
                             add_dots<1>(a, weights, b.column, term.depth, to);
                         }
-                    };
-                    b.half ? add(b.half) : add(b.data);
+                    });
                 }
             }
             j += columns;
@@ -302,7 +289,7 @@ inline void multiply_few_rows(const std::vector<Term> &terms, long m, long n, co
 // C [m, n] = start (nothing: 0) + the terms; rows of start are start_row apart, so that 0 adds one row to all.
 inline void product(const std::vector<Term> &terms, long m, long n, const float *start, long start_row, float *c) {
     bool narrow = !start && n <= 2 * COLUMNS && n < m;
-    for (const Term &term : terms) narrow = narrow && term.a.column != 1 && !term.b.half;
+    for (const Term &term : terms) narrow = narrow && term.a.column != 1 && term.b.type == Type::FLOAT32;
     if (narrow) {  // C^T = B^T A: rows of a transposed A are read whole where it is the right factor
         std::vector<Term> swapped;
         for (const Term &term : terms) swapped.push_back({term.b.transposed(), term.a.transposed(), term.depth});

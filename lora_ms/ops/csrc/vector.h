@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__F16C__)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
@@ -24,6 +24,7 @@ typedef float Vec __attribute__((vector_size(4 * LANES)));
 typedef float Unaligned __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef uint16_t Float16;  // the bits of a float16
+enum class BFloat16 : uint16_t {};  // the upper half of a float32
 
 inline Vec as_vec(Ints bits) { return reinterpret_cast<Vec>(bits); }
 inline Ints as_ints(Vec x) { return reinterpret_cast<Ints>(x); }
@@ -45,6 +46,13 @@ inline Vec load(const Float16 *from) {
     const Vec other = as_vec(size + (112 << 23) + ((size >= (31 << 23)) & (112 << 23)));  // infinity stays infinity
     return as_vec(as_ints(size < (1 << 23) ? tiny : other) | (all & 0x8000) << 16);
 #endif
+}
+
+inline Vec load(const BFloat16 *from) {
+    typedef uint16_t Words __attribute__((vector_size(2 * LANES)));
+    Words words;
+    std::memcpy(&words, from, sizeof words);
+    return as_vec(__builtin_convertvector(words, Ints) << 16);
 }
 
 inline void store(float *to, Vec x) { *reinterpret_cast<Unaligned *>(to) = x; }
@@ -70,15 +78,16 @@ inline Vec load_some(const float *from, long count, float rest = 0.0f) {
     return x;
 }
 
-inline Vec load_some(const Float16 *from, long count) {
-    Float16 some[LANES] = {};
-    std::memcpy(some, from, sizeof(Float16) * count);
+template <class Number>
+Vec load_some(const Number *from, long count) {  // of two bytes
+    Number some[LANES] = {};
+    std::memcpy(some, from, sizeof(Number) * count);
     return load(some);
 }
 
 // The first `count` numbers at `from`, and 0, or LANES of them; and the same to write.
-template <class Number>
-Vec load_up_to(const Number *from, long count) {
+template <class Numbers>
+Vec load_up_to(Numbers from, long count) {
     return count >= LANES ? load(from) : load_some(from, count);
 }
 inline void store_up_to(float *to, Vec x, long count) {
