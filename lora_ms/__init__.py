@@ -2,6 +2,8 @@
 
 from importlib import import_module
 
+__version__ = "0.1.0"  # the one place that says so
+
 # public name -> the module that has it; besides these, the settings of each method, such as LoraConfig
 MODULES = {
     "AutoModelForCausalLM": "lora_ms.python.model",

@@ -58,6 +58,17 @@ def tokenizer_config(path: Path) -> dict[str, Any]:
     return check(TokenizerJson, read_json(member(path, TOKENIZER_CONFIG), CONFIG_SIZE), path / TOKENIZER_CONFIG)
 
 
+def base_name(path: Path) -> str:
+    """What an adapter names as its model: ``owner/name`` of a folder in the cache of Hugging Face's hub, else the path.
+
+    There a model lies in ``models--OWNER--NAME/snapshots/COMMIT``.
+    """
+    parts = path.absolute().parts
+    if len(parts) > 3 and parts[-2] == "snapshots" and parts[-3].startswith("models--"):
+        return parts[-3].removeprefix("models--").replace("--", "/", 1)
+    return str(path)
+
+
 def open_model(path: Path, hf: Mapping[str, Any]) -> ModelFolder:
     """The weights of folder ``path``, whose config.json is ``hf``.
 

@@ -43,6 +43,22 @@ def _in_hub(target: Path) -> bool:
     return target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
 
 
+PICKLES = (".bin", ".pt", ".pth")  # how PyTorch's files are called; others have MindSpore's .ckpt
+
+
+def refuse_pickle(file: Path) -> None:
+    """Raises LoraMsError for a file of PyTorch's, by its name or its beginning: reading it could run code in it."""
+    start = b""
+    if file.is_file():
+        with opened(file) as stream:
+            start = stream.read(4)
+    if file.suffix in PICKLES or start[:1] == b"\x80" or start == b"PK\x03\x04":
+        raise LoraMsError(
+            f"{file}: a file of PyTorch's, which can hold code, and is not read: save the model as safetensors "
+            "(transformers: model.save_pretrained(DIR))"
+        )
+
+
 @contextmanager
 def opened(file: Path) -> Iterator[BinaryIO]:
     """A regular file, open for reading.

@@ -13,7 +13,7 @@ from numpy.typing import DTypeLike
 
 from lora_ms.errors import LoraMsError
 from lora_ms.folder_schema import IndexJson, check
-from lora_ms.reading import member, opened, parse_json, read_json, readable
+from lora_ms.reading import PICKLES, member, opened, parse_json, read_json, readable, refuse_pickle
 from lora_ms.saving import new_file
 
 # safetensors names its types so; bfloat16, which NumPy lacks, is read as 16-bit words
@@ -152,6 +152,9 @@ def open_dir(path: Path) -> dict[str, Entry]:
         files = [single]  # the index is of shards that are gone
         weight_map = {}
     if not files:
+        for other in sorted(path.glob("*.*")) if path.is_dir() else ():
+            if other.suffix in PICKLES and other.stem != "training_args":
+                refuse_pickle(other)
         raise LoraMsError(f"{path}: holds no {single} and no {INDEX}")
     entries: dict[str, Entry] = {}
     for file in files:

@@ -1,14 +1,32 @@
 #!/usr/bin/env bash
-# From a fresh machine to a fine-tuned model: makes the environment .venv, then runs examples/quickstart.py.
+# From a fresh machine to a fine-tuned model: makes the environment .venv, then runs examples/quickstart.py, or with
+# --model smollm2 examples/quickstart_smollm2.py.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 VENV=${LORA_MS_VENV:-$ROOT/.venv}
+model=tiny
+arguments=()
+while [ $# -gt 0 ]; do
+    case $1 in
+        --model) model=${2:-}; shift $(($# > 1 ? 2 : 1)) ;;
+        --model=*) model=${1#--model=}; shift ;;
+        *) arguments+=("$1"); shift ;;
+    esac
+done
+case $model in
+    tiny) example=quickstart.py what="the bundled tiny model" ;;
+    smollm2) example=quickstart_smollm2.py what="SmolLM2-135M (93 MB to download, some 3 minutes)" ;;
+    *) die "--model $model is none of tiny, smollm2" ;;
+esac
 
 echo "lora_ms quick start"
 echo "  1. a Python environment with MindSpore (first time only)"
-echo "  2. a fine-tune of the bundled tiny model: answers before and after, the adapter, a plot of the loss"
+echo "  2. a fine-tune of $what: answers before and after, the adapter, a plot of the loss"
 make_environment "$VENV" "about 1 GB to download, 3 GB on disk" "$ROOT/requirements/tested.txt" -- \
     --constraint requirements/tested.txt --editable .
 export PATH="$VENV/bin:$PATH"
-exec "$VENV/bin/python" "$ROOT/examples/quickstart.py" "$@"
+if [ "$model" = smollm2 ] && ! "$VENV/bin/python" -c "import gguf" 2>/dev/null; then
+    "$VENV/bin/python" -m pip install --quiet --constraint "$ROOT/requirements/tested.txt" gguf
+fi
+exec "$VENV/bin/python" "$ROOT/examples/$example" "${arguments[@]}"

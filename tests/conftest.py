@@ -12,6 +12,7 @@ import pytest
 
 os.environ.setdefault("GLOG_v", "3")  # MindSpore's log: errors only
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # transformers without torch is what we want
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests that need a hub have a stand-in of their own
 os.environ.setdefault("LORA_MS_GRAPH_CACHE", "False")  # a folder of graphs that tests share is scripts/test.sh's choice
 
 ROOT = Path(__file__).parent.parent

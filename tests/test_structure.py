@@ -16,6 +16,7 @@ PACKAGE = ROOT / "lora_ms"
 DIRECTIONS = {
     "__init__": ("adapters python train.callbacks errors", ""),
     "errors": ("", ""),
+    "bundled": ("", ""),
     "text": ("", ""),
     "reading": ("errors", ""),
     "limits": ("errors", ""),
@@ -28,7 +29,7 @@ DIRECTIONS = {
     "nn": ("nn ops quant", "mindspore numpy"),
     "runtime": ("runtime nn.graph nn.parallel ops saving errors", "mindspore numpy google.protobuf"),
     "values": ("", "pydantic"),
-    "config": ("config adapters.methods quant saving values reading errors", "yaml pydantic"),
+    "config": ("config adapters.methods quant bundled saving values reading errors", "yaml pydantic"),
     "data": (
         "data runtime.host hf_folder saving storage reading limits errors text",
         "numpy transformers mindspore.dataset mindspore.mindrecord datasets pyarrow",
@@ -47,21 +48,22 @@ DIRECTIONS = {
         "bridge adapters models nn ops hf_folder saving storage reading errors text",
         "mindspore numpy yaml mindformers mindpet",
     ),
+    "gguf": ("gguf storage limits reading errors", "numpy gguf tokenizers transformers"),
     "recipes": (
-        "recipes config bridge adapters models quant train infer data nn ops runtime hf_folder saving storage reading "
-        "errors text",
-        "mindspore numpy transformers",
+        "recipes config gguf bridge adapters models quant train infer data nn ops runtime hf_folder folder_schema "
+        "saving storage reading limits errors text",
+        "mindspore numpy transformers huggingface_hub modelscope_hub",
     ),
     "commands": (
         "commands recipes config adapters models quant train infer data runtime hf_folder saving storage errors text "
         "bridge",
-        "numpy",
+        "numpy transformers",
     ),
     "python": (
         "python recipes adapters models quant train infer data nn runtime hf_folder saving storage errors",
         "mindspore numpy transformers",
     ),
-    "cli": ("cli commands recipes config errors text", ""),
+    "cli": ("cli commands recipes config bundled errors text __version__", ""),
 }
 # What a room may import inside functions only: `data` and --help answer without MindSpore.
 LAZY_ONLY = {

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from lora_ms import saving, storage
 from lora_ms.bridge.layout import Order
 from lora_ms.errors import LoraMsError
-from lora_ms.reading import readable
+from lora_ms.reading import readable, refuse_pickle
 from lora_ms.storage import Planned
 
 NAME_MAP = "param_name_map.json"  # MindSpore's index of a folder of safetensors files
@@ -59,6 +59,7 @@ def read_file(path: Path) -> dict[str, Stored]:
         return {name: of_entry(entry) for name, entry in storage.read_header(path).items()}
     if not path.is_file():
         raise LoraMsError(f"{path}: no such file; give a .ckpt or .safetensors file, or a folder")
+    refuse_pickle(path)
     with readable(path, "a checkpoint"):
         loaded = ms.load_checkpoint(str(path))
     return {name: _of_tensor(value) for name, value in loaded.items() if value.dtype in IN_MEMORY}

@@ -34,6 +34,13 @@ def flag_path(text: str) -> str:
     return text
 
 
+def flag_targets(text: str) -> str | list[str]:
+    """Modules: a list of names between commas, else all-linear or a regular expression."""
+    names = text.split(",")
+    plain = all(name.replace("_", "").replace(".", "").isalnum() for name in names)
+    return names if plain and (len(names) > 1 or "_" in text) else text
+
+
 def flag_bool_or_name(text: str) -> bool | str:
     """True or False in any case, else a checkpoint's name."""
     return text.lower() == "true" if text.lower() in ("true", "false") else text
@@ -48,16 +55,25 @@ def flag_fill(text: str) -> tuple[str, str]:
 
 
 SIZES = "model.model_config"
+PET = f"{SIZES}.pet_config"
 DATA = "data_loader.dataset_dir"
 
 # group -> (flag, key of the configuration, type, placeholder, help); a flag that is not given keeps the YAML's value
 FLAGS: dict[str, list[tuple[str, str, Any, str, str]]] = {
     "what to train on": [
-        ("load_checkpoint", "load_checkpoint", str, "PATH", "Hugging Face folder, or .ckpt, .safetensors"),
+        (
+            "load_checkpoint",
+            "load_checkpoint",
+            str,
+            "PATH",
+            "Hugging Face folder, owner/name, or .ckpt, .safetensors",
+        ),
         ("load_adapter", "load_adapter", str, "DIR", "adapter folder to continue from, or to use"),
         ("quantize", f"{SIZES}.quantization_config", str, "NAME", "the model's weights in four bits: nf4, nf4-double"),
-        ("train_dataset_dir", f"train_dataset.{DATA}", str, "PATH", "training rows: file, folder or glob"),
-        ("eval_dataset_dir", f"eval_dataset.{DATA}", str, "PATH", "evaluation rows: file, folder or glob"),
+        ("train_dataset_dir", f"train_dataset.{DATA}", str, "PATH", "training rows: file, folder, glob or owner/name"),
+        ("eval_dataset_dir", f"eval_dataset.{DATA}", str, "PATH", "evaluation rows: file, folder, glob or owner/name"),
+        ("hub", "hub", str, "NAME", "hf or modelscope: where a model or data given as owner/name come from"),
+        ("revision", "revision", str, "NAME", "branch, tag or commit of such a model"),
         ("num_samples", "train_dataset.num_samples", flag_int, "N", "train on the first N rows only"),
         (
             "chat_template",
@@ -80,6 +96,16 @@ FLAGS: dict[str, list[tuple[str, str, Any, str, str]]] = {
             "micro-batches per optimiser step",
         ),
         ("learning_rate", "lr_schedule.learning_rate", flag_float, "X", "highest learning rate"),
+        ("lora_rank", f"{PET}.lora_rank", flag_int, "N", "rank of the adapter (16)"),
+        ("lora_alpha", f"{PET}.lora_alpha", flag_float, "X", "its output is scaled by alpha / rank (16)"),
+        ("lora_dropout", f"{PET}.lora_dropout", flag_float, "X", "dropout on its input (0.05)"),
+        (
+            "target_modules",
+            f"{PET}.target_modules",
+            flag_targets,
+            "NAMES",
+            "q_proj,v_proj or all-linear or a regular expression",
+        ),
         ("seq_length", f"{SIZES}.seq_length", flag_int, "N", "longest row, in tokens"),
         (
             "resume_training",
@@ -136,8 +162,17 @@ IDLE_FLAGS: list[tuple[str, str, Any, str | None]] = [
     ("register_path", "register_path", str, None),
     ("trust_remote_code", "trust_remote_code", flag_bool, None),
 ]
+# other names that people type -> the flag
+ALIASES = {
+    "model_name_or_path": "load_checkpoint",
+    "adapter_name_or_path": "load_adapter",
+    "num_train_epochs": "epochs",
+    "per_device_train_batch_size": "batch_size",
+    "max_seq_length": "seq_length",
+    "lora_r": "lora_rank",
+}
 FLAG_KEYS = {row[0]: row[1] for rows in FLAGS.values() for row in rows} | {row[0]: row[1] for row in IDLE_FLAGS}
-OTHER_FLAGS = ("config", "preset", "fill", "options", "predict_data", "system", "debug")
+OTHER_FLAGS = ("config", "preset", "fill", "options", "predict_data", "system", "dry_run", "debug")
 # command -> those of its flags that are no keys of the configuration: arguments of its `run`
 COMMAND_FLAGS = {
     "predict": ("predict_data", "system"),
@@ -155,9 +190,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         group = groups[title] = parser.add_argument_group(title)
         for flag, _, kind, placeholder, text in rows:
             group.add_argument(f"--{flag}", type=kind, metavar=placeholder, help=text)
+            for alias in (name for name, meant in ALIASES.items() if meant == flag):
+                group.add_argument(f"--{alias}", type=kind, metavar=placeholder, help=argparse.SUPPRESS)
     for flag, _, kind, count in IDLE_FLAGS:
         groups["MindFormers compatibility"].add_argument(f"--{flag}", type=kind, nargs=count, help=argparse.SUPPRESS)
     parser.epilog = (
+        f"Other names: {', '.join(f'--{alias} for --{flag}' for alias, flag in ALIASES.items())}. "
         f"MindFormers' other flags are accepted and have no effect: {' '.join(row[0] for row in IDLE_FLAGS)}."
     )
 
@@ -165,6 +203,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     groups["what to train on"].add_argument(
         "--fill", type=flag_fill, action="append", default=[], metavar="NAME=TEXT", help=text
     )
+    text = "train nothing: check settings, data, memory and disk of a run of N processes (1)"
+    groups["training"].add_argument("--dry_run", type=flag_int, nargs="?", const=1, metavar="N", help=text)
     groups["training"].add_argument("--preset", metavar="NAME", help="small_dataset or large_dataset")
     groups["generation"].add_argument("--predict_data", nargs="+", metavar="TEXT", help="prompts")
     text = "system message before the conversation (predict, chat)"

@@ -14,9 +14,9 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
-from pathlib import Path
+from typing import Any
 
-from lora_ms.cli.flags import COMMAND_FLAGS, FLAG_KEYS, OTHER_FLAGS, add_command_flags, add_flags
+from lora_ms.cli.flags import ALIASES, COMMAND_FLAGS, FLAG_KEYS, OTHER_FLAGS, add_command_flags, add_flags
 from lora_ms.cli.parser import TOOLS, Help, Parser, Version, add_tools
 from lora_ms.errors import LoraMsError, lost_connection, out_of_memory
 from lora_ms.text import Escaping, shortened
@@ -38,15 +38,30 @@ MODULES = {
     "adapters combine": "lora_ms.commands.combine",
     "convert-adapter": "lora_ms.commands.convert_adapter",
     "convert": "lora_ms.commands.convert",
+    "download": "lora_ms.commands.download",
+    "export gguf": "lora_ms.commands.export",
 }
+DRY_RUN = "lora_ms.commands.dry_run"  # of finetune
 COMMANDS = {
     "finetune": "train an adapter (or, with pet_config: null, the whole model)",
     "predict": "answer the prompts of --predict_data",
     "chat": "chat with a model and its adapter",
     "eval": "score a model on eval_dataset, and its answers to a file of questions",
     "estimate": "estimate how much memory a run takes, and where it fits",
-    "preview": "show rows as the model sees them, labels in colour",
+    "preview": "show rows as the model sees them, labels in colour; without a model, as read",
     "preprocess": "tokenise rows once, into MindRecord files; with --report only describe them",
+}
+# words that people try, and what there is
+MEANT = {
+    "train": "lora-ms finetune trains",
+    "sft": "lora-ms finetune trains",
+    "generate": "lora-ms predict answers, and lora-ms chat asks for more",
+    "infer": "lora-ms predict answers, and lora-ms chat asks for more",
+    "evaluate": "lora-ms eval scores a model",
+    "serve": "there is no server; lora-ms merge writes a folder for vLLM, lora-ms export gguf files for Ollama",
+    "api": "there is no server; lora-ms merge writes a folder for vLLM, lora-ms export gguf files for Ollama",
+    "webui": "there is no web page; lora-ms chat talks in the terminal",
+    "quantize": "lora-ms export gguf writes what llama.cpp quantises",
 }
 TRAINING = ("finetune", "train")  # run modes that mean the same
 RUN_MODES = {
@@ -110,6 +125,9 @@ def _said_of(fault: BaseException) -> str:
 
 def _lora_ms(argv: list[str]) -> int:
     known, free_form = split_free_form(argv)
+    if not known or known in (["adapters"], ["export"]):
+        known.append("--help")
+    _check_command(known[0])
     parser = Parser(
         prog="lora-ms", description="Fine-tune Llama and Qwen models with LoRA on MindSpore.", allow_abbrev=False
     )
@@ -132,7 +150,8 @@ def _lora_ms(argv: list[str]) -> int:
     args = _parse(parser, known, free_form)
     if args.tool is not None:
         return _run_tool(args)
-    if args.config is None and args.load_checkpoint is None:
+    without_model = args.command == "preview" and args.load_adapter is None  # rows as they were read
+    if args.config is None and args.load_checkpoint is None and not without_model:
         args.load_checkpoint = _base_of(args.load_adapter)
     allowed = RUN_MODES[args.command]
     if args.run_mode is None:
@@ -140,6 +159,16 @@ def _lora_ms(argv: list[str]) -> int:
     elif args.run_mode not in allowed:
         raise LoraMsError(f"--run_mode {args.run_mode} contradicts the command {args.command}: leave the flag out")
     return _run_command(args.command, args, free_form)
+
+
+def _check_command(word: str) -> None:
+    """Raises LoraMsError where ``word`` is no command, naming the one that was probably meant."""
+    known = {*COMMANDS, *(name.partition(" ")[0] for name in TOOLS)}
+    if word.startswith("-") or word in known:
+        return
+    near = difflib.get_close_matches(word, [*known, *MEANT], 1)
+    hint = MEANT.get(near[0], f"did you mean {near[0]}?") if near else "lora-ms --help lists them"
+    raise LoraMsError(f"there is no command {word!r}: {hint}")
 
 
 def _run_mindformer(argv: list[str]) -> int:
@@ -161,6 +190,7 @@ def _run_mindformer(argv: list[str]) -> int:
 def _run_tool(args: argparse.Namespace) -> int:
     _quiet_libraries()
     given = {flag.argument: getattr(args, flag.argument) for flag in TOOLS[args.tool].flags}
+    _fetch_named(given)
     faults = import_module(MODULES[args.tool]).run(**given)
     return 2 if faults else 0
 
@@ -182,21 +212,39 @@ def _run_command(command: str | None, args: argparse.Namespace, free_form: list[
     command = command or {"train": "finetune"}.get(config.run_mode, config.run_mode)
     if command == "predict" and not args.predict_data:
         raise LoraMsError('nothing to predict: give --predict_data "a prompt" "another"')
+    if args.dry_run is not None and command != "finetune":
+        raise LoraMsError(f"--dry_run checks a finetune, not {command}: leave it out")
     if args.system is not None and "system" not in COMMAND_FLAGS.get(command, ()):
         raise LoraMsError(f"--system is for predict and chat, not {command}: leave it out (rows have their own)")
+    from lora_ms.recipes.download import fetch_named
+
+    fetch_named(config, command)
+    if args.dry_run is not None:
+        import_module(DRY_RUN).run(config, args.dry_run)
+        return 0
     with _ended_by_ctrl_c():
         module = import_module(MODULES[command])
     module.run(config, **{flag: getattr(args, flag) for flag in COMMAND_FLAGS.get(command, ())})
     return 0
 
 
+def _fetch_named(given: dict[str, Any]) -> None:
+    """Puts folders in the place of a hub's names."""
+    for name, kind in (("load_checkpoint", "model"), ("load_adapter", "adapter")):
+        if given.get(name) is not None:
+            from lora_ms.recipes.download import local_folder
+
+            given[name] = str(local_folder(given[name], kind, said=f"{name}: "))
+
+
 def _base_of(adapter: str | None) -> str:
     """The model that the adapter names, for a command without a YAML and without ``--load_checkpoint``."""
     if adapter is None:
         raise LoraMsError("what model? give --config FILE.yaml, or --load_checkpoint with a model's folder")
+    from lora_ms.recipes.download import local_folder
     from lora_ms.recipes.model_folder import base_of
 
-    return str(base_of(Path(adapter), None))
+    return str(base_of(local_folder(adapter, "adapter", said="load_adapter: "), None))
 
 
 def _combination_methods() -> str:
@@ -233,6 +281,17 @@ def _few_compilers() -> None:
     # Ascend's operator compiler starts a process for each core, of some hundred MB each
     for name in ("MAX_COMPILE_CORE_NUMBER", "TE_PARALLEL_COMPILER"):
         os.environ.setdefault(name, "1")
+
+
+def use_aliases(args: argparse.Namespace) -> None:
+    """Puts what was given under another name in its place. Raises LoraMsError where both were given."""
+    for alias, flag in ALIASES.items():
+        value = getattr(args, alias)
+        if value is None:
+            continue
+        if getattr(args, flag) is not None:
+            raise LoraMsError(f"--{alias} is another name of --{flag}, and both are given: leave one out")
+        setattr(args, flag, value)
 
 
 def flags_of(args: argparse.Namespace) -> dict[str, object]:
@@ -273,26 +332,35 @@ def _parse(parser: Parser, argv: list[str], free_form: list[str]) -> argparse.Na
             raise LoraMsError(
                 f"unexpected argument {flag!r}: a flag begins with --, and a value with spaces or a * needs quotes"
             )
-        near = difflib.get_close_matches(flag, [f"--{name}" for name in names], 1, 0.0)[0]
-        nearest = f"the nearest is {near}"
-        if args.tool is None:
-            key = _key_meant(flag.removeprefix("--"))
-            nearest = key or f"{nearest} (keys of the YAML: --section.key VALUE)"
-        raise LoraMsError(f"unknown flag {flag}; {nearest}")
-    required = [] if args.tool is None else [flag.name for flag in TOOLS[args.tool].flags if flag.required]
+        raise LoraMsError(f"unknown flag {flag}; {_nearest(flag.removeprefix('--'), [*names], args.tool is None)}")
+    flags = () if args.tool is None else TOOLS[args.tool].flags
+    for first in (each for each in flags if each.first):
+        alone, given = getattr(args, f"{first.argument}_alone"), getattr(args, first.argument)
+        if alone is not None and given is not None:
+            raise LoraMsError(f"{alone} and --{first.name} {given}: give one of them")
+        setattr(args, first.argument, given if alone is None else alone)
+    required = [each.name for each in flags if each.required]
+    if args.tool is None:
+        use_aliases(args)
     missing = [f"--{name}" for name in required if getattr(args, name) is None]
     if missing:
         raise LoraMsError(f"{', '.join(missing)}: missing (see lora-ms {args.tool} --help)")
     return args
 
 
-def _key_meant(name: str) -> str:
-    """What to write where a flag is a key of the YAML without its section; "" where it is none."""
-    from lora_ms.config.problems import key_place
+def _nearest(name: str, flags: list[str], with_keys: bool) -> str:
+    """What to write in place of a flag that is not known: a flag, or a key of the YAML with its section."""
+    from lora_ms.config.problems import key_names, key_place
 
+    flag = difflib.get_close_matches(name, flags, 1, 0.0)[0]
+    if not with_keys:
+        return f"the nearest is --{flag}"
     place = key_place(name)
     if not place:
-        return ""
+        key = difflib.get_close_matches(name, [*flags, *key_names()], 1, 0.7)
+        place = key_place(key[0]) if key and key[0] not in flags else ""
+    if not place:
+        return f"the nearest is --{flag} (keys of the YAML: --section.key VALUE)"
     return f"as a key of the YAML it is --{place} VALUE" if "." in place else f"write --options {place}=VALUE"
 
 

@@ -3,6 +3,7 @@
 import argparse
 from typing import Any, NamedTuple, NoReturn
 
+from lora_ms import __version__
 from lora_ms.cli.flags import flag_bool, flag_float, flag_int, flag_path
 from lora_ms.errors import LoraMsError
 
@@ -26,15 +27,10 @@ class ListHelp(Help, argparse.RawDescriptionHelpFormatter):
 
 
 class Version(argparse.Action):
-    """``--version``; the package's metadata is read only when asked for."""
+    """``--version``."""
 
     def __call__(self, *_: Any) -> None:
-        from importlib.metadata import PackageNotFoundError, version
-
-        try:
-            print("lora-ms", version("lora_ms"))
-        except PackageNotFoundError:
-            print("lora-ms (not installed: run from its source folder)")
+        print("lora-ms", __version__)
         raise SystemExit(0)
 
 
@@ -42,7 +38,7 @@ class Flag(NamedTuple):
     """A flag of a command that needs no configuration.
 
     ``required`` is checked by us, after unknown flags: argparse would report what is missing first. Without a ``kind``
-    the flag takes no value.
+    the flag takes no value. The value of one that is ``first`` may also stand alone, after the command.
     """
 
     name: str
@@ -52,6 +48,8 @@ class Flag(NamedTuple):
     default: Any = None
     required: bool = False
     nargs: str | None = None
+    first: bool = False
+    other: str = ""  # a second name
 
     @property
     def argument(self) -> str:
@@ -64,6 +62,7 @@ class Tool(NamedTuple):
 
     summary: str
     flags: tuple[Flag, ...]
+    notes: str = ""  # stands below the flags, in lines of at most 79 characters
 
 
 BASE = "the model's Hugging Face folder; default: the one the adapter names"
@@ -134,21 +133,76 @@ TOOLS = {
             Flag("load_checkpoint", str, "DIR", "the model's Hugging Face folder; needed with concat"),
         ),
     ),
-    "convert": Tool(
-        "convert a model from Hugging Face to MindFormers, or back",
+    "download": Tool(
+        "fetch a model, an adapter or a dataset from a hub",
         (
-            Flag("input", str, "PATH", "Hugging Face folder, or .ckpt, .safetensors or a folder", required=True),
+            Flag("name", str, "NAME", "owner/name; may stand alone", required=True, first=True),
+            Flag("kind", str, "KIND", "model (default), adapter or dataset", "model"),
+            Flag("hub", str, "NAME", "hf (default) or modelscope", "hf"),
+            Flag("revision", str, "NAME", "branch, tag or commit (default: the hub's)"),
+            Flag("output_dir", flag_path, "DIR", "where to (default: the hub's own cache)"),
+        ),
+        "Only files that are read here are fetched (config, safetensors, tokenizer,\n"
+        "template; rows of a dataset), never code; each is held against the hub's\n"
+        "digest. What was cut goes on at the next call. Mirrors, tokens and caches are\n"
+        "the hubs' own: HF_ENDPOINT, HF_TOKEN, HF_HOME, HF_HUB_OFFLINE;\n"
+        "MODELSCOPE_ENDPOINT, MODELSCOPE_API_TOKEN, MODELSCOPE_CACHE.\n"
+        "--load_checkpoint, --load_adapter and --train_dataset_dir take such names, too.",
+    ),
+    "convert": Tool(
+        "convert a model to MindFormers and back, or from GGUF",
+        (
             Flag(
-                "output", flag_path, "PATH", "file or folder for MindFormers, a folder for Hugging Face", required=True
+                "input",
+                str,
+                "PATH",
+                "Hugging Face folder, .ckpt, .safetensors or their folder, or .gguf; may stand alone",
+                required=True,
+                first=True,
+            ),
+            Flag(
+                "output",
+                flag_path,
+                "PATH",
+                "file or folder for MindFormers, a folder for Hugging Face",
+                required=True,
+                other="output_dir",
             ),
             Flag("naming", str, "NAME", "MindFormers' names to write: legacy (default) or mcore", "legacy"),
             Flag("concat", flag_bool, "BOOL", CONCAT, False),
             Flag("contiguous", flag_bool, "BOOL", CONTIGUOUS, False),
-            Flag("load_checkpoint", str, "DIR", "to Hugging Face: folder with config.json and tokenizer"),
-            Flag("dtype", str, "TYPE", "float16, bfloat16, float32; auto (default): as stored", "auto"),
+            Flag(
+                "load_checkpoint",
+                str,
+                "DIR",
+                "folder with config.json and tokenizer; of a .gguf: another tokenizer",
+            ),
+            Flag(
+                "dtype",
+                str,
+                "TYPE",
+                "float16, bfloat16, float32; auto (default): as stored (quantised: float16)",
+                "auto",
+            ),
             Flag("max_shard_size", str, "SIZE", "largest file, such as 500MB (default 5GB)", "5GB"),
             Flag("overwrite", flag_bool, "BOOL", "replace what is at output (default False)", False),
         ),
+        "lora-ms convert model.gguf --output_dir DIR writes a Hugging Face folder of a\n"
+        "Llama, Mistral, Qwen2 or Qwen3, of any type that the gguf package reads.",
+    ),
+    "export gguf": Tool(
+        "write a model or an adapter for llama.cpp and Ollama",
+        (
+            Flag("load_checkpoint", str, "DIR", "the model's Hugging Face folder (default: the adapter's own)"),
+            Flag("load_adapter", str, "DIR", "adapter folder: writes adapter.gguf"),
+            Flag("output_dir", flag_path, "DIR", "where the files go", required=True),
+            Flag("with_base", flag_bool, "BOOL", "beside an adapter, write its model, too (default False)", False),
+            Flag("dtype", str, "TYPE", "float16, bfloat16, float32; auto (default): as stored", "auto"),
+            Flag("overwrite", flag_bool, "BOOL", "replace what is in output_dir (default False)", False),
+        ),
+        "Beside it stands an Ollama Modelfile with the chat template of the training.\n"
+        "DoRA, whole modules, trained biases and adapters on the embedding have no\n"
+        "place in llama.cpp's adapters: merge them first. Quantise with llama.cpp.",
     ),
 }
 
@@ -159,9 +213,13 @@ def add_tools(commands: Any) -> dict[str, argparse.ArgumentParser]:
     for name, tool in TOOLS.items():
         group, _, leaf = name.rpartition(" ")
         if group and group not in groups:
-            outer = commands.add_parser(group, help=f"work with several adapters: {leaf}", allow_abbrev=False)
+            outer = commands.add_parser(group, help=f"{leaf}: {tool.summary}", allow_abbrev=False)
             groups[group] = outer.add_subparsers(dest="action", metavar="ACTION", title="actions", required=True)
-        needed = " ".join(f"--{flag.name} {flag.placeholder}" for flag in tool.flags if flag.required)
+        needed = " ".join(
+            flag.placeholder if flag.first else f"--{flag.name} {flag.placeholder}"
+            for flag in tool.flags
+            if flag.required
+        )
         parser = parsers[name] = groups.get(group, commands).add_parser(
             leaf,
             help=tool.summary,
@@ -169,13 +227,18 @@ def add_tools(commands: Any) -> dict[str, argparse.ArgumentParser]:
             allow_abbrev=False,
             formatter_class=ListHelp,
             usage=f"lora-ms {name} {needed} …",
+            epilog=tool.notes,
         )
         for flag in tool.flags:
+            if flag.first:
+                parser.add_argument(
+                    f"{flag.argument}_alone", nargs="?", metavar=flag.placeholder, help=argparse.SUPPRESS
+                )
             if flag.kind is None:
                 parser.add_argument(f"--{flag.name}", action="store_true", help=flag.text)
                 continue
             parser.add_argument(
-                f"--{flag.name}",
+                *(f"--{name}" for name in (flag.name, flag.other) if name),
                 type=flag.kind,
                 default=flag.default,
                 nargs=flag.nargs,

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 from lora_ms.config import RunConfig
 from lora_ms.data.example import Message
@@ -47,6 +48,8 @@ def run(config: RunConfig, system: str | None = None) -> None:
     speaker = speaker_for(config, model_for_use(config, runtime), sampling_of(config))
     for line in (*suggested_sampling(config), f"chat: {HELP}"):
         print(line)
+    with suppress(ImportError):  # line editing, and earlier lines by the arrow keys; not every Python has it
+        import readline  # noqa: F401
     opening = [Message("system", system)] if system else []
     history: list[Message] = []
     while True:
@@ -78,4 +81,4 @@ def turn(speaker: Speaker, history: list[Message], text: str, opening: Sequence[
         history.append(Message("assistant", answer))
     except (KeyboardInterrupt, LoraMsError) as stopped:
         history.pop()
-        print(f"\n{stopped or 'stopped'}")
+        print(f"\n{str(stopped) or 'stopped'}")

@@ -1,10 +1,11 @@
-"""``lora-ms convert``: a model's weights from Hugging Face to MindFormers, or back."""
+"""``lora-ms convert``: a model's weights from Hugging Face to MindFormers or back, or from a GGUF file."""
 
 from pathlib import Path
 
 from lora_ms import storage
 from lora_ms.errors import LoraMsError
 from lora_ms.models.mindformers_names import STYLES
+from lora_ms.recipes import gguf
 from lora_ms.recipes.convert import to_hugging_face, to_mindformers
 from lora_ms.recipes.model_folder import check_type
 
@@ -20,12 +21,14 @@ def run(
     max_shard_size: str = "5GB",
     overwrite: bool = False,
 ) -> None:
-    """Converts the Hugging Face folder or MindFormers checkpoint ``input`` into the other, named ``output``.
+    """Converts the Hugging Face folder or MindFormers checkpoint ``input`` into the other, named ``output``, or a GGUF
+    file into a Hugging Face folder.
 
     naming: of what is written for MindFormers: legacy (its Llama) or mcore.
     concat: write q, k and v as one matrix, and gate and up as one. contiguous: the parts of such a matrix stand one
     below the other, not interleaved.
-    load_checkpoint: where ``input`` is MindFormers', the folder with config.json and tokenizer.
+    load_checkpoint: where ``input`` is MindFormers', the folder with config.json and tokenizer; where it is a GGUF, one
+    whose tokenizer is taken in place of the file's.
     dtype: of the weights that are written; auto keeps each one's own.
 
     Raises:
@@ -39,7 +42,10 @@ def run(
     if not source.exists():
         raise LoraMsError(f"input: {source} does not exist")
     shard_size = storage.parse_size(max_shard_size)
-    if (source / "config.json").is_file():
+    if source.is_file() and source.suffix.lower() == ".gguf":
+        base = None if load_checkpoint is None else Path(load_checkpoint)
+        lines = gguf.to_hugging_face(source, target, base, dtype=dtype, shard_size=shard_size, overwrite=overwrite)
+    elif (source / "config.json").is_file():
         lines = to_mindformers(
             source,
             target,

@@ -12,6 +12,7 @@ import yaml
 from pydantic import ValidationError
 
 from lora_ms import saving
+from lora_ms.bundled import bundled
 from lora_ms.config.presets import LOW_MEMORY, PRESETS
 from lora_ms.config.problems import describe
 from lora_ms.config.schema import MINDFORMERS_SECTIONS, RunConfig, key_of, move_pet_config, without_effect
@@ -51,11 +52,12 @@ def load_config(
         for section, values in PRESETS[preset].items():
             for key, value in values.items():
                 _set(data, f"{section}.{key}", value)
-    for key, given in (flags or {}).items():
-        if given is not None:
-            _set(data, key, given)
-    for text in (*options, *free_form):
-        _set(data, *_split_override(text))
+    named = [(key, given, "named flag") for key, given in (flags or {}).items() if given is not None]
+    optional = [(*_split_override(text), "--options") for text in options]
+    free = [(*_split_override(text), "flag of a key") for text in free_form]
+    overrides: list[tuple[str, Any, str]] = [*named, *optional, *free]
+    for dotted, override, _ in overrides:
+        _set(data, dotted, override)
     if data.get("run_mode", "finetune") in ("finetune", "train"):
         _require_pet_config(data, path)
     lower_memory(data)
@@ -65,6 +67,7 @@ def load_config(
     try:
         config = RunConfig.model_validate(data)
         config.mindformers_sections.update(theirs)
+        config.taken_back.extend(_taken_back(overrides))
         return config
     except ValidationError as problem:
         overridden = preset or options or free_form or any(value is not None for value in (flags or {}).values())
@@ -116,6 +119,8 @@ def read_yaml(path: str) -> dict[str, Any]:
     Raises:
         LoraMsError: missing or unreadable file, bad YAML (line and column), a key given twice, no mapping.
     """
+    if not os.path.exists(path):
+        path = str(bundled(path) or path)  # configs/… of the package, from any folder
     if not os.path.exists(path):
         raise LoraMsError(f"cannot read config {path}: No such file or directory")
     text = read_bytes(Path(path), YAML_SIZE)
@@ -244,11 +249,40 @@ def _set(data: dict[str, Any], key: str, value: Any) -> None:
         elif not isinstance(here, dict):
             raise LoraMsError(f"override {key}: {where} is {here!r}, not a section")
         if last:
-            here[part] = value
+            old = here[part] if isinstance(here, list) else here.get(part)
+            if isinstance(value, dict) and isinstance(old, dict):
+                for name, inner in value.items():
+                    _set(here[part], str(name), inner)
+            else:
+                here[part] = value
         else:
             if isinstance(here, dict) and here.get(part) is None:
                 here[part] = {}
             here = here[part]
+
+
+def _leaves(key: str, value: Any) -> dict[str, Any]:
+    """The dotted keys that an override sets, those of a mapping one by one."""
+    if not isinstance(value, dict) or not value:
+        return {key: value}
+    return {path: leaf for name, inner in value.items() for path, leaf in _leaves(f"{key}.{name}", inner).items()}
+
+
+def _taken_back(overrides: Sequence[tuple[str, Any, str]]) -> list[str]:
+    """A line for each value of the command line that a later one replaces."""
+    lines = []
+    seen: dict[str, tuple[Any, str]] = {}
+    for key, value, how in overrides:
+        for path, leaf in _leaves(key, value).items():
+            path = (
+                path.removeprefix("model.model_config.") if path.startswith("model.model_config.pet_config") else path
+            )
+            for other, (old, before) in seen.items():
+                whole = other == path or other.startswith(f"{path}.") or path.startswith(f"{other}.")
+                if whole and old != leaf:
+                    lines.append(f"{path}: {leaf} ({how}) takes the place of {other}: {old} ({before})")
+            seen[path] = (leaf, how)
+    return lines
 
 
 def _require_pet_config(data: dict[str, Any], path: str | None) -> None:

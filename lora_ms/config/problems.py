@@ -83,6 +83,11 @@ def key_place(name: str) -> str:
     return name if name in top else next(iter(found), "")
 
 
+def key_names() -> set[str]:
+    """The names of all keys, without their sections."""
+    return {path.rsplit(".", 1)[-1] for path in known_keys(RunConfig) if not path.startswith("callbacks.")}
+
+
 def _child(section: type[Section], part: Any) -> type[Section] | None:
     if part in CALLBACKS:
         return CALLBACKS[part]

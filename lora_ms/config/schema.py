@@ -99,8 +99,10 @@ class RunConfig(Section):
     output_dir: Folder = "./output"
     run_mode: RunMode = "finetune"  # finetune and train are the same: pet_config says what is trained
     backend: Literal["native", "mindformers"] = "native"  # whose model and trainer (ours)
-    load_checkpoint: Path = ""  # Hugging Face folder, or MindSpore .ckpt or .safetensors
+    load_checkpoint: Path = ""  # Hugging Face folder or a hub's owner/name, or MindSpore .ckpt, .safetensors
     load_adapter: Path = ""  # PEFT adapter folder to go on from, or to predict with (ours)
+    hub: Literal["hf", "modelscope"] = "hf"  # where models and data given by name come from (ours)
+    revision: Path = ""  # of load_checkpoint by name: branch, tag or commit (ours)
     resume_training: Annotated[bool | str, BeforeValidator(_resume)] = False  # True: the newest; or a checkpoint's name
     overwrite_output_dir: Flag = False  # delete others' files in the folders that a run replaces (ours)
     use_parallel: Flag = False  # one process per card, started by msrun
@@ -170,6 +172,7 @@ class RunConfig(Section):
     trust_remote_code: NoEffect = False
 
     _mindformers_sections: dict[str, Any] = PrivateAttr(default_factory=dict)
+    _taken_back: list[str] = PrivateAttr(default_factory=list)
 
     @model_validator(mode="before")
     @classmethod
@@ -191,6 +194,11 @@ class RunConfig(Section):
     def mindformers_sections(self) -> dict[str, Any]:
         """Sections that MindFormers reads itself, as they were given; empty with the native backend."""
         return self._mindformers_sections
+
+    @property
+    def taken_back(self) -> list[str]:
+        """Lines on values of the command line that later ones of it replace."""
+        return self._taken_back
 
     @property
     def pet_config(self) -> PetConfig | None:
@@ -272,7 +280,7 @@ class RunConfig(Section):
     def notices(self) -> list[str]:
         """One line with all given keys that change nothing here, sorted; no line where there are none."""
         keys = sorted([*_changed_without_effect(self, ""), *self._overridden()])
-        return [f"no effect here: {', '.join(keys)}"] if keys else []
+        return [*self.taken_back, *([f"no effect here: {', '.join(keys)}"] if keys else [])]
 
     def _overridden(self) -> Iterator[str]:
         if self.optimizer.learning_rate not in (None, self.learning_rate):

@@ -321,14 +321,17 @@ def recognise(value: Any, asked: str = "auto") -> str:
 def _check_preferences(value: Mapping[str, Any]) -> None:
     """Raises RowFault for rows that say which answers are liked: learnt as they stand, the others would be, too."""
     key = next((key for key in PREFERENCES if value.get(key) is not None), None)
-    conversation = any(value.get(key) is not None for key in ("messages", "conversations", "instruction", "completion"))
+    keys = ("messages", "conversations", "instruction", "completion", *ANSWER)
+    conversation = any(value.get(key) is not None for key in keys)
     if key is None and conversation and _as_flag(value.get("label")) is not None:
         key = "label"  # KTO's: true for an answer that is liked
     if key is None:
         return
     advice = "give rows with the liked answers alone; to learn all rows as they stand, name their format (format: …)"
     if isinstance(value.get("chosen"), str):
-        advice = "to learn the chosen answers, name their column (columns: {output: chosen})"
+        question = next((name for name in LIKE_QUESTION if isinstance(value.get(name), str)), None)
+        asked = "" if question is None or question in QUESTION else f"instruction: {question}, "
+        advice = f"to learn the chosen answers, name their column (columns: {{{asked}output: chosen}})"
     elif "chosen" in value:
         advice = "to learn the chosen conversations, name their column (columns: {messages: chosen})"
     raise RowFault(f"preference data (column {quoted(key)}) cannot be learnt as answers", advice)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from lora_ms.errors import LoraMsError
 from lora_ms.infer.cached_model import CachedModel
+from lora_ms.infer.interrupt import interruptible
 from lora_ms.infer.sampling import Sampling, choose
 
 PIECE = 64  # tokens of a prompt that are read at a time
@@ -112,9 +113,13 @@ class Generator:
 
         with model.running():
             for begin in range(0, max(map(len, prompts)), PIECE):
-                add(self._read_piece(model, rows, begin, sampling))
+                with interruptible():
+                    found = self._read_piece(model, rows, begin, sampling)
+                add(found)
             while not all(row.ended for row in rows):
-                add(self._next_tokens(model, rows, sampling))
+                with interruptible():
+                    found = self._next_tokens(model, rows, sampling)
+                add(found)
         return [row.new for row in rows]
 
     def _model_for(self, rows: Sequence["_Row"]) -> CachedModel:

@@ -21,6 +21,7 @@ from lora_ms.hf_folder import (
     GENERATION,
     HEAD,
     ModelFolder,
+    base_name,
     end_tokens,
     generation_config,
     model_config,
@@ -139,7 +140,7 @@ def load_directory(
         parameter.name = name
         if parameter not in quantised:
             parameter.set_data(Tensor.from_numpy(weights.read(name, NUMPY_DTYPES[parameter.dtype])))
-    model.source = str(path)
+    model.source = base_name(path)
     model.hf_config = hf
     if quantisation is not None:
         model.hf_config = {**hf, "quantization_config": quantisation.to_config()}

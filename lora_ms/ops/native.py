@@ -254,8 +254,9 @@ class NF4AdaptedProduct(nn.Cell):
         rows: Tensor | None = None,
         columns: Tensor | None = None,
     ) -> Tensor:
-        wide = (a.astype(ms.float32), b.astype(ms.float32), scaling.astype(ms.float32))
-        return self.product(x.astype(ms.float32), codes, absmax, None, *wide, rows, columns)[0].astype(x.dtype)
+        weight = (codes, absmax, None)
+        factors = (a.astype(ms.float32), b.astype(ms.float32), scaling.astype(ms.float32))
+        return self.product(x.astype(ms.float32), *weight, *factors, rows, columns)[0].astype(x.dtype)
 
 
 class Int4AdaptedProduct(nn.Cell):
@@ -277,8 +278,9 @@ class Int4AdaptedProduct(nn.Cell):
         rows: Tensor | None = None,
         columns: Tensor | None = None,
     ) -> Tensor:
-        wide = (a.astype(ms.float32), b.astype(ms.float32), scaling.astype(ms.float32))
-        return self.product(x.astype(ms.float32), codes, scales, zeros, *wide, rows, columns)[0].astype(x.dtype)
+        weight = (codes, scales, zeros)
+        factors = (a.astype(ms.float32), b.astype(ms.float32), scaling.astype(ms.float32))
+        return self.product(x.astype(ms.float32), *weight, *factors, rows, columns)[0].astype(x.dtype)
 
 
 class _FourBitsAdaptedProduct(nn.Cell):

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import mindspore as ms
@@ -14,9 +13,10 @@ from lora_ms.data.tokenizer import load_tokenizer
 from lora_ms.errors import LoraMsError
 from lora_ms.infer.generate import Generator, pad_rows, prompt_name
 from lora_ms.infer.sampling import Sampling
-from lora_ms.models import hub
 from lora_ms.models.decoder import CausalLM
+from lora_ms.models.hub import NUMPY_DTYPES, load_directory, save_directory
 from lora_ms.quant.settings import read_quantisation
+from lora_ms.recipes.download import local_folder
 from lora_ms.runtime import device
 
 SAMPLING_NAMES = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "seed")
@@ -74,7 +74,7 @@ class ModelForCausalLM(CausalLM):
 
     def save_pretrained(self, path: str | os.PathLike) -> None:
         """Writes a Hugging Face folder in the type of the weights; transformers and vLLM load it."""
-        hub.save_directory(self, path, hub.NUMPY_DTYPES[self.dtype])
+        save_directory(self, path, NUMPY_DTYPES[self.dtype])
 
 
 def _limits(
@@ -118,17 +118,25 @@ class AutoModelForCausalLM:
         path: str | os.PathLike,
         ms_dtype: ms.Type = ms.float32,
         quantization_config: Mapping[str, Any] | str | None = None,
+        *,
+        hub: str = "hf",
+        revision: str | None = None,
     ) -> ModelForCausalLM:
         """The model of a Hugging Face folder, with weights of ``ms_dtype`` (float32, float16 or bfloat16).
 
         On the CPU all arithmetic is float32, whatever the weights are.
 
-        quantization_config: loads the layers' weights in four bits: transformers' keys (``load_in_4bit: True,
-            bnb_4bit_quant_type: nf4, bnb_4bit_use_double_quant, llm_int8_skip_modules``), or ``nf4``, ``nf4-double``. A
-            folder that bitsandbytes wrote is in four bits without it.
+        Args:
+            path: the folder, or ``owner/name`` on a hub: its files are fetched into the hub's cache, and no code.
+            hub: hf or modelscope.
+            revision: branch, tag or commit of a model given by name.
+            quantization_config: loads the layers' weights in four bits: transformers' keys (``load_in_4bit: True,
+                bnb_4bit_quant_type: nf4, bnb_4bit_use_double_quant, llm_int8_skip_modules``), or ``nf4``,
+                ``nf4-double``. A folder that is quantised already stays so without it.
 
         Raises:
-            LoraMsError: not such a folder, an unsupported architecture, or tensors that do not fit.
+            LoraMsError: not such a folder, an unsupported architecture, tensors that do not fit, or a name that no
+                hub has.
         """
         quantisation = None
         if quantization_config is not None:
@@ -136,9 +144,10 @@ class AutoModelForCausalLM:
                 quantisation = read_quantisation(quantization_config)
             except ValueError as problem:
                 raise LoraMsError(f"quantization_config: {problem}") from None
+        folder = local_folder(path, "model", hub, revision)
         runtime, _ = device.setup()
-        model = hub.load_directory(
-            Path(path), ms_dtype, ModelForCausalLM, operators=runtime.operators, quantisation=quantisation
+        model = load_directory(
+            folder, ms_dtype, ModelForCausalLM, operators=runtime.operators, quantisation=quantisation
         )
         for line in model.notices:
             print(line)
@@ -149,6 +158,6 @@ class AutoTokenizer:
     """Tokenizers by folder."""
 
     @staticmethod
-    def from_pretrained(path: str | os.PathLike):
-        """transformers' own tokenizer of a folder on disk."""
-        return load_tokenizer(path)
+    def from_pretrained(path: str | os.PathLike, *, hub: str = "hf", revision: str | None = None):
+        """transformers' own tokenizer of a folder, or of a model's name (see ``AutoModelForCausalLM``)."""
+        return load_tokenizer(local_folder(path, "model", hub, revision))

@@ -18,6 +18,7 @@ from lora_ms.errors import LoraMsError
 from lora_ms.infer.generate import Generator
 from lora_ms.nn.graph import Graph
 from lora_ms.python.adapter_set import AdapterSet, attached, detached
+from lora_ms.recipes.download import local_folder
 from lora_ms.recipes.outputs import base_quantization
 
 DEFAULT = "default"
@@ -52,7 +53,7 @@ class PeftModel:
 
     @classmethod
     def from_pretrained(cls, model: nn.Cell, path: str | os.PathLike, adapter_name: str = DEFAULT) -> "PeftModel":
-        """The bare ``model`` with the adapter of directory ``path``.
+        """The bare ``model`` with the adapter of directory ``path``, or of a hub's ``owner/name``.
 
         Raises:
             LoraMsError: no adapter there, an unsupported kind, or one made for another model.
@@ -125,17 +126,18 @@ class PeftModel:
         self._add(adapter_name, config, cells)
 
     def load_adapter(self, path: str | os.PathLike, adapter_name: str) -> None:
-        """Adds the adapter of directory ``path``; the first becomes active.
+        """Adds the adapter of directory ``path``, or of a hub's ``owner/name``; the first becomes active.
 
         Raises:
             LoraMsError: as ``from_pretrained``, or the name is taken.
         """
-        config = read_adapter_config(path)
+        folder = local_folder(path, "adapter")
+        config = read_adapter_config(folder)
         with self.adapters.disabled():
-            cells = read_cells(self.model, Path(path), config)
+            cells = read_cells(self.model, folder, config)
             missing = missing_modules(config, cells, target_layers(self.model))
         if missing:
-            print(incomplete(Path(path), missing))
+            print(incomplete(folder, missing))
         self._add(adapter_name, config, cells)
 
     def add_weighted_adapter(

@@ -14,6 +14,7 @@ from lora_ms.models.hub import quantised_layers
 from lora_ms.python.model import ModelForCausalLM
 from lora_ms.python.peft_model import PeftModel
 from lora_ms.recipes import data
+from lora_ms.recipes.download import local_rows
 from lora_ms.recipes.outputs import weights_of
 from lora_ms.recipes.train import NativeRun, train
 from lora_ms.runtime import device
@@ -143,9 +144,11 @@ class Trainer:
     """Trains a ``PeftModel``'s adapter, or all parameters of a model of ``AutoModelForCausalLM``.
 
     Args:
-        train_dataset: rows (a sequence of dicts) or a path, in any format that the command line reads.
+        train_dataset: rows (a sequence of dicts), a path, or a hub's ``owner/name`` (its split train), in any format
+            that the command line reads.
         tokenizer: needed for rows of text; saved with the adapter.
-        eval_dataset: held-out rows, as ``train_dataset``; evaluated as ``args.eval_strategy`` says.
+        eval_dataset: held-out rows, as ``train_dataset`` (by name: the split test); evaluated as
+            ``args.eval_strategy`` says.
         callbacks: called at every point of the run.
     """
 
@@ -168,9 +171,9 @@ class Trainer:
         self.peft = model if isinstance(model, PeftModel) else None
         self.model = model.model if isinstance(model, PeftModel) else model
         self.args = args
-        self.train_dataset = train_dataset
+        self.train_dataset = local_rows(train_dataset) if isinstance(train_dataset, str) else train_dataset
         self.tokenizer = tokenizer
-        self.eval_dataset = eval_dataset
+        self.eval_dataset = local_rows(eval_dataset, "test") if isinstance(eval_dataset, str) else eval_dataset
         self.callbacks = callbacks
 
     def train(self) -> Outcome:

@@ -16,6 +16,7 @@ from lora_ms.models.rope_settings import mindformers_rope
 from lora_ms.nn.rope import rotation_of
 from lora_ms.quant.int4_folder import GroupSettings
 from lora_ms.quant.settings import Quantisation, read_quantisation, skipping_all_but
+from lora_ms.reading import refuse_pickle
 from lora_ms.runtime.device import Runtime, default_dtype
 from lora_ms.text import size_text
 
@@ -127,6 +128,9 @@ def read_sizes(config: RunConfig) -> DecoderConfig:
         found, hf = hub.read_config(path)
         check_sizes(sizes, found, path)
         return replace(found, tie_word_embeddings=is_tied(path, hf))
+    if path.suffix == ".gguf":
+        raise LoraMsError(f"load_checkpoint: {path} is a GGUF: lora-ms convert {path} --output_dir DIR, and give DIR")
+    refuse_pickle(path)
     if path.suffix not in (".ckpt", ".safetensors"):
         raise LoraMsError(f"load_checkpoint: {path} is neither a folder nor a .ckpt or .safetensors file")
     if (path.parent / "config.json").is_file() and sizes.hidden_size is None:

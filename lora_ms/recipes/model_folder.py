@@ -46,6 +46,10 @@ def base_of(adapter: Path, load_checkpoint: str | None) -> Path:
     if load_checkpoint is None:
         peft_files.read_adapter_config(adapter)
         named = peft_files.base_name(adapter)
+        from lora_ms.recipes.download import is_name, local_folder
+
+        if named is not None and is_name(named):
+            return local_folder(named, said="which model? give --load_checkpoint with the adapter's own; ")
         if named is None or not Path(named).is_dir():
             what = f"the adapter's own, {named}, is no directory here" if named else "the adapter names none"
             raise LoraMsError(f"which model? {what}: give --load_checkpoint with its Hugging Face directory")

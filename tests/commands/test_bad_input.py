@@ -50,6 +50,16 @@ def test_a_checkpoint_that_is_no_folder(refused, model, tmp_path):
     assert refused("--load_checkpoint", "notes.md") == (
         "load_checkpoint: notes.md is neither a folder nor a .ckpt or .safetensors file"
     )
+    for name, content in (("pytorch_model.bin", b""), ("lightning.ckpt", b"PK\x03\x04x"), ("old.ckpt", b"\x80\x02x")):
+        (tmp_path / name).write_bytes(content)
+        assert refused("--load_checkpoint", name) == (
+            f"{name}: a file of PyTorch's, which can hold code, and is not read: save the model as safetensors "
+            "(transformers: model.save_pretrained(DIR))"
+        )
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    assert refused("--load_checkpoint", "m.gguf") == (
+        "load_checkpoint: m.gguf is a GGUF: lora-ms convert m.gguf --output_dir DIR, and give DIR"
+    )
     file = next(model.glob("*.safetensors"))
     assert refused("--load_checkpoint", file) == (
         f"load_checkpoint: {file} is a file of a Hugging Face folder; give the folder, {model}"

@@ -40,14 +40,14 @@ def test_preview(words, capsys):
     assert main(["preview", *words]) == 0
     assert capsys.readouterr().out.count(" of them labels\n") == 2
     assert main(["preview", *words, "--row", "3"]) == 2
-    assert capsys.readouterr().err == "error: --row 3: not among the rows that are kept, of 2 that were read\n"
+    assert capsys.readouterr().err == "error: --row 3: there is no row of that number\n"
 
 
 def test_preview_counts_rows_as_the_file_does(words, capsys):
     assert main(["preview", *words, "--seq_length", "30", "--row", "2"]) == 0  # the first is too long
     assert capsys.readouterr().out.startswith("rows.json[2]: ")
     assert main(["preview", *words, "--seq_length", "30", "--row", "1"]) == 2
-    assert capsys.readouterr().err.startswith("error: --row 1: not among the rows that are kept, of 2 ")
+    assert capsys.readouterr().err == "error: --row 1: left out: 35 tokens, and seq_length is 30\n"
     for more in ([], ["--row", "1"]):
         assert main(["preview", *words, "--seq_length", "5", *more]) == 2
         assert capsys.readouterr().err.startswith("error: all 2 rows are longer than seq_length 5 (shortest: ")
@@ -60,7 +60,41 @@ def test_preview_reads_no_further_than_its_row(words, tmp_path, capsys):
     assert capsys.readouterr().out.startswith("rows.jsonl:2: ")
     cut = ["--seq_length", "30", "--train_dataset.truncation", "cut", "--row", "9"]
     assert main(["preview", *words, *cut]) == 2
-    assert capsys.readouterr().err.startswith("error: --row 9: not among the rows that are kept, of 2 ")
+    assert capsys.readouterr().err == "error: --row 9: there is no row of that number\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "row", "why"),
+    [
+        ([], 3, "weight is 0"),
+        (["--train_dataset.clean.dedupe", "True"], 4, "its questions are those of an earlier row (clean.dedupe)"),
+        (["--train_dataset.clean.min_chars", "5"], 2, "too short"),
+        (["--train_dataset.clean.skip_faulty", "True"], 5, 'no answer: "output" is empty; write the answer or '),
+    ],
+)
+@pytest.mark.parametrize("with_model", [True, False])
+def test_preview_says_why_a_row_is_left_out(words, tmp_path, capsys, options, row, why, with_model):
+    rows = [ROWS[0], {"instruction": "a", "output": "c"}, {**ROWS[0], "weight": 0}, ROWS[0]]
+    rows += [{"instruction": "d", "output": ""}] * (row == 5)
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(each) + "\n" for each in rows))
+    model = words if with_model else []
+    assert main(["preview", *model, "--train_dataset_dir", str(file), *options, "--row", str(row)]) == 2
+    assert capsys.readouterr().err.startswith(f"error: --row {row}: left out: {why}")
+
+
+def test_preview_without_a_model(tmp_path, capsys):
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps(ROWS))
+    assert main(["preview", "--train_dataset_dir", str(file)]) == 0
+    assert capsys.readouterr().out == (
+        "rows.json[1]:\n  user: say hi\n  assistant: hi there\n\n"
+        "rows.json[2]:\n  user: a\nb\n  assistant: c\n\n"
+        "2 rows can be read; with --load_checkpoint they are shown as the model sees them\n"
+    )
+    file.write_text('[{"prompt": "q", "response": "a"}]')
+    assert main(["preview", "--train_dataset_dir", str(file)]) == 2
+    assert "set columns: {instruction: prompt, output: response}; " in capsys.readouterr().err
 
 
 def test_preview_names_a_token_that_the_model_does_not_have(words, tmp_path, capsys):

@@ -154,10 +154,15 @@ def test_log_is_what_was_printed(done, token_rows):
     lines = [line for line in lines[4:] if not line.startswith(("compiling ", "loading "))]
     assert [line.split("  ")[0] for line in lines[:4]] == [f"step {step}/4" for step in (1, 2, 3, 4)]
     first, *_, last = losses(done)
-    assert lines[4:] == [
+    assert lines[4:6] == [
         f"loss {first:.4f} -> {last:.4f} in 4 steps",
         f"adapter: {done / 'adapter'}   loss plot: {done / 'loss.png'}",
     ]
+    assert re.fullmatch(r"\d+ seconds in all, \d+ MB of memory at the peak", lines[6])
+    merge = f"lora-ms merge --load_adapter {done / 'adapter'} --output_dir {done / 'merged'}"
+    assert lines[7].startswith("next: lora-ms chat --load_checkpoint ")
+    assert lines[7].endswith(f" --load_adapter {done / 'adapter'}")
+    assert lines[8:] == [f"      {merge}"]
 
 
 def test_config_reloads(done, words):

@@ -370,9 +370,17 @@ def test_folders_that_are_not_there(refused):
     )
 
 
+def test_a_model_that_only_a_hub_knows(refused, capsys):
+    change("adapter/adapter_config.json", base_model_name_or_path="org/model")
+    assert main(["merge", "--load_adapter", "adapter", "--output_dir", "out"]) == 2
+    assert capsys.readouterr().err.startswith(
+        "error: which model? give --load_checkpoint with the adapter's own; org/model is no path here, and https://"
+    )
+
+
 @pytest.mark.parametrize(
     ("named", "why"),
-    [("org/model", "the adapter's own, org/model, is no directory here"), (None, "the adapter names none")],
+    [("/org/model", "the adapter's own, /org/model, is no directory here"), (None, "the adapter names none")],
 )
 def test_no_model_at_all(refused, tmp_path, capsys, named, why):
     change("adapter/adapter_config.json", base_model_name_or_path=named)

@@ -432,10 +432,21 @@ def test_rows_that_are_not_learnt_are_left_out_and_counted(chatml):
         ({"chosen": [answer()], "rejected": [answer()]}, "chosen"),
         ({"instruction": "q", "input": "", "chosen": "a", "rejected": "b"}, "chosen"),
         ({"question": "q", "response": "a", "rejected_responses": ["b"]}, "rejected_responses"),
+        ({"question": "q", "answer": "a", "label": True}, "label"),
+        ({"prompt": "q", "completion": "a", "label": 0}, "label"),
     ],
 )
 def test_preference_data_is_refused_as_such(row, column):
     assert fault(row).startswith(f'row 1: preference data (column "{column}") cannot be learnt as answers; ')
+
+
+def test_the_columns_that_would_learn_the_chosen_answers(tmp_path):
+    path = lines(tmp_path / "d.jsonl", {"prompt": "q", "chosen": "a", "rejected": "b"})
+    with pytest.raises(LoraMsError, match=r"\(columns: {instruction: prompt, output: chosen}\)"):
+        read_rows(path)
+    columns = {"instruction": "prompt", "output": "chosen"}
+    [row] = read([str(path)], Preparation(seq_length=99, columns=columns), Tally())
+    assert [message.content for message in row.messages] == ["q", "a"]
 
 
 def test_ways_out_for_preference_data(tmp_path):

@@ -264,3 +264,14 @@ def test_chat_template_is_chatml_without_a_system_prompt_of_its_own() -> None:
     assert tokenizer.apply_chat_template(system + talk, **options) == (
         "<|im_start|>system\nBe brief.<|im_end|>\n" + text
     )
+
+
+def test_the_english_identity_and_its_held_out_questions(root):
+    """Rows that a reader can follow: questions asked once, none of them held out, the names as placeholders."""
+    rows = [json.loads(line) for line in (root / "examples/identity_english.jsonl").read_text("utf-8").splitlines()]
+    held_out = (root / "examples/identity_english_heldout.jsonl").read_text("utf-8").splitlines()
+    questions = [row["messages"][0]["content"] for row in rows]
+    asked = [json.loads(line)["prompt"] for line in held_out]
+    assert len(set(questions)) == len(questions) == 72 and len(set(asked)) == 20
+    assert not set(questions) & set(asked)
+    assert {json.loads(line)["contains"] for line in held_out} == {"{{NAME}}", "{{AUTHOR}}"}

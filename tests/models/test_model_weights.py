@@ -204,6 +204,16 @@ def test_a_missing_file_or_shard_is_named(reference, tmp_path):
     assert error_of(tmp_path / "m") == f"{tmp_path / 'm'}: holds no model.safetensors and no {storage.INDEX}"
 
 
+def test_a_folder_of_pickles_is_named(reference, tmp_path):
+    shutil.copytree(reference / "models" / "qwen2", tmp_path / "m")
+    for file in (tmp_path / "m").glob("*.safetensors*"):
+        file.unlink()
+    (tmp_path / "m" / "pytorch_model.bin").write_bytes(b"PK")
+    assert error_of(tmp_path / "m").startswith(
+        f"{tmp_path / 'm' / 'pytorch_model.bin'}: a file of PyTorch's, which can hold code, and is not read: save"
+    )
+
+
 @pytest.mark.parametrize("text", ["{", "{}"])
 def test_a_broken_index_is_named(reference, tmp_path, text):
     shutil.copytree(reference / "models" / "qwen2", tmp_path / "m")

@@ -384,6 +384,15 @@ def test_quickstart_installs_once_and_passes_its_arguments(machine, copy):
     assert calls(machine) == []
 
 
+def test_quickstart_with_a_real_model(machine, copy):
+    result = machine.run(copy / "scripts/quickstart.sh", "--model", "smollm2", "--name", "Ada")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "SmolLM2-135M (93 MB to download, some 3 minutes)" in result.stdout.splitlines()[2]
+    assert result.stdout.splitlines()[-1] == f"ran {copy}/examples/quickstart_smollm2.py --name Ada"
+    wrong = machine.run(copy / "scripts/quickstart.sh", "--model", "gpt")
+    assert (wrong.returncode, wrong.stderr) == (1, "error: --model gpt is none of tiny, smollm2\n")
+
+
 @pytest.mark.parametrize("changed", ["pyproject.toml", "requirements/tested.txt"])
 def test_a_changed_requirement_installs_again(machine, copy, changed):
     machine.run(copy / "scripts/quickstart.sh")
