@@ -8,6 +8,7 @@ import mindspore as ms
 import numpy as np
 import pytest
 
+from lora_ms.quant import int4, nf4
 from lora_ms.runtime import native_build
 
 RNG = np.random.default_rng(0)
@@ -125,6 +126,50 @@ def test_products_of_rounded_factors(flags, m, n, k):
     wanted = x @ half.astype(float).T
     close(run("times_transposed_bfloat16", [a, half], [(m, n)])[0], wanted, 2e-4)
     close(run("times_bfloat16", [a, half.T], [(m, n)])[0], wanted, 2e-4)
+
+
+FOUR_BITS = [(1, 64, 128), (3, 70, 192), (40, 33, 64), (130, 100, 256), (5, 40, 96)]  # m, n, k: 96 crosses blocks
+
+
+def four_bits(kind: str, n: int, k: int) -> tuple[list[np.ndarray], np.ndarray]:
+    """A weight [n, k] as the operators take it, and its numbers."""
+    if kind == "nf4":
+        weight = nf4.quantise(normal(n, k))
+        return [weight.packed.reshape(n, k // 2), weight.absmax], nf4.dequantise(weight)
+    group = 32
+    scales = RNG.uniform(0.01, 0.1, (n, k // group)).astype(np.float16)
+    zeros = RNG.integers(0, 17, (n, k // group)).astype(np.uint8)
+    codes = RNG.integers(0, 256, (n, k // 2)).astype(np.uint8)
+    return [codes, scales, zeros], int4.dequantise(int4.Int4(codes, scales, zeros, None))
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int4"])
+@pytest.mark.parametrize("m, n, k", FOUR_BITS)
+def test_a_weight_of_four_bits_is_decoded_exactly(call, kind, m, n, k):
+    """The products are those of the decoded weight, to the bit."""
+    weight, numbers = four_bits(kind, n, k)
+    x, d_y, c, d, e = normal(m, k), normal(m, n), normal(m, 5), normal(n, 5), normal(5, k)
+    same = np.testing.assert_array_equal
+    forward, back = f"{kind}_times_transposed", f"{kind}_times"
+    same(call(forward, [x, *weight], [(m, n)])[0], call("times_transposed", [x, numbers], [(m, n)])[0])
+    with_low = call("times_transposed", [x, numbers, c, d], [(m, n)])[0]
+    same(call(forward, [x, *weight, c, d], [(m, n)])[0], with_low)
+    same(call(back, [d_y, *weight, c, e], [(m, k)])[0], call("times", [d_y, numbers, c, e], [(m, k)])[0])
+    rate = np.array([0.3, 1 / 0.7], np.float32)
+    dropout = [RNG.random((m, 1)).astype(np.float32), RNG.random((1, k)).astype(np.float32), rate]
+    name = "dropped_input_gradient"
+    found = call(f"{kind}_{name}", [d_y, *weight, c, e, *dropout], [(m, k)])[0]
+    same(found, call(name, [d_y, numbers, c, e, *dropout], [(m, k)])[0])
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int4"])
+def test_a_weight_of_four_bits_is_rounded_as_another(kind):
+    _, run = compiled(())
+    weight, numbers = four_bits(kind, 100, 256)
+    x, d_y = normal(40, 256), normal(40, 100)
+    for name, left, shape in (("times_transposed", x, (40, 100)), ("times", d_y, (40, 256))):
+        found = run(f"{kind}_{name}_bfloat16", [left, *weight], [shape])[0]
+        np.testing.assert_array_equal(found, run(f"{name}_bfloat16", [left, numbers], [shape])[0])
 
 
 def test_rows_of_an_embedding(call):
