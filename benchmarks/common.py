@@ -22,8 +22,11 @@ def parser(description: str, layers: type = int) -> argparse.ArgumentParser:
     out.add_argument("--layers", type=layers, default=8)
     out.add_argument("--hidden", type=int, default=512)
     out.add_argument("--heads", type=int, default=8)
+    out.add_argument("--kv_heads", type=int, help="as many as --heads unless given")
     out.add_argument("--ffn", type=int, default=1408)
+    out.add_argument("--tied", action="store_true", help="the head is the embedding")
     out.add_argument("--vocab", type=int, default=8192)
+    out.add_argument("--folder", help="a model's folder, in place of random weights")
     out.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     out.add_argument("--model", help=argparse.SUPPRESS)
     return out
@@ -35,11 +38,16 @@ def write_model(args: argparse.Namespace, folder: Path) -> None:
 
     rng = np.random.default_rng(0)
     h, f = args.hidden, args.ffn
-    shapes = {"model.embed_tokens.weight": (args.vocab, h), "lm_head.weight": (args.vocab, h)}
+    kv_heads = args.kv_heads or args.heads
+    kv = h // args.heads * kv_heads
+    shapes = {"model.embed_tokens.weight": (args.vocab, h)}
+    if not args.tied:
+        shapes["lm_head.weight"] = (args.vocab, h)
     norms = ["model.norm.weight"]
     for i in range(args.layers):
         layer = f"model.layers.{i}."
-        shapes |= {f"{layer}self_attn.{p}_proj.weight": (h, h) for p in "qkvo"}
+        shapes |= {f"{layer}self_attn.{p}_proj.weight": (h, h) for p in "qo"}
+        shapes |= {f"{layer}self_attn.{p}_proj.weight": (kv, h) for p in "kv"}
         shapes |= {f"{layer}mlp.{p}_proj.weight": (f, h) for p in ("gate", "up")}
         shapes[f"{layer}mlp.down_proj.weight"] = (h, f)
         norms += [f"{layer}input_layernorm.weight", f"{layer}post_attention_layernorm.weight"]
@@ -54,12 +62,12 @@ def write_model(args: argparse.Namespace, folder: Path) -> None:
         "intermediate_size": f,
         "num_hidden_layers": args.layers,
         "num_attention_heads": args.heads,
-        "num_key_value_heads": args.heads,
+        "num_key_value_heads": kv_heads,
         "hidden_act": "silu",
         "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0,
         "max_position_embeddings": 2048,
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": args.tied,
         "torch_dtype": "float32",
     }
     (folder / "config.json").write_text(json.dumps(config))
@@ -75,7 +83,8 @@ def run_sides(script: str, args: argparse.Namespace, argv: list[str]) -> dict[st
     """Runs ``script --side …`` for each side, ``args.rounds`` times in turn; the last line each prints is its JSON."""
     results: dict[str, list[dict]] = {side: [] for side in SIDES}
     with tempfile.TemporaryDirectory() as folder:
-        write_model(args, Path(folder))
+        if not args.folder:
+            write_model(args, Path(folder))
         for _ in range(args.rounds):
             for side in SIDES:
                 python = sys.executable if side == "ours" else args.torch_python

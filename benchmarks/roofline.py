@@ -188,14 +188,13 @@ def compare(args) -> None:
 def main() -> None:
     arguments = parser(__doc__.splitlines()[0])
     arguments.set_defaults(hidden=576, heads=9, ffn=1536, vocab=49152)
-    arguments.add_argument("--folder", help="a model's folder, in place of random weights")
     arguments.add_argument("--batch", type=int, default=8)
     arguments.add_argument("--seq", type=int, default=128)
     arguments.add_argument("--steps", type=int, default=5)
     args = arguments.parse_args()
     train_step.TARGETS = [*ATTENTION, *FEED_FORWARD]
     if args.side:
-        vars(args).update(labels="dense", dropout=0.0, graph_kernel=False, recompute=False, bfloat16=False)
+        vars(args).update(labels="dense", dropout=0.0, graph_kernel=False, recompute=False, weights="float32")
         print(json.dumps({"ours": our_side, "torch": torch_side}[args.side](args)))
         return
     if args.folder:

@@ -270,7 +270,6 @@ def models(args) -> Iterator[str]:
 def main() -> None:
     arguments = parser(__doc__.splitlines()[0], layers=str)
     arguments.set_defaults(layers="8,30,60", hidden=576, heads=9, ffn=1536, vocab=49152, rounds=1)  # SmolLM2-135M's
-    arguments.add_argument("--folder", help="a model's folder, in place of random weights")
     arguments.add_argument("--batch", type=int, default=8)
     arguments.add_argument("--seq", type=int, default=128)
     arguments.add_argument("--prompt", type=int, default=32)

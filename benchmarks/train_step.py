@@ -1,12 +1,15 @@
 """A LoRA training step, ours against torch + transformers + PEFT: same weights, rows and types, on the CPU.
 
 python benchmarks/train_step.py --labels dense --torch_python PYTHON_WITH_TORCH_AND_PEFT
+python benchmarks/train_step.py --weights nf4-double --all_linear --batch 8 --seq 128 --folder MODEL --torch_python …
+    QLoRA against PEFT with bitsandbytes, which is to be installed beside torch
 """
 
 import json
 import os
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 from common import parser, peak_rss_mb, run_sides, table
@@ -20,6 +23,8 @@ FIGURES = {
     "loss": "loss of the last step",
 }
 RANK, ALPHA, TARGETS = 16, 32, ["q_proj", "k_proj", "v_proj", "o_proj"]
+FEED_FORWARD = ["gate_proj", "up_proj", "down_proj"]
+WEIGHTS = ("float32", "bfloat16", "nf4", "nf4-double")
 
 
 def rows(args) -> tuple[np.ndarray, np.ndarray]:
@@ -42,14 +47,17 @@ def ours(args):
     from lora_ms.data.example import TokenRow
     from lora_ms.data.loader import DataPlan
     from lora_ms.models.hub import load_directory
+    from lora_ms.quant.settings import read_quantisation
     from lora_ms.runtime.device import setup
     from lora_ms.train.gradient import MicroStep
     from lora_ms.train.optimizer import FlatAdamW
     from lora_ms.train.parts import SummedLoss
 
-    runtime, _ = setup("CPU", graph_kernel=args.graph_kernel, bfloat16=args.bfloat16)
-    dtype = ms.bfloat16 if args.bfloat16 else ms.float32
-    model = load_directory(args.model, dtype, operators=runtime.operators)
+    in_bfloat16 = args.weights == "bfloat16"
+    runtime, _ = setup("CPU", graph_kernel=args.graph_kernel, bfloat16=in_bfloat16)
+    quantisation = read_quantisation(args.weights) if args.weights.startswith("nf4") else None
+    dtype = ms.bfloat16 if in_bfloat16 else ms.float32
+    model = load_directory(args.model, dtype, operators=runtime.operators, quantisation=quantisation)
     inject(model, LoraConfig(RANK, ALPHA, args.dropout, TARGETS))
     model.set_train(True)
     parameters = [p for p in model.get_parameters() if p.requires_grad]
@@ -72,11 +80,19 @@ def torch(args):
     """The same by PEFT."""
     import torch
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     torch.set_num_threads(os.cpu_count())
-    dtype = torch.bfloat16 if args.bfloat16 else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
+    dtype = torch.bfloat16 if args.weights == "bfloat16" else torch.float32
+    four_bits = None
+    if args.weights.startswith("nf4"):
+        four_bits = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=args.weights == "nf4-double",
+            bnb_4bit_compute_dtype=torch.float32,
+        )
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, quantization_config=four_bits)
     config = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=args.dropout, target_modules=TARGETS)
     model = get_peft_model(model, config).train()
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -100,8 +116,14 @@ def main() -> None:
     arguments.add_argument("--dropout", type=float, default=0.0)
     arguments.add_argument("--graph_kernel", action="store_true", help="our side with context.enable_graph_kernel")
     arguments.add_argument("--recompute", action="store_true", help="our side with recompute_config.recompute")
-    arguments.add_argument("--bfloat16", action="store_true", help="weights, and products with them, in bfloat16")
+    arguments.add_argument("--weights", choices=WEIGHTS, default="float32", help="types of frozen weights")
+    arguments.add_argument("--all_linear", action="store_true", help="adapters on all seven projections of a layer")
     args = arguments.parse_args()
+    if args.all_linear:
+        TARGETS.extend(FEED_FORWARD)
+    if args.folder and args.side:
+        args.model = args.folder
+        args.vocab = json.loads((Path(args.folder) / "config.json").read_text())["vocab_size"]
     if not args.side:
         table(run_sides(os.path.abspath(__file__), args, sys.argv[1:]), FIGURES)
         return

@@ -66,14 +66,14 @@ class RMSNorm(nn.Cell):
 class Embedding(nn.Cell):
     """Rows of ``weight`` [v, h] by id."""
 
-    def __init__(self, weight: Parameter, operators: Operators):
+    def __init__(self, weight: Parameter, operators: Operators = PORTABLE):
         super().__init__()
         self.weight = weight
         self.operators = operators
         self.rows_of = operators.embedding()
 
     @classmethod
-    def zeros(cls, vocab_size: int, hidden_size: int, dtype: ms.Type, operators: Operators) -> "Embedding":
+    def zeros(cls, vocab_size: int, hidden_size: int, dtype: ms.Type, operators: Operators = PORTABLE) -> "Embedding":
         """An embedding whose numbers are to be loaded."""
         return cls(Parameter(initializer("zeros", (vocab_size, hidden_size), dtype), name="weight"), operators)
 

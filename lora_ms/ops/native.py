@@ -349,7 +349,7 @@ class _FrozenRows(nn.Cell):
         return self.forward(ids, weight)
 
     def bprop(self, ids, weight, out, dout):
-        return ops.zeros_like(ids), 0
+        return ops.zeros_like(ids), ops.zeros_like(weight)
 
 
 class RMSNorm(nn.Cell):

@@ -58,7 +58,7 @@ def job_of(config: RunConfig, sizes: DecoderConfig, device: Device) -> Job:
         costs=costs,
         dropout=0.0 if adapter is None else adapter.dropout,
         separate_dropout=adapter is not None and adapter.separate_dropout,
-        float16=dtype != "float32",
+        dtype=dtype,
         recomputed=frozenset(recomputed_layers(config.recompute_config.recompute, sizes.num_hidden_layers)),
         tokenizer=beside_checkpoint.is_file() or bool(config.processor.tokenizer.vocab_file),
         device=device,
@@ -109,12 +109,11 @@ def table(job: Job, room: float) -> list[str]:
     """The parts of a run's memory on this machine, which has ``room`` MB."""
     found = memory_estimate.estimate(job)
     parameters = memory_estimate.parameters(job.sizes)
-    dtype = "float16" if job.float16 else "float32"
     recomputed = ""
     if job.recomputed:
         recomputed = f", {len(job.recomputed)} of {job.sizes.num_hidden_layers} layers recomputed"
     lines = [
-        f"{parameters:,} parameters in {dtype}{four_bits(job)}; {memory_estimate.trainable(job):,} numbers train",
+        f"{parameters:,} parameters in {job.dtype}{four_bits(job)}; {memory_estimate.trainable(job):,} numbers train",
         f"{job.lines} x {job.length:,} tokens at a time{recomputed}; {job.device}, {size(room)} free",
         "",
     ]

@@ -31,7 +31,6 @@ CHUNK_NUMBERS = 1 << 24  # numbers of such a matrix; as in train.step
 PART_NUMBERS = 1 << 24  # numbers of the head that are widened to float32 at once; as in nn.projection
 # bytes of a number of the weight that is multiplied, for a moment: its place in the table, itself, absmax, the product
 DECODED = 14
-DECODED_NATIVE = 14
 OPTIMIZER_WORK = 9  # vectors of all trainable numbers alive at once in the optimiser's graph
 OPTIMIZER_WORK_NATIVE = 7
 
@@ -84,7 +83,7 @@ class Job:
     costs: Mapping[str, AdapterCost] | None
     dropout: float = 0.0  # on the inputs of adapters
     separate_dropout: bool = False  # by an operator of its own, even with native ones
-    float16: bool = False  # weights and activations; else float32
+    dtype: str = "float32"  # of weights and, on a card, of activations
     recomputed: Collection[int] = field(default_factory=frozenset)  # layers whose activations are recomputed
     tokenizer: bool = True
     device: Literal["CPU", "Ascend"] = "CPU"
@@ -95,9 +94,14 @@ class Job:
     quantisable: bool = False  # whether the weights could be quantised as they are loaded
 
     @property
+    def two_bytes(self) -> bool:
+        """Whether a weight has two bytes."""
+        return self.dtype != "float32"
+
+    @property
     def weight_width(self) -> int:
         """Bytes of a weight."""
-        return 2 if self.float16 else 4
+        return 2 if self.two_bytes else 4
 
     @property
     def width(self) -> int:
@@ -112,7 +116,7 @@ class Job:
     @property
     def fused(self) -> bool:
         """Whether attention keeps no [queries, keys] matrix."""
-        return self.native if self.device == "CPU" else self.float16
+        return self.native if self.device == "CPU" else self.two_bytes
 
 
 @dataclass(frozen=True)
@@ -170,10 +174,12 @@ def weights_mb(job: Job) -> float:
 
 
 def decoded_mb(job: Job) -> float:
-    """MB of the largest weight in four bits while it is multiplied."""
+    """MB of the largest weight in four bits while it is multiplied; the native operators decode it piece by piece."""
+    if job.native:
+        return 0.0
     dense = modules(job.sizes)
     largest_one = max((dense[name][0] * dense[name][1] for name in job.quantised), default=0)
-    return largest_one * (DECODED_NATIVE if job.native else DECODED) / MB
+    return largest_one * DECODED / MB
 
 
 def trainable(job: Job) -> int:
@@ -271,7 +277,7 @@ def estimate(job: Job) -> Estimate:
     chunk = min(tokens, max(16, CHUNK_NUMBERS // s.vocab_size))
     matrices = LOGITS_NATIVE if job.native else LOGITS
     logits = chunk * s.vocab_size * (10 if job.width == 2 else 4 * matrices) / MB
-    if job.float16 and job.device == "CPU" and not job.native:  # the head is widened to float32 part by part
+    if job.two_bytes and job.device == "CPU" and not job.native:  # the head is widened to float32 part by part
         logits += 4 * PART_NUMBERS / MB
     inputs = 2 * len(recomputed) * tokens * s.hidden_size * job.width / MB  # of both halves of a layer
     rest = inputs + sum(sum(kept(job, i)) for i in layers if i not in recomputed) + tables(job)
@@ -330,9 +336,9 @@ def remedies(job: Job, room: float) -> list[str]:
     one = replace(job, lines=1)
     if {*job.recomputed} != every:
         steps.append(("recompute_config.recompute True", replace(one, recomputed=every)))
-    if not job.float16 and trains_adapter:
-        steps.append(("model.model_config.compute_dtype float16", replace(one, recomputed=every, float16=True)))
-    last = replace(one, recomputed=every, float16=job.float16 or trains_adapter)
+    if not job.two_bytes and trains_adapter:
+        steps.append(("model.model_config.compute_dtype float16", replace(one, recomputed=every, dtype="float16")))
+    last = replace(one, recomputed=every, dtype="float16" if trains_adapter and not job.two_bytes else job.dtype)
     layers = frozenset(name for name in modules(job.sizes) if name.startswith("model.layers."))
     if job.quantisable and trains_adapter and not job.quantised:
         last = replace(last, quantised=layers)

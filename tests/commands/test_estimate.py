@@ -150,7 +150,7 @@ def job(lines=1, length=2048, **changes) -> memory_estimate.Job:
         for name, (inputs, outputs) in modules.items()
         if name.endswith(("q_proj", "v_proj"))
     }
-    given = {"costs": costs, "float16": True, "device": "Ascend", "recomputed": range(32), **changes}
+    given = {"costs": costs, "dtype": "float16", "device": "Ascend", "recomputed": range(32), **changes}
     return memory_estimate.Job(SEVEN_BILLION, lines, length, **given)
 
 
@@ -159,19 +159,19 @@ def test_seven_billion_parameters():
     assert memory_estimate.trainable(job()) == 2 * 32 * 16 * 8192
     found = memory_estimate.estimate(job())
     assert found.weights == pytest.approx(12852, rel=1e-3)  # 13.5e9 bytes
-    assert memory_estimate.estimate(job(float16=False)).weights == 2 * found.weights
+    assert memory_estimate.estimate(job(dtype="float32")).weights == 2 * found.weights
 
 
 @pytest.mark.parametrize(
     "change",
-    [{"lines": 2}, {"length": 4096}, {"float16": False}, {"recomputed": ()}, {"costs": None}, {"dropout": 0.1}],
+    [{"lines": 2}, {"length": 4096}, {"dtype": "float32"}, {"recomputed": ()}, {"costs": None}, {"dropout": 0.1}],
 )
 def test_what_takes_more(change):
     assert memory_estimate.estimate(job(**change)).total > memory_estimate.estimate(job()).total
 
 
 def test_state_in_the_hosts_memory_leaves_the_card():
-    everything = {"costs": None, "float16": False}
+    everything = {"costs": None, "dtype": "float32"}
     there = memory_estimate.estimate(job(**everything, swap=True))
     assert (
         memory_estimate.estimate(job(**everything)).training - there.training
@@ -195,8 +195,8 @@ def test_what_fits_is_the_largest():
 
 
 def test_keys_to_change_are_named_until_it_fits():
-    large = job(lines=8, recomputed=(), float16=False, device="CPU")
-    room = memory_estimate.estimate(job(lines=1, float16=False, device="CPU")).total
+    large = job(lines=8, recomputed=(), dtype="float32", device="CPU")
+    room = memory_estimate.estimate(job(lines=1, dtype="float32", device="CPU")).total
     found = memory_estimate.remedies(large, room)
     assert [text.split()[0] for text in found] == ["runner_config.batch_size", "recompute_config.recompute"]
     assert "gradient_accumulation_steps x 8" in found[0]

@@ -85,7 +85,7 @@ def train(graph_mode, reference, rows, settings) -> Callable[..., Finished]:
     ):  # fmt: skip
         path.mkdir(parents=True, exist_ok=True)
         chosen = settings(path, **changes)
-        here, _ = device.setup("CPU", seed=chosen.seed)
+        here, _ = device.setup("CPU", seed=chosen.seed, bfloat16=dtype == ms.bfloat16)
         model = load_directory(reference / "models" / name, dtype, operators=here.operators)
         config = LoraConfig(4, 8.0, dropout, "all-linear")
         inject(model, config)

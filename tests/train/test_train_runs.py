@@ -225,3 +225,15 @@ def test_float16_skips_what_overflows_and_then_learns(train, plain_run, tmp_path
     assert found.losses[-1] < found.losses[0] - 0.3
     lines = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
     assert all(norm is None or norm > 0 for norm in (line["grad_norm"] for line in lines))
+
+
+def test_bfloat16_is_near_and_goes_on_as_if_it_had_not_stopped(train, tmp_path):
+    """The model's weights are bfloat16: only the rounding of what they are multiplied with, if any, moves the loss."""
+    whole = train(tmp_path / "whole", dtype=ms.bfloat16, max_steps=6, dropout=0.1)
+    train(tmp_path / "cut", dtype=ms.bfloat16, max_steps=3, schedule_steps=6, save_steps=3, dropout=0.1)
+    found = train(tmp_path / "cut", dtype=ms.bfloat16, max_steps=6, schedule_steps=6, resume=True, dropout=0.1)
+    assert found.records == whole.records
+    for name, value in whole.adapter.items():
+        np.testing.assert_array_equal(found.adapter[name], value, err_msg=name)
+    plain = train(tmp_path / "plain", max_steps=6, dropout=0.1)
+    np.testing.assert_allclose(whole.losses, plain.losses, rtol=5e-3)
