@@ -439,6 +439,8 @@ def test_modelscope_without_its_library(monkeypatch):
 
 
 def test_names_in_python(monkeypatch, text_model, rows_text, tmp_path):
+    from mindspore import nn
+
     from lora_ms import AutoTokenizer, Trainer, TrainingArguments
     from lora_ms.recipes import download
 
@@ -454,7 +456,7 @@ def test_names_in_python(monkeypatch, text_model, rows_text, tmp_path):
     monkeypatch.setattr(download, "fetch", fetch_here)
     tokenizer = AutoTokenizer.from_pretrained(QWEN, revision="v1", hub="modelscope")
     assert tokenizer.eos_token == "<|im_end|>"
-    trainer = Trainer(object(), TrainingArguments(str(tmp_path / "out")), "someone/rows", tokenizer)
+    trainer = Trainer(nn.Cell(), TrainingArguments(str(tmp_path / "out")), "someone/rows", tokenizer)
     assert trainer.train_dataset == str(rows / "train.jsonl")
     assert asked == [Wanted(QWEN, "model", "modelscope", "v1"), Wanted("someone/rows", "dataset", split="train")]
 
