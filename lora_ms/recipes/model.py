@@ -37,15 +37,13 @@ SIZES = {
 
 
 def compute_dtype(config: RunConfig, runtime: Runtime) -> ms.Type:
-    """Type of weights: the YAML's, else the device's default.
-
-    Raises:
-        LoraMsError: bfloat16 without operators that read it.
-    """
+    """Type of weights: the YAML's, else the device's default; float32 for bfloat16 where no operator reads it."""
     asked = config.model.sizes.compute_dtype or default_dtype(runtime.device)
-    dtype = {"float32": ms.float32, "float16": ms.float16, "bfloat16": ms.bfloat16}[asked]
-    hub.check_dtype(dtype, runtime.operators)
-    return dtype
+    if asked == "bfloat16" and not runtime.operators.reads_bfloat16:
+        if runtime.is_main:
+            print("compute_dtype bfloat16 needs a C++ compiler on the CPU: the weights are float32")
+        asked = "float32"
+    return {"float32": ms.float32, "float16": ms.float16, "bfloat16": ms.bfloat16}[asked]
 
 
 def decoder_config(sizes: ModelSizes) -> DecoderConfig:

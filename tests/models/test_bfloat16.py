@@ -5,11 +5,13 @@ import numpy as np
 import pytest
 from mindspore import Tensor
 
+from lora_ms.config import load_config
 from lora_ms.errors import LoraMsError
 from lora_ms.models.hub import load_directory, save_directory
 from lora_ms.ops import PORTABLE, select
+from lora_ms.recipes.model import compute_dtype
 from lora_ms.runtime import native_build
-from lora_ms.runtime.device import setup
+from lora_ms.runtime.device import Runtime, setup
 
 IDS = np.random.default_rng(0).integers(0, 128, (2, 24)).astype(np.int32)
 
@@ -76,3 +78,10 @@ def test_a_token_that_is_none_of_the_model_stops_it(folder, library):
     model = load_directory(folder, ms.bfloat16, operators=select("CPU", library=library))
     with pytest.raises(RuntimeError, match="embedding"):
         model(Tensor(np.full((2, 24), 128, np.int32))).asnumpy()
+
+
+@pytest.mark.parametrize("operators, wanted", [(PORTABLE, ms.float32), (select("CPU", library="any"), ms.bfloat16)])
+def test_the_type_that_a_yaml_asks_for(operators, wanted, capsys):
+    config = load_config(None, options=["model.model_config.compute_dtype=bfloat16"])
+    assert compute_dtype(config, Runtime("CPU", operators=operators)) == wanted
+    assert ("needs a C++ compiler" in capsys.readouterr().out) == (wanted == ms.float32)
