@@ -194,7 +194,9 @@ def main() -> None:
     args = arguments.parse_args()
     train_step.TARGETS = [*ATTENTION, *FEED_FORWARD]
     if args.side:
-        vars(args).update(labels="dense", dropout=0.0, graph_kernel=False, recompute=False, weights="float32")
+        vars(args).update(
+            labels="dense", dropout=0.0, graph_kernel=False, recompute=False, bfloat16=False, four_bits=""
+        )
         print(json.dumps({"ours": our_side, "torch": torch_side}[args.side](args)))
         return
     if args.folder:

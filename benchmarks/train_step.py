@@ -1,7 +1,7 @@
 """A LoRA training step, ours against torch + transformers + PEFT: same weights, rows and types, on the CPU.
 
 python benchmarks/train_step.py --labels dense --torch_python PYTHON_WITH_TORCH_AND_PEFT
-python benchmarks/train_step.py --weights nf4-double --all_linear --batch 8 --seq 128 --folder MODEL --torch_python …
+python benchmarks/train_step.py --four_bits nf4-double --all_linear --batch 8 --seq 128 --folder MODEL --torch_python …
     QLoRA against PEFT with bitsandbytes, which is to be installed beside torch
 """
 
@@ -24,7 +24,6 @@ FIGURES = {
 }
 RANK, ALPHA, TARGETS = 16, 32, ["q_proj", "k_proj", "v_proj", "o_proj"]
 FEED_FORWARD = ["gate_proj", "up_proj", "down_proj"]
-WEIGHTS = ("float32", "bfloat16", "nf4", "nf4-double")
 
 
 def rows(args) -> tuple[np.ndarray, np.ndarray]:
@@ -53,10 +52,9 @@ def ours(args):
     from lora_ms.train.optimizer import FlatAdamW
     from lora_ms.train.parts import SummedLoss
 
-    in_bfloat16 = args.weights == "bfloat16"
-    runtime, _ = setup("CPU", graph_kernel=args.graph_kernel, bfloat16=in_bfloat16)
-    quantisation = read_quantisation(args.weights) if args.weights.startswith("nf4") else None
-    dtype = ms.bfloat16 if in_bfloat16 else ms.float32
+    runtime, _ = setup("CPU", graph_kernel=args.graph_kernel, bfloat16=args.bfloat16)
+    quantisation = read_quantisation(args.four_bits) if args.four_bits else None
+    dtype = ms.bfloat16 if args.bfloat16 else ms.float32
     model = load_directory(args.model, dtype, operators=runtime.operators, quantisation=quantisation)
     inject(model, LoraConfig(RANK, ALPHA, args.dropout, TARGETS))
     model.set_train(True)
@@ -83,14 +81,14 @@ def torch(args):
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     torch.set_num_threads(os.cpu_count())
-    dtype = torch.bfloat16 if args.weights == "bfloat16" else torch.float32
+    dtype = torch.bfloat16 if args.bfloat16 else torch.float32
     four_bits = None
-    if args.weights.startswith("nf4"):
+    if args.four_bits:
         four_bits = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=args.weights == "nf4-double",
-            bnb_4bit_compute_dtype=torch.float32,
+            bnb_4bit_use_double_quant=args.four_bits == "nf4-double",
+            bnb_4bit_compute_dtype=dtype,
         )
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, quantization_config=four_bits)
     config = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=args.dropout, target_modules=TARGETS)
@@ -116,7 +114,8 @@ def main() -> None:
     arguments.add_argument("--dropout", type=float, default=0.0)
     arguments.add_argument("--graph_kernel", action="store_true", help="our side with context.enable_graph_kernel")
     arguments.add_argument("--recompute", action="store_true", help="our side with recompute_config.recompute")
-    arguments.add_argument("--weights", choices=WEIGHTS, default="float32", help="types of frozen weights")
+    arguments.add_argument("--four_bits", choices=("nf4", "nf4-double"), help="the layers' weights in four bits")
+    arguments.add_argument("--bfloat16", action="store_true", help="whole weights, and products, in bfloat16")
     arguments.add_argument("--all_linear", action="store_true", help="adapters on all seven projections of a layer")
     args = arguments.parse_args()
     if args.all_linear:

@@ -158,7 +158,7 @@ def test_log_is_what_was_printed(done, token_rows):
         f"loss {first:.4f} -> {last:.4f} in 4 steps",
         f"adapter: {done / 'adapter'}   loss plot: {done / 'loss.png'}",
     ]
-    assert re.fullmatch(r"\d+ seconds in all, \d+ MB of memory at the peak", lines[6])
+    assert re.fullmatch(r"\d+ seconds in all, [\d.]+ [MG]B of memory at the peak", lines[6])
     merge = f"lora-ms merge --load_adapter {done / 'adapter'} --output_dir {done / 'merged'}"
     assert lines[7].startswith("next: lora-ms chat --load_checkpoint ")
     assert lines[7].endswith(f" --load_adapter {done / 'adapter'}")
