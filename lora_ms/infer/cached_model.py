@@ -116,7 +116,10 @@ class CachedModel:
         top = layers_in_blocks(len(layers), BLOCK_LAYERS) if shares_graphs else 0  # the first layer that is in no block
         self.inputs = _Inputs(model, cache).set_train(False)
         self.top = _Top(model, _Layers(layers[top:], windows[top:], cache, top)).set_train(False)
-        self.whole = _Whole(self.inputs, self.top).set_train(False) if top == 0 else None
+        # MindSpore copies a weight that a graph reads both before and after it writes to a cache, which no operator of
+        # the CPU does in bfloat16: then the embedding and the head that is tied to it are in graphs of their own
+        one_graph = top == 0 and not (c.tie_word_embeddings and model.dtype == ms.bfloat16)
+        self.whole = _Whole(self.inputs, self.top).set_train(False) if one_graph else None
         self.blocks: list[tuple[_Block, Place, list[Parameter]]] = []  # the graph, its place, and who takes it
         kinds: dict[tuple, tuple[_Block, Place]] = {}
         for first in range(0, top, BLOCK_LAYERS):

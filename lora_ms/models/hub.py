@@ -10,6 +10,7 @@ from typing import Any
 import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn
+from mindspore.common import np_dtype
 from mindspore.common.initializer import initializer
 from numpy.typing import DTypeLike
 
@@ -60,7 +61,7 @@ FREQUENCIES = "rotary_emb.inv_freq"  # end of names in old Llama files: numbers 
 NUMPY_DTYPES: dict[ms.Type, DTypeLike] = {
     ms.float32: np.float32,
     ms.float16: np.float16,
-    ms.bfloat16: ms.dtype_to_nptype(ms.bfloat16),
+    ms.bfloat16: np_dtype.bfloat16,
 }
 
 

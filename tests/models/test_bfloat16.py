@@ -5,9 +5,14 @@ import numpy as np
 import pytest
 from mindspore import Tensor
 
+from lora_ms.adapters.inject import inject
+from lora_ms.adapters.merge import merge
+from lora_ms.adapters.methods.lora import LoraConfig
 from lora_ms.config import load_config
 from lora_ms.errors import LoraMsError
-from lora_ms.models.hub import load_directory, save_directory
+from lora_ms.infer.generate import Generator
+from lora_ms.infer.sampling import Sampling
+from lora_ms.models.hub import NUMPY_DTYPES, load_directory, save_directory
 from lora_ms.ops import PORTABLE, select
 from lora_ms.recipes.model import compute_dtype
 from lora_ms.runtime import native_build
@@ -21,7 +26,7 @@ def folder(request, reference, tmp_path_factory):
     """A model's folder whose numbers are bfloat16."""
     folder = tmp_path_factory.mktemp("bfloat16") / request.param
     whole = load_directory(reference / "models" / request.param)
-    save_directory(whole, folder, np.dtype(ms.dtype_to_nptype(ms.bfloat16)))
+    save_directory(whole, folder, np.dtype(NUMPY_DTYPES[ms.bfloat16]))
     return folder
 
 
@@ -56,7 +61,7 @@ def test_rounded_products_are_near(folder, library):
 
 def test_a_model_is_saved_as_it_was_read(folder, library, tmp_path, raw_tensors):
     model = load_directory(folder, ms.bfloat16, operators=select("CPU", library=library))
-    save_directory(model, tmp_path / "again", np.dtype(ms.dtype_to_nptype(ms.bfloat16)))
+    save_directory(model, tmp_path / "again", np.dtype(NUMPY_DTYPES[ms.bfloat16]))
     before, after = raw_tensors(folder), raw_tensors(tmp_path / "again")
     assert before.keys() == after.keys()
     for name, values in before.items():
@@ -85,3 +90,27 @@ def test_the_type_that_a_yaml_asks_for(operators, wanted, capsys):
     config = load_config(None, options=["model.model_config.compute_dtype=bfloat16"])
     assert compute_dtype(config, Runtime("CPU", operators=operators)) == wanted
     assert ("needs a C++ compiler" in capsys.readouterr().out) == (wanted == ms.float32)
+
+
+def test_answers_are_those_of_the_widened_weights(folder, library):
+    """qwen2's head is its embedding."""
+    operators = select("CPU", library=library)
+    rows = [IDS[0, :7].tolist(), IDS[1, :3].tolist()]
+    answers = []
+    for dtype in (ms.bfloat16, ms.float32):
+        model = load_directory(folder, dtype, operators=operators)
+        answers.append(Generator(model).generate(rows, [6, 6], Sampling(), ()))
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("target", ["embed_tokens", "q_proj"])
+def test_an_adapter_on_such_weights_is_merged(folder, library, target):
+    model = load_directory(folder, ms.bfloat16, operators=select("CPU", library=library))
+    inject(model, LoraConfig(4, 8.0, 0.0, [target]))
+    rng = np.random.default_rng(0)
+    for name, parameter in model.parameters_and_names():
+        if "lora" in name:
+            parameter.set_data(Tensor(0.05 * rng.standard_normal(parameter.shape).astype(np.float32)))
+    adapted = logits(model)
+    merge(model)
+    assert np.linalg.norm(logits(model) - adapted) < 2**-6 * np.linalg.norm(adapted)  # the sums are rounded

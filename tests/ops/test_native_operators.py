@@ -8,6 +8,7 @@ import mindspore as ms
 import numpy as np
 import pytest
 
+from lora_ms.models.hub import NUMPY_DTYPES
 from lora_ms.quant import int4, nf4
 from lora_ms.runtime import native_build
 
@@ -99,7 +100,7 @@ def test_every_number_of_float16_is_widened_exactly(call):
             np.testing.assert_array_equal(found, np.tile(some.astype(np.float32), (rows, 1)))
 
 
-BFLOAT16 = ms.dtype_to_nptype(ms.bfloat16)
+BFLOAT16 = NUMPY_DTYPES[ms.bfloat16]
 
 
 @pytest.mark.parametrize("m, n, k", SHAPES)

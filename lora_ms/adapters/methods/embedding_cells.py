@@ -81,7 +81,7 @@ class LoRAEmbedding(AdapterCell):
 
     def merge(self) -> Embedding:
         weight = Tensor(np.ascontiguousarray(self.merged_weight()), self.base.weight.dtype)
-        return Embedding(Parameter(weight, name="weight"), self.operators)
+        return Embedding(Parameter(weight, name="weight"), self.base.operators)
 
     def adapted(self, input_ids: Tensor) -> Tensor:
         """ids [t] -> [t, h]."""
