@@ -197,7 +197,7 @@ if [ -n "$failed" ]; then
         how="was ended by signal ${code#-}"
     fi
     echo "error: ${rank:+rank $rank, }process $failed, $how; the others were stopped; the full logs are in $LOG_DIR" >&2
-elif [ -n "$lost" ]; then
+elif [ -n "$lost" ] && [ $status != 0 ]; then  # with 0 msrun had just ended as it should
     echo "error: $lost has ended, and the others were stopped; start the run again, with --resume_training True to go on" \
         "from its last checkpoint; the full logs are in $LOG_DIR" >&2
 elif [ $status != 0 ]; then

@@ -253,6 +253,12 @@ def test_launcher_names_the_rank_that_failed_and_waits_for_no_one(machine, launc
     assert "noise" not in result.stdout and not (machine.folder / "waited").exists()
 
 
+def test_launcher_is_quiet_where_msrun_ended_a_moment_before_its_output(machine, launcher):
+    machine.program("msrun", f"#!{BASH}\nsetsid sleep 3 &\nexit 0\n")  # what it has started still holds its output
+    result = launcher("job.py", "2", "9000", "logs", "True", "60")
+    assert (result.returncode, result.stderr) == (0, "")
+
+
 @pytest.mark.parametrize(
     ("statement", "what"),
     [
@@ -282,6 +288,9 @@ def test_launcher_stops_the_processes_that_a_killed_one_has_left(machine, launch
         f"error: {what.format(msrun=msrun, scheduler=scheduler)} has ended, and the others were stopped; start the run "
         "again, with --resume_training True to go on from its last checkpoint; the full logs are in logs",
     )
+    deadline = time.monotonic() + 5  # they are killed, and not waited for
+    while any(map(machine.alive, (msrun, scheduler, worker))) and time.monotonic() < deadline:
+        time.sleep(0.05)
     assert not any(map(machine.alive, (msrun, scheduler, worker)))
 
 
