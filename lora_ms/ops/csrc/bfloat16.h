@@ -118,11 +118,11 @@ inline void multiply_tiles(const BFloat16 *a, const BFloat16 *b, long steps, lon
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
     }
-    constexpr long ROW = 4 * STRIPS * SIDE;
+    constexpr long ROW = 4 * BLOCK_SIDE;
     _tile_stored(0, c, ROW);
     _tile_stored(1, c + SIDE, ROW);
-    _tile_stored(2, c + SIDE * STRIPS * SIDE, ROW);
-    _tile_stored(3, c + SIDE * STRIPS * SIDE + SIDE, ROW);
+    _tile_stored(2, c + SIDE * BLOCK_SIDE, ROW);
+    _tile_stored(3, c + SIDE * BLOCK_SIDE + SIDE, ROW);
 }
 
 #endif
@@ -144,7 +144,7 @@ inline void multiply_pairs(const BFloat16 *a, const BFloat16 *b, long steps, lon
                     sums[r] = _mm512_dpbf16_ps(sums[r], (__m512bh)_mm512_set1_epi32(pair), right);
                 }
             }
-            for (long r = 0; r < SIDE; r++) store(c + (i * SIDE + r) * STRIPS * SIDE + j * SIDE, sums[r]);
+            for (long r = 0; r < SIDE; r++) store(c + (i * SIDE + r) * BLOCK_SIDE + j * SIDE, sums[r]);
         }
 }
 

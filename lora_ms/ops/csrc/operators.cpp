@@ -1,6 +1,7 @@
 // The operators as MindSpore's custom operators of kind "aot" call them: addresses, ranks, shapes and types of the
 // inputs, then of the outputs. All is float32 but indices, which are int32, and weights W and right factors of
-// products, which may be float16 or bfloat16. What each computes stands beside its function in rows.h, product.h and attention.h.
+// products, which may be float16 or bfloat16. What each computes stands beside its function in rows.h, product.h and
+// attention.h.
 
 #include <memory>
 #include <optional>
@@ -41,16 +42,10 @@ class Arguments {
     Arguments(int count, void **data, int *ndims, int64_t **shapes, const char **types)
         : count_(count), data_(data), ndims_(ndims), shapes_(shapes), types_(types) {}
 
-    Tensor next() {
-        const int i = at_++;
-        return {data_[i], ndims_[i], shapes_[i], types_[i]};
-    }
+    Tensor next() { return tensor(at_++); }
 
     // The last output.
-    Tensor last() const {
-        const int i = count_ - 1;
-        return {data_[i], ndims_[i], shapes_[i], types_[i]};
-    }
+    Tensor last() const { return tensor(count_ - 1); }
 
     // How many tensors are left before the last `outputs`.
     int inputs_left(int outputs) const { return count_ - outputs - at_; }
@@ -68,6 +63,8 @@ class Arguments {
     }
 
   private:
+    Tensor tensor(int i) const { return {data_[i], ndims_[i], shapes_[i], types_[i]}; }
+
     int count_, at_ = 0;
     void **data_;
     int *ndims_;
