@@ -1,27 +1,32 @@
 """Ctrl-C while MindSpore computes.
 
 MindSpore's graphs put a handler of their own in place of Python's as they run, and leave it there (in C, so that
-``signal.getsignal`` does not see it). It answers Ctrl-C by sending SIGTERM to its own process, which ends it.
+``signal.getsignal`` does not see it). It answers Ctrl-C by sending SIGTERM to its own process, which ends it. The threads
+that MindSpore starts for a process's first graph do the same as each begins, which may be after that graph's end.
 """
 
+import functools
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+
+THREADS = Path("/proc/self/task")  # of this process, one folder each; Linux alone has it
+STARTING = 2.0  # seconds within which a thread will have begun
 
 
 @contextmanager
 def interruptible() -> Iterator[None]:
     """Inside, graphs run; Ctrl-C then does at the end of the block what it does elsewhere in this program.
 
-    Afterwards Python's handler is in its place again. A SIGTERM inside counts as Ctrl-C, unless the program handles it
-    itself: the two cannot be told apart. Outside the main thread, which alone may set handlers, nothing is changed.
+    Afterwards the handler from before is in its place again. A SIGTERM inside counts as Ctrl-C, unless the program
+    handles it itself or ignores Ctrl-C (as shells let their background jobs): the two cannot be told apart. Outside the
+    main thread, which alone may set handlers, nothing is changed.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
     ours = signal.getsignal(signal.SIGINT)
-    if not callable(ours):  # ignored, or the system's own: not Python's to handle
+    if threading.current_thread() is not threading.main_thread() or ours is None:  # None: a handler of someone's C
         yield
         return
     asked = False
@@ -30,14 +35,33 @@ def interruptible() -> Iterator[None]:
         nonlocal asked
         asked = True
 
-    other = signal.getsignal(signal.SIGTERM)
-    if other == signal.SIG_DFL:
+    counts = ours != signal.SIG_IGN and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    if counts:
         signal.signal(signal.SIGTERM, note)
     try:
         yield
     finally:
-        if other == signal.SIG_DFL:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        _wait_for_threads()
         signal.signal(signal.SIGINT, ours)
+        if counts:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if asked:
-            ours(signal.SIGINT, None)
+            signal.raise_signal(signal.SIGINT)
+
+
+@functools.cache  # threads start once in a process
+def _wait_for_threads() -> None:
+    """Returns when the threads that the first graph started have begun: each then sleeps until it is needed."""
+    end = time.monotonic() + STARTING
+    while any(map(_runs, THREADS.glob("[0-9]*"))) and time.monotonic() < end:
+        time.sleep(0.001)
+
+
+def _runs(thread: Path) -> bool:
+    """Whether another thread of this process runs, or waits for a core."""
+    if int(thread.name) == threading.get_native_id():
+        return False
+    try:
+        return (thread / "stat").read_text().rpartition(") ")[2].startswith("R")
+    except FileNotFoundError:  # it has ended
+        return False

@@ -82,6 +82,7 @@ def test_python_has_its_handler_again(python, python_env, root):
     """After generate(), SIGINT raises KeyboardInterrupt, and SIGTERM ends the process."""
     program = """
 import os, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job has it ignored
 from lora_ms import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("examples/tiny/model")
 for _ in range(3):
@@ -99,3 +100,20 @@ os.kill(os.getpid(), signal.SIGTERM)
     )
     assert done.stdout.splitlines()[-3:] == ["interrupted"] * 3, done.stdout + done.stderr
     assert done.returncode == -signal.SIGTERM
+
+
+def test_ctrl_c_stays_ignored(python, python_env, root):
+    """What a shell lets its background jobs ignore is ignored after generate(), too."""
+    program = """
+import os, signal
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+from lora_ms import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained("examples/tiny/model")
+model.generate([[5, 6, 7]], max_new_tokens=3)
+os.kill(os.getpid(), signal.SIGINT)
+print("goes on")
+"""
+    done = subprocess.run(
+        [python, "-c", program], cwd=root, env=python_env, capture_output=True, text=True, timeout=200
+    )
+    assert (done.stdout.splitlines()[-1], done.returncode) == ("goes on", 0), done.stderr
