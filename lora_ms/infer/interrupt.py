@@ -1,7 +1,7 @@
 """Ctrl-C while MindSpore computes.
 
 MindSpore's graphs put a handler of their own in place of Python's as they run, and leave it there (in C, so that
-``signal.getsignal`` does not see it). It answers Ctrl-C by sending SIGTERM to its own process, which ends it. The threads
+``signal.getsignal`` does not see it). It answers Ctrl-C by sending SIGTERM to its own process, which ends it. Threads
 that MindSpore starts for a process's first graph do the same as each begins, which may be after that graph's end.
 """
 
