@@ -19,7 +19,7 @@ import tempfile
 import traceback
 from collections import Counter
 from collections.abc import Callable
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,16 +38,21 @@ class Saver(NamedTuple):
 
 def savers() -> dict[str, Saver]:
     import numpy as np
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
 
     from lora_ms import saving, storage
     from lora_ms.bridge.files import write_file
-    from lora_ms.commands import preprocess
+    from lora_ms.commands import preprocess, quantize
     from lora_ms.config import dump_config, load_config
     from lora_ms.data.example import TokenRow
     from lora_ms.data.mindrecord import WRITTEN_SET, read_mindrecord
     from lora_ms.data.pipeline import Preparation, prepare
     from lora_ms.data.store import TokenStore
     from lora_ms.errors import LoraMsError
+    from lora_ms.gguf import files as gguf_files
+    from lora_ms.recipes import download
+    from lora_ms.recipes.gguf import export
     from lora_ms.runtime import native_build
     from lora_ms.train import checkpoint
     from lora_ms.train.callbacks import StepRecord
@@ -142,7 +147,59 @@ def savers() -> dict[str, Saver]:
 
         return Saver(write, read, lambda folder: saving.recover(folder / "out"))
 
+    def reference_model(folder: Path) -> Path:
+        """A model of two layers with a tokenizer of bytes, as Hugging Face saves it; made once."""
+        if not folder.exists():
+            shutil.copytree(HERE.parent / "reference/models/qwen2", folder)
+            letters = Tokenizer(models.BPE({chr(code): code - 33 for code in range(33, 127)}, []))
+            letters.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+            PreTrainedTokenizerFast(tokenizer_object=letters, eos_token="~").save_pretrained(folder)
+        return folder
+
+    def quantised(folder: Path, value: float) -> None:
+        with redirect_stdout(io.StringIO()):
+            quantize.run(
+                str(reference_model(folder.parent / "base")), str(folder / "out"), double=value == NEW, overwrite=True
+            )
+
+    def read_quantised(folder: Path) -> float | str:
+        out = folder / "out"
+        saving.verify(out)
+        names = set(storage.open_dir(out))
+        double = storage.read_json(out / "config.json")["quantization_config"]["bnb_4bit_use_double_quant"]
+        if double != any(name.endswith("nested_absmax") for name in names):
+            return f"{double} with {len(names)} tensors"
+        return NEW if double else OLD
+
+    def gguf(folder: Path, value: float) -> None:
+        dtype = "float32" if value == OLD else "float16"
+        base = reference_model(folder.parent / "base")
+        export(base, None, folder / "out", dtype=dtype, with_base=False, overwrite=True)
+
+    def read_gguf(folder: Path) -> float | str:
+        out = folder / "out"
+        saving.verify(out)
+        kinds = {t.tensor_type.name for t in gguf_files.read(out / "model.gguf").tensors.values() if t.data.ndim == 2}
+        return {("F32",): OLD, ("F16",): NEW}.get(tuple(kinds), str(kinds))
+
     # --- caches
+
+    fetched = download.Wanted("someone/something")
+
+    def fetched_model(folder: Path, value: float) -> None:
+        os.environ["LORA_MS_CACHE"] = str(folder / "cache")
+        file = folder.parent / "there" / "config.json"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("{}")
+        listing = download.Listing(str(value), {file.name: (2, "")}, "a hub")
+        download._note(fetched, file.parent, listing)
+
+    def read_fetched(folder: Path) -> float | str:
+        os.environ["LORA_MS_CACHE"] = str(folder / "cache")
+        for value in (OLD, NEW):
+            if download._fetched_before(fetched, str(value)) == folder.parent / "there":
+                return value
+        return "neither"
 
     def library(folder: Path, value: float) -> None:
         os.environ |= {"LORA_MS_CACHE": str(folder / "cache"), "CXX": str(folder.parent / "c++")}
@@ -292,6 +349,9 @@ def savers() -> dict[str, Saver]:
         "model, file to file": model({OLD: 10**9, NEW: 10**9}),
         "model, shards to file": model({OLD: 300, NEW: 10**9}),
         "model, file to shards": model({OLD: 10**9, NEW: 300}),
+        "quantised model": Saver(quantised, read_quantised, lambda folder: saving.recover(folder / "out")),
+        "exported GGUF": Saver(gguf, read_gguf, lambda folder: saving.recover(folder / "out")),
+        "record of a download": Saver(fetched_model, read_fetched),
         "cached library": Saver(library, read_library),
         "cached tokens": Saver(tokens, read_tokens),
         "MindRecord files": Saver(mindrecords, read_mindrecords, lambda f: saving.finish_set(f, WRITTEN_SET)),
