@@ -5,10 +5,11 @@ Rows of a query's or key's matrix: Llama's rotary pairs are channels i and i + d
 """
 
 import importlib
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -77,17 +78,77 @@ def read(path: Path) -> GgufFile:
         stream.seek(0)
         if stream.read(4) != b"GGUF":
             raise LoraMsError(f"{path}: no GGUF file: it does not begin with the letters GGUF")
+        _Layout(path, stream, size).check()
     with readable(path, "GGUF", advice), limited(f"{path}: its metadata", SECONDS, size + MEMORY):
-        try:
-            reader = gguf.GGUFReader(path)
-            metadata = {name: field.contents() for name, field in reader.fields.items()}
-        except IndexError:
-            raise ValueError("it ends before its metadata do, or their counts are wrong") from None
+        reader = gguf.GGUFReader(path)
+        metadata = {name: field.contents() for name, field in reader.fields.items()}
     for tensor in reader.tensors:
         end = int(tensor.data_offset) + int(tensor.n_bytes)
         if end > size:
             raise LoraMsError(f"{path}: truncated: {tensor.name} ends at byte {end:,} and the file at {size:,}")
     return GgufFile(path, metadata, {tensor.name: tensor for tensor in reader.tensors})
+
+
+class _Layout:
+    """Walks the metadata once: the package's reader takes minutes over counts that a file cannot hold."""
+
+    SIZES: ClassVar = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes, by type's number
+    STRING, ARRAY = 8, 9
+
+    def __init__(self, path: Path, stream: IO[bytes], size: int):
+        self.path = path
+        self.stream = stream
+        self.size = size  # bytes of the file
+
+    def check(self) -> None:
+        """``stream`` stands behind the letters GGUF.
+
+        Raises:
+            LoraMsError: a version that is not read, or something that goes on behind the file's end.
+        """
+        version = self.number(4)
+        if version not in (2, 3):
+            raise LoraMsError(f"{self.path}: its version is {version}; 2 and 3 are read")
+        tensors, fields = self.number(8), self.number(8)
+        for _ in range(fields):
+            self.text()
+            self.value(self.number(4))
+        for _ in range(tensors):
+            self.text()
+            self.skip(8 * self.number(4))  # its shape
+            self.skip(4 + 8)  # its type and place
+
+    def value(self, kind: int) -> None:
+        if kind == self.STRING:
+            self.text()
+        elif kind in self.SIZES:
+            self.skip(self.SIZES[kind])
+        elif kind == self.ARRAY:
+            inner, count = self.number(4), self.number(8)
+            if inner in self.SIZES:
+                self.skip(count * self.SIZES[inner])
+            elif inner == self.STRING:
+                for _ in range(count):
+                    self.text()
+            else:
+                raise LoraMsError(
+                    f"{self.path}: a list in its metadata has entries of type {inner}, which are not read"
+                )
+        else:
+            raise LoraMsError(f"{self.path}: a value in its metadata is of type {kind}, which GGUF does not have")
+
+    def text(self) -> None:
+        self.skip(self.number(8))
+
+    def number(self, width: int) -> int:
+        self.skip(width)
+        self.stream.seek(-width, os.SEEK_CUR)
+        return int.from_bytes(self.stream.read(width), "little")
+
+    def skip(self, length: int) -> None:
+        if self.stream.tell() + length > self.size:
+            raise LoraMsError(f"{self.path}: it ends before its metadata do, or their counts are wrong")
+        self.stream.seek(length, os.SEEK_CUR)
 
 
 def gguf_names(architecture: str, layers: int, names: Iterable[str]) -> dict[str, str]:

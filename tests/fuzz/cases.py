@@ -1,8 +1,10 @@
 """What is fuzzed: for each reader, a folder of good files, a damage to one of them, and the call that reads it."""
 
+import functools
 import json
 import random
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -214,6 +216,37 @@ def read_checkpoint(folder: Path) -> object:
     return read_file(folder / "x.ckpt")
 
 
+@functools.cache
+def good_gguf() -> bytes:
+    """The reference model of Llama's family, with a tokenizer of letters."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from lora_ms.recipes.gguf import export
+
+    pieces = [*map(chr, range(33, 127)), "he"]
+    letters = Tokenizer(models.BPE({piece: n for n, piece in enumerate(pieces)}, [("h", "e")]))
+    letters.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    with tempfile.TemporaryDirectory() as place:
+        base, out = Path(place) / "model", Path(place) / "out"
+        shutil.copytree(ROOT / "tests/reference/models/llama3", base)
+        PreTrainedTokenizerFast(tokenizer_object=letters, eos_token="~").save_pretrained(base)
+        export(base, None, out, dtype="auto", with_base=False, overwrite=False)
+        return (out / "model.gguf").read_bytes()
+
+
+def gguf_file(folder: Path, rng: random.Random) -> dict[str, Damage]:
+    (folder / "x.gguf").write_bytes(good_gguf())
+    head = rng.choice((64, 1000, 8000))
+    return {"x.gguf": lambda dice, content: damage.damaged_bytes(dice, content, head)}
+
+
+def read_gguf(folder: Path) -> object:
+    from lora_ms.recipes.gguf import to_hugging_face
+
+    return to_hugging_face(folder / "x.gguf", folder / "out", None, dtype="auto", shard_size=10**9, overwrite=False)
+
+
 READERS: dict[str, Reader] = {
     "json": Reader(config_folder, read_config),
     "safetensors": Reader(safetensors_file, read_safetensors),
@@ -226,6 +259,7 @@ READERS: dict[str, Reader] = {
     "tokenizer": Reader(tokenizer_folder, read_tokenizer),
     "template": Reader(template_file, read_template),
     "checkpoint": Reader(checkpoint_file, read_checkpoint),
+    "gguf": Reader(gguf_file, read_gguf),
 }
 
 
