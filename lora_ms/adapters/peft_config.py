@@ -71,7 +71,7 @@ def from_peft(peft: Mapping[str, Any], where: str) -> AdapterConfig:
     if faults:
         raise LoraMsError(f"{where}: not supported: {', '.join(faults)}")
     method = methods[kind]
-    missing = [key for key in method.PEFT_REQUIRED if key not in peft]
+    missing = [key for key in method.PEFT_REQUIRED if peft.get(key) is None]
     if missing:
         raise LoraMsError(f"{where}: {', '.join(missing)} is missing")
     try:

@@ -54,7 +54,7 @@ LR_NOT_YET = ("CosineWithRestartsAndWarmUpLR", "PolynomialWithWarmUpLR")
 def _lr_type(value: Any) -> str:
     if value in LR_NOT_YET:
         raise ValueError("is not supported yet; use CosineWithWarmUpLR or LinearWithWarmUpLR")
-    if value not in LR_KINDS:
+    if not isinstance(value, str) or value not in LR_KINDS:
         raise ValueError(f"expects one of {', '.join(LR_KINDS)}")
     return value
 

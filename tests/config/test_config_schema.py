@@ -170,6 +170,11 @@ def options(*texts: str) -> RunConfig:
             "CosineWithWarmUpLR, constant, linear, cosine, got 'step'",
         ),
         (
+            "lr_schedule.type=[linear]",
+            "lr_schedule.type expects one of ConstantWarmUpLR, LinearWithWarmUpLR, "
+            "CosineWithWarmUpLR, constant, linear, cosine, got ['linear']",
+        ),
+        (
             "callbacks=[{type: LossMonitor}]",
             f"callbacks.0.type expects one of {KINDS}, got 'LossMonitor' (nearest: MFLossMonitor)",
         ),

@@ -74,7 +74,7 @@ def _damaged_once(rng: random.Random, value: Any) -> Any:
             case 1:
                 value[rng.choice(("x", "", "__metadata__", key + "x"))] = value[key]
             case 2 | 3:
-                value[key] = rng.choice(ODD_VALUES)
+                value[key] = copy.deepcopy(rng.choice(ODD_VALUES))
             case _:
                 value[key] = _damaged_once(rng, value[key])
         return value
@@ -84,7 +84,7 @@ def _damaged_once(rng: random.Random, value: Any) -> Any:
             case 0:
                 del value[place]
             case 1:
-                value.insert(place, rng.choice(ODD_VALUES))
+                value.insert(place, copy.deepcopy(rng.choice(ODD_VALUES)))
             case _:
                 value[place] = _damaged_once(rng, value[place])
         return value
@@ -92,7 +92,7 @@ def _damaged_once(rng: random.Random, value: Any) -> Any:
         return value + rng.choice((-1, 1, 8, -value, value, 0.5))
     if isinstance(value, str) and rng.random() < 0.3:
         return value + rng.choice(("x", "\n", "\x1b[2J", "*", "(", "}}"))
-    return rng.choice(ODD_VALUES)
+    return copy.deepcopy(rng.choice(ODD_VALUES))
 
 
 def damaged_json(rng: random.Random, content: bytes) -> bytes:
