@@ -31,7 +31,7 @@ HEADER_SIZE = 100_000_000  # bytes, the library's limit
 LONGEST_NAME = 1000  # characters of a tensor's name
 MOST_AXES = 32  # of a tensor, as in NumPy
 STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-OF_NUMPY = {"float32": "F32", "float16": "F16", "float64": "F64"}
+OF_NUMPY = {"float32": "F32", "float16": "F16", "float64": "F64", "uint8": "U8"}
 INDEX = "model.safetensors.index.json"
 # what another model in the same folder replaces
 MODEL_FILES = re.compile(r"config\.json|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")

@@ -15,10 +15,18 @@ class ParamGroup(Section):
     weight_decay: Number | None = Field(None, ge=0)
 
 
-class Optimizer(Section):
-    """``optimizer``: all accepted types are AdamW with float32 state."""
+# AdamW by MindFormers' names, by bitsandbytes', and by those of transformers' TrainingArguments
+AdamWType = Literal[
+    "AdamW", "FP32StateAdamWeightDecay", "AdamWeightDecay", "PmAdamW",
+    "AdamW8bit", "PagedAdamW", "PagedAdamW8bit",
+    "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit",
+]  # fmt: skip
 
-    type: Literal["AdamW", "FP32StateAdamWeightDecay", "AdamWeightDecay", "PmAdamW"] = "AdamW"
+
+class Optimizer(Section):
+    """``optimizer``: all accepted types are AdamW; its state is float32, or of eight bits, in memory or in a file."""
+
+    type: AdamWType = "AdamW"
     betas: tuple[Number, Number] = (0.9, 0.999)  # decay of the first and second moment; beta1, beta2 end up here
     beta1: Number | None = Field(None, ge=0, lt=1)
     beta2: Number | None = Field(None, ge=0, lt=1)
@@ -38,6 +46,16 @@ class Optimizer(Section):
             raise ValueError(f"betas want two numbers from 0 to below 1, got {list(pair)}")
         self.betas, self.beta1, self.beta2 = pair, None, None
         return self
+
+    @property
+    def eight_bits(self) -> bool:
+        """Whether the moments are kept in eight bits."""
+        return self.type.endswith("8bit")
+
+    @property
+    def paged(self) -> bool:
+        """Whether the moments lie in a file."""
+        return self.type.lower().startswith("paged")
 
 
 LR_KINDS = {

@@ -14,9 +14,11 @@ from functools import cache
 from typing import Any
 
 import mindspore as ms
-from mindspore import Tensor, nn, ops
+import numpy as np
+from mindspore import Parameter, Tensor, nn, ops
 
 from lora_ms.ops import portable
+from lora_ms.ops.dynamic_map import dynamic_map, thresholds
 
 RIGHT_FACTORS = (ms.float32, ms.float16, ms.bfloat16)  # types of right factors that these operators read
 ROUNDED = "_bfloat16"  # end of the names of products that round both factors
@@ -92,10 +94,6 @@ def _cross_entropy(logits, *_):
 
 def _attention(q, k, v, cos, *_):
     return list(q), [q[0], q[1] // cos[1]]
-
-
-def _adamw(old, *_):
-    return list(old), list(old), list(old)
 
 
 def _cache_rows(k, v, cos, *_):
@@ -529,26 +527,53 @@ class CrossEntropy(nn.Cell):
 
 
 class AdamW(portable.AdamW):
-    """``portable.AdamW`` in one pass over memory."""
+    """``portable.AdamW`` in one pass over memory; the state is written where it lies."""
+
+    NAME = "adamw"
 
     def __init__(self, library: str, beta1: float, beta2: float, eps: float):
         super().__init__(beta1, beta2, eps)
-        self.step = operator(library, "adamw", _adamw, 3)
+        self.step = operator(library, self.NAME, _like_first)
         self.stack = ops.Stack()
 
     def construct(
         self,
         old: Tensor,
         grad: Tensor,
-        exp_avg: Tensor,
-        exp_avg_sq: Tensor,
+        state: tuple[Parameter, ...],
         scale: Tensor,
         taken: Tensor,
         count: Tensor,
         rate: Tensor,
         decay: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        # in the order of `Step` in csrc/rows.h
+    ) -> Tensor:
+        # in the order of `Step` in csrc/optimizer.h
         numbers = (scale, taken, *self.shares(), *self.corrections(count), Tensor(self.eps, ms.float32))
-        vectors = (old, grad, exp_avg, exp_avg_sq)
+        return self.step(old, grad, *state, rate, decay, self.stack(numbers))
+
+
+class AdamW8bit(AdamW):
+    """``portable.AdamW8bit`` in one pass over memory."""
+
+    NAME = "adamw_8bit"
+    state_of = staticmethod(portable.AdamW8bit.state_of)
+
+    def __init__(self, library: str, beta1: float, beta2: float, eps: float):
+        super().__init__(library, beta1, beta2, eps)
+        parts = [part(signed) for signed in (True, False) for part in (dynamic_map, thresholds)]
+        self.tables = Tensor(np.concatenate(parts))  # in the order of `Tables` in csrc/optimizer.h
+
+    def construct(
+        self,
+        old: Tensor,
+        grad: Tensor,
+        state: tuple[Parameter, ...],
+        scale: Tensor,
+        taken: Tensor,
+        count: Tensor,
+        rate: Tensor,
+        decay: Tensor,
+    ) -> Tensor:
+        numbers = (scale, taken, *self.shares(), *self.corrections(count), Tensor(self.eps, ms.float32))
+        vectors = (old, grad, *state, self.tables)
         return self.step(*vectors, rate, decay, self.stack(numbers))

@@ -98,6 +98,8 @@ class Operators:
     with a method ``head_gradient`` of the same inputs -> d head [v, h]."""
     adamw: Callable[[float, float, float], nn.Cell]
     """beta1, beta2, eps -> cell: one step on vectors [n], see ``portable.AdamW``."""
+    adamw_8bit: Callable[[float, float, float], nn.Cell]
+    """The same with moments of eight bits, see ``portable.AdamW8bit``."""
 
 
 def _flash(flash_cell: Callable[..., nn.Cell], plain_cell: Callable[..., nn.Cell]) -> Callable[..., nn.Cell]:
@@ -153,6 +155,7 @@ PORTABLE = Operators(
     head_product_back=portable.HeadProductBack,
     cross_entropy=portable.CrossEntropy,
     adamw=portable.AdamW,
+    adamw_8bit=portable.AdamW8bit,
 )
 
 # A card without fused operators in training (310B), or told to do without: portable arithmetic, a card's layouts.
@@ -205,6 +208,7 @@ def _native(library: str, rounding: str) -> Operators:
         head_product_back=partial(native.HeadProductBack, library, rounding),
         cross_entropy=partial(native.CrossEntropy, library, rounding),
         adamw=partial(native.AdamW, library),
+        adamw_8bit=partial(native.AdamW8bit, library),
     )
 
 

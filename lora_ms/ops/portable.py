@@ -15,6 +15,8 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
+from lora_ms.ops.dynamic_map import BLOCK, Array, dynamic_map, thresholds
+
 MASKED = -1e9  # added to the score of a hidden key; finite, so that a row of padding gives no NaN
 PART_NUMBERS = 1 << 24  # numbers of a float16 head that are widened at once: 64 MB
 
@@ -526,10 +528,15 @@ class CrossEntropy(nn.Cell):
 class AdamW(nn.Cell):
     """One step of AdamW (Loshchilov and Hutter, 2019), as ``torch.optim.AdamW`` takes it, on vectors [n].
 
-    old, grad, exp_avg, exp_avg_sq [n]; scale [], a factor on the gradient, of which what is not finite counts as 0;
-    taken []: 1, or 0 where the moments shall stay as they are; count [] of steps, this one included; rate, the learning
-    rate, and decay: [] or [n] -> old, exp_avg and exp_avg_sq after the step.
+    old, grad [n]; state, the parameters of ``state_of``, which the step brings forward; scale [], a factor on the
+    gradient, of which what is not finite counts as 0; taken []: 1, or 0 where the state shall stay as it is; count []
+    of steps, this one included; rate, the learning rate, and decay: [] or [n] -> old after the step.
     """
+
+    @staticmethod
+    def state_of(n: int) -> dict[str, Array]:
+        """What the state of n numbers is at the start: the moments, by name."""
+        return {"exp_avg": np.zeros(n, np.float32), "exp_avg_sq": np.zeros(n, np.float32)}
 
     def __init__(self, beta1: float, beta2: float, eps: float):
         super().__init__()
@@ -556,18 +563,92 @@ class AdamW(nn.Cell):
         self,
         old: Tensor,
         grad: Tensor,
-        exp_avg: Tensor,
-        exp_avg_sq: Tensor,
+        state: tuple[Parameter, ...],
         scale: Tensor,
         taken: Tensor,
         count: Tensor,
         rate: Tensor,
         decay: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> Tensor:
+        exp_avg, exp_avg_sq = self.brought_forward(state[0], state[1], self.used(grad, scale), taken)
+        ops.assign(state[0], exp_avg)
+        ops.assign(state[1], exp_avg_sq)
+        return self.updated(old, exp_avg, exp_avg_sq, count, rate, decay)
+
+    def brought_forward(
+        self, exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor, taken: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The moments with a new gradient."""
         share1, share2 = self.shares()
-        of_mean, of_root = self.corrections(count)
-        grad = self.used(grad, scale)
         exp_avg = exp_avg + taken * share1 * (grad - exp_avg)
-        exp_avg_sq = exp_avg_sq + taken * share2 * (grad * grad - exp_avg_sq)
+        return exp_avg, exp_avg_sq + taken * share2 * (grad * grad - exp_avg_sq)
+
+    def updated(
+        self, old: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, count: Tensor, rate: Tensor, decay: Tensor
+    ) -> Tensor:
+        """The numbers after a step along the moments."""
+        of_mean, of_root = self.corrections(count)
         update = self.divide(of_mean * exp_avg, ops.sqrt(exp_avg_sq) * of_root + self.eps)
-        return old - rate * (decay * old + update), exp_avg, exp_avg_sq
+        return old - rate * (decay * old + update)
+
+
+class AdamW8bit(AdamW):
+    """``AdamW`` with eight bits for a number of a moment (Dettmers and others, 2022), as bitsandbytes' ``AdamW8bit``.
+
+    Each moment is a code for each number, an entry of ``dynamic_map``, and a factor for each block of neighbours.
+    Blocks follow one another in the vector of all parameters; in bitsandbytes each parameter begins a block of its
+    own, and one of fewer than 4,096 numbers keeps float32.
+    """
+
+    def __init__(self, beta1: float, beta2: float, eps: float):
+        super().__init__(beta1, beta2, eps)
+        self.maps = [Tensor(dynamic_map(signed)) for signed in (True, False)]
+        self.thresholds = [Tensor(thresholds(signed)) for signed in (True, False)]
+        self.search = ops.SearchSorted(dtype=ms.int32)
+        self.gather = ops.Gather()
+
+    @staticmethod
+    def state_of(n: int) -> dict[str, Array]:
+        blocks = -(-n // BLOCK)
+        codes, factors = np.zeros(blocks * BLOCK, np.uint8), np.zeros(blocks, np.float32)
+        return {
+            "exp_avg": codes,
+            "exp_avg_factors": factors,
+            "exp_avg_sq": codes.copy(),
+            "exp_avg_sq_factors": factors.copy(),
+        }
+
+    def construct(
+        self,
+        old: Tensor,
+        grad: Tensor,
+        state: tuple[Parameter, ...],
+        scale: Tensor,
+        taken: Tensor,
+        count: Tensor,
+        rate: Tensor,
+        decay: Tensor,
+    ) -> Tensor:
+        n = old.shape[0]
+        padding = ops.zeros(state[0].shape[0] - n, ms.float32)
+        used = ops.concat((self.used(grad, scale), padding))
+        exp_avg = self.numbers(state[0], state[1], self.maps[0])
+        exp_avg_sq = self.numbers(state[2], state[3], self.maps[1])
+        exp_avg, exp_avg_sq = self.brought_forward(exp_avg, exp_avg_sq, used, taken)
+        stays = taken == 0.0
+        self.store(exp_avg, state[0], state[1], self.thresholds[0], stays)
+        self.store(exp_avg_sq, state[2], state[3], self.thresholds[1], stays)
+        return self.updated(old, exp_avg[:n], exp_avg_sq[:n], count, rate, decay)
+
+    def numbers(self, codes: Parameter, factors: Parameter, values: Tensor) -> Tensor:
+        """What a moment is, float32."""
+        found = self.gather(values, codes.astype(ms.int32), 0)
+        return (found.reshape(-1, BLOCK) * factors.reshape(-1, 1)).reshape(-1)
+
+    def store(self, moment: Tensor, codes: Parameter, factors: Parameter, limits: Tensor, stays: Tensor) -> None:
+        blocks = moment.reshape(-1, BLOCK)
+        largest = ops.abs(blocks).max(1)
+        divisors = ops.select(largest > 0.0, largest, ops.ones_like(largest))
+        found = self.search(limits, self.divide(blocks, divisors.reshape(-1, 1)).reshape(-1)).astype(ms.uint8)
+        ops.assign(codes, ops.select(ops.broadcast_to(stays, codes.shape), codes, found))
+        ops.assign(factors, ops.select(ops.broadcast_to(stays, factors.shape), factors, largest))

@@ -5,8 +5,10 @@ from pathlib import Path
 
 from lora_ms.adapters.matching import ranges
 from lora_ms.config import RunConfig
+from lora_ms.config.optimizer import Optimizer
 from lora_ms.data.packing import Shape
 from lora_ms.models.decoder import DecoderConfig
+from lora_ms.ops.dynamic_map import BLOCK
 from lora_ms.recipes import data, session
 from lora_ms.recipes.adapter import adapter_config
 from lora_ms.recipes.model import quantisation_of_run
@@ -62,6 +64,7 @@ def job_of(config: RunConfig, sizes: DecoderConfig, device: Device) -> Job:
         recomputed=frozenset(recomputed_layers(config.recompute_config.recompute, sizes.num_hidden_layers)),
         tokenizer=beside_checkpoint.is_file() or bool(config.processor.tokenizer.vocab_file),
         device=device,
+        moments=moment_bytes(config.optimizer),
         swap=config.optimizer.swap,
         native=config.context.cpu_operators and has_native(device),
         quantised=frozenset(quantised),
@@ -70,6 +73,13 @@ def job_of(config: RunConfig, sizes: DecoderConfig, device: Device) -> Job:
         and Path(config.load_checkpoint).is_dir()
         and bool(config.load_checkpoint),
     )
+
+
+def moment_bytes(optimizer: Optimizer) -> float:
+    """Of memory, for a number that trains."""
+    if optimizer.paged:
+        return 0.0
+    return 2 + 2 * 4 / BLOCK if optimizer.eight_bits else 8.0
 
 
 def linear_layers(sizes: DecoderConfig) -> list[str]:

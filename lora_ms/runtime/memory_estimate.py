@@ -32,7 +32,7 @@ PART_NUMBERS = 1 << 24  # numbers of the head that are widened to float32 at onc
 # bytes of a number of the weight that is multiplied, for a moment: its place in the table, itself, absmax, the product
 DECODED = 14
 OPTIMIZER_WORK = 9  # vectors of all trainable numbers alive at once in the optimiser's graph
-OPTIMIZER_WORK_NATIVE = 7
+OPTIMIZER_WORK_NATIVE = 3
 
 
 class Sizes(Protocol):
@@ -87,7 +87,8 @@ class Job:
     recomputed: Collection[int] = field(default_factory=frozenset)  # layers whose activations are recomputed
     tokenizer: bool = True
     device: Literal["CPU", "Ascend"] = "CPU"
-    swap: bool = False  # AdamW's moments in the host's memory between steps
+    moments: float = 8.0  # bytes of memory for AdamW's moments of a trained number
+    swap: bool = False  # these in the host's memory between steps
     native: bool = False  # on the CPU: native operators in place of MindSpore's
     quantised: Collection[str] = field(default_factory=frozenset)  # modules whose weights are in four bits
     quantised_width: float = 0.5625  # bytes of a number of these; NF4's
@@ -109,9 +110,9 @@ class Job:
         return 4 if self.device == "CPU" else self.weight_width
 
     @property
-    def swapped(self) -> int:
+    def swapped(self) -> float:
         """Bytes per trained number that leave the device between steps."""
-        return 8 if self.swap and self.device == "Ascend" else 0
+        return self.moments if self.swap and self.device == "Ascend" else 0
 
     @property
     def fused(self) -> bool:
@@ -295,7 +296,7 @@ def estimate(job: Job) -> Estimate:
     return Estimate(
         libraries=LIBRARIES + TOKENIZER * job.tokenizer,
         weights=weights_mb(job),
-        training=((16 if job.costs is not None else 12) - job.swapped) * count / MB,
+        training=((8 if job.costs is not None else 4) + job.moments - job.swapped) * count / MB,
         graphs=GRAPH + operators_mb(job) + index,
         activations=peak - of_loss,
         logits=of_loss,

@@ -172,8 +172,13 @@ def load(path: Path, optimizer: FlatAdamW, fingerprint: dict) -> dict:
     if found != sizes:
         odd = sorted(name for name in {*sizes, *found} if sizes.get(name) != found.get(name))
         raise LoraMsError(f"{path / OPTIMIZER}: not the optimiser of this run: {', '.join(odd)}")
-    optimizer.restore({name: storage.read(entry, "float32") for name, entry in entries.items()})
+    optimizer.restore({name: _values(entry) for name, entry in entries.items()})
     return stored
+
+
+def _values(entry: storage.Entry) -> NDArray:
+    """Float32, or codes in bytes."""
+    return storage.read_raw(entry) if entry.dtype == "U8" else storage.read(entry, "float32")
 
 
 def check_state(path: Path, stored: dict) -> None:

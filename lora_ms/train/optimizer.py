@@ -1,8 +1,12 @@
 """AdamW on one flat vector."""
 
 import math
+import mmap
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import mindspore as ms
@@ -10,10 +14,12 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from numpy.typing import NDArray
 
+from lora_ms.errors import LoraMsError
 from lora_ms.nn.flat_parameters import FlatParameters
 from lora_ms.nn.graph import Graph
 from lora_ms.nn.parallel import WHOLE, Shard, split_axis
 from lora_ms.ops import PORTABLE, Operators
+from lora_ms.text import size_text
 from lora_ms.train.objectives import Objectives
 
 HIGHEST_SCALE = 2.0**24  # that the loss scale grows to: on the CPU gradients are float32, and no overflow ends it
@@ -64,6 +70,26 @@ class LossScaling:
     factor: float = 2.0  # what it is then multiplied by, and divided by after an overflow
 
 
+def page(parameter: Parameter, folder: Path) -> NDArray:
+    """Moves a parameter's numbers into a file, which nothing else sees and which goes with the process; returns them.
+
+    Raises:
+        LoraMsError: the disk has no room.
+    """
+    values = parameter.asnumpy()
+    try:
+        with TemporaryFile(dir=folder) as file:
+            os.posix_fallocate(file.fileno(), 0, values.nbytes)
+            memory = np.frombuffer(mmap.mmap(file.fileno(), values.nbytes), values.dtype)
+    except OSError as error:
+        raise LoraMsError(
+            f"{folder}: {size_text(values.nbytes)} for the optimiser's state cannot be had ({error.strerror})"
+        ) from None
+    memory[...] = values
+    parameter.assign_value(Tensor.from_numpy(memory))
+    return memory
+
+
 class FlatAdamW(Graph):
     """AdamW (Loshchilov and Hutter, 2019) with clipping by global norm, over all trainable parameters at once.
 
@@ -84,8 +110,11 @@ class FlatAdamW(Graph):
         all_reduce: sums a vector over the ranks that see other rows; None for one rank.
         shard: with which ranks the layers are shared. The gradient of a parameter that is whole on each of them is
             then summed over them, and the norm is that of the whole gradient.
+        eight_bits: whether the moments are kept in eight bits; not where layers are shared (``shard``).
         swap: whether a card keeps the moments in its host's memory and loads them for each step, as MindFormers'
             AdamW does (``Parameter(device="CPU")``; not tried on one). On the CPU it changes nothing.
+        paged_in: a folder, in a file of which the moments lie, mapped: they may exceed the memory. Only where memory
+            can be lent. None for memory.
         operators: what the step computes with.
     """
 
@@ -105,7 +134,9 @@ class FlatAdamW(Graph):
         observers: Sequence[Any] = (),
         all_reduce: nn.Cell | None = None,
         shard: Shard = WHOLE,
+        eight_bits: bool = False,
         swap: bool = False,
+        paged_in: Path | None = None,
         operators: Operators = PORTABLE,
     ):
         super().__init__()
@@ -120,7 +151,8 @@ class FlatAdamW(Graph):
         if self.is_flat:
             self.vector = Parameter(Tensor(np.zeros(1, np.float32)), name="parameters", requires_grad=False)
             self.flat = FlatParameters(params, self.vector)
-        self.adamw = operators.adamw(*betas, eps)
+        self.eight_bits = eight_bits
+        self.adamw = (operators.adamw_8bit if eight_bits else operators.adamw)(*betas, eps)
         self.max_grad_norm = max_grad_norm
         self.all_reduce = all_reduce
         self.shard = shard
@@ -135,10 +167,11 @@ class FlatAdamW(Graph):
         self.scale_window = scaling.window
         self.scale_factor = scaling.factor
         self.grad = Parameter(ops.zeros(n, ms.float32), name="grad", requires_grad=False)
-        self.exp_avg, self.exp_avg_sq = (
-            Parameter(ops.zeros(n, ms.float32), name=name, requires_grad=False, device="CPU" if swap else None)
-            for name in ("exp_avg", "exp_avg_sq")
+        self.moments = ms.ParameterTuple(
+            Parameter(Tensor(value), name=name, requires_grad=False, device="CPU" if swap else None)
+            for name, value in self.adamw.state_of(n).items()
         )
+        self.pages = {} if paged_in is None else {p.name: page(p, paged_in) for p in self.moments}
         self.count = Parameter(Tensor(0.0, ms.float32), name="count", requires_grad=False)
         self.loss_scale = Parameter(Tensor(scaling.initial, ms.float32), name="loss_scale", requires_grad=False)
         self.good_steps = Parameter(Tensor(0.0, ms.float32), name="good_steps", requires_grad=False)
@@ -152,9 +185,8 @@ class FlatAdamW(Graph):
 
     def state(self) -> dict[str, Parameter]:
         """What a checkpoint must hold for the next step to be the same."""
-        state = {
-            "exp_avg": self.exp_avg,
-            "exp_avg_sq": self.exp_avg_sq,
+        state = {moment.name: moment for moment in self.moments}
+        state |= {
             "count": self.count,
             "loss_scale": self.loss_scale,
             "good_steps": self.good_steps,
@@ -165,8 +197,8 @@ class FlatAdamW(Graph):
 
     def whole_state(self) -> dict[str, NDArray]:
         """The values of ``state()``, as one rank would have them; all ranks of ``shard`` must call it."""
-        state = {name: parameter.asnumpy() for name, parameter in self.state().items()}
-        for moment in ("exp_avg", "exp_avg_sq"):
+        state = {name: parameter.asnumpy() for name, parameter in self.state().items()} | self.pages
+        for moment in self._gathered:
             pieces = np.split(state[moment], np.cumsum(self.sizes)[:-1])
             named = {p.name: piece.reshape(p.shape) for p, piece in zip(self.params, pieces, strict=True)}
             state[moment] = np.concatenate([whole.ravel() for whole in self.shard.gather(named).values()])
@@ -176,7 +208,7 @@ class FlatAdamW(Graph):
         """How many numbers each value of ``whole_state()`` has."""
         whole = sum(math.prod(self.shard.whole_shape(p.name, tuple(p.shape))) for p in self.params)
         sizes = {name: int(parameter.size) for name, parameter in self.state().items()}
-        return sizes | {"exp_avg": whole, "exp_avg_sq": whole}
+        return sizes | dict.fromkeys(self._gathered, whole)
 
     def restore(self, state: Mapping[str, NDArray]) -> None:
         """Takes the values of ``whole_state()``, of this or another number of ranks."""
@@ -184,11 +216,19 @@ class FlatAdamW(Graph):
         ends = np.cumsum([math.prod(shape) for shape in shapes.values()])[:-1]
         for name, parameter in self.state().items():
             value = state[name].reshape(-1)
-            if name in ("exp_avg", "exp_avg_sq"):
+            if name in self._gathered:
                 pieces = zip(shapes.items(), np.split(value, ends), strict=True)
                 parts = [self.shard.part(path, piece.reshape(shape)) for (path, shape), piece in pieces]
                 value = np.concatenate([part.ravel() for part in parts])
-            parameter.set_data(Tensor.from_numpy(value.reshape(parameter.shape)))
+            if name in self.pages:
+                self.pages[name][...] = value
+            else:
+                parameter.set_data(Tensor.from_numpy(value.reshape(parameter.shape)))
+
+    @property
+    def _gathered(self) -> list[str]:
+        """The vectors with one number for each of the parameters': of ranks that share layers, each has a part."""
+        return [] if self.eight_bits else [moment.name for moment in self.moments]
 
     def whole(self, grad: Tensor) -> tuple[Tensor, Tensor]:
         """grad [n], of a rank -> (grad [n] with the sum over ``shard`` of what all have, its squared norm [])."""
@@ -223,11 +263,10 @@ class FlatAdamW(Graph):
             scale = ops.select(finite, clip, ops.zeros_like(clip))
         count = self.count + taken
         steps = ops.maximum(count, Tensor(1.0, ms.float32))
-        new, exp_avg, exp_avg_sq = self.adamw(
+        new = self.adamw(
             old,
             grad,
-            self.exp_avg,
-            self.exp_avg_sq,
+            self.moments,
             scale=scale,
             taken=taken,
             count=steps,
@@ -239,8 +278,6 @@ class FlatAdamW(Graph):
             ops.assign(self.vector, ops.depend(new, terms) if self.has_objectives else new)
         else:
             self.map(ops.partial(_put, new), self.params, self.starts, self.sizes)
-        ops.assign(self.exp_avg, exp_avg)
-        ops.assign(self.exp_avg_sq, exp_avg_sq)
         ops.assign(self.count, count)
         ops.assign(self.grad, ops.zeros_like(grad))
         if self.has_observers:

@@ -69,6 +69,8 @@ class TrainSettings:
     dynamic_scale: bool = setting(True, decides=True)  # it falls at an overflow and grows without
     scale_window: int = setting(1000, decides=True)  # steps without overflow before it grows
     scale_factor: float = setting(2.0, decides=True)  # what it is then multiplied by
+    eight_bits: bool = setting(False, "optimizer.eight_bits", decides=True)  # AdamW's moments in eight bits
+    paged: bool = setting(False, "optimizer.paged")  # AdamW's moments in a file of output_dir, mapped
     swap: bool = setting(False, "optimizer.swap")  # AdamW's moments in the host's memory between steps
 
     # what is written, and when

@@ -111,6 +111,16 @@ class Steps:
                 f"loss terms ({named}) are not supported with parallel_config.model_parallel "
                 f"{self.runtime.shard.count}: set it to 1, or leave the terms out"
             )
+        if s.eight_bits and self.runtime.shard.count > 1:  # blocks of numbers are not cut where layers are
+            raise LoraMsError(
+                f"an optimiser with eight bits is not supported with parallel_config.model_parallel "
+                f"{self.runtime.shard.count}: set it to 1, or optimizer.type to AdamW"
+            )
+        if s.paged and not self.model.operators.lends_memory:
+            raise LoraMsError(
+                "a paged optimiser needs the CPU and its own operators (context.cpu_operators): on a card set "
+                "optimizer.swap to True, which keeps the state in the host's memory"
+            )
         self.terms = term_names(objectives, [entry.name for entry in fields(StepRecord)])
         return FlatAdamW(
             params,
@@ -124,7 +134,9 @@ class Steps:
             observers=[observer for observer in observers if observer is not None],
             all_reduce=self.runtime.data_sum(),
             shard=self.runtime.shard,
+            eight_bits=s.eight_bits,
             swap=s.swap,
+            paged_in=s.output_dir if s.paged else None,
             operators=self.model.operators,
         )
 

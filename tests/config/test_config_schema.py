@@ -149,7 +149,8 @@ def options(*texts: str) -> RunConfig:
         ("context.device_target=GPU", "context.device_target expects 'auto', 'Ascend' or 'CPU', got 'GPU'"),
         (
             "optimizer.type=Lion",
-            "optimizer.type expects 'AdamW', 'FP32StateAdamWeightDecay', 'AdamWeightDecay' or 'PmAdamW', got 'Lion'",
+            "optimizer.type expects 'AdamW', 'FP32StateAdamWeightDecay', 'AdamWeightDecay', 'PmAdamW', 'AdamW8bit', "
+            "'PagedAdamW', 'PagedAdamW8bit', 'adamw_8bit', 'paged_adamw_32bit' or 'paged_adamw_8bit', got 'Lion'",
         ),
         (
             "model.arch.type=GLM",

@@ -93,14 +93,14 @@ def test_moments_are_taken_back_in_parts():
 
     one = optimizer(WHOLE)
     flat = np.concatenate([value.ravel() for value in values.values()])
-    one.exp_avg.set_data(Tensor(flat))
+    one.state()["exp_avg"].set_data(Tensor(flat))
     one.count.set_data(Tensor(np.float32(7)))
     parts = []
     for shard in SHARDS:
         there = optimizer(shard)
         there.restore(one.whole_state())
         assert float(there.count.asnumpy()) == 7
-        pieces = np.split(there.exp_avg.asnumpy(), np.cumsum(there.sizes)[:-1])
+        pieces = np.split(there.state()["exp_avg"].asnumpy(), np.cumsum(there.sizes)[:-1])
         parts.append([piece.reshape(p.shape) for piece, p in zip(pieces, there.params, strict=True)])
     for number, (name, value) in enumerate(values.items()):
         np.testing.assert_array_equal(joined(name, [part[number] for part in parts]), value)

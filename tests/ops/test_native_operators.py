@@ -359,10 +359,10 @@ def test_adamw(call, apart, taken):
     grad[5:7] = np.inf, np.nan
     correct = 1 / (1 - beta1**count), 1 / math.sqrt(1 - beta2**count)
     step = np.array([scale, taken, 1 - beta1, 1 - beta2, *correct, eps], np.float32)
-    found = call("adamw", [old, grad, avg, square, rate, decay, step], [(n,)] * 3)
     x, g, m, v = (np.where(np.isfinite(y), y, 0).astype(float) for y in (old, grad, avg, square))
+    (new,) = call("adamw", [old, grad, avg, square, rate, decay, step], [(n,)])  # avg and square are written
     if taken:
         m, v = beta1 * m + (1 - beta1) * scale * g, beta2 * v + (1 - beta2) * (scale * g) ** 2
         x = x - rate * (decay * x + m * correct[0] / (np.sqrt(v) * correct[1] + eps))
-    for one, wanted in zip(found, (x, m, v), strict=True):
+    for one, wanted in zip((new, avg, square), (x, m, v), strict=True):
         close(one, wanted)

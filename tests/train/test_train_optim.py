@@ -10,7 +10,10 @@ from mindspore import Parameter, Tensor, nn, ops
 from lora_ms.adapters.inject import inject
 from lora_ms.adapters.methods.lora import LoraConfig
 from lora_ms.adapters.methods.training import rate_factors
+from lora_ms.errors import LoraMsError
 from lora_ms.models.hub import load_directory
+from lora_ms.ops import PORTABLE
+from lora_ms.ops.dynamic_map import dynamic_map
 from lora_ms.train.optimizer import FlatAdamW, LossScaling
 from lora_ms.train.schedule import learning_rate
 
@@ -92,6 +95,68 @@ def test_adamw_against_float64(operators, max_grad_norm, weight_decay, swap):
         x = x - rate * (m / (1 - beta1**number)) / (np.sqrt(v / (1 - beta2**number)) + eps)
         np.testing.assert_allclose(current(optimizer), x, rtol=0, atol=3e-6)
         np.testing.assert_array_equal(optimizer.grad.asnumpy(), 0)
+
+
+def test_eight_bits_against_bitsandbytes(operators, golden):
+    """Five steps of one matrix; the clipping that bitsandbytes does not do is off."""
+    wanted = golden("adamw8bit")
+    for signed, values in zip((True, False), wanted["maps"], strict=True):
+        np.testing.assert_allclose(dynamic_map(signed), values, rtol=0, atol=1e-7)
+    optimizer = optimizer_of({"w": wanted["start"]}, operators=operators, betas=(0.9, 0.99), weight_decay=0.1,
+                             max_grad_norm=None, eight_bits=True)  # fmt: skip
+    for gradient, parameters in zip(wanted["gradients"], wanted["parameters"], strict=True):
+        step(optimizer, gradient, 1e-2)
+        np.testing.assert_allclose(current(optimizer), parameters.ravel(), rtol=0, atol=2e-5)
+    state = optimizer.whole_state()
+    for name, codes, factors in zip(("exp_avg", "exp_avg_sq"), wanted["codes"], wanted["factors"], strict=True):
+        np.testing.assert_allclose(state[f"{name}_factors"], factors, rtol=1e-5)
+        off = np.abs(state[name].astype(int) - codes.astype(int))
+        assert off.max() <= 1 and (off > 0).mean() < 0.01
+
+
+def test_eight_bits_take_a_quarter(graph_mode):
+    """Two bytes a number and two factors for 256, of the eight bytes of float32; whole blocks."""
+    for size in (1, 256, 257, 100_000):
+        state = PORTABLE.adamw_8bit(0.9, 0.999, 1e-8).state_of(size)
+        assert sum(value.nbytes for value in state.values()) == -(-size // 256) * (512 + 8)
+
+
+def test_an_overflow_leaves_eight_bits_as_they_are(operators):
+    optimizer = optimizer_of(parameters(), operators=operators, eight_bits=True)
+    step(optimizer, np.ones(14))
+    before = {name: value.copy() for name, value in optimizer.whole_state().items()}
+    assert step(optimizer, np.full(14, np.nan))[1] is False
+    after = optimizer.whole_state()
+    for name in ("exp_avg", "exp_avg_factors", "exp_avg_sq", "exp_avg_sq_factors", "count"):
+        np.testing.assert_array_equal(after[name], before[name], err_msg=name)
+
+
+@pytest.mark.parametrize("eight_bits", [False, True])
+def test_state_in_a_file_is_the_same_state(native, tmp_path, eight_bits):
+    """Step for step, restored in between; the file has no name, and its folder is empty."""
+    kept = optimizer_of(parameters(), operators=native, eight_bits=eight_bits)
+    paged = optimizer_of(parameters(), operators=native, eight_bits=eight_bits, paged_in=tmp_path)
+    for number in range(4):
+        summed = np.random.default_rng(number).standard_normal(14)
+        assert step(kept, summed) == step(paged, summed)
+        np.testing.assert_array_equal(current(kept), current(paged))
+        if number == 1:
+            state = {name: value.copy() for name, value in kept.whole_state().items()}
+            paged = optimizer_of({p.name: p.asnumpy() for p in kept.params}, operators=native, eight_bits=eight_bits,
+                                 paged_in=tmp_path)  # fmt: skip
+            paged.restore(state)
+    for name, value in paged.whole_state().items():
+        np.testing.assert_array_equal(value, kept.whole_state()[name], err_msg=name)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_without_room_for_the_state(native, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.raises(LoraMsError, match="KB for the optimiser's state cannot be had .No space left on device"):
+        optimizer_of(parameters(), operators=native, paged_in=tmp_path)
 
 
 def test_where_the_state_lies_is_told_to_mindspore(graph_mode):

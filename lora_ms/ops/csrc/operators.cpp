@@ -9,6 +9,7 @@
 #include "attention.h"
 #include "bfloat16.h"
 #include "dropout.h"
+#include "optimizer.h"
 
 using namespace lora_ms;
 
@@ -138,6 +139,19 @@ Attention attention_of(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Ten
     a.heads = q.size(1) / dim, a.kv_heads = k.size(1) / dim, a.dim = dim;
     a.table_row = cos.size(0) / tokens * dim;
     return a;
+}
+
+// rate and decay [n] or [], and the numbers of Step [7]
+StepInputs step_inputs(const Tensor &old, const Tensor &grad, const Tensor &rate, const Tensor &decay) {
+    const long n = old.numbers();
+    return {old.floats(), grad.floats(), {rate.floats(), rate.numbers() == n}, {decay.floats(), decay.numbers() == n}};
+}
+
+Step step_of(const Tensor &numbers) {
+    Step step;
+    static_assert(sizeof step == 7 * sizeof(float));
+    std::memcpy(&step, numbers.floats(), sizeof step);
+    return step;
 }
 
 }  // namespace
@@ -299,20 +313,31 @@ OPERATOR(cross_entropy) {
     return 0;
 }
 
-// old, grad, exp_avg, exp_avg_sq [n], rate and decay [n] or [], the numbers of Step [7] -> old, exp_avg, exp_avg_sq anew
+// old, grad, exp_avg and exp_avg_sq, which are written, [n], rate, decay, step -> old anew
 OPERATOR(adamw) {
     Arguments arguments = ARGUMENTS;
     const Tensor old = arguments.next(), grad = arguments.next();
     const Tensor exp_avg = arguments.next(), exp_avg_sq = arguments.next();
-    const Tensor rate = arguments.next(), decay = arguments.next(), numbers = arguments.next();
-    const Tensor new_old = arguments.next(), new_avg = arguments.next(), new_avg_sq = arguments.next();
-    const long n = old.numbers();
-    Step step;
-    static_assert(sizeof step == 7 * sizeof(float));
-    std::memcpy(&step, numbers.floats(), sizeof step);
-    const AdamWInputs inputs = {old.floats(), grad.floats(), exp_avg.floats(), exp_avg_sq.floats(),
-                                {rate.floats(), rate.numbers() == n}, {decay.floats(), decay.numbers() == n}};
-    lora_ms::adamw(inputs, step, n, new_old.floats(), new_avg.floats(), new_avg_sq.floats());
+    const Tensor rate = arguments.next(), decay = arguments.next(), step = arguments.next();
+    lora_ms::adamw(step_inputs(old, grad, rate, decay), step_of(step), old.numbers(), exp_avg.floats(),
+                   exp_avg_sq.floats(), arguments.last().floats());
+    return 0;
+}
+
+// old, grad [n]; codes and factors of both moments, which are written; tables, rate, decay, step -> old anew
+OPERATOR(adamw_8bit) {
+    Arguments arguments = ARGUMENTS;
+    const Tensor old = arguments.next(), grad = arguments.next();
+    const Tensor exp_avg = arguments.next(), exp_avg_factors = arguments.next();
+    const Tensor exp_avg_sq = arguments.next(), exp_avg_sq_factors = arguments.next();
+    const Tensor tables = arguments.next();
+    const Tensor rate = arguments.next(), decay = arguments.next(), step = arguments.next();
+    static_assert(sizeof(Tables) == 2 * (256 + 255) * sizeof(float));
+    lora_ms::adamw_8bit(step_inputs(old, grad, rate, decay), step_of(step), old.numbers(),
+                        *static_cast<const Tables *>(tables.data),
+                        {static_cast<uint8_t *>(exp_avg.data), exp_avg_factors.floats()},
+                        {static_cast<uint8_t *>(exp_avg_sq.data), exp_avg_sq_factors.floats()},
+                        arguments.last().floats());
     return 0;
 }
 

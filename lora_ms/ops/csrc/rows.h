@@ -110,42 +110,4 @@ inline void cross_entropy(const float *logits, const int32_t *targets, long rows
     });
 }
 
-// What is the same for all numbers of a step of AdamW.
-struct Step {
-    float scale;               // of the gradient
-    float taken;               // 1; or 0: the moments stay as they are
-    float share1, share2;      // of the new gradient in the moments, 1 - beta
-    float correct1, correct2;  // 1 / (1 - beta1^count), 1 / sqrt(1 - beta2^count)
-    float eps;
-};
-
-// One number for all, or one for each.
-struct PerNumber {
-    const float *values;
-    long step;  // from one to the next: 0 or 1
-};
-
-struct AdamWInputs {
-    const float *old, *grad, *exp_avg, *exp_avg_sq;
-    PerNumber rate, decay;  // of the weights
-};
-
-// One step of AdamW (Loshchilov and Hutter, 2019) on `count` numbers; a gradient that is not finite counts as 0.
-inline void adamw(const AdamWInputs &inputs, const Step &s, long count, float *__restrict out,
-                  float *__restrict out_avg, float *__restrict out_avg_sq) {
-    const float *old = inputs.old, *grad = inputs.grad, *exp_avg = inputs.exp_avg, *exp_avg_sq = inputs.exp_avg_sq;
-    const PerNumber rate = inputs.rate, decay = inputs.decay;
-    Threads::shared().run(divided(count, STRETCH), [&](long task) {
-        for (long i = task * STRETCH; i < std::min(count, (task + 1) * STRETCH); i++) {
-            const float g = std::isfinite(grad[i]) ? grad[i] * s.scale : 0.0f;
-            const float avg = exp_avg[i] + s.taken * s.share1 * (g - exp_avg[i]);
-            const float avg_sq = exp_avg_sq[i] + s.taken * s.share2 * (g * g - exp_avg_sq[i]);
-            const float update = s.correct1 * avg / (std::sqrt(avg_sq) * s.correct2 + s.eps);
-            out[i] = old[i] - rate.values[i * rate.step] * (decay.values[i * decay.step] * old[i] + update);
-            out_avg[i] = avg;
-            out_avg_sq[i] = avg_sq;
-        }
-    });
-}
-
 }  // namespace lora_ms
