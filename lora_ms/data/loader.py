@@ -260,6 +260,16 @@ class DataPlan:
             used |= {batch.shape for batch in batches[self.rank :: self.world]}
         return [shape for shape in self.layout.shapes if shape in used]
 
+    def cost(self) -> float:
+        """Mean of this rank's steps, in tokens (see ``Shape.cost``). Of some dozen steps."""
+        steps = range(0, self.total_steps, max(1, self.total_steps // 50))
+        total = 0.0
+        for step in steps:
+            taken = self.step_rows(step)
+            batches = self.layout.arrange(self.rows.input_lengths[taken], self.rows.label_counts[taken])
+            total += sum(batch.shape.cost for batch in batches[self.rank :: self.world])
+        return total / len(steps)
+
     def describe(self) -> str:
         """The shapes, for people."""
         sizes = ", ".join(f"{shape.lines}x{shape.length:,}" for shape in self.layout.shapes)
