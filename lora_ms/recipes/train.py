@@ -32,7 +32,8 @@ from lora_ms.train.report import Reporter
 from lora_ms.train.settings import TrainSettings
 from lora_ms.train.signals import StopSignal
 from lora_ms.train.steps import Steps
-from lora_ms.train.tensorboard import Summaries, TensorBoard
+from lora_ms.train.tensorboard import Summaries
+from lora_ms.train.trackers import writers
 
 
 class PreparedRun(Protocol):
@@ -237,8 +238,7 @@ def callbacks_of(settings: TrainSettings) -> list[TrainerCallback]:
     """The callbacks that the settings ask for."""
     output_dir = settings.output_dir
     found: list[TrainerCallback] = [Reporter(settings.logging_steps)]
-    if "tensorboard" in settings.report_to:
-        found.append(TensorBoard(output_dir / "tensorboard", settings.logging_steps))
+    found += writers(settings.report_to, output_dir, settings.logging_steps, settings.run_name, settings.logging_dir)
     if settings.summary_steps:
         folder = Path(settings.summary_dir) if settings.summary_dir else output_dir / "summary"
         found.append(Summaries(folder, settings.summary_steps))
