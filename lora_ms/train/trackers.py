@@ -37,7 +37,7 @@ class Tracker(Scalars):
     """Hands the numbers to a package of its own, whose errors cost numbers there and never the run.
 
     Args:
-        folder: of the run; what the package keeps on disk goes below it unless its own variables name a place.
+        folder: of the run; a package keeps there what it has on disk, in a folder of its own name.
         name: of the run, there.
     """
 
@@ -89,7 +89,6 @@ class Wandb(Tracker):
     def start(self, state: RunState) -> None:
         import wandb
 
-        self.folder.mkdir(parents=True, exist_ok=True)
         self.run = wandb.init(name=self.name, dir=str(self.folder), settings=wandb.Settings(console="off"))
 
     def send(self, step: int, values: dict[str, float]) -> None:
@@ -153,5 +152,5 @@ def writers(report_to: Sequence[str], output_dir: Path, every: int, name: str, l
         if report == "tensorboard":
             found.append(TensorBoard(Path(logging_dir or output_dir / "tensorboard"), every))
         else:
-            found.append(TRACKERS[report](output_dir / report, every, name or output_dir.absolute().name))
+            found.append(TRACKERS[report](output_dir, every, name or output_dir.absolute().name))
     return found
