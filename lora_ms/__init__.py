@@ -10,10 +10,11 @@ MODULES = {
     "AutoTokenizer": "lora_ms.python.model",
     "LoRADense": "lora_ms.adapters.methods.lora_cells",
     "LoraMsError": "lora_ms.errors",
+    "TaskType": "lora_ms.python.model",
     "PeftModel": "lora_ms.python.peft_model",
     "Trainer": "lora_ms.python.trainer",
     "TrainerCallback": "lora_ms.train.callbacks",
-    "TrainingArguments": "lora_ms.python.trainer",
+    "TrainingArguments": "lora_ms.python.arguments",
     "get_peft_model": "lora_ms.python.peft_model",
 }
 

@@ -12,6 +12,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+REPORTS = ("tensorboard", "wandb", "swanlab", "mlflow")  # of report_to
+
 
 class Section(BaseModel):
     """One mapping of the YAML. An unknown key is an error; an empty section (``trainer:``) means its defaults."""
@@ -78,8 +80,8 @@ def _texts(value: Any) -> list[str]:
 
 def _reports(value: Any) -> list[str]:
     names = [name for name in _texts(value) if name != "none"]
-    if any(name != "tensorboard" for name in names):
-        raise ValueError("expects none or tensorboard (MindSpore's summaries: SummaryMonitor in callbacks)")
+    if any(name not in REPORTS for name in names):
+        raise ValueError(f"expects none or {', '.join(REPORTS)} (MindSpore's summaries: SummaryMonitor in callbacks)")
     return names
 
 

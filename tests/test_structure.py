@@ -41,7 +41,7 @@ DIRECTIONS = {
     ),
     "train": (
         "train nn ops data adapters.methods.PARAMETERS runtime saving storage errors text",
-        "mindspore numpy tqdm matplotlib tensorboardX",
+        "mindspore numpy tqdm matplotlib tensorboardX IPython wandb swanlab mlflow",
     ),
     "infer": ("infer nn ops data.template data.example errors", "mindspore numpy transformers sacrebleu"),
     "bridge": (

@@ -124,7 +124,7 @@ FLAGS: dict[str, list[tuple[str, str, Any, str, str]]] = {
         ("do_eval", "do_eval", flag_bool, "BOOL", "evaluate on eval_dataset while training"),
         ("eval_step_interval", "eval_step_interval", flag_int, "N", "optimiser steps between evaluations (100)"),
         ("seed", "seed", flag_int, "N", "seed of initialisation, order, dropout, sampling"),
-        ("report_to", "report_to", str, "NAME", "tensorboard, or none"),
+        ("report_to", "report_to", str, "NAME", "tensorboard, wandb, swanlab, mlflow or none"),
         ("profile", "profile", flag_bool, "BOOL", "profile the first steps: where their time goes"),
         ("use_parallel", "use_parallel", flag_bool, "BOOL", "one process per card, started by msrun"),
         ("device_target", "context.device_target", str, "NAME", "auto, Ascend or CPU"),

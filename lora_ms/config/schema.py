@@ -109,7 +109,7 @@ class RunConfig(Section):
     do_eval: Flag = False  # evaluate on eval_dataset while training, and at its end
     eval_step_interval: Whole = Field(100, ge=-1)  # optimiser steps between evaluations, -1: none but the last
     eval_epoch_interval: Whole = Field(-1, ge=-1)  # epochs between them; given alone, it stands for the steps
-    report_to: Reports = []  # [tensorboard]: event files in output_dir/tensorboard (ours)
+    report_to: Reports = []  # tensorboard, wandb, swanlab, mlflow (ours)
     profile: Flag = False  # MindSpore's profile of these steps, in output_dir/profile, and a table of what costs most
     profile_start_step: Whole = Field(1, ge=1)
     profile_stop_step: Whole = Field(10, ge=1)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from lora_ms.data.collate import collate
 from lora_ms.data.example import Batch, DeviceBatch, DeviceStep, TokenRow
-from lora_ms.data.packing import Kind, Layout, MicroBatch, Shape, plan_layout, smaller_batches
+from lora_ms.data.packing import Kind, Layout, MicroBatch, Shape, plain_tokens, plan_layout, smaller_batches
 from lora_ms.data.store import TokenStore
 from lora_ms.errors import LoraMsError
 
@@ -260,6 +260,16 @@ class DataPlan:
             used |= {batch.shape for batch in batches[self.rank :: self.world]}
         return [shape for shape in self.layout.shapes if shape in used]
 
+    def cost(self) -> float:
+        """Mean of this rank's steps, in tokens (see ``Shape.cost``). Of some dozen steps."""
+        steps = range(0, self.total_steps, max(1, self.total_steps // 50))
+        total = 0.0
+        for step in steps:
+            taken = self.step_rows(step)
+            batches = self.layout.arrange(self.rows.input_lengths[taken], self.rows.label_counts[taken])
+            total += sum(batch.shape.cost for batch in batches[self.rank :: self.world])
+        return total / len(steps)
+
     def describe(self) -> str:
         """The shapes, for people."""
         sizes = ", ".join(f"{shape.lines}x{shape.length:,}" for shape in self.layout.shapes)
@@ -282,8 +292,7 @@ class DataPlan:
             input_tokens += int(lengths.sum())
             batches = self.layout.arrange(lengths, self.rows.label_counts[taken])
             computed += sum(batch.shape.lines * batch.shape.length for batch in batches)
-            starts = np.arange(0, len(taken), self.usual_lines)
-            usual += int((np.maximum.reduceat(lengths, starts) * np.diff(starts, append=len(taken))).sum())
+            usual += plain_tokens(lengths, self.usual_lines)
         return {
             self.layout.kind: round(1 - input_tokens / computed, 4),
             "usual": round(1 - input_tokens / usual, 4),

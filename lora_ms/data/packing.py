@@ -15,13 +15,18 @@ from numpy.typing import NDArray
 
 Kind = Literal["padded", "bucketed", "packed"]
 Ints = NDArray[np.int64]
+Sample = list[tuple[Ints, Ints]]  # lengths and labels [rows] of some steps
 
 SAMPLED_ROWS = 2048  # rows on which the shapes are tried out
+SAMPLED_EPOCHS = 4  # of few rows
 COMPILE_TOKENS = 30_000  # tokens that could be computed while one more shape is compiled
 ATTENTION_LENGTH = 2048  # tokens of a line at which its attention costs as much as the rest
 SLOT_COST = 0.3  # of a target slot, in tokens
 EPOCHS = 3  # that a run is assumed to have
 STEP_COST = 24  # of starting a micro-batch, in tokens
+GAIN = 0.01  # share of padding by which packing is to beat plain batches; of the rows that are tried out
+FEW = 8  # different lengths, in steps of 16 tokens, with which a run compiles MOST_SHAPES at most
+MOST_SHAPES = 2
 
 
 class Shape(NamedTuple):
@@ -80,6 +85,11 @@ class Layout:
             shape = self._shape_for(int(lengths[chunk].max()), int(labels[chunk].sum()))
             batches.append(MicroBatch(shape, [[int(row)] for row in chunk]))
         return batches
+
+    def padding(self, sample: Sample) -> float:
+        """Share of padding in the steps of `sample`."""
+        totals = np.array([lengths.sum() for lengths, _ in sample])
+        return padding_of(totals, [self.arrange(*step) for step in sample])
 
     def _shape_for(self, longest: int, targets: int, lines: int = 1) -> Shape:
         return next(s for s in self.shapes if s.length >= longest and s.capacity >= targets and s.lines >= lines)
@@ -150,18 +160,40 @@ def plan_layout(
     prefer_many_lines: as many lines in a micro-batch as it has room for, none longer than the longest row needs.
 
     Padded and bucketed shapes come from all steps and so always suffice. Packed shapes are tried out on some of the
-    rows; what they cannot hold opens another line.
+    rows; what they cannot hold opens another line. Where packing would leave more padding than plain batches, rows are
+    not packed: the result is bucketed.
     """
     if kind == "packed":
-        return _plan_packed(
-            lengths,
-            labels,
-            per_step=per_step,
+        sample = _sample(lengths, labels, per_step)
+        packed = _plan_packed(
+            sample,
+            EPOCHS * -(-len(lengths) // per_step),
+            int(lengths.max()),
             batch_size=batch_size,
             seq_length=seq_length,
             world=world,
             prefer_many_lines=prefer_many_lines,
         )
+        padding = packed.padding(sample)
+        if prefer_many_lines or padding <= plain_padding(sample, batch_size) - GAIN:
+            return packed
+        if padding <= bucketed_padding(sample, batch_size, padded_length(int(lengths.max()), seq_length)):
+            return packed
+        kind, buckets = "bucketed", MOST_SHAPES
+    return _plan_plain(kind, lengths, labels, steps, batch_size=batch_size, buckets=buckets, seq_length=seq_length)
+
+
+def _plan_plain(
+    kind: Kind,
+    lengths: Ints,
+    labels: Ints,
+    steps: Sequence[Ints] | Iterator[Ints],
+    *,
+    batch_size: int,
+    buckets: int,
+    seq_length: int,
+) -> Layout:
+    """Each row in a line of its own."""
     longest_of_batches = []
     labels_of_batches = []
     for taken in steps:
@@ -207,48 +239,106 @@ def _edges(longest: Ints, buckets: int, top: int) -> list[int]:
     return best[-1][1]
 
 
+def _sample(lengths: Ints, labels: Ints, per_step: int) -> Sample:
+    """Some steps, of rows at random: a run that goes on longer must find the same shapes."""
+    draws = np.random.default_rng(0)
+    found = []
+    for _ in range(max(1, min(SAMPLED_EPOCHS, SAMPLED_ROWS // len(lengths)))):
+        mixed = draws.permutation(len(lengths))[: max(SAMPLED_ROWS, per_step)]
+        steps = (mixed[start : start + per_step] for start in range(0, len(mixed), per_step))
+        found += [(lengths[taken], labels[taken]) for taken in steps]
+    return found
+
+
+def plain_tokens(lengths: Ints, batch_size: int) -> int:
+    """Tokens of a step in batches of rows in their order, each as long as its longest row."""
+    starts = np.arange(0, len(lengths), batch_size)
+    return int((np.maximum.reduceat(lengths, starts) * np.diff(starts, append=len(lengths))).sum())
+
+
+def plain_padding(sample: Sample, batch_size: int) -> float:
+    """Share of padding in plain batches."""
+    tokens = sum(int(lengths.sum()) for lengths, _ in sample)
+    return 1 - tokens / sum(plain_tokens(lengths, batch_size) for lengths, _ in sample)
+
+
+def bucketed_padding(sample: Sample, batch_size: int, top: int) -> float:
+    """Share of padding in batches of rows of like lengths, padded to one of MOST_SHAPES lengths, `top` at most."""
+    longest = []
+    for lengths, _ in sample:
+        longest.append(np.maximum.reduceat(np.sort(lengths), np.arange(0, len(lengths), batch_size)))
+    of_batches = np.concatenate(longest)
+    edges = np.array(_edges(of_batches, MOST_SHAPES, top))
+    computed = batch_size * int(edges[np.searchsorted(edges, of_batches)].sum())
+    return 1 - sum(int(lengths.sum()) for lengths, _ in sample) / computed
+
+
 def _plan_packed(
-    lengths: Ints,
-    labels: Ints,
+    sample: Sample,
+    total_steps: int,
+    longest: int,
     *,
-    per_step: int,
     batch_size: int,
     seq_length: int,
     world: int,
     prefer_many_lines: bool,
 ) -> Layout:
-    """Tries shapes out on some steps, and takes those of the lowest cost."""
-    # of rows at random, whatever the run's steps: a run that goes on longer must find the same shapes
-    mixed = np.random.default_rng(0).permutation(len(lengths))[: max(SAMPLED_ROWS, per_step)]
-    starts = range(0, max(len(mixed) - per_step + 1, 1), per_step)
-    sample = [(lengths[taken], labels[taken]) for taken in (mixed[start : start + per_step] for start in starts)]
-    total_steps = EPOCHS * -(-len(lengths) // per_step)
-    shortest_line = padded_length(int(lengths.max()), seq_length)
+    """Tries shapes out on some steps, and takes those of the lowest cost that pad no more than plain batches.
+
+    Where all pad more, those that pad least.
+    """
+    shortest_line = padded_length(longest, seq_length)
     room = batch_size * shortest_line  # tokens that a padded micro-batch would have
     longest_line = shortest_line if prefer_many_lines else max(min(seq_length, room), shortest_line)
-    best: tuple[float, Layout] | None = None
-    length = shortest_line
-    while length <= longest_line:
+    most_labels = max(int(labels.max()) for _, labels in sample)
+    totals = np.array([lengths.sum() for lengths, _ in sample])
+    allowed = 1.0 if prefer_many_lines else plain_padding(sample, batch_size) - GAIN
+    most_shapes = MOST_SHAPES if len(np.unique(np.concatenate([-(-step[0] // 16) for step in sample]))) <= FEW else 3
+    best: tuple[float, float, Layout] | None = None  # padding beyond what is allowed, cost
+    for length in _line_lengths(totals, shortest_line, longest_line):
         packed = [first_fit(*step, length, length) for step in sample]
         filled = np.concatenate([fills[:, 1] for _, fills in packed])
-        most = _slots(max(int(labels.max()), int(filled.max())), length)
+        most = _slots(max(most_labels, int(filled.max())), length)
         typical = _slots(int(np.quantile(filled, 0.85)), length)
         lines = 1 << (batch_size.bit_length() - 1) if prefer_many_lines else 1
         while lines * length <= room:
-            for parts in ((), (2,), (4,), (2, 4)):
-                for slots in ((most,), (typical, most)) if typical < most else ((most,),):
-                    layout = Layout("packed", batch_size, _shapes(lines, length, slots, parts))
-                    arranged = [
-                        layout._grouped(lines_of_step, *step)[::world]
-                        for lines_of_step, step in zip(packed, sample, strict=True)
-                    ]
-                    cost = _run_cost(arranged, total_steps)
-                    if best is None or cost < 0.995 * best[0]:
-                        best = (cost, layout)
+            for layout in _layouts(batch_size, lines, length, most, typical, totals):
+                if len(layout.shapes) > most_shapes:
+                    continue
+                arranged = [layout._grouped(lines_of, *step) for lines_of, step in zip(packed, sample, strict=True)]
+                beyond = max(padding_of(totals, arranged) - allowed, 0.0)
+                cost = _run_cost([step[::world] for step in arranged], total_steps)
+                if best is None or (beyond, cost) < (best[0], (1.0 if beyond < best[0] else 0.995) * best[1]):
+                    best = (beyond, cost, layout)
             lines *= 2
-        length *= 2
     assert best is not None  # one line of the shortest length always fits
-    return best[1]
+    return best[2]
+
+
+def padding_of(totals: Ints, arranged: Sequence[list[MicroBatch]]) -> float:
+    """Share of padding in steps of `totals` tokens."""
+    return 1 - int(totals.sum()) / sum(batch.shape.lines * batch.shape.length for step in arranged for batch in step)
+
+
+def _line_lengths(totals: Ints, shortest: int, longest: int) -> list[int]:
+    """Lengths of line to try: the shortest one doubled, and those that a step fills 1, 2, 3, 4, 6, 8, … times."""
+    found = {shortest << times for times in range((longest // shortest).bit_length())}
+    for count in (1, 2, 3, 4, 6, 8, 12, 16):
+        for total in (totals.max(), np.median(totals)):
+            found.add(round_up(int(-(-total // count)), 8, 64, above=512))
+    return sorted(length for length in found if shortest <= length <= longest)
+
+
+def _layouts(batch_size: int, lines: int, length: int, most: int, typical: int, totals: Ints) -> Iterator[Layout]:
+    """Layouts of `lines` x `length`, alone and with smaller shapes; most, typical: targets of a line."""
+    for parts in ((), (2,), (4,), (2, 4)):
+        for slots in ((most,), (typical, most)) if typical < most else ((most,),):
+            yield Layout("packed", batch_size, _shapes(lines, length, slots, parts))
+    if lines == 1:  # a whole step in a line, which is shorter where the step is
+        edges = _edges(totals[totals <= length], 2, length)
+        if len(edges) == 2:
+            shorter = Shape(1, edges[0], min(most, edges[0]))
+            yield Layout("packed", batch_size, (shorter, Shape(1, length, most)))
 
 
 def _slots(labels: int, length: int) -> int:

@@ -149,6 +149,8 @@ def load_directory(
         model.hf_config = {**model.hf_config, "tie_word_embeddings": folder.tied}
     model.generation_config = generation_config(path)
     model.notices = folder.notices
+    if quantisation is not None:
+        model.notices = [*folder.notices, *quantisation.notices(str(ms_dtype).lower())]
     return model
 
 

@@ -1,7 +1,9 @@
 """Models and tokenizers by folder, with transformers' names."""
 
+import difflib
 import os
 from collections.abc import Mapping, Sequence
+from enum import Enum
 from typing import Any
 
 import mindspore as ms
@@ -19,6 +21,20 @@ from lora_ms.quant.settings import read_quantisation
 from lora_ms.recipes.download import local_folder
 from lora_ms.runtime import device
 
+# transformers' arguments that change nothing here
+UNUSED_IN_LOADING = (
+    *("device_map", "trust_remote_code", "attn_implementation", "low_cpu_mem_usage", "use_cache", "use_safetensors"),
+    *(
+        "cache_dir",
+        "token",
+        "force_download",
+        "local_files_only",
+        "max_memory",
+        "offload_folder",
+        "use_flash_attention_2",
+    ),
+)
+DTYPES = {"float32": ms.float32, "float16": ms.float16, "bfloat16": ms.bfloat16}
 SAMPLING_NAMES = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "seed")
 
 
@@ -46,12 +62,18 @@ class ModelForCausalLM(CausalLM):
             pad_token_id: fills the rest of a row that has ended.
             generator: holds the compiled graphs; None for the model's own.
             max_length: most tokens of a row and its answer together, padding not counted.
-            sampling: do_sample, temperature, top_k, top_p, repetition_penalty, seed (see ``Sampling``).
+            sampling: do_sample, temperature, top_k, top_p, repetition_penalty, seed (see ``Sampling``). Of
+                transformers, ``num_beams``, ``num_return_sequences`` and their like are taken with the value 1.
 
         Raises:
             LoraMsError: an empty prompt, one longer than the model or ``max_length``, or a setting out of range.
             TypeError: an unknown setting.
         """
+        for name in ("use_cache", "token_type_ids"):  # what a tokenizer gives besides, and what is always so
+            sampling.pop(name, None)
+        for name in ("num_beams", "num_return_sequences"):
+            if sampling.pop(name, 1) != 1:
+                raise LoraMsError(f"generate: {name} above 1 is not supported: leave it out")
         unknown = set(sampling) - set(SAMPLING_NAMES)
         if unknown:
             raise TypeError(f"generate() got unknown settings: {', '.join(sorted(unknown))}")
@@ -67,6 +89,19 @@ class ModelForCausalLM(CausalLM):
         new = generator.generate(rows, limits, Sampling(**sampling), ends)
         self.set_train(training)
         return pad_rows(rows, new, pad_token_id, max(map(len, input_ids)))
+
+    @property
+    def device(self) -> str:
+        """Where it computes: CPU or Ascend. Inputs need not be brought there."""
+        return device.setup()[0].device
+
+    def __repr__(self) -> str:
+        sizes = self.config
+        numbers = sum(parameter.size for parameter in self.get_parameters())
+        return (
+            f"{type(self).__name__}({self.source or 'without a folder'}: {sizes.num_hidden_layers} layers of "
+            f"{sizes.hidden_size}, vocabulary {sizes.vocab_size:,}; {numbers:,} numbers, {str(self.dtype).lower()})"
+        )
 
     def cells_have_changed(self) -> None:
         """Forgets the compiled graphs of generation: they hold the cells that were in the model before."""
@@ -121,6 +156,9 @@ class AutoModelForCausalLM:
         *,
         hub: str = "hf",
         revision: str | None = None,
+        dtype: Any = None,
+        torch_dtype: Any = None,
+        **others: Any,
     ) -> ModelForCausalLM:
         """The model of a Hugging Face folder, with weights of ``ms_dtype`` (float32, float16 or bfloat16).
 
@@ -133,13 +171,19 @@ class AutoModelForCausalLM:
             quantization_config: loads the layers' weights in four bits: transformers' keys (``load_in_4bit: True,
                 bnb_4bit_quant_type: nf4, bnb_4bit_use_double_quant, llm_int8_skip_modules``), or ``nf4``,
                 ``nf4-double``. A folder that is quantised already stays so without it.
+            dtype, torch_dtype: transformers' names of ``ms_dtype``: a type of MindSpore or torch, or its name.
+            others: transformers' arguments without an effect here, which are named in a line.
 
         Raises:
             LoraMsError: not such a folder, an unsupported architecture, tensors that do not fit, or a name that no
                 hub has.
         """
+        ms_dtype = _dtype(ms_dtype, dtype, torch_dtype)
+        _check_unused(others)
         quantisation = None
         if quantization_config is not None:
+            if not isinstance(quantization_config, str | Mapping):  # transformers' BitsAndBytesConfig
+                quantization_config = quantization_config.to_dict()
             try:
                 quantisation = read_quantisation(quantization_config)
             except ValueError as problem:
@@ -154,10 +198,61 @@ class AutoModelForCausalLM:
         return model
 
 
+def _dtype(ms_dtype: ms.Type, *named: Any) -> ms.Type:
+    """The type that is asked for by one of transformers' names, else ``ms_dtype``."""
+    given = [value for value in named if value is not None]
+    if not given:
+        return ms_dtype
+    name = str(given[0]).rpartition(".")[2].lower()
+    if name == "auto":
+        print("dtype auto is float32 here, in which all adapters train; give float16 or bfloat16 for smaller weights")
+        return ms.float32
+    if name not in DTYPES:
+        raise LoraMsError(f"dtype {given[0]} is not supported for weights; supported: {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def _check_unused(others: Mapping[str, Any]) -> None:
+    """Raises LoraMsError for an unknown argument of ``from_pretrained``; prints a line of what has no effect."""
+    for name in others:
+        if name not in UNUSED_IN_LOADING:
+            known = ("ms_dtype", "dtype", "torch_dtype", "quantization_config", "hub", "revision", *UNUSED_IN_LOADING)
+            near = difflib.get_close_matches(name, known, 1, 0.0)[0]
+            raise LoraMsError(f"from_pretrained: unknown argument {name}; the nearest is {near}")
+    if others:
+        print(f"no effect here: {', '.join(others)} of from_pretrained")
+
+
+class TaskType(str, Enum):
+    """PEFT's names of tasks: the one there is here."""
+
+    CAUSAL_LM = "CAUSAL_LM"
+
+
 class AutoTokenizer:
     """Tokenizers by folder."""
 
     @staticmethod
-    def from_pretrained(path: str | os.PathLike, *, hub: str = "hf", revision: str | None = None):
-        """transformers' own tokenizer of a folder, or of a model's name (see ``AutoModelForCausalLM``)."""
-        return load_tokenizer(local_folder(path, "model", hub, revision))
+    def from_pretrained(
+        path: str | os.PathLike,
+        *,
+        hub: str = "hf",
+        revision: str | None = None,
+        use_fast: bool = True,
+        trust_remote_code: bool = False,
+        padding_side: str | None = None,
+    ):
+        """transformers' own tokenizer of a folder, or of a model's name (see ``AutoModelForCausalLM``).
+
+        Asked for tensors, whatever library's, it gives NumPy arrays, which ``generate`` takes.
+
+        Args:
+            padding_side: left or right; None: as the folder says.
+            use_fast, trust_remote_code: no effect: fast, and no code of the folder runs.
+        """
+        tokenizer = load_tokenizer(local_folder(path, "model", hub, revision))
+        from lora_ms.python.arrays import with_arrays  # transformers, whose advice load_tokenizer has silenced
+
+        if padding_side is not None:
+            tokenizer.padding_side = padding_side
+        return with_arrays(tokenizer)

@@ -16,6 +16,7 @@ from lora_ms.adapters.methods.base import AdapterConfig
 from lora_ms.adapters.peft_format import incomplete, read_adapter_config, read_cells, save_adapter
 from lora_ms.errors import LoraMsError
 from lora_ms.infer.generate import Generator
+from lora_ms.infer.interrupt import interruptible
 from lora_ms.nn.graph import Graph
 from lora_ms.python.adapter_set import AdapterSet, attached, detached
 from lora_ms.recipes.download import local_folder
@@ -81,6 +82,20 @@ class PeftModel:
 
     # logits and text
 
+    @property
+    def config(self):
+        """The base model's sizes."""
+        return self.model.config
+
+    @property
+    def device(self) -> str:
+        """Where it computes: CPU or Ascend."""
+        return self.model.device
+
+    def __repr__(self) -> str:
+        names = ", ".join(f"{name}: {config!r}" for name, config in self.peft_config.items())
+        return f"PeftModel({self.model!r}, active {self.active_adapter}; {names or 'no adapters'})"
+
     def _graphs(self) -> tuple[Logits, Generator]:
         key = self.adapters.installed
         if key not in self.graphs:
@@ -96,7 +111,9 @@ class PeftModel:
         """
         if adapter_names is None:
             self.model.set_train(False)
-            return self._graphs()[0](input_ids, attention_mask)
+            ids, mask = (None if value is None else _int32(value) for value in (input_ids, attention_mask))
+            with interruptible():
+                return self._graphs()[0](ids, mask)
         self._check_rows(adapter_names, len(input_ids))
         with self.adapters.mixed(adapter_names):
             return self(input_ids, attention_mask)
@@ -239,6 +256,10 @@ class PeftModel:
                 config = self.peft_config[name]
                 save_adapter(self.model, part, config, self.model.source, base_quantization=quantization)
         self.adapters.activate(active)
+
+
+def _int32(values) -> Tensor:
+    return values if isinstance(values, Tensor) else Tensor(np.asarray(values, np.int32))
 
 
 def get_peft_model(model: nn.Cell, config: AdapterConfig, adapter_name: str = DEFAULT) -> PeftModel:

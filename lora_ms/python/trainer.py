@@ -1,167 +1,144 @@
 """Training from Python, with transformers' names."""
 
+import difflib
 import os
-import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-from lora_ms.data.pipeline import Preparation, prepare_rows, read, read_rows
+from lora_ms.data.pipeline import Preparation, prepare_rows, read
 from lora_ms.data.report import Tally
+from lora_ms.data.store import TokenStore
+from lora_ms.data.tokenizer import save_tokenizer
 from lora_ms.errors import LoraMsError
+from lora_ms.infer.interrupt import interruptible
 from lora_ms.models.hub import quantised_layers
+from lora_ms.python.arguments import TrainingArguments
 from lora_ms.python.model import ModelForCausalLM
 from lora_ms.python.peft_model import PeftModel
+from lora_ms.python.rows import prepared
 from lora_ms.recipes import data
 from lora_ms.recipes.download import local_rows
+from lora_ms.recipes.estimate import fitting
 from lora_ms.recipes.outputs import weights_of
-from lora_ms.recipes.train import NativeRun, train
+from lora_ms.recipes.train import NativeRun, closing_lines, train
 from lora_ms.runtime import device
 from lora_ms.runtime.device import Runtime
-from lora_ms.train import tensorboard
-from lora_ms.train.callbacks import TrainerCallback
+from lora_ms.train import checkpoint, trackers
+from lora_ms.train.callbacks import EvaluationRecord, RunState, StepRecord, TrainerCallback
 from lora_ms.train.evaluation import Evaluator
 from lora_ms.train.log import locked_output
 from lora_ms.train.loop import Outcome
-from lora_ms.train.settings import TrainSettings
+from lora_ms.train.notebook import show_picture
+from lora_ms.train.report import fields_of
 
-# transformers' name -> TrainSettings'; a field that has one name on both sides needs no line
-SETTINGS = {
-    "per_device_train_batch_size": "batch_size",
-    "gradient_accumulation_steps": "accumulation",
-    "max_seq_length": "seq_length",
-    "lr_scheduler_type": "lr_kind",
-    "adam_epsilon": "eps",
-    "early_stopping_patience": "patience",
-    "gradient_checkpointing": "recompute",
-    "resume_from_checkpoint": "resume",
-    "overwrite_output_dir": "overwrite",
+# of transformers' Trainer; None there is none here either
+NO_EFFECT = ("compute_metrics", "preprocess_logits_for_metrics", "model_init", "optimizer_cls_and_kwargs")
+REFUSED = {
+    "data_collator": "rows are padded and packed here; tokenise with labels, or give rows of text",
+    "compute_loss_func": "the loss is the cross-entropy of the labels",
+    "optimizers": "the optimiser is AdamW by TrainingArguments",
 }
-STRATEGIES = ("no", "steps", "epoch")
-SCHEDULES = ("constant", "linear", "cosine")
 
 
-@dataclass(frozen=True)
-class TrainingArguments:
-    """Settings of a ``Trainer``, by transformers' names."""
+@dataclass
+class TrainerState:
+    """How far a trainer is."""
 
-    output_dir: str | os.PathLike
-    learning_rate: float = 1e-4  # the highest
-    num_train_epochs: float = 3  # a whole number
-    per_device_train_batch_size: int = 8  # rows
-    gradient_accumulation_steps: int = 1  # micro-batches per optimiser step
-    max_steps: int = -1  # optimiser steps; -1: as many as the epochs make
-    max_seq_length: int = 1024  # tokens; longer rows are dropped and counted
-    weight_decay: float = 0.0
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    adam_epsilon: float = 1e-8
-    max_grad_norm: float | None = 1.0
-    loraplus_lr_ratio: float = 1.0  # learning rate of B over that of A; 1: one rate for both
-    neftune_noise_alpha: float = 0.0  # noise on the embedding while training, 5 to 15; 0: none
-    lr_scheduler_type: str = "linear"  # constant, linear or cosine
-    warmup_ratio: float = 0.0
-    warmup_steps: int = 0  # overrides the ratio where above 0
-    logging_steps: int = 1
-    save_strategy: str = "steps"  # no, steps or epoch
-    save_steps: int = 0  # optimiser steps; 0: no checkpoint before the end
-    save_total_limit: int | None = None  # newest checkpoints that are kept; None: all
-    gradient_checkpointing: bool = False  # less memory, more time
-    use_parallel: bool = False  # one process per card, started by msrun
-    seed: int = 0
-    resume_from_checkpoint: bool | str = False  # True: the newest; or a name such as "step_40"
-    overwrite_output_dir: bool = False  # delete others' files in the folders that a run replaces
-    auto_trans_ckpt: bool = False  # no effect: each process reads its part of the checkpoint either way
-    eval_strategy: str = "no"  # no, steps or epoch, of eval_dataset; and once at the end
-    evaluation_strategy: str = "no"  # its older name
-    eval_steps: int | None = None  # optimiser steps; None: logging_steps
-    per_device_eval_batch_size: int = 8  # rows
-    early_stopping_patience: int = 0  # evaluations without a better one before the run stops; 0: never
-    report_to: str | Sequence[str] = "none"  # or tensorboard; metrics.jsonl is always written
-    packing: bool = True  # several rows in a line, each seeing itself alone: the same numbers, less padding
+    global_step: int = 0  # optimiser steps that are done
+    max_steps: int = 0  # of the run
+    epoch: float = 0.0
+    num_train_epochs: float = 0
+    log_history: list[dict[str, Any]] = field(default_factory=list)  # the records of metrics.jsonl
+    best_metric: float | None = None  # the lowest evaluation loss
+    best_global_step: int | None = None
+    best_model_checkpoint: str | None = None  # its weights
+
+
+@dataclass(frozen=True, repr=False)
+class TrainOutput(Outcome):
+    """How a run ended, by transformers' names as well."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
 
     @property
-    def evaluates(self) -> bool:
-        """Whether ``eval_dataset`` is evaluated."""
-        return bool(self._evaluations)
+    def global_step(self) -> int:
+        return self.steps
 
     @property
-    def _evaluations(self) -> set[str]:
-        return {self.eval_strategy, self.evaluation_strategy} - {"no"}
+    def training_loss(self) -> float:
+        """Mean of the steps that this run did."""
+        return sum(self.losses) / max(len(self.losses), 1)
 
-    @property
-    def _reports(self) -> list[str]:
-        return [self.report_to] if isinstance(self.report_to, str) else list(self.report_to)
+    def __repr__(self) -> str:
+        stopped = ", stopped" if self.stopped else ""
+        losses = f", loss {self.first_loss:.4f} -> {self.last_loss:.4f}" if self.losses else ""
+        return f"TrainOutput(global_step={self.steps}, training_loss={self.training_loss:.4f}{losses}{stopped})"
 
-    def settings(self) -> TrainSettings:
-        """The same for the training loop.
 
-        Raises:
-            LoraMsError: a setting out of range, or one that is not supported.
-        """
-        self._check()
-        own = {field.name for field in fields(TrainSettings)}
-        named = {field.name: SETTINGS.get(field.name, field.name) for field in fields(self)}
-        copied = {setting: getattr(self, name) for name, setting in named.items() if setting in own}
-        computed = {
-            "output_dir": Path(self.output_dir),
-            "epochs": int(self.num_train_epochs),
-            "betas": (self.adam_beta1, self.adam_beta2),
-            "save_steps": {"no": 0, "steps": self.save_steps, "epoch": -1}[self.save_strategy],
-            "keep_checkpoint_max": sys.maxsize if self.save_total_limit is None else self.save_total_limit,
-            "eval_steps": (self.eval_steps or self.logging_steps) if "steps" in self._evaluations else 0,
-            "eval_epochs": int("epoch" in self._evaluations),
-            "report_to": tuple(name for name in self._reports if name != "none"),
-        }
-        return TrainSettings(**{**copied, **computed})
+class _History(TrainerCallback):
+    """Keeps ``TrainerState``."""
 
-    def _check(self) -> None:
-        for name, value, supported in (
-            ("save_strategy", self.save_strategy, STRATEGIES),
-            ("eval_strategy", self.eval_strategy, STRATEGIES),
-            ("evaluation_strategy", self.evaluation_strategy, STRATEGIES),
-            *(("report_to", name, ("none", *tensorboard.REPORTS)) for name in self._reports),
-            ("lr_scheduler_type", self.lr_scheduler_type, SCHEDULES),
-        ):
-            if value not in supported:
-                raise LoraMsError(f"{name} {value!r} is not supported; supported: {', '.join(supported)}")
-        for name in ("num_train_epochs", "logging_steps"):
-            value = getattr(self, name)
-            if value != int(value) or value < 1:
-                raise LoraMsError(f"{name} expects a whole number from 1 on, got {value}")
-        for name in ("eval_steps", "per_device_eval_batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise LoraMsError(f"{name} expects 1 or more, got {value}")
-        if len(self._evaluations) > 1:
-            raise LoraMsError("eval_strategy and evaluation_strategy differ: give one of them")
-        if self.early_stopping_patience and not self.evaluates:
-            raise LoraMsError("early_stopping_patience needs evaluations: set eval_strategy to steps or epoch")
+    def __init__(self, state: TrainerState, every: int):
+        self.state = state
+        self.every = every
+
+    def on_train_begin(self, state: RunState) -> None:
+        self.state.global_step = state.step
+        self.state.max_steps = state.total_steps
+
+    def on_step_end(self, state: RunState, record: StepRecord) -> None:
+        self.state.global_step = record.step
+        self.state.epoch = record.epoch
+        if record.step % self.every == 0 or record.step == state.total_steps:
+            self.state.log_history.append(fields_of(record))
+
+    def on_evaluate(self, state: RunState, evaluation: EvaluationRecord) -> None:
+        self.state.log_history.append(fields_of(evaluation))
+        self.state.best_metric = state.best_loss
+        self.state.best_global_step = state.best_step
+        self.state.best_model_checkpoint = str(state.output_dir / checkpoint.BEST)
 
 
 class Trainer:
     """Trains a ``PeftModel``'s adapter, or all parameters of a model of ``AutoModelForCausalLM``.
 
     Args:
-        train_dataset: rows (a sequence of dicts), a path, or a hub's ``owner/name`` (its split train), in any format
-            that the command line reads.
+        train_dataset: rows (a sequence of dicts, or a ``datasets.Dataset``), a path, or a hub's ``owner/name`` (its
+            split train), in any format that the command line reads. Rows of ``input_ids`` without ``labels`` are
+            learnt whole; what ``attention_mask`` leaves out is padding.
         tokenizer: needed for rows of text; saved with the adapter.
         eval_dataset: held-out rows, as ``train_dataset`` (by name: the split test); evaluated as
             ``args.eval_strategy`` says.
         callbacks: called at every point of the run.
+        processing_class: transformers' newer name of ``tokenizer``.
+        others: transformers' other arguments; those that would change the training are refused.
+
+    Raises:
+        LoraMsError: an argument that is not supported, or unknown.
     """
 
     def __init__(
         self,
         model: PeftModel | ModelForCausalLM,
-        args: TrainingArguments,
-        train_dataset,
+        args: TrainingArguments | None = None,
+        train_dataset=None,
         tokenizer=None,
         eval_dataset=None,
-        callbacks: Sequence[TrainerCallback] = (),
+        callbacks: Sequence[TrainerCallback] | None = None,
+        *,
+        processing_class=None,
+        **others,
     ):
-        wrong = [callback for callback in callbacks if not isinstance(callback, TrainerCallback)]
+        args = TrainingArguments() if args is None else args
+        if not isinstance(args, TrainingArguments):
+            raise LoraMsError(
+                f"args must be lora_ms.TrainingArguments, got {type(args).__module__}.{type(args).__name__}"
+            )
+        _check_others(others)
+        wrong = [callback for callback in callbacks or () if not isinstance(callback, TrainerCallback)]
         if wrong:
             raise LoraMsError(f"callbacks must be objects of a subclass of lora_ms.TrainerCallback, got {wrong[0]!r}")
         if args.evaluates and eval_dataset is None:
@@ -172,31 +149,51 @@ class Trainer:
         self.model = model.model if isinstance(model, PeftModel) else model
         self.args = args
         self.train_dataset = local_rows(train_dataset) if isinstance(train_dataset, str) else train_dataset
-        self.tokenizer = tokenizer
+        self.tokenizer = tokenizer if processing_class is None else processing_class
         self.eval_dataset = local_rows(eval_dataset, "test") if isinstance(eval_dataset, str) else eval_dataset
-        self.callbacks = callbacks
+        self.callbacks = list(callbacks or ())
+        self.state = TrainerState(num_train_epochs=args.num_train_epochs)
+        self._evaluators: list[tuple[Any, Evaluator]] = []  # of a dataset: its graphs are compiled once
 
-    def train(self) -> Outcome:
+    def __repr__(self) -> str:
+        return f"Trainer({self.peft or self.model!r}, {self.args!r})"
+
+    @property
+    def processing_class(self):
+        """transformers' newer name of ``tokenizer``."""
+        return self.tokenizer
+
+    def train(self, resume_from_checkpoint: bool | str | None = None) -> TrainOutput:
         """Runs to the end; the adapter is then in ``output_dir/adapter`` (the model, without one, in ``/model``).
+
+        Ctrl-C, or a notebook's interrupt, finishes the step under way and saves a checkpoint; the result says so.
+
+        resume_from_checkpoint: overrides that of ``args``.
 
         Raises:
             LoraMsError: data that teaches nothing, or a loss that is not finite.
         """
-        runtime, notices = device.setup(seed=self.args.seed, use_parallel=self.args.use_parallel)
+        if self.train_dataset is None:
+            raise LoraMsError("train_dataset is missing: give Trainer the rows to train on")
+        args = self.args
+        runtime, notices = device.setup(seed=args.seed, use_parallel=args.use_parallel)
         print(*notices, sep="\n", end="\n" if notices else "")
-        settings = self.args.settings()
-        tensorboard.check(settings.report_to)
-        tally = Tally()
-        # whoever gives rows from Python fills their texts there: braces are text
-        preparation = Preparation(seq_length=settings.seq_length, keep_placeholders=True)
-        rows = read([self.train_dataset], preparation, tally)
-        vocab_size = self.model.config.vocab_size
-        plan = data.plan_rows(rows, self.tokenizer, settings, runtime, vocab_size=vocab_size, tally=tally)
+        settings = args.settings()
+        if resume_from_checkpoint is not None:
+            settings = replace(settings, resume=resume_from_checkpoint)
+        trackers.check(settings.report_to)
+        self.state.log_history.clear()
+        store, tally, report = self._rows(self.train_dataset, settings.seq_length)
         config = None
-        hook = None
         if self.peft:
             self.peft.unmerge_adapter()
-            config = self.peft.active_peft_config.for_run(plan.total_steps)
+            config = self.peft.active_peft_config
+        if args.per_device_train_batch_size is None:
+            settings = fitting(settings, self.model, config, runtime, int(store.input_lengths.max()))
+        plan = data.plan_training(data.PreparedRows(store, [report], []), self.tokenizer, settings, runtime)
+        hook = None
+        if config is not None:
+            config = config.for_run(plan.total_steps)
             hook = config.step_hook(self.model)
         run = NativeRun(
             self.model,
@@ -205,19 +202,69 @@ class Trainer:
             runtime,
             weights_of(self.model, config, self.tokenizer, hook),
             hooks=[] if hook is None else [hook],
-            evaluator=self._evaluator(settings, runtime) if self.args.evaluates else None,
-            callbacks=self.callbacks,
+            evaluator=self._evaluator(self.eval_dataset, runtime) if args.evaluates else None,
+            callbacks=[_History(self.state, args.logging_steps), *self.callbacks],
         )
-        with locked_output(settings.output_dir) if runtime.is_main else nullcontext():
+        with interruptible(), locked_output(settings.output_dir) if runtime.is_main else nullcontext():
             outcome = train(run)
         if self.peft and hook is not None:
             self.peft.peft_config[str(self.peft.active_adapter)] = hook.config()
-        return outcome
+        if args.load_best_model_at_end and self.state.best_model_checkpoint is not None and not outcome.stopped:
+            run.weights().read(Path(self.state.best_model_checkpoint))
+            print(f"the model has the weights of step {self.state.best_global_step}, the best evaluation")
+        if runtime.is_main:
+            if outcome.stopped:
+                print(*closing_lines(run, outcome)[:1], "to go on: train(resume_from_checkpoint=True)", sep="\n")
+            show_picture(settings.output_dir / "loss.png")
+        return TrainOutput(**vars(outcome), metrics=self._metrics(outcome))
 
-    def _evaluator(self, settings: TrainSettings, runtime: Runtime) -> Evaluator:
-        vocab_size = self.model.config.vocab_size
-        preparation = Preparation(seq_length=settings.seq_length, vocab_size=vocab_size)
-        store, _ = prepare_rows(read_rows(self.eval_dataset, keep_placeholders=True), self.tokenizer, preparation)
+    def _metrics(self, outcome: Outcome) -> dict[str, float]:
+        loss = sum(outcome.losses) / max(len(outcome.losses), 1)
+        return {"train_loss": loss, "epoch": self.state.epoch}
+
+    def evaluate(self, eval_dataset=None) -> dict[str, float]:
+        """Loss, perplexity and token accuracy of held-out rows: ``eval_dataset``, or the trainer's.
+
+        Raises:
+            LoraMsError: there are none.
+        """
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        if rows is None:
+            raise LoraMsError("there are no rows to evaluate: give eval_dataset")
+        runtime, _ = device.setup(seed=self.args.seed, use_parallel=self.args.use_parallel)
+        if self.peft:
+            self.peft.unmerge_adapter()
+        with interruptible():
+            record = self._evaluator(rows, runtime).evaluate(self.state.global_step, self.state.epoch, None)
+        found = fields_of(record)
+        self.state.log_history.append(found)
+        scores = {name: found[name] for name in ("eval_loss", "eval_perplexity", "eval_accuracy", "eval_label_tokens")}
+        return {**scores, "eval_runtime": record.eval_time_s, "epoch": self.state.epoch}
+
+    def save_model(self, output_dir: str | os.PathLike | None = None) -> None:
+        """Writes the adapter (without one, the model) and the tokenizer; None: where ``train`` has written them."""
+        trained = self.model if self.peft is None else self.peft
+        folder = "model" if self.peft is None else "adapter"
+        path = Path(self.args.output_dir) / folder if output_dir is None else Path(output_dir)
+        trained.save_pretrained(path)
+        if self.tokenizer is not None:
+            save_tokenizer(self.tokenizer, path)
+
+    def _rows(self, dataset: Any, seq_length: int) -> tuple[TokenStore, Tally, Any]:
+        # whoever gives rows from Python fills their texts there: braces are text
+        preparation = Preparation(
+            seq_length=seq_length, vocab_size=self.model.config.vocab_size, keep_placeholders=True
+        )
+        tally = Tally()
+        store, report = prepare_rows(read([prepared(dataset)], preparation, tally), self.tokenizer, preparation, tally)
+        return store, tally, report
+
+    def _evaluator(self, dataset: Any, runtime: Runtime) -> Evaluator:
+        known = next((evaluator for rows, evaluator in self._evaluators if rows is dataset), None)
+        if known is not None:
+            return known
+        settings = self.args.settings()
+        store, _, _ = self._rows(dataset, settings.seq_length)
         plan = data.held_out_plan(
             store,
             self.args.per_device_eval_batch_size,
@@ -226,4 +273,20 @@ class Trainer:
             runtime,
             packing=settings.packing,
         )
-        return Evaluator(self.model, plan, vocab_size, runtime)
+        evaluator = Evaluator(self.model, plan, self.model.config.vocab_size, runtime)
+        self._evaluators.append((dataset, evaluator))
+        return evaluator
+
+
+def _check_others(others: dict[str, Any]) -> None:
+    """Raises LoraMsError for what is refused or unknown; prints a line of what has no effect."""
+    given = {name: value for name, value in others.items() if value is not None and value != (None, None)}
+    for name in given:
+        if name in REFUSED:
+            raise LoraMsError(f"Trainer: {name} is not supported: {REFUSED[name]}; leave it out")
+        if name not in NO_EFFECT:
+            known = ["model", "args", "train_dataset", "tokenizer", "eval_dataset", "callbacks", "processing_class"]
+            near = difflib.get_close_matches(name, [*known, *NO_EFFECT, *REFUSED], 1, 0.0)[0]
+            raise LoraMsError(f"Trainer: unknown argument {name}; the nearest is {near}")
+    if given:
+        print(f"no effect here: {', '.join(given)} of Trainer; evaluate() gives loss, perplexity and accuracy")

@@ -9,6 +9,8 @@ from lora_ms import limits
 from lora_ms.quant.nf4 import BLOCK, NESTED_BLOCK
 
 SKIP = "llm_int8_skip_modules"
+COMPUTE = "bnb_4bit_compute_dtype"  # of the products; here the run's compute_dtype decides that
+TYPES = ("float32", "float16", "bfloat16")
 WRITTEN = {  # what is written besides the choices, as transformers has it
     "quant_method": "bitsandbytes",
     "load_in_4bit": True,
@@ -17,9 +19,8 @@ WRITTEN = {  # what is written besides the choices, as transformers has it
     "bnb_4bit_compute_dtype": "float32",
     "bnb_4bit_quant_storage": "uint8",
 }
-# keys of bitsandbytes' settings that change nothing here: the products are computed in the run's own type
+# keys of bitsandbytes' settings that change nothing here
 FREE = (
-    "bnb_4bit_compute_dtype",
     "bnb_4bit_quant_storage",
     "_load_in_4bit",
     "_load_in_8bit",
@@ -27,7 +28,16 @@ FREE = (
     "llm_int8_has_fp16_weight",
     "llm_int8_threshold",
 )
-KEYS = ("quant_method", "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", SKIP, *FREE)
+KEYS = (
+    "quant_method",
+    "load_in_4bit",
+    "load_in_8bit",
+    "bnb_4bit_quant_type",
+    "bnb_4bit_use_double_quant",
+    SKIP,
+    COMPUTE,
+    *FREE,
+)
 SHORT = {"nf4": False, "nf4-double": True}  # --quantize: whether the absmax are quantised, too
 HEAD = "lm_head"
 
@@ -39,10 +49,12 @@ class Quantisation(NamedTuple):
         double: whether the absmax are quantised, too.
         skip: modules that stay whole: the beginning of a path up to a dot, as a regular expression, or its end; the
             head always does.
+        compute_dtype: what the products were asked to be computed in; None: float32, transformers' default.
     """
 
     double: bool = False
     skip: tuple[str, ...] = ()
+    compute_dtype: str | None = None
 
     def quantises(self, module: str) -> bool:
         """Whether the linear layer at the dotted path ``module`` is quantised."""
@@ -57,7 +69,17 @@ class Quantisation(NamedTuple):
     def to_config(self) -> dict[str, Any]:
         """transformers' keys."""
         skip = list(self.skip) if HEAD in self.skip or not self.skip else [HEAD, *self.skip]
-        return {**WRITTEN, "bnb_4bit_use_double_quant": self.double, SKIP: skip or None}
+        compute = self.compute_dtype or WRITTEN[COMPUTE]
+        return {**WRITTEN, COMPUTE: compute, "bnb_4bit_use_double_quant": self.double, SKIP: skip or None}
+
+    def notices(self, dtype: str) -> list[str]:
+        """A line where the products were asked to be of another type than ``dtype``, which they are computed in."""
+        if self.compute_dtype in (None, dtype):
+            return []
+        return [
+            f"{COMPUTE} {self.compute_dtype} has no effect: products are computed as compute_dtype says (in Python "
+            f"dtype), which is {dtype}"
+        ]
 
     def name(self) -> str:
         """For the user, as ``--quantize`` has it."""
@@ -108,7 +130,13 @@ def read_quantisation(value: Any, strict: bool = True) -> Quantisation:
     if kind != "nf4":
         default = "" if "bnb_4bit_quant_type" in value else " (transformers' default)"
         raise ValueError(f"bnb_4bit_quant_type {kind!r:.80}{default} is not supported: nf4 is")
-    return Quantisation(flags["bnb_4bit_use_double_quant"], _skip(value.get(SKIP)))
+    compute = None
+    if strict and value.get(COMPUTE) is not None:  # torch's own types show themselves as torch.bfloat16
+        compute = str(value[COMPUTE]).rpartition(".")[2]
+        if compute not in TYPES:
+            raise ValueError(f"{COMPUTE} expects one of {', '.join(TYPES)}, got {value[COMPUTE]!r:.80}")
+        compute = None if compute == WRITTEN[COMPUTE] else compute
+    return Quantisation(flags["bnb_4bit_use_double_quant"], _skip(value.get(SKIP)), compute)
 
 
 def _skip(value: Any) -> tuple[str, ...]:

@@ -211,6 +211,8 @@ def plan_training(
         print(*(line for report in reports for line in report.lines()), sep="\n")
         padded = f" (each micro-batch filled up to its longest row: {padding['usual']:.1%})"
         more = padded if plan.layout.kind == "packed" else ""
+        if settings.layout == "packed" and not more:
+            more = "; rows are not packed, which would pad more"
         print(f"  padding {padding[plan.layout.kind]:.1%} of the computed tokens{more}")
     plan.reports.extend(report.as_json() for report in reports)
     return plan

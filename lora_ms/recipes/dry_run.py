@@ -25,7 +25,7 @@ from lora_ms.recipes.settings import settings_of
 from lora_ms.runtime import host, memory_estimate
 from lora_ms.runtime.device import Device, Runtime, chosen
 from lora_ms.text import counted, size_text
-from lora_ms.train import tensorboard
+from lora_ms.train import trackers
 
 CARD = "Ascend 910B, 64 GB"  # what Ascend means on a machine without one
 STATE = 12  # bytes of a checkpoint for a number that trains: itself and AdamW's two moments, in float32
@@ -58,7 +58,7 @@ def dry_run(config: RunConfig, processes: int) -> Findings:
         print(line)
     config.use_parallel = processes > 1
     with found.check():
-        tensorboard.check(config.report_to)
+        trackers.check(config.report_to)
     with found.check():
         session.check_run_output(config)
     pet = config.pet_config

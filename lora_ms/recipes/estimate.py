@@ -4,10 +4,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from lora_ms.adapters.matching import ranges
+from lora_ms.adapters.methods.base import AdapterConfig
 from lora_ms.config import RunConfig
 from lora_ms.config.optimizer import Optimizer
 from lora_ms.data.packing import Shape
-from lora_ms.models.decoder import DecoderConfig
+from lora_ms.models.decoder import CausalLM, DecoderConfig
+from lora_ms.models.hub import quantised_layers
 from lora_ms.ops.dynamic_map import BLOCK
 from lora_ms.recipes import data, session
 from lora_ms.recipes.adapter import adapter_config
@@ -16,6 +18,7 @@ from lora_ms.runtime import host, memory_estimate
 from lora_ms.runtime.device import Device, Runtime, default_dtype, has_native
 from lora_ms.runtime.memory_estimate import Job
 from lora_ms.train.gradient import recomputed_layers
+from lora_ms.train.settings import TrainSettings
 
 # Device, MB that a run can use of its memory, and whether host and card share it. Of an Orange Pi's the system takes
 # 1.5 GB.
@@ -75,7 +78,48 @@ def job_of(config: RunConfig, sizes: DecoderConfig, device: Device) -> Job:
     )
 
 
-def moment_bytes(optimizer: Optimizer) -> float:
+def fitting(
+    settings: TrainSettings, model: CausalLM, adapter: AdapterConfig | None, runtime: Runtime, longest: int
+) -> TrainSettings:
+    """``settings`` with its rows of a step in as many micro-batches as the free memory asks for; prints a line then.
+
+    longest: tokens of the longest row.
+    """
+    if not runtime.uses_host_memory:
+        return settings
+    modules = memory_estimate.modules(model.config)
+    costs = None
+    if adapter is not None:
+        costs = {name: adapter.cost(spec, *modules[name]) for name, spec in adapter.specs(modules).items()}
+    recomputed = recomputed_layers(settings.recompute, model.config.num_hidden_layers)
+    job = Job(
+        sizes=model.config,
+        lines=settings.batch_size,
+        length=longest,
+        costs=costs,
+        dropout=0.0 if adapter is None else adapter.dropout,
+        separate_dropout=adapter is not None and adapter.separate_dropout,
+        dtype=str(model.dtype).lower(),
+        recomputed=frozenset(recomputed),
+        device=runtime.device,
+        native=has_native(runtime.device),
+        quantised=frozenset(quantised_layers(model)),
+        moments=moment_bytes(settings),
+    )
+    room = host.available() / runtime.world
+    # the weights are in memory already
+    most = max(1, memory_estimate.largest_batch(job, room + memory_estimate.weights_mb(job)))
+    lines = settings.batch_size
+    while lines > most and lines % 2 == 0:
+        lines //= 2
+    if lines == settings.batch_size:
+        return settings
+    parts = settings.batch_size // lines
+    print(f"{size(room)} of memory are free: {lines} of the {settings.batch_size} rows of a step at a time")
+    return replace(settings, batch_size=lines, accumulation=settings.accumulation * parts)
+
+
+def moment_bytes(optimizer: Optimizer | TrainSettings) -> float:
     """Of memory, for a number that trains."""
     if optimizer.paged:
         return 0.0

@@ -16,7 +16,7 @@ from lora_ms.recipes.model import build_model, compute_dtype, four_bits_lines, r
 from lora_ms.recipes.outputs import RUN_LOG, earlier_outputs, weights_of
 from lora_ms.recipes.settings import settings_of
 from lora_ms.recipes.train import NativeRun
-from lora_ms.train import checkpoint, tensorboard
+from lora_ms.train import checkpoint, trackers
 from lora_ms.train.log import Tee
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def read_inputs(config: RunConfig) -> NativeInputs:
     Raises:
         LoraMsError: anything that a user can fix.
     """
-    tensorboard.check(config.report_to)
+    trackers.check(config.report_to)
     sources = data.sources_of(config.train_dataset, "train")
     pet = config.pet_config
     if pet is not None and not config.load_checkpoint:

@@ -17,12 +17,14 @@ from lora_ms.errors import WriteError
 from lora_ms.models.decoder import CausalLM
 from lora_ms.recipes.outputs import DATA_REPORT, adapter_line
 from lora_ms.runtime.device import Runtime, barrier, memory_share
+from lora_ms.runtime.graph_cache import remember_seconds, seconds_of
 from lora_ms.text import counted, listed
 from lora_ms.train import checkpoint
 from lora_ms.train.adaptive import MemoryMonitor
 from lora_ms.train.callbacks import EarlyStopping, TrainerCallback
 from lora_ms.train.checkpoint import Weights
 from lora_ms.train.evaluation import Evaluator
+from lora_ms.train.expected import StepTimes, duration
 from lora_ms.train.hooks import StepHook
 from lora_ms.train.loop import Outcome, TrainingLoop
 from lora_ms.train.profile import Profiling
@@ -30,7 +32,8 @@ from lora_ms.train.report import Reporter
 from lora_ms.train.settings import TrainSettings
 from lora_ms.train.signals import StopSignal
 from lora_ms.train.steps import Steps
-from lora_ms.train.tensorboard import Summaries, TensorBoard
+from lora_ms.train.tensorboard import Summaries
+from lora_ms.train.trackers import writers
 
 
 class PreparedRun(Protocol):
@@ -163,7 +166,13 @@ class NativeRun:
             hooks=hooks,
             rate_factors=factors,
         )
-        self.loop = TrainingLoop(steps, weights, evaluator, [*callbacks_of(settings), *callbacks], monitor)
+        sizes = [parameter.size for parameter in model.get_parameters()]
+        self.likeness = (  # of runs that take as long for a token
+            f"1,000 tokens {len(sizes)} parameters, {sum(sizes)}, {len(steps.trainable)} train, {model.dtype} "
+            f"{settings.recompute} {runtime.device} {runtime.operators.name} {runtime.world}"
+        )
+        times = StepTimes(lambda seconds: remember_seconds(self.likeness, 1000 * seconds / plan.cost()))
+        self.loop = TrainingLoop(steps, weights, evaluator, [*callbacks_of(settings), *callbacks, times], monitor)
 
     @property
     def total_steps(self) -> int:
@@ -201,6 +210,11 @@ class NativeRun:
                 f"{listed(shapes, separator=', ')} tokens",
                 flush=True,
             )
+            known = seconds_of(self.likeness)
+            if known and start < plan.total_steps:
+                seconds = known * plan.cost() / 1000
+                left = duration(seconds * (plan.total_steps - start))
+                print(f"about {left} for the steps, {seconds:.2g} s each, as the last run with this model", flush=True)
 
     def train(self) -> Outcome:
         return self.loop.train()
@@ -224,8 +238,7 @@ def callbacks_of(settings: TrainSettings) -> list[TrainerCallback]:
     """The callbacks that the settings ask for."""
     output_dir = settings.output_dir
     found: list[TrainerCallback] = [Reporter(settings.logging_steps)]
-    if "tensorboard" in settings.report_to:
-        found.append(TensorBoard(output_dir / "tensorboard", settings.logging_steps))
+    found += writers(settings.report_to, output_dir, settings.logging_steps, settings.run_name, settings.logging_dir)
     if settings.summary_steps:
         folder = Path(settings.summary_dir) if settings.summary_dir else output_dir / "summary"
         found.append(Summaries(folder, settings.summary_steps))

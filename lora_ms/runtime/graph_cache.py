@@ -91,9 +91,11 @@ class GraphCache:
     Attributes:
         stage: of this process, once there is a store: MindSpore asks for its folder once.
         say: told, in one line, what is being waited for; see ``announcing``.
+        times: where durations are kept; None: nowhere.
     """
 
     stage: Stage | None = None
+    times: Store | None = None
     say: Callable[[str], None] = staticmethod(lambda line: print(line, file=sys.stderr, flush=True))
 
     def __init__(self, store: Store | None, rank: int = 0, world: int = 1):
@@ -196,6 +198,17 @@ def parameters_of(file: Path) -> set[str] | None:
     return {parameter.name.partition(":")[2] for graph in graphs for parameter in graph.parameter}
 
 
+def seconds_of(what: str) -> float | None:
+    """How long ``what`` took the last time; None where nobody knows."""
+    return None if GraphCache.times is None else GraphCache.times.times().get(what)
+
+
+def remember_seconds(what: str, seconds: float) -> None:
+    """For ``seconds_of``."""
+    if GraphCache.times is not None:
+        GraphCache.times.remember(what, seconds)
+
+
 @contextmanager
 def announcing(say: Callable[[str], None]) -> Iterator[None]:
     """Inside, ``say`` is told what is being waited for."""
@@ -214,6 +227,7 @@ def keep_graphs(rank: int = 0, world: int = 1, wanted: bool = True) -> list[str]
     """
     folder = graphs_folder() if wanted else None
     notices = []
+    GraphCache.times = None
     if folder is not None and ENABLE in os.environ:
         notices.append(
             f"{ENABLE} is set: MindSpore then takes graphs of runs with other settings for the same; unset it, and "
@@ -223,6 +237,7 @@ def keep_graphs(rank: int = 0, world: int = 1, wanted: bool = True) -> list[str]
         try:
             store = Store(folder)
             store.remove_leftovers()
+            GraphCache.times = store
             Graph.compiling = GraphCache(store, rank, world).compiling
             return []
         except OSError as error:

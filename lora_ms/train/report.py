@@ -12,6 +12,7 @@ from lora_ms import saving
 from lora_ms.errors import WriteError
 from lora_ms.text import counted
 from lora_ms.train.callbacks import EvaluationRecord, RunState, StepRecord, TrainerCallback
+from lora_ms.train.notebook import in_notebook, progress_bar
 
 METRICS = "metrics.jsonl"
 PLOTTED = ("step", "loss", "eval_loss", "learning_rate", "grad_norm")
@@ -84,16 +85,14 @@ def _record(line: bytes) -> dict | None:
 
 
 class Progress:
-    """A bar with loss, rate and time left on a terminal; a line per logged step elsewhere."""
+    """A bar with loss, rate and time left on a terminal and in a notebook; a line per logged step elsewhere."""
 
     def __init__(self, start: int, total: int):
         self.total = total
         self.bar = None
-        if sys.stderr.isatty():
-            from tqdm import tqdm
-
+        if sys.stderr.isatty() or in_notebook():
             layout = "{n_fmt}/{total_fmt} |{bar}| {desc} [{elapsed}<{remaining}]"
-            self.bar = tqdm(initial=start, total=total, bar_format=layout, dynamic_ncols=True)
+            self.bar = progress_bar(initial=start, total=total, bar_format=layout, dynamic_ncols=True)
 
     def show(self, record: StepRecord, logged: bool) -> None:
         """Shows a step; ``logged``: where there is no bar, it is among those to print."""

@@ -77,7 +77,9 @@ class TrainSettings:
     logging_steps: int = setting(1, "logging_steps")  # optimiser steps between two that are logged
     save_steps: int = setting(0, "save_steps")  # optimiser steps between checkpoints; 0: at the end alone; -1: an epoch
     keep_checkpoint_max: int = setting(5, "keep_checkpoint_max")  # the newest ones are kept
-    report_to: tuple[str, ...] = ()  # of tensorboard.REPORTS; besides metrics.jsonl
+    report_to: tuple[str, ...] = ()  # of trackers.REPORTS; besides metrics.jsonl
+    run_name: str = ""  # of the run in these; "": the name of output_dir
+    logging_dir: str = ""  # of TensorBoard's files; "": output_dir/tensorboard
     summary_steps: int = 0  # optimiser steps between two that MindSpore's summary file holds; 0: no such file
     summary_dir: str = ""  # its folder; "": output_dir/summary
     profile_steps: tuple[int, int] | None = None  # the first and the last step to profile, from 1
@@ -107,7 +109,7 @@ class TrainSettings:
 
     def shared(self) -> dict[str, object]:
         """What the processes of a run must share: all but folders and the memory of a machine."""
-        apart = ("output_dir", "summary_dir", "profile_dir", "memory_budget_mb")
+        apart = ("output_dir", "summary_dir", "profile_dir", "logging_dir", "memory_budget_mb")
         return {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name not in apart}
 
     @property

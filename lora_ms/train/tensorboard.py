@@ -1,7 +1,6 @@
 """The numbers of a run for TensorBoard and for MindSpore's own viewer."""
 
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import mindspore as ms
@@ -11,19 +10,9 @@ from tqdm import tqdm
 from lora_ms.errors import LoraMsError
 from lora_ms.train.callbacks import EvaluationRecord, RunState, StepRecord, TrainerCallback
 
-REPORTS = ("tensorboard",)  # what report_to may name
 # of a StepRecord, besides the terms of the loss
 LOGGED = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_memory_mb")
 SCORED = ("eval_loss", "eval_accuracy", "eval_perplexity")  # of an EvaluationRecord
-
-
-def check(report_to: Sequence[str]) -> None:
-    """Raises LoraMsError where what ``report_to`` names is not installed."""
-    if "tensorboard" in report_to:
-        try:
-            import tensorboardX  # noqa: F401
-        except ImportError:
-            raise LoraMsError("report_to tensorboard needs tensorboardX: pip install tensorboardX") from None
 
 
 class Scalars(TrainerCallback):

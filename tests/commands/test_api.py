@@ -45,7 +45,7 @@ def test_the_articles_arguments(tmp_path):
     settings = args.settings()
     assert (settings.epochs, settings.save_steps, settings.recompute, settings.max_grad_norm) == (3, -1, True, 0.3)
     assert settings.layout == "bucketed" and lora_ms.TrainingArguments(tmp_path).settings().layout == "packed"
-    for wrong in ({"num_train_epochs": 1.5}, {"logging_steps": 0}, {"report_to": "wandb"}):
+    for wrong in ({"num_train_epochs": 1.5}, {"logging_steps": 0}, {"report_to": "comet"}):
         with pytest.raises(lora_ms.LoraMsError):
             lora_ms.TrainingArguments(output_dir=tmp_path, **wrong).settings()
 
@@ -155,7 +155,10 @@ def test_arguments_of_evaluation(given, found, tmp_path):
         ({"eval_strategy": "steps", "evaluation_strategy": "epoch"}, "eval_strategy and evaluation_strategy differ"),
         ({"early_stopping_patience": 1}, "early_stopping_patience needs evaluations: set eval_strategy"),
         ({"eval_strategy": "steps", "eval_steps": 0}, "eval_steps expects 1 or more, got 0"),
-        ({"report_to": ["tensorboard", "wandb"]}, "report_to 'wandb' is not supported; supported: none, tensorboard"),
+        (
+            {"report_to": ["tensorboard", "comet"]},
+            "report_to 'comet' is not supported; supported: none, tensorboard, wandb",
+        ),
     ],
 )
 def test_arguments_that_contradict(given, reason, tmp_path):

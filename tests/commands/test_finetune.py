@@ -151,7 +151,7 @@ def test_log_is_what_was_printed(done, token_rows):
         "training: 4 steps of 2 rows, 4 an epoch",
         "batches of 1 shape, each compiled when it first comes: 1 x 16 tokens",
     ]
-    lines = [line for line in lines[4:] if not line.startswith(("compiling ", "loading "))]
+    lines = [line for line in lines[4:] if not line.startswith(("compiling ", "loading ", "about "))]
     assert [line.split("  ")[0] for line in lines[:4]] == [f"step {step}/4" for step in (1, 2, 3, 4)]
     first, *_, last = losses(done)
     assert lines[4:6] == [

@@ -394,8 +394,8 @@ def test_what_reports_go_to():
 @pytest.mark.parametrize(
     ("option", "reason"),
     [
-        ("report_to=wandb", "report_to expects none or tensorboard "
-         "(MindSpore's summaries: SummaryMonitor in callbacks), got 'wandb'"),
+        ("report_to=comet", "report_to expects none or tensorboard, wandb, swanlab, mlflow "
+         "(MindSpore's summaries: SummaryMonitor in callbacks), got 'comet'"),
         ("profile_start_step=11", "profile_start_step 11 is after profile_stop_step 10: swap them"),
         ("callbacks=[{type: ProfileMonitor, stop_step: 0}]", "callbacks.0.stop_step expects 1 or more, got 0"),
         ("callbacks=[{type: ProfileMonitor, start_step: 20}]",

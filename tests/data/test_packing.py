@@ -102,3 +102,28 @@ def test_the_same_rows_in_the_same_step_whatever_the_layout(kind):
         (ours, count), (theirs, wanted) = plan.step(step), reference.step(step)
         assert count == wanted == sum(b.label_tokens for b in ours) == sum(b.label_tokens for b in theirs)
         assert sum(b.tokens for b in ours) == sum(b.tokens for b in theirs)
+
+
+def plan_of(lengths: np.ndarray, batch_size: int, accumulation: int = 1) -> DataPlan:
+    rows = [TokenRow("row", np.full(n, 7, np.int32), np.full(n, 7, np.int32)) for n in lengths]
+    options = dict(epochs=3, seed=0, pad_id=0, seq_length=1024, kind="packed")
+    return DataPlan.build(rows, batch_size=batch_size, accumulation=accumulation, **options)
+
+
+@pytest.mark.parametrize("batch_size", [4, 8, 16])
+@pytest.mark.parametrize(
+    ("shortest", "longest", "rows"), [(35, 59, 104), (19, 38, 108), (20, 42, 72), (28, 141, 91), (35, 1017, 300)]
+)
+def test_packing_pads_no_more_than_plain_batches(shortest, longest, rows, batch_size):
+    """Numbers and lengths of rows as in five real files; plain: each batch as long as its longest row."""
+    plan = plan_of(np.random.default_rng(3).integers(shortest, longest + 1, rows), batch_size)
+    padding = plan.padding()
+    assert plan.layout.kind == "packed" and padding["packed"] <= padding["usual"] + 0.01
+    assert len(plan.layout.shapes) <= (2 if longest <= 141 else 3)
+
+
+def test_rows_that_cannot_share_lines_are_not_packed():
+    """Two rows of 390 to 760 tokens do not fit one line; lines of two lengths hold the pairs better."""
+    plan = plan_of(np.random.default_rng(3).integers(390, 761, 136), 2)
+    assert plan.layout.kind == "bucketed" and len(plan.layout.shapes) == 2
+    assert plan.padding()["bucketed"] < 0.2

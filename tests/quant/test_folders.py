@@ -149,6 +149,20 @@ def test_settings_are_written_as_they_are_read():
         assert read_quantisation(found.name()).double == found.double
 
 
+def test_the_type_of_the_products_is_said_where_it_is_another():
+    asked = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "torch.bfloat16"}
+    found = read_quantisation(asked)
+    assert found.compute_dtype == "bfloat16" == found.to_config()["bnb_4bit_compute_dtype"]
+    assert read_quantisation(found.to_config()) == found and found.notices("bfloat16") == []
+    (line,) = found.notices("float32")
+    assert line.startswith("bnb_4bit_compute_dtype bfloat16 has no effect: products are computed as compute_dtype says")
+    assert read_quantisation({**asked, "bnb_4bit_compute_dtype": "float32"}).notices("bfloat16") == []
+    with pytest.raises(
+        ValueError, match="bnb_4bit_compute_dtype expects one of float32, float16, bfloat16, got 'int8'"
+    ):
+        read_quantisation({**asked, "bnb_4bit_compute_dtype": "int8"})
+
+
 def test_which_modules_stay_whole():
     """transformers' rule: the beginning of a path up to a dot, an expression, or the end of a path; the head always."""
     path = "model.layers.11.self_attn.q_proj"

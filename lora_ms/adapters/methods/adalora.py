@@ -52,7 +52,7 @@ PREFIX = "base_model.model."  # of module paths in older files of PEFT's
 GUARD = 1e-5  # PEFT adds it to the rank that alpha is divided by, against modules without a rank
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class AdaLoraConfig(AdapterConfig, LowRankOptions):
     """An adapter whose rank is shared out by importance while it trains (Zhang et al., 2023).
 

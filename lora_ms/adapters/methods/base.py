@@ -16,7 +16,7 @@ Weights are [out, in], as PEFT stores them. A module is named by its dotted path
 """
 
 import dataclasses
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from lora_ms import storage
 from lora_ms.adapters.matching import ALL_LINEAR, ends_with, fits_end, layer_index, leaf_of, matches, ranges
+from lora_ms.adapters.methods.peft_names import ByPeftNames
 from lora_ms.errors import LoraMsError
 from lora_ms.limits import fullmatch
 from lora_ms.values import Bounds, Exclusions, Layers, Targets, Texts
@@ -159,8 +160,8 @@ class Cost(NamedTuple):
     kept: int  # numbers of every token that the backward pass needs besides the module's own input
 
 
-@dataclass(frozen=True)
-class AdapterConfig(ABC):
+@dataclass(frozen=True, repr=False)
+class AdapterConfig(metaclass=ByPeftNames):
     """The options that all methods share, and the questions that each answers.
 
     ``target_modules``: a regular expression (matched from the start of the leaf name or of its MindFormers alias, or
@@ -202,6 +203,9 @@ class AdapterConfig(ABC):
     layers_pattern: tuple[str, ...] = option((), Texts)  # names of the list that these count in, where there are more
     _: KW_ONLY
     modules_to_save: tuple[str, ...] = option((), Texts)  # whole modules to train beside: lm_head, embed_tokens, norm
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(differing(self))})"
 
     def __post_init__(self) -> None:
         for name in ("exclude_layers", "layers_pattern", "modules_to_save"):  # one name for a list of one
@@ -495,6 +499,17 @@ def check_number(name: str, value: Any, bounds: Bounds) -> None:
     """Raises LoraMsError where ``value`` is out of ``bounds``; None is never."""
     if bounds and value is not None and not bounds.contains(value):
         raise LoraMsError(f"{name} must be {bounds}, got {value}")
+
+
+def differing(options: Any) -> Iterator[str]:
+    """``name=value`` of what differs from the default in a dataclass."""
+    for field in dataclasses.fields(options):
+        default = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        value = getattr(options, field.name)
+        if value != default:
+            yield f"{field.name}={value!r}"
 
 
 def shared_options(peft: Mapping[str, Any]) -> dict[str, Any]:

@@ -34,7 +34,7 @@ class IA3Spec(NamedTuple):
     feedforward: bool  # whether the input is scaled, in place of the output
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class IA3Config(AdapterConfig):
     """IA3, with PEFT's settings.
 

@@ -108,7 +108,7 @@ LORA_KEYS = frozenset(("lora_rank", "init_rank", "rank_pattern", "layer_groups")
 ALPHA_KEYS = frozenset(("lora_alpha", "alpha_pattern", "layer_groups"))
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class LoraConfig(AdapterConfig, LowRankOptions):
     """LoRA, and what PEFT and the literature make of it.
 

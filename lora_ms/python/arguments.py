@@ -1,0 +1,218 @@
+"""``TrainingArguments``: the settings of a ``Trainer``, by transformers' names."""
+
+import difflib
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from lora_ms.errors import LoraMsError
+from lora_ms.train import trackers
+from lora_ms.train.settings import TrainSettings
+
+# transformers' name -> TrainSettings'; a field that has one name on both sides needs no line
+SETTINGS = {
+    "gradient_accumulation_steps": "accumulation",
+    "max_seq_length": "seq_length",
+    "adam_epsilon": "eps",
+    "early_stopping_patience": "patience",
+    "gradient_checkpointing": "recompute",
+    "resume_from_checkpoint": "resume",
+    "overwrite_output_dir": "overwrite",
+}
+STRATEGIES = ("no", "steps", "epoch")
+SCHEDULES = {"constant": "constant", "constant_with_warmup": "constant", "linear": "linear", "cosine": "cosine"}
+OPTIMIZERS = (  # AdamW: its state in float32, or in eight bits; in memory, or in a file
+    *("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused", "adamw"),
+    *("adamw_bnb_8bit", "adamw_8bit", "paged_adamw", "paged_adamw_32bit", "paged_adamw_8bit", "adamw_torch_8bit"),
+)
+BATCH = 8  # rows of a step where no batch size is given
+# transformers' arguments that change no number here, with their values there
+NO_EFFECT: Mapping[str, Any] = {
+    "bf16": False, "fp16": False, "bf16_full_eval": False, "fp16_full_eval": False, "tf32": None,
+    "fp16_opt_level": "O1", "fp16_backend": "auto", "half_precision_backend": "auto",
+    "do_train": False, "do_eval": False, "do_predict": False, "prediction_loss_only": False,
+    "disable_tqdm": None, "log_level": "passive", "log_level_replica": "warning", "log_on_each_node": True,
+    "logging_strategy": "steps", "logging_first_step": False, "logging_nan_inf_filter": True,
+    "save_safetensors": True, "save_on_each_node": False, "save_only_model": False,
+    "restore_callback_states_from_checkpoint": False, "ignore_data_skip": False,
+    "use_cpu": False, "no_cuda": False, "use_mps_device": False, "jit_mode_eval": False, "use_ipex": False,
+    "data_seed": None, "full_determinism": False, "local_rank": -1, "ddp_backend": None,
+    "ddp_find_unused_parameters": None, "ddp_bucket_cap_mb": None, "ddp_broadcast_buffers": None, "ddp_timeout": 1800,
+    "fsdp": "", "fsdp_config": None, "fsdp_min_num_params": 0, "fsdp_transformer_layer_cls_to_wrap": None,
+    "deepspeed": None, "accelerator_config": None, "parallelism_config": None, "tp_size": 0, "debug": "",
+    "dataloader_drop_last": False, "dataloader_num_workers": 0, "dataloader_prefetch_factor": None,
+    "dataloader_pin_memory": True, "dataloader_persistent_workers": False, "remove_unused_columns": True,
+    "group_by_length": False, "length_column_name": "length", "label_names": None, "past_index": -1,
+    "skip_memory_metrics": True, "auto_find_batch_size": False, "eval_accumulation_steps": None, "eval_delay": 0,
+    "eval_on_start": False, "eval_do_concat_batches": True, "batch_eval_metrics": False,
+    "eval_use_gather_object": False, "include_inputs_for_metrics": False, "include_for_metrics": [],
+    "include_tokens_per_second": False, "include_num_input_tokens_seen": False,
+    "gradient_checkpointing_kwargs": None, "torch_compile": False, "torch_compile_backend": None,
+    "torch_compile_mode": None, "torchdynamo": None, "ray_scope": "last", "torch_empty_cache_steps": None,
+    "use_legacy_prediction_loop": False, "use_liger_kernel": False, "liger_kernel_config": None, "mp_parameters": "",
+    "average_tokens_across_devices": False, "split_batches": None, "dispatch_batches": None,
+    "push_to_hub": False, "hub_model_id": None, "hub_strategy": "every_save", "hub_token": None,
+    "hub_private_repo": None, "hub_always_push": False, "hub_revision": None, "push_to_hub_model_id": None,
+    "push_to_hub_organization": None, "push_to_hub_token": None, "project": "huggingface", "trackio_space_id": None,
+}  # fmt: skip
+# those that would change them
+REFUSED: Mapping[str, Any] = {
+    "label_smoothing_factor": 0.0, "optim_args": None, "optim_target_modules": None, "lr_scheduler_kwargs": {},
+    "per_gpu_train_batch_size": None, "per_gpu_eval_batch_size": None,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, repr=False)
+class _Settings:
+    """The arguments that have an effect."""
+
+    output_dir: str | os.PathLike = "trainer_output"
+    learning_rate: float = 1e-4  # the highest
+    num_train_epochs: float = 3  # a whole number
+    per_device_train_batch_size: int | None = None  # rows; None: 8 in a step, as many at a time as memory holds
+    gradient_accumulation_steps: int = 1  # micro-batches per optimiser step
+    max_steps: int = -1  # optimiser steps; -1: as many as the epochs make
+    max_seq_length: int = 1024  # tokens; longer rows are dropped and counted
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    max_grad_norm: float | None = 1.0
+    loraplus_lr_ratio: float = 1.0  # learning rate of B over that of A; 1: one rate for both
+    neftune_noise_alpha: float | None = 0.0  # noise on the embedding while training, 5 to 15; 0: none
+    lr_scheduler_type: str = "linear"  # constant, linear or cosine
+    warmup_ratio: float = 0.0
+    warmup_steps: int = 0  # overrides the ratio where above 0
+    optim: str = "adamw_torch"  # AdamW; with 8bit its state has eight bits, with paged it lies in a file
+    logging_steps: int = 1
+    logging_dir: str | os.PathLike | None = None  # of TensorBoard's files; None: output_dir/tensorboard
+    save_strategy: str = "steps"  # no, steps, epoch or best
+    save_steps: int = 0  # optimiser steps; 0: no checkpoint before the end
+    save_total_limit: int | None = None  # newest checkpoints that are kept; None: all
+    load_best_model_at_end: bool = False  # the model then has the weights of the lowest evaluation loss
+    metric_for_best_model: str | None = None  # loss alone
+    greater_is_better: bool | None = None  # False alone
+    gradient_checkpointing: bool = False  # less memory, more time
+    use_parallel: bool = False  # one process per card, started by msrun
+    seed: int = 0
+    resume_from_checkpoint: bool | str | None = False  # True: the newest; or a name such as "step_40"
+    overwrite_output_dir: bool = False  # delete others' files in the folders that a run replaces
+    auto_trans_ckpt: bool = False  # no effect: each process reads its part of the checkpoint either way
+    eval_strategy: str = "no"  # no, steps or epoch, of eval_dataset; and once at the end
+    evaluation_strategy: str = "no"  # its older name
+    eval_steps: int | None = None  # optimiser steps; None: logging_steps
+    per_device_eval_batch_size: int = 8  # rows
+    early_stopping_patience: int = 0  # evaluations without a better one before the run stops; 0: never
+    report_to: str | Sequence[str] | None = "none"  # tensorboard, wandb, swanlab, mlflow; metrics.jsonl always
+    run_name: str | None = None  # of the run in these; None: the name of output_dir
+    packing: bool = True  # several rows in a line, each seeing itself alone: the same numbers, less padding
+
+
+class TrainingArguments(_Settings):
+    """Settings of a ``Trainer``, by transformers' names; see ``_Settings`` for those that have an effect.
+
+    The others of transformers are accepted, and named in a line where they are given another value than there.
+
+    Raises:
+        LoraMsError: an unknown name, or one that is not supported.
+    """
+
+    def __init__(self, output_dir: str | os.PathLike = "trainer_output", **given: Any):
+        ours = {field.name for field in fields(_Settings)}
+        unknown = [name for name in given if name not in ours | NO_EFFECT.keys() | REFUSED.keys()]
+        if unknown:
+            near = difflib.get_close_matches(unknown[0], [*ours, *NO_EFFECT], 1, 0.0)[0]
+            raise LoraMsError(f"TrainingArguments: unknown argument {unknown[0]}; the nearest is {near}")
+        refused = [name for name, usual in REFUSED.items() if given.get(name, usual) not in (usual, None)]
+        if refused:
+            raise LoraMsError(f"TrainingArguments: {', '.join(refused)} not supported: leave it out")
+        idle = [name for name, usual in NO_EFFECT.items() if given.get(name, usual) != usual]
+        if idle:
+            print(f"no effect here: {', '.join(idle)} of TrainingArguments")
+        # transformers' enums have their text as a value
+        values = {name: getattr(value, "value", value) for name, value in given.items() if name in ours}
+        super().__init__(output_dir, **values)
+
+    def __repr__(self) -> str:
+        given = [
+            f"{field.name}={getattr(self, field.name)!r}"
+            for field in fields(self)
+            if field.default is MISSING or field.name == "output_dir" or getattr(self, field.name) != field.default
+        ]
+        return f"TrainingArguments({', '.join(given)})"
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether ``eval_dataset`` is evaluated."""
+        return bool(self._evaluations)
+
+    @property
+    def _evaluations(self) -> set[str]:
+        return {self.eval_strategy, self.evaluation_strategy} - {"no"}
+
+    @property
+    def _reports(self) -> list[str]:
+        given = [self.report_to] if isinstance(self.report_to, str) else list(self.report_to or ())
+        return trackers.installed() if given == ["all"] else given
+
+    def settings(self) -> TrainSettings:
+        """The same for the training loop.
+
+        Raises:
+            LoraMsError: a setting out of range, or one that is not supported.
+        """
+        self._check()
+        own = {field.name for field in fields(TrainSettings)}
+        named = {field.name: SETTINGS.get(field.name, field.name) for field in fields(self)}
+        copied = {setting: getattr(self, name) for name, setting in named.items() if setting in own}
+        computed = {
+            "output_dir": Path(self.output_dir),
+            "batch_size": self.per_device_train_batch_size or BATCH,
+            "epochs": int(self.num_train_epochs),
+            "betas": (self.adam_beta1, self.adam_beta2),
+            "eight_bits": self.optim.endswith("8bit"),
+            "paged": self.optim.startswith("paged"),
+            "max_grad_norm": self.max_grad_norm or None,
+            "neftune_noise_alpha": self.neftune_noise_alpha or 0.0,
+            "lr_kind": SCHEDULES[self.lr_scheduler_type],
+            "resume": self.resume_from_checkpoint or False,
+            "save_steps": {"no": 0, "best": 0, "steps": self.save_steps, "epoch": -1}[self.save_strategy],
+            "keep_checkpoint_max": sys.maxsize if self.save_total_limit is None else self.save_total_limit,
+            "eval_steps": (self.eval_steps or self.logging_steps) if "steps" in self._evaluations else 0,
+            "eval_epochs": int("epoch" in self._evaluations),
+            "report_to": tuple(name for name in self._reports if name != "none"),
+            "run_name": self.run_name or "",
+            "logging_dir": "" if self.logging_dir is None else str(self.logging_dir),
+        }
+        return TrainSettings(**{**copied, **computed})
+
+    def _check(self) -> None:
+        for name, value, supported in (
+            ("save_strategy", self.save_strategy, (*STRATEGIES, "best")),
+            ("eval_strategy", self.eval_strategy, STRATEGIES),
+            ("evaluation_strategy", self.evaluation_strategy, STRATEGIES),
+            *(("report_to", name, ("none", *trackers.REPORTS)) for name in self._reports),
+            ("lr_scheduler_type", self.lr_scheduler_type, tuple(SCHEDULES)),
+            ("optim", self.optim, OPTIMIZERS),
+            ("metric_for_best_model", self.metric_for_best_model, (None, "loss", "eval_loss")),
+            ("greater_is_better", self.greater_is_better, (None, False)),
+        ):
+            if value not in supported:
+                shown = ", ".join(str(value) for value in supported if value is not None)
+                raise LoraMsError(f"{name} {value!r} is not supported; supported: {shown}")
+        for name in ("num_train_epochs", "logging_steps"):
+            value = getattr(self, name)
+            if value != int(value) or value < 1:
+                raise LoraMsError(f"{name} expects a whole number from 1 on, got {value}")
+        for name in ("eval_steps", "per_device_train_batch_size", "per_device_eval_batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise LoraMsError(f"{name} expects 1 or more, got {value}")
+        if len(self._evaluations) > 1:
+            raise LoraMsError("eval_strategy and evaluation_strategy differ: give one of them")
+        for name in ("early_stopping_patience", "load_best_model_at_end"):
+            if getattr(self, name) and not self.evaluates:
+                raise LoraMsError(f"{name} needs evaluations: set eval_strategy to steps or epoch")
