@@ -19,6 +19,7 @@ OUR_TOP = (
     "processor",
     "eval_dataset_task",
     "evaluation",
+    "objectives",
     "report_to",
 )
 OUR_RUNNER = ("max_steps", "logging_steps", "adaptive_batch")

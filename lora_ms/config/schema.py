@@ -35,6 +35,7 @@ from lora_ms.config.sections import (
     RunnerWrapper,
     TrainerKeys,
 )
+from lora_ms.config.terms import Term
 from lora_ms.errors import LoraMsError
 from lora_ms.values import NO_EFFECT, Flag, Folder, NoEffect, Path, Reports, Section, Whole
 
@@ -128,6 +129,7 @@ class RunConfig(Section):
     parallel: Parallel = Field(default_factory=Parallel)
     parallel_config: ParallelConfig = Field(default_factory=ParallelConfig)
     recompute_config: RecomputeConfig = Field(default_factory=RecomputeConfig)
+    objectives: Annotated[list[Term], BeforeValidator(lambda value: [] if value is None else value)] = []  # (ours)
     callbacks: Annotated[list[Callback], BeforeValidator(lambda value: [] if value is None else value)] = []
     context: Context = Field(default_factory=Context)
     model: Model = Field(default_factory=Model)
@@ -181,10 +183,16 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _one_of_each_callback_and_some_steps(self) -> "RunConfig":
-        types = [callback.type for callback in self.callbacks]
+        types: list[str] = [callback.type for callback in self.callbacks]
         twice = [name for name in dict.fromkeys(types) if types.count(name) > 1]
         if twice:
             raise ValueError(f"callbacks: {twice[0]} is given twice; keep one")
+        terms = [term.type for term in self.objectives]
+        twice = [name for name in dict.fromkeys(terms) if terms.count(name) > 1]
+        if twice:
+            raise ValueError(f"objectives: {twice[0]} is given twice; keep one")
+        if terms and self.backend == "mindformers":
+            raise ValueError("objectives need backend native: MindFormers' trainer has no further terms of the loss")
         first, last = self.profile_start_step, self.profile_stop_step
         if first > last:
             raise ValueError(f"profile_start_step {first} is after profile_stop_step {last}: swap them")

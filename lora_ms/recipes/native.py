@@ -13,10 +13,12 @@ from lora_ms.models.decoder import DecoderConfig
 from lora_ms.recipes import adapter, data, estimate, session
 from lora_ms.recipes.evaluate import evaluator_for
 from lora_ms.recipes.model import build_model, compute_dtype, four_bits_lines, read_sizes
+from lora_ms.recipes.objectives import ConfiguredTerms
 from lora_ms.recipes.outputs import RUN_LOG, earlier_outputs, weights_of
 from lora_ms.recipes.settings import settings_of
 from lora_ms.recipes.train import NativeRun
 from lora_ms.train import checkpoint, tensorboard
+from lora_ms.train.hooks import StepHook
 from lora_ms.train.log import Tee
 
 if TYPE_CHECKING:
@@ -48,6 +50,8 @@ def read_inputs(config: RunConfig) -> NativeInputs:
         raise LoraMsError(
             "load_checkpoint is missing: give the model to put the adapter on (pet_config: null trains anew)"
         )
+    for term in config.objectives:
+        term.check()
     adapter.check_training(config, None if pet is None else adapter.adapter_config(pet))
     sizes = read_sizes(config)
     adapter.check_parallel(config, sizes)
@@ -88,10 +92,13 @@ def prepare(inputs: NativeInputs, log: Tee) -> NativeRun:
     schedule_steps = settings.schedule_steps if settings.schedule_steps > 0 else plan.total_steps
     trained = adapter.attach(config, model, schedule_steps, runtime.shard)
     hook = None if trained is None else trained.step_hook(model)
+    terms = [ConfiguredTerms(config.objectives, model)] if config.objectives else []
     if runtime.is_main:
         print(*four_bits_lines(model), report(model, trained, runtime.shard).line(), sep="\n")
         if hook is not None:
             print(hook.describe())
+        for configured in terms:
+            print(configured.describe())
         if not settings.resume:
             log.to(output_dir / RUN_LOG)  # the first write: data, model and adapter are checked
             dump_config(config, str(output_dir / "config.yaml"))
@@ -102,5 +109,5 @@ def prepare(inputs: NativeInputs, log: Tee) -> NativeRun:
     earlier = earlier_outputs(output_dir)
     if runtime.is_main and earlier and not settings.resume:
         print(f"{output_dir} holds {', '.join(earlier)} of an earlier run; this one writes {weights.folder} as it ends")
-    hooks = [] if hook is None else [hook]
+    hooks: list[StepHook] = [*([] if hook is None else [hook]), *terms]
     return NativeRun(model, plan, settings, runtime, weights, hooks=hooks, evaluator=evaluator)
