@@ -9,9 +9,11 @@ A term is a subclass of ``ObjectiveKeys`` in a module that imports no MindSpore,
 ``weight`` multiplies a term; what metrics.jsonl shows, and the sum that is the loss, has it in it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field
 
 from lora_ms.values import Number, Section
@@ -25,6 +27,23 @@ class Start(NamedTuple):
 
     names: Sequence[str]  # dotted paths
     params: Sequence["Parameter"]
+
+
+class GivenRows(NamedTuple):
+    """The rows of a run, and what the model makes of them before it is trained."""
+
+    general: NDArray[np.bool_]  # [rows]: whether it is one that is not to be forgotten, by its part of the mix
+    label_counts: NDArray[np.int64]  # [rows]
+    states: Callable[[NDArray[np.int64]], list[NDArray[np.float32]]]  # rows -> of each [label tokens, h], normalised
+    head: Callable[[], NDArray[np.float32] | None]  # [v, h]; None where it is not trained
+
+
+class RowTerm(NamedTuple):
+    """A term as a function of the rows: the cell that ``train.parts.SummedLoss`` takes, and what it needs of them."""
+
+    cell: "nn.Cell"
+    rows: Any  # a data.loader.TermRows
+    note: str = ""  # what the user should know before the first step
 
 
 class ObjectiveKeys(Section):
@@ -45,6 +64,14 @@ class ObjectiveKeys(Section):
 
         Raises:
             LoraMsError: the keys do not suit what is trained.
+        """
+        return None
+
+    def row_term(self, given: "GivenRows") -> "RowTerm | None":
+        """None for a function of the parameters.
+
+        Raises:
+            LoraMsError: the rows are not such as the term needs.
         """
         return None
 

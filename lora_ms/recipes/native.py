@@ -1,6 +1,6 @@
 """A run of our own loop, as a configuration asks for it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ from lora_ms.models.decoder import DecoderConfig
 from lora_ms.recipes import adapter, data, estimate, session
 from lora_ms.recipes.evaluate import evaluator_for
 from lora_ms.recipes.model import build_model, compute_dtype, four_bits_lines, read_sizes
-from lora_ms.recipes.objectives import ConfiguredTerms
+from lora_ms.recipes.objectives import ConfiguredTerms, row_terms
 from lora_ms.recipes.outputs import RUN_LOG, earlier_outputs, weights_of
 from lora_ms.recipes.settings import settings_of
 from lora_ms.recipes.train import NativeRun
@@ -93,12 +93,14 @@ def prepare(inputs: NativeInputs, log: Tee) -> NativeRun:
     trained = adapter.attach(config, model, schedule_steps, runtime.shard)
     hook = None if trained is None else trained.step_hook(model)
     terms = [ConfiguredTerms(config.objectives, model)] if config.objectives else []
+    of_rows = row_terms(config, model, plan, inputs.rows.shares, tokenizer, runtime)
+    plan = replace(plan, terms=[term.rows for term in of_rows])
     if runtime.is_main:
         print(*four_bits_lines(model), report(model, trained, runtime.shard).line(), sep="\n")
         if hook is not None:
             print(hook.describe())
         for configured in terms:
-            print(configured.describe())
+            print(configured.describe(), *(term.note for term in of_rows if term.note), sep="\n")
         if not settings.resume:
             log.to(output_dir / RUN_LOG)  # the first write: data, model and adapter are checked
             dump_config(config, str(output_dir / "config.yaml"))
@@ -110,4 +112,5 @@ def prepare(inputs: NativeInputs, log: Tee) -> NativeRun:
     if runtime.is_main and earlier and not settings.resume:
         print(f"{output_dir} holds {', '.join(earlier)} of an earlier run; this one writes {weights.folder} as it ends")
     hooks: list[StepHook] = [*([] if hook is None else [hook]), *terms]
-    return NativeRun(model, plan, settings, runtime, weights, hooks=hooks, evaluator=evaluator)
+    cells = [term.cell for term in of_rows]
+    return NativeRun(model, plan, settings, runtime, weights, hooks=hooks, row_terms=cells, evaluator=evaluator)

@@ -10,7 +10,7 @@ from mindspore import Parameter, Tensor
 from lora_ms.config import load_config
 from lora_ms.errors import LoraMsError
 from lora_ms.objectives import fisher_file
-from lora_ms.objectives.base import Start
+from lora_ms.objectives.base import GivenRows, Start
 from lora_ms.objectives.parameter_cells import Overlap
 from lora_ms.recipes.objectives import ConfiguredTerms
 
@@ -210,3 +210,86 @@ def test_metadata_beside_tensors(tmp_path):
     with safe_open(tmp_path / "f", "numpy") as file:
         assert json.loads(file.metadata()[fisher_file.KEY]) == {"rows": 5, "start": "é"}
     assert fisher_file.read(tmp_path / "f").rows == 5
+
+
+# --- terms that depend on the rows
+
+
+def softmax(x: np.ndarray) -> np.ndarray:
+    e = np.exp(x - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def contrast(hidden: np.ndarray, rows: list[np.ndarray], general: np.ndarray, temperature: float) -> float:
+    """The mean over pairs, in float64; rows: the slots of each."""
+    means = np.stack([hidden[slots].mean(0) for slots in rows])
+    units = means / np.linalg.norm(means, axis=1, keepdims=True)
+    domain, others = units[~general], units[general]
+    pairs = min(len(domain), len(others))
+    chances = softmax(domain @ others.T / temperature)
+    return float(np.mean([-np.log(chances[i, i]) for i in range(pairs)]))
+
+
+def numeric(f, x: np.ndarray) -> np.ndarray:
+    """The gradient of f, by central differences in float64."""
+    found = np.zeros_like(x)
+    for place in np.ndindex(*x.shape):
+        step = np.zeros_like(x)
+        step[place] = 1e-5
+        found[place] = (f(x + step) - f(x - step)) / 2e-5
+    return found
+
+
+@pytest.mark.parametrize("general", [[0, 1, 0, 1], [0, 0, 1, 0], [1, 0, 1, 1]])
+def test_contrastive(graph_mode, general):
+    """Four rows of 2, 3, 1 and 2 label tokens in nine slots, of which the last is unused."""
+    from mindspore import ops
+
+    general = np.array(general, bool)
+    counts = np.array([2, 3, 1, 2])
+    slots = np.split(np.arange(8), np.cumsum(counts)[:-1])
+    hidden = drawn(9, 5).astype(np.float64)
+    term = keys({"type": "contrastive", "weight": 0.3, "temperature": 0.5})[0].row_term(
+        GivenRows(general, counts, lambda rows: [], lambda: None)
+    )
+    assert term.rows.units(np.arange(4)) == min(general.sum(), 4 - general.sum())
+    pairs = term.rows.units(np.arange(4))
+    arrays = [Tensor(a) for a in term.rows.arrays(np.arange(4), counts, 9, 8 / pairs)]
+    head, targets = Tensor(drawn(7, 5)), Tensor(np.zeros(9, np.int32))
+    value, gradient = ops.value_and_grad(term.cell, 0)(Tensor(hidden.astype(np.float32)), head, targets, *arrays)
+
+    def wanted(x):
+        return 0.3 * 8 * contrast(x, slots, general, 0.5)
+
+    np.testing.assert_allclose(float(value.asnumpy()), wanted(hidden), rtol=1e-4)
+    np.testing.assert_allclose(gradient.asnumpy(), numeric(wanted, hidden), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("trains_head", [False, True])
+def test_kl_anchor(graph_mode, trains_head, monkeypatch):
+    """Rows 0 and 2 of three are held; more slots than are computed at once."""
+    from mindspore import ops
+
+    monkeypatch.setattr("lora_ms.objectives.row_cells.ROWS", 4)
+    general, counts = np.array([True, False, True]), np.array([4, 3, 2])
+    states = [drawn(4, 5, seed=1), drawn(2, 5, seed=2)]
+    now, first = drawn(7, 5, seed=3), drawn(7, 5, seed=4 if trains_head else 3)
+    given = GivenRows(general, counts, lambda rows: states, lambda: first if trains_head else None)
+    term = keys({"type": "kl_anchor", "weight": 0.7})[0].row_term(given)
+    assert term.rows.units(np.array([1])) == 0 and term.rows.units(np.arange(3)) == 6
+    arrays = [Tensor(a) for a in term.rows.arrays(np.arange(3), counts, 10, 9 / 6)]
+    hidden = drawn(10, 5, seed=5)
+    inputs = (Tensor(hidden), Tensor(now), Tensor(np.zeros(10, np.int32)), *arrays)
+    value, (d_hidden, d_head) = ops.value_and_grad(term.cell, (0, 1))(*inputs)
+
+    def wanted(x, head):
+        total = 0.0
+        for slots, state in ((slice(0, 4), states[0]), (slice(7, 9), states[1])):
+            before = softmax(state.astype(np.float64) @ first.T.astype(np.float64))
+            total += np.sum(before * (np.log(before) - np.log(softmax(x[slots] @ head.T))))
+        return 0.7 * 9 * total / 6
+
+    wide, head = hidden.astype(np.float64), now.astype(np.float64)
+    np.testing.assert_allclose(float(value.asnumpy()), wanted(wide, head), rtol=1e-4)
+    np.testing.assert_allclose(d_hidden.asnumpy(), numeric(lambda x: wanted(x, head), wide), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(d_head.asnumpy(), numeric(lambda x: wanted(wide, x), head), rtol=1e-4, atol=1e-4)
