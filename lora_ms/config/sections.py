@@ -134,8 +134,19 @@ class EvalDataset(Dataset):
     input_columns: NoEffect = ["input_ids"]
 
 
+class EvaluationSet(Section):
+    """One of ``evaluation.sets``: rows that a run is scored on before, during and after it."""
+
+    dataset_dir: Text  # file, folder or glob; read as eval_dataset says
+    # loss: of their label tokens; exact: rows answered to the token; choice: right answers chosen by log-likelihood
+    metric: Literal["loss", "exact", "choice"] = "loss"
+    num_samples: Whole | None = Field(None, ge=1)  # only the first rows
+
+
 class EvaluationKeys(Section):
     """``evaluation`` (ours): of held-out rows while training, with ``do_eval`` or ``validation_split``."""
+
+    sets: Annotated[dict[str, EvaluationSet], BeforeValidator(lambda value: value or {})] = {}  # by name
 
     prompts: Texts = []  # answered by the model at each evaluation
     prompts_file: Path = ""  # rows with answers that `lora-ms eval` compares the model's with

@@ -12,12 +12,15 @@ from lora_ms.errors import LoraMsError
 from lora_ms.models.decoder import DecoderConfig
 from lora_ms.recipes import adapter, data, estimate, session
 from lora_ms.recipes.evaluate import evaluator_for
+from lora_ms.recipes.forgetting import ReadSet, read_sets, scorer_of
 from lora_ms.recipes.model import build_model, compute_dtype, four_bits_lines, read_sizes
 from lora_ms.recipes.objectives import ConfiguredTerms, row_terms
 from lora_ms.recipes.outputs import RUN_LOG, earlier_outputs, weights_of
 from lora_ms.recipes.settings import settings_of
 from lora_ms.recipes.train import NativeRun
 from lora_ms.train import checkpoint, tensorboard
+from lora_ms.train.callbacks import TrainerCallback
+from lora_ms.train.forgetting import ForgettingReport
 from lora_ms.train.hooks import StepHook
 from lora_ms.train.log import Tee
 
@@ -35,6 +38,7 @@ class NativeInputs:
     preparation: Preparation
     rows: data.PreparedRows
     held_out: TokenStore | None
+    sets: dict[str, ReadSet]  # of evaluation.sets
 
 
 def read_inputs(config: RunConfig) -> NativeInputs:
@@ -59,8 +63,9 @@ def read_inputs(config: RunConfig) -> NativeInputs:
     preparation = data.preparation_of(config, config.train_dataset, sizes.max_position_embeddings, sizes.vocab_size)
     rows = data.rows_of(config.train_dataset, sources, tokenizer, preparation)
     rows, held_out = data.split_off(config, rows, tokenizer, preparation)
+    sets = read_sets(config, tokenizer, preparation)
     session.check_run_output(config)
-    return NativeInputs(config, sizes, tokenizer, preparation, rows, held_out)
+    return NativeInputs(config, sizes, tokenizer, preparation, rows, held_out, sets)
 
 
 def prepare(inputs: NativeInputs, log: Tee) -> NativeRun:
@@ -107,10 +112,24 @@ def prepare(inputs: NativeInputs, log: Tee) -> NativeRun:
     evaluator = None
     if inputs.held_out is not None:
         evaluator = evaluator_for(config, model, inputs.held_out, tokenizer, settings.seq_length, runtime)
+    callbacks: list[TrainerCallback] = []
+    if inputs.sets:
+        scorer = scorer_of(config, model, inputs.sets, tokenizer, settings.seq_length, runtime)
+        callbacks.append(ForgettingReport(scorer))
     weights = weights_of(model, trained, tokenizer, hook, runtime.shard)
     earlier = earlier_outputs(output_dir)
     if runtime.is_main and earlier and not settings.resume:
         print(f"{output_dir} holds {', '.join(earlier)} of an earlier run; this one writes {weights.folder} as it ends")
     hooks: list[StepHook] = [*([] if hook is None else [hook]), *terms]
     cells = [term.cell for term in of_rows]
-    return NativeRun(model, plan, settings, runtime, weights, hooks=hooks, row_terms=cells, evaluator=evaluator)
+    return NativeRun(
+        model,
+        plan,
+        settings,
+        runtime,
+        weights,
+        hooks=hooks,
+        row_terms=cells,
+        evaluator=evaluator,
+        callbacks=callbacks,
+    )

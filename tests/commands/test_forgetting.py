@@ -178,3 +178,104 @@ def test_terms_need_their_rows(model, files, tmp_path, capsys):
     assert "contrastive needs domain and general rows" in capsys.readouterr().err
     assert main(["finetune", *words, "backend=mindformers"]) == 2
     assert "objectives need backend native" in capsys.readouterr().err
+
+
+# --- the report
+
+
+def test_choices_are_read(tmp_path):
+    from lora_ms.data.choices import read_choices
+    from lora_ms.errors import LoraMsError
+
+    rows = [
+        {"question": "a", "choices": ["x", "y"], "answer": 1},
+        {"question": "b", "choices": ["x", "y", "z"], "answer": "C"},
+        {"question": "c", "choices": {"text": ["x", "y"], "label": ["1", "2"]}, "answerKey": "2"},
+        {"query": "d", "options": ["x", "y"], "answer": "x"},
+    ]
+    assert [row.answer for row in read_choices(write(tmp_path / "q.jsonl", rows))] == [1, 2, 1, 0]
+    for row, said in [
+        ({"question": "a", "choices": ["x", "y"], "answer": 2}, "q.jsonl:1: answer 2 is none of the choices"),
+        ({"question": "a", "choices": ["x"], "answer": 0}, "choices is no list of 2 to 26 texts"),
+        ({"choices": ["x", "y"], "answer": 0}, "no question; the row has choices, answer"),
+    ]:
+        with pytest.raises(LoraMsError, match=said):
+            read_choices(write(tmp_path / "q.jsonl", [row]))
+
+
+def test_scores_of_sets(text_model):
+    """Against the logits of the whole model, row by row."""
+    import mindspore as ms
+    from mindspore import Tensor
+
+    from lora_ms.data.choices import ChoiceRow, tokens_of
+    from lora_ms.data.store import TokenStore
+    from lora_ms.data.tokenizer import load_tokenizer
+    from lora_ms.models.hub import load_directory
+    from lora_ms.recipes.data import held_out_plan
+    from lora_ms.runtime import device
+    from lora_ms.train.forgetting import ScoredSet, SetScorer
+
+    here = device.setup("CPU")[0]
+    net = load_directory(text_model, operators=here.operators)
+    tokenizer = load_tokenizer(str(text_model))
+    questions = [ChoiceRow("", "ab", ("c", "dd", "e"), 1), ChoiceRow("", "x", ("yy", "z"), 0)]
+    rows, choices = tokens_of(tokenizer, questions, 64)
+    assert choices == [3, 2] and len(rows) == 5
+    right, losses, counts = [], [], []
+    for row in rows:
+        logits = net(Tensor(row.input_ids[None], ms.int32)).asnumpy()[0].astype(np.float64)
+        logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        places = np.flatnonzero(row.labels != -100)
+        losses.append(-logs[places - 1, row.labels[places]].sum())
+        right.append(np.sum(logits[places - 1].argmax(-1) == row.labels[places]))
+        counts.append(len(places))
+    losses, right, counts = map(np.array, (losses, right, counts))
+    store = TokenStore.of(rows)
+    plan = held_out_plan(store, 1, tokenizer, 64, here, packing=False)
+    sets = {
+        "loss": ScoredSet("loss", held_out_plan(store, 2, tokenizer, 64, here)),
+        "exact": ScoredSet("exact", plan),
+        "choice": ScoredSet("choice", plan, choices, [1, 0]),
+    }
+    found = SetScorer(net, sets, here, 128).scores()
+    best = [np.argmin(losses[:3]), np.argmin(losses[3:])]
+    wanted = {
+        "loss": (losses.sum() / counts.sum(), right.sum() / counts.sum()),
+        "exact": (losses.sum() / counts.sum(), np.mean(right == counts)),
+        "choice": ((losses[1] + losses[3]) / (counts[1] + counts[3]), np.mean(np.array(best) == [1, 0])),
+    }
+    for name, (loss, accuracy) in wanted.items():
+        assert found[name]["loss"] == pytest.approx(loss, rel=1e-4), name
+        assert found[name]["accuracy"] == pytest.approx(accuracy, abs=1e-6), name
+
+
+def test_a_report_of_forgetting(model, files, tmp_path, capsys):
+    sets = {"general": {"dataset_dir": files["general"]}, "domain": {"dataset_dir": files["domain"], "metric": "exact"}}
+    words = [*flags(model, files, tmp_path), *LORA, "--options", f"evaluation.sets={json.dumps(sets)}"]
+    words += ["eval_step_interval=2", "callbacks.1.save_checkpoint_steps=2"]
+    assert main(["finetune", *words]) == 0
+    said = capsys.readouterr().out
+    (line,) = [line for line in said.splitlines() if line.startswith("forgetting:")]
+    found = json.loads((tmp_path / "forgetting.json").read_text())
+    assert [point["step"] for point in found["points"]] == [0, 2, 4]
+    general, domain = found["sets"]["general"], found["sets"]["domain"]
+    assert (general["metric"], general["compared"], general["rows"]) == ("loss", "loss", 3)
+    assert (domain["metric"], domain["compared"], domain["rows"]) == ("exact", "accuracy", 5)
+    assert general["before"] == found["points"][0]["scores"]["general"]["loss"]
+    assert general["change"] == general["after"] - general["before"] != 0
+    assert (
+        f"general loss {general['before']:.4f} -> {general['after']:.4f}" in line and "domain accuracy 0.0% ->" in line
+    )
+    assert (tmp_path / "forgetting.png").stat().st_size > 1000
+    shutil.rmtree(tmp_path / "checkpoints" / "step_4")
+    assert main(["finetune", *words, "--resume_training", "True"]) == 0
+    assert json.loads((tmp_path / "forgetting.json").read_text()) == found
+
+
+def test_keys_of_a_set(model, files, tmp_path, capsys):
+    words = [*flags(model, files, tmp_path), "--options"]
+    assert main(["finetune", *words, "evaluation.sets={g: {dataset_dir: x, metrik: loss}}"]) == 2
+    assert "unknown key evaluation.sets.g.metrik; did you mean" in capsys.readouterr().err
+    assert main(["finetune", *words, "evaluation.sets={g: {dataset_dir: nowhere.jsonl}}"]) == 2
+    assert capsys.readouterr().err.startswith("error: evaluation.sets.g: ")
