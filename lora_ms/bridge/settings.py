@@ -20,6 +20,7 @@ OUR_TOP = (
     "eval_dataset_task",
     "evaluation",
     "objectives",
+    "sequence",
     "report_to",
 )
 OUR_RUNNER = ("max_steps", "logging_steps", "adaptive_batch")

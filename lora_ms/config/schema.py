@@ -33,6 +33,7 @@ from lora_ms.config.sections import (
     RecomputeConfig,
     RunnerConfig,
     RunnerWrapper,
+    TaskSequence,
     TrainerKeys,
 )
 from lora_ms.config.terms import Term
@@ -125,6 +126,7 @@ class RunConfig(Section):
     train_dataset_task: DatasetTask = Field(default_factory=DatasetTask)
     eval_dataset: EvalDataset = Field(default_factory=EvalDataset)
     evaluation: EvaluationKeys = Field(default_factory=EvaluationKeys)
+    sequence: TaskSequence = Field(default_factory=TaskSequence)
     eval_dataset_task: DatasetTask = Field(default_factory=DatasetTask)
     parallel: Parallel = Field(default_factory=Parallel)
     parallel_config: ParallelConfig = Field(default_factory=ParallelConfig)
@@ -299,6 +301,8 @@ class RunConfig(Section):
                 yield f"{name}.batch_size (runner_config.batch_size {rows} is used)"
             if dataset.mix and dataset.data_loader.dataset_dir:
                 yield f"{name}.data_loader.dataset_dir ({name}.mix is used)"
+        if self.sequence.tasks:
+            yield "sequence (of lora-ms sequence)"
         if self.run_mode in ("finetune", "train") and not self.evaluates:
             if self.eval_dataset.sources:
                 yield "eval_dataset (do_eval is False)"

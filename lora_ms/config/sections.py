@@ -1,5 +1,6 @@
 """The YAML's sections besides ``model``: keys, defaults, units. Sections and keys are MindFormers', "ours" are not."""
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
@@ -153,6 +154,28 @@ class EvaluationKeys(Section):
     max_new_tokens: Whole = Field(64, ge=1)  # of such an answer
     keep_best: Flag = True  # the weights of the lowest evaluation loss, in output_dir/best
     patience: Whole = Field(0, ge=0)  # evaluations without a better one before the run stops; 0: never
+
+
+def _task_name(value: Any) -> str:
+    if isinstance(value, str) and re.fullmatch(r"[\w-]{1,60}", value):
+        return value
+    raise ValueError("expects a name of letters, digits, - and _")
+
+
+class SequenceTask(Section):
+    """One of ``sequence.tasks``."""
+
+    name: Annotated[str, BeforeValidator(_task_name)]
+    dataset_dir: Text  # rows to learn: file, folder or glob
+    eval_dir: Text  # rows that it is scored on
+    metric: Literal["loss", "exact", "choice"] = "exact"  # as of evaluation.sets
+    num_samples: Whole | None = Field(None, ge=1)  # only the first rows to learn
+
+
+class TaskSequence(Section):
+    """``sequence`` (ours): tasks that `lora-ms sequence` learns one after another."""
+
+    tasks: Annotated[list[SequenceTask], BeforeValidator(lambda value: value or [])] = []
 
 
 class DatasetTask(Section):

@@ -65,7 +65,15 @@ def read_inputs(config: RunConfig) -> NativeInputs:
     rows, held_out = data.split_off(config, rows, tokenizer, preparation)
     sets = read_sets(config, tokenizer, preparation)
     session.check_run_output(config)
-    return NativeInputs(config, sizes, tokenizer, preparation, rows, held_out, sets)
+    return NativeInputs(
+        config=config,
+        sizes=sizes,
+        tokenizer=tokenizer,
+        preparation=preparation,
+        rows=rows,
+        held_out=held_out,
+        sets=sets,
+    )
 
 
 def prepare(inputs: NativeInputs, log: Tee) -> NativeRun:

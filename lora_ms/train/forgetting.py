@@ -173,7 +173,7 @@ def read_points(output_dir: Path) -> list[dict[str, Any]]:
     file = output_dir / REPORT
     if not file.is_file():
         return []
-    points = storage.read_json(file).get("points")
+    points: Any = storage.read_json(file).get("points")
     fits = isinstance(points, list) and all(isinstance(p, dict) and type(p.get("step")) is int for p in points)
     if not fits or not all(isinstance(point.get("scores"), dict) for point in points):
         raise LoraMsError(f"{file}: not what a run has written: remove it")

@@ -271,6 +271,10 @@ def test_a_report_of_forgetting(model, files, tmp_path, capsys):
     shutil.rmtree(tmp_path / "checkpoints" / "step_4")
     assert main(["finetune", *words, "--resume_training", "True"]) == 0
     assert json.loads((tmp_path / "forgetting.json").read_text()) == found
+    words = ["eval", "--load_checkpoint", str(model), "--options", f"evaluation.sets={json.dumps(sets)}"]
+    capsys.readouterr()
+    assert main(words) == 0
+    assert capsys.readouterr().out.splitlines()[-2].startswith(f"general: loss {general['before']:.4f}  accuracy ")
 
 
 def test_keys_of_a_set(model, files, tmp_path, capsys):
@@ -279,3 +283,59 @@ def test_keys_of_a_set(model, files, tmp_path, capsys):
     assert "unknown key evaluation.sets.g.metrik; did you mean" in capsys.readouterr().err
     assert main(["finetune", *words, "evaluation.sets={g: {dataset_dir: nowhere.jsonl}}"]) == 2
     assert capsys.readouterr().err.startswith("error: evaluation.sets.g: ")
+
+
+# --- tasks in turn
+
+
+def test_numbers_of_a_matrix():
+    from lora_ms.train.sequence import TaskMatrix
+
+    scores = np.array([[0.9, 0.2, 0.1], [0.6, 0.8, 0.2], [0.5, 0.7, 1.0]])
+    names, shown = ["a", "b", "c"], ["accuracy"] * 3
+    whole = TaskMatrix(names, shown, np.zeros(3), scores)
+    assert whole.mean == pytest.approx((0.5 + 0.7 + 1.0) / 3)
+    assert whole.backward_transfer == pytest.approx(((0.5 - 0.9) + (0.7 - 0.8)) / 2)
+    assert whole.lines()[-1] == "sequence: mean accuracy 73.3% after 3 of 3 tasks, backward transfer -25.0 points"
+    assert TaskMatrix(names, shown, np.zeros(3), scores[:1]).backward_transfer is None
+
+
+@pytest.mark.parametrize("orthogonal", [False, True])
+def test_tasks_in_turn(model, files, tmp_path, capsys, monkeypatch, orthogonal):
+    """Stopped in the second task, and gone on with: the first is not learnt again."""
+    from lora_ms.commands import finetune
+
+    tasks = [
+        {"name": name, "dataset_dir": files[name], "eval_dir": files[name], "metric": "loss"}
+        for name in ("domain", "general")
+    ]
+    words = ["sequence", *flags(model, files, tmp_path)[:-2], *LORA]
+    words += ["--options", f"sequence.tasks={json.dumps(tasks)}"]
+    if orthogonal:
+        words.append("objectives=[{type: orthogonal}]")
+
+    def cut(config):
+        if "general" in config.output_dir:
+            raise KeyboardInterrupt
+        run(config)
+
+    run = finetune.run
+    monkeypatch.setattr(finetune, "run", cut)
+    assert main(words) == 130
+    monkeypatch.setattr(finetune, "run", run)
+    capsys.readouterr()
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert "task 1 of 2: domain: learnt before" in said and "\nsequence: mean loss" in said
+    found = json.loads((tmp_path / "sequence.json").read_text())
+    matrix = np.array(found["matrix"])
+    assert matrix.shape == (2, 2) and np.all(np.diag(matrix) < found["before"])  # each is learnt
+    assert found["backward_transfer"] == pytest.approx(matrix[1, 0] - matrix[0, 0])
+    assert (tmp_path / "sequence.png").is_file()
+    second = json.loads((tmp_path / "task_2_general" / "forgetting.json").read_text())["points"]
+    # the second begins where the first has ended
+    assert second[0]["scores"]["domain"]["loss"] == pytest.approx(matrix[0, 0], rel=1e-5)
+    assert ("orthogonal" in records(tmp_path / "task_2_general")[0]) == orthogonal
+    assert "orthogonal" not in records(tmp_path / "task_1_domain")[0]
+    assert main([*words, "seed=4"]) == 2
+    assert "was learnt with other settings" in capsys.readouterr().err
