@@ -70,7 +70,7 @@ def read_header(file: Path) -> dict[str, Entry]:
         if not text.startswith("{"):
             raise ValueError("the header is no JSON object")
         header = parse_json(text, parse_int=_natural, parse_constant=_no_number)
-        _check_metadata(header.pop("__metadata__", None))
+        check_metadata(header.pop("__metadata__", None))
         entries = {name: _entry(file, name, info, 8 + length) for name, info in header.items()}
         end = 8 + length
         for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
@@ -94,10 +94,21 @@ def _no_number(text: str) -> None:
     raise ValueError(f"{text} is no number")
 
 
-def _check_metadata(metadata: Any) -> None:
+def check_metadata(metadata: Any) -> dict[str, str]:
+    """The metadata of a header. Raises ValueError where they are not texts."""
     texts = metadata is None or (isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values()))
     if not texts:
         raise ValueError("__metadata__ holds something else than texts")
+    return metadata or {}
+
+
+def read_metadata(file: Path) -> dict[str, str]:
+    """The texts that ``write_tensors`` put beside the tensors of a file, which ``read_header`` has accepted."""
+    with opened(file) as stream, readable(file, "safetensors"):
+        length = int.from_bytes(stream.read(8), "little")
+        if length > HEADER_SIZE:
+            raise ValueError(f"a header of {length:,} bytes: at most {HEADER_SIZE:,} are read")
+        return check_metadata(parse_json(stream.read(length).decode("utf-8")).get("__metadata__"))
 
 
 def _entry(file: Path, name: str, info: Any, base: int) -> Entry:
@@ -238,14 +249,14 @@ def write_json(file: Path, value: object) -> None:
         part.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def write_tensors(file: Path, tensors: Mapping[str, np.ndarray]) -> None:
+def write_tensors(file: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:
     """One safetensors file, as the library itself writes it: sorted by name."""
     planned = {
         name: Planned(OF_NUMPY[value.dtype.name], value.shape, partial(iter, [value]))
         for name, value in sorted(tensors.items())
     }
     with new_file(file) as part:
-        write_blocks(part, planned)
+        write_blocks(part, planned, metadata)
 
 
 def encoded(values: np.ndarray, dtype: str) -> np.ndarray:
@@ -307,9 +318,9 @@ def write_model(folder: Path, planned: Mapping[str, Planned], shard_size: int = 
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def write_blocks(file: Path, planned: Mapping[str, Planned]) -> None:
-    """One safetensors file."""
-    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+def write_blocks(file: Path, planned: Mapping[str, Planned], metadata: Mapping[str, str] | None = None) -> None:
+    """One safetensors file; metadata: texts besides the format's name."""
+    header: dict[str, dict] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0
     for name, tensor in planned.items():
         header[name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [end, end + tensor.size]}

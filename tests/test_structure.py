@@ -29,7 +29,11 @@ DIRECTIONS = {
     "nn": ("nn ops quant", "mindspore numpy"),
     "runtime": ("runtime nn.graph nn.parallel ops saving errors", "mindspore numpy google.protobuf"),
     "values": ("", "pydantic"),
-    "config": ("config adapters.methods quant bundled saving values reading errors", "yaml pydantic"),
+    "objectives": (
+        "objectives adapters.peft_files storage saving values errors text",
+        "mindspore numpy pydantic",
+    ),
+    "config": ("config objectives adapters.methods quant bundled saving values reading errors", "yaml pydantic"),
     "data": (
         "data runtime.host hf_folder saving storage reading limits errors text",
         "numpy transformers mindspore.dataset mindspore.mindrecord datasets pyarrow",
@@ -50,8 +54,8 @@ DIRECTIONS = {
     ),
     "gguf": ("gguf storage limits reading errors", "numpy gguf tokenizers transformers"),
     "recipes": (
-        "recipes config gguf bridge adapters models quant train infer data nn ops runtime hf_folder folder_schema "
-        "saving storage reading limits errors text",
+        "recipes config objectives gguf bridge adapters models quant train infer data nn ops runtime hf_folder "
+        "folder_schema saving storage reading limits errors text",
         "mindspore numpy transformers huggingface_hub modelscope_hub",
     ),
     "commands": (

@@ -19,6 +19,8 @@ OUR_TOP = (
     "processor",
     "eval_dataset_task",
     "evaluation",
+    "objectives",
+    "sequence",
     "report_to",
 )
 OUR_RUNNER = ("max_steps", "logging_steps", "adaptive_batch")

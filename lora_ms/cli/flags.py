@@ -179,6 +179,7 @@ COMMAND_FLAGS = {
     "chat": ("system",),
     "preview": ("row",),
     "preprocess": ("report", "layout"),
+    "fisher": ("output", "params"),
 }
 
 
@@ -219,6 +220,10 @@ def add_command_flags(command: str, parser: argparse.ArgumentParser) -> None:
     """Adds the flags that ``command`` alone has."""
     if command == "preview":
         parser.add_argument("--row", type=flag_int, metavar="N", help="only row N, as error lines count rows")
+    if command == "fisher":
+        parser.add_argument("--output", metavar="FILE", help="file to write (default: the one that ewc reads)")
+        text = "regular expression that fits whole names of the parameters to measure (default: all that train)"
+        parser.add_argument("--params", metavar="REGEX", help=text)
     if command == "preprocess":
         parser.add_argument("--report", action="store_true", help="describe the data, write no rows")
         text = "mindformers: rows padded to seq_length + 1 tokens; rows: not padded"

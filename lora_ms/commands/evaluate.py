@@ -7,13 +7,15 @@ from lora_ms.infer.sampling import Sampling
 from lora_ms.recipes import data, session
 from lora_ms.recipes.adapter import check_parallel
 from lora_ms.recipes.evaluate import Quiz, has_label_tokens, plan_of
+from lora_ms.recipes.forgetting import read_sets, scorer_of
 from lora_ms.recipes.generate import model_for_use, speaker_for
 from lora_ms.recipes.model import read_sizes
 from lora_ms.train.evaluation import Evaluator
 
 
 def run(config: RunConfig) -> None:
-    """Prints the scores of ``eval_dataset``'s label tokens, and of the answers to ``evaluation.prompts_file``."""
+    """Prints the scores of ``eval_dataset``'s label tokens, of ``evaluation.sets``, and of the answers
+    to ``evaluation.prompts_file``."""
     if config.backend == "mindformers":
         from lora_ms.recipes import mindformers  # makes a temporary folder when it is imported
 
@@ -33,9 +35,10 @@ def evaluate(config: RunConfig) -> None:
         quiz = Quiz(config)
     sizes = read_sizes(config)
     check_parallel(config, sizes)
+    tokenizer = data.tokenizer_for(config)
+    preparation = data.preparation_of(config, dataset, sizes.max_position_embeddings, sizes.vocab_size)
+    sets = read_sets(config, tokenizer, preparation)
     if sources:
-        tokenizer = data.tokenizer_for(config)
-        preparation = data.preparation_of(config, dataset, sizes.max_position_embeddings, sizes.vocab_size)
         rows = data.rows_of(dataset, sources, tokenizer, preparation)
     runtime = session.start(config)
     model = model_for_use(config, runtime)
@@ -45,5 +48,11 @@ def evaluate(config: RunConfig) -> None:
         if runtime.is_main:
             print(*(line for report in rows.reports for line in report.lines()), sep="\n")
             print(scores.line())
+    if sets:
+        scorer = scorer_of(config, model, sets, tokenizer, preparation.seq_length, runtime)
+        found = scorer.scores()
+        if runtime.is_main:
+            for name, one in found.items():
+                print(f"{name}: loss {one['loss']:.4f}  accuracy {one['accuracy']:.1%}  ({sets[name].metric})")
     if quiz is not None:
         quiz.run(speaker_for(config, model, Sampling()), runtime.is_main)  # Sampling(): always the most likely token

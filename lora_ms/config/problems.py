@@ -11,10 +11,16 @@ from pydantic.fields import FieldInfo
 from lora_ms.config.callbacks import CALLBACKS
 from lora_ms.config.schema import RunConfig, key_of
 from lora_ms.config.sections import MAPPING, NUMBER
+from lora_ms.objectives import OBJECTIVES
 from lora_ms.values import Section
 
 LISTED = 10  # errors that are described; looking for the nearest known key takes 10 ms
-TAGS = {*CALLBACKS, NUMBER, MAPPING}  # pydantic puts these into an error's place; they are no keys
+LISTS: dict[str, Mapping[str, type[Section]]] = {
+    "callbacks": CALLBACKS,
+    "objectives": OBJECTIVES,
+}  # lists of sections by type
+KINDS: dict[str, type[Section]] = {**CALLBACKS, **OBJECTIVES}
+TAGS = {*KINDS, NUMBER, MAPPING}  # pydantic puts these into an error's place; they are no keys
 
 
 def describe(problem: ValidationError) -> str:
@@ -33,10 +39,11 @@ def _describe_one(error: Mapping[str, Any]) -> str:
         case "extra_forbidden":
             return f"unknown key {key}{_nearest(error['loc'])}"
         case "union_tag_invalid":
-            near = difflib.get_close_matches(str(value.get("type")), CALLBACKS, 1, 0.0)[0]
-            return f"{key}.type expects one of {', '.join(CALLBACKS)}, got {value.get('type')!r} (nearest: {near})"
+            kinds = LISTS[error["loc"][0]]
+            near = difflib.get_close_matches(str(value.get("type")), kinds, 1, 0.0)[0]
+            return f"{key}.type expects one of {', '.join(kinds)}, got {value.get('type')!r} (nearest: {near})"
         case "union_tag_not_found":
-            return f"{key}.type is missing: give one of {', '.join(CALLBACKS)}"
+            return f"{key}.type is missing: give one of {', '.join(LISTS[error['loc'][0]])}"
         case "model_type" | "model_attributes_type" | "dict_type":
             return f"{key or 'the configuration'} expects a mapping of keys, got {shown}"
         case "value_error":
@@ -79,18 +86,18 @@ def key_place(name: str) -> str:
     """The dotted path of the key ``name``, the first where there are several; of one at the top, and of ``pet_config``,
     the name itself; "" where there is none."""
     top = {key_of(field, info) for field, info in RunConfig.model_fields.items()} | {"pet_config"}
-    found = [path for path in known_keys(RunConfig) if path.endswith(f".{name}") and not path.startswith("callbacks.")]
+    found = [path for path in known_keys(RunConfig) if path.endswith(f".{name}") and path.split(".")[0] not in LISTS]
     return name if name in top else next(iter(found), "")
 
 
 def key_names() -> set[str]:
     """The names of all keys, without their sections."""
-    return {path.rsplit(".", 1)[-1] for path in known_keys(RunConfig) if not path.startswith("callbacks.")}
+    return {path.rsplit(".", 1)[-1] for path in known_keys(RunConfig) if path.split(".")[0] not in LISTS}
 
 
 def _child(section: type[Section], part: Any) -> type[Section] | None:
-    if part in CALLBACKS:
-        return CALLBACKS[part]
+    if part in KINDS:
+        return KINDS[part]
     for name, field in section.model_fields.items():
         if key_of(name, field) == part:
             return section_of(field.annotation)
@@ -105,14 +112,14 @@ def section_of(annotation: Any) -> type[Section] | None:
 
 
 def known_keys(section: type[Section], prefix: str = "") -> dict[str, FieldInfo]:
-    """Dotted paths of all keys, with their fields; callbacks as ``callbacks.TYPE.key``."""
+    """Dotted paths of all keys, with their fields; callbacks as ``callbacks.TYPE.key``, objectives likewise."""
     keys: dict[str, FieldInfo] = {}
     for name, field in section.model_fields.items():
         path = f"{prefix}{key_of(name, field)}"
         inner = section_of(field.annotation)
-        if name == "callbacks":
-            for kind, callback in CALLBACKS.items():
-                keys |= known_keys(callback, f"callbacks.{kind}.")
+        if name in LISTS:
+            for kind, entry in LISTS[name].items():
+                keys |= known_keys(entry, f"{name}.{kind}.")
         elif inner is not None:
             keys |= known_keys(inner, f"{path}.")
         else:

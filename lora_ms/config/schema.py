@@ -33,8 +33,10 @@ from lora_ms.config.sections import (
     RecomputeConfig,
     RunnerConfig,
     RunnerWrapper,
+    TaskSequence,
     TrainerKeys,
 )
+from lora_ms.config.terms import Term
 from lora_ms.errors import LoraMsError
 from lora_ms.values import NO_EFFECT, Flag, Folder, NoEffect, Path, Reports, Section, Whole
 
@@ -124,10 +126,12 @@ class RunConfig(Section):
     train_dataset_task: DatasetTask = Field(default_factory=DatasetTask)
     eval_dataset: EvalDataset = Field(default_factory=EvalDataset)
     evaluation: EvaluationKeys = Field(default_factory=EvaluationKeys)
+    sequence: TaskSequence = Field(default_factory=TaskSequence)
     eval_dataset_task: DatasetTask = Field(default_factory=DatasetTask)
     parallel: Parallel = Field(default_factory=Parallel)
     parallel_config: ParallelConfig = Field(default_factory=ParallelConfig)
     recompute_config: RecomputeConfig = Field(default_factory=RecomputeConfig)
+    objectives: Annotated[list[Term], BeforeValidator(lambda value: [] if value is None else value)] = []  # (ours)
     callbacks: Annotated[list[Callback], BeforeValidator(lambda value: [] if value is None else value)] = []
     context: Context = Field(default_factory=Context)
     model: Model = Field(default_factory=Model)
@@ -181,10 +185,16 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _one_of_each_callback_and_some_steps(self) -> "RunConfig":
-        types = [callback.type for callback in self.callbacks]
+        types: list[str] = [callback.type for callback in self.callbacks]
         twice = [name for name in dict.fromkeys(types) if types.count(name) > 1]
         if twice:
             raise ValueError(f"callbacks: {twice[0]} is given twice; keep one")
+        terms = [term.type for term in self.objectives]
+        twice = [name for name in dict.fromkeys(terms) if terms.count(name) > 1]
+        if twice:
+            raise ValueError(f"objectives: {twice[0]} is given twice; keep one")
+        if terms and self.backend == "mindformers":
+            raise ValueError("objectives need backend native: MindFormers' trainer has no further terms of the loss")
         first, last = self.profile_start_step, self.profile_stop_step
         if first > last:
             raise ValueError(f"profile_start_step {first} is after profile_stop_step {last}: swap them")
@@ -291,6 +301,8 @@ class RunConfig(Section):
                 yield f"{name}.batch_size (runner_config.batch_size {rows} is used)"
             if dataset.mix and dataset.data_loader.dataset_dir:
                 yield f"{name}.data_loader.dataset_dir ({name}.mix is used)"
+        if self.sequence.tasks:
+            yield "sequence (of lora-ms sequence)"
         if self.run_mode in ("finetune", "train") and not self.evaluates:
             if self.eval_dataset.sources:
                 yield "eval_dataset (do_eval is False)"

@@ -1,5 +1,6 @@
 """The YAML's sections besides ``model``: keys, defaults, units. Sections and keys are MindFormers', "ours" are not."""
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
@@ -62,6 +63,7 @@ class Part(Section):
     dataset_dir: Text  # file, folder or glob
     weight: Number = Field(gt=0)  # at the first step, in proportion to the others'
     weight_end: Number | None = Field(None, ge=0)  # at the last step; None: the same
+    role: Literal["domain", "general"] = "domain"  # what is learnt, or what is not to be forgotten
 
 
 class DataLoader(Section):
@@ -133,14 +135,47 @@ class EvalDataset(Dataset):
     input_columns: NoEffect = ["input_ids"]
 
 
+class EvaluationSet(Section):
+    """One of ``evaluation.sets``: rows that a run is scored on before, during and after it."""
+
+    dataset_dir: Text  # file, folder or glob; read as eval_dataset says
+    # loss: of their label tokens; exact: rows answered to the token; choice: right answers chosen by log-likelihood
+    metric: Literal["loss", "exact", "choice"] = "loss"
+    num_samples: Whole | None = Field(None, ge=1)  # only the first rows
+
+
 class EvaluationKeys(Section):
     """``evaluation`` (ours): of held-out rows while training, with ``do_eval`` or ``validation_split``."""
+
+    sets: Annotated[dict[str, EvaluationSet], BeforeValidator(lambda value: value or {})] = {}  # by name
 
     prompts: Texts = []  # answered by the model at each evaluation
     prompts_file: Path = ""  # rows with answers that `lora-ms eval` compares the model's with
     max_new_tokens: Whole = Field(64, ge=1)  # of such an answer
     keep_best: Flag = True  # the weights of the lowest evaluation loss, in output_dir/best
     patience: Whole = Field(0, ge=0)  # evaluations without a better one before the run stops; 0: never
+
+
+def _task_name(value: Any) -> str:
+    if isinstance(value, str) and re.fullmatch(r"[\w-]{1,60}", value):
+        return value
+    raise ValueError("expects a name of letters, digits, - and _")
+
+
+class SequenceTask(Section):
+    """One of ``sequence.tasks``."""
+
+    name: Annotated[str, BeforeValidator(_task_name)]
+    dataset_dir: Text  # rows to learn: file, folder or glob
+    eval_dir: Text  # rows that it is scored on
+    metric: Literal["loss", "exact", "choice"] = "exact"  # as of evaluation.sets
+    num_samples: Whole | None = Field(None, ge=1)  # only the first rows to learn
+
+
+class TaskSequence(Section):
+    """``sequence`` (ours): tasks that `lora-ms sequence` learns one after another."""
+
+    tasks: Annotated[list[SequenceTask], BeforeValidator(lambda value: value or [])] = []
 
 
 class DatasetTask(Section):

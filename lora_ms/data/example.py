@@ -146,6 +146,7 @@ class Batch(NamedTuple):
     tokens: int  # of the rows, those after the last target included
     input_tokens: int  # tokens of input_ids that are not padding
     label_tokens: int  # used slots
+    extras: tuple[NDArray[Any], ...] = ()  # what further terms of the loss need, see ``loader.TermRows``
 
 
 class DeviceBatch(NamedTuple):
@@ -155,6 +156,12 @@ class DeviceBatch(NamedTuple):
     position_ids: Any  # [b, s] int32
     target_index: Any  # [c] int32
     targets: Any  # [c] int32
+    extras: tuple[Any, ...] = ()
+
+    @property
+    def inputs(self) -> tuple[Any, ...]:
+        """All arrays, as a training step takes them."""
+        return (*self[:4], *self.extras)
 
 
 class DeviceStep(NamedTuple):

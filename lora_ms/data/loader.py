@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,21 @@ class Source(NamedTuple):
     rows: int
     weight: float  # share of the rows of the first step, in proportion to the other sources'
     weight_end: float  # of the last step; in between the share moves on a line
+
+
+class TermRows(Protocol):
+    """What a further term of the loss needs of the rows of a micro-batch, beside ``Batch``.
+
+    The term is a mean over units, such as pairs of rows, of all micro-batches of an optimiser step.
+    """
+
+    count: int  # of arrays
+
+    def units(self, rows: Ints) -> int:
+        """The units of a micro-batch of these rows."""
+
+    def arrays(self, rows: Ints, label_counts: Ints, capacity: int, scale: float) -> tuple[NDArray, ...]:
+        """Of the rows of a micro-batch, in the order of their slots. scale: label tokens over units, of the step."""
 
 
 @lru_cache(maxsize=16)
@@ -135,6 +150,7 @@ class DataPlan:
     total_steps: int  # optimiser steps of the run
     usual_lines: int  # rows that a padded micro-batch would have
     reports: list[dict] = field(default_factory=list)  # what became of the data, for data_report.json
+    terms: Sequence[TermRows] = ()  # of further terms of the loss
 
     @classmethod
     def build(
@@ -229,19 +245,37 @@ class DataPlan:
         taken = self.step_rows(step)
         label_counts = self.rows.label_counts[taken]
         of_all_ranks = self.layout.arrange(self.rows.input_lengths[taken], label_counts)
-        ours = of_all_ranks[self.rank :: self.world]
-        batches = [self._collate(taken, part) for batch in ours for part in smaller_batches(batch, level)]
-        return batches, int(label_counts.sum())
+        parts = [smaller_batches(batch, level) for batch in of_all_ranks]
+        label_tokens = int(label_counts.sum())
+        scales = []
+        for term in self.terms:
+            units = sum(term.units(taken[part.rows]) for of_rank in parts for part in of_rank)
+            scales.append(label_tokens / units if units else 0.0)
+        ours = [part for of_rank in parts[self.rank :: self.world] for part in of_rank]
+        return [self._collate(taken, part, scales) for part in ours], label_tokens
 
-    def _collate(self, taken: Ints, batch: MicroBatch) -> Batch:
+    def _collate(self, taken: Ints, batch: MicroBatch, scales: Sequence[float] = ()) -> Batch:
         lines = [[self.rows[int(taken[i])] for i in line] for line in batch.lines]
-        return collate(
+        found = collate(
             lines,
             batch_size=batch.shape.lines,
             seq_length=batch.shape.length,
             capacity=batch.shape.capacity,
             pad_id=self.pad_id,
         )
+        if not self.terms:
+            return found
+        rows = taken[batch.rows]
+        counts = self.rows.label_counts[rows]
+        pairs = zip(self.terms, scales, strict=True)
+        extras = [term.arrays(rows, counts, batch.shape.capacity, scale) for term, scale in pairs]
+        return found._replace(extras=tuple(array for arrays in extras for array in arrays))
+
+    def placed(self, step: int) -> list[tuple[Ints, Batch]]:
+        """This rank's micro-batches of a step, each with the indices of its rows in the order of their slots."""
+        taken = self.step_rows(step)
+        batches = self.layout.arrange(self.rows.input_lengths[taken], self.rows.label_counts[taken])
+        return [(taken[batch.rows], self._collate(taken, batch)) for batch in batches[self.rank :: self.world]]
 
     def step_rows(self, step: int) -> Ints:
         """Indices of the rows that all ranks together take in optimiser step `step`."""
@@ -319,24 +353,27 @@ def device_steps(plan: DataPlan, start: int, level: int = 0) -> Iterator[DeviceS
     """
     import mindspore.dataset as ds
 
+    extra = sum(term.count for term in plan.terms)
+
     def micro_batches() -> Iterator[tuple[NDArray, ...]]:
         """The arrays of a batch, and [micro-batches of the step still to come, tokens, label tokens of the step]."""
         for step in range(start, plan.total_steps):
             batches, label_tokens = plan.step(step, level)
             for number, batch in enumerate(batches, start=1):
                 arrays = (batch.input_ids, batch.position_ids, batch.target_index, batch.targets)
-                yield *arrays, np.array([len(batches) - number, batch.tokens, label_tokens], np.int64)
+                yield *arrays, *batch.extras, np.array([len(batches) - number, batch.tokens, label_tokens], np.int64)
             if not batches:  # nothing for this rank, which still takes part in the step
-                yield *(np.zeros(1, np.int32) for _ in range(4)), np.array([-1, 0, label_tokens], np.int64)
+                yield *(np.zeros(1, np.int32) for _ in range(4 + extra)), np.array([-1, 0, label_tokens], np.int64)
 
-    dataset = ds.GeneratorDataset(micro_batches, COLUMNS, shuffle=False, num_parallel_workers=1)
+    columns = [*COLUMNS[:-1], *(f"extra_{i}" for i in range(extra)), COLUMNS[-1]]
+    dataset = ds.GeneratorDataset(micro_batches, columns, shuffle=False, num_parallel_workers=1)
     batches: list[DeviceBatch] = []
     tokens = 0
     for *tensors, counts in dataset.create_tuple_iterator(num_epochs=1, do_copy=False):
         to_come, more_tokens, label_tokens = counts.asnumpy().tolist()
         tokens += more_tokens
         if to_come >= 0:
-            batches.append(DeviceBatch(*tensors))
+            batches.append(DeviceBatch(*tensors[:4])._replace(extras=tuple(tensors[4:])))
         if to_come <= 0:
             yield DeviceStep(batches, tokens, label_tokens)
             batches = []

@@ -49,6 +49,11 @@ class MicroBatch(NamedTuple):
     shape: Shape
     lines: list[list[int]]
 
+    @property
+    def rows(self) -> list[int]:
+        """All of them, in the order of their slots."""
+        return [row for line in self.lines for row in line]
+
 
 def smaller_batches(batch: MicroBatch, level: int) -> list[MicroBatch]:
     """The rows of a micro-batch in several with 1 / 2^`level` of its lines each, at least one."""

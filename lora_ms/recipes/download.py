@@ -137,7 +137,7 @@ def fetch_named(config: RunConfig, command: str) -> None:
         config.load_checkpoint = str(folder)
     if config.load_adapter:
         config.load_adapter = str(local_folder(config.load_adapter, "adapter", hub, None, "load_adapter: "))
-    if command in ("finetune", "estimate", "preview", "preprocess"):
+    if command in ("finetune", "fisher", "estimate", "preview", "preprocess"):
         _fetch_rows(config.train_dataset, "train_dataset", hub)
     if command == "eval" or (command == "finetune" and config.evaluates):
         _fetch_rows(config.eval_dataset, "eval_dataset", hub)

@@ -136,5 +136,7 @@ class Quiz:
 
 
 def has_label_tokens(config: RunConfig) -> bool:
-    """Whether ``lora-ms eval`` has rows whose labels it scores: always, unless only a ``prompts_file`` is given."""
-    return bool(config.eval_dataset.sources) or not config.evaluation.prompts_file
+    """Whether ``lora-ms eval`` has rows whose labels it scores: always, unless only a ``prompts_file``
+    or ``sets`` are given."""
+    others = config.evaluation.prompts_file or config.evaluation.sets
+    return bool(config.eval_dataset.sources) or not others

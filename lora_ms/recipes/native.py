@@ -1,6 +1,6 @@
 """A run of our own loop, as a configuration asks for it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,11 +12,16 @@ from lora_ms.errors import LoraMsError
 from lora_ms.models.decoder import DecoderConfig
 from lora_ms.recipes import adapter, data, estimate, session
 from lora_ms.recipes.evaluate import evaluator_for
+from lora_ms.recipes.forgetting import ReadSet, read_sets, scorer_of
 from lora_ms.recipes.model import build_model, compute_dtype, four_bits_lines, read_sizes
+from lora_ms.recipes.objectives import ConfiguredTerms, row_terms
 from lora_ms.recipes.outputs import RUN_LOG, earlier_outputs, weights_of
 from lora_ms.recipes.settings import settings_of
 from lora_ms.recipes.train import NativeRun
 from lora_ms.train import checkpoint, trackers
+from lora_ms.train.callbacks import TrainerCallback
+from lora_ms.train.forgetting import ForgettingReport
+from lora_ms.train.hooks import StepHook
 from lora_ms.train.log import Tee
 
 if TYPE_CHECKING:
@@ -33,6 +38,7 @@ class NativeInputs:
     preparation: Preparation
     rows: data.PreparedRows
     held_out: TokenStore | None
+    sets: dict[str, ReadSet]  # of evaluation.sets
 
 
 def read_inputs(config: RunConfig) -> NativeInputs:
@@ -48,6 +54,8 @@ def read_inputs(config: RunConfig) -> NativeInputs:
         raise LoraMsError(
             "load_checkpoint is missing: give the model to put the adapter on (pet_config: null trains anew)"
         )
+    for term in config.objectives:
+        term.check()
     adapter.check_training(config, None if pet is None else adapter.adapter_config(pet))
     sizes = read_sizes(config)
     adapter.check_parallel(config, sizes)
@@ -55,8 +63,17 @@ def read_inputs(config: RunConfig) -> NativeInputs:
     preparation = data.preparation_of(config, config.train_dataset, sizes.max_position_embeddings, sizes.vocab_size)
     rows = data.rows_of(config.train_dataset, sources, tokenizer, preparation)
     rows, held_out = data.split_off(config, rows, tokenizer, preparation)
+    sets = read_sets(config, tokenizer, preparation)
     session.check_run_output(config)
-    return NativeInputs(config, sizes, tokenizer, preparation, rows, held_out)
+    return NativeInputs(
+        config=config,
+        sizes=sizes,
+        tokenizer=tokenizer,
+        preparation=preparation,
+        rows=rows,
+        held_out=held_out,
+        sets=sets,
+    )
 
 
 def prepare(inputs: NativeInputs, log: Tee) -> NativeRun:
@@ -88,19 +105,39 @@ def prepare(inputs: NativeInputs, log: Tee) -> NativeRun:
     schedule_steps = settings.schedule_steps if settings.schedule_steps > 0 else plan.total_steps
     trained = adapter.attach(config, model, schedule_steps, runtime.shard)
     hook = None if trained is None else trained.step_hook(model)
+    terms = [ConfiguredTerms(config.objectives, model)] if config.objectives else []
+    of_rows = row_terms(config, model, plan, inputs.rows.shares, tokenizer, runtime)
+    plan = replace(plan, terms=[term.rows for term in of_rows])
     if runtime.is_main:
         print(*four_bits_lines(model), report(model, trained, runtime.shard).line(), sep="\n")
         if hook is not None:
             print(hook.describe())
+        for configured in terms:
+            print(configured.describe(), *(term.note for term in of_rows if term.note), sep="\n")
         if not settings.resume:
             log.to(output_dir / RUN_LOG)  # the first write: data, model and adapter are checked
             dump_config(config, str(output_dir / "config.yaml"))
     evaluator = None
     if inputs.held_out is not None:
         evaluator = evaluator_for(config, model, inputs.held_out, tokenizer, settings.seq_length, runtime)
+    callbacks: list[TrainerCallback] = []
+    if inputs.sets:
+        scorer = scorer_of(config, model, inputs.sets, tokenizer, settings.seq_length, runtime)
+        callbacks.append(ForgettingReport(scorer))
     weights = weights_of(model, trained, tokenizer, hook, runtime.shard)
     earlier = earlier_outputs(output_dir)
     if runtime.is_main and earlier and not settings.resume:
         print(f"{output_dir} holds {', '.join(earlier)} of an earlier run; this one writes {weights.folder} as it ends")
-    hooks = [] if hook is None else [hook]
-    return NativeRun(model, plan, settings, runtime, weights, hooks=hooks, evaluator=evaluator)
+    hooks: list[StepHook] = [*([] if hook is None else [hook]), *terms]
+    cells = [term.cell for term in of_rows]
+    return NativeRun(
+        model,
+        plan,
+        settings,
+        runtime,
+        weights,
+        hooks=hooks,
+        row_terms=cells,
+        evaluator=evaluator,
+        callbacks=callbacks,
+    )

@@ -88,6 +88,11 @@ def layout_notices(config: RunConfig, runtime: Runtime) -> list[str]:
     return [layout + (f" (parallel_config.data_parallel is {asked.data_parallel})" if other else "")]
 
 
+def wait_for_all() -> None:
+    """Waits for the other processes of the run."""
+    device.barrier()
+
+
 def check_run_output(config: RunConfig) -> None:
     """Raises LoraMsError where a run may not write to ``output_dir``: it cannot be written, another run is at it, or it
     holds what no run has written where this one would replace it. Creates nothing."""

@@ -24,9 +24,11 @@ def settings_of(config: RunConfig, longest: int) -> TrainSettings:
     computed = {
         "output_dir": Path(config.output_dir),
         "seq_length": seq_length(config, longest),
+        "packing": config.train_dataset.packing and not any(keys.compares_rows for keys in config.objectives),
         "warmup_ratio": schedule.warmup_ratio or 0.0,
         "warmup_steps": schedule.warmup_steps or 0,
         "groups": tuple(Group(g.params, g.learning_rate, g.weight_decay) for g in config.optimizer.groups),
+        "objectives": tuple(term.identity() for term in config.objectives),
         "loss_scale": scale.loss_scale_value,
         "dynamic_scale": scale.type == "DynamicLossScaleUpdateCell",
         "scale_window": scale.scale_window,

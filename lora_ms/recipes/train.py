@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import mindspore as ms
 
@@ -129,7 +129,8 @@ class NativeRun:
 
     Args:
         weights: how what is trained is written and read.
-        hooks: what the adapter's method adds to every step.
+        hooks: what the adapter's method, or further terms of the loss, add to every step.
+        row_terms: further terms of the loss that depend on the rows; see ``Steps``.
         evaluator: of the held-out rows; None for none.
         callbacks: called at every point of the run, besides those that ``settings`` ask for.
     """
@@ -143,6 +144,7 @@ class NativeRun:
         weights: Weights,
         *,
         hooks: Sequence[StepHook] = (),
+        row_terms: Sequence[Any] = (),
         evaluator: Evaluator | None = None,
         callbacks: Sequence[TrainerCallback] = (),
     ):
@@ -164,6 +166,7 @@ class NativeRun:
             vocab_size=model.config.vocab_size,
             loss_scaling=settings.loss_scaling if model.dtype == ms.float16 else None,
             hooks=hooks,
+            row_terms=row_terms,
             rate_factors=factors,
         )
         sizes = [parameter.size for parameter in model.get_parameters()]

@@ -72,6 +72,9 @@ class TrainerCallback:
     def on_evaluate(self, state: RunState, evaluation: EvaluationRecord) -> None:
         """The held-out rows have been evaluated."""
 
+    def on_evaluation_due(self, state: RunState) -> None:
+        """It is time to evaluate, whether or not there are held-out rows; all steps up to ``state.step`` are done."""
+
     def on_save(self, state: RunState, path: Path) -> None:
         """Checkpoint ``path`` is complete."""
 

@@ -4,7 +4,9 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn
 
@@ -56,26 +58,53 @@ class _TopScores(Graph):
         return loss, right
 
 
+class _TopStates(_TopScores):
+    """The same inputs -> the normalised hidden states [c, h] of ``rows``, float32."""
+
+    def construct(self, x: Tensor, *others) -> Tensor:
+        rope, visible = others[:ROTARY_TABLES], others[ROTARY_TABLES:-2]
+        outputs = self.half_layers(x, rope, visible, others[-2])
+        return self.loss.model.model.norm(outputs[-1]).astype(ms.float32)
+
+
 class LabelScores:
     """What an evaluation counts, of the batch that ``SummedLoss`` takes; in the shared graphs of the gradient engine.
 
     -> (summed cross-entropy [] float32, label tokens that have the highest logit [] float32).
     """
 
+    TOP: type[Graph] = _TopScores
+
     def __init__(self, loss: SummedLoss):
         parts = ModelParts(loss.model)
         self.inputs = LayerInputs(loss.model.model)
         self.shared = SharedLayers(parts, [True] * len(parts.half_layers))
-        self.top = _TopScores(parts.half_layers[self.shared.top :], loss)
+        self.top = self.TOP(parts.half_layers[self.shared.top :], loss)
 
-    def __call__(
-        self, input_ids: Tensor, position_ids: Tensor, target_index: Tensor, targets: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def __call__(self, input_ids: Tensor, position_ids: Tensor, target_index: Tensor, targets: Tensor) -> Any:
         x, rope, visible = self.inputs.by_layer(self.inputs(input_ids, position_ids))
         with self.shared.sharing():
             for block in self.shared.blocks:
                 x = block.forward(x, rope, visible)[-1]
         return self.top(x, *rope, *visible[self.shared.top // 2 :], target_index, targets)
+
+
+class LabelStates(LabelScores):
+    """The normalised hidden states from which the label tokens of a batch are predicted: [c, h] float32."""
+
+    TOP = _TopStates
+
+    def of_rows(self, plan: DataPlan) -> list[np.ndarray]:
+        """Of each row of a plan of one pass, [its label tokens, h]; the model is left as ``set_train(False)``."""
+        self.top.loss.model.set_train(False)
+        found: list[np.ndarray] = [np.empty(0)] * len(plan.rows)
+        for step in range(plan.steps_per_epoch):
+            for rows, batch in plan.placed(step):
+                states = self(*map(Tensor, batch[:4])).asnumpy()
+                ends = np.cumsum(plan.rows.label_counts[rows])
+                for row, part in zip(rows, np.split(states[: ends[-1]], ends[:-1]), strict=True):
+                    found[int(row)] = part.copy()
+        return found
 
 
 class Evaluator:

@@ -20,13 +20,13 @@ hand (``bprop``, as most of ours do) for a part of the forward pass, and keeps w
 import ctypes
 import sys
 from collections.abc import Sequence
+from typing import Any, Protocol
 
-from mindspore import Tensor, ops
+from mindspore import Parameter, Tensor, ops
 
 from lora_ms.errors import LoraMsError
 from lora_ms.nn import sharing
 from lora_ms.nn.graph import Graph
-from lora_ms.train.optimizer import FlatAdamW
 from lora_ms.train.parts import (
     EmbeddingGradients,
     LayerInputs,
@@ -53,10 +53,19 @@ def recomputed_layers(recompute: bool | int | Sequence[int], count: int) -> list
     return chosen
 
 
-class MicroStep(Graph):
-    """Adds the gradient of one micro-batch's summed loss to the optimiser's ``grad``; returns that loss [].
+class GradientHolder(Protocol):
+    """Where the gradients go: ``FlatAdamW``, or what else has these."""
 
-    input_ids, position_ids [b, s], target_index [c], targets [c] -> [] float32, as ``SummedLoss``.
+    params: Any  # in the order of the vector
+    grad: Parameter  # [n] float32
+    loss_scale: Parameter  # [] float32
+    flatten: Any
+
+
+class MicroStep(Graph):
+    """Adds the gradient of one micro-batch's summed loss to the optimiser's ``grad``; returns that loss.
+
+    input_ids, position_ids [b, s], target_index [c], targets [c], further arrays … -> as ``SummedLoss``.
 
     Args:
         recompute: the layers whose activations are recomputed in the backward pass, as ``recomputed_layers`` takes it.
@@ -65,7 +74,7 @@ class MicroStep(Graph):
 
     title = "the training step"
 
-    def __init__(self, loss: SummedLoss, optimizer: FlatAdamW, recompute: bool | int | Sequence[int] = False):
+    def __init__(self, loss: SummedLoss, optimizer: GradientHolder, recompute: bool | int | Sequence[int] = False):
         super().__init__(auto_prefix=False)
         decoder, scale = loss.model.model, optimizer.loss_scale
         count = len(decoder.layers)
@@ -97,14 +106,16 @@ class MicroStep(Graph):
         self.embedding = EmbeddingGradients(decoder, parts.embedding_weights)
         self.accumulate = Accumulate(optimizer, parts.ties)
 
-    def construct(self, input_ids: Tensor, position_ids: Tensor, target_index: Tensor, targets: Tensor) -> Tensor:
+    def construct(
+        self, input_ids: Tensor, position_ids: Tensor, target_index: Tensor, targets: Tensor, *extras: Tensor
+    ) -> Tensor:
         """All of it as one graph; with ``shared``, ``__call__`` runs several graphs instead."""
         if self.is_whole:
-            found = self.whole(input_ids, position_ids, target_index, targets)
+            found = self.whole(input_ids, position_ids, target_index, targets, *extras)
             self.accumulate(*found[1:])
             return found[0]
         x, rope, visible = self.inputs.by_layer(self.inputs(input_ids, position_ids))
-        found = self.top(x, *rope, *visible, target_index, targets)
+        found = self.top(x, *rope, *visible, target_index, targets, *extras)
         embedding = self.embedding(input_ids, found[1]) if self.trains_embedding else ()
         self.accumulate(*embedding, *found[2:])
         return found[0]
@@ -115,8 +126,9 @@ class MicroStep(Graph):
         return self._in_shared_graphs(self.shared, *batch)
 
     def _in_shared_graphs(
-        self, shared: SharedLayers, input_ids: Tensor, position_ids: Tensor, target_index: Tensor, targets: Tensor
+        self, shared: SharedLayers, input_ids: Tensor, position_ids: Tensor, target_index: Tensor, *ends: Tensor
     ) -> Tensor:
+        """ends: targets, further arrays …"""
         x, rope, visible = self.inputs.by_layer(self.inputs(input_ids, position_ids))
         lowest = shared.block_of(self.lowest)  # the first block that needs a gradient
         kept: list[tuple[Tensor, ...]] = []  # of each block from there on, what its gradient needs
@@ -127,7 +139,7 @@ class MicroStep(Graph):
                 if i >= lowest:
                     kept.append((x, *outputs[:-1]))
                 x = outputs[-1]
-            loss, grad, *upper = self.top(x, *rope, *visible[shared.top // 2 :], target_index, targets)
+            loss, grad, *upper = self.top(x, *rope, *visible[shared.top // 2 :], target_index, *ends)
             for block in reversed(shared.blocks[lowest:]):
                 grad, *own = block.backward(grad, rope, visible, kept.pop())
                 lower = own + lower
@@ -156,7 +168,7 @@ class Accumulate(Graph):
     ties: pairs of them that belong to one parameter, as ``merge_tied`` takes them.
     """
 
-    def __init__(self, optimizer: FlatAdamW, ties: tuple[tuple[int, int], ...] = ()):
+    def __init__(self, optimizer: GradientHolder, ties: tuple[tuple[int, int], ...] = ()):
         super().__init__(auto_prefix=False)
         self.optimizer = optimizer
         self.flatten = optimizer.flatten

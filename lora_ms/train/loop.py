@@ -169,6 +169,7 @@ class TrainingLoop:
 
     def evaluate(self) -> None:
         """Scores the held-out rows, and keeps the weights where they are the best so far."""
+        self.tell("on_evaluation_due")
         if self.evaluator is None:
             return
         begun = time.perf_counter()

@@ -28,11 +28,21 @@ class SummedLoss(nn.Cell):
     """Summed cross-entropy of a batch's label tokens; head and logits are computed for these alone.
 
     input_ids, position_ids [b, s], target_index [c], targets [c] -> [] float32.
+
+    Args:
+        terms: further terms of the loss, each (hidden [c, h] float32, head [v, h], targets [c], its ``count`` arrays …)
+            -> [] float32. With terms the inputs end with the arrays of all of them, and the result is [1 + terms]: the
+            loss is its sum.
     """
 
-    def __init__(self, model: nn.Cell, vocab_size: int, shard: Shard = WHOLE):
+    def __init__(self, model: nn.Cell, vocab_size: int, shard: Shard = WHOLE, terms: Sequence[nn.Cell] = ()):
         super().__init__()
         self.model = model
+        self.terms = nn.CellList(list(terms))
+        self.has_terms = len(terms) > 0
+        self.ends = tuple(sum(term.count for term in terms[: i + 1]) for i in range(len(terms)))
+        self.starts = (0,) + self.ends[:-1]
+        self.extra_inputs = self.ends[-1] if terms else 0
         self.cross_entropy = summed_cross_entropy(vocab_size, CHUNK_NUMBERS, model.operators, shard)
 
     def of_output(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -40,9 +50,24 @@ class SummedLoss(nn.Cell):
         hidden = self.model.model.norm(x)
         return self.cross_entropy(hidden, self.model.head_weight(), targets)
 
-    def construct(self, input_ids: Tensor, position_ids: Tensor, target_index: Tensor, targets: Tensor) -> Tensor:
+    def losses(self, hidden: Tensor, targets: Tensor, extras: tuple[Tensor, ...]) -> Tensor:
+        """From the normalised hidden states [c, h]."""
+        head = self.model.head_weight()
+        found = self.cross_entropy(hidden, head, targets)[0]
+        if not self.has_terms:
+            return found
+        values: tuple[Tensor, ...] = (found,)
+        wide = hidden.astype(ms.float32)
+        for i in range(len(self.terms)):
+            own = extras[self.starts[i] : self.ends[i]]
+            values = values + (self.terms[i](wide, head, targets, *own),)
+        return ops.stack(values)
+
+    def construct(
+        self, input_ids: Tensor, position_ids: Tensor, target_index: Tensor, targets: Tensor, *extras: Tensor
+    ) -> Tensor:
         hidden = self.model.hidden_states(input_ids, position_ids, target_index)  # [c, h]
-        return self.cross_entropy(hidden, self.model.head_weight(), targets)[0]
+        return self.losses(hidden, targets, extras)
 
 
 # --- forward
@@ -147,34 +172,40 @@ class HalfLayers(nn.Cell):
 
 
 class Finish(nn.Cell):
-    """Norm, head and loss: the last layer's output [c, h], targets [c] -> loss []."""
+    """Norm, head and loss: the last layer's output [c, h], targets [c], further arrays … -> as ``SummedLoss``."""
 
     def __init__(self, loss: SummedLoss):
         super().__init__(auto_prefix=False)
         self.loss = loss
+        self.has_terms = loss.has_terms
 
-    def construct(self, x: Tensor, targets: Tensor) -> Tensor:
-        return self.loss.of_output(x, targets)[0]
+    def construct(self, x: Tensor, targets: Tensor, *extras: Tensor) -> Tensor:
+        return self.loss.losses(self.loss.model.model.norm(x), targets, extras)
 
 
 # --- backward
 
 
 class ScaledLoss(nn.Cell):
-    """The loss that ``part`` computes: multiplied by the loss scale, to be differentiated, and as it is."""
+    """The loss that ``part`` computes: multiplied by the loss scale, to be differentiated, and as it is.
+
+    part: with ``has_terms``, whether its result is several values, whose sum is the loss.
+    """
 
     def __init__(self, part: nn.Cell, loss_scale: Parameter):
         super().__init__(auto_prefix=False)
         self.part = part
+        self.has_terms = part.has_terms
         self.loss_scale = loss_scale
 
     def construct(self, *inputs) -> tuple[Tensor, Tensor]:
         loss = self.part(*inputs)
-        return loss * self.loss_scale.astype(ms.float32), loss
+        total = loss.sum() if self.has_terms else loss
+        return total * self.loss_scale.astype(ms.float32), loss
 
 
 class LossGradients(nn.Cell):
-    """The gradient of a part that ends in the loss: its inputs … -> (loss [], gradients …), all activations kept.
+    """The gradient of a part that ends in the loss: its inputs … -> (loss, gradients …), all activations kept.
 
     The gradients are that of the first input, where ``of_input``, and those of ``weights``.
     """
@@ -382,8 +413,8 @@ def kept_counts(half_layers: Sequence[nn.Cell], recomputed: Sequence[bool]) -> l
 class TopGradients(Graph):
     """The upper layers and the finish, and their gradients, in one graph.
 
-    (x [t, h], rope …, visible of each layer …, rows [c], targets [c]) -> (loss [], d x, a gradient [n] for each
-    half-layer that trains …, the gradients of the finish's ``weights`` …).
+    (x [t, h], rope …, visible of each layer …, rows [c], targets [c], further arrays …) -> (loss, d x, a gradient [n]
+    for each half-layer that trains …, the gradients of the finish's ``weights`` …).
 
     Args:
         finish_weights: the parameters of the finish that train.
@@ -406,12 +437,14 @@ class TopGradients(Graph):
         self.forward = HalfLayers(half_layers, recomputed)
         self.backward = HalfLayersBackward(half_layers, weights, recomputed, lowest)
         self.finish = LossGradients(Finish(loss), loss_scale, finish_weights, of_input=True)
+        self.tail = 2 + loss.extra_inputs  # inputs from rows on
 
     def construct(self, x: Tensor, *others) -> tuple[Tensor, ...]:
-        rope, visible = others[:ROTARY_TABLES], others[ROTARY_TABLES:-2]
-        rows, targets = others[-2], others[-1]
+        rope, visible = others[:ROTARY_TABLES], others[ROTARY_TABLES : -self.tail]
+        last = others[-self.tail :]
+        rows = last[0]
         outputs = self.forward(x, rope, visible, rows)
-        finished = self.finish(outputs[-1], targets)
+        finished = self.finish(outputs[-1], *last[1:])
         found = self.backward(finished[1], rope, visible, rows, (x,) + outputs[:-1])
         return (finished[0],) + found + finished[2:]
 

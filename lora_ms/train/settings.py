@@ -63,6 +63,7 @@ class TrainSettings:
     loraplus_lr_ratio: float = setting(1.0, "pet_config.loraplus_lr_ratio", decides=True)  # rate of B over that of A
     # the highest learning rate of an adapter on the embedding, where that ratio is not 1
     loraplus_lr_embedding: float = setting(1e-6, "pet_config.loraplus_lr_embedding", decides=True)
+    objectives: tuple[dict, ...] = setting((), decides=True)  # further terms of the loss: what decides their numbers
     # noise on the embedding's output; 0: none
     neftune_noise_alpha: float = setting(0.0, "pet_config.neftune_noise_alpha", decides=True)
     loss_scale: float = setting(65536.0, decides=True)  # first loss scale; used in float16 only

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from functools import cached_property
+from typing import Any
 
 import mindspore as ms
 import numpy as np
@@ -34,7 +35,7 @@ class _Pending:
     """A step whose numbers are still on the device."""
 
     step: int
-    losses: list[Tensor]  # summed cross-entropy of each micro-batch
+    losses: list[Tensor]  # of each micro-batch the summed cross-entropy, and the further terms that depend on rows
     norm: Tensor
     finite: Tensor
     terms: Sequence[Tensor]  # values of the extra terms of the loss
@@ -53,6 +54,8 @@ class Steps:
         loss_scaling: None for a model that computes in float32.
         hooks: parts of the run that take part in every step.
         rate_factors: by path, what the learning rate of a parameter is multiplied by (LoRA+); 1 where it is not named.
+        row_terms: further terms of the loss that depend on the rows, as ``SummedLoss`` takes them; in the order of
+            ``plan.terms``.
 
     Raises:
         LoraMsError: nothing to train, or something that does not train in float32.
@@ -69,8 +72,10 @@ class Steps:
         loss_scaling: LossScaling | None = None,
         hooks: Sequence[StepHook] = (),
         rate_factors: Mapping[str, float] | None = None,
+        row_terms: Sequence[Any] = (),
     ):
         self.model = model
+        self.row_terms = row_terms
         self.plan = plan
         self.settings = settings
         self.runtime = runtime
@@ -89,7 +94,7 @@ class Steps:
         self.noise = EmbeddingNoise(model.model, alpha) if alpha else None
         self.table = self._draw_table()
         model.set_train(True)
-        loss = SummedLoss(model, vocab_size, runtime.shard)
+        loss = SummedLoss(model, vocab_size, runtime.shard, row_terms)
         self.micro_step = MicroStep(loss, self.optimizer, settings.recompute)
         self.pending: list[_Pending] = []
         self.clock = 0.0  # when the steps that are pending began
@@ -105,8 +110,9 @@ class Steps:
         factors = [factor * rate_factors.get(name, 1.0) for factor, name in zip(factors, trainable, strict=True)]
         objectives = [term for hook in self.hooks for term in hook.objectives(params)]
         observers = [hook.observer(params) for hook in self.hooks]
-        if objectives and self.runtime.shard.count > 1:  # a process sees its part of the parameters alone
-            named = ", ".join(term.name for term in objectives)
+        all_terms = [*objectives, *self.row_terms]
+        if all_terms and self.runtime.shard.count > 1:  # a process sees its part of the parameters alone
+            named = ", ".join(term.name for term in all_terms)
             raise LoraMsError(
                 f"loss terms ({named}) are not supported with parallel_config.model_parallel "
                 f"{self.runtime.shard.count}: set it to 1, or leave the terms out"
@@ -121,7 +127,7 @@ class Steps:
                 "a paged optimiser needs the CPU and its own operators (context.cpu_operators): on a card set "
                 "optimizer.swap to True, which keeps the state in the host's memory"
             )
-        self.terms = term_names(objectives, [entry.name for entry in fields(StepRecord)])
+        self.terms = term_names(all_terms, [entry.name for entry in fields(StepRecord)])
         return FlatAdamW(
             params,
             betas=s.betas,
@@ -216,7 +222,7 @@ class Steps:
             self.table.close()
 
     def gradient(self, batch: tuple[Tensor, ...], step: int, number: int) -> Tensor:
-        """Adds the gradient of a micro-batch's loss to the optimiser's; returns the loss [].
+        """Adds the gradient of a micro-batch's loss to the optimiser's; returns the loss, as ``SummedLoss``.
 
         number: the micro-batch's, among those of this rank.
         """
@@ -231,7 +237,7 @@ class Steps:
         begun = time.perf_counter()
         batches, tokens, label_tokens = next(self.upcoming)
         self.waited += time.perf_counter() - begun
-        losses = [self.gradient(batch, step, number) for number, batch in enumerate(batches)]
+        losses = [self.gradient(batch.inputs, step, number) for number, batch in enumerate(batches)]
         rate = self.rate(step)
         norm, finite, *terms = self.optimizer(Tensor(rate, ms.float32), Tensor(label_tokens, ms.float32))
         for hook in self.hooks:
@@ -257,22 +263,27 @@ class Steps:
                 parameter was changed by it.
         """
         pending, self.pending = self.pending, []
-        sums = [sum(float(loss.asnumpy()) for loss in p.losses) for p in pending]
+        sums = np.zeros((len(pending), 1 + len(self.row_terms)))
+        for row, p in zip(sums, pending, strict=True):
+            for loss in p.losses:
+                row += loss.asnumpy()
         if self.sum_over_data is not None:
-            sums = self.sum_over_data(Tensor(np.array(sums, np.float32))).asnumpy().tolist()
+            sums = self.sum_over_data(Tensor(sums.astype(np.float32))).asnumpy()
         norms = [float(p.norm.asnumpy()) for p in pending]
         now = time.perf_counter()
         seconds = (now - self.clock) / len(pending)  # of each step
         waited = self.waited / len(pending)
         self.clock, self.waited = now, 0.0
         return [
-            self._record(p, total, norm, seconds, waited) for p, total, norm in zip(pending, sums, norms, strict=True)
+            self._record(p, total, norm, seconds, waited)
+            for p, total, norm in zip(pending, sums.tolist(), norms, strict=True)
         ]
 
-    def _record(self, p: _Pending, total: float, norm: float, seconds: float, waited: float) -> StepRecord:
-        """total: summed cross-entropy of all label tokens."""
-        cross_entropy = total / p.label_tokens
-        terms = {name: float(value.asnumpy()) for name, value in zip(self.terms, p.terms, strict=True)}
+    def _record(self, p: _Pending, total: list[float], norm: float, seconds: float, waited: float) -> StepRecord:
+        """total: the summed cross-entropy of all label tokens, and what the terms that depend on rows add to it."""
+        cross_entropy = total[0] / p.label_tokens
+        values = [*(float(value.asnumpy()) for value in p.terms), *(value / p.label_tokens for value in total[1:])]
+        terms = dict(zip(self.terms, values, strict=True))
         loss = cross_entropy + sum(terms.values())
         self._check_finite(p, loss)
         shown = {CROSS_ENTROPY: cross_entropy, **terms} if terms else {}

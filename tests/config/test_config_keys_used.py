@@ -6,6 +6,7 @@ from pathlib import Path
 from lora_ms.config.callbacks import CALLBACKS
 from lora_ms.config.problems import known_keys
 from lora_ms.config.schema import RunConfig, without_effect
+from lora_ms.objectives import OBJECTIVES
 
 PACKAGE = Path(__file__).parents[2] / "lora_ms"
 
@@ -26,6 +27,7 @@ DECIDES = {
     "callbacks.EvalCallBack.step_interval": "eval_intervals",
     "callbacks.EvalCallBack.epoch_interval": "eval_intervals",
     "runner_wrapper.use_clip_grad": "max_grad_norm",
+    "objectives.ewc.lambda": "strength",
     **{
         f"{name}_dataset.{key}": "sources"
         for name in ("train", "eval")
@@ -43,6 +45,7 @@ CHECKED_ON_LOADING = {
     "runner_wrapper.type",
     "model.model_config.pet_config.pet_type",
     *(f"callbacks.{kind}.type" for kind in CALLBACKS),
+    *(f"objectives.{kind}.type" for kind in OBJECTIVES),
 }
 
 

@@ -1,0 +1,83 @@
+"""What a further term of the loss is: its keys in a YAML, and what is made of them.
+
+A term is a subclass of ``ObjectiveKeys`` in a module that imports no MindSpore, a cell in another, and a line of
+``OBJECTIVES``. There are two kinds:
+
+    a function of the trained parameters   ``parameter_term``: its gradient is added once a step, by the optimiser
+    a function of the rows                 ``row_term``: differentiated with the cross-entropy, in every micro-batch
+
+``weight`` multiplies a term; what metrics.jsonl shows, and the sum that is the loss, has it in it.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from lora_ms.values import Number, Section
+
+if TYPE_CHECKING:
+    from mindspore import Parameter, nn
+
+
+class Start(NamedTuple):
+    """The parameters that train, in the order of the model, with the values that training begins with."""
+
+    names: Sequence[str]  # dotted paths
+    params: Sequence["Parameter"]
+
+
+class GivenRows(NamedTuple):
+    """The rows of a run, and what the model makes of them before it is trained."""
+
+    general: NDArray[np.bool_]  # [rows]: whether it is one that is not to be forgotten, by its part of the mix
+    label_counts: NDArray[np.int64]  # [rows]
+    batch_size: int  # rows of a micro-batch, where they are not packed
+    states: Callable[[NDArray[np.int64]], list[NDArray[np.float32]]]  # rows -> of each [label tokens, h], normalised
+    head: Callable[[], NDArray[np.float32] | None]  # [v, h]; None where it is not trained
+
+
+class RowTerm(NamedTuple):
+    """A term as a function of the rows: the cell that ``train.parts.SummedLoss`` takes, and what it needs of them."""
+
+    cell: "nn.Cell"
+    rows: Any  # a data.loader.TermRows
+    note: str = ""  # what the user should know before the first step
+
+
+class ObjectiveKeys(Section):
+    """The keys that all terms share."""
+
+    compares_rows: ClassVar[bool] = False  # with others of their micro-batch, which is then batch_size of them
+
+    type: str
+    weight: Number = Field(1.0, ge=0)  # what the term is multiplied by
+
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run must share, as JSON values."""
+        return self.model_dump(mode="json", by_alias=True)
+
+    def check(self) -> None:
+        """Raises LoraMsError for what is wrong with the files that the keys name."""
+
+    def parameter_term(self, start: Start) -> "nn.Cell | None":
+        """A ``train.objectives.Objective``; None for a function of the rows.
+
+        Raises:
+            LoraMsError: the keys do not suit what is trained.
+        """
+        return None
+
+    def row_term(self, given: "GivenRows") -> "RowTerm | None":
+        """None for a function of the parameters.
+
+        Raises:
+            LoraMsError: the rows are not such as the term needs.
+        """
+        return None
+
+    def notes(self, start: Start) -> list[str]:
+        """What the user should know before the first step, in lines."""
+        return []
