@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_ms.adapters.matching import by_pattern, layer_index, leaf_of, matches, ranges
+from lora_ms.adapters.matching import by_pattern, layer_index, matches, ranges
 from lora_ms.adapters.methods import embedding, lowrank
 from lora_ms.adapters.methods.base import (
     REQUIRED,
@@ -27,6 +27,7 @@ from lora_ms.adapters.methods.base import (
     Update,
     check_bounds,
     check_number,
+    head_notes,
     keys_of,
     missing_layers,
     option,
@@ -96,12 +97,6 @@ class LowRankOptions:
     def check_bias(self) -> None:
         if self.bias not in BIASES:
             raise LoraMsError(f"bias {self.bias!r} is none of {', '.join(BIASES)}")
-
-    def head_notes(self, adapted: Iterable[str]) -> list[str]:
-        """A note where the head is adapted: the loss multiplies its weight, and there is no input to drop out."""
-        if self.lora_dropout and any(leaf_of(name) == "lm_head" for name in adapted):
-            return ["lora_dropout does not reach the adapter on the head"]
-        return []
 
 
 LORA_KEYS = frozenset(("lora_rank", "init_rank", "rank_pattern", "layer_groups"))
@@ -297,7 +292,7 @@ class LoraConfig(AdapterConfig, LowRankOptions):
         found = [f"layers without an adapter: {left}"] if left else []
         if self.init_lora_weights == "loftq" and any(self.scaling(name) != 1 for name in adapted):
             found.append("loftq expects lora_alpha equal to lora_rank: the error is added alpha / rank times")
-        return [*found, *self.head_notes(adapted)]
+        return [*found, *head_notes(self.lora_dropout, adapted)]
 
     # cells
 
