@@ -43,6 +43,7 @@ CONFIGS = {
     "adalora_llama3": AdaLoraConfig(4, 4, target_modules=SOME, **ADALORA),
     "ia3_qwen2": IA3Config(),
     "ia3_llama3": IA3Config(),
+    "lorafa_qwen2": LoraConfig(3, 4, target_modules=SOME, use_lorafa=True),
 }
 # A trace whose last digits are not its own: one ulp on the embedding's start moves our final embedding by up to 7e-5,
 # at a token seen eight times. There a handful of numbers may stray so far; the others are held as everywhere.
@@ -98,6 +99,7 @@ def traced(request, reference, golden, native) -> Traced:
         f"{PREFIX}{path}.{factor}": p
         for path, cell in adapter_cells(model).items()
         for factor, p in cell.tensors().items()
+        if p.requires_grad
     }
     params = list(trained.values())
     assert {id(p) for p in params} == {id(p) for p in model.trainable_params()}

@@ -122,6 +122,7 @@ class LoraConfig(AdapterConfig, LowRankOptions):
         layer_groups: ranks by ranges of layers, in place of the three above; ``bits``: of layers in four bits.
         modules_to_save: path suffixes of whole modules to train: norms, embedding, head, dense layers.
         use_rslora: scale by ``lora_alpha / sqrt(rank)``.
+        use_lorafa: LoRA-FA (Zhang et al., 2023): A stays as it starts, and B alone trains; not on the embedding.
         use_dora: train the length of each row of the weight apart from its direction.
         lora_bias: a bias beside each B.
         bias: which biases of the base train: none, all, or lora_only (of the adapted layers).
@@ -167,6 +168,7 @@ class LoraConfig(AdapterConfig, LowRankOptions):
     layer_groups: tuple[LayerGroup, ...] = option((), list[LayerGroup])  # in YAML, an entry is a section
     use_rslora: bool = option(False, Flag)
     use_dora: bool = option(False, Flag)
+    use_lorafa: bool = option(False, Flag)
     lora_bias: bool = option(False, Flag)
     init_lora_weights: bool | str = option(True, read_with(read_init, bool | str))
 
@@ -204,7 +206,7 @@ class LoraConfig(AdapterConfig, LowRankOptions):
 
     @property
     def title(self) -> str:
-        return "DoRA" if self.use_dora else "LoRA"
+        return ("DoRA" if self.use_dora else "LoRA") + ("-FA" if self.use_lorafa else "")
 
     @property
     def changed_base(self) -> str:
@@ -441,11 +443,13 @@ class LoraConfig(AdapterConfig, LowRankOptions):
     # training
 
     def continued(self, keys: Any, given: Collection[str]) -> "LoraConfig":
-        return replace(self, lora_dropout=keys.lora_dropout) if "lora_dropout" in given else self
+        dropout = {"lora_dropout": keys.lora_dropout} if "lora_dropout" in given else {}
+        return replace(self, use_lorafa=keys.use_lorafa, **dropout)  # the file does not say what trained
 
     def identity(self) -> dict[str, object]:
         names = "lora_alpha lora_dropout use_rslora use_dora bias".split()
-        return {name: getattr(self, name) for name in names} | {"init_lora_weights": str(self.init_lora_weights)}
+        found = {name: getattr(self, name) for name in names} | {"init_lora_weights": str(self.init_lora_weights)}
+        return found | ({"use_lorafa": True} if self.use_lorafa else {})
 
     def not_split(self, training: bool) -> list[str]:
         plain, keys = LoraConfig(), ["use_dora", "lora_bias", "bias", "modules_to_save"]
@@ -461,7 +465,8 @@ class LoraConfig(AdapterConfig, LowRankOptions):
         return self.lora_bias
 
     def cost(self, spec: LoraSpec, inputs: int, outputs: int) -> Cost:
-        return Cost(trained=spec.lora_rank * (inputs + outputs), kept=spec.lora_rank)
+        trained = outputs if self.use_lorafa else inputs + outputs
+        return Cost(trained=spec.lora_rank * trained, kept=spec.lora_rank)
 
 
 DENSE_PAIR = ("lora_A.weight", "lora_B.weight")
