@@ -13,6 +13,7 @@ from lora_ms.adapters.merge import merge, merged_cells
 from lora_ms.adapters.methods.adalora import AdaLoraConfig
 from lora_ms.adapters.methods.ia3 import IA3Config
 from lora_ms.adapters.methods.lora import LayerGroup, LoraConfig
+from lora_ms.adapters.methods.vera import VeraConfig
 from lora_ms.adapters.peft_format import adapter_tensors, load_adapter, read_tensors, save_adapter
 from lora_ms.errors import LoraMsError
 from lora_ms.models.decoder import CausalLM, DecoderConfig
@@ -48,6 +49,8 @@ KINDS = {
     "ia3": IA3Config(),
     "ia3_head": IA3Config(("v_proj", "lm_head"), feedforward_modules=("lm_head",), modules_to_save="norm"),
     "lorafa": config(use_lorafa=True),
+    "vera": VeraConfig(QV, lora_rank=3, save_projection=False),
+    "vera_head": VeraConfig(HEAD, lora_rank=3, d_initial=0.5, projection_prng_key=2, save_projection=False),
     "patterns": config(rank_pattern={"0.self_attn.q_proj": 3}, alpha_pattern={"v_proj": 7.0}),
     "layer_groups": config(layer_groups=GROUPS),
     "embed": config(target_modules=EMBED),
@@ -218,6 +221,7 @@ FIRST_GRADIENTS = {
     "olora": {"lora_a": True, "lora_b": True},
     "adalora": {"lora_a": False, "lora_b": False, "lora_e": True},
     "ia3": {"ia3_l": True},
+    "vera": {"vera_lambda_b": True, "vera_lambda_d": False},
     "embed": {"lora_a": True, "lora_b": False},
     "lm_head_dora": {"lora_a": False, "lora_b": True, "lora_magnitude": True},
     "save_norms": {"weight": True},
@@ -232,6 +236,7 @@ PLACES = {
     "olora": ("model.layers.1.self_attn.k_proj",),
     "adalora": ("model.layers.0.mlp.up_proj", "model.layers.1.mlp.down_proj"),
     "ia3": ("model.layers.1.self_attn.o_proj", "model.layers.1.mlp.up_proj"),
+    "vera": ("model.layers.0.self_attn.v_proj",),
     "embed": ("model.embed_tokens",),
     "lm_head_dora": ("lm_head",),
     "save_norms": ("model.norm", "model.layers.0.input_layernorm"),
@@ -298,7 +303,8 @@ def test_a_float16_base_keeps_adapters_in_float32():
         model = mixed(dtype)
         move(model, 0.05)
         trained = [p for p in model.get_parameters() if p.requires_grad]
-        frozen = [p for p in model.get_parameters() if not p.requires_grad and p.ndim and "base_norms" not in p.name]
+        own = ("base_norms", "vera_a", "vera_b")  # frozen numbers of adapters
+        frozen = [p for p in model.get_parameters() if not p.requires_grad and p.ndim and not p.name.endswith(own)]
         assert {p.dtype for p in trained} == {ms.float32} and {p.dtype for p in frozen} == {dtype}
         logits[dtype] = model(IDS).asnumpy()
         assert logits[dtype].dtype == np.float32

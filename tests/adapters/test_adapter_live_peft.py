@@ -17,6 +17,7 @@ from lora_ms.adapters.merge import merge
 from lora_ms.adapters.methods.adalora import AdaLoraConfig
 from lora_ms.adapters.methods.ia3 import IA3Config
 from lora_ms.adapters.methods.lora import LayerGroup, LoraConfig
+from lora_ms.adapters.methods.vera import VeraConfig
 from lora_ms.adapters.peft_format import save_adapter
 from lora_ms.models.decoder import CausalLM
 from lora_ms.models.hub import load_directory
@@ -66,6 +67,8 @@ KINDS = {
     "ia3": Made("qwen2", IA3Config()),
     "ia3_paths": Made("llama3", IA3Config("o_proj|up_proj", feedforward_modules=r".*layers\.1\..*o_proj")),
     "ia3_head": Made("qwen3", IA3Config(("v_proj", "lm_head"), feedforward_modules=(), modules_to_save="model.norm")),
+    "vera": Made("qwen2", VeraConfig(QV, lora_rank=5, d_initial=0.4, projection_prng_key=4)),
+    "vera_drawn": Made("llama3", VeraConfig("all-linear", lora_rank=5, d_initial=0.4, save_projection=False)),
     "adalora_allocated": Made("qwen3", replace(ADALORA, kept=KEPT)),
     "patterns": made("qwen3", rank_pattern={r"1\..*q_proj": 1, "q_proj": 2}, alpha_pattern={"v_proj": 7.0}),
     "patterns_rslora": made("llama3", rank_pattern={"q_proj": 2}, alpha_pattern={"v_proj": 7.5}, use_rslora=True),
