@@ -13,6 +13,7 @@ from lora_ms.adapters.merge import merge, merged_cells
 from lora_ms.adapters.methods.adalora import AdaLoraConfig
 from lora_ms.adapters.methods.ia3 import IA3Config
 from lora_ms.adapters.methods.lora import LayerGroup, LoraConfig
+from lora_ms.adapters.methods.miss import MissConfig
 from lora_ms.adapters.methods.vera import VeraConfig
 from lora_ms.adapters.peft_format import adapter_tensors, load_adapter, read_tensors, save_adapter
 from lora_ms.errors import LoraMsError
@@ -51,6 +52,10 @@ KINDS = {
     "lorafa": config(use_lorafa=True),
     "vera": VeraConfig(QV, lora_rank=3, save_projection=False),
     "vera_head": VeraConfig(HEAD, lora_rank=3, d_initial=0.5, projection_prng_key=2, save_projection=False),
+    "miss": MissConfig(("v_proj", "down_proj"), lora_rank=3),
+    "miss_mini": MissConfig(QV, lora_rank=2, mini_r=2, init_weights="mini"),
+    "miss_bat": MissConfig(("q_proj", "down_proj"), lora_rank=4, init_weights="bat"),
+    "miss_head": MissConfig(HEAD, lora_rank=3),
     "patterns": config(rank_pattern={"0.self_attn.q_proj": 3}, alpha_pattern={"v_proj": 7.0}),
     "layer_groups": config(layer_groups=GROUPS),
     "embed": config(target_modules=EMBED),
@@ -222,6 +227,8 @@ FIRST_GRADIENTS = {
     "adalora": {"lora_a": False, "lora_b": False, "lora_e": True},
     "ia3": {"ia3_l": True},
     "vera": {"vera_lambda_b": True, "vera_lambda_d": False},
+    "miss": {"miss_block": True},
+    "miss_bat": {"miss_block": True},
     "embed": {"lora_a": True, "lora_b": False},
     "lm_head_dora": {"lora_a": False, "lora_b": True, "lora_magnitude": True},
     "save_norms": {"weight": True},
@@ -237,6 +244,8 @@ PLACES = {
     "adalora": ("model.layers.0.mlp.up_proj", "model.layers.1.mlp.down_proj"),
     "ia3": ("model.layers.1.self_attn.o_proj", "model.layers.1.mlp.up_proj"),
     "vera": ("model.layers.0.self_attn.v_proj",),
+    "miss": ("model.layers.0.mlp.gate_proj",),
+    "miss_bat": ("model.layers.1.self_attn.v_proj",),
     "embed": ("model.embed_tokens",),
     "lm_head_dora": ("lm_head",),
     "save_norms": ("model.norm", "model.layers.0.input_layernorm"),

@@ -17,6 +17,7 @@ from lora_ms.adapters.merge import merge
 from lora_ms.adapters.methods.adalora import AdaLoraConfig
 from lora_ms.adapters.methods.ia3 import IA3Config
 from lora_ms.adapters.methods.lora import LayerGroup, LoraConfig
+from lora_ms.adapters.methods.miss import MissConfig
 from lora_ms.adapters.methods.vera import VeraConfig
 from lora_ms.adapters.peft_format import save_adapter
 from lora_ms.models.decoder import CausalLM
@@ -69,6 +70,9 @@ KINDS = {
     "ia3_head": Made("qwen3", IA3Config(("v_proj", "lm_head"), feedforward_modules=(), modules_to_save="model.norm")),
     "vera": Made("qwen2", VeraConfig(QV, lora_rank=5, d_initial=0.4, projection_prng_key=4)),
     "vera_drawn": Made("llama3", VeraConfig("all-linear", lora_rank=5, d_initial=0.4, save_projection=False)),
+    "miss": Made("qwen3", MissConfig(QV, lora_rank=5)),
+    "miss_mini": Made("llama3", MissConfig(QV, lora_rank=4, init_weights="mini", mini_r=2)),
+    "miss_bat": Made("qwen2", MissConfig("down_proj", lora_rank=4, init_weights="bat")),
     "adalora_allocated": Made("qwen3", replace(ADALORA, kept=KEPT)),
     "patterns": made("qwen3", rank_pattern={r"1\..*q_proj": 1, "q_proj": 2}, alpha_pattern={"v_proj": 7.0}),
     "patterns_rslora": made("llama3", rank_pattern={"q_proj": 2}, alpha_pattern={"v_proj": 7.5}, use_rslora=True),
@@ -129,6 +133,7 @@ def theirs(reference, native, python_env, tmp_path_factory) -> Path:
     command = [torch_python, "-c", DRIVER, str(reference), str(folder), models]
     child = subprocess.run(command, env={**python_env, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert child.returncode == 0, child.stderr
+    assert "missing" not in child.stderr.lower() and "unexpected" not in child.stderr.lower(), child.stderr
     return folder
 
 
