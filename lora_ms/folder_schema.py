@@ -6,10 +6,11 @@ what any model has, and keep a file from asking for more memory than there is.
 
 import re
 import reprlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from lora_ms.errors import LoraMsError
 from lora_ms.limits import PATTERN_LENGTH
@@ -227,6 +228,12 @@ class AdapterJson(FolderFile):
     beta1: Probability = None
     beta2: Probability = None
     orth_reg_weight: Factor | None = None
+
+
+def with_keys(kind: type[FolderFile], keys: Mapping[str, Any]) -> type[FolderFile]:
+    """``kind`` with more keys, by their types; each may be left out."""
+    fields: dict[str, Any] = {name: (each | None, None) for name, each in keys.items()}
+    return create_model(kind.__name__, __base__=kind, **fields)
 
 
 def check(kind: type[FolderFile], value: dict[str, Any], file: Path | str) -> dict[str, Any]:

@@ -54,7 +54,7 @@ def check_files(adapter: Path, base: Path | None) -> Iterator[Check]:
         yield Check("tensors", FAULT, str(error))
         return
     yield from check_spelling(adapter, entries)
-    modules = offline_merge.modules_of(entries)
+    modules = peft_files.by_module(entries)
     adapted = {name: tensors for name, tensors in modules.items() if config.adapts(tensors)}
     yield from check_keys(adapter, config, entries, list(adapted))
     yield from check_ranks(config, adapted)
@@ -85,7 +85,7 @@ def check_keys(
 ) -> Iterator[Check]:
     """Names of tensors, and whether the patterns of the settings fit them."""
     odd = [key for key in entries if peft_files.split_key(key) is None]
-    bare = [key for key in entries if not key.startswith(peft_files.PREFIX)]
+    bare = [key for key in entries if key not in peft_files.SHARED_KEYS and not key.startswith(peft_files.PREFIX)]
     if odd:
         yield Check("keys", FAULT, f"{counted(len(odd), 'tensor')} of no known name: {few(odd)}")
     elif bare:

@@ -59,6 +59,14 @@ def target_layers(model: nn.Cell) -> dict[str, nn.Cell]:
     return {name: cell for name, cell in cells_of(model).items() if type(cell) in TARGETS}
 
 
+def weight_shape(layer: nn.Cell) -> tuple[int, int]:
+    """Of the weight of one of ``target_layers``: [out, in], or [vocabulary, h]."""
+    if isinstance(layer, Embedding):
+        return tuple(layer.weight.shape)
+    dense: Any = layer
+    return dense.out_channels, dense.in_channels
+
+
 def adapter_cells(model: nn.Cell) -> dict[str, AdapterCell]:
     """Every cell that belongs to the adapter, modules saved whole included, by dotted path."""
     return {name: cell for name, cell in cells_of(model).items() if isinstance(cell, AdapterCell)}
@@ -130,6 +138,7 @@ def build(
         operators: what adapters on layers that are no projections compute with.
     """
     layers, copies = target_layers(model), modules_to_save_cells.COPIES
+    config = config.fitted({name: weight_shape(layer) for name, layer in layers.items()})
     cells = {name: copies[type(layer)](layer) for name, layer in saved_layers(model, config).items()}
     for name, spec in specs.items():
         cells[name] = config.build(Target(name, layers[name], shard, operators), spec)

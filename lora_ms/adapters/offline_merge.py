@@ -16,7 +16,9 @@ from lora_ms.adapters.methods import modules_to_save
 from lora_ms.adapters.methods.base import AdapterConfig, Shape, Update
 from lora_ms.adapters.peft_files import (
     PREFIX,
+    SHARED_KEYS,
     TensorKey,
+    by_module,
     check_finite,
     check_patterns,
     read_adapter_config,
@@ -76,14 +78,9 @@ def module_faults(name: str, tensors: Tensors, base: Mapping[str, Entry], config
     return faults
 
 
-def modules_of(entries: Mapping[str, Entry]) -> dict[str, dict[str, Entry]]:
-    """The adapter's tensors by module and name; those with unknown names are left out."""
-    modules: dict[str, dict[str, Entry]] = {}
-    for key, entry in entries.items():
-        found = split_key(key)
-        if found is not None:
-            modules.setdefault(found.module, {})[found.tensor] = entry
-    return modules
+def weight_shapes(base: Mapping[str, Entry]) -> dict[str, Shape]:
+    """Of the matrices of a model, by module."""
+    return {key.removesuffix(".weight"): entry.shape for key, entry in base.items() if len(entry.shape) == 2}
 
 
 def fit_faults(entries: Mapping[str, Entry], base: Mapping[str, Entry], config: AdapterConfig) -> list[str]:
@@ -92,9 +89,10 @@ def fit_faults(entries: Mapping[str, Entry], base: Mapping[str, Entry], config: 
     faults = [
         f"{key} {entries[key].shape} has no place in the model"
         for key, found in known.items()
-        if found is None or f"{found.module}.weight" not in base
+        if key not in SHARED_KEYS and (found is None or f"{found.module}.weight" not in base)
     ]
-    for name, tensors in modules_of(entries).items():
+    config = config.fitted(weight_shapes(base))
+    for name, tensors in by_module(entries).items():
         if f"{name}.weight" in base:
             faults += module_faults(name, tensors, base, config)
     return faults
@@ -110,13 +108,14 @@ def read_updates(path: Path, base: Mapping[str, Entry]) -> dict[str, Update]:
             first tensors without a place or of another shape are listed.
     """
     config, entries = read_adapter_config(path), read_entries(path)
-    modules = modules_of(entries)
+    modules = by_module(entries)
     adapted = [name for name, tensors in modules.items() if config.adapts(tensors)]
     check_patterns(path, config, adapted)
     faults = fit_faults(entries, base, config)
     if faults or not adapted:
         what = listed(faults) or f"it holds no {config.title} tensor"
         raise LoraMsError(f"{path}: made for another model: {what}")
+    config = config.fitted(weight_shapes(base))
     updates = {name: update_of(name, tensors, config) for name, tensors in modules.items()}
     bare = [name for name, update in updates.items() if update.adds_bias and f"{name}.bias" not in base]
     if bare:

@@ -44,14 +44,17 @@ def to_peft(config: AdapterConfig, found: Adapted, base_model: str | None) -> di
     leaves = {leaf_of(name) for name in found.specs}
     ambiguous = any(leaf_of(name) in leaves for name in found.plain) or config.tells_paths_apart(found.specs)
     targets = sorted(found.specs if ambiguous else leaves)
+    placing = {
+        "target_modules": targets,
+        "exclude_modules": None,  # what it left out is not in target_modules
+        "modules_to_save": sorted(found.saved) or None,
+    }
     return {
         "peft_type": config.PEFT_TYPE,
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
         "inference_mode": True,
-        "target_modules": targets,
-        "exclude_modules": None,  # what it left out is not in target_modules
-        "modules_to_save": sorted(found.saved) or None,
+        **{key: placing[key] for key in config.PEFT_PLACING},
         **config.to_peft(found.specs, targets),
     }
 

@@ -2,8 +2,9 @@
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -13,10 +14,12 @@ from lora_ms.adapters.methods import METHODS, modules_to_save
 from lora_ms.adapters.methods.base import AdapterConfig
 from lora_ms.adapters.peft_config import from_peft
 from lora_ms.errors import LoraMsError
-from lora_ms.folder_schema import AdapterJson, check
+from lora_ms.folder_schema import AdapterJson, check, with_keys
 from lora_ms.quant.settings import Quantisation, read_quantisation
 from lora_ms.reading import CONFIG_SIZE, member, read_json
 
+Stored = TypeVar("Stored")
+ROOT = "base_model."  # before the name of a tensor that all modules share
 PREFIX = "base_model.model."  # PEFT wraps the model twice, and keeps both attributes in the tensors' names
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -40,6 +43,10 @@ def _tensor_names() -> tuple[str, ...]:
 
 
 TENSOR_NAMES = _tensor_names()
+SHARED_KEYS = {f"{ROOT}{name}": name for method in METHODS.values() for name in method.SHARED_TENSORS}
+AdapterFile = with_keys(
+    AdapterJson, {name: kind for method in METHODS.values() for name, kind in method.PEFT_KEYS.items()}
+)
 
 
 def base_quantisation(path: Path) -> Quantisation | None:
@@ -75,6 +82,21 @@ def split_key(key: str) -> TensorKey | None:
     return None
 
 
+def by_module(tensors: Mapping[str, Stored]) -> dict[str, dict[str, Stored]]:
+    """The tensors of a file by module and name, those that modules share in each; unknown names are left out."""
+    modules: dict[str, dict[str, Stored]] = {}
+    for key, value in tensors.items():
+        found = None if key in SHARED_KEYS else split_key(key)
+        if found is not None:
+            modules.setdefault(found.module, {})[found.tensor] = value
+    shared = {name: tensors[key] for key, name in SHARED_KEYS.items() if key in tensors}
+    owners = [method for method in METHODS.values() if not shared.keys().isdisjoint(method.SHARED_TENSORS)]
+    for own in modules.values():
+        if any(tensor in own for method in owners for tensor in method.TENSORS):
+            own |= shared
+    return modules
+
+
 def usual_key(key: str) -> str:
     """``key`` as PEFT writes it: ``lora_A.weight`` for ``lora_A.default.weight``."""
     for spelling, usual in OTHER_SPELLINGS:
@@ -92,7 +114,7 @@ def read_adapter_config(path: str | os.PathLike) -> AdapterConfig:
 
 def read_settings(path: Path) -> dict[str, Any]:
     """adapter_config.json of directory ``path``, its values of the right types and within bounds."""
-    return check(AdapterJson, read_json(member(path, CONFIG), CONFIG_SIZE), path / CONFIG)
+    return check(AdapterFile, read_json(member(path, CONFIG), CONFIG_SIZE), path / CONFIG)
 
 
 def read_entries(path: Path) -> dict[str, storage.Entry]:

@@ -30,7 +30,10 @@ from lora_ms.adapters.peft_files import (
     BASE_QUANTIZATION,
     CONFIG,
     PREFIX,
+    ROOT,
+    SHARED_KEYS,
     WEIGHTS,
+    by_module,
     check_finite,
     check_patterns,
     read_adapter_config,
@@ -51,8 +54,13 @@ def stored_tensors(model: nn.Cell, config: AdapterConfig) -> dict[str, dict[str,
 
 
 def by_key(modules: Mapping[str, Mapping[str, Array]]) -> dict[str, Array]:
-    """Numbers by PEFT's keys, from those by module and tensor."""
-    return {f"{PREFIX}{name}.{tensor}": value for name, tensors in modules.items() for tensor, value in tensors.items()}
+    """Numbers by PEFT's keys, from those by module and tensor; what modules share stands there once."""
+    found: dict[str, Array] = {}
+    for name, tensors in modules.items():
+        for tensor, value in tensors.items():
+            shared = f"{ROOT}{tensor}"
+            found[shared if shared in SHARED_KEYS else f"{PREFIX}{name}.{tensor}"] = value
+    return found
 
 
 def adapter_tensors(model: nn.Cell, config: AdapterConfig, shard: Shard = WHOLE) -> dict[str, Array]:
@@ -202,14 +210,11 @@ def fill(
 
     base: the layers under ``cells``, for copies of their weights that PEFT puts beside an adapter on the embedding.
     """
-    modules: dict[str, dict[str, Array]] = {}
-    faults, unknown = [], []
+    modules, faults, unknown = by_module(tensors), [], []
     for key, value in tensors.items():
         found = split_key(key)
-        if found is None or found.module not in cells:
+        if key not in SHARED_KEYS and (found is None or found.module not in cells):
             unknown.append(f"{key} {value.shape} has no place in the model")
-        else:
-            modules.setdefault(found.module, {})[found.tensor] = value
     numbers: list[tuple[Parameter, Array]] = []
     for name, cell in cells.items():
         misfits, fitting = fit_module(name, cell, modules.get(name, {}), config, base)

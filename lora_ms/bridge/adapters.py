@@ -10,8 +10,8 @@ import numpy as np
 from lora_ms.adapters import peft_files
 from lora_ms.adapters.matching import layer_index
 from lora_ms.adapters.methods.lora import DENSE_PAIR, LoraConfig, LoraSpec
-from lora_ms.adapters.offline_merge import modules_of
 from lora_ms.adapters.peft_config import Adapted, to_peft
+from lora_ms.adapters.peft_files import by_module
 from lora_ms.bridge.files import Stored, of_entry, planned
 from lora_ms.bridge.layout import Heads, inverse
 from lora_ms.errors import LoraMsError
@@ -120,7 +120,7 @@ def read_peft(path: Path) -> tuple[dict[str, Factors], LoraSpec]:
     Raises:
         LoraMsError: it is more than plain LoRA on dense layers, of one rank and alpha; all reasons are listed.
     """
-    config, modules = peft_files.read_adapter_config(path), modules_of(peft_files.read_entries(path))
+    config, modules = peft_files.read_adapter_config(path), by_module(peft_files.read_entries(path))
     faults = [f"it is {config.title}"] if config.title != LoraConfig().title else []
     faults += [f"it starts from {config.changed_base}"] if config.changed_base else []
     factors, specs = {}, set()

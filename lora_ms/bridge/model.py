@@ -12,9 +12,8 @@ from numpy.typing import NDArray
 from lora_ms import saving, storage
 from lora_ms.adapters.inject import adapted_layers, freeze_all, install
 from lora_ms.adapters.methods.base import AdapterConfig, Target
-from lora_ms.adapters.offline_merge import modules_of
 from lora_ms.adapters.peft_config import Adapted, to_peft
-from lora_ms.adapters.peft_files import CONFIG, WEIGHTS, read_adapter_config, read_entries
+from lora_ms.adapters.peft_files import CONFIG, WEIGHTS, by_module, read_adapter_config, read_entries
 from lora_ms.adapters.peft_format import by_key
 from lora_ms.bridge import adapters, weights
 from lora_ms.bridge.adapters import module_parts
@@ -171,7 +170,7 @@ def load_factors(network: nn.Cell, adapter: Path, config: AdapterConfig, heads: 
         LoraMsError: it is another in its modules, ranks, alphas or kind; all differences are listed.
     """
     stored = read_adapter_config(adapter)
-    modules = modules_of(read_entries(adapter))
+    modules = by_module(read_entries(adapter))
     found = {f"{m}.{factor}": of_entry(entry) for m, tensors in modules.items() for factor, entry in tensors.items()}
     ours = {name: planned([tensor]) for name, tensor in found.items()}
     if fused:

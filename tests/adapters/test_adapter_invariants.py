@@ -13,6 +13,8 @@ from lora_ms.adapters.merge import merge, merged_cells
 from lora_ms.adapters.methods.adalora import AdaLoraConfig
 from lora_ms.adapters.methods.ia3 import IA3Config
 from lora_ms.adapters.methods.lora import LayerGroup, LoraConfig
+from lora_ms.adapters.methods.miss import MissConfig
+from lora_ms.adapters.methods.vera import VeraConfig
 from lora_ms.adapters.peft_format import adapter_tensors, load_adapter, read_tensors, save_adapter
 from lora_ms.errors import LoraMsError
 from lora_ms.models.decoder import CausalLM, DecoderConfig
@@ -47,6 +49,13 @@ KINDS = {
     "adalora": AdaLoraConfig(4, 6.0, target_modules=QV, target_rank=2),
     "ia3": IA3Config(),
     "ia3_head": IA3Config(("v_proj", "lm_head"), feedforward_modules=("lm_head",), modules_to_save="norm"),
+    "lorafa": config(use_lorafa=True),
+    "vera": VeraConfig(QV, lora_rank=3, save_projection=False),
+    "vera_head": VeraConfig(HEAD, lora_rank=3, d_initial=0.5, projection_prng_key=2, save_projection=False),
+    "miss": MissConfig(("v_proj", "down_proj"), lora_rank=3),
+    "miss_mini": MissConfig(QV, lora_rank=2, mini_r=2, init_weights="mini"),
+    "miss_bat": MissConfig(("q_proj", "down_proj"), lora_rank=4, init_weights="bat"),
+    "miss_head": MissConfig(HEAD, lora_rank=3),
     "patterns": config(rank_pattern={"0.self_attn.q_proj": 3}, alpha_pattern={"v_proj": 7.0}),
     "layer_groups": config(layer_groups=GROUPS),
     "embed": config(target_modules=EMBED),
@@ -168,7 +177,8 @@ def test_adapter_parameters_alone_train_and_are_stored(tmp_path, kind):
         for path, cell in adapter_cells(model).items()
         for factor, parameter in cell.tensors().items()
     }
-    assert {id(p) for p in trained.values()} == {id(p) for p in stored.values()}
+    frozen = {name for name in stored if kind == "lorafa" and name.endswith("lora_A.weight")}
+    assert {id(p) for p in trained.values()} == {id(p) for name, p in stored.items() if name not in frozen}
     assert report.trainable == sum(p.size for p in trained.values())
     assert report.modules and set(report.modules) == select(fresh(), KINDS[kind]).keys()
     assert all(p.dtype == ms.float32 for p in trained.values())
@@ -177,7 +187,7 @@ def test_adapter_parameters_alone_train_and_are_stored(tmp_path, kind):
     assert {path.name for path in tmp_path.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
     tensors = read_tensors(tmp_path)
     assert tensors.keys() == adapter_tensors(model, KINDS[kind]).keys()
-    assert len(tensors) == len(trained)
+    assert len(tensors) == len(trained) + len(frozen)
     for key, value in tensors.items():
         same = [name for name, weight in base.items() if weight.shape == value.shape and np.allclose(weight, value)]
         assert not same, key
@@ -216,13 +226,16 @@ FIRST_GRADIENTS = {
     "olora": {"lora_a": True, "lora_b": True},
     "adalora": {"lora_a": False, "lora_b": False, "lora_e": True},
     "ia3": {"ia3_l": True},
+    "vera": {"vera_lambda_b": True, "vera_lambda_d": False},
+    "miss": {"miss_block": True},
+    "miss_bat": {"miss_block": True},
     "embed": {"lora_a": True, "lora_b": False},
     "lm_head_dora": {"lora_a": False, "lora_b": True, "lora_magnitude": True},
     "save_norms": {"weight": True},
     "bias_lora_only": {"lora_a": False, "lora_b": True, "bias": True},
 }
 PLACES = {
-    "lora": ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.gate_proj"),
+    "lora": ("model.layers.1.mlp.gate_proj",),
     "dora": ("model.layers.0.self_attn.k_proj", "model.layers.0.mlp.down_proj"),
     "lora_bias": ("model.layers.0.self_attn.v_proj",),
     "orthogonal": ("model.layers.0.self_attn.o_proj",),
@@ -230,10 +243,13 @@ PLACES = {
     "olora": ("model.layers.1.self_attn.k_proj",),
     "adalora": ("model.layers.0.mlp.up_proj", "model.layers.1.mlp.down_proj"),
     "ia3": ("model.layers.1.self_attn.o_proj", "model.layers.1.mlp.up_proj"),
+    "vera": ("model.layers.0.self_attn.v_proj",),
+    "miss": ("model.layers.0.mlp.gate_proj",),
+    "miss_bat": ("model.layers.1.self_attn.v_proj",),
     "embed": ("model.embed_tokens",),
     "lm_head_dora": ("lm_head",),
     "save_norms": ("model.norm", "model.layers.0.input_layernorm"),
-    "bias_lora_only": ("model.layers.1.self_attn.v_proj",),
+    "bias_lora_only": ("model.layers.0.self_attn.q_proj",),
 }
 
 
@@ -296,7 +312,8 @@ def test_a_float16_base_keeps_adapters_in_float32():
         model = mixed(dtype)
         move(model, 0.05)
         trained = [p for p in model.get_parameters() if p.requires_grad]
-        frozen = [p for p in model.get_parameters() if not p.requires_grad and p.ndim and "base_norms" not in p.name]
+        own = ("base_norms", "vera_a", "vera_b")  # frozen numbers of adapters
+        frozen = [p for p in model.get_parameters() if not p.requires_grad and p.ndim and not p.name.endswith(own)]
         assert {p.dtype for p in trained} == {ms.float32} and {p.dtype for p in frozen} == {dtype}
         logits[dtype] = model(IDS).asnumpy()
         assert logits[dtype].dtype == np.float32

@@ -17,6 +17,8 @@ from lora_ms.adapters.merge import merge
 from lora_ms.adapters.methods.adalora import AdaLoraConfig
 from lora_ms.adapters.methods.ia3 import IA3Config
 from lora_ms.adapters.methods.lora import LayerGroup, LoraConfig
+from lora_ms.adapters.methods.miss import MissConfig
+from lora_ms.adapters.methods.vera import VeraConfig
 from lora_ms.adapters.peft_format import save_adapter
 from lora_ms.models.decoder import CausalLM
 from lora_ms.models.hub import load_directory
@@ -66,6 +68,11 @@ KINDS = {
     "ia3": Made("qwen2", IA3Config()),
     "ia3_paths": Made("llama3", IA3Config("o_proj|up_proj", feedforward_modules=r".*layers\.1\..*o_proj")),
     "ia3_head": Made("qwen3", IA3Config(("v_proj", "lm_head"), feedforward_modules=(), modules_to_save="model.norm")),
+    "vera": Made("qwen2", VeraConfig(QV, lora_rank=5, d_initial=0.4, projection_prng_key=4)),
+    "vera_drawn": Made("llama3", VeraConfig("all-linear", lora_rank=5, d_initial=0.4, save_projection=False)),
+    "miss": Made("qwen3", MissConfig(QV, lora_rank=5)),
+    "miss_mini": Made("llama3", MissConfig(QV, lora_rank=4, init_weights="mini", mini_r=2)),
+    "miss_bat": Made("qwen2", MissConfig("down_proj", lora_rank=4, init_weights="bat")),
     "adalora_allocated": Made("qwen3", replace(ADALORA, kept=KEPT)),
     "patterns": made("qwen3", rank_pattern={r"1\..*q_proj": 1, "q_proj": 2}, alpha_pattern={"v_proj": 7.0}),
     "patterns_rslora": made("llama3", rank_pattern={"q_proj": 2}, alpha_pattern={"v_proj": 7.5}, use_rslora=True),

@@ -10,6 +10,8 @@ from lora_ms.adapters.merge import merge
 from lora_ms.adapters.methods.adalora import AdaLoraConfig
 from lora_ms.adapters.methods.ia3 import IA3Config
 from lora_ms.adapters.methods.lora import LayerGroup, LoraConfig
+from lora_ms.adapters.methods.miss import MissConfig
+from lora_ms.adapters.methods.vera import VeraConfig
 from lora_ms.adapters.peft_format import load_adapter, save_adapter
 from lora_ms.errors import LoraMsError
 from lora_ms.models.hub import load_directory, quantised_layers
@@ -32,6 +34,8 @@ KINDS = {
     "gaussian": config(init_lora_weights="gaussian"),
     "adalora": AdaLoraConfig(4, 6.0, target_modules=QD, target_rank=2),
     "ia3": IA3Config(),
+    "vera": VeraConfig(QD, lora_rank=4, d_initial=0.5),
+    "miss": MissConfig(QD, lora_rank=4),
     "head_and_embedding": config(target_modules=("q_proj", "lm_head", "embed_tokens")),
     "saved_whole": config(modules_to_save=("k_proj", "norm")),
     "layer_groups": config(layer_groups=(LayerGroup((0,), 4, 8.0), LayerGroup((1,), 2, 3.0, QD))),

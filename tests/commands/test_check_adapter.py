@@ -152,7 +152,7 @@ def test_the_models_name(checked, adapter, named, status, text):
 @pytest.mark.parametrize(
     ("keys", "name", "text"),
     [
-        ({"peft_type": "LOHA"}, "settings", "peft_type 'LOHA' is not supported; supported: LORA, ADALORA, IA3"),
+        ({"peft_type": "LOHA"}, "settings", "peft_type 'LOHA' is not supported; supported: LORA"),
         ({"fan_in_fan_out": True}, "settings", "not supported: fan_in_fan_out: True"),
         ({"lora_alpha": 0}, "settings", "lora_alpha must be above 0, got 0"),
         ({"rank_pattern": {"k_proj": 2}}, "patterns", "rank_pattern 'k_proj' matches none of the adapter's modules"),

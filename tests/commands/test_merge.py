@@ -14,6 +14,7 @@ from mindspore import Tensor
 from safetensors.numpy import load_file, save_file
 
 from lora_ms import saving, storage
+from lora_ms.adapters.methods import METHODS
 from lora_ms.cli.main import main
 from lora_ms.models import hub
 
@@ -526,10 +527,9 @@ def test_files_that_are_broken(refused):
 
 
 def test_an_adapter_of_another_kind(refused):
-    change("adapter/adapter_config.json", peft_type="VERA")
-    assert refused() == (
-        "adapter/adapter_config.json: peft_type 'VERA' is not supported; supported: LORA, ADALORA, IA3"
-    )
+    change("adapter/adapter_config.json", peft_type="LOHA")
+    supported = ", ".join(method.PEFT_TYPE for method in METHODS.values())
+    assert refused() == (f"adapter/adapter_config.json: peft_type 'LOHA' is not supported; supported: {supported}")
 
 
 def test_biases_where_the_model_has_none(refused, reference):

@@ -81,7 +81,7 @@ def options(*texts: str) -> RunConfig:
         ("run_mode=chat", "run_mode expects 'finetune', 'train', 'eval' or 'predict', got 'chat'"),
         (
             "pet_config.pet_type=p_tuning",
-            "model.model_config.pet_config.pet_type expects 'lora', 'adalora' or 'ia3', got 'p_tuning'",
+            "model.model_config.pet_config.pet_type expects 'lora', 'adalora',",
         ),
         # adapters
         (

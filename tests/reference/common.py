@@ -60,7 +60,7 @@ def save_adapter(model: PeftModel, target: Path, **options: str) -> None:
     """PEFT's own files without its model card. Its sets of module names are sorted, for the same file each time."""
     config = model.peft_config["default"]
     for key in ("target_modules", "exclude_modules"):
-        if isinstance(getattr(config, key), set):
+        if isinstance(getattr(config, key, None), set):
             setattr(config, key, sorted(getattr(config, key)))
     beside = target.with_name(target.name + ".tmp")
     model.save_pretrained(beside, **options)

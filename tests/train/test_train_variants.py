@@ -12,7 +12,9 @@ from lora_ms.adapters.methods.adalora import AdaLoraConfig
 from lora_ms.adapters.methods.base import AdapterConfig
 from lora_ms.adapters.methods.ia3 import IA3Config
 from lora_ms.adapters.methods.lora import LoraConfig
+from lora_ms.adapters.methods.miss import MissConfig
 from lora_ms.adapters.methods.training import rate_factors
+from lora_ms.adapters.methods.vera import VeraConfig
 from lora_ms.data.collate import collate
 from lora_ms.data.example import TokenRow
 from lora_ms.models.hub import load_directory
@@ -43,6 +45,10 @@ CONFIGS = {
     "adalora_llama3": AdaLoraConfig(4, 4, target_modules=SOME, **ADALORA),
     "ia3_qwen2": IA3Config(),
     "ia3_llama3": IA3Config(),
+    "lorafa_qwen2": LoraConfig(3, 4, target_modules=SOME, use_lorafa=True),
+    "vera_qwen2": VeraConfig(SOME, lora_rank=6),
+    "miss_qwen2": MissConfig(SOME, lora_rank=4),
+    "miss_bat_qwen3": MissConfig(SOME, lora_rank=4, init_weights="bat"),
 }
 # A trace whose last digits are not its own: one ulp on the embedding's start moves our final embedding by up to 7e-5,
 # at a token seen eight times. There a handful of numbers may stray so far; the others are held as everywhere.
@@ -98,6 +104,7 @@ def traced(request, reference, golden, native) -> Traced:
         f"{PREFIX}{path}.{factor}": p
         for path, cell in adapter_cells(model).items()
         for factor, p in cell.tensors().items()
+        if p.requires_grad
     }
     params = list(trained.values())
     assert {id(p) for p in params} == {id(p) for p in model.trainable_params()}

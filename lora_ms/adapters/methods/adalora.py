@@ -22,6 +22,7 @@ from lora_ms.adapters.methods.base import (
     Shape,
     Target,
     Update,
+    head_notes,
     keys_of,
     option,
     plain_number,
@@ -127,7 +128,7 @@ class AdaLoraConfig(AdapterConfig, LowRankOptions):
         return LoraSpec(self.lora_rank, self.lora_alpha)
 
     def notes(self, names: Iterable[str], adapted: Iterable[str]) -> list[str]:
-        return self.head_notes(adapted)
+        return head_notes(self.lora_dropout, adapted)
 
     # cells
 

@@ -178,6 +178,12 @@ class AdapterConfig(metaclass=ByPeftNames):
     TENSORS: ClassVar[tuple[str, ...]]  # of an adapted module, in PEFT's file; one of them makes it adapted
     # tensors that have a row (or a number) for each output of the module: they are split with a fused matrix
     ROW_TENSORS: ClassVar[tuple[str, ...]] = ()
+    # which keys for the choice of modules PEFT's settings have
+    PEFT_PLACING: ClassVar[tuple[str, ...]] = ("target_modules", "exclude_modules", "modules_to_save")
+    # those of TENSORS that all modules have in common: they stand once in the file, under the adapter's own name, and
+    # are read as if each adapted module had them
+    SHARED_TENSORS: ClassVar[tuple[str, ...]] = ()
+    PEFT_KEYS: ClassVar[Mapping[str, Any]] = {}  # types of its own keys of adapter_config.json, as pydantic has them
     PARAMETERS: ClassVar[tuple[str, ...]]  # names of the cells' trained parameters
     # by tensor, the number that fills it where the adapter changes nothing (all of a module's must be so); how
     # check-adapter calls this check, and what it says
@@ -303,6 +309,10 @@ class AdapterConfig(metaclass=ByPeftNames):
         asked = repr(targets) if isinstance(targets, str) else ", ".join(targets)
         leaves = ", ".join(sorted({leaf_of(name) for name in names}))
         return f"target_modules {asked} matches no layer{outside}; could match: {leaves}, or {ALL_LINEAR}"
+
+    def fitted(self, shapes: Mapping[str, Shape]) -> "AdapterConfig":
+        """The settings for a model whose modules have weights of these ``shapes``, where the model decides some."""
+        return self
 
     def notes(self, names: Iterable[str], adapted: Iterable[str]) -> list[str]:
         """What the user should know of the adapter on modules ``adapted`` of a model of modules ``names``."""
@@ -510,6 +520,13 @@ def differing(options: Any) -> Iterator[str]:
         value = getattr(options, field.name)
         if value != default:
             yield f"{field.name}={value!r}"
+
+
+def head_notes(dropout: float, adapted: Iterable[str]) -> list[str]:
+    """A note where the head is adapted: the loss multiplies its weight, and there is no input to drop out."""
+    if dropout and any(leaf_of(name) == "lm_head" for name in adapted):
+        return ["lora_dropout does not reach the adapter on the head"]
+    return []
 
 
 def shared_options(peft: Mapping[str, Any]) -> dict[str, Any]:

@@ -49,7 +49,7 @@ class AdapterCell(nn.Cell):
                 yield from cell.cells_and_names(seen, f"{name_prefix}.{name}" if name_prefix else name)
 
     def tensors(self) -> dict[str, Parameter]:
-        """What is trained, by the tensor's name in PEFT's file."""
+        """What is trained, by the tensor's name in PEFT's file; of LoRA-FA also the A that is not."""
         raise NotImplementedError
 
     def merge(self) -> nn.Cell:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_ms.adapters.matching import by_pattern, layer_index, leaf_of, matches, ranges
+from lora_ms.adapters.matching import by_pattern, layer_index, matches, ranges
 from lora_ms.adapters.methods import embedding, lowrank
 from lora_ms.adapters.methods.base import (
     REQUIRED,
@@ -27,6 +27,7 @@ from lora_ms.adapters.methods.base import (
     Update,
     check_bounds,
     check_number,
+    head_notes,
     keys_of,
     missing_layers,
     option,
@@ -97,12 +98,6 @@ class LowRankOptions:
         if self.bias not in BIASES:
             raise LoraMsError(f"bias {self.bias!r} is none of {', '.join(BIASES)}")
 
-    def head_notes(self, adapted: Iterable[str]) -> list[str]:
-        """A note where the head is adapted: the loss multiplies its weight, and there is no input to drop out."""
-        if self.lora_dropout and any(leaf_of(name) == "lm_head" for name in adapted):
-            return ["lora_dropout does not reach the adapter on the head"]
-        return []
-
 
 LORA_KEYS = frozenset(("lora_rank", "init_rank", "rank_pattern", "layer_groups"))
 ALPHA_KEYS = frozenset(("lora_alpha", "alpha_pattern", "layer_groups"))
@@ -127,6 +122,7 @@ class LoraConfig(AdapterConfig, LowRankOptions):
         layer_groups: ranks by ranges of layers, in place of the three above; ``bits``: of layers in four bits.
         modules_to_save: path suffixes of whole modules to train: norms, embedding, head, dense layers.
         use_rslora: scale by ``lora_alpha / sqrt(rank)``.
+        use_lorafa: LoRA-FA (Zhang et al., 2023): A stays as it starts, and B alone trains; not on the embedding.
         use_dora: train the length of each row of the weight apart from its direction.
         lora_bias: a bias beside each B.
         bias: which biases of the base train: none, all, or lora_only (of the adapted layers).
@@ -172,6 +168,7 @@ class LoraConfig(AdapterConfig, LowRankOptions):
     layer_groups: tuple[LayerGroup, ...] = option((), list[LayerGroup])  # in YAML, an entry is a section
     use_rslora: bool = option(False, Flag)
     use_dora: bool = option(False, Flag)
+    use_lorafa: bool = option(False, Flag)
     lora_bias: bool = option(False, Flag)
     init_lora_weights: bool | str = option(True, read_with(read_init, bool | str))
 
@@ -209,7 +206,7 @@ class LoraConfig(AdapterConfig, LowRankOptions):
 
     @property
     def title(self) -> str:
-        return "DoRA" if self.use_dora else "LoRA"
+        return ("DoRA" if self.use_dora else "LoRA") + ("-FA" if self.use_lorafa else "")
 
     @property
     def changed_base(self) -> str:
@@ -297,7 +294,7 @@ class LoraConfig(AdapterConfig, LowRankOptions):
         found = [f"layers without an adapter: {left}"] if left else []
         if self.init_lora_weights == "loftq" and any(self.scaling(name) != 1 for name in adapted):
             found.append("loftq expects lora_alpha equal to lora_rank: the error is added alpha / rank times")
-        return [*found, *self.head_notes(adapted)]
+        return [*found, *head_notes(self.lora_dropout, adapted)]
 
     # cells
 
@@ -446,11 +443,13 @@ class LoraConfig(AdapterConfig, LowRankOptions):
     # training
 
     def continued(self, keys: Any, given: Collection[str]) -> "LoraConfig":
-        return replace(self, lora_dropout=keys.lora_dropout) if "lora_dropout" in given else self
+        dropout = {"lora_dropout": keys.lora_dropout} if "lora_dropout" in given else {}
+        return replace(self, use_lorafa=keys.use_lorafa, **dropout)  # the file does not say what trained
 
     def identity(self) -> dict[str, object]:
         names = "lora_alpha lora_dropout use_rslora use_dora bias".split()
-        return {name: getattr(self, name) for name in names} | {"init_lora_weights": str(self.init_lora_weights)}
+        found = {name: getattr(self, name) for name in names} | {"init_lora_weights": str(self.init_lora_weights)}
+        return found | ({"use_lorafa": True} if self.use_lorafa else {})
 
     def not_split(self, training: bool) -> list[str]:
         plain, keys = LoraConfig(), ["use_dora", "lora_bias", "bias", "modules_to_save"]
@@ -466,7 +465,8 @@ class LoraConfig(AdapterConfig, LowRankOptions):
         return self.lora_bias
 
     def cost(self, spec: LoraSpec, inputs: int, outputs: int) -> Cost:
-        return Cost(trained=spec.lora_rank * (inputs + outputs), kept=spec.lora_rank)
+        trained = outputs if self.use_lorafa else inputs + outputs
+        return Cost(trained=spec.lora_rank * trained, kept=spec.lora_rank)
 
 
 DENSE_PAIR = ("lora_A.weight", "lora_B.weight")

@@ -331,6 +331,8 @@ def build(config: "LoraConfig", target: Target, spec: LoraSpec) -> AdapterCell:
     """See ``AdapterConfig.build``."""
     from lora_ms.adapters.methods import dora_cells, embedding_cells
 
+    if type(target.layer) is Embedding and config.use_lorafa:
+        raise LoraMsError("use_lorafa does not support an adapter on the embedding: leave one of them out")
     if type(target.layer) is Embedding:
         return embedding_cells.build(config, target, spec)
     if config.wants_bits(target.name) and not projection_of(target.layer, target.operators).quantised:
@@ -346,7 +348,7 @@ def build(config: "LoraConfig", target: Target, spec: LoraSpec) -> AdapterCell:
                 f"init_lora_weights loftq: {target.name} is not quantised; give quantization_config (--quantize nf4)"
             )
         init = True  # of layers that stay whole, nothing was taken away
-    return kind.from_dense(
+    cell = kind.from_dense(
         target.layer,
         spec.lora_rank,
         spec.lora_alpha,
@@ -359,3 +361,5 @@ def build(config: "LoraConfig", target: Target, spec: LoraSpec) -> AdapterCell:
         compute_dtype=target.compute_dtype,
         operators=target.operators,
     )
+    cell.lora_a.requires_grad = not config.use_lorafa
+    return cell
