@@ -11,7 +11,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "few_rows": {
         "pet_config": {"lora_rank": 8, "lora_alpha": 32, "lora_dropout": 0.05},
         "lr_schedule": {"learning_rate": 1e-3},
-        "runner_config": {"epochs": 20, "batch_size": 4},
+        "runner_config": {"epochs": 15, "batch_size": 4},
     },
     # Hundreds of rows: few adapter parameters and much dropout, against learning them by heart.
     "small_dataset": {

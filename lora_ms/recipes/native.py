@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 FEW_ROWS = 100
-LITTLE = 0.01  # sum of the steps' highest learning rates; of ten rows with few_rows it is 0.06
+LITTLE = 0.01  # sum of the steps' highest learning rates; of ten rows with few_rows it is 0.045
 
 
 @dataclass(frozen=True)
