@@ -7,6 +7,7 @@ __version__ = "0.1.0"  # the one place that says so
 # public name -> the module that has it; besides these, the settings of each method, such as LoraConfig
 MODULES = {
     "AutoModelForCausalLM": "lora_ms.python.model",
+    "BitsAndBytesConfig": "lora_ms.python.model",
     "AutoTokenizer": "lora_ms.python.model",
     "LoRADense": "lora_ms.adapters.methods.lora_cells",
     "LoraMsError": "lora_ms.errors",

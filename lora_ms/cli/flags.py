@@ -85,9 +85,9 @@ FLAGS: dict[str, list[tuple[str, str, Any, str, str]]] = {
         ("output_dir", "output_dir", str, "DIR", "where results go"),
     ],
     "training": [
-        ("epochs", "runner_config.epochs", flag_int, "N", "passes over the data"),
+        ("epochs", "runner_config.epochs", flag_int, "N", "passes over the data (1)"),
         ("max_steps", "runner_config.max_steps", flag_int, "N", "optimiser steps; -1: what the epochs give"),
-        ("batch_size", "runner_config.batch_size", flag_int, "N", "rows per device and micro-batch"),
+        ("batch_size", "runner_config.batch_size", flag_int, "N", "rows per device and micro-batch (1)"),
         (
             "gradient_accumulation_steps",
             "runner_config.gradient_accumulation_steps",
@@ -95,7 +95,7 @@ FLAGS: dict[str, list[tuple[str, str, Any, str, str]]] = {
             "N",
             "micro-batches per optimiser step",
         ),
-        ("learning_rate", "lr_schedule.learning_rate", flag_float, "X", "highest learning rate"),
+        ("learning_rate", "lr_schedule.learning_rate", flag_float, "X", "highest learning rate (1e-4)"),
         ("lora_rank", f"{PET}.lora_rank", flag_int, "N", "rank of the adapter (16)"),
         ("lora_alpha", f"{PET}.lora_alpha", flag_float, "X", "its output is scaled by alpha / rank (16)"),
         ("lora_dropout", f"{PET}.lora_dropout", flag_float, "X", "dropout on its input (0.05)"),
@@ -106,7 +106,7 @@ FLAGS: dict[str, list[tuple[str, str, Any, str, str]]] = {
             "NAMES",
             "q_proj,v_proj or all-linear or a regular expression",
         ),
-        ("seq_length", f"{SIZES}.seq_length", flag_int, "N", "longest row, in tokens"),
+        ("seq_length", f"{SIZES}.seq_length", flag_int, "N", "longest row, in tokens (1024, or the model's own limit)"),
         (
             "resume_training",
             "resume_training",
@@ -206,7 +206,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     text = "train nothing: check settings, data, memory and disk of a run of N processes (1)"
     groups["training"].add_argument("--dry_run", type=flag_int, nargs="?", const=1, metavar="N", help=text)
-    groups["training"].add_argument("--preset", metavar="NAME", help="small_dataset or large_dataset")
+    text = "few_rows (tens), small_dataset (hundreds), large_dataset (tens of thousands)"
+    groups["training"].add_argument("--preset", metavar="NAME", help=text)
     groups["generation"].add_argument("--predict_data", nargs="+", metavar="TEXT", help="prompts")
     text = "system message before the conversation (predict, chat)"
     groups["generation"].add_argument("--system", metavar="TEXT", help=text)

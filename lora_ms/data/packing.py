@@ -27,6 +27,7 @@ STEP_COST = 24  # of starting a micro-batch, in tokens
 GAIN = 0.01  # share of padding by which packing is to beat plain batches; of the rows that are tried out
 FEW = 8  # different lengths, in steps of 16 tokens, with which a run compiles MOST_SHAPES at most
 MOST_SHAPES = 2
+SMALL_RUN = 5000  # tokens below which padding costs less than the compilation of a second shape
 
 
 class Shape(NamedTuple):
@@ -170,9 +171,10 @@ def plan_layout(
     """
     if kind == "packed":
         sample = _sample(lengths, labels, per_step)
+        total_steps = EPOCHS * -(-len(lengths) // per_step)
         packed = _plan_packed(
             sample,
-            EPOCHS * -(-len(lengths) // per_step),
+            total_steps,
             int(lengths.max()),
             batch_size=batch_size,
             seq_length=seq_length,
@@ -182,9 +184,9 @@ def plan_layout(
         padding = packed.padding(sample)
         if prefer_many_lines or padding <= plain_padding(sample, batch_size) - GAIN:
             return packed
-        if padding <= bucketed_padding(sample, batch_size, padded_length(int(lengths.max()), seq_length)):
+        kind, buckets = "bucketed", min(MOST_SHAPES, _most_shapes(sample, total_steps))
+        if padding <= bucketed_padding(sample, batch_size, padded_length(int(lengths.max()), seq_length), buckets):
             return packed
-        kind, buckets = "bucketed", MOST_SHAPES
     return _plan_plain(kind, lengths, labels, steps, batch_size=batch_size, buckets=buckets, seq_length=seq_length)
 
 
@@ -267,13 +269,21 @@ def plain_padding(sample: Sample, batch_size: int) -> float:
     return 1 - tokens / sum(plain_tokens(lengths, batch_size) for lengths, _ in sample)
 
 
-def bucketed_padding(sample: Sample, batch_size: int, top: int) -> float:
-    """Share of padding in batches of rows of like lengths, padded to one of MOST_SHAPES lengths, `top` at most."""
+def _most_shapes(sample: Sample, total_steps: int) -> int:
+    """How many shapes a run of steps like those of `sample` may compile."""
+    lengths = np.concatenate([lengths for lengths, _ in sample])
+    if lengths.sum() / len(sample) * total_steps < SMALL_RUN:
+        return 1
+    return MOST_SHAPES if len(np.unique(-(-lengths // 16))) <= FEW else 3
+
+
+def bucketed_padding(sample: Sample, batch_size: int, top: int, buckets: int) -> float:
+    """Share of padding in batches of rows of like lengths, padded to one of `buckets` lengths, `top` at most."""
     longest = []
     for lengths, _ in sample:
         longest.append(np.maximum.reduceat(np.sort(lengths), np.arange(0, len(lengths), batch_size)))
     of_batches = np.concatenate(longest)
-    edges = np.array(_edges(of_batches, MOST_SHAPES, top))
+    edges = np.array(_edges(of_batches, buckets, top))
     computed = batch_size * int(edges[np.searchsorted(edges, of_batches)].sum())
     return 1 - sum(int(lengths.sum()) for lengths, _ in sample) / computed
 
@@ -293,12 +303,12 @@ def _plan_packed(
     Where all pad more, those that pad least.
     """
     shortest_line = padded_length(longest, seq_length)
+    most_shapes = _most_shapes(sample, total_steps)
     room = batch_size * shortest_line  # tokens that a padded micro-batch would have
     longest_line = shortest_line if prefer_many_lines else max(min(seq_length, room), shortest_line)
     most_labels = max(int(labels.max()) for _, labels in sample)
     totals = np.array([lengths.sum() for lengths, _ in sample])
     allowed = 1.0 if prefer_many_lines else plain_padding(sample, batch_size) - GAIN
-    most_shapes = MOST_SHAPES if len(np.unique(np.concatenate([-(-step[0] // 16) for step in sample]))) <= FEW else 3
     best: tuple[float, float, Layout] | None = None  # padding beyond what is allowed, cost
     for length in _line_lengths(totals, shortest_line, longest_line):
         packed = [first_fit(*step, length, length) for step in sample]

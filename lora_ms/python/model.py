@@ -17,7 +17,7 @@ from lora_ms.infer.generate import Generator, pad_rows, prompt_name
 from lora_ms.infer.sampling import Sampling
 from lora_ms.models.decoder import CausalLM
 from lora_ms.models.hub import NUMPY_DTYPES, load_directory, save_directory
-from lora_ms.quant.settings import read_quantisation
+from lora_ms.quant.settings import Quantisation, read_quantisation
 from lora_ms.recipes.download import local_folder
 from lora_ms.runtime import device
 
@@ -180,14 +180,7 @@ class AutoModelForCausalLM:
         """
         ms_dtype = _dtype(ms_dtype, dtype, torch_dtype)
         _check_unused(others)
-        quantisation = None
-        if quantization_config is not None:
-            if not isinstance(quantization_config, str | Mapping):  # transformers' BitsAndBytesConfig
-                quantization_config = quantization_config.to_dict()
-            try:
-                quantisation = read_quantisation(quantization_config)
-            except ValueError as problem:
-                raise LoraMsError(f"quantization_config: {problem}") from None
+        quantisation = _quantisation(quantization_config)
         folder = local_folder(path, "model", hub, revision)
         runtime, _ = device.setup()
         model = load_directory(
@@ -212,6 +205,16 @@ def _dtype(ms_dtype: ms.Type, *named: Any) -> ms.Type:
     return DTYPES[name]
 
 
+def _quantisation(given: Mapping[str, Any] | str | None) -> Quantisation | None:
+    """Raises LoraMsError where it is not NF4's settings."""
+    if given is None:
+        return None
+    try:
+        return read_quantisation(given if isinstance(given, str | Mapping) else given.to_dict())
+    except ValueError as problem:
+        raise LoraMsError(f"quantization_config: {problem}") from None
+
+
 def _check_unused(others: Mapping[str, Any]) -> None:
     """Raises LoraMsError for an unknown argument of ``from_pretrained``; prints a line of what has no effect."""
     for name in others:
@@ -221,6 +224,18 @@ def _check_unused(others: Mapping[str, Any]) -> None:
             raise LoraMsError(f"from_pretrained: unknown argument {name}; the nearest is {near}")
     if others:
         print(f"no effect here: {', '.join(others)} of from_pretrained")
+
+
+class BitsAndBytesConfig(dict[str, Any]):
+    """transformers' settings of weights in four bits, by its keys; NF4 alone: ``bnb_4bit_quant_type="nf4"``.
+
+    Raises:
+        LoraMsError: other weights, or an unknown key.
+    """
+
+    def __init__(self, load_in_4bit: bool = False, **keys: Any):
+        super().__init__(load_in_4bit=load_in_4bit, **keys)
+        _quantisation(self)
 
 
 class TaskType(str, Enum):

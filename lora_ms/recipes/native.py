@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+FEW_ROWS = 100
+LITTLE = 0.01  # sum of the steps' highest learning rates; of ten rows with few_rows it is 0.045
+
+
 @dataclass(frozen=True)
 class NativeInputs:
     """What a run starts from, found and checked before the device is started."""
@@ -101,6 +105,11 @@ def prepare(inputs: NativeInputs, log: Tee) -> NativeRun:
                 f"seq_length {settings.seq_length} is beyond the {sizes.longest} positions that the model was made for"
             )
         estimate.announce(config, sizes, runtime, plan.layout.shapes[-1])
+        if len(plan.rows) < FEW_ROWS and plan.total_steps * settings.learning_rate < LITTLE:
+            print(
+                f"few rows: {plan.total_steps} steps at a learning rate of {settings.learning_rate:g} change a model "
+                "little; --preset few_rows takes more and larger ones"
+            )
     model = build_model(config, sizes, dtype, runtime)
     schedule_steps = settings.schedule_steps if settings.schedule_steps > 0 else plan.total_steps
     trained = adapter.attach(config, model, schedule_steps, runtime.shard)

@@ -145,6 +145,9 @@ def test_log_is_what_was_printed(done, token_rows):
     assert lines[0].startswith(f"data: 8 rows, {tokens} tokens, ")
     assert lines[1].startswith("  padding ")
     assert lines[2].startswith("memory: about ") and lines[2].endswith(" are free")
+    assert lines.pop(3).startswith(
+        "few rows: 4 steps at a learning rate of 0.0001 change a model little; --preset few_"
+    )
     lines = [lines[0], *lines[3:]]
     assert lines[1:4] == [
         "LoRA on 4 modules: 3,584 of 73,792 parameters train (4.86%)",

@@ -47,14 +47,15 @@ def test_a_flag_of_none_keeps_the_yaml(yaml_file):
 
 def test_presets(yaml_file):
     for name, (rank, alpha, dropout, rate) in {
+        "few_rows": (8, 32, 0.05, 1e-3),
         "small_dataset": (8, 32, 0.2, 1e-4),
         "large_dataset": (16, 64, 0.05, 3e-5),
     }.items():
         config = load_config(yaml_file(LORA), preset=name)
         assert config.pet_config == PetConfig(lora_rank=rank, lora_alpha=alpha, lora_dropout=dropout)
         assert config.learning_rate == rate
-    assert list(PRESETS) == ["small_dataset", "large_dataset"]
-    assert error_of(None, preset="big") == "unknown preset 'big': choose one of small_dataset, large_dataset"
+    assert list(PRESETS) == ["few_rows", "small_dataset", "large_dataset"]
+    assert error_of(None, preset="big") == "unknown preset 'big': choose one of few_rows, small_dataset, large_dataset"
 
 
 @pytest.mark.parametrize(("text", "value"), [("True", True), ("true", True), ("False", False), ("'False'", False)])

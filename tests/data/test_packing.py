@@ -127,3 +127,9 @@ def test_rows_that_cannot_share_lines_are_not_packed():
     plan = plan_of(np.random.default_rng(3).integers(390, 761, 136), 2)
     assert plan.layout.kind == "bucketed" and len(plan.layout.shapes) == 2
     assert plan.padding()["bucketed"] < 0.2
+
+
+def test_a_small_run_compiles_one_shape():
+    lengths = np.array([58, 31, 44, 40, 37, 38, 57, 41, 44, 30])
+    for batch_size in (1, 2, 5, 8):
+        assert len(plan_of(lengths, batch_size).layout.shapes) == 1

@@ -108,6 +108,17 @@ def test_types_by_all_their_names(tiny, capsys):
         load(tiny, device_mapp="auto")
 
 
+def test_settings_of_four_bits(tiny, capsys):
+    asked = lora_ms.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="bfloat16")
+    net = lora_ms.AutoModelForCausalLM.from_pretrained(tiny, quantization_config=asked)
+    assert sum(parameter.size for parameter in net.get_parameters()) < 2_000_000
+    assert "bnb_4bit_compute_dtype bfloat16 has no effect" in capsys.readouterr().out
+    with pytest.raises(Refused, match="bnb_4bit_quant_type 'fp4' .transformers' default. is not supported: nf4 is"):
+        lora_ms.BitsAndBytesConfig(load_in_4bit=True)
+    with pytest.raises(Refused, match="the nearest is load_in_8bit"):
+        lora_ms.BitsAndBytesConfig(load_in_4bit=True, load_in_8bits=True)
+
+
 def test_a_tokenizers_tensors_go_into_the_model(net, tokenizer, tmp_path):
     texts = ["Who are you?", "你"]
     tokenizer.padding_side = "left"
