@@ -1,6 +1,8 @@
 """Choosing the next token from its logits, in NumPy; the order and meaning of each step are transformers'."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +20,10 @@ class Sampling:
     top_p: float = 1.0  # keep the likeliest tokens whose probabilities reach this sum; 0 keeps one
     repetition_penalty: float = 1.0  # above 1: tokens that occurred become less likely
     seed: int = 0
+    min_p: float = 0.0  # drop the tokens whose probability is below this share of the likeliest's
+    presence_penalty: float = 0.0  # taken from the logit of a token that the answer has; -2 to 2
+    frequency_penalty: float = 0.0  # the same, once for each time that the answer has it
+    logit_bias: tuple[tuple[int, float], ...] = ()  # token ids, each with what is added to its logit, -100 to 100
 
     def __post_init__(self):
         for name, value, fits in (
@@ -25,6 +31,10 @@ class Sampling:
             ("top_k", self.top_k, self.top_k >= 0),
             ("top_p", self.top_p, 0 <= self.top_p <= 1),
             ("repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0),
+            ("min_p", self.min_p, 0 <= self.min_p <= 1),
+            ("presence_penalty", self.presence_penalty, -2 <= self.presence_penalty <= 2),
+            ("frequency_penalty", self.frequency_penalty, -2 <= self.frequency_penalty <= 2),
+            ("logit_bias", dict(self.logit_bias), all(-100 <= value <= 100 for _, value in self.logit_bias)),
         ):
             if not fits:
                 raise LoraMsError(f"{name} {value} is out of range")
@@ -37,7 +47,18 @@ class Sampling:
     @property
     def needs_logits(self) -> bool:
         """Whether more than the largest logit matters."""
-        return not self.greedy or self.repetition_penalty != 1
+        return not self.greedy or self.changes_logits
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether the likeliest token may be another than the model's."""
+        penalties = self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+        return penalties or bool(self.logit_bias)
+
+
+def random_stream(prompt: Sequence[int], seed: int, sample: int = 0) -> np.random.Generator:
+    """The random numbers of an answer to ``prompt``: the one of number ``sample`` among several."""
+    return np.random.default_rng([seed % 2**64, crc32(np.asarray(prompt, np.int32).tobytes()), sample])
 
 
 def penalise(logits: NDArray, seen: NDArray, penalty: float) -> NDArray:
@@ -67,7 +88,8 @@ def keep_top_p(logits: NDArray, p: float) -> NDArray:
     """Logits [v] with the least likely tokens at -inf whose probabilities together are at most 1 - p."""
     if p >= 1:
         return logits
-    order = np.argsort(logits, kind="stable")  # least likely first
+    kept = np.flatnonzero(logits > -np.inf)
+    order = kept[np.argsort(logits[kept], kind="stable")]  # least likely first
     drop = np.cumsum(softmax(logits)[order]) <= 1 - p
     drop[-1] = False
     out = logits.copy()
@@ -75,12 +97,54 @@ def keep_top_p(logits: NDArray, p: float) -> NDArray:
     return out
 
 
-def choose(logits: NDArray, seen: NDArray, sampling: Sampling, rng: np.random.Generator) -> int:
-    """The next token of one row: logits [v], ids ``seen`` so far."""
+def keep_min_p(logits: NDArray, p: float) -> NDArray:
+    """Logits [v] with the tokens at -inf whose probability is below ``p`` times the largest."""
+    if p <= 0:
+        return logits
+    return np.where(logits - logits.max() < np.log(p), -np.inf, logits)
+
+
+def penalise_answer(logits: NDArray, answer: NDArray, presence: float, frequency: float) -> NDArray:
+    """Logits [v] less ``presence`` for each id of ``answer``, and less ``frequency`` for each time it is there."""
+    out = logits.copy()
+    ids, counts = np.unique(answer, return_counts=True)
+    out[ids] -= (presence + frequency * counts).astype(out.dtype)
+    return out
+
+
+def adjusted(logits: NDArray, seen: NDArray, sampling: Sampling, answered: int) -> NDArray:
+    """Logits [v] with bias and penalties; ``seen`` and ``answered`` as ``choose`` has them."""
     s = sampling
+    if s.logit_bias:
+        logits = logits.copy()
+        for token, value in s.logit_bias:
+            logits[token] += value
     if s.repetition_penalty != 1:
         logits = penalise(logits, seen, s.repetition_penalty)
+    if answered and (s.presence_penalty or s.frequency_penalty):
+        logits = penalise_answer(logits, seen[-answered:], s.presence_penalty, s.frequency_penalty)
+    return logits
+
+
+def choose(logits: NDArray, seen: NDArray, sampling: Sampling, rng: np.random.Generator, answered: int = 0) -> int:
+    """The next token of one row: logits [v], ids ``seen`` so far, of which the last ``answered`` are the answer's.
+
+    Raises:
+        LoraMsError: the logits, or what the temperature makes of them, are not finite.
+    """
+    s = sampling
+    logits = adjusted(logits, seen, s, answered)
     if s.greedy:
         return int(np.argmax(logits))
-    logits = keep_top_p(keep_top_k(logits / s.temperature, s.top_k), s.top_p)
-    return int(rng.choice(len(logits), p=softmax(logits)))
+    with np.errstate(over="ignore", invalid="ignore"):
+        logits = keep_min_p(keep_top_p(keep_top_k(logits / s.temperature, s.top_k), s.top_p), s.min_p)
+        shares = softmax(logits)
+    if not np.isfinite(shares).all():
+        raise LoraMsError(f"no token can be drawn: the model's logits divided by {s.temperature} are not finite")
+    return int(rng.choice(len(logits), p=shares))
+
+
+def log_softmax(logits: NDArray) -> NDArray:
+    """Logarithms of the probabilities [..., v], float64."""
+    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
