@@ -87,18 +87,23 @@ def run_sides(script: str, args: argparse.Namespace, argv: list[str]) -> dict[st
             write_model(args, Path(folder))
         for _ in range(args.rounds):
             for side in SIDES:
-                python = sys.executable if side == "ours" else args.torch_python
-                command = [python, script, *argv, "--side", side, "--model", folder]
-                env = {**os.environ, "GLOG_v": "3", "LORA_MS_START": str(time.time())}
-                env["PYTHONPATH"] = str(Path(__file__).resolve().parent.parent)
-                if side == "ours":
-                    env["OMP_NUM_THREADS"] = "1"  # as the command line sets it; see lora_ms/cli/main.py
-                done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=folder)
-                if done.returncode:
-                    sys.exit(f"{side} failed:\n{done.stderr[-3000:]}")
-                results[side].append(json.loads(done.stdout.strip().splitlines()[-1]))
+                results[side].append(run_side(script, side, args.torch_python, argv, folder))
                 print(f"{side:6} {results[side][-1]}", flush=True)
     return results
+
+
+def run_side(script: str, side: str, torch_python: str, argv: list[str], folder: str) -> dict[str, float]:
+    """Runs ``script --side SIDE --model FOLDER`` in a process of its own; what its last line says."""
+    python = sys.executable if side == "ours" else torch_python
+    command = [python, script, *argv, "--side", side, "--model", folder]
+    env = {**os.environ, "GLOG_v": "3", "LORA_MS_START": str(time.time())}
+    env["PYTHONPATH"] = str(Path(__file__).resolve().parent.parent)
+    if side == "ours":
+        env["OMP_NUM_THREADS"] = "1"  # as the command line sets it; see lora_ms/cli/main.py
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=folder)
+    if done.returncode:
+        sys.exit(f"{side} failed:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def table(results: dict[str, list[dict]], rows: dict[str, str]) -> None:
