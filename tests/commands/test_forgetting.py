@@ -231,19 +231,21 @@ def test_scores_of_sets(text_model):
         right.append(np.sum(logits[places - 1].argmax(-1) == row.labels[places]))
         counts.append(len(places))
     losses, right, counts = map(np.array, (losses, right, counts))
+    best = [int(np.argmin(losses[:3])), int(np.argmin(losses[3:]))]
     store = TokenStore.of(rows)
     plan = held_out_plan(store, 1, tokenizer, 64, here, packing=False)
     sets = {
         "loss": ScoredSet("loss", held_out_plan(store, 2, tokenizer, 64, here)),
         "exact": ScoredSet("exact", plan),
-        "choice": ScoredSet("choice", plan, choices, [1, 0]),
+        "choice": ScoredSet("choice", plan, choices, best),
+        "half": ScoredSet("choice", plan, choices, [best[0], 1 - best[1]]),
     }
     found = SetScorer(net, sets, here, 128).scores()
-    best = [np.argmin(losses[:3]), np.argmin(losses[3:])]
     wanted = {
         "loss": (losses.sum() / counts.sum(), right.sum() / counts.sum()),
         "exact": (losses.sum() / counts.sum(), np.mean(right == counts)),
-        "choice": ((losses[1] + losses[3]) / (counts[1] + counts[3]), np.mean(np.array(best) == [1, 0])),
+        "choice": ((losses[best[0]] + losses[3 + best[1]]) / (counts[best[0]] + counts[3 + best[1]]), 1.0),
+        "half": ((losses[best[0]] + losses[4 - best[1]]) / (counts[best[0]] + counts[4 - best[1]]), 0.5),
     }
     for name, (loss, accuracy) in wanted.items():
         assert found[name]["loss"] == pytest.approx(loss, rel=1e-4), name
