@@ -204,7 +204,6 @@ def test_choices_are_read(tmp_path):
 
 def test_scores_of_sets(text_model):
     """Against the logits of the whole model, row by row."""
-    import mindspore as ms
     from mindspore import Tensor
 
     from lora_ms.data.choices import ChoiceRow, tokens_of
@@ -222,8 +221,10 @@ def test_scores_of_sets(text_model):
     rows, choices = tokens_of(tokenizer, questions, 64)
     assert choices == [3, 2] and len(rows) == 5
     right, losses, counts = [], [], []
-    for row in rows:
-        logits = net(Tensor(row.input_ids[None], ms.int32)).asnumpy()[0].astype(np.float64)
+    ids = np.zeros((len(rows), max(len(row.input_ids) for row in rows)), np.int32)
+    for line, row in zip(ids, rows, strict=True):
+        line[: len(row.input_ids)] = row.input_ids
+    for row, logits in zip(rows, net(Tensor(ids)).asnumpy().astype(np.float64), strict=True):
         logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         places = np.flatnonzero(row.labels != -100)
         losses.append(-logs[places - 1, row.labels[places]].sum())
