@@ -52,6 +52,7 @@ def evaluate(config: RunConfig) -> None:
         scorer = scorer_of(config, model, sets, tokenizer, preparation.seq_length, runtime)
         found = scorer.scores()
         if runtime.is_main:
+            print(*(line for one in sets.values() for line in one.lines), sep="\n")
             for name, one in found.items():
                 print(f"{name}: loss {one['loss']:.4f}  accuracy {one['accuracy']:.1%}  ({sets[name].metric})")
     if quiz is not None:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from lora_ms import storage
 from lora_ms.adapters.peft_files import read_entries, split_key
 from lora_ms.errors import LoraMsError
+from lora_ms.reading import parse_json
 
 KEY = "lora_ms_fisher"  # of the metadata
 Array = NDArray[np.float32]
@@ -35,9 +36,9 @@ def read(file: Path) -> Fisher:
         raise LoraMsError(f"{file}: no such file: lora-ms fisher writes it (objectives: ewc: fisher)")
     entries = storage.read_header(file)
     try:
-        settings = json.loads(storage.read_metadata(file)[KEY])
+        settings = parse_json(storage.read_metadata(file)[KEY])
         rows, start = settings["rows"], settings["start"]
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, RecursionError):
         raise LoraMsError(f"{file}: no Fisher information: lora-ms fisher writes such files") from None
     if type(rows) is not int or rows < 1 or not isinstance(start, str) or not entries:
         raise LoraMsError(f"{file}: its metadata are none that lora-ms fisher has written")

@@ -16,6 +16,7 @@ from lora_ms.data.tokenizer import pad_id
 from lora_ms.errors import LoraMsError
 from lora_ms.objectives import fisher_file
 from lora_ms.objectives.parameter_terms import EwcKeys
+from lora_ms.reading import parse_json
 from lora_ms.recipes import adapter, data, session
 from lora_ms.recipes.model import build_model, compute_dtype, read_sizes
 from lora_ms.text import counted
@@ -59,12 +60,12 @@ def measure(config: RunConfig, output: str | None = None, params: str | None = N
     sizes = read_sizes(config)
     tokenizer = data.tokenizer_for(config, training=True)
     preparation = data.preparation_of(config, config.train_dataset, sizes.max_position_embeddings, sizes.vocab_size)
-    stores = [
-        data.rows_of(config.train_dataset.model_copy(update={"mix": []}), [source], tokenizer, preparation).store
-        for source in general_sources(config)
-    ]
-    store = TokenStore.join(stores)
+    dataset = config.train_dataset.model_copy(update={"mix": []})
+    parts = [data.rows_of(dataset, [source], tokenizer, preparation) for source in general_sources(config)]
+    store = TokenStore.join([rows.store for rows in parts])
     runtime = session.start(config)
+    if runtime.is_main:
+        print(*(line for rows in parts for report in rows.reports for line in report.lines()), sep="\n")
     model = build_model(config, sizes, compute_dtype(config, runtime), runtime)
     adapter.attach(config, model, 10**6)
     trained = {name: p for name, p in model.parameters_and_names() if p.requires_grad}
@@ -121,9 +122,9 @@ def _resume(part: Path, settings: dict, run: FisherRun, numbers: int) -> int:
         return 0
     entries = storage.read_header(part)
     try:
-        stored = json.loads(storage.read_metadata(part)[fisher_file.KEY])
+        stored = parse_json(storage.read_metadata(part)[fisher_file.KEY])
         done = stored.pop("done")
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, AttributeError, TypeError, ValueError, RecursionError):
         raise LoraMsError(f"{part}: not what an unfinished lora-ms fisher leaves: remove it") from None
     fits = stored == settings and TOTAL in entries and entries[TOTAL].shape == (numbers,)
     if not fits or type(done) is not int or not 0 <= done <= run.plan.steps_per_epoch:

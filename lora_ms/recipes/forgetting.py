@@ -21,6 +21,7 @@ class ReadSet:
     store: TokenStore
     choices: tuple[int, ...] = ()
     right: tuple[int, ...] = ()
+    lines: tuple[str, ...] = ()  # what became of the rows, for people
 
 
 def read_sets(config: RunConfig, tokenizer, preparation: Preparation) -> dict[str, ReadSet]:
@@ -45,7 +46,10 @@ def read_sets(config: RunConfig, tokenizer, preparation: Preparation) -> dict[st
                 own = data.preparation_of(config, config.eval_dataset, preparation.seq_length, preparation.vocab_size)
                 own = replace(own, num_samples=keys.num_samples)
                 dataset = config.eval_dataset.model_copy(update={"mix": []})
-                found[name] = ReadSet(keys.metric, data.rows_of(dataset, [keys.dataset_dir], tokenizer, own).store)
+                prepared = data.rows_of(dataset, [keys.dataset_dir], tokenizer, own)
+                lines = [line for report in prepared.reports for line in report.lines()]
+                lines[0] = lines[0].replace("data:", f"evaluation.sets.{name}:", 1)
+                found[name] = ReadSet(keys.metric, prepared.store, lines=tuple(lines))
         except LoraMsError as error:
             raise LoraMsError(f"evaluation.sets.{name}: {error}") from None
     return found

@@ -133,6 +133,8 @@ def prepare(inputs: NativeInputs, log: Tee) -> NativeRun:
     if inputs.sets:
         scorer = scorer_of(config, model, inputs.sets, tokenizer, settings.seq_length, runtime)
         callbacks.append(ForgettingReport(scorer))
+        if runtime.is_main:
+            print(*(line for one in inputs.sets.values() for line in one.lines), sep="\n")
     weights = weights_of(model, trained, tokenizer, hook, runtime.shard)
     earlier = earlier_outputs(output_dir)
     if runtime.is_main and earlier and not settings.resume:

@@ -14,7 +14,12 @@ def settings_of(config: RunConfig, longest: int) -> TrainSettings:
     """The settings that ``config`` holds. Here are only those that are more than the value of one key.
 
     longest: the model's own limit, in tokens.
+
+    Raises:
+        LoraMsError: a file that a term of the loss names is not there, or is none of its kind.
     """
+    for term in config.objectives:
+        term.check()
     runner = config.runner_config
     schedule = config.lr_schedule
     scale = loss_scale(config)

@@ -39,22 +39,17 @@ def flags(model: Path, files: dict[str, str], output: Path, *more: str) -> list[
 LORA = ["--lora_rank", "2", "--lora_alpha", "16", "--target_modules", "q_proj|up_proj", "--lora_dropout", "0"]
 
 
-def single_rows(model: Path, file: str, adapter: bool) -> dict[str, np.ndarray]:
+def single_rows(model: Path, file: str) -> dict[str, np.ndarray]:
     """The mean squared gradient, from a loop over rows with ``value_and_grad`` of the whole model."""
     import mindspore as ms
     from mindspore import Tensor, ops
 
-    from lora_ms.adapters.inject import inject
-    from lora_ms.adapters.methods.lora import LoraConfig
     from lora_ms.data.collate import collate
     from lora_ms.data.example import TokenRow
     from lora_ms.models.hub import load_directory
     from lora_ms.train.parts import SummedLoss
 
-    ms.set_seed(3)
     net = load_directory(model)
-    if adapter:
-        inject(net, LoraConfig(2, 16.0, 0.0, "q_proj|up_proj"))
     trained = {name: p for name, p in net.parameters_and_names() if p.requires_grad}
     gradient = ops.value_and_grad(SummedLoss(net, 128).set_train(), None, ms.ParameterTuple(list(trained.values())))
     rows = [json.loads(line) for line in Path(file).read_text().splitlines()]
@@ -68,18 +63,16 @@ def single_rows(model: Path, file: str, adapter: bool) -> dict[str, np.ndarray]:
     return total
 
 
-@pytest.mark.parametrize("adapter", [False, True])
-def test_fisher_is_the_mean_over_single_rows(model, files, tmp_path, capsys, adapter):
-    """Of the general part alone; all parameters, and an adapter's; at the values before training."""
+def test_fisher_is_the_mean_over_single_rows(model, files, tmp_path, capsys):
+    """Of the general part alone, at the values before training."""
     file = tmp_path / "f.safetensors"
-    words = LORA if adapter else ["--options", "pet_config=null"]
-    assert main(["fisher", *flags(model, files, tmp_path / "o"), *words, "--output", str(file)]) == 0
+    words = [*flags(model, files, tmp_path / "o"), "--options", "pet_config=null"]
+    assert main(["fisher", *words, "--output", str(file)]) == 0
     assert "on 3 rows" in capsys.readouterr().out
-    found, wanted = load_file(file), single_rows(model, files["general"], adapter)
+    found, wanted = load_file(file), single_rows(model, files["general"])
     assert sorted(found) == sorted(wanted)
     for name, value in wanted.items():
         np.testing.assert_allclose(found[name], value, rtol=1e-4, atol=1e-5 * value.max(), err_msg=name)
-        assert value.any() == (not name.endswith("lora_a"))  # B is 0 before training
     with safe_open(file, "numpy") as opened:
         settings = json.loads(opened.metadata()["lora_ms_fisher"])
     assert settings["rows"] == 3 and settings["loss"] == "mean over the row's label tokens"
@@ -111,6 +104,7 @@ def test_fisher_goes_on_where_it_was_stopped(model, files, tmp_path, monkeypatch
     assert main([*words, "--output", str(tmp_path / "cut")]) == 0
     assert "going on after 2 of 3 steps" in capsys.readouterr().out
     whole, cut = load_file(tmp_path / "whole"), load_file(tmp_path / "cut")
+    assert all(value.any() for value in whole.values())
     for name, value in whole.items():
         np.testing.assert_array_equal(cut[name], value, err_msg=name)
     assert main([*words[:-1], "nothing"]) == 2
@@ -176,6 +170,11 @@ def test_terms_need_their_rows(model, files, tmp_path, capsys):
     words = [*flags(model, files, tmp_path), "--options", "objectives=[{type: contrastive}]"]
     assert main(["finetune", *words, "--train_dataset.mix.1.role", "domain"]) == 2
     assert "contrastive needs domain and general rows" in capsys.readouterr().err
+    missing = "objectives=[{type: ewc, fisher: nowhere}]"
+    for more in ([], ["--dry_run"]):
+        assert main(["finetune", *words, missing, *more]) == 2
+        said = capsys.readouterr()
+        assert "nowhere: no such file: lora-ms fisher writes it" in said.err + said.out
     assert main(["finetune", *words, "backend=mindformers"]) == 2
     assert "objectives need backend native" in capsys.readouterr().err
 
@@ -205,7 +204,6 @@ def test_choices_are_read(tmp_path):
 
 def test_scores_of_sets(text_model):
     """Against the logits of the whole model, row by row."""
-    import mindspore as ms
     from mindspore import Tensor
 
     from lora_ms.data.choices import ChoiceRow, tokens_of
@@ -223,27 +221,31 @@ def test_scores_of_sets(text_model):
     rows, choices = tokens_of(tokenizer, questions, 64)
     assert choices == [3, 2] and len(rows) == 5
     right, losses, counts = [], [], []
-    for row in rows:
-        logits = net(Tensor(row.input_ids[None], ms.int32)).asnumpy()[0].astype(np.float64)
+    ids = np.zeros((len(rows), max(len(row.input_ids) for row in rows)), np.int32)
+    for line, row in zip(ids, rows, strict=True):
+        line[: len(row.input_ids)] = row.input_ids
+    for row, logits in zip(rows, net(Tensor(ids)).asnumpy().astype(np.float64), strict=True):
         logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         places = np.flatnonzero(row.labels != -100)
         losses.append(-logs[places - 1, row.labels[places]].sum())
         right.append(np.sum(logits[places - 1].argmax(-1) == row.labels[places]))
         counts.append(len(places))
     losses, right, counts = map(np.array, (losses, right, counts))
+    best = [int(np.argmin(losses[:3])), int(np.argmin(losses[3:]))]
     store = TokenStore.of(rows)
     plan = held_out_plan(store, 1, tokenizer, 64, here, packing=False)
     sets = {
         "loss": ScoredSet("loss", held_out_plan(store, 2, tokenizer, 64, here)),
         "exact": ScoredSet("exact", plan),
-        "choice": ScoredSet("choice", plan, choices, [1, 0]),
+        "choice": ScoredSet("choice", plan, choices, best),
+        "half": ScoredSet("choice", plan, choices, [best[0], 1 - best[1]]),
     }
     found = SetScorer(net, sets, here, 128).scores()
-    best = [np.argmin(losses[:3]), np.argmin(losses[3:])]
     wanted = {
         "loss": (losses.sum() / counts.sum(), right.sum() / counts.sum()),
         "exact": (losses.sum() / counts.sum(), np.mean(right == counts)),
-        "choice": ((losses[1] + losses[3]) / (counts[1] + counts[3]), np.mean(np.array(best) == [1, 0])),
+        "choice": ((losses[best[0]] + losses[3 + best[1]]) / (counts[best[0]] + counts[3 + best[1]]), 1.0),
+        "half": ((losses[best[0]] + losses[4 - best[1]]) / (counts[best[0]] + counts[4 - best[1]]), 0.5),
     }
     for name, (loss, accuracy) in wanted.items():
         assert found[name]["loss"] == pytest.approx(loss, rel=1e-4), name

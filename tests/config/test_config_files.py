@@ -33,6 +33,7 @@ SIZES = {
     "lora_tiny": (None,) * 11,
     "adalora_tiny": (None,) * 11,
     "dora_tiny": (None,) * 11,
+    "hybrid_tiny": (None,) * 11,
 }
 
 ARTICLE = """

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import mindspore as ms
 import numpy as np
 import pytest
 from mindspore import Parameter, Tensor
@@ -293,3 +294,65 @@ def test_kl_anchor(graph_mode, trains_head, monkeypatch):
     np.testing.assert_allclose(float(value.asnumpy()), wanted(wide, head), rtol=1e-4)
     np.testing.assert_allclose(d_hidden.asnumpy(), numeric(lambda x: wanted(x, head), wide), rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(d_head.asnumpy(), numeric(lambda x: wanted(wide, x), head), rtol=1e-4, atol=1e-4)
+
+
+# --- against torch
+
+
+def test_terms_of_parameters_against_torch(graph_mode, golden, tmp_path):
+    z = golden("forgetting")
+    name = "model.layers.0.mlp.up_proj.lora_a"
+    start = Start([name], [Parameter(Tensor(z["start"].astype(np.float32)), name=name)])
+    fisher_file.write(tmp_path / "f", {name: z["fisher"].astype(np.float32)}, {"rows": 1, "start": ""})
+    (ewc,) = keys({"type": "ewc", "weight": 0.2, "fisher": str(tmp_path / "f")})
+    check(ewc.parameter_term(start), z["w"].ravel(), float(z["ewc"]), z["d_ewc"].ravel())
+    overlap = Overlap.of(start, [{name.removesuffix(".lora_a"): z["earlier"].astype(np.float32)}], 0.5)
+    check(overlap, z["w"].ravel(), float(z["orthogonal"]), z["d_orthogonal"].ravel())
+
+
+def test_a_hybrid_loss_against_torch(graph_mode, golden):
+    """Through ``SummedLoss``, as a training step computes it: each term, and the gradient of the sum."""
+    from mindspore import nn, ops
+
+    from lora_ms.ops import PORTABLE
+    from lora_ms.train.parts import Finish, ScaledLoss, SummedLoss
+
+    z = golden("forgetting")
+    wide = {key: z[key].astype(np.float32) for key in ("hidden", "head", "before", "first_head")}
+    counts, general = z["counts"], z["general"]
+    ends = np.cumsum(counts)
+    states = [wide["before"][end - count : end] for end, count, g in zip(ends, counts, general, strict=True) if g]
+    given = GivenRows(general, counts, lambda rows: states, lambda: wide["first_head"])
+    terms = [
+        term.row_term(given)
+        for term in keys({"type": "contrastive", "weight": 0.1}, {"type": "kl_anchor", "weight": 0.3})
+    ]
+
+    class Model(nn.Cell):
+        """A norm that changes nothing, and a head."""
+
+        def __init__(self):
+            super().__init__()
+            self.operators = PORTABLE
+            self.model = nn.Cell()
+            self.model.norm = nn.Identity()
+            self.weight = Parameter(Tensor(wide["head"]), name="head")
+
+        def head_weight(self):
+            return self.weight
+
+    rows = np.arange(4)
+    extras = [a for t in terms for a in t.rows.arrays(rows, counts, 12, 11 / t.rows.units(rows))]
+    model = Model()
+    loss = Finish(SummedLoss(model, 9, terms=[term.cell for term in terms]))
+    scale = Parameter(Tensor(1.0 / 11), name="scale", requires_grad=False)
+    hidden = np.concatenate([wide["hidden"], np.ones((1, 5), np.float32)])  # the last slot is unused
+    targets = np.concatenate([z["targets"], [-100]]).astype(np.int32)
+    gradient = ops.value_and_grad(ScaledLoss(loss, scale), 0, ms.ParameterTuple([model.weight]), has_aux=True)
+    (total, parts), (d_hidden, (d_head,)) = gradient(*map(Tensor, (hidden, targets, *extras)))
+    names = ("cross_entropy", "contrastive", "kl_anchor")
+    np.testing.assert_allclose(parts.asnumpy() / 11, [z[name] for name in names], rtol=1e-4)
+    np.testing.assert_allclose(float(total.asnumpy()), sum(z[name] for name in names), rtol=1e-4)
+    np.testing.assert_allclose(d_hidden.asnumpy()[:11], z["d_hidden"], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(d_head.asnumpy(), z["d_head"], rtol=1e-4, atol=1e-5)
+    assert not d_hidden.asnumpy()[11].any()
