@@ -100,9 +100,10 @@ class Generator:
         """
         sampling = sampling or Sampling()
         check_prompts(prompts, self.model.config.vocab_size)
+        lead = list(self.model.leading_ids)
         limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
         streams = random_streams(prompts, sampling.seed)
-        rows = [_Row(*row) for row in zip(prompts, streams, limits, strict=True)]
+        rows = [_Row(lead, *row) for row in zip(prompts, streams, limits, strict=True)]
         model = self._model_for(rows)
 
         def add(tokens: dict[int, int]) -> None:
@@ -112,7 +113,7 @@ class Generator:
                     on_token(i, token)
 
         with model.running():
-            for begin in range(0, max(map(len, prompts)), PIECE):
+            for begin in range(0, max(len(row.prompt) for row in rows), PIECE):
                 with interruptible():
                     found = self._read_piece(model, rows, begin, sampling)
                 add(found)
@@ -170,14 +171,15 @@ class Generator:
             best = found[1].asnumpy()
             return {i: int(best[i]) for i in wanted}
         logits = found[0].asnumpy()
-        return {i: choose(logits[i], np.array(rows[i].all), sampling, rows[i].rng) for i in wanted}
+        return {i: choose(logits[i], np.array(rows[i].real), sampling, rows[i].rng) for i in wanted}
 
 
 class _Row:
-    """One prompt and what has come of it."""
+    """One prompt and what has come of it; lead: the ids of virtual tokens that stand before it."""
 
-    def __init__(self, prompt: Sequence[int], rng: np.random.Generator, limit: int):
-        self.prompt = list(prompt)
+    def __init__(self, lead: Sequence[int], prompt: Sequence[int], rng: np.random.Generator, limit: int):
+        self.prompt = [*lead, *prompt]
+        self.virtual = len(lead)
         self.new: list[int] = []
         self.rng = rng
         self.limit = limit  # most new tokens
@@ -186,6 +188,11 @@ class _Row:
     @property
     def all(self) -> list[int]:
         return self.prompt + self.new
+
+    @property
+    def real(self) -> list[int]:
+        """``all`` but for the virtual tokens."""
+        return self.all[self.virtual :]
 
     def add(self, token: int, eos_token_ids: Sequence[int]) -> None:
         self.new.append(token)

@@ -191,11 +191,13 @@ class Trainer:
         preparation = Preparation(seq_length=settings.seq_length, keep_placeholders=True)
         rows = read([self.train_dataset], preparation, tally)
         vocab_size = self.model.config.vocab_size
-        plan = data.plan_rows(rows, self.tokenizer, settings, runtime, vocab_size=vocab_size, tally=tally)
+        if self.peft:
+            self.peft.unmerge_adapter()
+        lead = self.model.leading_ids
+        plan = data.plan_rows(rows, self.tokenizer, settings, runtime, vocab_size=vocab_size, tally=tally, lead=lead)
         config = None
         hook = None
         if self.peft:
-            self.peft.unmerge_adapter()
             config = self.peft.active_peft_config.for_run(plan.total_steps)
             hook = config.step_hook(self.model)
         run = NativeRun(
@@ -225,5 +227,6 @@ class Trainer:
             settings.seq_length,
             runtime,
             packing=settings.packing,
+            lead=self.model.leading_ids,
         )
         return Evaluator(self.model, plan, vocab_size, runtime)

@@ -77,7 +77,8 @@ def prepare(inputs: NativeInputs, log: Tee) -> NativeRun:
             log.to(output_dir / RUN_LOG)
             checkpoint.recover(output_dir)
         checkpoint.find(output_dir, settings.resume)
-    plan = data.plan_training(inputs.rows, tokenizer, settings, runtime)
+    lead = adapter.leading_ids(config, sizes)
+    plan = data.plan_training(inputs.rows, tokenizer, settings, runtime, lead)
     if runtime.is_main:
         if settings.seq_length > sizes.longest:
             print(
@@ -86,7 +87,7 @@ def prepare(inputs: NativeInputs, log: Tee) -> NativeRun:
         estimate.announce(config, sizes, runtime, plan.layout.shapes[-1])
     model = build_model(config, sizes, dtype, runtime)
     schedule_steps = settings.schedule_steps if settings.schedule_steps > 0 else plan.total_steps
-    trained = adapter.attach(config, model, schedule_steps, runtime.shard)
+    trained = adapter.attach(config, model, schedule_steps, runtime.shard, tokenizer)
     hook = None if trained is None else trained.step_hook(model)
     if runtime.is_main:
         print(*four_bits_lines(model), report(model, trained, runtime.shard).line(), sep="\n")

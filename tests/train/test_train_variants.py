@@ -86,10 +86,14 @@ def start(model, config: AdapterConfig, z: dict[str, np.ndarray]) -> None:
     assert used == set(initial)
 
 
-def batches(z: dict[str, np.ndarray], step: int):
+def batches(z: dict[str, np.ndarray], step: int, lead: range):
+    first, unlearnt = np.array(lead, np.int32), np.full(len(lead), -100, np.int32)
     for ids, labels, lengths in zip(z["input_ids"][step], z["labels"][step], z["lengths"][step], strict=True):
-        rows = [TokenRow("", ids[i, :n], labels[i, :n]) for i, n in enumerate(lengths)]
-        yield tuple(map(Tensor, collate([[row] for row in rows], 3, 16, 48, 0)[:4]))
+        rows = [
+            TokenRow("", np.append(first, ids[i, :n]), np.append(unlearnt, labels[i, :n]))
+            for i, n in enumerate(lengths)
+        ]
+        yield tuple(map(Tensor, collate([[row] for row in rows], 3, 16 + len(lead), 48, 0)[:4]))
 
 
 @pytest.fixture(scope="module", params=list(CONFIGS))
@@ -124,7 +128,7 @@ def traced(request, reference, golden, native) -> Traced:
     found = Traced(name, z, losses=[], norms=[], first={}, final={}, kept=[])
     for step in range(len(z["loss"])):
         label_tokens = int(z["label_tokens"][step].sum())
-        loss = sum(float(micro_step(*batch).asnumpy()) for batch in batches(z, step)) / label_tokens
+        loss = sum(float(micro_step(*batch).asnumpy()) for batch in batches(z, step, model.leading_ids)) / label_tokens
         grad = optimizer.grad.asnumpy() / label_tokens
         for objective in objectives:
             term, term_grad = objective(Tensor(np.concatenate([p.asnumpy().ravel() for p in params])))
