@@ -14,6 +14,7 @@ from lora_ms.adapters.methods.ia3 import IA3Config
 from lora_ms.adapters.methods.lora import LoraConfig
 from lora_ms.adapters.methods.miss import MissConfig
 from lora_ms.adapters.methods.prompt import PromptTuningConfig
+from lora_ms.adapters.methods.ptuning import PTuningConfig
 from lora_ms.adapters.methods.training import rate_factors
 from lora_ms.adapters.methods.vera import VeraConfig
 from lora_ms.data.collate import collate
@@ -50,6 +51,9 @@ CONFIGS = {
     "vera_qwen2": VeraConfig(SOME, lora_rank=6),
     "miss_qwen2": MissConfig(SOME, lora_rank=4),
     "prompt_qwen2": PromptTuningConfig(num_virtual_tokens=3),
+    "ptuning_lstm_llama3": PTuningConfig(
+        num_virtual_tokens=3, encoder_reparameterization_type="LSTM", encoder_hidden_size=8
+    ),
     "miss_bat_qwen3": MissConfig(SOME, lora_rank=4, init_weights="bat"),
 }
 # A trace whose last digits are not its own: one ulp on the embedding's start moves our final embedding by up to 7e-5,
