@@ -2,6 +2,7 @@
 
 from lora_ms.adapters.methods.adalora import AdaLoraConfig
 from lora_ms.adapters.methods.base import AdapterConfig
+from lora_ms.adapters.methods.bottleneck import BottleneckConfig
 from lora_ms.adapters.methods.ia3 import IA3Config
 from lora_ms.adapters.methods.lora import LoraConfig
 from lora_ms.adapters.methods.miss import MissConfig
@@ -17,6 +18,7 @@ METHODS: dict[str, type[AdapterConfig]] = {  # by pet_config's pet_type; the fir
     "miss": MissConfig,
     "prompt": PromptTuningConfig,
     "ptuning": PTuningConfig,
+    "adapter": BottleneckConfig,
 }
 
 # names of the parameters that adapter cells train, at the end of their paths
