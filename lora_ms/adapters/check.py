@@ -85,7 +85,8 @@ def check_keys(
 ) -> Iterator[Check]:
     """Names of tensors, and whether the patterns of the settings fit them."""
     odd = [key for key in entries if peft_files.split_key(key) is None]
-    bare = [key for key in entries if key not in peft_files.SHARED_KEYS and not key.startswith(peft_files.PREFIX)]
+    own = {*peft_files.SHARED_KEYS, *peft_files.ROOT_KEYS}
+    bare = [key for key in entries if key not in own and not key.startswith(peft_files.PREFIX)]
     if odd:
         yield Check("keys", FAULT, f"{counted(len(odd), 'tensor')} of no known name: {few(odd)}")
     elif bare:

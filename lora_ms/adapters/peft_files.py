@@ -43,6 +43,7 @@ def _tensor_names() -> tuple[str, ...]:
 
 
 TENSOR_NAMES = _tensor_names()
+ROOT_KEYS = {key: module for method in METHODS.values() for key, module in method.ROOT_TENSORS.items()}
 SHARED_KEYS = {f"{ROOT}{name}": name for method in METHODS.values() for name in method.SHARED_TENSORS}
 AdapterFile = with_keys(
     AdapterJson, {name: kind for method in METHODS.values() for name, kind in method.PEFT_KEYS.items()}
@@ -75,6 +76,8 @@ def split_key(key: str) -> TensorKey | None:
 
     A path may itself hold "weight" or "lora_A", so the names are matched at the end alone, the longest first.
     """
+    if key in ROOT_KEYS:
+        return TensorKey(ROOT_KEYS[key], key)
     path = key.removeprefix(PREFIX)
     for tensor in TENSOR_NAMES:
         if path.endswith("." + tensor):
@@ -95,6 +98,14 @@ def by_module(tensors: Mapping[str, Stored]) -> dict[str, dict[str, Stored]]:
         if any(tensor in own for method in owners for tensor in method.TENSORS):
             own |= shared
     return modules
+
+
+def key_of(module: str, tensor: str) -> str:
+    """The reverse of ``split_key``, also of a tensor that modules share."""
+    if ROOT_KEYS.get(tensor) == module:
+        return tensor
+    shared = f"{ROOT}{tensor}"
+    return shared if shared in SHARED_KEYS else f"{PREFIX}{module}.{tensor}"
 
 
 def usual_key(key: str) -> str:

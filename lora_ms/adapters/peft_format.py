@@ -30,12 +30,12 @@ from lora_ms.adapters.peft_files import (
     BASE_QUANTIZATION,
     CONFIG,
     PREFIX,
-    ROOT,
     SHARED_KEYS,
     WEIGHTS,
     by_module,
     check_finite,
     check_patterns,
+    key_of,
     read_adapter_config,
     read_entries,
     split_key,
@@ -55,12 +55,7 @@ def stored_tensors(model: nn.Cell, config: AdapterConfig) -> dict[str, dict[str,
 
 def by_key(modules: Mapping[str, Mapping[str, Array]]) -> dict[str, Array]:
     """Numbers by PEFT's keys, from those by module and tensor; what modules share stands there once."""
-    found: dict[str, Array] = {}
-    for name, tensors in modules.items():
-        for tensor, value in tensors.items():
-            shared = f"{ROOT}{tensor}"
-            found[shared if shared in SHARED_KEYS else f"{PREFIX}{name}.{tensor}"] = value
-    return found
+    return {key_of(name, tensor): value for name, tensors in modules.items() for tensor, value in tensors.items()}
 
 
 def adapter_tensors(model: nn.Cell, config: AdapterConfig, shard: Shard = WHOLE) -> dict[str, Array]:

@@ -43,7 +43,7 @@ def evaluate(config: RunConfig) -> None:
     runtime = session.start(config)
     model = model_for_use(config, runtime)
     if sources:
-        plan = plan_of(config, rows.store, tokenizer, preparation.seq_length, runtime)
+        plan = plan_of(config, rows.store, tokenizer, preparation.seq_length, runtime, model.leading_ids)
         scores = Evaluator(model, plan, sizes.vocab_size, runtime).scores()
         if runtime.is_main:
             print(*(line for report in rows.reports for line in report.lines()), sep="\n")

@@ -71,6 +71,29 @@ class TokenStore(Sequence[TokenRow]):
             )
         )
 
+    def led_by(self, ids: Sequence[int]) -> TokenStore:
+        """Rows that begin with ``ids``, which are not learnt."""
+        count = len(ids)
+        if not count:
+            return self
+        old = self.columns
+        starts = np.concatenate([[0], old.ends[:-1]]) + count * np.arange(len(self))
+        places = np.arange(len(old.ids)) + count * (1 + np.repeat(np.arange(len(self)), self.lengths))
+
+        def put(before: Sequence[int], numbers: NDArray[np.int32]) -> NDArray[np.int32]:
+            array = np.empty(len(numbers) + count * len(self), np.int32)
+            array[starts[:, None] + np.arange(count)] = np.asarray(before, np.int32)
+            array[places] = numbers
+            return array
+
+        return TokenStore(
+            old._replace(
+                ids=put(ids, old.ids),
+                labels=put([IGNORE_INDEX] * count, old.labels),
+                ends=old.ends + count * np.arange(1, len(self) + 1),
+            )
+        )
+
     def take(self, indices: NDArray[np.int64]) -> TokenStore:
         """The rows of these indices."""
         return TokenStore.of([self[int(index)] for index in indices])

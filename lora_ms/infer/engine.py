@@ -132,6 +132,7 @@ class Engine:
         self.piece = piece
         self.length = cache_length(model, rows, piece) if length is None else length
         self.adapters = adapters
+        self.lead = tuple(model.leading_ids)  # of virtual tokens, which stand before every prompt
         self._slots = -(-self.length // piece) * piece  # pieces are written whole
         self.graphs = CachedModel(self.model, rows, self._slots, piece)
         # a rotation that grows with the text makes of equal beginnings unequal keys
@@ -179,11 +180,12 @@ class Engine:
             value = getattr(request, name)
             if value is not None and value < 0:
                 raise LoraMsError(f"{name} {value} is out of range")
-        needed = len(request.prompt) + request.max_new_tokens
+        needed = len(self.lead) + len(request.prompt) + request.max_new_tokens
         if needed > self.length:
+            virtual = f" with {len(self.lead)} virtual ones" if self.lead else ""
             raise LoraMsError(
                 f"the prompt has {len(request.prompt):,} tokens and max_new_tokens is {request.max_new_tokens:,}, "
-                f"{needed:,} together, and a row has room for {self.length:,}: shorten one of them"
+                f"{needed:,} together{virtual}, and a row has room for {self.length:,}: shorten one of them"
             )
         lease = NO_ADAPTER
         if request.adapter is not None:
@@ -191,7 +193,7 @@ class Engine:
                 raise LoraMsError(f"no adapter {request.adapter!r}: this engine has none")
             lease = self.adapters.acquire(request.adapter)
         self._next_id += 1
-        self._waiting.append(_Row(self._next_id, request, lease))
+        self._waiting.append(_Row(self._next_id, request, lease, self.lead))
         return self._next_id
 
     def cancel(self, id: int) -> None:
@@ -267,13 +269,13 @@ class Engine:
         request = row.request
         if not self._shares or line.stale or line.lease != row.lease or request.prompt_logprobs is not None:
             return 0
-        count = min(line.whole, len(request.prompt) - 1)
+        count = min(line.whole, len(row.ids) - 1)
         different = np.flatnonzero(line.ids[:count] != row.ids[:count])
         return (int(different[0]) if len(different) else count) // self.piece * self.piece
 
     def _next_to_read(self) -> "_Row | None":
         """The row that has waited longest among those whose prompts have not been read."""
-        unread = [row for row in self._rows() if row.line.used < len(row.request.prompt)]
+        unread = [row for row in self._rows() if row.line.used < len(row.ids)]
         return min(unread, key=lambda row: row.id) if unread else None
 
     def _take_over(self, row: "_Row") -> None:
@@ -291,28 +293,28 @@ class Engine:
     def _read_piece(self, row: "_Row") -> list[Event]:
         """Reads one piece of the prompt."""
         line = row.line
-        prompt = row.request.prompt
         begin = line.used
         part = row.ids[begin : begin + self.piece]
         ids = np.zeros(self.piece, np.int32)
         ids[: len(part)] = part
         self._choose([row.lease[0]])
         with self.graphs.running(), interruptible():
-            logits, best, hidden = self.graphs.read(line.number, ids, begin, len(prompt), len(part) - 1)
+            logits, best, hidden = self.graphs.read(line.number, ids, begin, len(row.ids), len(part) - 1)
             best = best.asnumpy()
         if row.request.prompt_logprobs is not None:
-            following = prompt[begin + 1 : begin + self.piece + 1]
-            scores = log_softmax(self.graphs.scores(hidden)[: len(following)])
+            first = max(begin, row.virtual) + 1  # virtual tokens are not predicted, nor is the prompt's first
+            following = row.ids[first : begin + self.piece + 1].tolist()
+            scores = log_softmax(self.graphs.scores(hidden)[first - begin - 1 :][: len(following)])
             top = row.request.prompt_logprobs
             row.prompt_logprobs += [token_logprob(t, s, top) for t, s in zip(following, scores, strict=True)]
         line.write(part)
         if len(part) == self.piece:
             line.whole = line.used
-        return [] if line.used < len(prompt) else self._told([row], [0], logits, best)
+        return [] if line.used < len(row.ids) else self._told([row], [0], logits, best)
 
     def _next_tokens(self) -> list[Event]:
         """The next token of each row whose prompt has been read."""
-        rows = [row for row in self._rows() if row.line.used >= len(row.request.prompt)]
+        rows = [row for row in self._rows() if row.line.used >= len(row.ids)]
         if not rows:
             return []
         ids = np.zeros(self.rows, np.int32)
@@ -423,16 +425,18 @@ class _Row:
 
     Attributes:
         line: of the cache; set when the row joins.
+        ids: the prompt's, after those of the virtual tokens.
         shared: tokens of the prompt that were not computed again.
     """
 
     line: _Line
 
-    def __init__(self, id: int, request: Request, lease: Lease):
+    def __init__(self, id: int, request: Request, lease: Lease, lead: Sequence[int]):
         self.id = id
         self.request = request
         self.lease = lease
-        self.ids = np.array(request.prompt, np.int32)
+        self.virtual = len(lead)
+        self.ids = np.array([*lead, *request.prompt], np.int32)
         self.new: list[int] = []
         self.shared = 0
         self.prompt_logprobs: list[TokenLogprob] = []
@@ -449,7 +453,7 @@ class _Row:
             return best, None
         token = best
         if request.sampling.needs_logits:
-            seen = np.concatenate([self.ids, np.array(self.new, np.int32)])
+            seen = np.concatenate([self.ids[self.virtual :], np.array(self.new, np.int32)])
             token = choose(logits, seen, request.sampling, self.rng, len(self.new))
         if request.logprobs is None:
             return token, None

@@ -87,6 +87,7 @@ class Generator:
     def _engine_for(self, requests: Sequence[Request]) -> Engine:
         """One with a row for each request, and slots for all their tokens: one that is compiled, where it has them."""
         needed = max(len(request.prompt) + max(request.max_new_tokens, 0) for request in requests)
+        needed += len(self.model.leading_ids)
         needed = -(-needed // PIECE) * PIECE  # prompts are read by whole pieces
         for engine in sorted(self.engines, key=lambda engine: engine.rows):
             if engine.rows >= len(requests) and engine.length >= needed:

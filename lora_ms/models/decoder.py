@@ -267,6 +267,12 @@ class CausalLM(Graph):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
+    @property
+    def leading_ids(self) -> range:
+        """Ids beyond the vocabulary that every row begins with: the virtual tokens of a prompt that was trained."""
+        first = self.config.vocab_size
+        return range(first, first + self.model.embed_tokens.virtual_tokens)
+
     def head_weight(self) -> Tensor:
         """[v, h] in the model's type; of a shared model, this rank's rows."""
         return self.lm_head.whole_weight().astype(self.dtype)
@@ -291,8 +297,21 @@ class CausalLM(Graph):
     def construct(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """input_ids [b, s], attention_mask [b, s] of 0 and 1 -> logits [b, s, v] float32.
 
-        The logits of masked tokens mean nothing.
+        The logits of masked tokens mean nothing. Virtual tokens are put in front of each line here, and have none.
         """
+        virtual = self.model.embed_tokens.virtual_tokens
+        if virtual:
+            batch = input_ids.shape[0]
+            first = self.config.vocab_size
+            lead = ops.tile(Tensor(np.arange(first, first + virtual, dtype=np.int32)[None]), (batch, 1))
+            input_ids = ops.concat((lead, input_ids.astype(ms.int32)), 1)
+            if attention_mask is not None:
+                attention_mask = ops.concat((ops.ones_like(lead), attention_mask.astype(ms.int32)), 1)
+            return self.logits(input_ids, attention_mask)[:, virtual:]
+        return self.logits(input_ids, attention_mask)
+
+    def logits(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """As ``construct``, for lines that hold their virtual tokens."""
         batch, seq = input_ids.shape
         if attention_mask is None:
             x = self.hidden_states(input_ids)

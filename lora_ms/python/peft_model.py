@@ -140,7 +140,7 @@ class PeftModel:
             LoraMsError: the name is taken, or ``config`` matches nothing.
         """
         with self.adapters.disabled():
-            cells = build(self.model, config, select(self.model, config))
+            cells = build(self.model, config.reading(None), select(self.model, config))
         self._add(adapter_name, config, cells)
 
     def load_adapter(self, path: str | os.PathLike, adapter_name: str) -> None:

@@ -190,7 +190,8 @@ class Trainer:
             config = self.peft.active_peft_config
         if args.per_device_train_batch_size is None:
             settings = fitting(settings, self.model, config, runtime, int(store.input_lengths.max()))
-        plan = data.plan_training(data.PreparedRows(store, [report], []), self.tokenizer, settings, runtime)
+        lead = self.model.leading_ids
+        plan = data.plan_training(data.PreparedRows(store, [report], []), self.tokenizer, settings, runtime, lead)
         hook = None
         if config is not None:
             config = config.for_run(plan.total_steps)
@@ -272,6 +273,7 @@ class Trainer:
             settings.seq_length,
             runtime,
             packing=settings.packing,
+            lead=self.model.leading_ids,
         )
         evaluator = Evaluator(self.model, plan, self.model.config.vocab_size, runtime)
         self._evaluators.append((dataset, evaluator))

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora_ms.adapters.inject import freeze, inject, saved_layers, target_layers
 from lora_ms.adapters.methods import METHODS
@@ -16,6 +16,9 @@ from lora_ms.models.hub import quantised_layers
 from lora_ms.nn.parallel import WHOLE, Shard
 from lora_ms.recipes import session
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 ENDS = ("lm_head", "model.embed_tokens")  # modules that are no part of a layer
 
 
@@ -28,12 +31,30 @@ def adapter_config(pet: PetConfig) -> AdapterConfig:
     return METHODS[pet.pet_type].from_yaml(pet)
 
 
-def attach(config: RunConfig, model: CausalLM, total_steps: int, shard: Shard = WHOLE) -> AdapterConfig | None:
+def leading_ids(config: RunConfig, sizes: DecoderConfig) -> range:
+    """What ``CausalLM.leading_ids`` will be, before there is a model."""
+    pet = config.pet_config
+    count = 0
+    if config.load_adapter:
+        count = read_adapter_config(config.load_adapter).virtual_tokens
+    elif pet is not None:
+        count = adapter_config(pet).virtual_tokens
+    return range(sizes.vocab_size, sizes.vocab_size + count)
+
+
+def attach(
+    config: RunConfig,
+    model: CausalLM,
+    total_steps: int,
+    shard: Shard = WHOLE,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+) -> AdapterConfig | None:
     """Puts the adapter that ``pet_config`` or ``load_adapter`` asks for into ``model``; None: all parameters train.
 
     Args:
         total_steps: optimiser steps of the run.
         shard: with which processes the model is shared.
+        tokenizer: for texts that an adapter starts from.
 
     Raises:
         LoraMsError: the two disagree, or match nothing.
@@ -47,7 +68,7 @@ def attach(config: RunConfig, model: CausalLM, total_steps: int, shard: Shard = 
     if config.load_adapter:
         wanted = load_agreeing(config.load_adapter, pet, wanted, model, shard)
     else:
-        inject(model, wanted, shard=shard)
+        inject(model, wanted.reading(tokenizer), shard=shard)
     freeze(model, pet.freeze_include, pet.freeze_exclude)
     return wanted.for_run(total_steps)
 

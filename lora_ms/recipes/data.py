@@ -1,7 +1,7 @@
 """The data of a run: the tokenizer with its template, the rows of a dataset as tokens, and the plan of the steps."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -176,19 +176,27 @@ def plan_rows(
     runtime: Runtime,
     vocab_size: int,
     tally: Tally | None = None,
+    lead: Sequence[int] = (),
 ) -> DataPlan:
     """``plan_training`` of rows that are not yet tokens; tally: what was counted while they were read."""
     preparation = Preparation(seq_length=settings.seq_length, vocab_size=vocab_size)
     store, report = prepare_rows(rows, tokenizer, preparation, tally)
-    return plan_training(PreparedRows(store, [report], []), tokenizer, settings, runtime)
+    return plan_training(PreparedRows(store, [report], []), tokenizer, settings, runtime, lead)
 
 
 def plan_training(
-    rows: PreparedRows, tokenizer: "PreTrainedTokenizerBase | None", settings: TrainSettings, runtime: Runtime
+    rows: PreparedRows,
+    tokenizer: "PreTrainedTokenizerBase | None",
+    settings: TrainSettings,
+    runtime: Runtime,
+    lead: Sequence[int] = (),
 ) -> DataPlan:
-    """Fixes the steps and shapes of a run, and prints what became of the data."""
+    """Fixes the steps and shapes of a run, and prints what became of the data.
+
+    lead: ids that every row begins with, besides the tokens that ``settings`` allow it (``CausalLM.leading_ids``).
+    """
     plan = DataPlan.build(
-        rows.store,
+        rows.store.led_by(lead),
         batch_size=settings.batch_size,
         accumulation=settings.accumulation,
         epochs=settings.epochs,
@@ -198,7 +206,7 @@ def plan_training(
         rank=runtime.data_rank,
         world=runtime.data_ranks,
         pad_id=pad_id(tokenizer),
-        seq_length=settings.seq_length,
+        seq_length=settings.seq_length + len(lead),
         max_steps=settings.max_steps,
         kind=settings.layout,
         buckets=settings.length_buckets,
@@ -227,10 +235,11 @@ def held_out_plan(
     *,
     packing: bool = True,
     length_buckets: int = 4,
+    lead: Sequence[int] = (),
 ) -> DataPlan:
-    """One pass over rows to evaluate, without shuffling."""
+    """One pass over rows to evaluate, without shuffling; lead: as in ``plan_training``."""
     return DataPlan.build(
-        store,
+        store.led_by(lead),
         batch_size=batch_size,
         accumulation=1,
         epochs=1,
@@ -239,7 +248,7 @@ def held_out_plan(
         rank=runtime.data_rank,
         world=runtime.data_ranks,
         pad_id=pad_id(tokenizer),
-        seq_length=seq_length,
+        seq_length=seq_length + len(lead),
         kind="packed" if packing else "bucketed",
         buckets=length_buckets,
     )

@@ -129,7 +129,9 @@ def _plan(config: RunConfig, sizes: DecoderConfig, processes: int) -> DataPlan:
     settings = settings_of(config, sizes.max_position_embeddings)
     rows = _rows(config, sizes)
     runtime = Runtime(chosen(config.context.device_target), world=processes, shard=Shard(count=session.sharing(config)))
-    plan = data.plan_training(rows, data.tokenizer_for(config, training=True), settings, runtime)
+    plan = data.plan_training(
+        rows, data.tokenizer_for(config, training=True), settings, runtime, adapter.leading_ids(config, sizes)
+    )
     print(f"training: {counted(plan.total_steps, 'step')} of {counted(plan.per_step, 'row')}")
     return plan
 

@@ -1,6 +1,7 @@
 """Held-out rows and questions: what a run evaluates, and what ``lora-ms eval`` asks a model."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from lora_ms import saving
@@ -25,8 +26,10 @@ from lora_ms.train.evaluation import Evaluator
 PREDICTIONS = "predictions.jsonl"
 
 
-def plan_of(config: RunConfig, store: TokenStore, tokenizer, seq_length: int, runtime: Runtime) -> DataPlan:
-    """One pass over rows of at most ``seq_length`` tokens, laid out as ``eval_dataset`` says."""
+def plan_of(
+    config: RunConfig, store: TokenStore, tokenizer, seq_length: int, runtime: Runtime, lead: Sequence[int] = ()
+) -> DataPlan:
+    """One pass over rows of at most ``seq_length`` tokens behind ``lead``, laid out as ``eval_dataset`` says."""
     dataset = config.eval_dataset
     return held_out_plan(
         store,
@@ -36,6 +39,7 @@ def plan_of(config: RunConfig, store: TokenStore, tokenizer, seq_length: int, ru
         runtime,
         packing=dataset.packing,
         length_buckets=dataset.length_buckets,
+        lead=lead,
     )
 
 
@@ -44,7 +48,7 @@ def evaluator_for(
 ) -> Evaluator:
     """What a run evaluates with: the loss of ``held_out``, and the answers to ``evaluation.prompts``."""
     samples = SampleAnswers(config, model, tokenizer) if config.evaluation.prompts else None
-    plan = plan_of(config, held_out, tokenizer, seq_length, runtime)
+    plan = plan_of(config, held_out, tokenizer, seq_length, runtime, model.leading_ids)
     return Evaluator(model, plan, model.config.vocab_size, runtime, samples)
 
 

@@ -98,7 +98,8 @@ def prepare(inputs: NativeInputs, log: Tee) -> NativeRun:
             log.to(output_dir / RUN_LOG)
             checkpoint.recover(output_dir)
         checkpoint.find(output_dir, settings.resume)
-    plan = data.plan_training(inputs.rows, tokenizer, settings, runtime)
+    lead = adapter.leading_ids(config, sizes)
+    plan = data.plan_training(inputs.rows, tokenizer, settings, runtime, lead)
     if runtime.is_main:
         if settings.seq_length > sizes.longest:
             print(
@@ -112,7 +113,7 @@ def prepare(inputs: NativeInputs, log: Tee) -> NativeRun:
             )
     model = build_model(config, sizes, dtype, runtime)
     schedule_steps = settings.schedule_steps if settings.schedule_steps > 0 else plan.total_steps
-    trained = adapter.attach(config, model, schedule_steps, runtime.shard)
+    trained = adapter.attach(config, model, schedule_steps, runtime.shard, tokenizer)
     hook = None if trained is None else trained.step_hook(model)
     terms = [ConfiguredTerms(config.objectives, model)] if config.objectives else []
     of_rows = row_terms(config, model, plan, inputs.rows.shares, tokenizer, runtime)

@@ -38,7 +38,7 @@ def targets_tied_module(model: PeftModel) -> bool:
 
 def merged_model(model: PeftModel) -> PreTrainedModel | None:
     """The model with the adapter merged into its weights, or None where PEFT cannot do that."""
-    if targets_tied_module(model):
+    if model.peft_config["default"].is_prompt_learning or targets_tied_module(model):
         return None
     try:
         return model.merge_and_unload()
@@ -48,13 +48,18 @@ def merged_model(model: PeftModel) -> PreTrainedModel | None:
         return None
 
 
+def real(model: PeftModel, input_ids: torch.Tensor) -> np.ndarray:
+    """Logits of `input_ids`; PEFT gives those of virtual tokens before them."""
+    return model(input_ids=input_ids).logits[:, -input_ids.shape[1] :].detach().numpy()
+
+
 @torch.no_grad()
 def logits_of(model_dir: Path | str, adapter_dir: Path | str, ids: np.ndarray) -> dict[str, np.ndarray]:
     """Arrays of the npz for `ids` [rows, width]; base_logits come from the model before it is wrapped."""
     input_ids, base = torch.from_numpy(ids), load_model(model_dir)
     base_logits = base(input_ids=input_ids).logits.numpy()
     model = load_adapter(base, adapter_dir)
-    arrays = {"input_ids": ids, "base_logits": base_logits, "logits": model(input_ids=input_ids).logits.numpy()}
+    arrays = {"input_ids": ids, "base_logits": base_logits, "logits": real(model, input_ids)}
     merged = merged_model(model)
     if merged is not None:
         arrays["merged_logits"] = merged(input_ids=input_ids).logits.numpy()

@@ -10,15 +10,25 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from common import REFERENCE_DIR, load_reference_model, save_npz, text_ids
+from common import PAD_ID, REFERENCE_DIR, load_reference_model, save_npz, text_ids
 from make_trace import WEIGHT_DECAY, make_rows, print_rounding
 from make_variant_traces import BETAS, STEPS, backward, trained_parameters
 from make_variant_traces import Recipe as TraceRecipe
 from make_variants import INPUT_SHAPE, write
-from peft import LoraConfig, MissConfig, PeftConfig, PeftModel, VeraConfig, get_peft_model
+from peft import (
+    LoraConfig,
+    MissConfig,
+    PeftConfig,
+    PeftModel,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    VeraConfig,
+    get_peft_model,
+)
 
 SOME = ["q_proj", "v_proj", "down_proj"]
 HEAD = ["v_proj", "lm_head"]
+NEW = 6  # tokens that are generated after virtual ones
 
 
 class Recipe(NamedTuple):
@@ -41,7 +51,22 @@ def lora(targets: list[str] = SOME, **settings) -> LoraConfig:
     return LoraConfig(**{"r": 3, "lora_alpha": 4, "target_modules": targets, "task_type": "CAUSAL_LM", **settings})
 
 
+def prompt(**settings) -> PromptTuningConfig:
+    return PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM", **settings)
+
+
+def ptuning(kind: str) -> PromptEncoderConfig:
+    return PromptEncoderConfig(
+        num_virtual_tokens=3, encoder_reparameterization_type=kind, encoder_hidden_size=8, task_type="CAUSAL_LM"
+    )
+
+
 VARIANTS = {
+    "llama3_prompt": Recipe("llama3", prompt()),
+    "qwen2_prompt": Recipe("qwen2", prompt()),
+    "qwen3_prompt": Recipe("qwen3", prompt()),
+    "qwen2_ptuning": Recipe("qwen2", ptuning("MLP"), 0.5),
+    "qwen3_ptuning_lstm": Recipe("qwen3", ptuning("LSTM"), 0.5),
     "llama3_vera": Recipe("llama3", vera(projection_prng_key=7)),
     "qwen2_vera": Recipe("qwen2", vera()),
     "qwen3_vera": Recipe("qwen3", vera()),
@@ -65,11 +90,13 @@ class Trace(NamedTuple):
     frozen: str = ""
 
 
-def run(model: str, max_grad_norm: float, learning_rate: float = 5e-3) -> TraceRecipe:
-    return TraceRecipe(model, {}, max_grad_norm, learning_rate, eps=1e-6)
+def run(model: str, max_grad_norm: float, eps: float = 1e-6, rate: float = 5e-3) -> TraceRecipe:
+    return TraceRecipe(model, {}, max_grad_norm, rate, eps)
 
 
 TRACES = {
+    "prompt_qwen2": Trace(prompt(), run("qwen2", 0.57)),
+    "ptuning_lstm_llama3": Trace(ptuning("LSTM"), run("llama3", 2.7, 1e-4, 1e-3)),
     "lorafa_qwen2": Trace(lora(), run("qwen2", 0.85), "lora_A"),
     "vera_qwen2": Trace(vera(d_initial=0.5), run("qwen2", 0.46)),
     "miss_qwen2": Trace(miss(), run("qwen2", 3.8)),
@@ -86,8 +113,30 @@ def move(model: torch.nn.Module, rng: np.random.Generator, std: float) -> None:
             parameter.add_(torch.from_numpy(noise.astype(np.float32)))
 
 
+def named(key: str, settings: PeftConfig) -> str:
+    """The name of a tensor under which it is kept here; of virtual tokens, as if it were one of the embedding."""
+    if not settings.is_prompt_learning:
+        return key
+    if settings.peft_type == "PROMPT_TUNING":
+        key = "prompt_embeddings"
+    return f"base_model.model.model.embed_tokens.{key}"
+
+
 def adapted(name: str, settings: PeftConfig) -> PeftModel:
     return get_peft_model(load_reference_model(name), settings)
+
+
+def greedy(model: PeftModel, ids: np.ndarray) -> np.ndarray:
+    """The likeliest tokens after ids [rows, width], as far as an end token or NEW of them."""
+    inputs = torch.from_numpy(ids)
+    tokens = model.generate(
+        input_ids=inputs,
+        attention_mask=torch.ones_like(inputs),
+        max_new_tokens=NEW,
+        do_sample=False,
+        pad_token_id=PAD_ID,
+    )
+    return tokens[:, ids.shape[1] :].numpy()
 
 
 def trace(name: str, made: Trace, dtype: torch.dtype = torch.float32) -> dict[str, np.ndarray]:
@@ -98,12 +147,12 @@ def trace(name: str, made: Trace, dtype: torch.dtype = torch.float32) -> dict[st
     model = adapted(recipe.model, made.settings)
     move(model, np.random.default_rng(seed + 1), 0.05)
     model = model.to(dtype).train()
-    every = trained_parameters(model)
+    every = {named(key, made.settings): p for key, p in trained_parameters(model).items()}
     arrays |= {f"initial/{key}": p.detach().numpy().copy() for key, p in every.items()}
     for key, parameter in every.items():
         if made.frozen and made.frozen in key:
             parameter.requires_grad_(False)
-    trained = trained_parameters(model)
+    trained = {named(key, made.settings): p for key, p in trained_parameters(model).items()}
     settings = {"max_grad_norm": recipe.max_grad_norm, "weight_decay": WEIGHT_DECAY, "eps": recipe.eps}
     arrays |= {key: np.array(value) for key, value in settings.items()}
     groups = [
@@ -133,7 +182,9 @@ def main() -> None:
             rng = np.random.default_rng(zlib.crc32(name.encode()))
             model = adapted(recipe.model, recipe.settings).eval()
             move(model, rng, recipe.std)
-            write(name, recipe.model, model, text_ids(rng, INPUT_SHAPE))
+            ids, merges = text_ids(rng, INPUT_SHAPE), not recipe.settings.is_prompt_learning
+            extra = {} if merges else {"generated": greedy(model, ids)}
+            write(name, recipe.model, model, ids, merges, extra)
     for name, made in TRACES.items():
         if not any(word in name for word in words):
             continue

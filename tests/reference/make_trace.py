@@ -98,7 +98,7 @@ def summed_loss(model: torch.nn.Module, ids: np.ndarray, labels: np.ndarray, len
     logits = model(
         input_ids=torch.from_numpy(ids),
         attention_mask=torch.from_numpy(ragged_mask(lengths, ids.shape[1], "right")),
-    ).logits
+    ).logits[:, -ids.shape[1] :]  # without those of virtual tokens
     targets = torch.from_numpy(labels)[:, 1:]
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
 

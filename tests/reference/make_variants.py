@@ -112,7 +112,7 @@ def perturb(model: torch.nn.Module, rng: np.random.Generator, factor_std: float 
 @torch.no_grad()
 def forward(model: torch.nn.Module, ids: np.ndarray) -> np.ndarray:
     """Logits [rows, width, vocabulary] of ids [rows, width] without padding."""
-    return model(input_ids=torch.from_numpy(ids)).logits.numpy()
+    return model(input_ids=torch.from_numpy(ids)).logits[:, -ids.shape[1] :].numpy()
 
 
 def check(name: str, arrays: dict, live: np.ndarray, merges: bool) -> None:

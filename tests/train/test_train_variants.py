@@ -13,6 +13,8 @@ from lora_ms.adapters.methods.base import AdapterConfig
 from lora_ms.adapters.methods.ia3 import IA3Config
 from lora_ms.adapters.methods.lora import LoraConfig
 from lora_ms.adapters.methods.miss import MissConfig
+from lora_ms.adapters.methods.prompt import PromptTuningConfig
+from lora_ms.adapters.methods.ptuning import PTuningConfig
 from lora_ms.adapters.methods.training import rate_factors
 from lora_ms.adapters.methods.vera import VeraConfig
 from lora_ms.data.collate import collate
@@ -48,6 +50,10 @@ CONFIGS = {
     "lorafa_qwen2": LoraConfig(3, 4, target_modules=SOME, use_lorafa=True),
     "vera_qwen2": VeraConfig(SOME, lora_rank=6),
     "miss_qwen2": MissConfig(SOME, lora_rank=4),
+    "prompt_qwen2": PromptTuningConfig(num_virtual_tokens=3),
+    "ptuning_lstm_llama3": PTuningConfig(
+        num_virtual_tokens=3, encoder_reparameterization_type="LSTM", encoder_hidden_size=8
+    ),
     "miss_bat_qwen3": MissConfig(SOME, lora_rank=4, init_weights="bat"),
 }
 # A trace whose last digits are not its own: one ulp on the embedding's start moves our final embedding by up to 7e-5,
@@ -86,10 +92,14 @@ def start(model, config: AdapterConfig, z: dict[str, np.ndarray]) -> None:
     assert used == set(initial)
 
 
-def batches(z: dict[str, np.ndarray], step: int):
+def batches(z: dict[str, np.ndarray], step: int, lead: range):
+    first, unlearnt = np.array(lead, np.int32), np.full(len(lead), -100, np.int32)
     for ids, labels, lengths in zip(z["input_ids"][step], z["labels"][step], z["lengths"][step], strict=True):
-        rows = [TokenRow("", ids[i, :n], labels[i, :n]) for i, n in enumerate(lengths)]
-        yield tuple(map(Tensor, collate([[row] for row in rows], 3, 16, 48, 0)[:4]))
+        rows = [
+            TokenRow("", np.append(first, ids[i, :n]), np.append(unlearnt, labels[i, :n]))
+            for i, n in enumerate(lengths)
+        ]
+        yield tuple(map(Tensor, collate([[row] for row in rows], 3, 16 + len(lead), 48, 0)[:4]))
 
 
 @pytest.fixture(scope="module", params=list(CONFIGS))
@@ -124,7 +134,7 @@ def traced(request, reference, golden, native) -> Traced:
     found = Traced(name, z, losses=[], norms=[], first={}, final={}, kept=[])
     for step in range(len(z["loss"])):
         label_tokens = int(z["label_tokens"][step].sum())
-        loss = sum(float(micro_step(*batch).asnumpy()) for batch in batches(z, step)) / label_tokens
+        loss = sum(float(micro_step(*batch).asnumpy()) for batch in batches(z, step, model.leading_ids)) / label_tokens
         grad = optimizer.grad.asnumpy() / label_tokens
         for objective in objectives:
             term, term_grad = objective(Tensor(np.concatenate([p.asnumpy().ravel() for p in params])))

@@ -183,6 +183,8 @@ class AdapterConfig(metaclass=ByPeftNames):
     # those of TENSORS that all modules have in common: they stand once in the file, under the adapter's own name, and
     # are read as if each adapted module had them
     SHARED_TENSORS: ClassVar[tuple[str, ...]] = ()
+    # keys of tensors that stand in the file by their bare names, and the modules that they belong to
+    ROOT_TENSORS: ClassVar[Mapping[str, str]] = {}
     PEFT_KEYS: ClassVar[Mapping[str, Any]] = {}  # types of its own keys of adapter_config.json, as pydantic has them
     PARAMETERS: ClassVar[tuple[str, ...]]  # names of the cells' trained parameters
     # by tensor, the number that fills it where the adapter changes nothing (all of a module's must be so); how
@@ -309,6 +311,15 @@ class AdapterConfig(metaclass=ByPeftNames):
         asked = repr(targets) if isinstance(targets, str) else ", ".join(targets)
         leaves = ", ".join(sorted({leaf_of(name) for name in names}))
         return f"target_modules {asked} matches no layer{outside}; could match: {leaves}, or {ALL_LINEAR}"
+
+    @property
+    def virtual_tokens(self) -> int:
+        """Trained vectors that stand before the tokens of every row."""
+        return 0
+
+    def reading(self, tokenizer: Any) -> "AdapterConfig":
+        """The settings with the ids of texts in them, by transformers' ``tokenizer``; None where there is none."""
+        return self
 
     def fitted(self, shapes: Mapping[str, Shape]) -> "AdapterConfig":
         """The settings for a model whose modules have weights of these ``shapes``, where the model decides some."""
