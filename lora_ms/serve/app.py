@@ -42,7 +42,7 @@ from lora_ms.serve.engine_thread import EngineThread
 from lora_ms.serve.faults import ApiError
 from lora_ms.serve.gate import IGNORED, SERVED, Gate
 from lora_ms.serve.generation import Generation, Piece
-from lora_ms.serve.metrics import Metrics
+from lora_ms.serve.metrics import ServerNumbers
 from lora_ms.serve.replies import ChatReply, CompletionReply, Prompted, Reply, usage_of
 from lora_ms.serve.settings import MOST_ANSWERS, ServeSettings
 
@@ -156,7 +156,7 @@ class Application:
         self.sampling = sampling
         self.load = load
         self.unload = unload
-        self.metrics = Metrics(engine)
+        self.metrics = ServerNumbers(engine)
         self.changing = anyio.Lock()  # adapters are loaded and unloaded one at a time
 
     def asgi(self) -> Starlette:

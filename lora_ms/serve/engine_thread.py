@@ -54,7 +54,9 @@ class EngineThread:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._told: dict[int, asyncio.Queue[Event]] = {}  # who is told of a request; the event loop's
+        self._calls: set[asyncio.Future] = set()
         self._submitting = 0
+        self._dead = False
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -125,8 +127,10 @@ class EngineThread:
             except Exception as error:
                 self._report(resolve, None, error)
 
-        if not self._thread.is_alive():
+        if self._dead:
             raise ApiError(503, FAILED)
+        self._calls.add(future)
+        future.add_done_callback(self._calls.discard)
         self._inbox.put(run)
         return await future
 
@@ -145,9 +149,7 @@ class EngineThread:
                     self._report(self._tell, events)
         except BaseException:  # a fault of ours or of a library's: nothing can be answered any more
             traceback.print_exc()
-            self.healthy = False
-            self._report(self._all_failed)
-            self._report(self.on_death)
+            self._report(self._died)
 
     def _take(self) -> bool:
         """Does what was handed over; waits for it while the engine is idle. False: ``stop`` was called."""
@@ -171,6 +173,14 @@ class EngineThread:
         for id in list(self._told):
             self._told[id].put_nowait(Event(id, finish="error", error=FAILED))
             self.cancel(id)
+
+    def _died(self) -> None:
+        self._dead, self.healthy = True, False
+        self._all_failed()
+        for future in [*self._calls]:
+            if not future.done():
+                future.set_exception(ApiError(503, FAILED))
+        self.on_death()
 
     def _tell(self, events: list[Event]) -> None:
         for event in events:

@@ -12,7 +12,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lora_ms.serve.faults import ApiError
-from lora_ms.serve.metrics import Metrics
+from lora_ms.serve.metrics import ServerNumbers
 from lora_ms.serve.settings import ServeSettings
 
 IGNORED = "x-ignored-keys"  # header of an answer: keys of the body that have no meaning here
@@ -32,7 +32,7 @@ SECURITY = {
 class Gate:
     """See above. ``served``: the names that are served."""
 
-    def __init__(self, app: ASGIApp, settings: ServeSettings, metrics: Metrics, served: Container[str]):
+    def __init__(self, app: ASGIApp, settings: ServeSettings, metrics: ServerNumbers, served: Container[str]):
         self.app = app
         self.settings = settings
         self.metrics = metrics

@@ -7,7 +7,7 @@ from lora_ms.serve.engine_thread import EngineThread
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
 
-class Metrics:
+class ServerNumbers:
     """The numbers of one server; ``model`` is a name that is served."""
 
     def __init__(self, engine: EngineThread):

@@ -3,19 +3,19 @@
 const TEXTS = {
   en: {
     model: "Model", beside: "Beside", compare: "Compare", settings: "Settings", fresh: "New chat",
-    other_language: "中文", system: "System message", temperature: "Temperature (0: not random)", top_p: "Top p",
+    other_language: "中文", system: "System message", temperature: "Temperature", top_p: "Top p",
     max_tokens: "Longest answer, tokens", repetition: "Repetition penalty", seed: "Seed", key: "API key",
-    question: "Your question", hint: "Ask something. Enter sends, Shift+Enter begins a line.", send: "Send",
+    question: "Your question", hint: "Ask something", keys: "Enter sends, Shift+Enter begins a line.", send: "Send",
     stop: "Stop", again: "Try again", stopped: "stopped", cut: "cut at the longest answer",
     empty: "Choose a model or an adapter and ask. “Compare” puts two answers to one question side by side.",
     tokens: (n, s) => `${n} tokens, ${s} s`, lost: "The server cannot be reached.", adapter: "adapter",
     no_key: "This server asks for an API key: type it in the settings.",
   },
   zh: {
-    model: "模型", beside: "对比", compare: "对比", settings: "设置", fresh: "新对话",
-    other_language: "English", system: "系统提示", temperature: "温度（0 为不随机）", top_p: "Top p",
+    model: "模型", beside: "对照", compare: "对比", settings: "设置", fresh: "新对话",
+    other_language: "English", system: "系统提示", temperature: "温度", top_p: "Top p",
     max_tokens: "回答最长词元数", repetition: "重复惩罚", seed: "随机种子", key: "API 密钥",
-    question: "你的问题", hint: "输入问题。回车发送，Shift+回车换行。", send: "发送",
+    question: "你的问题", hint: "输入问题", keys: "回车发送，Shift+回车换行。", send: "发送",
     stop: "停止", again: "重新回答", stopped: "已停止", cut: "已到最大长度",
     empty: "选择模型或适配器，然后提问。点“对比”可让两个模型并排回答同一个问题。",
     tokens: (n, s) => `${n} 个词元，${s} 秒`, lost: "无法连接服务器。", adapter: "适配器",
@@ -240,6 +240,7 @@ function speak(language) {
   document.documentElement.lang = language === "zh" ? "zh-CN" : "en";
   for (const element of document.querySelectorAll("[data-text]")) element.textContent = text(element.dataset.text);
   for (const element of document.querySelectorAll("[data-hint]")) element.placeholder = text(element.dataset.hint);
+  byId("question").title = text("keys");
   byId("language").textContent = text("other_language");
   say("");
   for (const turn of state.turns) for (const answer of turn.answers) drawAnswer(answer);
@@ -265,6 +266,7 @@ byId("compare").onclick = () => {
   byId("compare").setAttribute("aria-pressed", String(state.compare));
   byId("other").hidden = !state.compare;
 };
+byId("settings").onsubmit = (event) => event.preventDefault();
 byId("open-settings").onclick = () => showSettings(byId("settings").hidden);
 byId("fresh").onclick = () => {
   for (const answer of running()) answer.control.abort();
