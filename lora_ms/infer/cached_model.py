@@ -13,19 +13,45 @@ from lora_ms.nn.graph import Graph
 from lora_ms.nn.kv_cache import KVCache
 from lora_ms.nn.sharing import Place, kind_of, layers_in_blocks, parameters_of
 
+PIECE = 64  # tokens of a prompt that are read at a time
+SHORTEST_CACHE = 512  # tokens; a cache that is read whole at every token has this times a power of two
+CACHE_BYTES = 2 << 30  # of a cache that costs nothing before it is filled; more where the answers need it
 BLOCK_LAYERS = 3  # a call of a graph takes some 0.7 ms of Python and MindSpore
 
 
+def cache_length(model: nn.Cell, batch: int, needed: int) -> int:
+    """Tokens of a line of the cache: few lengths, few compilations.
+
+    Where slots that are not in use cost nothing, it is the longest text of the model, as far as ``CACHE_BYTES`` allow;
+    else a few times what is needed, at most.
+    """
+    c = model.config
+    length = SHORTEST_CACHE
+    while length < needed:
+        length *= 2
+    if not model.operators.reads_used_slots:
+        return length
+    token = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * 4  # bytes
+    fitting = SHORTEST_CACHE
+    while 2 * fitting * token * batch <= CACHE_BYTES:
+        fitting *= 2
+    longest = -(-c.longest // PIECE) * PIECE
+    return max(length, min(longest, fitting))
+
+
 class _Inputs(Graph):
-    """ids [b, s], start [b], lengths [b] -> what the layers take …; see ``Decoder.cached_inputs``."""
+    """ids [b, s], lines [b], start [b], first [b], lengths [b] -> what the layers take …; see
+    ``Decoder.cached_inputs``."""
 
     def __init__(self, model: nn.Cell, cache: KVCache):
         super().__init__(auto_prefix=False)
         self.decoder = model.model
         self.cache = cache
 
-    def construct(self, input_ids: Tensor, start: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
-        return self.decoder.cached_inputs(input_ids, self.cache, start, lengths)
+    def construct(
+        self, input_ids: Tensor, lines: Tensor, start: Tensor, first: Tensor, lengths: Tensor
+    ) -> tuple[Tensor, ...]:
+        return self.decoder.cached_inputs(input_ids, self.cache, lines, start, first, lengths)
 
 
 class _Layers(nn.Cell):
@@ -42,10 +68,10 @@ class _Layers(nn.Cell):
         self.windows = tuple(windows)
 
     def construct(self, x: Tensor, context: tuple) -> Tensor:
-        rope, rows = context[:4], context[4]
+        rope, rows, begins = context[:4], context[4], context[5]
         for i in range(len(self.layers)):
-            visible = context[5 + self.windows[i]]
-            x = self.layers[i].cached(x, rope, visible, (self.keys[i], self.values[i], rows))
+            visible = context[6 + self.windows[i]]
+            x = self.layers[i].cached(x, rope, visible, (self.keys[i], self.values[i], rows, begins))
         return x
 
 
@@ -61,7 +87,8 @@ class _Block(Graph):
 
 
 class _Top(Graph):
-    """x [b * s, h], what stands beside it …, rows [b] -> (logits [b, v] of the tokens ``rows``, likeliest ids [b])."""
+    """x [b * s, h], what stands beside it …, rows [n] -> (logits [n, v] of the tokens ``rows``, likeliest ids [n], what
+    the last layer gave [b * s, h])."""
 
     title = "generation"
 
@@ -71,9 +98,10 @@ class _Top(Graph):
         self.layers = layers
         self.argmax = ops.Argmax(-1, ms.int32)
 
-    def construct(self, x: Tensor, *others) -> tuple[Tensor, Tensor]:
-        logits = self.model.logits_of(self.layers(x, others[:-1]), others[-1])
-        return logits, self.argmax(logits)
+    def construct(self, x: Tensor, *others) -> tuple[Tensor, Tensor, Tensor]:
+        x = self.layers(x, others[:-1])
+        logits = self.model.logits_of(x, others[-1])
+        return logits, self.argmax(logits), x
 
 
 class _Whole(Graph):
@@ -86,20 +114,52 @@ class _Whole(Graph):
         self.inputs = inputs
         self.top = top
 
-    def construct(self, input_ids: Tensor, start: Tensor, lengths: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        return self.top(*self.inputs(input_ids, start, lengths), rows)
+    def construct(
+        self, input_ids: Tensor, lines: Tensor, start: Tensor, first: Tensor, lengths: Tensor, rows: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return self.top(*self.inputs(input_ids, lines, start, first, lengths), rows)
+
+
+class _Scores(Graph):
+    """What the last layer gave x [t, h] -> logits [t, v] of all tokens."""
+
+    title = "the scores of prompts"
+
+    def __init__(self, model: nn.Cell, tokens: int):
+        super().__init__(auto_prefix=False)
+        self.model = model
+        self.rows = Tensor(np.arange(tokens, dtype=np.int32))
+
+    def construct(self, x: Tensor) -> Tensor:
+        return self.model.logits_of(x, self.rows)
+
+
+class _Copy(Graph):
+    """Rows ``source`` [n] of all buffers of a cache are copied to its rows ``target`` [n]."""
+
+    def __init__(self, cache: KVCache):
+        super().__init__(auto_prefix=False)
+        self.buffers = ParameterTuple([*cache.keys, *cache.values])
+
+    def construct(self, source: Tensor, target: Tensor) -> Tensor:
+        for i in range(len(self.buffers)):
+            ops.scatter_update(self.buffers[i], target, ops.gather(self.buffers[i], source, 0))
+        return target
 
 
 class CachedModel:
-    """``model`` (a ``CausalLM``) on ``batch`` lines of at most ``length`` tokens.
+    """``model`` (a ``CausalLM``) on ``batch`` lines of at most ``length`` tokens, pieces of PIECE tokens at a time.
 
-    Many layers run in blocks of a few, which share their graphs, so that compilation does not grow with the depth.
+    ``read`` and ``next`` stand inside ``running``, and ``copy`` outside. Many layers run in blocks of a few, which
+    share their graphs, so that compilation does not grow with the depth.
     """
 
     def __init__(self, model: nn.Cell, batch: int, length: int):
         c = model.config
         self.batch = batch
         self.length = length
+        self.num_kv_heads = c.num_key_value_heads
+        self.all_lines = Tensor(np.arange(batch, dtype=np.int32))
         cache = KVCache(
             num_layers=c.num_hidden_layers,
             batch=batch,
@@ -120,6 +180,8 @@ class CachedModel:
         # the CPU does in bfloat16: then the embedding and the head that is tied to it are in graphs of their own
         one_graph = top == 0 and not (c.tie_word_embeddings and model.dtype == ms.bfloat16)
         self.whole = _Whole(self.inputs, self.top).set_train(False) if one_graph else None
+        self._scores = _Scores(model, PIECE).set_train(False)
+        self._copy = _Copy(cache).set_train(False)
         self.blocks: list[tuple[_Block, Place, list[Parameter]]] = []  # the graph, its place, and who takes it
         kinds: dict[tuple, tuple[_Block, Place]] = {}
         for first in range(0, top, BLOCK_LAYERS):
@@ -141,18 +203,40 @@ class CachedModel:
         with sharing.sharing(self.places):
             yield
 
-    def run(self, input_ids: NDArray, start: NDArray, lengths: NDArray, last: NDArray) -> tuple[Tensor, Tensor]:
-        """New tokens input_ids [b, s] of each line, from slot ``start`` [b] on.
+    def read(self, line: int, ids: NDArray, start: int, length: int, last: int) -> tuple[Tensor, Tensor, Tensor]:
+        """A piece of a prompt, ids [PIECE], into the slots of ``line`` from ``start`` on.
 
-        lengths [b]: see ``Decoder.cached_inputs``. last [b]: of the s tokens of a line, after which one the next is
-        wanted. Returns its logits [b, v] and the likeliest ids [b].
+        length: see ``Decoder.cached_inputs``. last: the index of the piece's token after which the next is wanted.
+        Returns its logits [1, v], the likeliest id [1], and what ``scores`` takes.
         """
-        rows = np.arange(self.batch) * input_ids.shape[1] + last
-        ids, begin, known, wanted = (Tensor(x.astype(np.int32)) for x in (input_ids, start, lengths, rows))
+        places = (np.array([number]) for number in (line, start, 0, length))
+        return self._run(ids[None], *places, np.array([last]))
+
+    def next(self, ids: NDArray, start: NDArray, first: NDArray) -> tuple[Tensor, Tensor]:
+        """A token of each line, ids [b], into the slots ``start`` [b]; it sees those from ``first`` [b] on.
+
+        Returns the logits [b, v] of the next tokens, and the likeliest ids [b].
+        """
+        return self._run(ids[:, None], self.all_lines, start, first, start + 1, self.all_lines)[:2]
+
+    def scores(self, hidden: Tensor) -> NDArray:
+        """The logits [PIECE, v] of what follows each token of the piece for which ``read`` gave ``hidden``."""
+        return self._scores(hidden).asnumpy()
+
+    def copy(self, source: int, target: int, start: int) -> None:
+        """The keys and values of a piece, in the slots from ``start`` on, from one line to another."""
+        slots = np.arange(start, start + PIECE)
+        heads = np.arange(self.num_kv_heads).reshape(-1, 1)
+        rows = (((line * self.num_kv_heads + heads) * self.length + slots).reshape(-1) for line in (source, target))
+        self._copy(*(Tensor(x.astype(np.int32)) for x in rows))
+
+    def _run(self, *inputs: NDArray | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """ids [b, s], lines, start, first, lengths [b], and rows: see ``_Whole``."""
+        tensors = [x if isinstance(x, Tensor) else Tensor(x.astype(np.int32)) for x in inputs]
         if self.whole is not None:
-            return self.whole(ids, begin, known, wanted)
-        x, *context = self.inputs(ids, begin, known)
+            return self.whole(*tensors)
+        x, *context = self.inputs(*tensors[:-1])
         for block, place, parameters in self.blocks:
             place.take(parameters)
             x = block(x, *context)
-        return self.top(x, *context, wanted)
+        return self.top(x, *context, tensors[-1])

@@ -6,7 +6,8 @@ from dataclasses import replace
 from lora_ms.data.example import Message
 from lora_ms.data.template import encode_prompt, end_of_turn
 from lora_ms.errors import LoraMsError
-from lora_ms.infer.generate import Generator, prompt_name
+from lora_ms.infer.engine import prompt_name
+from lora_ms.infer.generate import Generator
 from lora_ms.infer.sampling import Sampling
 
 

@@ -2,23 +2,24 @@
 
 A step reads one piece of one prompt, and then one token of every row whose prompt has been read; so a long prompt does
 not stall the others. One graph serves pieces of prompts, another tokens, and nothing that is submitted compiles more.
+
+Every row has a line of the cache of its own, side by side. What a line holds stays there when its row has ended. A row
+whose prompt begins as the tokens of a line do, takes these over: in its place, or by a copy, piece by piece.
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
-from zlib import crc32
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
-from mindspore import nn
+from mindspore import Tensor, nn
 from numpy.typing import NDArray
 
 from lora_ms.errors import LoraMsError
-from lora_ms.infer.cached_model import CachedModel
-from lora_ms.infer.generate import PIECE, cache_length, check_prompts
+from lora_ms.infer.cached_model import PIECE, CachedModel, cache_length
 from lora_ms.infer.interrupt import interruptible
-from lora_ms.infer.sampling import Sampling, choose, log_softmax
+from lora_ms.infer.sampling import Sampling, choose, log_softmax, random_stream
 
 ROWS = 8  # requests that run at once, where nothing else is said
 Finish = Literal["stop", "length", "cancelled", "error"]
@@ -64,22 +65,50 @@ class Event:
     cached_tokens: int = 0  # with the first event: tokens of the prompt that were not computed again
 
 
+class Lease(NamedTuple):
+    """An adapter in use."""
+
+    place: int  # among those that live in the model; 0: none
+    serial: int  # another for each adapter that was ever there
+
+
+NO_ADAPTER = Lease(0, 0)
+
+
 class Adapters(Protocol):
     """The adapters that live in the model, by name."""
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Those that requests may name."""
-
-    def acquire(self, name: str) -> int:
-        """The adapter's place, which it keeps until it is released as often as it was acquired.
+    def acquire(self, name: str) -> Lease:
+        """The adapter, which keeps its place until it is released as often as it was acquired.
 
         Raises:
             LoraMsError: no such adapter.
         """
 
-    def release(self, place: int) -> None:
+    def release(self, lease: Lease) -> None:
         """The reverse of ``acquire``."""
+
+    def choose(self, places: Sequence[int]) -> None:
+        """From now on, line i of a batch of so many lines uses the adapter at ``places[i]``."""
+
+
+def prompt_name(number: int, count: int) -> str:
+    """How errors call a prompt, the one of this number among ``count``."""
+    return f"prompt {number}" if count > 1 else "the prompt"
+
+
+def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
+    """Raises LoraMsError where there is no prompt, an empty one, or an id out of the vocabulary."""
+    for number, prompt in enumerate(prompts or [()], 1):
+        name = prompt_name(number, len(prompts))
+        if not len(prompt):
+            raise LoraMsError(f"{name} is empty: give at least one token")
+        wrong = [token for token in prompt if not 0 <= token < vocab_size]
+        if wrong:
+            raise LoraMsError(
+                f"{name}: token id {wrong[0]} does not exist in a vocabulary of {vocab_size}; "
+                "is the tokenizer another model's?"
+            )
 
 
 class Engine:
@@ -96,22 +125,25 @@ class Engine:
         self.rows = rows
         self.length = cache_length(model, rows, PIECE) if length is None else length
         self.adapters = adapters
-        slots = -(-self.length // PIECE) * PIECE + PIECE  # a piece is written whole, behind the last token of a row too
-        self._graphs = CachedModel(self.model, rows, slots)
-        self._waiting: deque[_Running] = deque()
-        self._running: list[_Running | None] = [None] * rows
+        self._slots = -(-self.length // PIECE) * PIECE  # pieces are written whole
+        self.graphs = CachedModel(self.model, rows, self._slots)
+        # a rotation that grows with the text makes of equal beginnings unequal keys
+        self._shares = not model.model.rotary_tables.grows
+        self._lines = [_Line(number, self._slots) for number in range(rows)]
+        self._waiting: deque[_Row] = deque()
         self._events: list[Event] = []  # of requests that ended between steps
         self._next_id = 0
+        self._steps = 0
 
     @property
     def idle(self) -> bool:
         """Whether nothing runs, waits, or is still to be told."""
-        return not (self._waiting or self._events or any(self._running))
+        return not (self._waiting or self._events or self.running)
 
     @property
     def running(self) -> int:
         """Requests that have a row."""
-        return sum(row is not None for row in self._running)
+        return sum(line.row is not None for line in self._lines)
 
     @property
     def waiting(self) -> int:
@@ -119,15 +151,18 @@ class Engine:
         return len(self._waiting)
 
     def warm(self) -> None:
-        """Compiles what is not compiled yet, before the first request does."""
-        self.answers([Request((0,), 2)])
+        """Compiles all that is not compiled yet, before the first request does; to be called while idle."""
+        piece = tuple([0] * (PIECE + 1)) if self.length > PIECE + 2 else (0, 0)
+        self.answers([Request(piece, 2, prompt_logprobs=0)])
+        self.graphs.copy(0, 0, 0)
+        self.forget()
 
     def submit(self, request: Request) -> int:
         """Takes a request, which waits for a free row; returns its number, by which events name it.
 
         Raises:
             LoraMsError: an empty prompt, an id out of the vocabulary, a prompt and answer longer than ``length``, a
-                setting out of range, or an unknown adapter.
+                number out of range, or an unknown adapter.
         """
         vocabulary = self.model.config.vocab_size
         check_prompts([request.prompt], vocabulary)
@@ -138,36 +173,51 @@ class Engine:
             value = getattr(request, name)
             if value is not None and value < 0:
                 raise LoraMsError(f"{name} {value} is out of range")
-        if request.prompt_logprobs is not None:
-            raise LoraMsError("prompt_logprobs are not computed yet: leave them out")
         needed = len(request.prompt) + request.max_new_tokens
         if needed > self.length:
             raise LoraMsError(
                 f"the prompt has {len(request.prompt):,} tokens and max_new_tokens is {request.max_new_tokens:,}, "
                 f"{needed:,} together, and a row has room for {self.length:,}: shorten one of them"
             )
-        place = -1
+        lease = NO_ADAPTER
         if request.adapter is not None:
             if self.adapters is None:
                 raise LoraMsError(f"no adapter {request.adapter!r}: this engine has none")
-            place = self.adapters.acquire(request.adapter)
+            lease = self.adapters.acquire(request.adapter)
         self._next_id += 1
-        self._waiting.append(_Running(self._next_id, request, place))
+        self._waiting.append(_Row(self._next_id, request, lease))
         return self._next_id
 
     def cancel(self, id: int) -> None:
         """Ends a request, whose row is free at once; the next step tells it. One that has ended stays as it was."""
-        for row in [*self._waiting, *self._running]:
-            if row is not None and row.id == id:
+        for row in [*self._waiting, *self._rows()]:
+            if row.id == id:
                 self._end(row)
                 self._events.append(Event(id, finish="cancelled"))
+
+    def cancel_all(self) -> None:
+        """Ends all requests; nothing more is told of them. Also what makes an engine usable again that was stopped in
+        the middle of a step."""
+        for row in [*self._waiting, *self._rows()]:
+            self._end(row)
+        self._events.clear()
+
+    def forget(self) -> None:
+        """What has been computed is not used again by requests to come: the model's weights have changed."""
+        for line in self._lines:
+            line.stale = True
 
     def step(self) -> list[Event]:
         """Reads one piece of a prompt, and one token of every row whose prompt has been read."""
         events, self._events = self._events, []
+        self._steps += 1
         self._admit()
-        with self._graphs.running(), interruptible():
-            events += self._read_piece()
+        row = self._next_to_read()
+        if row is not None:
+            self._take_over(row)
+        with self.graphs.running():
+            if row is not None:
+                events += self._read_piece(row)
             events += self._next_tokens()
         return events
 
@@ -176,94 +226,154 @@ class Engine:
         while not self.idle:
             yield from self.step()
 
-    def answers(self, requests: list[Request]) -> list[list[int]]:
+    def answers(self, requests: Sequence[Request]) -> list[list[int]]:
         """The new tokens of each request, where the engine was idle: the end token included where one came."""
-        ids = [self.submit(request) for request in requests]
-        found: dict[int, list[int]] = {id: [] for id in ids}
+        found: dict[int, list[int]] = {self.submit(request): [] for request in requests}
         for event in self.run():
             if event.token is not None:
                 found[event.id].append(event.token)
-        return [found[id] for id in ids]
+        return list(found.values())
+
+    def _rows(self) -> "list[_Row]":
+        """Those that run."""
+        return [line.row for line in self._lines if line.row is not None]
 
     def _admit(self) -> None:
-        """Gives free rows to those who wait, in their order."""
-        for line, row in enumerate(self._running):
-            if row is None and self._waiting:
-                joined = self._waiting.popleft()
-                joined.line = line
-                self._running[line] = joined
+        """Gives free lines to those who wait, in their order."""
+        while self._waiting and self.running < self.rows:
+            row = self._waiting.popleft()
+            line = self._line_for(row)
+            shared = self._shared(line, row)
+            line.row, line.lease, line.used, line.stale = row, row.lease, shared, False
+            row.line, row.shared = line, shared
 
-    def _end(self, row: "_Running") -> None:
-        if row.line is None:
-            self._waiting.remove(row)
-        else:
-            self._running[row.line] = None
-        if self.adapters is not None and row.place >= 0:
-            self.adapters.release(row.place)
+    def _line_for(self, row: "_Row") -> "_Line":
+        """The free line that holds the beginning of the prompt and little else, or the one that was left longest ago,
+        but for the one that holds most of the beginning."""
+        free = [line for line in self._lines if line.row is None]
+        best = max(self._lines, key=lambda line: self._shared(line, row))
+        shared = self._shared(best, row)
+        if shared and best.row is None and (len(free) == 1 or best.used - shared < PIECE):
+            return best
+        return min(free, key=lambda line: (line is best and shared > 0, line.left))
 
-    def _read_piece(self) -> list[Event]:
-        """Reads one piece of the prompt that has waited longest."""
-        unread = [row for row in self._running if row is not None and row.read < len(row.request.prompt)]
-        if not unread:
-            return []
-        row = min(unread, key=lambda row: row.id)
+    def _shared(self, line: "_Line", row: "_Row") -> int:
+        """Tokens of the prompt, in whole pieces, that the line holds; the last one is never among them, as what
+        follows it must be computed."""
+        request = row.request
+        if not self._shares or line.stale or line.lease != row.lease or request.prompt_logprobs is not None:
+            return 0
+        count = min(line.used, len(request.prompt) - 1)
+        different = np.flatnonzero(line.ids[:count] != row.ids[:count])
+        return (int(different[0]) if len(different) else count) // PIECE * PIECE
+
+    def _next_to_read(self) -> "_Row | None":
+        """The row that has waited longest among those whose prompts have not been read."""
+        unread = [row for row in self._rows() if row.line.used < len(row.request.prompt)]
+        return min(unread, key=lambda row: row.id) if unread else None
+
+    def _take_over(self, row: "_Row") -> None:
+        """Copies the beginning of the prompt from the line that holds most of it, beyond what has been read."""
+        line = row.line
+        best = max(self._lines, key=lambda other: self._shared(other, row))
+        shared = self._shared(best, row)
+        for start in range(line.used, shared, PIECE):
+            with interruptible():
+                self.graphs.copy(best.number, line.number, start)
+        if shared > line.used:
+            line.write(row.ids[line.used : shared])
+            row.shared = shared
+
+    def _read_piece(self, row: "_Row") -> list[Event]:
+        """Reads one piece of the prompt."""
+        line = row.line
         prompt = row.request.prompt
-        part = prompt[row.read : row.read + PIECE]
-        ids = np.zeros((self.rows, PIECE), np.int32)
-        ids[row.line, : len(part)] = part
-        start = np.array([0 if other is None else other.read for other in self._running])
-        lengths = start + 1
-        lengths[row.line] = len(prompt)
-        last = np.full(self.rows, len(part) - 1)
-        logits, best = self._graphs.run(ids, start, lengths, last)
-        row.read += len(part)
-        if row.read < len(prompt):
-            return []
-        return self._told([row], logits, best)
+        begin = line.used
+        part = row.ids[begin : begin + PIECE]
+        ids = np.zeros(PIECE, np.int32)
+        ids[: len(part)] = part
+        self._choose([row.lease.place])
+        with interruptible():
+            logits, best, hidden = self.graphs.read(line.number, ids, begin, len(prompt), len(part) - 1)
+            best = best.asnumpy()
+        if row.request.prompt_logprobs is not None:
+            following = prompt[begin + 1 : begin + PIECE + 1]
+            scores = log_softmax(self.graphs.scores(hidden)[: len(following)])
+            top = row.request.prompt_logprobs
+            row.prompt_logprobs += [token_logprob(t, s, top) for t, s in zip(following, scores, strict=True)]
+        line.write(part)
+        return [] if line.used < len(prompt) else self._told([row], [0], logits, best)
 
     def _next_tokens(self) -> list[Event]:
         """The next token of each row whose prompt has been read."""
-        rows = [row for row in self._running if row is not None and row.new and row.read < len(row.all)]
+        rows = [row for row in self._rows() if row.line.used >= len(row.request.prompt)]
         if not rows:
             return []
-        ids = np.zeros((self.rows, 1), np.int32)
-        start = np.array([0 if other is None else other.read for other in self._running])
+        ids = np.zeros(self.rows, np.int32)
+        # of lines without a token, what is written goes behind the tokens there, where nobody sees it
+        start = np.array([min(line.used, self._slots - 1) for line in self._lines])
+        first = start.copy()
+        places = [0] * self.rows
         for row in rows:
-            ids[row.line] = row.all[-1]
-        logits, best = self._graphs.run(ids, start, start + 1, np.zeros(self.rows))
+            ids[row.line.number] = row.new[-1]
+            first[row.line.number] = 0
+            places[row.line.number] = row.lease.place
+        self._choose(places)
+        with interruptible():
+            logits, best = self.graphs.next(ids, start, first)
+            best = best.asnumpy()
         for row in rows:
-            row.read += 1
-        return self._told(rows, logits, best)
+            row.line.write([row.new[-1]])
+        return self._told(rows, [row.line.number for row in rows], logits, best)
 
-    def _told(self, rows: "list[_Running]", logits, best) -> list[Event]:
-        """The events of ``rows``, whose next tokens' logits [rows, v] and likeliest ids [rows] are given."""
-        best = best.asnumpy()
+    def _choose(self, places: list[int]) -> None:
+        if self.adapters is not None:
+            self.adapters.choose(places)
+
+    def _told(self, rows: "list[_Row]", at: list[int], logits: Tensor, best: NDArray) -> list[Event]:
+        """The events of ``rows``; ``at``: where each stands among the ``logits`` [n, v] and likeliest ids [n]."""
         needed = any(row.request.sampling.needs_logits or row.request.logprobs is not None for row in rows)
-        numbers = logits.asnumpy() if needed else np.zeros((self.rows, 0), np.float32)
-        events = []
-        for row in rows:
-            if row.request.max_new_tokens == 0:
-                self._end(row)
-                events.append(Event(row.id, finish="length"))
-                continue
-            events.append(self._token(row, int(best[row.line]), numbers[row.line]))
-        return events
+        numbers = logits.asnumpy() if needed else None
+        return [
+            self._next(row, int(best[i]), None if numbers is None else numbers[i])
+            for row, i in zip(rows, at, strict=True)
+        ]
 
-    def _token(self, row: "_Running", best: int, logits: NDArray) -> Event:
+    def _next(self, row: "_Row", best: int, logits: NDArray | None) -> Event:
+        """The event of a row's next token: the likeliest, or what it chooses by ``logits`` [v]."""
         request = row.request
-        token = best
-        if request.sampling.needs_logits:
-            token = choose(logits, np.array(row.all), request.sampling, row.rng, len(row.new))
-        row.new.append(token)
+        token: int | None = None
+        logprob: TokenLogprob | None = None
         finish: Finish | None = None
-        if token in request.eos_token_ids:
-            finish = "stop"
-        elif len(row.new) >= request.max_new_tokens:
+        error = ""
+        if request.max_new_tokens == 0:
             finish = "length"
+        else:
+            try:
+                token, logprob = row.choose(best, logits)
+            except LoraMsError as problem:
+                finish, error = "error", str(problem)
+        first = not row.new
+        if token is not None:
+            row.new.append(token)
+            finish = row.finish
         if finish is not None:
             self._end(row)
-        logprob = None if request.logprobs is None else token_logprob(token, log_softmax(logits), request.logprobs)
-        return Event(row.id, token, logprob, finish=finish)
+        scores = tuple(row.prompt_logprobs) if first and request.prompt_logprobs is not None else None
+        shared = row.shared if first else 0
+        return Event(row.id, token, logprob, scores, finish=finish, error=error, cached_tokens=shared)
+
+    def _end(self, row: "_Row") -> None:
+        """The row leaves its line, or those who wait."""
+        if row in self._waiting:
+            self._waiting.remove(row)
+        else:
+            line = row.line
+            line.row = None
+            line.left = self._steps
+            line.used = min(line.used, self._slots - 1)  # see ``_next_tokens``
+        if self.adapters is not None and row.lease != NO_ADAPTER:
+            self.adapters.release(row.lease)
 
 
 def token_logprob(token: int, logprobs: NDArray, top: int) -> TokenLogprob:
@@ -274,25 +384,72 @@ def token_logprob(token: int, logprobs: NDArray, top: int) -> TokenLogprob:
     return TokenLogprob(token, float(logprobs[token]), tuple((int(i), float(logprobs[i])) for i in order))
 
 
-class _Running:
+class _Line:
+    """A line of the cache.
+
+    Attributes:
+        ids: the tokens in its slots, of which the first ``used`` count.
+        row: that is there; None: the line is free, and what it holds may be taken over.
+        lease: the adapter with which the tokens were read.
+        left: the step in which it was left.
+        stale: whether the model has changed since.
+    """
+
+    def __init__(self, number: int, slots: int):
+        self.number = number
+        self.ids = np.zeros(slots, np.int32)
+        self.used = 0
+        self.row: _Row | None = None
+        self.lease = NO_ADAPTER
+        self.left = 0
+        self.stale = False
+
+    def write(self, ids: Sequence[int] | NDArray) -> None:
+        """More tokens are in the cache."""
+        self.ids[self.used : self.used + len(ids)] = ids
+        self.used += len(ids)
+
+
+class _Row:
     """A request, and what has come of it.
 
     Attributes:
-        place: of its adapter; -1: none.
-        line: of the cache, once it has one.
-        read: tokens that are in the cache.
+        line: of the cache; set when the row joins.
+        shared: tokens of the prompt that were not computed again.
     """
 
-    def __init__(self, id: int, request: Request, place: int):
+    line: _Line
+
+    def __init__(self, id: int, request: Request, lease: Lease):
         self.id = id
         self.request = request
-        self.place = place
-        self.line: int | None = None
-        self.read = 0
+        self.lease = lease
+        self.ids = np.array(request.prompt, np.int32)
         self.new: list[int] = []
-        tokens = np.asarray(request.prompt, np.int32).tobytes()
-        self.rng = np.random.default_rng([request.sampling.seed, crc32(tokens), request.sample])
+        self.shared = 0
+        self.prompt_logprobs: list[TokenLogprob] = []
+        self.rng = random_stream(request.prompt, request.sampling.seed, request.sample)
+
+    def choose(self, best: int, logits: NDArray | None) -> tuple[int, TokenLogprob | None]:
+        """The next token, ``best`` or by ``logits`` [v], which are there where they are needed.
+
+        Raises:
+            LoraMsError: the logits are not finite.
+        """
+        request = self.request
+        if logits is None:
+            return best, None
+        token = best
+        if request.sampling.needs_logits:
+            seen = np.concatenate([self.ids, np.array(self.new, np.int32)])
+            token = choose(logits, seen, request.sampling, self.rng, len(self.new))
+        if request.logprobs is None:
+            return token, None
+        return token, token_logprob(token, log_softmax(logits), request.logprobs)
 
     @property
-    def all(self) -> list[int]:
-        return [*self.request.prompt, *self.new]
+    def finish(self) -> Finish | None:
+        """Why the last token was the last one; None: it was not."""
+        if self.new[-1] in self.request.eos_token_ids:
+            return "stop"
+        return "length" if len(self.new) >= self.request.max_new_tokens else None

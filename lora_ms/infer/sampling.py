@@ -1,7 +1,8 @@
 """Choosing the next token from its logits, in NumPy; the order and meaning of each step are transformers'."""
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,9 +21,9 @@ class Sampling:
     repetition_penalty: float = 1.0  # above 1: tokens that occurred become less likely
     seed: int = 0
     min_p: float = 0.0  # drop the tokens whose probability is below this share of the likeliest's
-    presence_penalty: float = 0.0  # taken from the logit of a token that the answer has
+    presence_penalty: float = 0.0  # taken from the logit of a token that the answer has; -2 to 2
     frequency_penalty: float = 0.0  # the same, once for each time that the answer has it
-    logit_bias: tuple[tuple[int, float], ...] = ()  # token ids, each with what is added to its logit
+    logit_bias: tuple[tuple[int, float], ...] = ()  # token ids, each with what is added to its logit, -100 to 100
 
     def __post_init__(self):
         for name, value, fits in (
@@ -31,9 +32,9 @@ class Sampling:
             ("top_p", self.top_p, 0 <= self.top_p <= 1),
             ("repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0),
             ("min_p", self.min_p, 0 <= self.min_p <= 1),
-            ("presence_penalty", self.presence_penalty, math.isfinite(self.presence_penalty)),
-            ("frequency_penalty", self.frequency_penalty, math.isfinite(self.frequency_penalty)),
-            ("logit_bias", dict(self.logit_bias), all(math.isfinite(value) for _, value in self.logit_bias)),
+            ("presence_penalty", self.presence_penalty, -2 <= self.presence_penalty <= 2),
+            ("frequency_penalty", self.frequency_penalty, -2 <= self.frequency_penalty <= 2),
+            ("logit_bias", dict(self.logit_bias), all(-100 <= value <= 100 for _, value in self.logit_bias)),
         ):
             if not fits:
                 raise LoraMsError(f"{name} {value} is out of range")
@@ -53,6 +54,11 @@ class Sampling:
         """Whether the likeliest token may be another than the model's."""
         penalties = self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
         return penalties or bool(self.logit_bias)
+
+
+def random_stream(prompt: Sequence[int], seed: int, sample: int = 0) -> np.random.Generator:
+    """The random numbers of an answer to ``prompt``: the one of number ``sample`` among several."""
+    return np.random.default_rng([seed % 2**64, crc32(np.asarray(prompt, np.int32).tobytes()), sample])
 
 
 def penalise(logits: NDArray, seen: NDArray, penalty: float) -> NDArray:
@@ -120,13 +126,21 @@ def adjusted(logits: NDArray, seen: NDArray, sampling: Sampling, answered: int) 
 
 
 def choose(logits: NDArray, seen: NDArray, sampling: Sampling, rng: np.random.Generator, answered: int = 0) -> int:
-    """The next token of one row: logits [v], ids ``seen`` so far, of which the last ``answered`` are the answer's."""
+    """The next token of one row: logits [v], ids ``seen`` so far, of which the last ``answered`` are the answer's.
+
+    Raises:
+        LoraMsError: the logits, or what the temperature makes of them, are not finite.
+    """
     s = sampling
     logits = adjusted(logits, seen, s, answered)
     if s.greedy:
         return int(np.argmax(logits))
-    logits = keep_min_p(keep_top_p(keep_top_k(logits / s.temperature, s.top_k), s.top_p), s.min_p)
-    return int(rng.choice(len(logits), p=softmax(logits)))
+    with np.errstate(over="ignore", invalid="ignore"):
+        logits = keep_min_p(keep_top_p(keep_top_k(logits / s.temperature, s.top_k), s.top_p), s.min_p)
+        shares = softmax(logits)
+    if not np.isfinite(shares).all():
+        raise LoraMsError(f"no token can be drawn: the model's logits divided by {s.temperature} are not finite")
+    return int(rng.choice(len(logits), p=shares))
 
 
 def log_softmax(logits: NDArray) -> NDArray:

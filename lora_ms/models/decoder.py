@@ -217,18 +217,21 @@ class Decoder(nn.Cell):
 
     # generation: what stands before the layers, which are called one by one (``DecoderLayer.cached``)
 
-    def cached_inputs(self, input_ids: Tensor, cache: KVCache, start: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
-        """New tokens input_ids [b, s], from slot ``start`` [b] of ``cache`` on -> what the layers take.
+    def cached_inputs(
+        self, input_ids: Tensor, cache: KVCache, lines: Tensor, start: Tensor, first: Tensor, lengths: Tensor
+    ) -> tuple[Tensor, ...]:
+        """New tokens input_ids [b, s] of the lines ``lines`` [b] of ``cache``, from slot ``start`` [b] on -> what the
+        layers take.
 
-        lengths [b]: tokens of each line, as far as they are known; see ``RotaryTables``. Returns x [b * s, h], the
-        rotary tables of queries and keys (4), the rows of the cache where they are put, and what each token sees
-        through each of ``windows`` ….
+        first [b]: see ``KVCache``. lengths [b]: tokens of each line, as far as they are known; see ``RotaryTables``.
+        Returns x [b * s, h], the rotary tables of queries and keys (4), the rows of the cache where they are put, where
+        their heads begin in it, and what each token sees through each of ``windows`` ….
         """
         new = input_ids.shape[1]
-        positions, rows, visible = cache(start, new)
+        positions, rows, begins, visible = cache(new, lines, start, first)
         rope = self.rotary_tables(positions, ops.tile(lengths.reshape((-1, 1)), (1, new)).reshape((-1,)))
         x = self.embed_tokens(input_ids.reshape((-1,))).astype(self.stream)
-        return (x,) + rope + (rows,) + visible
+        return (x,) + rope + (rows, begins) + visible
 
 
 class CausalLM(Graph):

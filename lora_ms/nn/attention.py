@@ -95,7 +95,7 @@ class Attention(nn.Cell):
         return self.attention.known(q, k, v, rope, visible, kept)
 
     def mix_cached(self, q: Tensor, k: Tensor, v: Tensor, rope: tuple, visible: Visibility, cache: tuple) -> Tensor:
-        """As ``mix``, for new tokens that also look at those in ``cache`` (keys, values, rows), where they are put."""
+        """As ``mix``, for new tokens that also look at those in ``cache``, where they are put."""
         q, k = self.normalise(q, k)
         return self.cached_attention(q, k, v, rope, visible, cache)
 

@@ -34,7 +34,6 @@ class KVCache(nn.Cell):
         operators: Operators,
     ):
         super().__init__()
-        self.batch = batch
         self.num_kv_heads = num_kv_heads
         self.length = length
         self.windows = windows
@@ -44,18 +43,25 @@ class KVCache(nn.Cell):
         self.values = ParameterTuple([_empty(shape, dtype, f"value_{i}") for i in layers])
         self.visibility = operators.cached_visibility(num_heads=num_heads, num_kv_heads=num_kv_heads, length=length)
 
-    def construct(self, start: Tensor, new: int) -> tuple[Tensor, Tensor, tuple[Visibility, ...]]:
-        """Where ``new`` tokens of each line from slot ``start`` [b] on go.
+    def construct(
+        self, new: int, lines: Tensor, start: Tensor, first: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, tuple[Visibility, ...]]:
+        """Where ``new`` tokens of each of the lines ``lines`` [n] from slot ``start`` [n] on go.
 
-        Returns positions [b * new], buffer rows [b * n_kv * new] and what each new token sees through each window.
+        lines: all in their order, or fewer. first [n]: the first slot that the line's new tokens see.
+
+        Returns positions [n * new], buffer rows [n * n_kv * new], the rows where each head of each line begins
+        [n * n_kv], and what each new token sees through each window.
         """
-        slots = start.reshape((-1, 1)) + ops.arange(new).reshape((1, new)).astype(ms.int32)  # [b, new]
-        lines = ops.arange(self.batch * self.num_kv_heads).reshape((self.batch, -1, 1)) * self.length
-        rows = lines.astype(ms.int32) + slots.reshape((-1, 1, new))
+        slots = start.reshape((-1, 1)) + ops.arange(new).reshape((1, new)).astype(ms.int32)  # [n, new]
+        heads = ops.arange(self.num_kv_heads).reshape((1, -1)).astype(ms.int32)
+        begins = (lines.reshape((-1, 1)) * self.num_kv_heads + heads) * self.length  # [n, n_kv]
+        rows = begins.expand_dims(2) + slots.expand_dims(1)
+        low = ops.tile(first.reshape((-1, 1)), (1, new))
         visible: tuple[Visibility, ...] = ()
         for window in self.windows:
-            visible = visible + (self.visibility(first_in_window(ops.zeros_like(slots), slots, window), start),)
-        return slots.reshape((-1,)), rows.reshape((-1,)), visible
+            visible = visible + (self.visibility(first_in_window(low, slots, window), start),)
+        return slots.reshape((-1,)), rows.reshape((-1,)), begins.reshape((-1,)), visible
 
     def of_layer(self, i: int) -> list[Parameter]:
         """Keys and values of layer i."""

@@ -476,13 +476,13 @@ class CachedAttention(nn.Cell):
         self.attention = operator(library, "cached_attention", _like_first)
 
     def construct(self, q: Tensor, k: Tensor, v: Tensor, rope: tuple, visible: Tensor, cache: tuple) -> Tensor:
-        keys, values, rows = cache
+        keys, values, rows, begins = cache
         positions = (rope[2], rope[3], visible)
         new_keys, new_values = self.cache_rows(k, v, *positions)
         # as they lie: MindSpore copies what it reshapes, and these are long
         keys = ops.scatter_update(keys, rows, new_keys)
         values = ops.scatter_update(values, rows, new_values)
-        return self.attention(q, keys, values, *positions, rows)
+        return self.attention(q, keys, values, *positions, rows, begins)
 
 
 class HeadProduct(nn.Cell):

@@ -413,26 +413,31 @@ class Attention(ByHeads):
         return self.merge_heads(self.kernel(q, k, v, visible)[0], batch)
 
 
-def write_rows(buffer: Parameter, rows: Tensor, new: Tensor, heads: int) -> Tensor:
+def write_rows(buffer: Parameter, rows: Tensor, new: Tensor, length: int) -> Tensor:
     """Puts ``new``, of [n, d] numbers, into the rows [n] of ``buffer``; returns all of it as [heads, length, d]."""
     head_dim = new.shape[-1]
     written = ops.scatter_update(buffer, rows, new.reshape((-1, head_dim)))
-    return written.reshape((heads, -1, head_dim))
+    return written.reshape((-1, length, head_dim))
 
 
 class CachedAttention(ByHeads):
     """``Attention`` of new tokens to those in a cache, into which they are written; it has no gradient.
 
-    cache: the layer's keys and values, each [b * n_kv * length, d], and the rows [b * n_kv * new] that the new tokens
-    take. visible: what ``CachedScoreMask`` gives.
+    cache: the layer's keys and values, each [lines * n_kv * length, d], the rows [b * n_kv * new] that the new tokens
+    take, and those where their heads begin [b * n_kv]: of all lines in their order, or of fewer. visible: what
+    ``CachedScoreMask`` gives.
     """
 
+    def used(self, keys: Tensor, begins: Tensor, length: int) -> Tensor:
+        """Of a cache [lines * n_kv, length, d] the heads that begin at ``begins``, [b * n_kv, length, d]."""
+        return keys if keys.shape[0] == begins.shape[0] else ops.gather(keys, begins // length, 0)
+
     def construct(self, q: Tensor, k: Tensor, v: Tensor, rope: tuple, visible: Tensor, cache: tuple) -> Tensor:
-        keys, values, rows = cache
-        batch = visible.shape[0] // self.num_kv_heads
+        keys, values, rows, begins = cache
+        batch, length = visible.shape[0] // self.num_kv_heads, visible.shape[2]
         q, k, v = self.by_heads(q, k, v, rope, batch)
-        k = write_rows(keys, rows, k, batch * self.num_kv_heads)
-        v = write_rows(values, rows, v, batch * self.num_kv_heads)
+        k = self.used(write_rows(keys, rows, k, length), begins, length)
+        v = self.used(write_rows(values, rows, v, length), begins, length)
         output = self.kernel(q, k, v, visible)[0]  # MindSpore warns of an unused name behind a write
         return self.merge_heads(output, batch)
 

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from lora_ms.data.tokenizer import load_tokenizer
 from lora_ms.errors import LoraMsError
-from lora_ms.infer.generate import Generator, pad_rows, prompt_name
+from lora_ms.infer.engine import prompt_name
+from lora_ms.infer.generate import Generator, pad_rows
 from lora_ms.infer.sampling import Sampling
 from lora_ms.models.decoder import CausalLM
 from lora_ms.models.hub import NUMPY_DTYPES, load_directory, save_directory

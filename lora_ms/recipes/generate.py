@@ -70,7 +70,7 @@ def speaker_for(config: RunConfig, model: CausalLM, sampling: Sampling) -> Speak
     sizes = config.model.sizes
     end = sizes.eos_token_id
     return Speaker(
-        Generator(model),
+        Generator(model, weights_stay=True),
         tokenizer,
         sampling,
         max_new_tokens=sizes.max_new_tokens,

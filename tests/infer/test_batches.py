@@ -8,8 +8,9 @@ import pytest
 from lora_ms.data.tokenizer import load_tokenizer
 from lora_ms.errors import LoraMsError
 from lora_ms.infer.chat import Speaker
-from lora_ms.infer.generate import Generator, check_prompts, random_streams
-from lora_ms.infer.sampling import Sampling
+from lora_ms.infer.engine import check_prompts
+from lora_ms.infer.generate import Generator
+from lora_ms.infer.sampling import Sampling, random_stream
 from lora_ms.models.hub import load_directory
 
 MIXTURES = 200
@@ -66,13 +67,11 @@ def test_one_prompt_twice_is_drawn_twice(generator):
 
 
 def test_streams_are_of_the_seed_and_the_tokens():
-    def draws(prompts, seed):
-        return [stream.integers(1 << 30) for stream in random_streams(prompts, seed)]
+    def draw(prompt, seed, sample=0):
+        return random_stream(prompt, seed, sample).integers(1 << 30)
 
-    a, b, again = draws([[1, 2], [3], [1, 2]], 0)
-    assert len({a, b, again}) == 3
-    assert draws([[3], [1, 2]], 0) == [b, a]
-    assert a not in draws([[1, 2], [3], [1, 2]], 1)
+    assert len({draw([1, 2], 0), draw([3], 0), draw([1, 2], 0, 1), draw([1, 2], 1)}) == 4
+    assert draw([1, 2], 0) == draw(np.array([1, 2]), 0)
 
 
 @pytest.mark.parametrize("limits", [[3, 8, 1], [1, 1, 1], [0, 4, 2], [8, 0, 0]])

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from lora_ms.errors import LoraMsError
-from lora_ms.infer.generate import PIECE, Generator, cache_length, pad_rows
+from lora_ms.infer.cached_model import PIECE, cache_length
+from lora_ms.infer.generate import Generator, pad_rows
 from lora_ms.infer.sampling import Sampling
 from lora_ms.models.decoder import DecoderConfig
 from lora_ms.models.hub import load_directory, new_model
@@ -31,7 +32,7 @@ def test_the_same_tokens_as_transformers(operators, reference, golden, name):
         for kind, sampling in (("greedy", Sampling()), ("penalty", Sampling(repetition_penalty=1.2))):
             new = generator.generate(prompts, 24, sampling)
             np.testing.assert_array_equal(np.array(new), values[f"{prefix}_{kind}"][:, 6:])
-    assert len(generator.compiled) == 1  # two graphs in all
+    assert len(generator.engines) == 1  # two graphs in all
 
 
 @pytest.fixture(scope="module")
@@ -81,9 +82,9 @@ def test_prompts_of_several_pieces_and_fewer_rows(qwen2):
     rng = np.random.default_rng(0)
     prompts = [rng.integers(1, 90, n).tolist() for n in (1, PIECE - 1, PIECE, PIECE + 1, 3 * PIECE + 5)]
     together = qwen2.generate(prompts, 9)
-    graphs = len(qwen2.compiled)
+    graphs = len(qwen2.engines)
     assert [qwen2.generate([prompt], 9)[0] for prompt in prompts] == together
-    assert len(qwen2.compiled) == graphs
+    assert len(qwen2.engines) == graphs
 
 
 @pytest.mark.parametrize("windows", [(), (1, 4, 7)], ids=["full", "some sliding"])
@@ -103,7 +104,7 @@ def test_layers_that_share_graphs_answer_as_one_graph_does(native, windows, monk
         model.operators = replace(native, lends_memory=lends_memory)
         generator = Generator(model)
         answers.append([generator.generate(prompts, 12), generator.generate(prompts[:2], 5)])
-        assert (generator.compiled[0].whole is None) == lends_memory
+        assert (generator.engines[0].graphs.whole is None) == lends_memory
     assert answers[0] == answers[1]
     assert len({tuple(row) for row in answers[0][0]}) == 3  # no answer is another's
     for name, parameter in model.parameters_and_names():

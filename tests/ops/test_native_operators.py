@@ -336,10 +336,11 @@ def test_attention_to_a_cache(call, b, length, heads, kv_heads, d, slot, new):
     for line in range(kv):
         used = slots[line // kv_heads, -1] + 1
         keys[line, :used], values[line, :used] = key[line, :used], value[line, :used]
-    places = (np.arange(kv).reshape(b, kv_heads, 1) * length + slots[:, None]).astype(np.int32).ravel()
+    begins = (np.arange(kv) * length).astype(np.int32)
+    places = (begins.reshape(b, kv_heads, 1) + slots[:, None]).astype(np.int32).ravel()
     cos, sin, spread = tables(slots, kv_heads)
     cache = [x.reshape(-1, d) for x in (keys, values)]
-    out = call("cached_attention", [q, *cache, *spread, first, places], [q.shape])[0]
+    out = call("cached_attention", [q, *cache, *spread, first, places, begins], [q.shape])[0]
     query = rotated(q, heads, cos, sin).reshape(b, new, kv_heads, -1, d) / np.sqrt(d)
     scores = np.einsum("bikgd,bkjd->bikgj", query, key.reshape(b, kv_heads, n, d))
     seen = (np.arange(n) >= first[..., None]) & (np.arange(n) <= slots[..., None])  # [b, new, n]

@@ -244,16 +244,16 @@ inline void cache_rows(const Attention &a, float *keys, float *values) {
     });
 }
 
-// New tokens of each line look at those in a cache, keys and values [b * n_kv * length, d], from `first` [b, s] up to
-// their own slots, which follow one another; q [b * s, n_h * d] -> out like q. slots [b]: of each line's first new token.
-// k and v of `a` are the cache's.
-inline void cached_attention(const Attention &a, long length, const std::vector<long> &slots, float *out) {
+// New tokens of each line look at those in a cache, keys and values [rows, d], from `first` [b, s] up to their own slots,
+// which follow one another; q [b * s, n_h * d] -> out like q. begins [b * n_kv]: the rows where the heads of each line
+// begin; slots [b]: of each line's first new token. k and v of `a` are the cache's.
+inline void cached_attention(const Attention &a, const int32_t *begins, const std::vector<long> &slots, float *out) {
     const float scale = 1.0f / std::sqrt(static_cast<float>(a.dim));
     const long group = a.heads / a.kv_heads;
     if (a.seq > 1) {
         Threads::shared().run(a.batch * a.heads, [&](long task) {
             const long line = task / a.heads, head = task % a.heads, count = slots[line] + a.seq;
-            const long at = (line * a.kv_heads + head / group) * length * a.dim;
+            const long at = begins[line * a.kv_heads + head / group] * a.dim;
             Scratch scratch(attend_numbers(a, count));
             attend(a, line, head, a.k + at, a.v + at, a.dim, count, slots[line], scratch, out, nullptr);
         });
@@ -261,7 +261,7 @@ inline void cached_attention(const Attention &a, long length, const std::vector<
     }
     Threads::shared().run(a.batch * a.kv_heads, [&](long task) {
         const long line = task / a.kv_heads, low = a.first[line], count = slots[line] + 1 - low;
-        const float *keys = a.k + (task * length + low) * a.dim, *values = a.v + (task * length + low) * a.dim;
+        const float *keys = a.k + (begins[task] + low) * a.dim, *values = a.v + (begins[task] + low) * a.dim;
         Scratch scratch(a.dim + count);
         float *query = scratch.take(a.dim), *scores = scratch.take(count);
         for (long head = task * group; head < (task + 1) * group; head++) {  // of all lines

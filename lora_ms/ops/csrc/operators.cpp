@@ -349,19 +349,18 @@ OPERATOR(cache_rows) {
     return 0;
 }
 
-// q [b * s, n_h * d], keys, values [b * n_kv * length, d], cos, sin [b * s * n_kv, d], first [b, s], rows of the cache
-// [b * n_kv * s] that the new tokens have -> like q
+// q [b * s, n_h * d], keys, values [lines * n_kv * length, d], cos, sin [b * s * n_kv, d], first [b, s], rows of the
+// cache [b * n_kv * s] that the new tokens have, and where their heads begin [b * n_kv] -> like q
 OPERATOR(cached_attention) {
     Arguments arguments = ARGUMENTS;
     const Tensor q = arguments.next(), keys = arguments.next(), values = arguments.next();
-    const Tensor cos = arguments.next(), sin = arguments.next(), first = arguments.next(), rows = arguments.next();
-    const Tensor out = arguments.next();
+    const Tensor cos = arguments.next(), sin = arguments.next(), first = arguments.next();
+    const Tensor rows = arguments.next(), begins = arguments.next(), out = arguments.next();
     Attention a = attention_of(q, keys, values, cos, sin, first);
     a.kv_heads = cos.size(0) / q.size(0);  // the cache has them beside the lines
-    const long length = keys.size(0) / (a.batch * a.kv_heads);
     std::vector<long> slots(a.batch);
     for (long line = 0; line < a.batch; line++)
-        slots[line] = rows.ints()[line * a.kv_heads * a.seq] - line * a.kv_heads * length;
-    lora_ms::cached_attention(a, length, slots, out.floats());
+        slots[line] = rows.ints()[line * a.kv_heads * a.seq] - begins.ints()[line * a.kv_heads];
+    lora_ms::cached_attention(a, begins.ints(), slots, out.floats());
     return 0;
 }
