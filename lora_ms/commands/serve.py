@@ -37,19 +37,19 @@ def run(
     from lora_ms.recipes.serve import adapters_named, serve
     from lora_ms.serve.settings import ServeSettings
 
-    numbers = {
-        "--port": (port, 0),
-        "--max-num-seqs": (max_num_seqs, 1),
-        "--max-model-len": (max_model_len, 2),
-        "--max-waiting": (max_waiting, 0),
-        "--max-body-bytes": (max_body_bytes, 1),
-        "--request-timeout": (request_timeout, 0.001),
-        "--read-timeout": (read_timeout, 0.001),
-        "--shutdown-timeout": (shutdown_timeout, 0),
+    bounds = {
+        "--port": (port, 0, 65535),
+        "--max-num-seqs": (max_num_seqs, 1, 1024),
+        "--max-model-len": (max_model_len, 2, 2**30),
+        "--max-waiting": (max_waiting, 0, 10**6),
+        "--max-body-bytes": (max_body_bytes, 1, 2**30),
+        "--request-timeout": (request_timeout, 0.01, 10**7),
+        "--read-timeout": (read_timeout, 0.01, 10**7),
+        "--shutdown-timeout": (shutdown_timeout, 0, 10**7),
     }
-    for flag, (value, least) in numbers.items():
-        if value is not None and not least <= value < 2**31:
-            raise LoraMsError(f"{flag} {value} is out of range: give {least} or more")
+    for flag, (value, least, most) in bounds.items():
+        if value is not None and not least <= value <= most:
+            raise LoraMsError(f"{flag} {value} is out of range: give {least} to {most}")
     settings = ServeSettings(
         host=host,
         port=port,

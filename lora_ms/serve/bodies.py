@@ -26,7 +26,7 @@ from lora_ms.serve.settings import (
     MOST_STOPS,
 )
 
-Tokens = Annotated[list[int], Field(min_length=1)]
+Tokens = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
 Stop = Annotated[str, Field(min_length=1, max_length=MOST_STOP)]
 Name = Annotated[str, Field(max_length=512)]
 SAID = 12  # unknown keys that are named

@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lora_ms.serve.faults import ApiError
 from lora_ms.serve.metrics import ServerNumbers
-from lora_ms.serve.settings import ServeSettings
+from lora_ms.serve.settings import MOST_HEAD, ServeSettings
 
 IGNORED = "x-ignored-keys"  # header of an answer: keys of the body that have no meaning here
 SERVED = "served_name"  # in a request's scope: the name that its path serves
@@ -77,7 +77,12 @@ class Gate:
                 print(f"{scope['method'][:16]} {path} {status} {time.monotonic() - began:.2f} s{ignored}", flush=True)
 
     def _admit(self, scope: Scope) -> None:
-        path = scope["path"]
+        path, version = scope["path"], scope["http_version"]
+        if version not in ("1.0", "1.1"):
+            raise ApiError(505, f"HTTP {version} is not spoken here")
+        head = sum(len(name) + len(value) for name, value in scope["headers"])
+        if head + len(path) + len(scope["query_string"]) > MOST_HEAD:
+            raise ApiError(431, f"the request's path and headers have more than {MOST_HEAD} bytes")
         while "//" in path:  # a base URL with a slash at its end
             path = path.replace("//", "/")
         self._check_host(scope)

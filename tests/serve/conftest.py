@@ -37,13 +37,14 @@ class Running:
     def __init__(self, *flags: str, env: dict[str, str] | None = None, log: Path):
         command = [sys.executable, "-m", "lora_ms.cli", "serve", "--load_checkpoint", str(MODEL), "--port", "0", *flags]
         self.log = log
-        self.process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **(env or {})},
-            stdout=open(log, "wb"),
-            stderr=subprocess.STDOUT,
-        )
+        with open(log, "wb") as out:
+            self.process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **(env or {})},
+                stdout=out,
+                stderr=subprocess.STDOUT,
+            )
         self.port = 0
 
     def ready(self, seconds: float = 120.0) -> "Running":
@@ -59,6 +60,13 @@ class Running:
 
     def said(self) -> str:
         return self.log.read_text("utf-8", "replace")
+
+    def says(self, text: str) -> None:
+        """Waits for a line of the log: it is written after the answer."""
+        end = time.monotonic() + 2
+        while text not in self.said():
+            assert time.monotonic() < end, f"{text!r} is not in the log:\n{self.said()[-2000:]}"
+            time.sleep(0.01)
 
     @property
     def url(self) -> str:
