@@ -148,16 +148,17 @@ class _Copy(Graph):
 
 
 class CachedModel:
-    """``model`` (a ``CausalLM``) on ``batch`` lines of at most ``length`` tokens, pieces of PIECE tokens at a time.
+    """``model`` (a ``CausalLM``) on ``batch`` lines of at most ``length`` tokens; prompts are read in pieces.
 
     ``read`` and ``next`` stand inside ``running``, and ``copy`` outside. Many layers run in blocks of a few, which
     share their graphs, so that compilation does not grow with the depth.
     """
 
-    def __init__(self, model: nn.Cell, batch: int, length: int):
+    def __init__(self, model: nn.Cell, batch: int, length: int, piece: int = PIECE):
         c = model.config
         self.batch = batch
         self.length = length
+        self.piece = piece
         self.num_kv_heads = c.num_key_value_heads
         self.all_lines = Tensor(np.arange(batch, dtype=np.int32))
         cache = KVCache(
@@ -180,7 +181,7 @@ class CachedModel:
         # the CPU does in bfloat16: then the embedding and the head that is tied to it are in graphs of their own
         one_graph = top == 0 and not (c.tie_word_embeddings and model.dtype == ms.bfloat16)
         self.whole = _Whole(self.inputs, self.top).set_train(False) if one_graph else None
-        self._scores = _Scores(model, PIECE).set_train(False)
+        self._scores = _Scores(model, piece).set_train(False)
         self._copy = _Copy(cache).set_train(False)
         self.blocks: list[tuple[_Block, Place, list[Parameter]]] = []  # the graph, its place, and who takes it
         kinds: dict[tuple, tuple[_Block, Place]] = {}
@@ -204,7 +205,7 @@ class CachedModel:
             yield
 
     def read(self, line: int, ids: NDArray, start: int, length: int, last: int) -> tuple[Tensor, Tensor, Tensor]:
-        """A piece of a prompt, ids [PIECE], into the slots of ``line`` from ``start`` on.
+        """A piece of a prompt, ids [piece], into the slots of ``line`` from ``start`` on.
 
         length: see ``Decoder.cached_inputs``. last: the index of the piece's token after which the next is wanted.
         Returns its logits [1, v], the likeliest id [1], and what ``scores`` takes.
@@ -220,12 +221,12 @@ class CachedModel:
         return self._run(ids[:, None], self.all_lines, start, first, start + 1, self.all_lines)[:2]
 
     def scores(self, hidden: Tensor) -> NDArray:
-        """The logits [PIECE, v] of what follows each token of the piece for which ``read`` gave ``hidden``."""
+        """The logits [piece, v] of what follows each token of the piece for which ``read`` gave ``hidden``."""
         return self._scores(hidden).asnumpy()
 
     def copy(self, source: int, target: int, start: int) -> None:
         """The keys and values of a piece, in the slots from ``start`` on, from one line to another."""
-        slots = np.arange(start, start + PIECE)
+        slots = np.arange(start, start + self.piece)
         heads = np.arange(self.num_kv_heads).reshape(-1, 1)
         rows = (((line * self.num_kv_heads + heads) * self.length + slots).reshape(-1) for line in (source, target))
         self._copy(*(Tensor(x.astype(np.int32)) for x in rows))

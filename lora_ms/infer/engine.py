@@ -118,15 +118,24 @@ class Engine:
         rows: requests that run at once; others wait.
         length: most tokens of a prompt and its answer together; None for what ``cache_length`` gives.
         adapters: of the model; None: none.
+        piece: tokens of a prompt that are read at a time, and shared.
     """
 
-    def __init__(self, model: nn.Cell, rows: int = ROWS, length: int | None = None, adapters: Adapters | None = None):
+    def __init__(
+        self,
+        model: nn.Cell,
+        rows: int = ROWS,
+        length: int | None = None,
+        adapters: Adapters | None = None,
+        piece: int = PIECE,
+    ):
         self.model = model.set_train(False)
         self.rows = rows
-        self.length = cache_length(model, rows, PIECE) if length is None else length
+        self.piece = piece
+        self.length = cache_length(model, rows, piece) if length is None else length
         self.adapters = adapters
-        self._slots = -(-self.length // PIECE) * PIECE  # pieces are written whole
-        self.graphs = CachedModel(self.model, rows, self._slots)
+        self._slots = -(-self.length // piece) * piece  # pieces are written whole
+        self.graphs = CachedModel(self.model, rows, self._slots, piece)
         # a rotation that grows with the text makes of equal beginnings unequal keys
         self._shares = not model.model.rotary_tables.grows
         self._lines = [_Line(number, self._slots) for number in range(rows)]
@@ -152,8 +161,7 @@ class Engine:
 
     def warm(self) -> None:
         """Compiles all that is not compiled yet, before the first request does; to be called while idle."""
-        piece = tuple([0] * (PIECE + 1)) if self.length > PIECE + 2 else (0, 0)
-        self.answers([Request(piece, 2, prompt_logprobs=0)])
+        self.answers([Request((0, 0), 2, prompt_logprobs=0)])
         self.graphs.copy(0, 0, 0)
         self.forget()
 
@@ -253,7 +261,7 @@ class Engine:
         free = [line for line in self._lines if line.row is None]
         best = max(self._lines, key=lambda line: self._shared(line, row))
         shared = self._shared(best, row)
-        if shared and best.row is None and (len(free) == 1 or best.used - shared < PIECE):
+        if shared and best.row is None and (len(free) == 1 or best.used - shared < self.piece):
             return best
         return min(free, key=lambda line: (line is best and shared > 0, line.left))
 
@@ -265,7 +273,7 @@ class Engine:
             return 0
         count = min(line.used, len(request.prompt) - 1)
         different = np.flatnonzero(line.ids[:count] != row.ids[:count])
-        return (int(different[0]) if len(different) else count) // PIECE * PIECE
+        return (int(different[0]) if len(different) else count) // self.piece * self.piece
 
     def _next_to_read(self) -> "_Row | None":
         """The row that has waited longest among those whose prompts have not been read."""
@@ -277,7 +285,7 @@ class Engine:
         line = row.line
         best = max(self._lines, key=lambda other: self._shared(other, row))
         shared = self._shared(best, row)
-        for start in range(line.used, shared, PIECE):
+        for start in range(line.used, shared, self.piece):
             with interruptible():
                 self.graphs.copy(best.number, line.number, start)
         if shared > line.used:
@@ -289,15 +297,15 @@ class Engine:
         line = row.line
         prompt = row.request.prompt
         begin = line.used
-        part = row.ids[begin : begin + PIECE]
-        ids = np.zeros(PIECE, np.int32)
+        part = row.ids[begin : begin + self.piece]
+        ids = np.zeros(self.piece, np.int32)
         ids[: len(part)] = part
         self._choose([row.lease.place])
         with interruptible():
             logits, best, hidden = self.graphs.read(line.number, ids, begin, len(prompt), len(part) - 1)
             best = best.asnumpy()
         if row.request.prompt_logprobs is not None:
-            following = prompt[begin + 1 : begin + PIECE + 1]
+            following = prompt[begin + 1 : begin + self.piece + 1]
             scores = log_softmax(self.graphs.scores(hidden)[: len(following)])
             top = row.request.prompt_logprobs
             row.prompt_logprobs += [token_logprob(t, s, top) for t, s in zip(following, scores, strict=True)]
