@@ -59,13 +59,13 @@ def serve(
     Raises:
         LoraMsError: the port is taken, a folder cannot be used, or the engine's thread ended.
     """
-    sockets = [bound(settings)]
-    runtime = session.start(config)
-    server = _server(config, runtime, settings, adapters, names, (rows, length))
-    host, port = sockets[0].getsockname()[:2]
-    place = f"[{host}]" if ":" in host else host
-    print(f"ready: http://{place}:{port} (OpenAI's interface at http://{place}:{port}/v1)", flush=True)
-    server.run(sockets)
+    with bound(settings) as place:
+        runtime = session.start(config)
+        server = _server(config, runtime, settings, adapters, names, (rows, length))
+        host, port = place.getsockname()[:2]
+        url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        print(f"ready: {url} (OpenAI's interface at {url}/v1)", flush=True)
+        server.run([place])
     if server.failed:
         raise LoraMsError("the engine's thread has ended: see the lines above")
 

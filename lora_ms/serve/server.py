@@ -113,6 +113,7 @@ def bound(settings: ServeSettings) -> socket.socket:
     Raises:
         LoraMsError: the port is taken, or no such host.
     """
+    found = None
     try:
         family, kind, proto, _, address = socket.getaddrinfo(
             settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -120,7 +121,9 @@ def bound(settings: ServeSettings) -> socket.socket:
         found = socket.socket(family, kind, proto)
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         found.bind(address)
-    except (OSError, OverflowError, UnicodeError) as error:
+    except (OSError, UnicodeError) as error:
+        if found is not None:
+            found.close()
         said = getattr(error, "strerror", None) or error
         raise LoraMsError(f"--host {settings.host} --port {settings.port}: {said}: give another") from None
     return found

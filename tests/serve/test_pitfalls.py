@@ -65,7 +65,7 @@ def test_titles_and_tags_are_asked_in_the_same_moment(server):
 def test_the_role_comes_before_the_prompt_is_read(server):
     with opened(server, LONG), opened(server, LONG), opened(server, LONG), opened(server, LONG):
         fifth = opened(server, LONG)  # waits for a row
-        line = fifth.response.fp.readline()
+        line = fifth.response.readline()
         assert json.loads(line.removeprefix(b"data: "))["choices"][0]["delta"] == {"role": "assistant", "content": ""}
         assert server.number("lora_ms_requests_waiting") == 1
         fifth.close()
@@ -75,7 +75,7 @@ def test_the_role_comes_before_the_prompt_is_read(server):
 def test_a_request_whose_client_goes_stops(server):
     before = server.number("lora_ms_generated_tokens_total")
     stream = opened(server, LONG)
-    stream.response.fp.readline()
+    stream.response.readline()
     stream.close()
     whole = socket.create_connection(("127.0.0.1", server.port))
     body = json.dumps({**LONG, "stream": False, "n": 3}).encode()
