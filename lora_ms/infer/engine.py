@@ -10,7 +10,7 @@ whose prompt begins as the tokens of a line do, takes these over: in its place, 
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from mindspore import Tensor, nn
@@ -65,14 +65,10 @@ class Event:
     cached_tokens: int = 0  # with the first event: tokens of the prompt that were not computed again
 
 
-class Lease(NamedTuple):
-    """An adapter in use."""
-
-    place: int  # among those that live in the model; 0: none
-    serial: int  # another for each adapter that was ever there
-
-
-NO_ADAPTER = Lease(0, 0)
+# an adapter in use: its place among those that live in the model, 0 for none; and a number that no other adapter has
+# ever had there
+Lease = tuple[int, int]
+NO_ADAPTER: Lease = (0, 0)
 
 
 class Adapters(Protocol):
@@ -89,7 +85,7 @@ class Adapters(Protocol):
         """The reverse of ``acquire``."""
 
     def choose(self, places: Sequence[int]) -> None:
-        """From now on, line i of a batch of so many lines uses the adapter at ``places[i]``."""
+        """From now on, each line of a batch uses the adapter at its place; one place is for all lines."""
 
 
 def prompt_name(number: int, count: int) -> str:
@@ -223,11 +219,8 @@ class Engine:
         row = self._next_to_read()
         if row is not None:
             self._take_over(row)
-        with self.graphs.running():
-            if row is not None:
-                events += self._read_piece(row)
-            events += self._next_tokens()
-        return events
+            events += self._read_piece(row)
+        return events + self._next_tokens()
 
     def run(self) -> Iterator[Event]:
         """Steps until the engine is idle; requests may be submitted and cancelled in between."""
@@ -300,8 +293,8 @@ class Engine:
         part = row.ids[begin : begin + self.piece]
         ids = np.zeros(self.piece, np.int32)
         ids[: len(part)] = part
-        self._choose([row.lease.place])
-        with interruptible():
+        self._choose([row.lease[0]])
+        with self.graphs.running(), interruptible():
             logits, best, hidden = self.graphs.read(line.number, ids, begin, len(prompt), len(part) - 1)
             best = best.asnumpy()
         if row.request.prompt_logprobs is not None:
@@ -325,9 +318,9 @@ class Engine:
         for row in rows:
             ids[row.line.number] = row.new[-1]
             first[row.line.number] = 0
-            places[row.line.number] = row.lease.place
+            places[row.line.number] = row.lease[0]
         self._choose(places)
-        with interruptible():
+        with self.graphs.running(), interruptible():
             logits, best = self.graphs.next(ids, start, first)
             best = best.asnumpy()
         for row in rows:
