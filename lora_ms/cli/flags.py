@@ -181,6 +181,8 @@ SERVE_FLAGS: list[tuple[str, Any, str | None, Any, str, str]] = [
     ("lora-modules", str, "+", [], "NAME=DIR", "adapters, by the names that requests ask for"),
     ("max-model-len", flag_int, None, None, "N", "longest prompt and answer together, in tokens"),
     ("max-num-seqs", flag_int, None, None, "N", "requests that run at once (8)"),
+    ("max-loras", flag_int, None, None, "N", "adapters at once (as many as named, and 8 with --adapter-folders)"),
+    ("max-lora-rank", flag_int, None, None, "N", "largest rank of one (the named ones'; 16 with --adapter-folders)"),
     ("max-waiting", flag_int, None, 64, "N", "further ones that wait; more get status 429 (64)"),
     ("max-body-bytes", flag_int, None, 2 << 20, "N", "largest request (2097152)"),
     ("request-timeout", flag_float, None, 600.0, "SECONDS", "longest time to an answer's end (600)"),

@@ -20,6 +20,8 @@ def run(
     lora_modules: list[str],
     max_model_len: int | None,
     max_num_seqs: int | None,
+    max_loras: int | None,
+    max_lora_rank: int | None,
     max_waiting: int,
     max_body_bytes: int,
     request_timeout: float,
@@ -34,13 +36,15 @@ def run(
     if missing:
         raise LoraMsError(f"lora-ms serve needs {', '.join(missing)}: pip install 'lora_ms[serve]'")
     session.check_alone(config, "serve")
-    from lora_ms.recipes.serve import adapters_named, serve
+    from lora_ms.recipes.serve import ServeSizes, adapters_named, serve
     from lora_ms.serve.settings import ServeSettings
 
     bounds = {
         "--port": (port, 0, 65535),
         "--max-num-seqs": (max_num_seqs, 1, 1024),
         "--max-model-len": (max_model_len, 2, 2**30),
+        "--max-loras": (max_loras, 1, 4096),
+        "--max-lora-rank": (max_lora_rank, 1, 4096),
         "--max-waiting": (max_waiting, 0, 10**6),
         "--max-body-bytes": (max_body_bytes, 1, 2**30),
         "--request-timeout": (request_timeout, 0.01, 10**7),
@@ -69,7 +73,9 @@ def run(
         if adapters.setdefault(name, config.load_adapter) != config.load_adapter:
             raise LoraMsError(f"--load_adapter and --lora-modules both name {name!r}: leave one out")
     config = config.model_copy(update={"load_adapter": ""})
-    serve(config, settings, adapters, served_model_name, rows=max_num_seqs, length=max_model_len)
+    serve(
+        config, settings, adapters, served_model_name, ServeSizes(max_num_seqs, max_model_len, max_loras, max_lora_rank)
+    )
 
 
 def _key() -> str:

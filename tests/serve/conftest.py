@@ -152,12 +152,9 @@ def start(tmp_path_factory) -> Iterator[Callable[..., Running]]:
 @pytest.fixture(scope="session")
 def server(start, adapters) -> Running:
     """The server that all tests but those of its end share: the model ``tiny``, the adapters ``one`` and ``two``."""
-    modules = (
-        [] if os.environ.get("NOADAPT") else ["--lora-modules", f"one={adapters / 'one'}", f"two={adapters / 'two'}"]
-    )
     return start(
         *("--served-model-name", "tiny", "tiny-alias"),
-        *modules,
+        *("--lora-modules", f"one={adapters / 'one'}", f"two={adapters / 'two'}"),
         *("--adapter-folders", str(adapters), "--max-num-seqs", "4", "--max-waiting", "8"),
         *("--max-body-bytes", str(MAX_BODY), "--read-timeout", str(READ_TIMEOUT), "--request-timeout", "60"),
         *("--allowed-origins", "http://localhost:3000", "--allowed-hosts", "proxy.example"),
