@@ -1,4 +1,4 @@
-"""One batch with another adapter in each row: the adapters of a layer side by side, and a gate that picks."""
+"""One batch with another adapter in each line: all live in the model, side by side, and each line chooses."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
-from numpy.typing import NDArray
 
 from lora_ms.adapters.combine import read_adapter
 from lora_ms.adapters.inject import install, target_layers
@@ -20,63 +19,6 @@ from lora_ms.nn.layers import Embedding, Head
 from lora_ms.nn.projection import projection_of
 from lora_ms.ops import PORTABLE
 from lora_ms.text import listed
-
-
-class MultiAdapterDense(nn.Cell):
-    """``y = x W^T + b + (gate * x A^T) B^T`` with A and B of several adapters stacked along the rank.
-
-    Args:
-        layer: the layer under the adapters.
-        pairs: those of the adapters that stand on this layer, by their index in ``choice``.
-        choice: [b, n] of 0 and 1, shared by all layers: which of the n adapters each row of the batch uses; a row of
-            zeros uses none.
-    """
-
-    def __init__(self, layer: nn.Cell, pairs: Mapping[int, Pair], choice: Parameter):
-        super().__init__(auto_prefix=False)
-        self.base = projection_of(layer, PORTABLE)
-        self.choice = choice
-        self.ranks = sum(len(pair.a) for pair in pairs.values())
-        shapes = {
-            "lora_a": (self.ranks, self.base.in_channels),
-            "lora_b": (self.base.out_channels, self.ranks),
-            "spread": (choice.shape[1], self.ranks),  # [n, ranks]: scaling, at an adapter's own ranks
-        }
-        self.lora_a, self.lora_b, self.spread = (
-            Parameter(Tensor(np.zeros(shape, np.float32)), name=name, requires_grad=False)
-            for name, shape in shapes.items()
-        )
-        self.fill(pairs)
-        self.product = ops.MatMul()
-        self.product_t = ops.MatMul(transpose_b=True)
-
-    def fill(self, pairs: Mapping[int, Pair]) -> None:
-        """Takes the numbers of adapters of the ranks that the cell was made for."""
-        spread = np.zeros(self.spread.shape, np.float32)
-        start = 0
-        for index, pair in pairs.items():
-            spread[index, start : start + len(pair.a)] = pair.scaling
-            start += len(pair.a)
-        self.lora_a.set_data(Tensor(np.concatenate([pair.a for pair in pairs.values()])))
-        self.lora_b.set_data(Tensor(np.concatenate([pair.b for pair in pairs.values()], 1)))
-        self.spread.set_data(Tensor(spread))
-
-    def construct(self, x: Tensor) -> Tensor:
-        """x [t, in] -> [t, out], t = b * s."""
-        rows, ranks = self.choice.shape[0], self.ranks
-        gate = self.product(self.choice, self.spread).astype(x.dtype).reshape((rows, 1, ranks))
-        gate = ops.tile(gate, (1, x.shape[0] // rows, 1)).reshape((-1, ranks))  # [t, ranks]
-        low = self.product_t(x, self.lora_a.astype(x.dtype)) * gate
-        return self.base.finish(self.base.multiply(x) + self.product_t(low, self.lora_b.astype(x.dtype)))
-
-
-def choice_values(rows: Sequence[int | None], adapters: int) -> NDArray[np.float32]:
-    """``MultiAdapterDense``'s choice [b, n], from the index of each row's adapter, or None."""
-    values = np.zeros((len(rows), adapters), np.float32)
-    for row, index in enumerate(rows):
-        if index is not None:
-            values[row, index] = 1.0
-    return values
 
 
 class AdapterRows(nn.Cell):
@@ -126,6 +68,44 @@ def zeros(shape: tuple[int, ...], name: str) -> Parameter:
     return parameter
 
 
+class LineChoice:
+    """Which of the adapters that live in a model each line of a batch uses, by their places.
+
+    Attributes:
+        parameter: the places [lines] int32, which ``AdapterRows`` read.
+    """
+
+    def __init__(self, lines: int):
+        self.places = np.zeros(lines, np.int32)
+        self.parameter = Parameter(Tensor(self.places), name="choice", requires_grad=False)
+
+    def choose(self, places: Sequence[int]) -> None:
+        """From now on, each line of a batch uses the adapter at its place; one place is for all lines."""
+        chosen = np.broadcast_to(np.array(places, np.int32), self.places.shape)
+        if not np.array_equal(chosen, self.places):
+            self.places = chosen.copy()
+            self.parameter.set_data(Tensor(self.places))
+
+
+class FixedAdapters(LineChoice):
+    """Adapters that stay in a model, at places from 1 on in the order of ``names``."""
+
+    def __init__(self, names: Sequence[str], lines: int):
+        super().__init__(lines)
+        self.names = list(names)
+
+    def place(self, name: str) -> int:
+        """Of an adapter; 0 for a name that is none, which stands for the model without one."""
+        return self.names.index(name) + 1 if name in self.names else 0
+
+    def acquire(self, name: str) -> tuple[int, int]:
+        """See ``AdapterPool``; here nothing ever leaves its place."""
+        return self.place(name), 0
+
+    def release(self, lease: tuple[int, int]) -> None:
+        """The reverse of ``acquire``."""
+
+
 @dataclass
 class _Loaded:
     """An adapter at a place."""
@@ -135,7 +115,7 @@ class _Loaded:
     users: int = 0  # requests that have acquired it
 
 
-class AdapterPool:
+class AdapterPool(LineChoice):
     """Adapters that live in ``model``, a bare one, all at once: each line of a batch uses another, or none.
 
     To load and to unload compiles nothing. An adapter that is unloaded while requests use it keeps its place until they
@@ -152,12 +132,11 @@ class AdapterPool:
     """
 
     def __init__(self, model: nn.Cell, lines: int, adapters: int, lora_rank: int, target_modules: Any = ALL_LINEAR):
+        super().__init__(lines)
         self.lora_rank = lora_rank
-        self.choice = Parameter(Tensor(np.zeros(lines, np.int32)), name="choice", requires_grad=False)
-        self._chosen = np.zeros(lines, np.int32)
         layers = {name: layer for name, layer in target_layers(model).items() if type(layer) not in (Head, Embedding)}
         self.cells = {
-            name: AdapterRows(layer, adapters + 1, lora_rank, self.choice)
+            name: AdapterRows(layer, adapters + 1, lora_rank, self.parameter)
             for name, layer in layers.items()
             if matches(name, target_modules)
         }
@@ -240,13 +219,6 @@ class AdapterPool:
         loaded = self._by_serial[lease[1]]
         loaded.users -= 1
         self._free_unused(loaded)
-
-    def choose(self, places: Sequence[int]) -> None:
-        """From now on, each line of a batch uses the adapter at its place; one place is for all lines."""
-        chosen = np.broadcast_to(np.array(places, np.int32), self._chosen.shape)
-        if not np.array_equal(chosen, self._chosen):
-            self._chosen = chosen.copy()
-            self.choice.set_data(Tensor(self._chosen))
 
     def _find(self, name: str) -> _Loaded:
         if name not in self._loaded:

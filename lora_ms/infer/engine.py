@@ -4,7 +4,9 @@ A step reads one piece of one prompt, and then one token of every row whose prom
 not stall the others. One graph serves pieces of prompts, another tokens, and nothing that is submitted compiles more.
 
 Every row has a line of the cache of its own, side by side. What a line holds stays there when its row has ended. A row
-whose prompt begins as the tokens of a line do, takes these over: in its place, or by a copy, piece by piece.
+whose prompt begins as the tokens of a line do, takes these over: in its place, or by a copy, piece by piece. Only what
+was read in whole pieces is taken over, and no answer, as the graph of a token rounds otherwise than that of a piece: so
+a row has the same numbers, to the bit, whatever ran before it and runs beside it.
 """
 
 from collections import deque
@@ -246,6 +248,7 @@ class Engine:
             line = self._line_for(row)
             shared = self._shared(line, row)
             line.row, line.lease, line.used, line.stale = row, row.lease, shared, False
+            line.whole = shared
             row.line, row.shared = line, shared
 
     def _line_for(self, row: "_Row") -> "_Line":
@@ -254,7 +257,7 @@ class Engine:
         free = [line for line in self._lines if line.row is None]
         best = max(self._lines, key=lambda line: self._shared(line, row))
         shared = self._shared(best, row)
-        if shared and best.row is None and (len(free) == 1 or best.used - shared < self.piece):
+        if shared and best.row is None and (len(free) == 1 or best.whole - shared < self.piece):
             return best
         return min(free, key=lambda line: (line is best and shared > 0, line.left))
 
@@ -264,7 +267,7 @@ class Engine:
         request = row.request
         if not self._shares or line.stale or line.lease != row.lease or request.prompt_logprobs is not None:
             return 0
-        count = min(line.used, len(request.prompt) - 1)
+        count = min(line.whole, len(request.prompt) - 1)
         different = np.flatnonzero(line.ids[:count] != row.ids[:count])
         return (int(different[0]) if len(different) else count) // self.piece * self.piece
 
@@ -283,7 +286,7 @@ class Engine:
                 self.graphs.copy(best.number, line.number, start)
         if shared > line.used:
             line.write(row.ids[line.used : shared])
-            row.shared = shared
+            line.whole = row.shared = shared
 
     def _read_piece(self, row: "_Row") -> list[Event]:
         """Reads one piece of the prompt."""
@@ -303,6 +306,8 @@ class Engine:
             top = row.request.prompt_logprobs
             row.prompt_logprobs += [token_logprob(t, s, top) for t, s in zip(following, scores, strict=True)]
         line.write(part)
+        if len(part) == self.piece:
+            line.whole = line.used
         return [] if line.used < len(prompt) else self._told([row], [0], logits, best)
 
     def _next_tokens(self) -> list[Event]:
@@ -390,6 +395,7 @@ class _Line:
 
     Attributes:
         ids: the tokens in its slots, of which the first ``used`` count.
+        whole: so many of them were read in whole pieces.
         row: that is there; None: the line is free, and what it holds may be taken over.
         lease: the adapter with which the tokens were read.
         left: the step in which it was left.
@@ -400,6 +406,7 @@ class _Line:
         self.number = number
         self.ids = np.zeros(slots, np.int32)
         self.used = 0
+        self.whole = 0
         self.row: _Row | None = None
         self.lease = NO_ADAPTER
         self.left = 0

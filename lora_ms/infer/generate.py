@@ -2,13 +2,14 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from copy import copy
 
 import numpy as np
 from mindspore import nn
 from numpy.typing import NDArray
 
 from lora_ms.infer.cached_model import PIECE, cache_length
-from lora_ms.infer.engine import Engine, Request, check_prompts
+from lora_ms.infer.engine import Adapters, Engine, Request, check_prompts
 from lora_ms.infer.sampling import Sampling
 
 
@@ -24,6 +25,18 @@ class Generator:
         self.model = model.set_train(False)
         self.weights_stay = weights_stay
         self.engines: list[Engine] = []
+        self.adapters: Adapters | None = None
+        self.adapter_names: tuple[str, ...] | None = None
+
+    def with_adapters(self, adapters: Adapters, names: Sequence[str]) -> "Generator":
+        """The same, with the same graphs, that answers the prompt of each row with the adapter of that name.
+
+        adapters: those that live in the model now, for as many lines as there are names.
+        """
+        found = copy(self)
+        found.adapters = adapters
+        found.adapter_names = tuple(names)
+        return found
 
     def generate(
         self,
@@ -49,11 +62,12 @@ class Generator:
         """
         check_prompts(prompts, self.model.config.vocab_size)
         limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+        names = [None] * len(prompts) if self.adapter_names is None else self.adapter_names
         before: Counter[tuple[int, ...]] = Counter()
         requests = []
-        for prompt, limit in zip(prompts, limits, strict=True):
+        for prompt, limit, name in zip(prompts, limits, names, strict=True):
             ids = tuple(int(token) for token in prompt)
-            requests.append(Request(ids, limit, sampling or Sampling(), tuple(eos_token_ids), sample=before[ids]))
+            requests.append(Request(ids, limit, sampling or Sampling(), tuple(eos_token_ids), name, sample=before[ids]))
             before[ids] += 1
         engine = self._engine_for(requests)
         if not self.weights_stay:
@@ -78,7 +92,7 @@ class Generator:
             if engine.rows >= len(requests) and engine.length >= needed:
                 return engine
         length = cache_length(self.model, len(requests), needed)
-        self.engines.append(Engine(self.model, len(requests), length))
+        self.engines.append(Engine(self.model, len(requests), length, self.adapters))
         return self.engines[-1]
 
 

@@ -88,7 +88,8 @@ def keep_top_p(logits: NDArray, p: float) -> NDArray:
     """Logits [v] with the least likely tokens at -inf whose probabilities together are at most 1 - p."""
     if p >= 1:
         return logits
-    order = np.argsort(logits, kind="stable")  # least likely first
+    kept = np.flatnonzero(logits > -np.inf)
+    order = kept[np.argsort(logits[kept], kind="stable")]  # least likely first
     drop = np.cumsum(softmax(logits)[order]) <= 1 - p
     drop[-1] = False
     out = logits.copy()

@@ -3,14 +3,14 @@
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from mindspore import Parameter, Tensor, nn
+from mindspore import Tensor, nn
 
 from lora_ms.adapters.combine import Adapter
 from lora_ms.adapters.inject import build, cell_at, install
 from lora_ms.adapters.merge import merged_cells
 from lora_ms.adapters.methods.base import AdapterConfig, Pair
 from lora_ms.adapters.methods.base_cells import AdapterCell, State
-from lora_ms.adapters.multi_adapter import MultiAdapterDense, choice_values
+from lora_ms.adapters.multi_adapter import AdapterRows, FixedAdapters
 from lora_ms.errors import LoraMsError
 
 BASE = "__base__"  # in a mixed batch, as in PEFT: a row without an adapter
@@ -131,44 +131,51 @@ class AdapterSet:
             self.merged = merged
 
     @contextmanager
-    def mixed(self, names: Sequence[str]) -> Iterator[None]:
-        """Inside the block row i of a batch uses the adapter ``names[i]``, or none where it is ``__base__``."""
+    def mixed(self, names: Sequence[str]) -> Iterator[FixedAdapters]:
+        """Inside the block row i of a batch uses the adapter ``names[i]``, or none where it is ``__base__``.
+
+        Gives all adapters, of which each row may choose another.
+        """
         order = list(self.configs)
         unknown = sorted(set(names) - {*order, BASE})
         if unknown:
             raise LoraMsError(f"no adapter {', '.join(unknown)}; there are: {', '.join(order)}, {BASE}")
-        rows = [None if name == BASE else order.index(name) for name in names]
-        active, merged, values = self.active, self.merged, choice_values(rows, len(order))
+        active, merged = self.active, self.merged
         pairs = self._pairs(order)
         key = ("mixed", tuple(order), len(names))
         if key not in self._mixed:
-            choice = Parameter(Tensor(values), name="choice", requires_grad=False)
-            cells = {path: MultiAdapterDense(self.base[path], found, choice) for path, found in pairs.items()}
-            self._mixed[key] = (object(), choice, cells)
-        stamp, choice, cells = self._mixed[key]
-        choice.set_data(Tensor(values))
+            there = FixedAdapters(order, len(names))
+            ranks = {path: max(len(pair.a) for pair in found.values()) for path, found in pairs.items()}
+            cells = {
+                path: AdapterRows(self.base[path], len(order) + 1, rank, there.parameter)
+                for path, rank in ranks.items()
+            }
+            self._mixed[key] = (object(), there, cells)
+        stamp, there, cells = self._mixed[key]
         for path, found in pairs.items():
-            cells[path].fill(found)
+            for name, pair in found.items():
+                cells[path].fill(there.place(name), pair)
+        there.choose([there.place(name) for name in names])
         self.install((key, stamp), cells)
         try:
-            yield
+            yield there
         finally:
             if active is not None:
                 self.activate(active)
             if merged:
                 self.merge()
 
-    def _pairs(self, order: Sequence[str]) -> dict[str, dict[int, Pair]]:
-        """By path and index of the adapter; raises LoraMsError where one cannot share a batch with others."""
-        pairs: dict[str, dict[int, Pair]] = {}
-        for index, name in enumerate(order):
+    def _pairs(self, order: Sequence[str]) -> dict[str, dict[str, Pair]]:
+        """By path and name of the adapter; raises LoraMsError where one cannot share a batch with others."""
+        pairs: dict[str, dict[str, Pair]] = {}
+        for name in order:
             for path, cell in self.cells_of(name).items():
                 pair = cell.pair()
                 if pair is None or not cell.joins_batches or path.endswith(HEAD):
                     raise LoraMsError(
                         f"adapter {name!r} cannot share a batch with others: {path} is more than LoRA on a dense layer"
                     )
-                pairs.setdefault(path, {})[index] = pair
+                pairs.setdefault(path, {})[name] = pair
         return pairs
 
 

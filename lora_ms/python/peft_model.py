@@ -106,8 +106,9 @@ class PeftModel:
         if adapter_names is None:
             return self.model.generate(input_ids, *args, generator=self._graphs()[1], **kwargs)
         self._check_rows(adapter_names, len(input_ids))
-        with self.adapters.mixed(adapter_names):
-            return self.generate(input_ids, *args, **kwargs)
+        with self.adapters.mixed(adapter_names) as there:
+            generator = self._graphs()[1].with_adapters(there, adapter_names)
+            return self.model.generate(input_ids, *args, generator=generator, **kwargs)
 
     def _check_rows(self, adapter_names: Sequence[str], rows: int) -> None:
         if len(adapter_names) != rows:

@@ -134,6 +134,19 @@ def test_a_beginning_is_computed_once(engine):
     assert [max(event.cached_tokens for event in events if event.id == id) for id in ids] == [0, 48, 48, 48, 48]
 
 
+def test_an_answer_is_read_again(engine):
+    """Its keys were rounded otherwise; what was read in pieces before it is taken over, in place."""
+    prompt = tuple(range(300, 340))
+    engine.forget()
+    (answer,) = engine.answers([Request(prompt, 30)])
+    cached = []
+    for _ in range(2):
+        engine.submit(Request((*prompt, *answer, 9), 2))
+        cached.append(next(engine.run()).cached_tokens)
+        engine.cancel_all()
+    assert cached == [32, 64]
+
+
 def test_log_probabilities(engine):
     """Of the prompt and of the answer: those of a forward pass, and the likeliest beside them."""
     prompt = tuple(range(10, 50))
