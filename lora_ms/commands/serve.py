@@ -54,6 +54,7 @@ def run(
     for flag, (value, least, most) in bounds.items():
         if value is not None and not least <= value <= most:
             raise LoraMsError(f"{flag} {value} is out of range: give {least} to {most}")
+    given = "max_new_tokens" in config.model.sizes.model_fields_set
     settings = ServeSettings(
         host=host,
         port=port,
@@ -61,6 +62,7 @@ def run(
         allowed_origins=tuple(allowed_origins),
         allowed_hosts=tuple(name.lower() for name in allowed_hosts),
         adapter_folders=tuple(map(_folder, adapter_folders)),
+        default_tokens=config.model.sizes.max_new_tokens if given else None,
         max_waiting=max_waiting,
         max_body=max_body_bytes,
         request_timeout=request_timeout,

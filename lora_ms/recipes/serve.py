@@ -12,6 +12,7 @@ from lora_ms.adapters.multi_adapter import AdapterPool
 from lora_ms.adapters.peft_files import read_adapter_config
 from lora_ms.config import RunConfig
 from lora_ms.errors import LoraMsError
+from lora_ms.infer.cached_model import PIECE, cache_length
 from lora_ms.infer.engine import ROWS, Engine
 from lora_ms.models.decoder import CausalLM
 from lora_ms.recipes import session
@@ -79,11 +80,14 @@ def serve(
     """
     with bound(settings) as place:
         runtime = session.start(config)
-        server = _server(config, runtime, settings, adapters, names, sizes or ServeSizes())
+        server, thread = _server(config, runtime, settings, adapters, names, sizes or ServeSizes())
         host, port = place.getsockname()[:2]
         url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         print(f"ready: {url} (OpenAI's interface at {url}/v1)", flush=True)
-        server.run([place])
+        try:
+            server.run([place])
+        finally:
+            thread.stop()
     if server.failed:
         raise LoraMsError("the engine's thread has ended: see the lines above")
 
@@ -95,11 +99,14 @@ def _server(
     adapters: Mapping[str, str],
     names: Sequence[str],
     sizes: ServeSizes,
-) -> Server:
+) -> tuple[Server, EngineThread]:
     model = model_for_use(config, runtime)
     sampling = sampling_of(config)
     speaker = speaker_for(config, model, sampling)
-    rows, length = sizes.rows or ROWS, sizes.length or speaker.max_length
+    rows = sizes.rows or ROWS
+    if sizes.length is not None and sizes.length > speaker.max_length:
+        raise LoraMsError(f"--max-model-len {sizes.length}: the model takes {speaker.max_length} tokens at most")
+    length = sizes.length or min(speaker.max_length, cache_length(model, rows, PIECE))
     pool = _pool(model, rows, adapters, bool(settings.adapter_folders), sizes)
     engine = Engine(model, rows, length, pool)
     folder = config.load_checkpoint
@@ -109,8 +116,9 @@ def _server(
     def load(name: str, path: Path) -> str | None:
         if pool is None:
             raise LoraMsError(f"{path}: this server has no room for adapters: start it with --adapter-folders")
+        template = template_of(path)
         pool.load(name, path)
-        return template_of(path)
+        return template
 
     def unload(name: str) -> None:
         if pool is not None:
@@ -123,7 +131,7 @@ def _server(
     thread = EngineThread(engine, engine.rows + settings.max_waiting)
     server = server_for(Application(thread, catalog, settings, sampling, load, unload).asgi(), settings)
     thread.on_death = server.fail
-    return server
+    return server, thread
 
 
 def _pool(model: CausalLM, rows: int, adapters: Mapping[str, str], more: bool, sizes: ServeSizes) -> AdapterPool | None:

@@ -47,6 +47,7 @@ from lora_ms.serve.replies import ChatReply, CompletionReply, Prompted, Reply, u
 from lora_ms.serve.settings import MOST_ANSWERS, ServeSettings
 
 T = TypeVar("T")
+COMPLETION_TOKENS = 16  # of a completion whose request says nothing: OpenAI's default, and vLLM's
 PAGE = Path(__file__).parent / "page"
 PAGE_FILES = {"/": "index.html", "/page.css": "page.css", "/page.js": "page.js", "/page.svg": "page.svg"}
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
@@ -211,6 +212,8 @@ class Application:
             raise ApiError(400, f"{key} 0: a chat's answer has at least one token", key)
         prompt = self.catalog.chat_tokens(named, body.messages)
         most = self.catalog.new_tokens(prompt, asked, ("messages", key))
+        if asked is None:
+            most = min(most, self.settings.default_tokens or most)
         common = self.engine_request(body, named, body.top_logprobs if body.logprobs else None)
         requests = [EngineRequest(prompt=tuple(prompt), max_new_tokens=most, sample=i, **common) for i in range(body.n)]
         streams = [self.text_stream(body, named) for _ in requests]
@@ -226,10 +229,9 @@ class Application:
         prompts, requests, streams = [], [], []
         for each in body.prompts:
             tokens = self.catalog.text_tokens(named, each, special=True) if isinstance(each, str) else each
-            asked = 16 if body.max_tokens is None else body.max_tokens  # OpenAI's default, and vLLM's
+            most = self.catalog.new_tokens(tokens, body.max_tokens, ("prompt", "max_tokens"))
             if body.max_tokens is None:
-                asked = max(1, min(asked, self.catalog.length - len(tokens)))
-            most = self.catalog.new_tokens(tokens, asked, ("prompt", "max_tokens"))
+                most = min(most, self.settings.default_tokens or COMPLETION_TOKENS)
             if most == 0 and not body.echo:
                 raise ApiError(400, "max_tokens 0 expects echo: true", "max_tokens")
             echo = (each if isinstance(each, str) else named.tokenizer.decode(tokens)) if body.echo else ""
@@ -298,7 +300,7 @@ class Application:
                 template = await self.engine.call(lambda: self.load(body.lora_name, folder))
                 try:
                     self.catalog.add(body.lora_name, str(folder), template)
-                except LoraMsError:  # its chat template cannot be used
+                except BaseException:  # its chat template cannot be used
                     await self.engine.call(lambda: self.unload(body.lora_name))
                     raise
             except LoraMsError as error:

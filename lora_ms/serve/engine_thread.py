@@ -65,9 +65,10 @@ class EngineThread:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends the thread after its step."""
-        self._inbox.put(None)
-        self._thread.join()
+        """Ends the thread after its step, if it runs."""
+        if self._thread.is_alive():
+            self._inbox.put(None)
+            self._thread.join()
 
     def check_room(self, requests: int) -> None:
         """Raises ApiError where so many more cannot wait."""

@@ -107,7 +107,7 @@ class Gate:
 
     def _check_host(self, scope: Scope) -> None:
         """A page elsewhere whose name was turned to this machine has that name as its host."""
-        if self.settings.host not in LOOPBACK:
+        if self.settings.host not in LOOPBACK and not self.settings.host.startswith("127."):
             return
         host = HTTPConnection(scope).headers.get("host", "")
         name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]

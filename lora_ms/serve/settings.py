@@ -14,6 +14,7 @@ class ServeSettings:
     allowed_origins: tuple[str, ...] = ()  # of web pages elsewhere whose scripts may ask; "*": all
     allowed_hosts: tuple[str, ...] = ()  # names besides loopback's under which a server on loopback may be asked
     adapter_folders: tuple[Path, ...] = ()  # below which adapters may be loaded while it runs
+    default_tokens: int | None = None  # of an answer whose request says nothing; None: a chat's what fits, else 16
     max_waiting: int = 64  # requests that wait for a row
     max_body: int = 2 << 20  # bytes
     request_timeout: float = 600.0  # seconds from a request to its answer's end

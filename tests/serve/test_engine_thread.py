@@ -202,3 +202,16 @@ def test_a_stop_string_frees_the_row(tokenizer):
     (choice,) = run(tokenizer, engine, work)["choices"]
     assert (choice["text"], choice["finish_reason"]) == ("", "stop")
     assert engine.cancelled == [1]
+
+
+def test_how_long_an_answer_is_where_its_request_says_nothing(tokenizer):
+    token = tokenizer("b").input_ids[0]
+
+    async def work(ask):
+        chat = {"messages": [{"role": "user", "content": "a"}]}
+        bodies = [({"prompt": [token]}, "/v1/completions"), (chat, "/v1/chat/completions")]
+        return [json.loads((await ask(body, path))[1])["usage"] for body, path in bodies]
+
+    text, chat = run(tokenizer, MadeUp(), work)
+    assert (text["completion_tokens"], chat["total_tokens"]) == (16, MadeUp.length)
+    assert [usage["completion_tokens"] for usage in run(tokenizer, MadeUp(), work, default_tokens=5)] == [5, 5]
