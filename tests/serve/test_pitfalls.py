@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import shutil
 import socket
 import threading
 import time
@@ -117,6 +118,21 @@ def test_an_adapter_that_does_not_fit_is_refused(server, adapters):
         "one",
         "two",
     ]
+
+
+def test_an_adapter_of_code_or_elsewhere_is_refused(server, adapters, tmp_path):
+    pickled = adapters / "pickled"
+    shutil.copytree(adapters / "one", pickled)
+    (pickled / "adapter_model.safetensors").rename(pickled / "adapter_model.bin")
+    shutil.copytree(adapters / "one", tmp_path / "outside")
+    (adapters / "link").symlink_to(tmp_path / "outside")
+    said = {}
+    for path in ("pickled", "link", str(tmp_path / "outside"), "one/../../outside", str(tmp_path / "no")):
+        reply = server.ask("POST", "/v1/load_lora_adapter", {"lora_name": "x", "lora_path": path})
+        assert reply.status == 400
+        said[path] = reply.json["error"]["message"]
+    assert "adapter_model" in said.pop("pickled")
+    assert {*said.values()} == {"lora_path is not a folder below one of --adapter-folders"}
 
 
 def test_the_page_is_all_there_is_and_strict(server):
