@@ -184,7 +184,7 @@ SERVE_FLAGS: list[tuple[str, Any, str | None, Any, str, str]] = [
     ("max-loras", flag_int, None, None, "N", "adapters at once (as many as named, and 8 with --adapter-folders)"),
     ("max-lora-rank", flag_int, None, None, "N", "largest rank of one (the named ones'; 16 with --adapter-folders)"),
     ("max-waiting", flag_int, None, 64, "N", "further ones that wait; more get status 429 (64)"),
-    ("max-body-bytes", flag_int, None, 2 << 20, "N", "largest request (2097152)"),
+    ("max-body-bytes", flag_int, None, 1 << 20, "N", "largest request (1048576)"),
     ("request-timeout", flag_float, None, 600.0, "SECONDS", "longest time to an answer's end (600)"),
     ("read-timeout", flag_float, None, 20.0, "SECONDS", "longest time in which a request comes in (20)"),
     ("shutdown-timeout", flag_float, None, 60.0, "SECONDS", "time for running answers after SIGTERM (60)"),

@@ -24,9 +24,10 @@ from lora_ms.serve.settings import (
     MOST_PARTS,
     MOST_STOP,
     MOST_STOPS,
+    MOST_VALUES,
 )
 
-Tokens = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
+Tokens = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1, fail_fast=True)]
 Stop = Annotated[str, Field(min_length=1, max_length=MOST_STOP)]
 Name = Annotated[str, Field(max_length=512)]
 SAID = 12  # unknown keys that are named
@@ -144,6 +145,9 @@ class ChatMessage(Body):
     reasoning_content: str = ""
 
 
+Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)]
+
+
 class ChatBody(Asking):
     """``POST /v1/chat/completions``."""
 
@@ -167,7 +171,7 @@ class ChatBody(Asking):
         "echo": (False,),
         "mm_processor_kwargs": ({},),
     }
-    messages: list[ChatMessage] = Field(min_length=1, max_length=MOST_MESSAGES)
+    messages: Messages
     max_completion_tokens: int | None = Field(None, ge=0, le=2**31)
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=MOST_LOGPROBS)
@@ -203,7 +207,7 @@ class TokenizeBody(Body):
     REFUSED = {"add_generation_prompt": (True,), "chat_template": (), "chat_template_kwargs": ({},), "tools": ([],)}
     model: Name | None = None
     prompt: str | None = None
-    messages: list[ChatMessage] | None = Field(None, min_length=1, max_length=MOST_MESSAGES)
+    messages: Messages | None = None
     add_special_tokens: bool = True
 
 
@@ -249,9 +253,12 @@ def parse_json(data: bytes) -> Any:
         raise ApiError(400, "the body is not UTF-8") from None
     except ValueError as error:
         raise ApiError(400, f"the body is not JSON: {str(error)[:200]}") from None
-    level, depth = [value], 0
+    level, depth, values = [value] if isinstance(value, dict | list) else [], 0, 0
     while level:
         depth += 1
+        values += sum(map(len, level))
+        if values > MOST_VALUES:
+            raise ApiError(400, f"the body holds more than {MOST_VALUES} values")
         if depth > DEEPEST:
             raise ApiError(400, f"the body is nested deeper than {DEEPEST} levels")
         inner: list[Any] = []
