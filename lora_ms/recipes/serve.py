@@ -16,6 +16,7 @@ from lora_ms.infer.cached_model import PIECE, cache_length
 from lora_ms.infer.engine import ROWS, Engine
 from lora_ms.models.decoder import CausalLM
 from lora_ms.recipes import session
+from lora_ms.recipes.adapter import quantisation_notes
 from lora_ms.recipes.generate import model_for_use, sampling_of, speaker_for
 from lora_ms.recipes.model_folder import check_adapter_folder
 from lora_ms.runtime.device import Runtime
@@ -118,6 +119,8 @@ def _server(
             raise LoraMsError(f"{path}: this server has no room for adapters: start it with --adapter-folders")
         template = template_of(path)
         pool.load(name, path)
+        for line in quantisation_notes(str(path), model):
+            print(line, flush=True)
         return template
 
     def unload(name: str) -> None:

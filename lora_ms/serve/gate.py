@@ -4,6 +4,7 @@ import hmac
 import json
 import time
 from collections.abc import Container
+from contextlib import suppress
 from urllib.parse import quote
 
 from starlette.datastructures import MutableHeaders
@@ -74,7 +75,10 @@ class Gate:
             ignored = f" (without effect: {scope[IGNORED]})" if scope.get(IGNORED) else ""
             if status >= 400 or asked not in OPEN:
                 path = quote(asked, safe="/:@!$&'()*+,;=~")[:200]
-                print(f"{scope['method'][:16]} {path} {status} {time.monotonic() - began:.2f} s{ignored}", flush=True)
+                with suppress(OSError):  # nobody reads the log any more
+                    print(
+                        f"{scope['method'][:16]} {path} {status} {time.monotonic() - began:.2f} s{ignored}", flush=True
+                    )
 
     def _admit(self, scope: Scope) -> None:
         path, version = scope["path"], scope["http_version"]

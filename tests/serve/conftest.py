@@ -128,10 +128,11 @@ def write_adapter(folder: Path, rank: int, seed: int, targets: tuple[str, ...] =
 
 @pytest.fixture(scope="session")
 def adapters(tmp_path_factory) -> Path:
-    """A folder with the adapters one, two and three."""
+    """A folder with the adapters one, two and three; three has a chat template of its own."""
     folder = tmp_path_factory.mktemp("adapters")
     for number, name in enumerate(("one", "two", "three"), 1):
         write_adapter(folder / name, rank=2 * number, seed=number)
+    (folder / "three/chat_template.jinja").write_text("{% for m in messages %}({{ m.content }}){% endfor %}")
     return folder
 
 

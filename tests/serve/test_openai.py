@@ -92,14 +92,14 @@ def test_stop_strings(client):
         assert (text, finish) == ("Hello! How ", "stop")
 
 
-def test_settings_reach_the_engine(client):
+def test_settings_reach_the_engine(client, server):
     def text(**settings):
         found = client.chat.completions.create(model="tiny", messages=QUESTION, **settings)
         return found.choices[0].message.content, found.choices[0].finish_reason
 
     assert text(max_completion_tokens=2) == ("Hello!", "length")
-    banned = client.completions.create(model="tiny", prompt="Hello", max_tokens=1, logprobs=0, echo=True)
-    assert banned.choices[0].text.startswith("Hello")
+    (hello,) = server.ask("POST", "/tokenize", {"prompt": "Hello"}).json["tokens"]
+    assert not text(logit_bias={str(hello): -100}, max_tokens=4)[0].startswith("Hello")
     assert text(extra_body={"ignore_eos": True, "max_tokens": 20})[1] == "length"
     assert text(temperature=0.0, extra_body={"repetition_penalty": 50.0, "max_tokens": 8})[0] != ANSWER
 
@@ -172,6 +172,9 @@ def test_an_adapter_is_loaded_and_unloaded(server, adapters):
     assert (found.status, found.text) == (200, "Success: LoRA adapter 'three' added successfully.")
     assert server.ask("POST", "/v1/load_lora_adapter", load).status == 400
     assert server.chat(model="three", max_tokens=4).status == 200
+    own = server.ask("POST", "/tokenize", {"model": "three", "messages": QUESTION}).json["tokens"]
+    plain = server.ask("POST", "/tokenize", {"prompt": "(Hi friend!)"}).json["tokens"]
+    assert own == plain  # the chat template in its folder
     found = server.ask("POST", "/v1/unload_lora_adapter", {"lora_name": "three"})
     assert (found.status, found.text) == (200, "Success: LoRA adapter 'three' removed successfully.")
     assert server.chat(model="three").status == 404
