@@ -84,7 +84,7 @@ def serve(
         server, thread = _server(config, runtime, settings, adapters, names, sizes or ServeSizes())
         host, port = place.getsockname()[:2]
         url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-        print(f"ready: {url} (OpenAI's interface at {url}/v1)", flush=True)
+        server.on_ready = lambda: print(f"ready: {url} (OpenAI's interface at {url}/v1)", flush=True)
         try:
             server.run([place])
         finally:

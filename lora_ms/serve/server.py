@@ -4,7 +4,7 @@ import asyncio
 import os
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -59,6 +59,12 @@ class Server(uvicorn.Server):
     """Ends at SIGTERM or Ctrl-C once running answers have been given; at the second, at once."""
 
     failed = False  # the engine's thread ended by itself
+    on_ready: Callable[[], None] = staticmethod(lambda: None)  # called once it listens
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begins to listen."""
+        await super().startup(sockets)
+        self.on_ready()
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:  # type: ignore[override]
