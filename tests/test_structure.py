@@ -53,14 +53,18 @@ DIRECTIONS = {
         "mindspore numpy yaml mindformers mindpet",
     ),
     "gguf": ("gguf storage limits reading errors", "numpy gguf tokenizers transformers"),
+    "serve": (
+        "serve infer.engine infer.sampling data.template data.example errors text",
+        "pydantic starlette uvicorn anyio h11 prometheus_client",
+    ),
     "recipes": (
-        "recipes config objectives gguf bridge adapters models quant train infer data nn ops runtime hf_folder "
+        "recipes config objectives gguf bridge adapters models quant train infer serve data nn ops runtime hf_folder "
         "folder_schema saving storage reading limits errors text",
         "mindspore numpy transformers huggingface_hub modelscope_hub",
     ),
     "commands": (
-        "commands recipes config adapters models quant train infer data runtime hf_folder saving storage errors text "
-        "bridge",
+        "commands recipes config adapters models quant train infer serve data runtime hf_folder saving storage errors "
+        "text bridge",
         "numpy transformers",
     ),
     "python": (

@@ -173,6 +173,25 @@ ALIASES = {
 }
 FLAG_KEYS = {row[0]: row[1] for rows in FLAGS.values() for row in rows} | {row[0]: row[1] for row in IDLE_FLAGS}
 OTHER_FLAGS = ("config", "preset", "fill", "options", "predict_data", "system", "dry_run", "debug")
+# of serve, with vLLM's names where it has them: (name, type, nargs, default, placeholder, help)
+SERVE_FLAGS: list[tuple[str, Any, str | None, Any, str, str]] = [
+    ("host", str, None, "127.0.0.1", "NAME", "address to listen at (127.0.0.1: this machine alone)"),
+    ("port", flag_int, None, 8000, "N", "its port (8000; 0: a free one)"),
+    ("served-model-name", str, "+", [], "NAME", "the model's name in requests (its folder's); several are one model"),
+    ("lora-modules", str, "+", [], "NAME=DIR", "adapters, by the names that requests ask for"),
+    ("max-model-len", flag_int, None, None, "N", "longest prompt and answer together, in tokens"),
+    ("max-num-seqs", flag_int, None, None, "N", "requests that run at once (8)"),
+    ("max-loras", flag_int, None, None, "N", "adapters at once (as many as named, and 8 with --adapter-folders)"),
+    ("max-lora-rank", flag_int, None, None, "N", "largest rank of one (the named ones'; 16 with --adapter-folders)"),
+    ("max-waiting", flag_int, None, 64, "N", "further ones that wait; more get status 429 (64)"),
+    ("max-body-bytes", flag_int, None, 1 << 20, "N", "largest request (1048576)"),
+    ("request-timeout", flag_float, None, 600.0, "SECONDS", "longest time to an answer's end (600)"),
+    ("read-timeout", flag_float, None, 20.0, "SECONDS", "longest time in which a request comes in (20)"),
+    ("shutdown-timeout", flag_float, None, 60.0, "SECONDS", "time for running answers after SIGTERM (60)"),
+    ("allowed-origins", str, "+", [], "URL", "web pages elsewhere that may ask, such as http://localhost:3000; or *"),
+    ("allowed-hosts", str, "+", [], "NAME", "host names besides localhost, behind a proxy on this machine"),
+    ("adapter-folders", str, "+", [], "DIR", "allow requests to load adapters below DIR (default: none)"),
+]
 # command -> those of its flags that are no keys of the configuration: arguments of its `run`
 COMMAND_FLAGS = {
     "predict": ("predict_data", "system"),
@@ -180,6 +199,7 @@ COMMAND_FLAGS = {
     "preview": ("row",),
     "preprocess": ("report", "layout"),
     "fisher": ("output", "params"),
+    "serve": tuple(row[0].replace("-", "_") for row in SERVE_FLAGS),
 }
 
 
@@ -229,3 +249,7 @@ def add_command_flags(command: str, parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--report", action="store_true", help="describe the data, write no rows")
         text = "mindformers: rows padded to seq_length + 1 tokens; rows: not padded"
         parser.add_argument("--layout", choices=("rows", "mindformers"), default="rows", help=text)
+    if command == "serve":
+        group = parser.add_argument_group("server")
+        for name, kind, nargs, default, placeholder, text in SERVE_FLAGS:
+            group.add_argument(f"--{name}", type=kind, nargs=nargs, default=default, metavar=placeholder, help=text)

@@ -27,6 +27,7 @@ MODULES = {
     "finetune": "lora_ms.commands.finetune",
     "predict": "lora_ms.commands.predict",
     "chat": "lora_ms.commands.chat",
+    "serve": "lora_ms.commands.serve",
     "eval": "lora_ms.commands.evaluate",
     "fisher": "lora_ms.commands.fisher",
     "sequence": "lora_ms.commands.sequence",
@@ -48,6 +49,7 @@ COMMANDS = {
     "finetune": "train an adapter (or, with pet_config: null, the whole model)",
     "predict": "answer the prompts of --predict_data",
     "chat": "chat with a model and its adapter",
+    "serve": "serve a model and its adapters by HTTP: OpenAI's interface, and a page",
     "eval": "score a model on eval_dataset, and its answers to a file of questions",
     "sequence": "learn several tasks in turn, and score all of them after each",
     "fisher": "measure which parameters general rows need, for the loss term ewc",
@@ -62,9 +64,9 @@ MEANT = {
     "generate": "lora-ms predict answers, and lora-ms chat asks for more",
     "infer": "lora-ms predict answers, and lora-ms chat asks for more",
     "evaluate": "lora-ms eval scores a model",
-    "serve": "there is no server; lora-ms merge writes a folder for vLLM, lora-ms export gguf files for Ollama",
-    "api": "there is no server; lora-ms merge writes a folder for vLLM, lora-ms export gguf files for Ollama",
-    "webui": "there is no web page; lora-ms chat talks in the terminal",
+    "api": "lora-ms serve answers by HTTP",
+    "server": "lora-ms serve answers by HTTP",
+    "webui": "lora-ms serve has a page to chat with",
     "quantize": "lora-ms export gguf writes what llama.cpp quantises",
 }
 TRAINING = ("finetune", "train")  # run modes that mean the same
@@ -72,6 +74,7 @@ RUN_MODES = {
     "finetune": TRAINING,
     "predict": ("predict",),
     "chat": ("predict",),
+    "serve": ("predict",),
     "eval": ("eval",),
     "fisher": TRAINING,
     "sequence": TRAINING,
@@ -158,7 +161,7 @@ def _lora_ms(argv: list[str]) -> int:
         return _run_tool(args)
     without_model = args.command == "preview" and args.load_adapter is None  # rows as they were read
     if args.config is None and args.load_checkpoint is None and not without_model:
-        args.load_checkpoint = _base_of(args.load_adapter)
+        args.load_checkpoint = _base_of(args.load_adapter or _first_of(getattr(args, "lora_modules", ())))
     allowed = RUN_MODES[args.command]
     if args.run_mode is None:
         args.run_mode = allowed[0]
@@ -253,6 +256,11 @@ def _base_of(adapter: str | None) -> str:
     return str(base_of(local_folder(adapter, "adapter", said="load_adapter: "), None))
 
 
+def _first_of(modules: Sequence[str]) -> str | None:
+    """The folder of the first ``name=folder``."""
+    return modules[0].partition("=")[2] or None if modules else None
+
+
 def _combination_methods() -> str:
     from lora_ms.commands.combine import methods
 
@@ -328,7 +336,8 @@ def split_free_form(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 def _parse(parser: Parser, argv: list[str], free_form: list[str]) -> argparse.Namespace:
     parser.set_defaults(tool=None)
     args, unknown = parser.parse_known_args(argv)
-    names: Iterable[str] = (*FLAG_KEYS, *OTHER_FLAGS)
+    own = COMMAND_FLAGS.get(getattr(args, "command", None) or "", ())
+    names: Iterable[str] = (*FLAG_KEYS, *OTHER_FLAGS, *(name.replace("_", "-") for name in own))
     if args.tool is not None:
         names = (*(flag.name for flag in TOOLS[args.tool].flags), "debug")
         unknown += [f"--{pair}" for pair in free_form]

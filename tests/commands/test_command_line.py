@@ -29,12 +29,8 @@ def test_a_bare_command_prints_help(capsys, argv):
         ("train", "there is no command 'train': lora-ms finetune trains"),
         ("finetun", "there is no command 'finetun': did you mean finetune?"),
         ("exprot", "there is no command 'exprot': did you mean export?"),
-        (
-            "serve",
-            "there is no command 'serve': there is no server; lora-ms merge writes a folder for vLLM, lora-ms export "
-            "gguf files for Ollama",
-        ),
-        ("webui", "there is no command 'webui': there is no web page; lora-ms chat talks in the terminal"),
+        ("serv", "there is no command 'serv': did you mean serve?"),
+        ("webui", "there is no command 'webui': lora-ms serve has a page to chat with"),
         ("xyzzy", "there is no command 'xyzzy': lora-ms --help lists them"),
     ],
 )

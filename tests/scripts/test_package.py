@@ -52,7 +52,7 @@ def test_what_a_wheel_holds(built):
     [wheel] = built.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     for file in (ROOT / "lora_ms").rglob("*"):
-        if file.suffix in (".py", ".cpp", ".h", ".typed", ".html"):
+        if file.suffix in (".py", ".cpp", ".h", ".typed", ".html", ".css", ".js", ".svg"):
             assert str(file.relative_to(ROOT)) in names
     for file in [*ROOT.glob("configs/*/*.yaml"), ROOT / "scripts/msrun_launcher.sh", ROOT / "run_mindformer.py"]:
         assert f"lora_ms/share/{file.relative_to(ROOT)}" in names
