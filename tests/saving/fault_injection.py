@@ -51,6 +51,7 @@ def savers() -> dict[str, Saver]:
     from lora_ms.data.store import TokenStore
     from lora_ms.errors import LoraMsError
     from lora_ms.gguf import files as gguf_files
+    from lora_ms.objectives import fisher_file
     from lora_ms.recipes import download
     from lora_ms.recipes.gguf import export
     from lora_ms.runtime import native_build
@@ -294,6 +295,13 @@ def savers() -> dict[str, Saver]:
         (value,) = set(ms.load_checkpoint(str(file))["a"].asnumpy().tolist())
         return value
 
+    def fisher(file: Path, value: float) -> None:
+        fisher_file.write(file, {"w": np.full((4, 4), value, np.float32)}, {"rows": 3, "start": "digest"})
+
+    def read_fisher(file: Path) -> float | str:
+        (value,) = set(fisher_file.read(file).of("w").ravel().tolist())
+        return value
+
     def metrics(folder: Path, value: float) -> None:
         file = folder / "metrics.jsonl"
         if value == OLD:
@@ -362,6 +370,7 @@ def savers() -> dict[str, Saver]:
         "loss.png": text_file("loss.png", write_png, read_png),
         "converted .ckpt": text_file("x.ckpt", ckpt, read_ckpt),
         "converted .safetensors": text_file("x.safetensors", ckpt, read_ckpt),
+        "Fisher information": text_file("fisher.safetensors", fisher, read_fisher),
         "metrics.jsonl": Saver(metrics, read_records, best_effort=True),
         "run.log": Saver(log, read_log, best_effort=True),
     }
