@@ -1,6 +1,6 @@
 """Requests for many adapters over HTTP, as S-LoRA measures them: Poisson arrivals, adapters by a power law, streams.
 
-python benchmarks/serve.py --adapters 1 4 16 --rate 4 --seconds 30
+python benchmarks/serve_http.py --adapters 1 4 16 --rate 4 --seconds 30
 
 For each number of adapters a server of its own, with the model of ``--model`` and random adapters. Prints tokens per
 second, and the time to the first token and between tokens at p50, p95, p99, as clients see them. With ``--clients N``
