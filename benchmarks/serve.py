@@ -1,212 +1,132 @@
-"""Requests for many adapters over HTTP, as S-LoRA measures them: Poisson arrivals, adapters by a power law, streams.
+"""The engine alone: 8 requests at once against one after another, beginnings that are shared, adapters in the rows.
 
-python benchmarks/serve.py --adapters 1 4 16 --rate 4 --seconds 30
-
-For each number of adapters a server of its own, with the model of ``--model`` and random adapters. Prints tokens per
-second, and the time to the first token and between tokens at p50, p95, p99, as clients see them. With ``--clients N``
-in place of a rate, N clients ask without a pause. ``--soak`` also prints memory and faults every ten seconds.
+python benchmarks/serve.py --layers 12 --hidden 1024 --ffn 2816 --vocab 32000
 """
 
-import argparse
-import http.client
 import json
 import os
-import random
-import re
-import signal
-import subprocess
-import sys
 import tempfile
-import threading
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-
-PERCENTS = (50, 95, 99)
-
-
-def write_adapter(model: Path, folder: Path, rank: int, seed: int) -> None:
-    """A random adapter on q_proj and v_proj, small enough to leave the answers readable."""
-    from safetensors.numpy import save_file
-
-    config = json.loads((model / "config.json").read_text())
-    hidden, heads = config["hidden_size"], config["num_attention_heads"]
-    width = config.get("head_dim") or hidden // heads
-    outs = {"q_proj": heads * width, "v_proj": config.get("num_key_value_heads", heads) * width}
-    rng = np.random.default_rng(seed)
-    tensors = {}
-    for layer in range(config["num_hidden_layers"]):
-        for name, out in outs.items():
-            key = f"base_model.model.model.layers.{layer}.self_attn.{name}"
-            tensors[f"{key}.lora_A.weight"] = rng.normal(0, 0.02, (rank, hidden)).astype(np.float32)
-            tensors[f"{key}.lora_B.weight"] = rng.normal(0, 0.02, (out, rank)).astype(np.float32)
-    folder.mkdir()
-    save_file(tensors, folder / "adapter_model.safetensors")
-    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": [*outs]}
-    (folder / "adapter_config.json").write_text(json.dumps(settings))
+from common import parser, peak_rss_mb, write_model
 
 
-@dataclass
-class Seen:
-    """What clients have seen so far."""
-
-    first: list[float] = field(default_factory=list)  # seconds to the first token
-    between: list[float] = field(default_factory=list)  # seconds from token to token
-    tokens: int = 0
-    faults: list[str] = field(default_factory=list)
-    lock: threading.Lock = field(default_factory=threading.Lock)
+def seconds(engine, requests) -> float:
+    """Of all requests, submitted at once, after everything was forgotten."""
+    engine.forget()
+    begun = time.perf_counter()
+    engine.answers(requests)
+    return time.perf_counter() - begun
 
 
-def ask(port: int, name: str, tokens: int, prompt: int, seen: Seen) -> None:
-    """One stream of ``tokens`` tokens after a prompt of ``prompt``."""
-    ids = [random.randrange(3, 1000) for _ in range(prompt)]
-    body = {"model": name, "prompt": ids, "max_tokens": tokens, "ignore_eos": True, "stream": True}
-    body["return_token_ids"] = True  # a chunk for every token, or for several whose text is one character
-    began = last = time.perf_counter()
-    first, count, between = 0.0, 0, []
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
-    try:
-        connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
-        response = connection.getresponse()
-        if response.status != 200:
-            raise ValueError(f"status {response.status}: {response.read()[:200]!r}")
-        while (line := response.readline()) != b"data: [DONE]\n":
-            if not line.startswith(b"data: "):
-                if not line:
-                    raise ValueError("the stream has no end")
-                continue
-            chunk = json.loads(line[6:])
-            if "error" in chunk:
-                raise ValueError(chunk["error"]["message"])
-            now, new = time.perf_counter(), len(chunk["choices"][0]["token_ids"])
-            if not count:
-                first = now - began
-            elif new:
-                between += [(now - last) / new] * new
-            count, last = count + new, now
-        if count != tokens:
-            raise ValueError(f"{count} tokens in place of {tokens}")
-    except (OSError, ValueError, KeyError, http.client.HTTPException) as error:
-        with seen.lock:
-            seen.faults.append(f"{type(error).__name__}: {error}")
-        return
-    finally:
-        connection.close()
-    with seen.lock:
-        seen.first.append(first)
-        seen.between += between
-        seen.tokens += count
+def first_token(engine, request) -> float:
+    """Seconds until the first token of a request."""
+    begun = time.perf_counter()
+    engine.submit(request)
+    next(engine.run())
+    found = time.perf_counter() - begun
+    engine.cancel_all()
+    return found
 
 
-def names_by_power_law(count: int, exponent: float) -> tuple[list[str], list[float]]:
-    """Names of adapters, and how often each is asked."""
-    return [f"a{i}" for i in range(count)], [(i + 1) ** -exponent for i in range(count)]
+def adapters(folder: Path, model, count: int, rank: int) -> list[Path]:
+    """Folders of ``count`` random adapters on all layers."""
+    from lora_ms import LoraConfig
+    from lora_ms.adapters.inject import adapted_layers, inject
+    from lora_ms.adapters.peft_format import save_adapter
 
-
-def load(port: int, count: int, args: argparse.Namespace, seen: Seen) -> float:
-    """Asks for ``args.seconds``; returns the seconds until the last answer has ended."""
-    names, shares = names_by_power_law(count, args.exponent)
-    began = time.perf_counter()
-
-    def one() -> None:
-        tokens, prompt = (random.randint(args.shortest, args.longest) for _ in range(2))
-        ask(port, random.choices(names, shares)[0], tokens, prompt, seen)
-
-    def client() -> None:
-        while time.perf_counter() - began < args.seconds:
-            one()
-
-    threads = []
-    if args.clients:
-        threads = [threading.Thread(target=client) for _ in range(args.clients)]
-        for thread in threads:
-            thread.start()
-    while not args.clients and time.perf_counter() - began < args.seconds:
-        time.sleep(random.expovariate(args.rate))
-        threads.append(threading.Thread(target=one))
-        threads[-1].start()
-    for thread in threads:
-        thread.join()
-    return time.perf_counter() - began
-
-
-def memory_mb(pid: int) -> float:
-    """Resident memory of a process."""
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
-
-
-def started(args: argparse.Namespace, folder: Path, count: int) -> tuple[subprocess.Popen, int]:
-    """A server with ``count`` adapters, and its port."""
-    modules = [f"a{i}={folder / f'a{i}'}" for i in range(count)]
-    flags = ["--load_checkpoint", args.model, "--port", "0", "--max-num-seqs", str(args.rows), "--max-waiting", "10000"]
-    command = [sys.executable, "-m", "lora_ms.cli", "serve", *flags, "--lora-modules", *modules]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert server.stdout is not None
-    for line in server.stdout:
-        if found := re.match(r"ready: http://127\.0\.0\.1:(\d+)", line):
-            threading.Thread(target=server.stdout.read, daemon=True).start()
-            return server, int(found[1])
-    raise SystemExit("the server did not start")
-
-
-def watch(pid: int, seen: Seen, done: threading.Event) -> None:
-    """Prints memory and faults until ``done``."""
-    began = time.perf_counter()
-    while not done.wait(10):
-        taken = time.perf_counter() - began
-        print(
-            f"{taken:6.0f} s  {memory_mb(pid):7.1f} MB  {len(seen.first)} answers, {len(seen.faults)} faults",
-            flush=True,
-        )
+    config = LoraConfig(rank, 16.0, target_modules="all-linear")
+    inject(model, config)
+    paths = []
+    for number in range(count):
+        rng = np.random.default_rng(number)
+        for cell in adapted_layers(model).values():
+            cell.lora_b.asnumpy()[:] = rng.standard_normal(cell.lora_b.shape) * 0.02
+        paths.append(folder / f"adapter_{number}")
+        paths[-1].mkdir()
+        save_adapter(model, paths[-1], config)
+    return paths
 
 
 def main() -> None:
-    """Prints a line for each number of adapters."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="examples/tiny/model")
-    parser.add_argument("--adapters", type=int, nargs="+", default=[1, 4, 16, 64])
-    parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--rows", type=int, default=8, help="requests that run at once")
-    parser.add_argument("--rate", type=float, default=4.0, help="requests a second")
-    parser.add_argument("--clients", type=int, default=0, help="so many that ask without a pause, in place of --rate")
-    parser.add_argument("--seconds", type=float, default=30.0)
-    parser.add_argument("--exponent", type=float, default=1.0, help="of the power law of the adapters' shares")
-    parser.add_argument("--shortest", type=int, default=8, help="tokens of a prompt, and of an answer")
-    parser.add_argument("--longest", type=int, default=128)
-    parser.add_argument("--soak", action="store_true", help="print memory and faults meanwhile")
-    args = parser.parse_args()
-    print(
-        "adapters  tokens/s  answers  faults  first token p50/p95/p99, ms  between tokens p50/p95/p99, ms  memory, MB"
-    )
+    arguments = parser(__doc__)
+    arguments.add_argument("--rows", type=int, default=8)
+    arguments.add_argument("--prompt", type=int, default=32)
+    arguments.add_argument("--new", type=int, default=64)
+    arguments.add_argument("--rank", type=int, default=16)
+    arguments.add_argument("--adapters", type=int, nargs="*", default=[1, 4, 16])
+    arguments.add_argument("--repeat", type=int, default=3)
+    args = arguments.parse_args()
+    os.environ.setdefault("GLOG_v", "3")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as the command line sets it; see lora_ms/cli/main.py
+    from lora_ms.adapters.multi_adapter import AdapterPool
+    from lora_ms.infer.engine import Engine, Request
+    from lora_ms.models.hub import load_directory
+    from lora_ms.runtime.device import setup
+
+    runtime, _ = setup("CPU")
+    rng = np.random.default_rng(2)
     with tempfile.TemporaryDirectory() as name:
-        for i in range(max(args.adapters)):
-            write_adapter(Path(args.model), Path(name) / f"a{i}", args.rank, i)
+        folder = Path(args.folder or name)
+        if not args.folder:
+            write_model(args, folder)
+
+        def model():
+            return load_directory(folder, operators=runtime.operators)
+
+        def engine_of(rows: int, pool=None, on=None) -> Engine:
+            engine = Engine(on or model(), rows, length=1024, adapters=pool)
+            engine.warm()
+            return engine
+
+        vocab = model().config.vocab_size
+
+        def prompt(tokens: int) -> tuple[int, ...]:
+            return tuple(rng.integers(3, vocab, tokens).tolist())
+
+        def rate(engine, names) -> float:
+            """Tokens a second, the median of several times."""
+            times = []
+            for _ in range(args.repeat):
+                requests = [Request(prompt(args.prompt), args.new, adapter=name) for name in names]
+                times.append(seconds(engine, requests))
+            return len(names) * args.new / float(np.median(times))
+
+        result = {}
+        bare = [None] * args.rows
+        one = engine_of(1)
+        result["one_after_another"] = rate(one, bare)
+        del one
+        engine = engine_of(args.rows)
+        result["one_in_8_rows"] = rate(engine, [None])
+        result["at_once"] = rate(engine, bare)
+        result["gain"] = result["at_once"] / result["one_after_another"]
+        system = prompt(512)
+        result["prompt_of_576_ms"] = 1e3 * first_token(engine, Request((*system, *prompt(64)), 1))
+        running = engine.submit(Request((*system, *prompt(64)), 300))
+        engine.step()
+        engine.step()
+        result["beginning_of_512_copied_ms"] = 1e3 * first_token(engine, Request((*system, *prompt(64)), 1))
+        engine.cancel(running)
+        begun = time.perf_counter()
+        engine.graphs.copy(0, 1, 0)
+        result["copy_of_a_piece_ms"] = 1e3 * (time.perf_counter() - begun)
+        del engine
+        paths = adapters(Path(name), model(), max(args.adapters, default=0), args.rank)
         for count in args.adapters:
-            random.seed(count)
-            server, port = started(args, Path(name), count)
-            seen, done = Seen(), threading.Event()
-            try:
-                load(port, count, argparse.Namespace(**{**vars(args), "seconds": 1.0}), Seen())  # both sides warm
-                if args.soak:
-                    threading.Thread(target=watch, args=(server.pid, seen, done), daemon=True).start()
-                taken = load(port, count, args, seen)
-                first, between = (
-                    "/".join(f"{1000 * value:.0f}" for value in np.percentile(values or [0.0], PERCENTS))
-                    for values in (seen.first, seen.between)
-                )
-                print(
-                    f"{count:8}  {seen.tokens / taken:8.1f}  {len(seen.first):7}  {len(seen.faults):6}  {first:>27}  "
-                    f"{between:>30}  {memory_mb(server.pid):10.1f}",
-                    flush=True,
-                )
-                for line in sorted({*seen.faults})[:5]:
-                    print(f"  {line}")
-            finally:
-                done.set()
-                server.send_signal(signal.SIGTERM)
-                server.wait()
+            there = model()
+            pool = AdapterPool(there, args.rows, count, args.rank)
+            engine = engine_of(args.rows, pool, there)
+            begun = time.perf_counter()
+            for number, path in enumerate(paths[:count]):
+                pool.load(str(number), path)
+            result[f"load_of_{count}_s"] = (time.perf_counter() - begun) / count
+            result[f"{count}_adapters"] = rate(engine, [str(i % count) for i in range(args.rows)])
+            del engine, pool, there
+    result["peak_mb"] = peak_rss_mb()
+    print(json.dumps({key: round(float(value), 2) for key, value in result.items()}, indent=1))
 
 
 if __name__ == "__main__":
