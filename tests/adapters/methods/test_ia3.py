@@ -102,7 +102,7 @@ def test_feedforward_modules_are_targets():
 
 
 def test_it_has_no_rank(capsys):
-    with pytest.raises(TypeError, match="lora_rank"):
+    with pytest.raises(LoraMsError, match="unknown argument lora_rank"):
         IA3Config(lora_rank=4)
     flags = ["--load_checkpoint", ".", "--train_dataset_dir", ".", "--pet_config.pet_type", "ia3"]
     assert cli.main(["finetune", *flags, "--pet_config.lora_rank", "4"]) == 2
