@@ -120,7 +120,7 @@ class TrainingArguments(_Settings):
         LoraMsError: an unknown name, or one that is not supported.
     """
 
-    def __init__(self, output_dir: str | os.PathLike = "trainer_output", **given: Any):
+    def __init__(self, output_dir: str | os.PathLike = "trainer_output", learning_rate: float = 1e-4, **given: Any):
         ours = {field.name for field in fields(_Settings)}
         unknown = [name for name in given if name not in ours | NO_EFFECT.keys() | REFUSED.keys()]
         if unknown:
@@ -134,7 +134,7 @@ class TrainingArguments(_Settings):
             print(f"no effect here: {', '.join(idle)} of TrainingArguments")
         # transformers' enums have their text as a value
         values = {name: getattr(value, "value", value) for name, value in given.items() if name in ours}
-        super().__init__(output_dir, **values)
+        super().__init__(output_dir, learning_rate, **values)
 
     def __repr__(self) -> str:
         given = [
