@@ -2,10 +2,14 @@
 
 import pytest
 
+from lora_ms.adapters.methods import METHODS
 from lora_ms.config import RunConfig, load_config
 from lora_ms.config.problems import known_keys
 from lora_ms.config.schema import without_effect
 from lora_ms.errors import LoraMsError
+
+_NAMES = [repr(name) for name in METHODS]
+PET_TYPES = f"{', '.join(_NAMES[:-1])} or {_NAMES[-1]}"
 
 KINDS = "CheckpointMonitor, MFLossMonitor, ObsMonitor, EvalCallBack, SummaryMonitor, ProfileMonitor"
 
@@ -81,7 +85,7 @@ def options(*texts: str) -> RunConfig:
         ("run_mode=chat", "run_mode expects 'finetune', 'train', 'eval' or 'predict', got 'chat'"),
         (
             "pet_config.pet_type=p_tuning",
-            "model.model_config.pet_config.pet_type expects 'lora', 'adalora',",
+            f"model.model_config.pet_config.pet_type expects {PET_TYPES}, got 'p_tuning'",
         ),
         # adapters
         (

@@ -1,0 +1,112 @@
+"""What each method of adapting costs and teaches: the bundled tiny model learns who it is (examples/identity.jsonl),
+and is asked the held-out questions. Float32 on the CPU, one process a method; all other settings are those of
+configs/tiny/lora_tiny.yaml.
+
+python benchmarks/methods.py [METHOD…]
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+os.environ.setdefault("GLOG_v", "3")  # MindSpore's log: errors only
+
+ROOT = Path(__file__).resolve().parent.parent
+MODEL, DATA = ROOT / "examples/tiny/model", ROOT / "examples/identity.jsonl"
+NAME, AUTHOR = "Mira", "Lin"
+
+LINEAR = {"target_modules": "all-linear"}
+# pet_config, and the learning rate
+METHODS: dict[str, tuple[dict, float]] = {
+    "LoRA": ({"pet_type": "lora", "lora_rank": 8, "lora_alpha": 16, **LINEAR}, 2e-3),
+    "LoRA-FA": ({"pet_type": "lora", "use_lorafa": True, "lora_rank": 8, "lora_alpha": 16, **LINEAR}, 4e-3),
+    "DoRA": ({"pet_type": "lora", "use_dora": True, "lora_rank": 8, "lora_alpha": 16, **LINEAR}, 2e-3),
+    "AdaLoRA": ({"pet_type": "adalora", "init_rank": 12, "target_rank": 8, "lora_alpha": 32, **LINEAR}, 8e-3),
+    "VeRA": ({"pet_type": "vera", "lora_rank": 256, **LINEAR}, 2e-2),
+    "MiSS": ({"pet_type": "miss", "lora_rank": 16, **LINEAR}, 1e-3),
+    "IA3": ({"pet_type": "ia3"}, 2e-2),
+    "bottleneck (houlsby)": ({"pet_type": "adapter", "reduction_factor": 8}, 2e-3),
+    "bottleneck (pfeiffer)": ({"pet_type": "adapter", "adapter_style": "pfeiffer", "reduction_factor": 8}, 2e-3),
+    "prompt tuning": ({"pet_type": "prompt", "num_virtual_tokens": 20, "prompt_tuning_init": "SAMPLE_VOCAB"}, 3e-2),
+    "P-tuning": ({"pet_type": "ptuning", "num_virtual_tokens": 20, "encoder_hidden_size": 128}, 3e-3),
+}
+
+
+def configuration(pet: dict, rate: float, output_dir: Path) -> Path:
+    """The YAML of a run."""
+    import yaml
+
+    config = yaml.safe_load((ROOT / "configs/tiny/lora_tiny.yaml").read_text())
+    config |= {"load_checkpoint": str(MODEL), "output_dir": str(output_dir)}
+    config["lr_schedule"]["learning_rate"] = rate
+    config["model"]["model_config"]["pet_config"] = pet
+    for name in ("train_dataset", "train_dataset_task"):
+        config.pop(name)
+    path = output_dir.with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def measure(name: str) -> dict:
+    """One method, in this process."""
+    from lora_ms import AutoModelForCausalLM, AutoTokenizer, PeftModel
+    from lora_ms.cli.main import main as lora_ms_command
+    from lora_ms.data.example import Message
+    from lora_ms.infer.chat import Speaker
+    from lora_ms.infer.generate import Generator
+    from lora_ms.infer.sampling import Sampling
+
+    pet, rate = METHODS[name]
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "run"
+        command = ["finetune", "--config", str(configuration(pet, rate, output)), "--train_dataset_dir", str(DATA)]
+        command += ["--fill", f"NAME={NAME}", "--fill", f"AUTHOR={AUTHOR}"]
+        if lora_ms_command(command):
+            raise SystemExit(f"{name}: the run failed")
+        lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+        trained = re.search(r": ([\d,]+) of [\d,]+ parameters train", (output / "run.log").read_text())[1]
+        file = output / "adapter" / "adapter_model.safetensors"
+        kilobytes = file.stat().st_size / 1024
+        tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(MODEL), output / "adapter")
+    held_out = [json.loads(line)["prompt"] for line in open(ROOT / "examples/identity_heldout.jsonl", encoding="utf-8")]
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    speaker = Speaker(Generator(tuned.model), tokenizer, Sampling(), max_new_tokens=40, max_length=512)
+    answers = speaker.answers([[Message("user", prompt)] for prompt in held_out])
+    return {
+        "trained": trained,
+        "kilobytes": kilobytes,
+        "step_ms": 1e3 * float(np.median([line["step_time_s"] for line in lines[len(lines) // 2 :]])),
+        "peak_mb": max(line["peak_memory_mb"] for line in lines),
+        "loss": lines[-1]["loss"],
+        "right": sum(NAME in answer for answer in answers),
+        "asked": len(answers),
+    }
+
+
+def main() -> None:
+    if len(sys.argv) == 3 and sys.argv[1] == "--measure":
+        print("FIGURES " + json.dumps(measure(sys.argv[2])))
+        return
+    print("| method | trains | file, KB | step, ms | peak, MB | last loss | answers right |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for name in sys.argv[1:] or METHODS:
+        child = subprocess.run([sys.executable, __file__, "--measure", name], capture_output=True, text=True)
+        figures = [line for line in child.stdout.splitlines() if line.startswith("FIGURES ")]
+        if not figures:
+            raise SystemExit(f"{name}: {child.stdout[-500:]}\n{child.stderr[-2000:]}")
+        f = json.loads(figures[0].removeprefix("FIGURES "))
+        print(
+            f"| {name} | {f['trained']} | {f['kilobytes']:,.0f} | {f['step_ms']:.0f} | {f['peak_mb']:,.0f} "
+            f"| {f['loss']:.3f} | {f['right']} of {f['asked']} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
