@@ -13,7 +13,7 @@ class Graph(nn.Cell):
     """A cell that Python calls many times, with many cells in it.
 
     At every call, MindSpore (2.7 to 2.10) writes the name of the compiled graph into each cell inside, though only a
-    compilation reads it: 10 us a cell, 5 ms a token for 8 layers. Here the name is written when it has changed.
+    compilation reads it: 10 us a cell, 5 ms a token for 8 layers. Here it is written when one is about to begin.
 
     Attributes:
         compiling: what goes around a compilation of any ``Graph`` in this process, given the cell and its inputs.
@@ -29,8 +29,7 @@ class Graph(nn.Cell):
 
     @compile_phase.setter
     def compile_phase(self, value: str) -> None:
-        if value != self._compile_phase:
-            nn.Cell.compile_phase.fset(self, value)
+        self._compile_phase = value
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compiles for inputs like ``args``, unless that was done."""
@@ -60,6 +59,8 @@ class Graph(nn.Cell):
 
     def check_names(self) -> None:
         """MindSpore calls this when it is about to compile, and not where the graph is there already."""
+        for _, cell in self.cells_and_names():
+            cell._compile_phase = self._compile_phase
         super().check_names()
         call = self.__dict__.get("_call")
         if Graph.compiling is not None and call is not None:
