@@ -18,6 +18,8 @@ OTHER_KEYS = {
     "batch_size": ("runner_config.batch_size", 3, 3),
     "learning_rate": ("lr_schedule.learning_rate", 0.5, 0.5),
     "lr_kind": ("lr_schedule.type", "linear", "linear"),
+    "eight_bits": ("optimizer.type", "AdamW8bit", True),
+    "paged": ("optimizer.type", "PagedAdamW", True),
     "betas": ("optimizer.betas", [0.5, 0.6], (0.5, 0.6)),
     "max_grad_norm": ("runner_wrapper.max_grad_norm", 2.0, 2.0),
     "logging_steps": ("runner_config.logging_steps", 5, 5),
