@@ -251,7 +251,7 @@ def test_contrastive(graph_mode, general):
     slots = np.split(np.arange(8), np.cumsum(counts)[:-1])
     hidden = drawn(9, 5).astype(np.float64)
     term = keys({"type": "contrastive", "weight": 0.3, "temperature": 0.5})[0].row_term(
-        GivenRows(general, counts, lambda rows: [], lambda: None)
+        GivenRows(general, counts, 8, lambda rows: [], lambda: None)
     )
     assert term.rows.units(np.arange(4)) == min(general.sum(), 4 - general.sum())
     pairs = term.rows.units(np.arange(4))
@@ -275,7 +275,7 @@ def test_kl_anchor(graph_mode, trains_head, monkeypatch):
     general, counts = np.array([True, False, True]), np.array([4, 3, 2])
     states = [drawn(4, 5, seed=1), drawn(2, 5, seed=2)]
     now, first = drawn(7, 5, seed=3), drawn(7, 5, seed=4 if trains_head else 3)
-    given = GivenRows(general, counts, lambda rows: states, lambda: first if trains_head else None)
+    given = GivenRows(general, counts, 8, lambda rows: states, lambda: first if trains_head else None)
     term = keys({"type": "kl_anchor", "weight": 0.7})[0].row_term(given)
     assert term.rows.units(np.array([1])) == 0 and term.rows.units(np.arange(3)) == 6
     arrays = [Tensor(a) for a in term.rows.arrays(np.arange(3), counts, 10, 9 / 6)]
@@ -322,7 +322,7 @@ def test_a_hybrid_loss_against_torch(graph_mode, golden):
     counts, general = z["counts"], z["general"]
     ends = np.cumsum(counts)
     states = [wide["before"][end - count : end] for end, count, g in zip(ends, counts, general, strict=True) if g]
-    given = GivenRows(general, counts, lambda rows: states, lambda: wide["first_head"])
+    given = GivenRows(general, counts, 8, lambda rows: states, lambda: wide["first_head"])
     terms = [
         term.row_term(given)
         for term in keys({"type": "contrastive", "weight": 0.1}, {"type": "kl_anchor", "weight": 0.3})
@@ -356,3 +356,9 @@ def test_a_hybrid_loss_against_torch(graph_mode, golden):
     np.testing.assert_allclose(d_hidden.asnumpy()[:11], z["d_hidden"], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(d_head.asnumpy(), z["d_head"], rtol=1e-4, atol=1e-5)
     assert not d_hidden.asnumpy()[11].any()
+
+
+def test_rows_that_cannot_be_compared():
+    general = np.array([True, False, True])
+    with pytest.raises(LoraMsError, match="contrastive compares a domain row with two general ones .* 3 or more, not 2"):
+        keys({"type": "contrastive"})[0].row_term(GivenRows(general, np.ones(3, int), 2, lambda rows: [], lambda: None))
