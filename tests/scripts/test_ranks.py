@@ -175,7 +175,8 @@ def test_layers_with_a_window_among_two_ranks(launch):
     hf = json.loads((folder / "config.json").read_text())
     hf |= {"use_sliding_window": True, "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
     (folder / "config.json").write_text(json.dumps(hf))
-    more = ["--load_checkpoint", str(folder), "--runner_config.max_steps", "4"]
+    # a larger eps: else the step of a number whose gradient is near zero is its sign, which rounding decides
+    more = ["--load_checkpoint", str(folder), "--runner_config.max_steps", "4", "--optimizer.eps=1e-5"]
     for ran in (launch.alone("windowed one", *more), launch.finish(launch.start("windowed tp2", 1, 2, *more))):
         assert ran.returncode == 0, ran.stdout + ran.stderr
     assert_same_run(launch, "windowed tp2", "windowed one")
