@@ -360,5 +360,5 @@ def test_a_hybrid_loss_against_torch(graph_mode, golden):
 
 def test_rows_that_cannot_be_compared():
     general = np.array([True, False, True])
-    with pytest.raises(LoraMsError, match="contrastive compares a domain row with two general ones .* 3 or more, not 2"):
+    with pytest.raises(LoraMsError, match="compares a domain row with two general ones .* 3 or more, not 2"):
         keys({"type": "contrastive"})[0].row_term(GivenRows(general, np.ones(3, int), 2, lambda rows: [], lambda: None))
