@@ -1,5 +1,6 @@
 """What is right and wrong with an adapter's directory, found from its files and the model's, without MindSpore."""
 
+import os
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -206,7 +207,7 @@ def check_base(
     if named is None:
         text = "the adapter names no model: whoever loads it must know which (base_model_name_or_path)"
         yield Check("base model", WARNING, text)
-    elif Path(named).is_dir():
+    elif os.path.isdir(named):  # unlike pathlib's, False for what can be no name
         yield Check("base model", OK, f"{named}, which is here")
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", named):
         yield Check("base model", OK, f"{named}, by its name on the hub")

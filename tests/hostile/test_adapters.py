@@ -89,3 +89,9 @@ def test_files_of_an_adapter_outside(refused, adapter, tmp_path, name):
 def test_check_adapter_says_what_is_wrong_with_the_weights(refused, adapter):
     (adapter / "adapter_model.safetensors").write_bytes(b"\xff" * 100)
     assert "1 fault" in refused("check-adapter", "--load_adapter", "a", "--load_checkpoint", "base")
+
+
+def test_a_name_of_the_base_that_no_file_can_have(adapter):
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": "é" * 5000}))
+    assert list(check_files(adapter, None))
