@@ -535,6 +535,7 @@ class AdamW(portable.AdamW):
         super().__init__(beta1, beta2, eps)
         self.step = operator(library, self.NAME, _like_first)
         self.stack = ops.Stack()
+        self.tables: tuple[Tensor, ...] = ()
 
     def construct(
         self,
@@ -549,7 +550,8 @@ class AdamW(portable.AdamW):
     ) -> Tensor:
         # in the order of `Step` in csrc/optimizer.h
         numbers = (scale, taken, *self.shares(), *self.corrections(count), Tensor(self.eps, ms.float32))
-        return self.step(old, grad, *state, rate, decay, self.stack(numbers))
+        vectors = (old, grad, *state, *self.tables)
+        return self.step(*vectors, rate, decay, self.stack(numbers))
 
 
 class AdamW8bit(AdamW):
@@ -561,19 +563,4 @@ class AdamW8bit(AdamW):
     def __init__(self, library: str, beta1: float, beta2: float, eps: float):
         super().__init__(library, beta1, beta2, eps)
         parts = [part(signed) for signed in (True, False) for part in (dynamic_map, thresholds)]
-        self.tables = Tensor(np.concatenate(parts))  # in the order of `Tables` in csrc/optimizer.h
-
-    def construct(
-        self,
-        old: Tensor,
-        grad: Tensor,
-        state: tuple[Parameter, ...],
-        scale: Tensor,
-        taken: Tensor,
-        count: Tensor,
-        rate: Tensor,
-        decay: Tensor,
-    ) -> Tensor:
-        numbers = (scale, taken, *self.shares(), *self.corrections(count), Tensor(self.eps, ms.float32))
-        vectors = (old, grad, *state, self.tables)
-        return self.step(*vectors, rate, decay, self.stack(numbers))
+        self.tables = (Tensor(np.concatenate(parts)),)  # in the order of `Tables` in csrc/optimizer.h

@@ -575,26 +575,23 @@ class AdamW(nn.Cell):
         rate: Tensor,
         decay: Tensor,
     ) -> Tensor:
-        exp_avg, exp_avg_sq = self.brought_forward(state[0], state[1], self.used(grad, scale), taken)
+        exp_avg, exp_avg_sq = self.brought_forward(state, self.used(grad, scale), taken)
+        of_mean, of_root = self.corrections(count)
+        update = self.divide(of_mean * exp_avg, ops.sqrt(exp_avg_sq) * of_root + self.eps)
+        return old - rate * (decay * old + update)
+
+    def brought_forward(self, state: tuple[Parameter, ...], grad: Tensor, taken: Tensor) -> tuple[Tensor, Tensor]:
+        """The moments [n] with a new gradient, which ``state`` then is."""
+        exp_avg, exp_avg_sq = self.with_gradient(state[0], state[1], grad, taken)
         ops.assign(state[0], exp_avg)
         ops.assign(state[1], exp_avg_sq)
-        return self.updated(old, exp_avg, exp_avg_sq, count, rate, decay)
+        return exp_avg, exp_avg_sq
 
-    def brought_forward(
-        self, exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor, taken: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def with_gradient(self, exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor, taken: Tensor) -> tuple[Tensor, Tensor]:
         """The moments with a new gradient."""
         share1, share2 = self.shares()
         exp_avg = exp_avg + taken * share1 * (grad - exp_avg)
         return exp_avg, exp_avg_sq + taken * share2 * (grad * grad - exp_avg_sq)
-
-    def updated(
-        self, old: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, count: Tensor, rate: Tensor, decay: Tensor
-    ) -> Tensor:
-        """The numbers after a step along the moments."""
-        of_mean, of_root = self.corrections(count)
-        update = self.divide(of_mean * exp_avg, ops.sqrt(exp_avg_sq) * of_root + self.eps)
-        return old - rate * (decay * old + update)
 
 
 class AdamW8bit(AdamW):
@@ -623,27 +620,16 @@ class AdamW8bit(AdamW):
             "exp_avg_sq_factors": factors.copy(),
         }
 
-    def construct(
-        self,
-        old: Tensor,
-        grad: Tensor,
-        state: tuple[Parameter, ...],
-        scale: Tensor,
-        taken: Tensor,
-        count: Tensor,
-        rate: Tensor,
-        decay: Tensor,
-    ) -> Tensor:
-        n = old.shape[0]
-        padding = ops.zeros(state[0].shape[0] - n, ms.float32)
-        used = ops.concat((self.used(grad, scale), padding))
+    def brought_forward(self, state: tuple[Parameter, ...], grad: Tensor, taken: Tensor) -> tuple[Tensor, Tensor]:
+        n = grad.shape[0]
+        padded = ops.concat((grad, ops.zeros(state[0].shape[0] - n, ms.float32)))  # to whole blocks
         exp_avg = self.numbers(state[0], state[1], self.maps[0])
         exp_avg_sq = self.numbers(state[2], state[3], self.maps[1])
-        exp_avg, exp_avg_sq = self.brought_forward(exp_avg, exp_avg_sq, used, taken)
+        exp_avg, exp_avg_sq = self.with_gradient(exp_avg, exp_avg_sq, padded, taken)
         stays = taken == 0.0
         self.store(exp_avg, state[0], state[1], self.thresholds[0], stays)
         self.store(exp_avg_sq, state[2], state[3], self.thresholds[1], stays)
-        return self.updated(old, exp_avg[:n], exp_avg_sq[:n], count, rate, decay)
+        return exp_avg[:n], exp_avg_sq[:n]
 
     def numbers(self, codes: Parameter, factors: Parameter, values: Tensor) -> Tensor:
         """What a moment is, float32."""
