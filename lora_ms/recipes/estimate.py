@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from lora_ms.adapters.matching import ranges
 from lora_ms.adapters.methods.base import AdapterConfig
@@ -47,22 +48,17 @@ def job_of(config: RunConfig, sizes: DecoderConfig, device: Device) -> Job:
     processes = session.sharing(config)
     sizes = replace(sizes, **{name: getattr(sizes, name) // processes for name in session.DIVIDED.values()})
     pet = config.pet_config
-    costs = None
     adapter = None if pet is None else adapter_config(pet)
-    if adapter is not None:
-        modules = memory_estimate.modules(sizes)
-        costs = {name: adapter.cost(spec, *modules[name]) for name, spec in adapter.specs(modules).items()}
     dtype = config.model.sizes.compute_dtype or default_dtype(device)
     four_bits = quantisation_of_run(config, sizes.num_hidden_layers)
     quantised = [] if four_bits is None else [name for name in linear_layers(sizes) if four_bits.quantises(name)]
+    width: dict[str, Any] = {} if four_bits is None else {"quantised_width": four_bits.width}
     beside_checkpoint = Path(config.load_checkpoint) / "tokenizer_config.json"
     return Job(
         sizes=sizes,
         lines=config.batch_size,
         length=data.seq_length(config, sizes.max_position_embeddings),
-        costs=costs,
-        dropout=0.0 if adapter is None else adapter.dropout,
-        separate_dropout=adapter is not None and adapter.separate_dropout,
+        **adapter_parts(adapter, sizes),
         dtype=dtype,
         recomputed=frozenset(recomputed_layers(config.recompute_config.recompute, sizes.num_hidden_layers)),
         tokenizer=beside_checkpoint.is_file() or bool(config.processor.tokenizer.vocab_file),
@@ -71,7 +67,7 @@ def job_of(config: RunConfig, sizes: DecoderConfig, device: Device) -> Job:
         swap=config.optimizer.swap,
         native=config.context.cpu_operators and has_native(device),
         quantised=frozenset(quantised),
-        **({} if four_bits is None else {"quantised_width": four_bits.width}),
+        **width,
         quantisable=config.backend == "native"
         and Path(config.load_checkpoint).is_dir()
         and bool(config.load_checkpoint),
@@ -87,18 +83,12 @@ def fitting(
     """
     if not runtime.uses_host_memory:
         return settings
-    modules = memory_estimate.modules(model.config)
-    costs = None
-    if adapter is not None:
-        costs = {name: adapter.cost(spec, *modules[name]) for name, spec in adapter.specs(modules).items()}
     recomputed = recomputed_layers(settings.recompute, model.config.num_hidden_layers)
     job = Job(
         sizes=model.config,
         lines=settings.batch_size,
         length=longest,
-        costs=costs,
-        dropout=0.0 if adapter is None else adapter.dropout,
-        separate_dropout=adapter is not None and adapter.separate_dropout,
+        **adapter_parts(adapter, model.config),
         dtype=str(model.dtype).lower(),
         recomputed=frozenset(recomputed),
         device=runtime.device,
@@ -117,6 +107,18 @@ def fitting(
     parts = settings.batch_size // lines
     print(f"{size(room)} of memory are free: {lines} of the {settings.batch_size} rows of a step at a time")
     return replace(settings, batch_size=lines, accumulation=settings.accumulation * parts)
+
+
+def adapter_parts(adapter: AdapterConfig | None, sizes: DecoderConfig) -> dict[str, Any]:
+    """The fields of a ``Job`` that the adapter decides; None: all parameters train."""
+    if adapter is None:
+        return {"costs": None}
+    modules = memory_estimate.modules(sizes)
+    return {
+        "costs": {name: adapter.cost(spec, *modules[name]) for name, spec in adapter.specs(modules).items()},
+        "dropout": adapter.dropout,
+        "separate_dropout": adapter.separate_dropout,
+    }
 
 
 def moment_bytes(optimizer: Optimizer | TrainSettings) -> float:
