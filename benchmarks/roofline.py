@@ -25,6 +25,8 @@ import numpy as np
 import train_step
 from common import parser, write_model
 
+from lora_ms.runtime.host import start_with_huge_pages
+
 ROOT = Path(__file__).resolve().parent.parent
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
@@ -153,6 +155,7 @@ def measured(args, side: str) -> dict:
     env = {**os.environ, "GLOG_v": "3", "PYTHONPATH": str(ROOT)}
     if side == "ours":
         env["OMP_NUM_THREADS"] = "1"  # as the command line sets it; see lora_ms/cli/main.py
+        env["LORA_MS_GRAPH_CACHE"] = "False"  # a graph from disk has no names of cells, by which parts are told apart
     command = [python, os.path.abspath(__file__), "--side", side, "--vocab", str(args.vocab), *words]
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     if done.returncode:
@@ -194,6 +197,8 @@ def main() -> None:
     args = arguments.parse_args()
     train_step.TARGETS = [*ATTENTION, *FEED_FORWARD]
     if args.side:
+        if args.side == "ours":
+            start_with_huge_pages()  # as the command line does
         vars(args).update(
             labels="dense", dropout=0.0, graph_kernel=False, recompute=False, bfloat16=False, four_bits=""
         )

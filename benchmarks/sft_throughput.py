@@ -15,6 +15,8 @@ import time
 import numpy as np
 from common import parser, peak_rss_mb, run_sides, table
 
+from lora_ms.runtime.host import start_with_huge_pages
+
 FIGURES = {
     "label_tokens_per_second": "label tokens per second",
     "padding": "padding, share of computed",
@@ -154,6 +156,8 @@ def main() -> None:
     if not args.side:
         table(run_sides(os.path.abspath(__file__), args, sys.argv[1:]), FIGURES)
         return
+    if args.side == "ours":
+        start_with_huge_pages()  # as the command line does
     steps = {"ours": ours, "torch": torch}[args.side](args)
     next(steps)
     first, begun = time.time() - float(os.environ["LORA_MS_START"]), time.perf_counter()

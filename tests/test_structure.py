@@ -71,7 +71,7 @@ DIRECTIONS = {
         "python recipes adapters models quant train infer data nn runtime hf_folder saving storage errors",
         "mindspore numpy transformers",
     ),
-    "cli": ("cli commands recipes config bundled errors text __version__", ""),
+    "cli": ("cli commands recipes config runtime.host bundled errors text __version__", ""),
 }
 # What a room may import inside functions only: `data` and --help answer without MindSpore.
 LAZY_ONLY = {

@@ -13,8 +13,31 @@ from pathlib import Path
 from lora_ms import saving
 
 MB = 2**20
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage")
+HUGE_PAGES_ASKED = "glibc.malloc.hugetlb=1"  # in GLIBC_TUNABLES: malloc's large blocks ask for them
 V1_MEMORY = ("memory.limit_in_bytes", "memory.usage_in_bytes")
 V2_MEMORY = ("memory.max", "memory.current")
+
+
+def start_with_huge_pages(folder: Path = HUGE_PAGES) -> None:
+    """Begins this process anew, once, with memory in pages of 2 MB, where Linux gives them to a process that asks.
+
+    Products that read activations and weights from far spend much of their time looking up pages of 4 KB, in virtual
+    machines above all: SmolLM2-135M's step takes 0.82 of the time (4.1 s, 3.4 s; two cores, AVX-512), with 13 MB more.
+    Not for generation, which it makes 1.1 times as fast with 1.3 times the memory. glibc reads the setting as a process
+    begins; madvise on what MindSpore has allocated by its first step has no effect.
+    Where all memory has such pages already, where none has, and where they are larger (512 MB beside basic pages of
+    64 KB: too much would be taken), nothing is done. folder: where Linux says so.
+    """
+    asked = os.environ.get("GLIBC_TUNABLES", "")
+    try:
+        on_request = "[madvise]" in (folder / "enabled").read_text()
+    except OSError:
+        return
+    if not on_request or _number(folder / "hpage_pmd_size") != 2 * MB or "glibc.malloc.hugetlb" in asked:
+        return
+    tunables = ":".join(filter(None, (asked, HUGE_PAGES_ASKED)))
+    os.execve(sys.executable, sys.orig_argv, os.environ | {"GLIBC_TUNABLES": tunables})
 
 
 def _number(path: Path) -> int | None:
