@@ -47,20 +47,23 @@ DIRECTIONS = {
         "train nn ops data adapters.methods.PARAMETERS runtime saving storage errors text",
         "mindspore numpy tqdm matplotlib tensorboardX IPython wandb swanlab mlflow",
     ),
-    "infer": ("infer nn ops data.template data.example errors", "mindspore numpy transformers sacrebleu"),
+    "infer": (
+        "infer nn ops data.template data.example errors",
+        "mindspore numpy transformers sacrebleu lm_eval tqdm",
+    ),
     "bridge": (
         "bridge adapters models nn ops hf_folder saving storage reading errors text",
         "mindspore numpy yaml mindformers mindpet",
     ),
     "gguf": ("gguf storage limits reading errors", "numpy gguf tokenizers transformers"),
     "serve": (
-        "serve infer.engine infer.sampling data.template data.example errors text",
+        "serve infer.engine infer.sampling infer.text_stream data.template data.example errors text",
         "pydantic starlette uvicorn anyio h11 prometheus_client",
     ),
     "recipes": (
         "recipes config objectives gguf bridge adapters models quant train infer serve data nn ops runtime hf_folder "
         "folder_schema saving storage reading limits errors text",
-        "mindspore numpy transformers huggingface_hub modelscope_hub",
+        "mindspore numpy transformers huggingface_hub modelscope_hub lm_eval jinja2",
     ),
     "commands": (
         "commands recipes config adapters models quant train infer serve data runtime hf_folder saving storage errors "

@@ -2,16 +2,17 @@
 
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from lora_ms import saving, storage
 from lora_ms.adapters.arithmetic import Array, Mix, combined_pair, widened
 from lora_ms.adapters.matching import leaf_of
-from lora_ms.adapters.methods.base import AdapterConfig, Pair
+from lora_ms.adapters.methods.base import AdapterConfig, Pair, RowUpdate
 from lora_ms.adapters.peft_config import Adapted, to_peft
 from lora_ms.adapters.peft_files import (
     CONFIG,
@@ -25,6 +26,8 @@ from lora_ms.adapters.peft_files import (
 from lora_ms.errors import LoraMsError
 from lora_ms.text import listed
 
+Part = TypeVar("Part")
+BIASES = ("base_layer.bias", "bias")  # of a layer with an adapter, and of one without
 MAJORITIES = ("total", "frequency")
 
 COMBINATIONS = {
@@ -166,26 +169,58 @@ def read_adapter(path: str | os.PathLike) -> Adapter:
         Adapter(config, {})
     except LoraMsError as error:
         raise LoraMsError(f"{path}: {error}") from None
+    return Adapter(config, _of_modules(path, config, config.pair, config.TENSORS, "combined"))
+
+
+def read_rows(path: str | os.PathLike) -> dict[str, RowUpdate]:
+    """What the adapter of directory ``path`` makes of each layer, by path, in the rows of a batch that use it.
+
+    Raises:
+        LoraMsError: no adapter, a kind that cannot run beside others, or tensors that do not fit its settings.
+    """
+    path = Path(path)
+    config = read_adapter_config(path)
+    extra = config.not_in_rows()
+    if config.changed_base:
+        extra.append(f"{config.changed_base}, which changed the base weights")
+    if extra:
+        raise LoraMsError(
+            f"{path}: an adapter with {'; '.join(extra)} cannot run beside others: LoRA, rsLoRA, DoRA and biases can"
+        )
+    return _of_modules(path, config, config.row_update, (*config.TENSORS, *BIASES), "used")
+
+
+def _of_modules(
+    path: Path,
+    config: AdapterConfig,
+    take: Callable[[str, Mapping[str, Array]], Part],
+    names: Sequence[str],
+    deed: str,
+) -> dict[str, Part]:
+    """What ``take`` makes of each module's tensors, float32.
+
+    names: of the tensors that there may be. deed: what is not done with others, for the error.
+    """
     stored = {key: storage.read(entry, np.float32) for key, entry in read_entries(path).items()}
     modules: dict[str, dict[str, Array]] = {}
     faults = [f"{key} holds NaN or infinity" for key, value in stored.items() if not np.isfinite(value).all()]
     for key, value in stored.items():
         found = split_key(key)
-        if found is not None and found.tensor in config.TENSORS:
+        if found is not None and found.tensor in names:
             modules.setdefault(found.module, {})[found.tensor] = value
         elif found is None or found.tensor != "base_layer.weight":  # PEFT's copy of the embedding
             faults.append(f"{key} is no factor of LoRA")
     check_patterns(path, config, list(modules))
-    tensors = {}
+    parts = {}
     for name, values in modules.items():
         try:
-            tensors[name] = config.pair(name, values)
+            parts[name] = take(name, values)
         except LoraMsError as error:
             faults.append(str(error))
-    if faults or not tensors:
+    if faults or not parts:
         what = listed(faults) or f"it holds no {config.title} tensor"
-        raise LoraMsError(f"{path}: cannot be combined: {what}")
-    return Adapter(config, tensors)
+        raise LoraMsError(f"{path}: cannot be {deed}: {what}")
+    return parts
 
 
 def write_adapter(adapter: Adapter, path: str | os.PathLike, base_model: str | None = None) -> None:

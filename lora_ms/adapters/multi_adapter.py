@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
+from numpy.typing import NDArray
 
-from lora_ms.adapters.combine import read_adapter
+from lora_ms.adapters.combine import read_rows
 from lora_ms.adapters.inject import install, target_layers
 from lora_ms.adapters.matching import ALL_LINEAR, leaf_of, matches
-from lora_ms.adapters.methods.base import Pair
-from lora_ms.adapters.peft_files import read_adapter_config
+from lora_ms.adapters.methods.base import RowUpdate
+from lora_ms.adapters.methods.lowrank import merged_weight, row_norms
 from lora_ms.errors import LoraMsError
 from lora_ms.nn.layers import Embedding, Head
 from lora_ms.nn.projection import projection_of
@@ -22,32 +23,76 @@ from lora_ms.text import listed
 
 
 class AdapterRows(nn.Cell):
-    """``y = x W^T + b + x A^T B^T``, with A and B of the adapter that each line of a batch has chosen.
+    """``y = scale (x W^T + x A^T B^T) + b + shift``; A, B, scale and shift are those of each line's chosen adapter.
 
     Args:
         layer: the layer under the adapters.
         places: adapters that fit, the one at place 0 included, which is none.
         lora_rank: the largest rank of an adapter; a smaller one ends in zeros.
         choice: [lines] int32, shared by all layers: the place of each line's adapter.
+        more: whether an adapter may be more than A and B: scale for DoRA, and shift for biases. Without, there are
+            neither.
     """
 
-    def __init__(self, layer: nn.Cell, places: int, lora_rank: int, choice: Parameter):
+    def __init__(self, layer: nn.Cell, places: int, lora_rank: int, choice: Parameter, more: bool = False):
         super().__init__(auto_prefix=False)
         self.base = projection_of(layer, PORTABLE)
         self.choice = choice
+        self.more = more
+        outputs = self.base.out_channels
         self.lora_a = zeros((places, lora_rank, self.base.in_channels), "lora_a")
-        self.lora_b = zeros((places, self.base.out_channels, lora_rank), "lora_b")
+        self.lora_b = zeros((places, outputs, lora_rank), "lora_b")
+        if more:
+            self.scale_less_one = zeros((places, outputs), "scale_less_one")
+            self.shift = zeros((places, outputs), "shift")
         self.product_t = ops.BatchMatMul(transpose_b=True)
+        self.write = ops.ScatterUpdate()
 
-    def fill(self, place: int, pair: Pair | None) -> None:
-        """Takes the numbers of an adapter whose rank fits; None for none."""
-        a, b = (parameter.asnumpy().copy() for parameter in (self.lora_a, self.lora_b))
-        a[place], b[place] = 0.0, 0.0
-        if pair is not None:
-            a[place, : len(pair.a)] = pair.a
-            b[place, :, : len(pair.a)] = pair.scaling * pair.b
-        self.lora_a.set_data(Tensor(a))
-        self.lora_b.set_data(Tensor(b))
+    def fill(self, place: int, update: RowUpdate) -> None:
+        """Takes the numbers of an adapter that ``fits``; nothing else is written."""
+        _, rank, inputs = self.lora_a.shape
+        a, b = np.zeros((rank, inputs), np.float32), np.zeros((self.base.out_channels, rank), np.float32)
+        if update.pair is not None:
+            own = len(update.pair.a)
+            a[:own] = update.pair.a
+            b[:, :own] = update.pair.scaling * update.pair.b
+        numbers = {self.lora_a: a, self.lora_b: b}
+        if self.more:
+            numbers |= {self.scale_less_one: self._scale(update) - 1, self.shift: self._shift(update)}
+        for parameter, value in numbers.items():
+            self.write(parameter, Tensor(np.array([place], np.int32)), Tensor(value[None].astype(np.float32)))
+
+    def faults(self, update: RowUpdate) -> list[str]:
+        """Why ``update`` does not fit the layer, and this cell."""
+        inputs, outputs = self.base.in_channels, self.base.out_channels
+        found = []
+        if update.pair is not None:
+            a, b, _ = update.pair
+            if (a.shape[1], len(b)) != (inputs, outputs):
+                found.append(f"maps {a.shape[1]} to {len(b)} numbers, and the model's {inputs} to {outputs}")
+            elif len(a) > self.lora_a.shape[1]:
+                found.append(f"has rank {len(a)}, and there is room for {self.lora_a.shape[1]}")
+        for name in ("magnitude", "bias", "added_bias"):
+            value = getattr(update, name)
+            if value is not None and value.shape != (outputs,):
+                found.append(f"has a {name} of shape {list(value.shape)}, and the model [{outputs}]")
+            elif value is not None and not self.more:
+                found.append(f"has a {name}, for which there is no room here")
+        return found
+
+    def _scale(self, update: RowUpdate) -> NDArray:
+        if update.magnitude is None or update.pair is None:
+            return np.ones(self.base.out_channels, np.float32)
+        a, b, scaling = update.pair
+        return update.magnitude / row_norms(merged_weight(self.base.numbers(), a, b, scaling))
+
+    def _shift(self, update: RowUpdate) -> NDArray:
+        shift = np.zeros(self.base.out_channels, np.float32)
+        if update.bias is not None:
+            shift += update.bias
+            if self.base.has_bias:
+                shift -= self.base.bias.asnumpy().astype(np.float32)
+        return shift if update.added_bias is None else shift + update.added_bias
 
     def construct(self, x: Tensor) -> Tensor:
         """x [t, in] -> [t, out]: tokens of all lines, as many of each; or of one, and then all have chosen the same."""
@@ -58,7 +103,12 @@ class AdapterRows(nn.Cell):
         b = ops.gather(self.lora_b, places, 0).astype(x.dtype)  # [lines, out, rank]
         low = self.product_t(x.reshape((lines, -1, x.shape[1])), a)  # [lines, s, rank]
         update = self.product_t(low, b).reshape((x.shape[0], -1))
-        return self.base.finish(self.base.multiply(x) + update)
+        y = self.base.multiply(x) + update
+        if self.more:
+            of_tokens = ops.tile(places.reshape((-1, 1)), (1, x.shape[0] // lines)).reshape((-1,))  # [t]
+            y = y + y * ops.gather(self.scale_less_one, of_tokens, 0).astype(x.dtype)
+            y = y + ops.gather(self.shift, of_tokens, 0).astype(x.dtype)
+        return self.base.finish(y)
 
 
 def zeros(shape: tuple[int, ...], name: str) -> Parameter:
@@ -126,17 +176,25 @@ class AdapterPool(LineChoice):
         adapters: the most that are there at once.
         lora_rank: the largest rank that fits.
         target_modules: which layers may have adapters (see ``AdapterConfig``); the head and the embedding may not.
+        more: whether DoRA and biases fit, too.
 
     Raises:
         LoraMsError: ``target_modules`` matches no layer.
     """
 
-    def __init__(self, model: nn.Cell, lines: int, adapters: int, lora_rank: int, target_modules: Any = ALL_LINEAR):
+    def __init__(
+        self,
+        model: nn.Cell,
+        lines: int,
+        adapters: int,
+        lora_rank: int,
+        target_modules: Any = ALL_LINEAR,
+        more: bool = False,
+    ):
         super().__init__(lines)
-        self.lora_rank = lora_rank
         layers = {name: layer for name, layer in target_layers(model).items() if type(layer) not in (Head, Embedding)}
         self.cells = {
-            name: AdapterRows(layer, adapters + 1, lora_rank, self.parameter)
+            name: AdapterRows(layer, adapters + 1, lora_rank, self.parameter, more)
             for name, layer in layers.items()
             if matches(name, target_modules)
         }
@@ -160,40 +218,31 @@ class AdapterPool(LineChoice):
         """Adds the adapter of directory ``path``.
 
         Raises:
-            LoraMsError: the name or all places are taken, no adapter there, more than LoRA, one made for another model,
-                or one that does not fit ``lora_rank`` or the layers.
+            LoraMsError: the name or all places are taken, no adapter there, one of another kind or made for another
+                model, or one that does not fit ``lora_rank`` or the layers.
         """
         if name in self._loaded:
             raise LoraMsError(f"adapter name {name!r} is taken: give another, or unload that one first")
-        pairs = self._read(Path(path))
+        updates = self._read(Path(path))
         if not self._free:
             raise LoraMsError(f"adapter {name!r}: all {len(self._by_serial)} places are taken: unload another first")
         self._serial += 1
         loaded = _Loaded(self._free.pop(0), self._serial)
         for path_in_model, cell in self.cells.items():
-            cell.fill(loaded.place, pairs.get(path_in_model))
+            cell.fill(loaded.place, updates.get(path_in_model, RowUpdate()))
         self._loaded[name] = self._by_serial[loaded.serial] = loaded
 
-    def _read(self, path: Path) -> Mapping[str, Pair]:
-        extra = read_adapter_config(path).not_a_pair()
-        if extra:
-            raise LoraMsError(
-                f"{path}: an adapter with {'; '.join(extra)} cannot run beside others: LoRA and rsLoRA alone can"
-            )
-        pairs = read_adapter(path).tensors
+    def _read(self, path: Path) -> Mapping[str, RowUpdate]:
+        updates = read_rows(path)
         faults = []
-        for name, pair in pairs.items():
-            cell = self.cells.get(name)
-            if cell is None:
+        for name, update in updates.items():
+            if name in self.cells:
+                faults += [f"{name} {fault}" for fault in self.cells[name].faults(update)]
+            else:
                 faults.append(f"{name} is no layer that may have one")
-            elif (pair.a.shape[1], len(pair.b)) != (cell.base.in_channels, cell.base.out_channels):
-                sizes = f"{cell.base.in_channels} to {cell.base.out_channels}"
-                faults.append(f"{name} maps {pair.a.shape[1]} to {len(pair.b)} numbers, and the model's {sizes}")
-            elif len(pair.a) > self.lora_rank:
-                faults.append(f"{name} has rank {len(pair.a)}, and there is room for {self.lora_rank}")
         if faults:
             raise LoraMsError(f"{path}: the adapter does not fit: {listed(faults)}")
-        return pairs
+        return updates
 
     def unload(self, name: str) -> None:
         """Removes an adapter; requests that have acquired it go on.

@@ -133,6 +133,15 @@ FLAGS: dict[str, list[tuple[str, str, Any, str, str]]] = {
     ],
     "generation": [
         ("prompts_file", "evaluation.prompts_file", str, "FILE", "for eval: questions with the answers expected"),
+        (
+            "tasks",
+            "evaluation.tasks",
+            str,
+            "NAME|FILE",
+            "for eval: tasks of lm-evaluation-harness, or YAML files of such",
+        ),
+        ("num_fewshot", "evaluation.num_fewshot", flag_int, "N", "examples before each question of a task"),
+        ("limit", "evaluation.limit", flag_int, "N", "only the first N questions of each task"),
         ("max_new_tokens", f"{SIZES}.max_new_tokens", flag_int, "N", "longest answer, in tokens"),
         ("max_length", f"{SIZES}.max_decode_length", flag_int, "N", "longest prompt and answer together"),
         ("do_sample", f"{SIZES}.do_sample", flag_bool, "BOOL", "False: always the most likely token"),
@@ -147,6 +156,7 @@ FLAGS: dict[str, list[tuple[str, str, Any, str, str]]] = {
         ("sink_mode", "runner_config.sink_mode", flag_bool, "BOOL", "feed the device several steps at a time"),
     ],
 }
+SEVERAL = ("tasks",)  # flags that take several values
 # MindFormers' flags without effect here: accepted, and reported by RunConfig.notices()
 IDLE_FLAGS: list[tuple[str, str, Any, str | None]] = [
     ("mode", "context.mode", flag_int, None),
@@ -210,7 +220,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     for title, rows in FLAGS.items():
         group = groups[title] = parser.add_argument_group(title)
         for flag, _, kind, placeholder, text in rows:
-            group.add_argument(f"--{flag}", type=kind, metavar=placeholder, help=text)
+            several = "+" if flag in SEVERAL else None
+            group.add_argument(f"--{flag}", type=kind, nargs=several, metavar=placeholder, help=text)
             for alias in (name for name, meant in ALIASES.items() if meant == flag):
                 group.add_argument(f"--{alias}", type=kind, metavar=placeholder, help=argparse.SUPPRESS)
     for flag, _, kind, count in IDLE_FLAGS:

@@ -10,12 +10,13 @@ from lora_ms.recipes.evaluate import Quiz, has_label_tokens, plan_of
 from lora_ms.recipes.forgetting import read_sets, scorer_of
 from lora_ms.recipes.generate import model_for_use, speaker_for
 from lora_ms.recipes.model import read_sizes
+from lora_ms.recipes.tasks import Tasks
 from lora_ms.train.evaluation import Evaluator
 
 
 def run(config: RunConfig) -> None:
-    """Prints the scores of ``eval_dataset``'s label tokens, of ``evaluation.sets``, and of the answers
-    to ``evaluation.prompts_file``."""
+    """Prints the scores of ``eval_dataset``'s label tokens, of ``evaluation.sets`` and ``evaluation.tasks``, and of the
+    answers to ``evaluation.prompts_file``."""
     if config.backend == "mindformers":
         from lora_ms.recipes import mindformers  # makes a temporary folder when it is imported
 
@@ -28,11 +29,12 @@ def evaluate(config: RunConfig) -> None:
     """The scores of our own model."""
     dataset = config.eval_dataset
     sources = data.sources_of(dataset, "eval") if has_label_tokens(config) else []
-    quiz = None
-    if config.evaluation.prompts_file:
-        session.check_alone(config, "evaluation.prompts_file")
-        session.check_output(Path(config.output_dir))
-        quiz = Quiz(config)
+    for key in ("prompts_file", "tasks"):
+        if getattr(config.evaluation, key):
+            session.check_alone(config, f"evaluation.{key}")
+            session.check_output(Path(config.output_dir))
+    quiz = Quiz(config) if config.evaluation.prompts_file else None
+    tasks = Tasks(config) if config.evaluation.tasks else None
     sizes = read_sizes(config)
     check_parallel(config, sizes)
     tokenizer = data.tokenizer_for(config)
@@ -57,3 +59,5 @@ def evaluate(config: RunConfig) -> None:
                 print(f"{name}: loss {one['loss']:.4f}  accuracy {one['accuracy']:.1%}  ({sets[name].metric})")
     if quiz is not None:
         quiz.run(speaker_for(config, model, Sampling()), runtime.is_main)  # Sampling(): always the most likely token
+    if tasks is not None and runtime.is_main:
+        tasks.run(speaker_for(config, model, Sampling()))

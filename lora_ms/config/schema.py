@@ -308,8 +308,9 @@ class RunConfig(Section):
                 yield "eval_dataset (do_eval is False)"
             if self.evaluation.prompts:
                 yield "evaluation.prompts (nothing is evaluated)"
-            if self.evaluation.prompts_file:
-                yield "evaluation.prompts_file (of lora-ms eval)"
+            for key in ("prompts_file", "tasks"):
+                if getattr(self.evaluation, key):
+                    yield f"evaluation.{key} (of lora-ms eval)"
 
 
 def key_of(name: str, field: FieldInfo) -> str:

@@ -152,6 +152,9 @@ class EvaluationKeys(Section):
     prompts: Texts = []  # answered by the model at each evaluation
     prompts_file: Path = ""  # rows with answers that `lora-ms eval` compares the model's with
     max_new_tokens: Whole = Field(64, ge=1)  # of such an answer
+    tasks: Texts = []  # of lm-evaluation-harness, for `lora-ms eval`: names, or YAML files
+    num_fewshot: Whole | None = Field(None, ge=0)  # examples before each question; None: as the task says
+    limit: Whole | None = Field(None, ge=1)  # only the first questions of each task
     keep_best: Flag = True  # the weights of the lowest evaluation loss, in output_dir/best
     patience: Whole = Field(0, ge=0)  # evaluations without a better one before the run stops; 0: never
 

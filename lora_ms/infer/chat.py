@@ -9,24 +9,7 @@ from lora_ms.errors import LoraMsError
 from lora_ms.infer.engine import prompt_name
 from lora_ms.infer.generate import Generator
 from lora_ms.infer.sampling import Sampling
-
-
-class Stream:
-    """Turns the tokens of one answer into text as they come; an incomplete character waits for its last bytes."""
-
-    def __init__(self, tokenizer, show: Callable[[str], None]):
-        self.tokenizer = tokenizer
-        self.show = show
-        self.shown = ""
-        self.tokens: list[int] = []
-
-    def add(self, token: int) -> None:
-        """One more token of the answer."""
-        self.tokens.append(token)
-        text = self.tokenizer.decode(self.tokens, skip_special_tokens=True)
-        if not text.endswith("\ufffd"):
-            self.show(text[len(self.shown) :])
-            self.shown = text
+from lora_ms.infer.text_stream import TextStream
 
 
 class Speaker:
@@ -72,14 +55,21 @@ class Speaker:
         """
         limits = [self.limit(prompt, number, len(prompts)) for number, prompt in enumerate(prompts, 1)]
         self.calls += 1
-        stream = Stream(self.tokenizer, show) if show else None
+        stream = TextStream(self.tokenizer)
+
+        def show_first(row: int, token: int) -> None:
+            if show is not None and row == 0:
+                show(stream.add(token))
+
         new = self.generator.generate(
             prompts,
             max_new_tokens=limits,
             sampling=replace(self.sampling, seed=self.sampling.seed + self.calls),  # another answer when asked again
             eos_token_ids=self.eos_token_ids,
-            on_token=(lambda row, token: stream.add(token) if row == 0 else None) if stream else None,
+            on_token=show_first,
         )
+        if show is not None:
+            show(stream.finish())
         return [self.tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in new]
 
     def limit(self, prompt: Sequence[int], number: int = 1, count: int = 1) -> int:

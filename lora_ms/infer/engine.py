@@ -10,8 +10,9 @@ a row has the same numbers, to the bit, whatever ran before it and runs beside i
 """
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal, Protocol
 
 import numpy as np
@@ -24,6 +25,7 @@ from lora_ms.infer.interrupt import interruptible
 from lora_ms.infer.sampling import Sampling, choose, log_softmax, random_stream
 
 ROWS = 8  # requests that run at once, where nothing else is said
+LEAST = {"max_new_tokens": 0, "logprobs": 0, "prompt_logprobs": 0, "sample": 0, "scored_from": 1}
 Finish = Literal["stop", "length", "cancelled", "error"]
 TopLogprobs = tuple[tuple[int, float], ...]  # token ids with their log-probabilities, the likeliest first
 
@@ -41,7 +43,8 @@ class Request:
     eos_token_ids: tuple[int, ...] = ()  # the first of these ends the answer, and is its last token
     adapter: str | None = None  # by name; None: the model without one
     logprobs: int | None = None  # with each token its log-probability, and those of so many likeliest; None: neither
-    prompt_logprobs: int | None = None  # the same of the prompt's tokens, from its second on
+    prompt_logprobs: int | None = None  # the same of the prompt's tokens, from ``scored_from`` on
+    scored_from: int = 1  # index in the prompt, from 1 on; what is before it may be taken over from other requests
     sample: int = 0  # which of several answers to one prompt: each draws its own random numbers
 
 
@@ -61,7 +64,7 @@ class Event:
     id: int  # of the request, as ``Engine.submit`` gave it
     token: int | None = None  # None where there is none: a prompt's scores, or an end without a token
     logprob: TokenLogprob | None = None  # where ``Request.logprobs`` asked for it
-    prompt_logprobs: tuple[TokenLogprob, ...] | None = None  # of the prompt's tokens from its second on, once
+    prompt_logprobs: tuple[TokenLogprob, ...] | None = None  # of the prompt's tokens, where they were asked for, once
     finish: Finish | None = None  # why it ended; None: it goes on
     error: str = ""  # what was wrong, where ``finish`` is "error"
     cached_tokens: int = 0  # with the first event: tokens of the prompt that were not computed again
@@ -176,9 +179,9 @@ class Engine:
         wrong = [token for token, _ in request.sampling.logit_bias if not 0 <= token < vocabulary]
         if wrong:
             raise LoraMsError(f"logit_bias: token id {wrong[0]} does not exist in a vocabulary of {vocabulary}")
-        for name in ("max_new_tokens", "logprobs", "prompt_logprobs", "sample"):
+        for name, least in LEAST.items():
             value = getattr(request, name)
-            if value is not None and value < 0:
+            if value is not None and value < least:
                 raise LoraMsError(f"{name} {value} is out of range")
         needed = len(self.lead) + len(request.prompt) + request.max_new_tokens
         if needed > self.length:
@@ -231,13 +234,31 @@ class Engine:
         while not self.idle:
             yield from self.step()
 
+    def events_of(self, requests: Iterable[Request]) -> Iterator[tuple[int, Event]]:
+        """The events of ``requests``, each with the number of its request, from 0 on, where the engine was idle.
+
+        Requests are taken as rows become free, so that there may be any number of them.
+        """
+        numbers: dict[int, int] = {}
+        rest = iter(requests)
+        try:
+            while True:
+                for request in islice(rest, self.rows - self.running - self.waiting):
+                    numbers[self.submit(request)] = len(numbers)
+                if self.idle:
+                    return
+                for event in self.step():
+                    yield numbers[event.id], event
+        finally:
+            self.cancel_all()
+
     def answers(self, requests: Sequence[Request]) -> list[list[int]]:
         """The new tokens of each request, where the engine was idle: the end token included where one came."""
-        found: dict[int, list[int]] = {self.submit(request): [] for request in requests}
-        for event in self.run():
+        found: list[list[int]] = [[] for _ in requests]
+        for number, event in self.events_of(requests):
             if event.token is not None:
-                found[event.id].append(event.token)
-        return list(found.values())
+                found[number].append(event.token)
+        return found
 
     def _rows(self) -> "list[_Row]":
         """Those that run."""
@@ -264,12 +285,11 @@ class Engine:
         return min(free, key=lambda line: (line is best and shared > 0, line.left))
 
     def _shared(self, line: "_Line", row: "_Row") -> int:
-        """Tokens of the prompt, in whole pieces, that the line holds; the last one is never among them, as what
-        follows it must be computed."""
-        request = row.request
-        if not self._shares or line.stale or line.lease != row.lease or request.prompt_logprobs is not None:
+        """Tokens of the prompt, in whole pieces, that the line holds; those are never among them after which
+        something is to be told."""
+        if not self._shares or line.stale or line.lease != row.lease:
             return 0
-        count = min(line.whole, len(row.ids) - 1)
+        count = min(line.whole, row.first_told)
         different = np.flatnonzero(line.ids[:count] != row.ids[:count])
         return (int(different[0]) if len(different) else count) // self.piece * self.piece
 
@@ -301,11 +321,11 @@ class Engine:
         with self.graphs.running(), interruptible():
             logits, best, hidden = self.graphs.read(line.number, ids, begin, len(row.ids), len(part) - 1)
             best = best.asnumpy()
-        if row.request.prompt_logprobs is not None:
-            first = max(begin, row.virtual) + 1  # virtual tokens are not predicted, nor is the prompt's first
-            following = row.ids[first : begin + self.piece + 1].tolist()
+        top = row.request.prompt_logprobs
+        first = max(begin, row.first_told) + 1
+        following = row.ids[first : begin + self.piece + 1].tolist()
+        if top is not None and following:
             scores = log_softmax(self.graphs.scores(hidden)[first - begin - 1 :][: len(following)])
-            top = row.request.prompt_logprobs
             row.prompt_logprobs += [token_logprob(t, s, top) for t, s in zip(following, scores, strict=True)]
         line.write(part)
         if len(part) == self.piece:
@@ -441,6 +461,15 @@ class _Row:
         self.shared = 0
         self.prompt_logprobs: list[TokenLogprob] = []
         self.rng = random_stream(request.prompt, request.sampling.seed, request.sample)
+
+    @property
+    def first_told(self) -> int:
+        """Index of the first token after which something is told: the first answer, or the first score of a prompt;
+        virtual tokens are not scored, nor is the prompt's first."""
+        last = len(self.ids) - 1
+        if self.request.prompt_logprobs is None:
+            return last
+        return min(last, self.virtual + self.request.scored_from - 1)
 
     def choose(self, best: int, logits: NDArray | None) -> tuple[int, TokenLogprob | None]:
         """The next token, ``best`` or by ``logits`` [v], which are there where they are needed.

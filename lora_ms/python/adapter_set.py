@@ -8,7 +8,7 @@ from mindspore import Tensor, nn
 from lora_ms.adapters.combine import Adapter
 from lora_ms.adapters.inject import build, cell_at, install
 from lora_ms.adapters.merge import merged_cells
-from lora_ms.adapters.methods.base import AdapterConfig, Pair
+from lora_ms.adapters.methods.base import AdapterConfig, Pair, RowUpdate
 from lora_ms.adapters.methods.base_cells import AdapterCell, State
 from lora_ms.adapters.multi_adapter import AdapterRows, FixedAdapters
 from lora_ms.errors import LoraMsError
@@ -154,7 +154,7 @@ class AdapterSet:
         stamp, there, cells = self._mixed[key]
         for path, found in pairs.items():
             for name, pair in found.items():
-                cells[path].fill(there.place(name), pair)
+                cells[path].fill(there.place(name), RowUpdate(pair))
         there.choose([there.place(name) for name in names])
         self.install((key, stamp), cells)
         try:

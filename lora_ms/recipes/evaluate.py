@@ -141,7 +141,7 @@ class Quiz:
 
 
 def has_label_tokens(config: RunConfig) -> bool:
-    """Whether ``lora-ms eval`` has rows whose labels it scores: always, unless only a ``prompts_file``
-    or ``sets`` are given."""
-    others = config.evaluation.prompts_file or config.evaluation.sets
+    """Whether ``lora-ms eval`` has rows whose labels it scores: always, unless only a ``prompts_file``,
+    ``sets`` or ``tasks`` are given."""
+    others = config.evaluation.prompts_file or config.evaluation.sets or config.evaluation.tasks
     return bool(config.eval_dataset.sources) or not others

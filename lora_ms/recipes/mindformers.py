@@ -274,8 +274,9 @@ def evaluate(config: RunConfig) -> None:
     What MindFormers and MindPet print goes to ``output_dir/run.log``.
     """
     package.installed_version()
-    if config.evaluation.prompts_file:
-        raise LoraMsError("backend mindformers answers no prompts_file: leave it out, or use backend native")
+    for key in ("prompts_file", "tasks"):
+        if getattr(config.evaluation, key):
+            raise LoraMsError(f"backend mindformers has no evaluation.{key}: leave it out, or use backend native")
     sizes = sizes_of(config)
     tokenizer = data.tokenizer_for(config)
     output_dir = Path(config.output_dir)

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_ms.adapters.check import template_of
-from lora_ms.adapters.combine import read_adapter
+from lora_ms.adapters.combine import read_rows
 from lora_ms.adapters.matching import ALL_LINEAR
 from lora_ms.adapters.multi_adapter import AdapterPool
-from lora_ms.adapters.peft_files import read_adapter_config
 from lora_ms.config import RunConfig
 from lora_ms.errors import LoraMsError
 from lora_ms.infer.cached_model import PIECE, cache_length
@@ -142,15 +141,16 @@ def _pool(model: CausalLM, rows: int, adapters: Mapping[str, str], more: bool, s
     if not adapters and not more:
         return None
     found: dict[str, int] = {}  # the layers that have one -> the largest rank
+    kinds = more  # DoRA and biases take two more numbers of each output, and two more operations
     for path in adapters.values():
         check_adapter_folder(Path(path))
-        if not read_adapter_config(path).not_a_pair():  # others are refused when they are loaded
-            for name, pair in read_adapter(Path(path)).tensors.items():
-                found[name] = max(found.get(name, 1), len(pair.a))
+        for name, update in read_rows(path).items():
+            found[name] = max(found.get(name, 1), 1 if update.pair is None else len(update.pair.a))
+            kinds = kinds or any(value is not None for value in update[1:])
     rank = max([*found.values(), LORA_RANK if more else 1])
     places = len(adapters) + (PLACES if more else 0)
     targets = ALL_LINEAR if more or not found else sorted(found)
-    return AdapterPool(model, rows, sizes.adapters or places, sizes.lora_rank or rank, targets)
+    return AdapterPool(model, rows, sizes.adapters or places, sizes.lora_rank or rank, targets, more=kinds)
 
 
 def _say(catalog: Catalog, settings: ServeSettings, engine: Engine) -> None:

@@ -24,6 +24,7 @@ from starlette.types import Receive, Scope, Send
 from lora_ms.errors import LoraMsError
 from lora_ms.infer.engine import Request as EngineRequest
 from lora_ms.infer.sampling import Sampling
+from lora_ms.infer.text_stream import TextStream
 from lora_ms.serve.bodies import (
     Asking,
     B,
@@ -37,7 +38,6 @@ from lora_ms.serve.bodies import (
     unknown_keys,
 )
 from lora_ms.serve.catalog import Catalog, Served, check_name
-from lora_ms.serve.detokenise import TextStream
 from lora_ms.serve.engine_thread import EngineThread
 from lora_ms.serve.faults import ApiError
 from lora_ms.serve.gate import IGNORED, SERVED, Gate

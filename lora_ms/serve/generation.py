@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
 from lora_ms.infer.engine import Event, Request, TokenLogprob
-from lora_ms.serve.detokenise import TextStream
+from lora_ms.infer.text_stream import TextStream
 from lora_ms.serve.engine_thread import EngineThread
 from lora_ms.serve.faults import ApiError
 

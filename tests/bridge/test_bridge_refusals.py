@@ -109,7 +109,7 @@ def test_what_this_backend_goes_without(mindformers, command, capsys, tmp_path, 
 
 def test_its_evaluation_answers_no_questions(mindformers, command, capsys):
     mindformers("1.9.0", *package.NAMES)
-    assert "answers no prompts_file" in refusal(capsys, "eval", *command[1:], "--prompts_file", "q.jsonl")
+    assert "has no evaluation.prompts_file" in refusal(capsys, "eval", *command[1:], "--prompts_file", "q.jsonl")
 
 
 def test_models_that_its_llama_cannot_be():

@@ -2,7 +2,10 @@
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from lora_ms.data import template
 from lora_ms.data.example import IGNORE_INDEX, Example, Message
 from lora_ms.data.template import encode, encode_prompt, encode_text
 from lora_ms.errors import LoraMsError
@@ -288,3 +291,39 @@ def test_a_template_that_refuses_the_messages_is_one_line(with_template):
     with pytest.raises(LoraMsError) as error:
         encode(with_template(REFUSES_SYSTEM), example("a", "b", system="s"))
     assert str(error.value) == "row 1: the chat template refuses the messages: no system"
+
+
+def split_at(tokenizer, text: str, edges: list[int]) -> tuple[list[int], list[int]]:
+    """What the positions of edges are, by tokenising all the text before each."""
+    done, start, positions = [], 0, []
+    rest = tokenizer(text, add_special_tokens=False).input_ids
+    for edge in edges:
+        head = tokenizer(text[start:edge], add_special_tokens=False).input_ids
+        positions.append(len(done) + len(head))
+        if head != rest[: len(head)]:
+            done, start = [*done, *head], edge
+            rest = tokenizer(text[edge:], add_special_tokens=False).input_ids
+    return [*done, *rest], positions
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_edges_are_where_all_the_text_before_them_ends(chatml, llama, data):
+    tokenizer = data.draw(st.sampled_from((chatml, llama)))
+    special = [token.content for token in tokenizer.added_tokens_decoder.values()]
+    words = st.sampled_from([*special, " is", "is", "h", " ", "\n", "\n\n", "é", "user", "<", "|"])
+    text = "".join(data.draw(st.lists(words, max_size=14)))
+    edges = sorted(data.draw(st.sets(st.integers(0, len(text)), max_size=5)))
+    assert template._tokenise(tokenizer, text, edges) == split_at(tokenizer, text, edges)
+
+
+def test_a_long_conversation_is_not_tokenised_anew_for_each_turn(chatml, monkeypatch):
+    read = []
+    ids = template._ids
+    monkeypatch.setattr(
+        template, "_ids", lambda tokenizer, texts: read.extend(map(len, texts)) or ids(tokenizer, texts)
+    )
+    for turns in (20, 200):
+        read.clear()
+        encode_prompt(chatml, example(*["is h is h"] * turns, "h").messages)
+        assert sum(read) < 120 * turns

@@ -1,4 +1,4 @@
-"""Streaming whole characters, and a conversation at the terminal with the bundled model."""
+"""A conversation at the terminal with the bundled model."""
 
 import builtins
 from pathlib import Path
@@ -8,24 +8,8 @@ import pytest
 from lora_ms.cli.main import main
 from lora_ms.commands.chat import fit_history
 from lora_ms.data.example import Message
-from lora_ms.infer.chat import Stream
 
 MODEL = "examples/tiny/model"
-
-
-class Bytes:
-    """A tokenizer whose tokens are bytes."""
-
-    def decode(self, tokens: list[int], skip_special_tokens: bool) -> str:
-        return bytes(tokens).decode("utf-8", errors="replace")
-
-
-def test_half_a_character_waits():
-    shown: list[str] = []
-    stream = Stream(Bytes(), shown.append)
-    for token in "a你!".encode():
-        stream.add(token)
-    assert shown == ["a", "你", "!"]
 
 
 class Lengths:

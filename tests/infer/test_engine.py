@@ -47,7 +47,10 @@ def test_the_same_tokens_as_transformers(native, reference, golden, name, own):
     model = load_directory(reference / "models" / name, operators=native if own else PORTABLE)
     engine = Engine(model, rows=3, length=128, piece=PIECE)
     cases = cases_of(golden(f"logits_{name}"))
-    assert engine.answers([request for request, _ in cases]) == [answer for _, answer in cases]  # a full pool
+    assert engine.answers([request for request, _ in cases]) == [answer for _, answer in cases]
+    wanted = {engine.submit(request): answer for request, answer in cases}  # a full pool
+    assert engine.waiting == len(cases)
+    assert tokens_of([*engine.run()]) == wanted
     wanted, events = {}, []
     for request, answer in reversed(cases):  # each joins in the middle of the one before
         wanted[engine.submit(request)] = answer

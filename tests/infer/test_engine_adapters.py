@@ -112,6 +112,41 @@ def test_rows_of_other_adapters_score_as_pefts(engine, reference, golden, compil
         pool.unload(name)
 
 
+MORE = ("dora", "dora_rslora", "lora_bias", "bias_all", "bias_lora_only", "all_linear")
+
+
+def test_dora_and_biases_beside_lora(native, reference, golden):
+    """All in one batch, by the graph of a piece against PEFT, and by that of a token against that of a piece."""
+    model = load_directory(reference / "models" / "qwen2", operators=native)
+    pool = AdapterPool(model, ROWS, adapters=len(MORE), lora_rank=8, more=True)
+    engine = Engine(model, ROWS, length=64, adapters=pool, piece=4)
+    engine.warm()  # before any is loaded
+    values = {name: golden(f"variants/qwen2_{name}") for name in MORE}
+    for name in MORE:
+        pool.load(name, reference / "variants" / f"qwen2_{name}")
+
+    def asked(name: str | None, ids, new: int) -> Request:
+        return Request(tuple(int(token) for token in ids), new, adapter=name, prompt_logprobs=1)
+
+    names = (*MORE, None)
+    prompts = {name: values[name or "dora"]["input_ids"] for name in names}
+    found = iter(run(engine, [asked(name, ids, 6) for name in names for ids in prompts[name]]))
+    again = []
+    for name in names:
+        logits = values[name or "dora"]["base_logits" if name is None else "logits"]
+        for ids, scores in zip(prompts[name], log_softmax(logits), strict=True):
+            events = next(found)
+            given = [score.logprob for score in events[0].prompt_logprobs]
+            np.testing.assert_allclose(given, scores[np.arange(len(ids) - 1), ids[1:]], atol=1e-4)
+            answer = [event.token for event in events]
+            assert answer[0] == scores[-1].argmax()
+            again.append((asked(name, [*ids, *answer], 0), answer))
+    for (_, answer), (event,) in zip(again, run(engine, [request for request, _ in again]), strict=True):
+        likeliest = [score.top[0][0] for score in event.prompt_logprobs]
+        assert likeliest[-len(answer) :] == answer
+    assert len({str(answer) for _, answer in again}) > 4
+
+
 def test_no_beginning_is_shared_between_adapters(engine, reference, golden):
     there = folders(reference, "qwen2")
     prompt = tuple(golden("adapter_logits_qwen2")["input_ids"][0].tolist())
@@ -127,8 +162,10 @@ def test_no_beginning_is_shared_between_adapters(engine, reference, golden):
 @pytest.mark.parametrize(
     ("folder", "message"),
     [
-        ("variants/qwen2_dora", "cannot run beside others"),
-        ("variants/qwen2_lora_bias", "cannot run beside others"),
+        ("variants/qwen2_dora", "q_proj has a magnitude, for which there is no room here"),
+        ("variants/qwen2_bias_all", "k_proj has a bias, for which there is no room here"),
+        ("variants/qwen2_modules_to_save_norms", "modules_to_save: .* cannot run beside others"),
+        ("variants/qwen2_ia3", "cannot run beside others"),
         ("variants/qwen2_pissa", "changed the base weights"),
         ("variants/qwen2_lm_head", "lm_head is no layer that may have one"),
         ("models", "no adapter here"),

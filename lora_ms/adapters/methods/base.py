@@ -102,6 +102,15 @@ class Pair(NamedTuple):
     scaling: float
 
 
+class RowUpdate(NamedTuple):
+    """What an adapter makes of one layer in the rows of a batch that use it; None: nothing of that kind."""
+
+    pair: Pair | None = None
+    magnitude: NDArray | None = None  # [out], to which the rows of ``W + scaling B A`` are brought
+    bias: NDArray | None = None  # [out], in the place of the layer's
+    added_bias: NDArray | None = None  # [out]
+
+
 class Update:
     """What an adapter makes of one module, computed from the tensors in its file.
 
@@ -440,6 +449,18 @@ class AdapterConfig(metaclass=ByPeftNames):
             LoraMsError: they do not belong together.
         """
         raise NotImplementedError
+
+    def not_in_rows(self) -> list[str]:
+        """Why this adapter cannot run in some rows of a batch, beside others."""
+        return self.not_a_pair()
+
+    def row_update(self, name: str, tensors: Mapping[str, NDArray]) -> RowUpdate:
+        """Of the stored tensors of a module, where ``not_in_rows`` is empty.
+
+        Raises:
+            LoraMsError: they do not belong together.
+        """
+        return RowUpdate(self.pair(name, tensors))
 
     def pair_tensors(self, name: str, pair: Pair) -> dict[str, NDArray]:
         """The reverse of ``pair``, but for the scaling."""

@@ -22,6 +22,7 @@ from lora_ms.adapters.methods.base import (
     Cost,
     Key,
     Pair,
+    RowUpdate,
     Shape,
     Target,
     Update,
@@ -421,6 +422,20 @@ class LoraConfig(AdapterConfig, LowRankOptions):
             shapes = {tensor: value.shape for tensor, value in tensors.items()}
             raise LoraMsError(f"{name} has {shapes}, should have A and B of rank {rank}")
         return Pair(a, b, self.scaling(name))
+
+    def not_in_rows(self) -> list[str]:
+        return [f"modules_to_save: {', '.join(self.modules_to_save)}"] if self.modules_to_save else []
+
+    def row_update(self, name: str, tensors: Mapping[str, NDArray]) -> RowUpdate:
+        if tensors.keys() == {"bias"} and self.trains_all_biases:
+            return RowUpdate(bias=tensors["bias"])
+        pair = self.pair(name, tensors)
+        magnitude, added = tensors.get("lora_magnitude_vector"), tensors.get("lora_B.bias")
+        if (magnitude is None) == self.use_dora or (added is None) == self.lora_bias:
+            raise LoraMsError(f"{name} has {', '.join(sorted(tensors))}, which is not what its settings say")
+        if added is not None:
+            added = np.float32(pair.scaling) * added
+        return RowUpdate(pair, magnitude, tensors.get("base_layer.bias"), added)
 
     def pair_tensors(self, name: str, pair: Pair) -> dict[str, NDArray]:
         return dict(zip(pair_names(name), (pair.a, pair.b), strict=True))

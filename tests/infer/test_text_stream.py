@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_ms.serve.detokenise import StopStrings, TextStream
+from lora_ms.infer.text_stream import StopStrings, TextStream
 
 MODEL = "examples/tiny/model"
 
