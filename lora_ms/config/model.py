@@ -16,7 +16,7 @@ ExtendMethod = Literal["None", "PI", "linear", "NTK", "DYNAMIC_NTK", "YARN", "LL
 class PetKeys(Section):
     """What ``pet_config`` holds whatever the method."""
 
-    pet_type: str = "lora"  # one of METHODS
+    pet_type: str = "lora"  # the method
     lora_impl: Literal["mindpet", "lora_ms"] = "mindpet"  # whose cells, with backend mindformers (ours)
     neftune_noise_alpha: Number = Field(0.0, ge=0)  # noise on the embedding in training, 5 to 15; 0: none
     freeze_include: Texts = []  # parameter names (with *) to freeze besides the base model's
