@@ -178,7 +178,7 @@ class AdapterPool(LineChoice):
         extra = read_adapter_config(path).not_a_pair()
         if extra:
             raise LoraMsError(
-                f"{path}: an adapter with {'; '.join(extra)} cannot run beside others: LoRA and rsLoRA alone can"
+                f"{path}: an adapter with {'; '.join(extra)} cannot run beside others: only LoRA and rsLoRA can"
             )
         pairs = read_adapter(path).tensors
         faults = []
