@@ -143,7 +143,7 @@ def test_log_is_what_was_printed(done, token_rows):
     lines = (done / "run.log").read_text().splitlines()
     tokens = sum(len(row["input_ids"]) for row in token_rows)
     assert lines[0].startswith(f"data: 8 rows, {tokens} tokens, ")
-    assert lines[1].startswith("  padding ")
+    assert lines[1].startswith("  padding: ")
     assert lines[2].startswith("memory: about ") and lines[2].endswith(" free")
     assert lines.pop(3).startswith(
         "few rows: 4 steps at a learning rate of 0.0001 will hardly change the model; --preset few_"
