@@ -124,7 +124,7 @@ class ModelSizes(Section):
     ignore_token_id: Whole = -100  # label that carries no loss
     compute_dtype: Literal["float32", "float16", "bfloat16"] | None = None  # None: the device's default
     use_flash_attention: Flag = True  # Ascend's fused attention, where the device has it
-    quantization_config: Annotated[dict[str, Any] | None, BeforeValidator(_quantization)] = None  # of four bits
+    quantization_config: Annotated[dict[str, Any] | None, BeforeValidator(_quantization)] = None  # of 4-bit weights
     pet_config: PetConfig | None = None
 
     do_sample: Flag = False  # False: always the likeliest token
