@@ -182,12 +182,13 @@ def run(name: str, program: Program, quick: bool, torch_python: str, folder: Pat
         "seconds": round(time.time() - begun),
         "machine": machine(torch_python),
     }
+    said, errors = (text.replace(f"{ROOT}/", "").strip().splitlines() for text in (done.stdout, done.stderr))
     if done.returncode:
-        result["failed"] = (done.stderr or done.stdout).strip().splitlines()[-3:]
+        result["failed"] = (errors or said)[-3:]
     elif figures.exists():
         result["figures"] = json.loads(figures.read_text())
     else:
-        result["printed"] = done.stdout.strip().splitlines()[-40:]
+        result["printed"] = said[-40:]
     return result
 
 
