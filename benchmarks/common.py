@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 SIDES = ("ours", "torch")
+FIGURES_FILE = "LORA_MS_FIGURES"  # where ``table`` leaves its figures as JSON: set by benchmarks/all.py
 
 
 def parser(description: str, layers: type = int) -> argparse.ArgumentParser:
@@ -107,8 +108,12 @@ def run_side(script: str, side: str, torch_python: str, argv: list[str], folder:
 
 
 def table(results: dict[str, list[dict]], rows: dict[str, str]) -> None:
-    """Prints the median of each figure on both sides, and ours / torch."""
+    """Prints the median of each figure on both sides, and ours / torch; keeps them for benchmarks/all.py."""
     print(f"\n{'':34}{'ours':>10}{'torch':>10}{'ratio':>8}")
+    figures = {}
     for key, title in rows.items():
         ours, torch = (float(np.median([result[key] for result in results[side]])) for side in SIDES)
         print(f"{title:34}{ours:10.2f}{torch:10.2f}{ours / torch:8.2f}")
+        figures[title] = [round(ours, 4), round(torch, 4)]
+    if FIGURES_FILE in os.environ:
+        Path(os.environ[FIGURES_FILE]).write_text(json.dumps(figures))

@@ -50,7 +50,6 @@ SEQUENCES = {"lora in turn": [], "o-lora in turn": [{"type": "orthogonal", "weig
 def call(command: str, options: dict, folder: Path) -> None:
     """``lora-ms COMMAND`` with ``options`` by their keys."""
     common = {
-        "load_checkpoint": str(EXAMPLES / "tiny/model"),
         "data_fill": {"NAME": "Nova", "AUTHOR": "Wei"},
         "runner_config.batch_size": 16,
         "runner_config.logging_steps": 1000,
@@ -60,7 +59,16 @@ def call(command: str, options: dict, folder: Path) -> None:
     }
     words = [f"{key}={json.dumps(value)}" for key, value in (common | options).items()]
     ran = subprocess.run(
-        [sys.executable, "-m", "lora_ms.cli", command, "--options", *words],
+        [
+            sys.executable,
+            "-m",
+            "lora_ms.cli",
+            command,
+            "--load_checkpoint",
+            str(EXAMPLES / "tiny/model"),
+            "--options",
+            *words,
+        ],
         cwd=folder,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,

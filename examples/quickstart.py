@@ -66,8 +66,7 @@ next, for example:
   {tool} chat --load_checkpoint {model} --load_adapter {output}/adapter
   {tool} predict --load_checkpoint {model} --load_adapter {output}/adapter \\
       --predict_data "What is your name?"
-  {tool} finetune --load_checkpoint {model} --preset small_dataset \\
-      --train_dataset_dir {os.path.relpath(ROOT / "examples/huanhuan.jsonl")} --output_dir output/huanhuan""")
+  bash scripts/quickstart.sh --model smollm2   # the same with a real model; then your own rows: docs/start.md""")
     return 0
 
 

@@ -98,7 +98,7 @@ def check_metadata(metadata: Any) -> dict[str, str]:
     """The metadata of a header. Raises ValueError where they are not texts."""
     texts = metadata is None or (isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values()))
     if not texts:
-        raise ValueError("__metadata__ holds something else than texts")
+        raise ValueError("__metadata__ holds values other than texts")
     return metadata or {}
 
 

@@ -59,7 +59,7 @@ class Adapter:
     def __post_init__(self):
         extra = self.config.not_a_pair()
         if extra:
-            raise LoraMsError(f"an adapter with {'; '.join(extra)} cannot be combined: LoRA and rsLoRA alone can")
+            raise LoraMsError(f"an adapter with {'; '.join(extra)} cannot be combined: only LoRA and rsLoRA can")
 
 
 def combine(
@@ -162,8 +162,8 @@ def read_adapter(path: str | os.PathLike) -> Adapter:
     config = read_adapter_config(path)
     if config.changed_base:
         raise LoraMsError(
-            f"{path}: {config.changed_base} changed the base weights, on which no other adapter "
-            "stands: save it converted to LoRA (PEFT: path_initial_model_for_weight_conversion)"
+            f"{path}: {config.changed_base} changed the base weights, and other adapters "
+            "need the original ones: save it converted to LoRA (PEFT: path_initial_model_for_weight_conversion)"
         )
     try:
         Adapter(config, {})

@@ -68,11 +68,11 @@ FLAGS: dict[str, list[tuple[str, str, Any, str, str]]] = {
             "PATH",
             "Hugging Face folder, owner/name, or .ckpt, .safetensors",
         ),
-        ("load_adapter", "load_adapter", str, "DIR", "adapter folder to continue from, or to use"),
+        ("load_adapter", "load_adapter", str, "DIR", "adapter folder to train further, or to use"),
         ("quantize", f"{SIZES}.quantization_config", str, "NAME", "the model's weights in four bits: nf4, nf4-double"),
         ("train_dataset_dir", f"train_dataset.{DATA}", str, "PATH", "training rows: file, folder, glob or owner/name"),
         ("eval_dataset_dir", f"eval_dataset.{DATA}", str, "PATH", "evaluation rows: file, folder, glob or owner/name"),
-        ("hub", "hub", str, "NAME", "hf or modelscope: where a model or data given as owner/name come from"),
+        ("hub", "hub", str, "NAME", "hub for models and data given as owner/name: hf or modelscope"),
         ("revision", "revision", str, "NAME", "branch, tag or commit of such a model"),
         ("num_samples", "train_dataset.num_samples", flag_int, "N", "train on the first N rows only"),
         (
@@ -86,7 +86,7 @@ FLAGS: dict[str, list[tuple[str, str, Any, str, str]]] = {
     ],
     "training": [
         ("epochs", "runner_config.epochs", flag_int, "N", "passes over the data (1)"),
-        ("max_steps", "runner_config.max_steps", flag_int, "N", "optimiser steps; -1: what the epochs give"),
+        ("max_steps", "runner_config.max_steps", flag_int, "N", "optimiser steps; -1: as many as the epochs make"),
         ("batch_size", "runner_config.batch_size", flag_int, "N", "rows per device and micro-batch (1)"),
         (
             "gradient_accumulation_steps",
@@ -97,8 +97,8 @@ FLAGS: dict[str, list[tuple[str, str, Any, str, str]]] = {
         ),
         ("learning_rate", "lr_schedule.learning_rate", flag_float, "X", "highest learning rate (1e-4)"),
         ("lora_rank", f"{PET}.lora_rank", flag_int, "N", "rank of the adapter (16)"),
-        ("lora_alpha", f"{PET}.lora_alpha", flag_float, "X", "its output is scaled by alpha / rank (16)"),
-        ("lora_dropout", f"{PET}.lora_dropout", flag_float, "X", "dropout on its input (0.05)"),
+        ("lora_alpha", f"{PET}.lora_alpha", flag_float, "X", "the update is scaled by alpha / rank (16)"),
+        ("lora_dropout", f"{PET}.lora_dropout", flag_float, "X", "dropout on the adapter's input (0.05)"),
         (
             "target_modules",
             f"{PET}.target_modules",
@@ -119,7 +119,7 @@ FLAGS: dict[str, list[tuple[str, str, Any, str, str]]] = {
             "overwrite_output_dir",
             flag_bool,
             "BOOL",
-            "delete others' files in the folders that a run replaces",
+            "also delete files that no run has written",
         ),
         ("do_eval", "do_eval", flag_bool, "BOOL", "evaluate on eval_dataset while training"),
         ("eval_step_interval", "eval_step_interval", flag_int, "N", "optimiser steps between evaluations (100)"),
@@ -128,7 +128,13 @@ FLAGS: dict[str, list[tuple[str, str, Any, str, str]]] = {
         ("profile", "profile", flag_bool, "BOOL", "profile the first steps: where their time goes"),
         ("use_parallel", "use_parallel", flag_bool, "BOOL", "one process per card, started by msrun"),
         ("device_target", "context.device_target", str, "NAME", "auto, Ascend or CPU"),
-        ("low_memory", "context.low_memory", flag_bool, "BOOL", "float16 weights, one row at a time, recomputation"),
+        (
+            "low_memory",
+            "context.low_memory",
+            flag_bool,
+            "BOOL",
+            "save memory: float16, one row at a time, recomputation",
+        ),
         ("device_id", "context.device_id", flag_int, "N", "which card"),
     ],
     "generation": [
@@ -145,9 +151,9 @@ FLAGS: dict[str, list[tuple[str, str, Any, str, str]]] = {
         ("max_new_tokens", f"{SIZES}.max_new_tokens", flag_int, "N", "longest answer, in tokens"),
         ("max_length", f"{SIZES}.max_decode_length", flag_int, "N", "longest prompt and answer together"),
         ("do_sample", f"{SIZES}.do_sample", flag_bool, "BOOL", "False: always the most likely token"),
-        ("temperature", f"{SIZES}.temperature", flag_float, "X", "below 1: less random, above: more; 0: not random"),
+        ("temperature", f"{SIZES}.temperature", flag_float, "X", "randomness: below 1 less, above 1 more, 0 none"),
         ("top_k", f"{SIZES}.top_k", flag_int, "N", "sample among the N most likely tokens; 0: all"),
-        ("top_p", f"{SIZES}.top_p", flag_float, "X", "sample among the top tokens of probability X"),
+        ("top_p", f"{SIZES}.top_p", flag_float, "X", "sample among the likeliest tokens of total probability X"),
         ("repetition_penalty", f"{SIZES}.repetition_penalty", flag_float, "X", "above 1: fewer repetitions; 1: off"),
     ],
     "MindFormers compatibility": [
@@ -235,7 +241,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     groups["what to train on"].add_argument(
         "--fill", type=flag_fill, action="append", default=[], metavar="NAME=TEXT", help=text
     )
-    text = "train nothing: check settings, data, memory and disk of a run of N processes (1)"
+    text = "only check settings, data, memory and disk, for N processes (1)"
     groups["training"].add_argument("--dry_run", type=flag_int, nargs="?", const=1, metavar="N", help=text)
     text = "few_rows (tens), small_dataset (hundreds), large_dataset (tens of thousands)"
     groups["training"].add_argument("--preset", metavar="NAME", help=text)

@@ -138,18 +138,16 @@ def _said_of(fault: BaseException) -> str:
     )
 
 
-def _lora_ms(argv: list[str]) -> int:
-    known, free_form = split_free_form(argv)
-    if not known or known in (["adapters"], ["export"]):
-        known.append("--help")
-    _check_command(known[0])
+def build_parser() -> tuple[Parser, dict[str, argparse.ArgumentParser]]:
+    """The parser of ``lora-ms``, and that of each command by name."""
     parser = Parser(
         prog="lora-ms", description="Fine-tune Llama and Qwen models with LoRA on MindSpore.", allow_abbrev=False
     )
     parser.add_argument("--version", action=Version, nargs=0, help="print the version and stop")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands", required=True)
+    parsers = {}
     for name, summary in COMMANDS.items():
-        command = commands.add_parser(
+        command = parsers[name] = commands.add_parser(
             name,
             help=summary,
             description=f"lora-ms {name}: {summary}.",
@@ -159,9 +157,17 @@ def _lora_ms(argv: list[str]) -> int:
         )
         add_flags(command)
         add_command_flags(name, command)
-    tools = add_tools(commands)
+    return parser, parsers | add_tools(commands)
+
+
+def _lora_ms(argv: list[str]) -> int:
+    known, free_form = split_free_form(argv)
+    if not known or known in (["adapters"], ["export"]):
+        known.append("--help")
+    _check_command(known[0])
+    parser, parsers = build_parser()
     if known[:2] == ["adapters", "combine"] and {"-h", "--help"} & {*known}:
-        tools["adapters combine"].epilog = _combination_methods()
+        parsers["adapters combine"].epilog = combination_methods()
     args = _parse(parser, known, free_form)
     if args.tool is not None:
         return _run_tool(args)
@@ -267,7 +273,8 @@ def _first_of(modules: Sequence[str]) -> str | None:
     return modules[0].partition("=")[2] or None if modules else None
 
 
-def _combination_methods() -> str:
+def combination_methods() -> str:
+    """What ``adapters combine --method`` takes, in lines of at most 79 characters."""
     from lora_ms.commands.combine import methods
 
     lines = [textwrap.fill(f"  {name:22}{text}", 79, subsequent_indent=" " * 24) for name, text in methods().items()]

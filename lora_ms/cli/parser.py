@@ -67,7 +67,7 @@ class Tool(NamedTuple):
 
 BASE = "the model's Hugging Face folder; default: the one the adapter names"
 CONCAT = "write q, k, v as one matrix, gate and up as one (default False)"
-CONTIGUOUS = "stack the parts of such a matrix (default False: interleave them)"
+CONTIGUOUS = "stack the parts of a fused matrix (default False: interleave)"
 TOOLS = {
     "merge": Tool(
         "merge an adapter into its model, as a Hugging Face folder",
@@ -79,7 +79,7 @@ TOOLS = {
             Flag("max_shard_size", str, "SIZE", "largest file, such as 500MB (default 5GB)", "5GB"),
             Flag("safe_merge", flag_bool, "BOOL", "refuse NaN and infinity (default True)", True),
             Flag("overwrite", flag_bool, "BOOL", "replace a model in output_dir (default False)", False),
-            Flag("onto", str, "NAME", "trained on four bits: original, or dequantized, the numbers of the training"),
+            Flag("onto", str, "NAME", "for 4-bit training: merge onto the original or the dequantized weights"),
         ),
     ),
     "quantize": Tool(
@@ -88,7 +88,7 @@ TOOLS = {
             Flag("load_checkpoint", str, "DIR", "the model's Hugging Face folder", required=True),
             Flag("output_dir", flag_path, "DIR", "where the quantised model goes", required=True),
             Flag("type", str, "NAME", "nf4 (default)", "nf4"),
-            Flag("double", None, "", "quantise the blocks' largest numbers, too: 4.13 bits a number, not 4.5"),
+            Flag("double", None, "", "quantise the scales as well: 4.13 bits a number instead of 4.5"),
             Flag("max_shard_size", str, "SIZE", "largest file, such as 500MB (default 5GB)", "5GB"),
             Flag("overwrite", flag_bool, "BOOL", "replace a model in output_dir (default False)", False),
         ),
@@ -104,7 +104,7 @@ TOOLS = {
         "check this machine: versions, devices, memory, processes",
         (
             Flag("msrun", flag_bool, "BOOL", "start two processes as a test (default True)", True),
-            Flag("clear-cache", None, "", "remove the compiled graphs that are kept, and check nothing"),
+            Flag("clear-cache", None, "", "only remove the compiled graphs that are kept"),
         ),
     ),
     "adapters combine": Tool(
@@ -142,7 +142,7 @@ TOOLS = {
             Flag("revision", str, "NAME", "branch, tag or commit (default: the hub's)"),
             Flag("output_dir", flag_path, "DIR", "where to (default: the hub's own cache)"),
         ),
-        "Only files that are read here are fetched (config, safetensors, tokenizer,\n"
+        "Only files that are used here are fetched (config, safetensors, tokenizer,\n"
         "template; rows of a dataset), never code; each is held against the hub's\n"
         "digest. What was cut goes on at the next call. Mirrors, tokens and caches are\n"
         "the hubs' own: HF_ENDPOINT, HF_TOKEN, HF_HOME, HF_HUB_OFFLINE;\n"
@@ -196,7 +196,7 @@ TOOLS = {
             Flag("load_checkpoint", str, "DIR", "the model's Hugging Face folder (default: the adapter's own)"),
             Flag("load_adapter", str, "DIR", "adapter folder: writes adapter.gguf"),
             Flag("output_dir", flag_path, "DIR", "where the files go", required=True),
-            Flag("with_base", flag_bool, "BOOL", "beside an adapter, write its model, too (default False)", False),
+            Flag("with_base", flag_bool, "BOOL", "with an adapter: write its model as well (default False)", False),
             Flag("dtype", str, "TYPE", "float16, bfloat16, float32; auto (default): as stored", "auto"),
             Flag("overwrite", flag_bool, "BOOL", "replace what is in output_dir (default False)", False),
         ),

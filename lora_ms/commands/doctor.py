@@ -1,7 +1,7 @@
 """``lora-ms doctor``: is this machine ready for a run. Works without MindSpore."""
 
 from lora_ms.recipes.doctor import FAULT, clear_graphs, findings
-from lora_ms.text import status_lines
+from lora_ms.text import counted, status_lines
 
 
 def run(msrun: bool = True, clear_cache: bool = False) -> int:
@@ -19,5 +19,5 @@ def run(msrun: bool = True, clear_cache: bool = False) -> int:
     for finding in findings(msrun):
         faults += finding.status == FAULT
         print(*status_lines(finding.name, finding.status, finding.text, name_width=14), sep="\n", flush=True)
-    print("nothing is broken" if not faults else f"{faults} to fix, see above")
+    print("no problem found" if not faults else f"{counted(faults, 'problem')}, see above")
     return faults

@@ -16,7 +16,7 @@ ExtendMethod = Literal["None", "PI", "linear", "NTK", "DYNAMIC_NTK", "YARN", "LL
 class PetKeys(Section):
     """What ``pet_config`` holds whatever the method."""
 
-    pet_type: str = "lora"  # one of METHODS
+    pet_type: str = "lora"  # the method
     lora_impl: Literal["mindpet", "lora_ms"] = "mindpet"  # whose cells, with backend mindformers (ours)
     neftune_noise_alpha: Number = Field(0.0, ge=0)  # noise on the embedding in training, 5 to 15; 0: none
     freeze_include: Texts = []  # parameter names (with *) to freeze besides the base model's
@@ -124,7 +124,7 @@ class ModelSizes(Section):
     ignore_token_id: Whole = -100  # label that carries no loss
     compute_dtype: Literal["float32", "float16", "bfloat16"] | None = None  # None: the device's default
     use_flash_attention: Flag = True  # Ascend's fused attention, where the device has it
-    quantization_config: Annotated[dict[str, Any] | None, BeforeValidator(_quantization)] = None  # of four bits
+    quantization_config: Annotated[dict[str, Any] | None, BeforeValidator(_quantization)] = None  # of 4-bit weights
     pet_config: PetConfig | None = None
 
     do_sample: Flag = False  # False: always the likeliest token

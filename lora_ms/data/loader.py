@@ -15,6 +15,7 @@ from lora_ms.data.example import Batch, DeviceBatch, DeviceStep, TokenRow
 from lora_ms.data.packing import Kind, Layout, MicroBatch, Shape, plain_tokens, plan_layout, smaller_batches
 from lora_ms.data.store import TokenStore
 from lora_ms.errors import LoraMsError
+from lora_ms.text import listed
 
 Ints = NDArray[np.int64]
 LOOKED_THROUGH = 200  # steps; of a longer run the shapes are those of its layout
@@ -306,8 +307,10 @@ class DataPlan:
 
     def describe(self) -> str:
         """The shapes, for people."""
-        sizes = ", ".join(f"{shape.lines}x{shape.length:,}" for shape in self.layout.shapes)
-        return f"{self.layout.kind} in lines of {sizes}"
+        shapes = self.layout.shapes
+        lengths = listed([f"{shape.length:,}" for shape in shapes], separator=" or ")
+        lines = listed([*dict.fromkeys(str(shape.lines) for shape in shapes)], separator=" or ")
+        return f"{self.layout.kind} into lines of {lengths} tokens, {lines} per micro-batch"
 
     @property
     def levels(self) -> int:

@@ -72,7 +72,7 @@ class _Settings:
     output_dir: str | os.PathLike = "trainer_output"
     learning_rate: float = 1e-4  # the highest
     num_train_epochs: float = 3  # a whole number
-    per_device_train_batch_size: int | None = None  # rows; None: 8 in a step, as many at a time as memory holds
+    per_device_train_batch_size: int | None = None  # rows; None: 8 a step, in micro-batches that fit the memory
     gradient_accumulation_steps: int = 1  # micro-batches per optimiser step
     max_steps: int = -1  # optimiser steps; -1: as many as the epochs make
     max_seq_length: int = 1024  # tokens; longer rows are dropped and counted
@@ -86,15 +86,15 @@ class _Settings:
     lr_scheduler_type: str = "linear"  # constant, linear or cosine
     warmup_ratio: float = 0.0
     warmup_steps: int = 0  # overrides the ratio where above 0
-    optim: str = "adamw_torch"  # AdamW; with 8bit its state has eight bits, with paged it lies in a file
+    optim: str = "adamw_torch"  # AdamW; 8bit: its state in eight bits; paged: its state in a file
     logging_steps: int = 1
     logging_dir: str | os.PathLike | None = None  # of TensorBoard's files; None: output_dir/tensorboard
     save_strategy: str = "steps"  # no, steps, epoch or best
     save_steps: int = 0  # optimiser steps; 0: no checkpoint before the end
     save_total_limit: int | None = None  # newest checkpoints that are kept; None: all
     load_best_model_at_end: bool = False  # the model then has the weights of the lowest evaluation loss
-    metric_for_best_model: str | None = None  # loss alone
-    greater_is_better: bool | None = None  # False alone
+    metric_for_best_model: str | None = None  # only loss
+    greater_is_better: bool | None = None  # only False
     gradient_checkpointing: bool = False  # less memory, more time
     use_parallel: bool = False  # one process per card, started by msrun
     seed: int = 0
@@ -112,9 +112,9 @@ class _Settings:
 
 
 class TrainingArguments(_Settings):
-    """Settings of a ``Trainer``, by transformers' names; see ``_Settings`` for those that have an effect.
+    """Settings of a ``Trainer``, by transformers' names. Those that have an effect:
 
-    The others of transformers are accepted, and named in a line where they are given another value than there.
+    transformers' other arguments are accepted; those whose value differs from its default are listed in a line.
 
     Raises:
         LoraMsError: an unknown name, or one that is not supported.

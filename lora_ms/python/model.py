@@ -53,13 +53,13 @@ class ModelForCausalLM(CausalLM):
         max_length: int | None = None,
         **sampling,
     ) -> NDArray[np.int32]:
-        """Prompts continued: [batch, prompt + new] token ids, as in transformers.
+        """Continues prompts: returns [batch, prompt + new] token ids, as in transformers.
 
         Args:
             input_ids: [batch, prompt] ids, or a list of rows of any lengths (padded on the left in the result).
             max_new_tokens: most new tokens of a row; None: 64, or as many as ``max_length`` leaves.
             attention_mask: [batch, prompt] of 0 and 1; 0 marks padding.
-            eos_token_id: one or more ids that end a row; None for the model's own. Without any, rows run on.
+            eos_token_id: one or more ids that end a row; None for the model's own. Without any, rows run to the limit.
             pad_token_id: fills the rest of a row that has ended.
             generator: holds the compiled graphs; None for the model's own.
             max_length: most tokens of a row and its answer together, padding not counted.
@@ -147,7 +147,7 @@ def _rows(input_ids, attention_mask) -> list[list[int]]:
 
 
 class AutoModelForCausalLM:
-    """Models by folder."""
+    """Loads models from Hugging Face folders."""
 
     @staticmethod
     def from_pretrained(
@@ -171,7 +171,7 @@ class AutoModelForCausalLM:
             revision: branch, tag or commit of a model given by name.
             quantization_config: loads the layers' weights in four bits: transformers' keys (``load_in_4bit: True,
                 bnb_4bit_quant_type: nf4, bnb_4bit_use_double_quant, llm_int8_skip_modules``), or ``nf4``,
-                ``nf4-double``. A folder that is quantised already stays so without it.
+                ``nf4-double``. A folder that is already quantised needs none.
             dtype, torch_dtype: transformers' names of ``ms_dtype``: a type of MindSpore or torch, or its name.
             others: transformers' arguments without an effect here, which are named in a line.
 
@@ -228,7 +228,7 @@ def _check_unused(others: Mapping[str, Any]) -> None:
 
 
 class BitsAndBytesConfig(dict[str, Any]):
-    """transformers' settings of weights in four bits, by its keys; NF4 alone: ``bnb_4bit_quant_type="nf4"``.
+    """transformers' settings for 4-bit weights, by its own keys; only NF4, ``bnb_4bit_quant_type="nf4"``.
 
     Raises:
         LoraMsError: other weights, or an unknown key.
@@ -240,13 +240,13 @@ class BitsAndBytesConfig(dict[str, Any]):
 
 
 class TaskType(str, Enum):
-    """PEFT's names of tasks: the one there is here."""
+    """PEFT's names of tasks; only causal language modelling is supported."""
 
     CAUSAL_LM = "CAUSAL_LM"
 
 
 class AutoTokenizer:
-    """Tokenizers by folder."""
+    """Loads tokenizers from Hugging Face folders."""
 
     @staticmethod
     def from_pretrained(
@@ -260,7 +260,7 @@ class AutoTokenizer:
     ):
         """transformers' own tokenizer of a folder, or of a model's name (see ``AutoModelForCausalLM``).
 
-        Asked for tensors, whatever library's, it gives NumPy arrays, which ``generate`` takes.
+        ``return_tensors``, whichever library it names, returns NumPy arrays, which ``generate`` accepts.
 
         Args:
             padding_side: left or right; None: as the folder says.

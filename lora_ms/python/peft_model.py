@@ -119,7 +119,7 @@ class PeftModel:
             return self(input_ids, attention_mask)
 
     def generate(self, input_ids, *args, adapter_names: Sequence[str] | None = None, **kwargs) -> NDArray[np.int32]:
-        """See ``Model.generate``; ``adapter_names`` as in ``__call__``."""
+        """As ``ModelForCausalLM.generate``; ``adapter_names`` as in a call."""
         if adapter_names is None:
             return self.model.generate(input_ids, *args, generator=self._graphs()[1], **kwargs)
         self._check_rows(adapter_names, len(input_ids))
@@ -169,7 +169,7 @@ class PeftModel:
         majority_sign_method: str = "total",
         seed: int = 0,
     ) -> None:
-        """Adds the weighted combination of ``adapters`` as one more adapter (see ``adapters.combine.combine``).
+        """Combines ``adapters`` with ``weights`` into a new adapter (see ``adapters.combine.combine``).
 
         Raises:
             LoraMsError: adapters or arguments that do not go together.
@@ -196,7 +196,7 @@ class PeftModel:
         self.adapters.activate(name if active is None else active)
 
     def set_adapter(self, adapter_name: str) -> None:
-        """Makes another adapter active. Between adapters of equal shapes nothing is compiled."""
+        """Makes another adapter active. Switching between adapters of equal shapes compiles nothing."""
         self.adapters.activate(adapter_name)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -244,7 +244,7 @@ class PeftModel:
     def save_pretrained(self, path: str | os.PathLike, selected_adapters: Sequence[str] | None = None) -> None:
         """Writes the active adapter in PEFT's format.
 
-        selected_adapters: write these instead, each into a folder of its name, the one named default into ``path``.
+        selected_adapters: write these instead, each into a sub-folder with its name; ``default`` goes into ``path``.
         """
         active = self.adapters.active
         if active is None:

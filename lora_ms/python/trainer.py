@@ -107,8 +107,8 @@ class Trainer:
 
     Args:
         train_dataset: rows (a sequence of dicts, or a ``datasets.Dataset``), a path, or a hub's ``owner/name`` (its
-            split train), in any format that the command line reads. Rows of ``input_ids`` without ``labels`` are
-            learnt whole; what ``attention_mask`` leaves out is padding.
+            split train), in any format that the command line reads. Of rows with ``input_ids`` and no
+            ``labels`` every token is learnt; what ``attention_mask`` leaves out is padding.
         tokenizer: needed for rows of text; saved with the adapter.
         eval_dataset: held-out rows, as ``train_dataset`` (by name: the split test); evaluated as
             ``args.eval_strategy`` says.

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lora_ms.errors import LoraMsError
+from lora_ms.recipes import doctor_ascend
 from lora_ms.runtime import graph_store, host, native_build
 from lora_ms.text import counted
 
@@ -66,6 +67,7 @@ def findings(msrun: bool = True) -> Iterator[Finding]:
     yield python_finding()
     yield from package_findings(versions)
     yield device_finding()
+    yield from ascend_findings()
     yield operators_finding()
     yield graphs_finding()
     yield from memory_findings(host.available(), host.cgroup_limit())
@@ -129,12 +131,21 @@ def device_finding(dev: Path = Path("/dev"), environment: dict[str, str] | None 
     environment = dict(os.environ) if environment is None else environment
     cards = sorted(path.name for path in dev.glob("davinci[0-9]*"))
     if not cards and not (dev / "davinci_manager").exists():
-        return Finding("devices", OK, "no Ascend card: runs go to the CPU")
+        tools = doctor_ascend.missing_tools()
+        return Finding("devices", OK, f"no Ascend card: runs go to the CPU{f' ({tools})' if tools else ''}")
     names = ", ".join(cards) or "davinci_manager"
     if not environment.get("ASCEND_HOME_PATH"):
         text = f"{names}, but CANN's environment is not set: source /usr/local/Ascend/ascend-toolkit/set_env.sh"
         return Finding("devices", FAULT, text)
     return Finding("devices", OK, f"Ascend: {names}; CANN in {environment['ASCEND_HOME_PATH']}")
+
+
+def ascend_findings(dev: Path = Path("/dev"), installed: Path = doctor_ascend.INSTALLED) -> Iterator[Finding]:
+    """Driver, health and network of the cards; nothing on a machine without one."""
+    cards = doctor_ascend.card_numbers(dev)
+    if cards:
+        for name, well, text in doctor_ascend.ascend_lines(cards, os.environ, installed):
+            yield Finding(name, OK if well else WARNING, text)
 
 
 def operators_finding() -> Finding:

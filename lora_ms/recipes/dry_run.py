@@ -132,7 +132,7 @@ def _plan(config: RunConfig, sizes: DecoderConfig, processes: int) -> DataPlan:
     plan = data.plan_training(
         rows, data.tokenizer_for(config, training=True), settings, runtime, adapter.leading_ids(config, sizes)
     )
-    print(f"training: {counted(plan.total_steps, 'step')} of {counted(plan.per_step, 'row')}")
+    print(f"training: {counted(plan.total_steps, 'step')}, {counted(plan.per_step, 'row')} each")
     return plan
 
 

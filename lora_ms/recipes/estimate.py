@@ -105,7 +105,7 @@ def fitting(
     if lines == settings.batch_size:
         return settings
     parts = settings.batch_size // lines
-    print(f"{size(room)} of memory are free: {lines} of the {settings.batch_size} rows of a step at a time")
+    print(f"{size(room)} of memory free: the {settings.batch_size} rows of a step are computed {lines} at a time")
     return replace(settings, batch_size=lines, accumulation=settings.accumulation * parts)
 
 
@@ -150,7 +150,7 @@ def announce(config: RunConfig, sizes: DecoderConfig, runtime: Runtime, shape: S
     total = memory_estimate.estimate(job).total
     room = host.available() / runtime.world
     each = " for each process" if runtime.world > 1 else ""
-    print(f"memory: about {size(total)} at the peak, {size(room)} are free{each}")
+    print(f"memory: about {size(total)} at the peak, {size(room)} free{each}")
     if total > room:
         change = ", ".join(memory_estimate.remedies(job, room)) or "a smaller model, or a larger machine"
         print(f"warning: this run will probably run out of memory; change: {change}", flush=True)

@@ -105,7 +105,10 @@ def check_sizes(sizes: ModelSizes, found: DecoderConfig, where: Path) -> None:
     if scaling is not None and not here.equals(there):  # one may leave out what the other spells out
         faults.append(f"extend_method: {scaling} in the YAML, {found.rope_scaling} in config.json")
     if faults:
-        raise LoraMsError(f"{where}: the YAML's model_config describes another model: {'; '.join(faults)}")
+        raise LoraMsError(
+            f"{where}: the YAML's model_config describes another model: {'; '.join(faults)}; leave out what "
+            "config.json says"
+        )
 
 
 def read_sizes(config: RunConfig) -> DecoderConfig:

@@ -108,8 +108,8 @@ def prepare(inputs: NativeInputs, log: Tee) -> NativeRun:
         estimate.announce(config, sizes, runtime, plan.layout.shapes[-1])
         if len(plan.rows) < FEW_ROWS and plan.total_steps * settings.learning_rate < LITTLE:
             print(
-                f"few rows: {plan.total_steps} steps at a learning rate of {settings.learning_rate:g} change a model "
-                "little; --preset few_rows takes more and larger ones"
+                f"few rows: {plan.total_steps} steps at a learning rate of {settings.learning_rate:g} will hardly "
+                "change the model; --preset few_rows takes more steps, and larger ones"
             )
     model = build_model(config, sizes, dtype, runtime)
     schedule_steps = settings.schedule_steps if settings.schedule_steps > 0 else plan.total_steps

@@ -204,12 +204,12 @@ class NativeRun:
             except WriteError as error:
                 print(f"warning: {error}; the run goes on")
             print(
-                f"training: {counted(plan.total_steps, 'step')} of {counted(plan.per_step, 'row')}, "
-                f"{plan.steps_per_epoch:,} an epoch" + (f", from step {start:,}" if start else "")
+                f"training: {counted(plan.total_steps, 'step')}, {counted(plan.per_step, 'row')} each, "
+                f"{plan.steps_per_epoch:,} per epoch" + (f", from step {start:,}" if start else "")
             )
             shapes = [f"{shape.lines} x {shape.length:,}" for shape in plan.shapes_used()]
             print(
-                f"batches of {counted(len(shapes), 'shape')}, each compiled when it first comes: "
+                f"{counted(len(shapes), 'batch shape')}, compiled when first used: "
                 f"{listed(shapes, separator=', ')} tokens",
                 flush=True,
             )
@@ -217,7 +217,7 @@ class NativeRun:
             if known and start < plan.total_steps:
                 seconds = known * plan.cost() / 1000
                 left = duration(seconds * (plan.total_steps - start))
-                print(f"about {left} for the steps, {seconds:.2g} s each, as the last run with this model", flush=True)
+                print(f"about {left} to go, at {seconds:.2g} s a step as in the last run with this model", flush=True)
 
     def train(self) -> Outcome:
         return self.loop.train()

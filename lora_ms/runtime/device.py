@@ -127,7 +127,9 @@ def setup(
         library, lines = _native_library(runtime.world)
         notices += lines
         if bfloat16 and library and not native_build.rounds_to_bfloat16(library):
-            notices.append("compute_dtype bfloat16: this processor does not multiply it; the weights have it alone")
+            notices.append(
+                "compute_dtype bfloat16: this processor cannot multiply in it; only the weights are stored in it"
+            )
     notices += keep_graphs(runtime.rank, runtime.world, graph_cache)
     ms.set_seed(seed)
     return replace(runtime, operators=select(device, plain_operators, library, bfloat16)), notices

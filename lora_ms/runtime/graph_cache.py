@@ -230,8 +230,8 @@ def keep_graphs(rank: int = 0, world: int = 1, wanted: bool = True) -> list[str]
     GraphCache.times = None
     if folder is not None and ENABLE in os.environ:
         notices.append(
-            f"{ENABLE} is set: MindSpore then takes graphs of runs with other settings for the same; unset it, and "
-            "compiled graphs are kept here, by all that decides them"
+            f"{ENABLE} is set, so MindSpore may reuse graphs compiled for other settings; unset it, and "
+            "compiled graphs are kept here, named by everything that decides them"
         )
     elif folder is not None:
         try:

@@ -163,7 +163,7 @@ def _temporary_cache(refused: str, fault: str) -> Path:
     folder = tempfile.mkdtemp(prefix="lora_ms_cache_")  # its owner's alone
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     print(
-        f"warning: the cache {refused} {fault}, so this run has a temporary one: chmod 700 it where nobody else has "
+        f"warning: the cache {refused} {fault}, so this run uses a temporary one: chmod 700 it where nobody else has "
         "used it, or set LORA_MS_CACHE to a folder of your own",
         file=sys.stderr,
     )

@@ -61,7 +61,7 @@ class RunState:
 
 
 class TrainerCallback:
-    """Methods that a run calls, to be overridden; they do nothing here. Every process of a run has its own."""
+    """A base class with methods that a run calls; override those you need. Each process has its own object."""
 
     def on_train_begin(self, state: RunState) -> None:
         """Before the first step; ``state.step`` is above 0 in a resumed run."""

@@ -42,7 +42,7 @@ def assign(names: Sequence[str], groups: Sequence[Group]) -> list[Group | None]:
     if empty:
         there = ", ".join(kind for kind in KINDS if kind in map(kind_of, names))
         raise LoraMsError(
-            f"optimizer.groups: params {empty[0]!r} fits no trainable parameter that an earlier group leaves; "
+            f"optimizer.groups: params {empty[0]!r} matches no trainable parameter outside the earlier groups; "
             f"trainable: {there} (such as {names[0]})"
         )
     return found

@@ -205,7 +205,9 @@ class TrainingLoop:
         level = self.monitor.next_level(self._any_rank(share > HIGH), little)
         if level != before:
             self.steps.begin(self.state.step, level)
-            self.tell("on_notice", f"{share:.0%} of the memory is in use: micro-batches of 1/{2**level} of their lines")
+            self.tell(
+                "on_notice", f"{share:.0%} of the memory is in use: micro-batches are now 1/{2**level} of full size"
+            )
 
     def _due(self, every: int) -> bool:
         # steps between two saves or evaluations; 0: never, -1: an epoch

@@ -209,7 +209,8 @@ def test_unsupported_architecture(refused, tmp_path, model):
 def test_yaml_of_another_model(refused):
     assert refused("--model.model_config.num_layers", "4", "--model.model_config.n_kv_heads", "4").endswith(
         "qwen2: the YAML's model_config describes another model: "
-        "num_layers: 4 in the YAML, 2 in config.json; n_kv_heads: 4 in the YAML, 2 in config.json"
+        "num_layers: 4 in the YAML, 2 in config.json; n_kv_heads: 4 in the YAML, 2 in config.json; leave out what "
+        "config.json says"
     )
 
 

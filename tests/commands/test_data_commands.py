@@ -321,4 +321,4 @@ def test_held_out_rows(words, tmp_path, rows_file, capsys, graph_mode):
     arguments += ["--output_dir", str(tmp_path / "out"), "--options", "train_dataset.validation_split=0.25"]
     assert main(["finetune", *arguments, "--pet_config.target_modules", "q_proj"]) == 0
     printed = capsys.readouterr().out
-    assert "training: 1 step of 1 row, 6 an epoch" in printed and "step 1/1  eval loss " in printed
+    assert "training: 1 step, 1 row each, 6 per epoch" in printed and "step 1/1  eval loss " in printed

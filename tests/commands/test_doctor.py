@@ -23,11 +23,11 @@ def test_the_command(monkeypatch, capsys):
     monkeypatch.setattr(doctor, "mindspore_finding", lambda: doctor.Finding("import", OK, "as it should be"))
     assert main(["doctor", "--msrun", "False"]) == 0
     out = capsys.readouterr().out
-    assert "nothing is broken" in out and max(map(len, out.splitlines())) <= 80
+    assert "no problem found" in out and max(map(len, out.splitlines())) <= 80
     monkeypatch.setattr(doctor, "mindspore_finding", lambda: doctor.Finding("import", FAULT, "word " * 40))
     assert main(["doctor", "--msrun", "False"]) == 2
     out = capsys.readouterr().out
-    assert "1 to fix" in out and max(map(len, out.splitlines())) <= 80
+    assert "1 problem" in out and max(map(len, out.splitlines())) <= 80
 
 
 def test_without_mindspore(tmp_path, python, python_env):

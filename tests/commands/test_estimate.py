@@ -86,7 +86,7 @@ def test_estimates_and_measured_peaks(tmp_path, python, python_env, capsys):
         command = [python, "-c", CHILD, "finetune", "--options", *(f"{key}={value}" for key, value in flags.items())]
         command += ["--load_checkpoint", flags["load_checkpoint"]]
         child = subprocess.run(command, env=python_env, capture_output=True, text=True, check=True)
-        assert "memory: about" in child.stdout and f"lines of 2x{length}" in child.stdout
+        assert "memory: about" in child.stdout and f"lines of {length} tokens, 2 per micro-batch" in child.stdout
         config = load_config(None, flags=flags)
         job = job_of(config, read_sizes(config), "CPU")
         found.append((memory_estimate.estimate(job).total, int(child.stdout.split()[-1]) / 2**10))

@@ -143,16 +143,16 @@ def test_log_is_what_was_printed(done, token_rows):
     lines = (done / "run.log").read_text().splitlines()
     tokens = sum(len(row["input_ids"]) for row in token_rows)
     assert lines[0].startswith(f"data: 8 rows, {tokens} tokens, ")
-    assert lines[1].startswith("  padding ")
-    assert lines[2].startswith("memory: about ") and lines[2].endswith(" are free")
+    assert lines[1].startswith("  padding: ")
+    assert lines[2].startswith("memory: about ") and lines[2].endswith(" free")
     assert lines.pop(3).startswith(
-        "few rows: 4 steps at a learning rate of 0.0001 change a model little; --preset few_"
+        "few rows: 4 steps at a learning rate of 0.0001 will hardly change the model; --preset few_"
     )
     lines = [lines[0], *lines[3:]]
     assert lines[1:4] == [
         "LoRA on 4 modules: 3,584 of 73,792 parameters train (4.86%)",
-        "training: 4 steps of 2 rows, 4 an epoch",
-        "batches of 1 shape, each compiled when it first comes: 1 x 16 tokens",
+        "training: 4 steps, 2 rows each, 4 per epoch",
+        "1 batch shape, compiled when first used: 1 x 16 tokens",
     ]
     lines = [line for line in lines[4:] if not line.startswith(("compiling ", "loading ", "about "))]
     assert [line.split("  ")[0] for line in lines[:4]] == [f"step {step}/4" for step in (1, 2, 3, 4)]
@@ -182,7 +182,7 @@ def test_a_stopped_run_goes_on(done, tmp_path):
     shutil.rmtree(out / "adapter")
     shutil.rmtree(out / "checkpoints" / "step_4")  # as if it had stopped after step 2 or 3
     lora_ms("finetune", "--config", done / "config.yaml", "--output_dir", out, "--resume_training", "True")
-    assert "training: 4 steps of 2 rows, 4 an epoch, from step 2" in (out / "run.log").read_text().splitlines()
+    assert "training: 4 steps, 2 rows each, 4 per epoch, from step 2" in (out / "run.log").read_text().splitlines()
     assert [record["step"] for record in records(out)] == [1, 2, 3, 4]
     assert losses(out) == losses(done)
     assert names(out / "checkpoints") == ["step_2", "step_4"]

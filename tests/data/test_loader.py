@@ -193,8 +193,8 @@ def test_report_in_words():
         rows=1200, kept=1200, dropped_too_long=0, seq_length=128, tokens=30124, label_tokens=12351, longest=57
     )
     assert report.lines() == ["data: 1,200 rows, 30,124 tokens, 41% of them labels, longest 57"]
-    assert replace(report, rows=1, layout="padded in lines of 2x64").lines() == [
-        "data: 1 row, 30,124 tokens, 41% of them labels, longest 57, padded in lines of 2x64"
+    assert replace(report, rows=1, layout="padded into lines of 64 tokens, 2 per micro-batch").lines() == [
+        "data: 1 row, 30,124 tokens, 41% of them labels, longest 57, padded into lines of 64 tokens, 2 per micro-batch"
     ]
 
 

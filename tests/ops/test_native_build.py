@@ -106,4 +106,4 @@ def test_a_cache_that_others_can_write_is_not_used(cache, tmp_path, monkeypatch,
     assert other is not None and other.name == library.name and not other.is_relative_to(tmp_path), why
     assert times_built(tmp_path) == 2
     fault = "can be written by others (mode 777)" if planted == "open" else "belongs to another user (1234)"
-    assert f"warning: the cache {cache} {fault}, so this run has a temporary one" in capsys.readouterr().err
+    assert f"warning: the cache {cache} {fault}, so this run uses a temporary one" in capsys.readouterr().err

@@ -1,4 +1,7 @@
-"""The CPU's own operators against formulas in float64, with vectors of every width: this machine's is among them."""
+"""The CPU's own operators against formulas in float64, with vectors of every width: this machine's is among them.
+
+The same tests run on aarch64, cross-compiled and emulated, with 4 (NEON's width), 8 and 16 lanes; see conftest.py.
+"""
 
 import ctypes
 import math
@@ -22,10 +25,17 @@ def normal(*shape: int) -> np.ndarray:
     return RNG.standard_normal(shape).astype(np.float32)
 
 
-@pytest.fixture(scope="module", params=[4, 8, 16], ids=lambda lanes: f"{lanes} lanes")
+@pytest.fixture(
+    scope="module",
+    params=[(where, lanes) for where in ("here", "aarch64") for lanes in (4, 8, 16)],
+    ids=lambda param: f"{param[1]} lanes" if param[0] == "here" else f"{param[1]} lanes on aarch64",
+)
 def call(request):
     """``call(name, inputs, shapes)``: the outputs of an operator; on three threads."""
-    return compiled((f"-DLANES={request.param}",))[1]
+    where, lanes = request.param
+    if where == "aarch64":
+        return request.getfixturevalue("aarch64")(lanes)
+    return compiled((f"-DLANES={lanes}",))[1]
 
 
 @cache

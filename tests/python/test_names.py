@@ -166,7 +166,7 @@ def test_a_trainer_as_transformers_has_it(graph_mode, reference, tokenizer, tmp_
     output = trainer.train()
     text = capsys.readouterr().out
     assert "no effect here: compute_metrics of Trainer" in text
-    assert " of the 8 rows of a step at a time" in text
+    assert "the 8 rows of a step are computed " in text
     assert "the model has the weights of step 4, the best evaluation" in text
     assert (output.global_step, output.metrics["epoch"]) == (4, 4.0) and output.training_loss > 0
     assert repr(output).startswith("TrainOutput(global_step=4, training_loss=") and len(repr(output)) < 120

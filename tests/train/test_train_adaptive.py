@@ -40,10 +40,10 @@ def test_learning_is_not_disturbed(train, plain_run, tmp_path, monkeypatch, caps
     monkeypatch.setattr(adaptive, "REST", 0)
     monkeypatch.setattr(recipe, "memory_share", lambda device, budget: next(shares))
     found = train(tmp_path, adaptive_batch=True)
-    notices = [line for line in capsys.readouterr().out.splitlines() if "micro-batches of" in line]
+    notices = [line for line in capsys.readouterr().out.splitlines() if "micro-batches are now" in line]
     assert notices == [
-        "90% of the memory is in use: micro-batches of 1/2 of their lines",
-        "50% of the memory is in use: micro-batches of 1/1 of their lines",
+        "90% of the memory is in use: micro-batches are now 1/2 of full size",
+        "50% of the memory is in use: micro-batches are now 1/1 of full size",
     ]
     np.testing.assert_allclose(found.losses, plain_run.losses, rtol=1e-5)
     for name, value in plain_run.adapter.items():

@@ -38,8 +38,8 @@ def test_a_group_of_nothing_is_an_error():
         with pytest.raises(LoraMsError) as caught:
             assign(NAMES, groups)
         assert str(caught.value) == (
-            f"optimizer.groups: params {groups[-1].params!r} fits no trainable parameter that an earlier group "
-            f"leaves; trainable: adapters, head, base (such as {NAMES[0]})"
+            f"optimizer.groups: params {groups[-1].params!r} matches no trainable parameter outside the "
+            f"earlier groups; trainable: adapters, head, base (such as {NAMES[0]})"
         )
     with pytest.raises(LoraMsError, match="learning_rate is 0: set it above 0"):
         rates_and_decays({}, [Group("adapters", 1.0)], 0.0, 0.0)

@@ -55,7 +55,7 @@ GUARD = 1e-5  # PEFT adds it to the rank that alpha is divided by, against modul
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class AdaLoraConfig(AdapterConfig, LowRankOptions):
-    """An adapter whose rank is shared out by importance while it trains (Zhang et al., 2023).
+    """An adapter that distributes its rank by importance while it trains (Zhang et al., 2023).
 
     Args:
         lora_rank: rank that every module starts with (PEFT's ``init_r``).
@@ -66,7 +66,7 @@ class AdaLoraConfig(AdapterConfig, LowRankOptions):
         tfinal: optimiser steps at the end, with ranks fixed; None for three tenths.
         delta_t: optimiser steps between two allocations.
         beta1, beta2: smoothing of the importance and of its spread.
-        orth_reg_weight: weight in the loss of the distance of A and B from orthogonal rows and columns.
+        orth_reg_weight: weight of the loss term that keeps A's rows and B's columns orthogonal.
         total_steps: optimiser steps of the run; 0 until a run sets it.
         kept: by path, which of the ranks are left; empty before the first allocation.
     """

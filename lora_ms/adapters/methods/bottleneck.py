@@ -45,12 +45,12 @@ class BottleneckConfig(AdapterConfig):
 
     Args:
         adapter_style: houlsby: behind the attention's output and the MLP's; pfeiffer: behind the MLP's alone.
-        target_modules: the projections behind which they stand, in place of a style's.
+        target_modules: projections to put adapters behind, instead of those of the style.
         exclude_layers, exclude_modules, layers_to_transform, layers_pattern, modules_to_save: as in ``LoraConfig``.
-        bottleneck_size: numbers between the two matrices; 0: the module's outputs by ``reduction_factor``.
-        reduction_factor: see there.
+        bottleneck_size: width between the two matrices; 0: the module's output width over ``reduction_factor``.
+        reduction_factor: divides the module's output width, where ``bottleneck_size`` is 0.
         adapter_activation: relu, gelu, silu or tanh.
-        residual_scaling: what the network adds is multiplied by.
+        residual_scaling: factor on what the network adds.
 
     Raises:
         LoraMsError: a value out of range.

@@ -106,7 +106,7 @@ ALPHA_KEYS = frozenset(("lora_alpha", "alpha_pattern", "layer_groups"))
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class LoraConfig(AdapterConfig, LowRankOptions):
-    """LoRA, and what PEFT and the literature make of it.
+    """LoRA with its variants: rsLoRA, DoRA, LoRA-FA, PiSSA, OLoRA, LoftQ, LoRA+.
 
     Args:
         lora_rank: rank of the update; at least 1.
@@ -118,9 +118,9 @@ class LoraConfig(AdapterConfig, LowRankOptions):
         exclude_layers: path suffixes or sub-strings of modules to leave out (MindFormers).
         exclude_modules: a regular expression for the whole path, or a list of path suffixes, to leave out (PEFT).
         layers_to_transform: indices of the layers that get adapters; None for all.
-        layers_pattern: names of the list of layers that the indices count in, where there are several.
-        rank_pattern, alpha_pattern: other ranks and alphas, by a regular expression for the end of the path.
-        layer_groups: ranks by ranges of layers, in place of the three above; ``bits``: of layers in four bits.
+        layers_pattern: name of the list of layers that the indices count in, for models with several.
+        rank_pattern, alpha_pattern: other ranks and alphas, by regular expressions for the ends of paths.
+        layer_groups: ranks by ranges of layers, instead of the three above; ``bits: nf4`` quantises these layers.
         modules_to_save: path suffixes of whole modules to train: norms, embedding, head, dense layers.
         use_rslora: scale by ``lora_alpha / sqrt(rank)``.
         use_lorafa: LoRA-FA (Zhang et al., 2023): A stays as it starts, and B alone trains; not on the embedding.
@@ -128,7 +128,7 @@ class LoraConfig(AdapterConfig, LowRankOptions):
         lora_bias: a bias beside each B.
         bias: which biases of the base train: none, all, or lora_only (of the adapted layers).
         init_lora_weights: True (A Kaiming uniform, B zero), gaussian, orthogonal, pissa, pissa_niter_N, olora,
-            or loftq: of quantised weights, the leading part of what quantisation took away (one step, as in PEFT).
+            or loftq: for quantised weights, the leading part of the quantisation error (one step, as in PEFT).
 
     Raises:
         LoraMsError: a value out of range, or two that exclude each other.

@@ -337,7 +337,7 @@ def build(config: "LoraConfig", target: Target, spec: LoraSpec) -> AdapterCell:
         return embedding_cells.build(config, target, spec)
     if config.wants_bits(target.name) and not projection_of(target.layer, target.operators).quantised:
         raise LoraMsError(
-            f"layer_groups: {target.name} is to have four bits, and the model is loaded: load it with "
+            f"layer_groups: {target.name} should have four bits, but the model is already loaded: load it with "
             "quantization_config, and name the other layers in llm_int8_skip_modules"
         )
     kind = dora_cells.DoRADense if config.use_dora else LoRADense

@@ -59,7 +59,7 @@ class MissConfig(AdapterConfig):
             ``LoraConfig``, but for the embedding, which cannot be a target.
         lora_rank: rows of D.
         lora_dropout: in [0, 1), on the adapter's input, in training; bat has none.
-        mini_r: columns of D with ``init_weights="mini"``; divides the outputs of each module.
+        mini_r: columns of D with ``init_weights="mini"``; must divide each module's number of outputs.
         init_weights: True: D starts as zeros; False: Kaiming uniform; "bat" and "mini" choose these variants.
 
     Raises:

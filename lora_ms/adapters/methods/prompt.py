@@ -21,9 +21,9 @@ class PromptTuningConfig(VirtualTokensConfig):
 
     Args:
         num_virtual_tokens: vectors before every row.
-        prompt_tuning_init: RANDOM (normal numbers), SAMPLE_VOCAB (rows of the embedding drawn by chance) or TEXT.
-        prompt_tuning_init_text: the text whose tokens' rows they start from, repeated or cut to their number.
-        init_token_ids: the ids of that text; of a tokenizer, where they are not given.
+        prompt_tuning_init: RANDOM (normal numbers), SAMPLE_VOCAB (random rows of the embedding) or TEXT.
+        prompt_tuning_init_text: text whose token embeddings they start from, repeated or cut to their number.
+        init_token_ids: token ids of that text; taken from the tokenizer where they are not given.
 
     Raises:
         LoraMsError: a text without ``TEXT``, or the reverse.

@@ -54,7 +54,7 @@ class PTuningConfig(VirtualTokensConfig):
     Args:
         num_virtual_tokens: vectors before every row.
         encoder_reparameterization_type: MLP or LSTM.
-        encoder_hidden_size: width of the network; of a file of PEFT's, the network is gone.
+        encoder_hidden_size: width of the network, which PEFT's files do not hold.
 
     Raises:
         LoraMsError: a value out of range.

@@ -70,7 +70,7 @@ class VeraConfig(AdapterConfig):
         lora_rank: of the common projections; higher than LoRA's, since it costs one trained number a module.
         lora_dropout: in [0, 1), on the adapter's input, in training.
         projection_prng_key: seed of the projections; the same key gives PEFT's numbers.
-        save_projection: whether the file holds the projections; else whoever loads it draws them again.
+        save_projection: whether the file holds the projections; otherwise they are drawn again on loading.
         d_initial: where every lambda_d starts.
 
     Raises:

@@ -173,9 +173,7 @@ def test_vectors_that_start_from_normal_numbers(bare):
 
 def test_it_cannot_be_combined(reference):
     path = reference / "variants" / "qwen2_ia3"
-    assert error_of(read_adapter, path) == (
-        f"{path}: an adapter with IA3 cannot be combined: LoRA and rsLoRA alone can"
-    )
+    assert error_of(read_adapter, path) == (f"{path}: an adapter with IA3 cannot be combined: only LoRA and rsLoRA can")
 
 
 def test_several_by_name(reference, golden):
@@ -196,7 +194,7 @@ def test_several_by_name(reference, golden):
     message = error_of(peft, ids, adapter_names=["a", "lora"])
     assert message.startswith("adapter 'a' cannot share a batch with others: model.layers.0.")
     assert error_of(peft.add_weighted_adapter, ["a", "lora"], [1, 1], "sum") == (
-        "an adapter with IA3 cannot be combined: LoRA and rsLoRA alone can"
+        "an adapter with IA3 cannot be combined: only LoRA and rsLoRA can"
     )
 
 

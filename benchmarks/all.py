@@ -1,0 +1,257 @@
+"""Runs every benchmark beside its peer, keeps the results as JSON, and writes docs/numbers.md and its Chinese twin.
+
+    python benchmarks/all.py --torch_python PYTHON_WITH_TORCH_AND_PEFT           in full: hours, on a quiet machine
+    python benchmarks/all.py --quick --torch_python PYTHON_WITH_TORCH_AND_PEFT   small models, few steps: minutes
+    python benchmarks/all.py --pages                                             only the pages, from the results kept
+
+Results are kept after each program (--results); one that is there already, of the same form, is not run again unless
+--again says so. The figures in README.md and docs/ come from these pages.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from common import FIGURES_FILE
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+RESULTS = HERE / "results.json"
+SMALL = "--layers 2 --hidden 128 --heads 4 --ffn 256 --vocab 1024"
+LIMIT = 6 * 3600  # seconds for a program
+
+
+class Program(NamedTuple):
+    """A benchmark: what it is called on the pages, and its arguments in full and in the quick form."""
+
+    english: str
+    chinese: str
+    full: str
+    quick: str
+    peer: bool = True  # beside torch
+
+
+PROGRAMS = {
+    "train_step dense": Program(
+        "a training step, every token a label",
+        "训练一步，每个 token 都有标签",
+        "--labels dense --rounds 3",
+        f"{SMALL} --batch 2 --seq 64 --steps 3 --rounds 1",
+    ),
+    "train_step third": Program(
+        "a training step, a third of the tokens labels",
+        "训练一步，三分之一的 token 有标签",
+        "--labels third --rounds 3",
+        f"--labels third {SMALL} --batch 2 --seq 64 --steps 3 --rounds 1",
+    ),
+    "train_step dropout": Program(
+        "a training step with dropout 0.1", "训练一步，dropout 0.1", "--dropout 0.1 --rounds 3",
+        f"--dropout 0.1 {SMALL} --batch 2 --seq 64 --steps 3 --rounds 1",
+    ),
+    "adapters": Program(
+        "DoRA against LoRA, and rows with different adapters",
+        "DoRA 与 LoRA，以及每行用不同适配器",
+        "--rounds 3",
+        f"{SMALL} --batch 4 --seq 32 --times 3 --rounds 1",
+    ),
+    "generate": Program(
+        "generation, 128 tokens after a prompt of 64", "生成：64 个 token 的提示之后 128 个", "--rounds 3",
+        f"{SMALL} --new 16 --repeat 2 --rounds 1",
+    ),
+    "sft_throughput": Program(
+        "fine-tuning on instruction rows, packed", "用指令数据训练（拼接）", "--rounds 2",
+        f"{SMALL} --batch 4 --accumulation 2 --seq 256 --steps 2 --rounds 1",
+    ),
+    "start": Program(
+        "from the start of the process", "从进程启动算起", "--layers 8,30,60",
+        "--layers 2 --hidden 128 --heads 4 --ffn 256 --vocab 1024",
+    ),
+    "qlora": Program(
+        "QLoRA against PEFT with bitsandbytes", "QLoRA，与 PEFT + bitsandbytes", "--rounds 2", f"{SMALL} --steps 2",
+    ),
+    "roofline": Program(
+        "where a step's time goes", "一步的时间花在哪里", "--layers 8", f"{SMALL} --batch 2 --seq 64 --steps 2",
+    ),
+    "recompute": Program(
+        "recomputation: memory and time", "重计算：内存与时间", "--rounds 3",
+        f"{SMALL} --batch 2 --seq 64 --steps 3 --rounds 1", peer=False,
+    ),
+    "low_memory": Program(
+        "--low_memory against float32", "--low_memory 与 float32", "--steps 3",
+        "--layers 2 --hidden 128 --heads 4 --kv_heads 2 --ffn 256 --vocab 1024 --batch 2 --seq 32 --steps 2",
+        peer=False,
+    ),
+    "methods": Program("what each method costs and teaches", "各方法的代价与效果", "", "LoRA", peer=False),
+    "serve": Program(
+        "the engine: requests at once", "引擎：同时处理请求", "--layers 12 --hidden 1024 --ffn 2816 --vocab 32000",
+        f"{SMALL} --new 8 --adapters 1 --repeat 1", peer=False,
+    ),
+    "serve_http": Program(
+        "requests for many adapters over HTTP", "经 HTTP 请求多个适配器", "--adapters 1 4 16 64",
+        "--adapters 1 --seconds 3", peer=False,
+    ),
+    "forgetting": Program(
+        "what is forgotten, by method", "各方法忘掉多少", "--out {results} --seeds 5",
+        "--out {results} --seeds 1 --steps 4 --methods lora", peer=False,
+    ),
+    "long_run": Program(
+        "a long run stays as it began", "长时间训练保持不变", "--steps 20000", "--steps 2000 --every 500", peer=False,
+    ),
+}  # fmt: skip
+TEXTS = {
+    "en": {
+        "title": "Numbers",
+        "other": "[中文](numbers.zh.md)",
+        "made": "Written by `benchmarks/all.py` from `benchmarks/results.json`; do not edit.",
+        "quick": "**These are results of the quick form**: tiny models, few steps, on a machine with other work. "
+        "They show that the programs run. As measurements they mean nothing; the full form is for a quiet machine.",
+        "none": "no result kept: not run yet",
+        "machine": "Machine",
+        "command": "command",
+        "ours": "ours",
+        "torch": "torch",
+        "ratio": "ours / torch",
+        "failed": "failed",
+        "how": "How the tables made before this program were measured: [what makes it fast](speed.md).",
+    },
+    "zh": {
+        "title": "测量结果",
+        "other": "[English](numbers.md)",
+        "made": "由 `benchmarks/all.py` 从 `benchmarks/results.json` 写出，请勿手工修改。",
+        "quick": "**以下是简短形式的结果**：很小的模型、几步、机器上还有别的工作，只说明程序能够运行，"
+        "作为测量没有意义；完整形式要在空闲的机器上运行。",
+        "none": "没有结果：尚未运行",
+        "machine": "机器",
+        "command": "命令",
+        "ours": "本项目",
+        "torch": "torch",
+        "ratio": "本项目 / torch",
+        "failed": "失败",
+        "how": "在有这个程序之前的表是怎样测的，见[为什么快](speed.zh.md)。",
+    },
+}
+
+
+def machine(torch_python: str) -> dict[str, str]:
+    """Processor, memory and versions of both sides."""
+    from importlib.metadata import version
+
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    flags = next((line for line in lines if line.startswith("flags")), "")
+    widths = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in flags]
+    memory = int(Path("/proc/meminfo").read_text().split()[1]) / 2**20
+    code = "import torch, transformers, peft; print(torch.__version__, transformers.__version__, peft.__version__)"
+    peers = subprocess.run([torch_python, "-c", code], capture_output=True, text=True)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    names = ("torch", "transformers", "PEFT")
+    return {
+        "processor": f"{model} ({', '.join(widths)}), {len(os.sched_getaffinity(0))} cores",
+        "memory": f"{memory:.0f} GB",
+        "lora_ms": commit.stdout.strip() or "not a checkout",
+        "versions": f"Python {platform.python_version()}, MindSpore {version('mindspore')}",
+        "beside": ", ".join(" ".join(pair) for pair in zip(names, peers.stdout.split(), strict=False)) or "nothing",
+    }
+
+
+def run(name: str, program: Program, quick: bool, torch_python: str, folder: Path) -> dict[str, Any]:
+    """Runs a program; what there is to keep of it."""
+    figures, kept = folder / "figures.json", folder / f"{name}.json"
+    words = (program.quick if quick else program.full).format(results=kept).split()
+    if program.peer:
+        words += ["--torch_python", torch_python]
+    script = HERE / f"{name.split()[0]}.py"
+    shown = ["python", f"benchmarks/{script.name}", *(program.quick if quick else program.full).split()]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "GLOG_v": "3", FIGURES_FILE: str(figures)}
+    begun = time.time()
+    done = subprocess.run(
+        [sys.executable, str(script), *words], capture_output=True, text=True, env=env, cwd=ROOT, timeout=LIMIT
+    )
+    result: dict[str, Any] = {
+        "form": "quick" if quick else "full",
+        "command": " ".join(shown).replace("{results}", "results.json"),
+        "date": datetime.date.today().isoformat(),
+        "seconds": round(time.time() - begun),
+        "machine": machine(torch_python),
+    }
+    said, errors = (text.replace(f"{ROOT}/", "").strip().splitlines() for text in (done.stdout, done.stderr))
+    if done.returncode:
+        result["failed"] = (errors or said)[-3:]
+    elif figures.exists():
+        result["figures"] = json.loads(figures.read_text())
+    else:
+        result["printed"] = said[-40:]
+    return result
+
+
+def page(results: dict[str, Any], language: str) -> str:
+    """docs/numbers.md from the results that are kept."""
+    words = TEXTS[language]
+    parts = [f"# {words['title']}", words["other"], words["made"]]
+    if any(result["form"] == "quick" for result in results.values()):
+        parts.append(words["quick"])
+    parts.append(words["how"])
+    for name, program in PROGRAMS.items():
+        title = program.english if language == "en" else program.chinese
+        parts.append(f"## {title[:1].upper()}{title[1:]}")
+        result = results.get(name)
+        if result is None:
+            parts.append(f"`benchmarks/{name.split()[0]}.py`: {words['none']}.")
+            continue
+        parts.append(f"`{result['command']}`, {result['date']}, {result['seconds']} s.")
+        if "failed" in result:
+            parts.append(f"{words['failed']}: `{result['failed'][-1][:200] if result['failed'] else ''}`")
+        elif "figures" in result:
+            rows = [f"| | {words['ours']} | {words['torch']} | {words['ratio']} |", "| --- | --- | --- | --- |"]
+            for label, (ours, torch) in result["figures"].items():
+                ratio = f"{ours / torch:.2f}" if torch else ""
+                rows.append(f"| {label} | {ours:.4g} | {torch:.4g} | {ratio} |")
+            parts.append("\n".join(rows))
+        else:
+            parts.append("\n".join(("```text", *result["printed"], "```")))
+    parts.append(f"## {words['machine']}")
+    machines = {json.dumps(result["machine"]): result["machine"] for result in results.values()}
+    for each in machines.values():
+        parts.append("\n".join(f"- {key}: {value}" for key, value in each.items()))
+    return "\n\n".join(parts) + "\n"
+
+
+def write_pages(results: dict[str, Any]) -> None:
+    for language, suffix in (("en", ""), ("zh", ".zh")):
+        (ROOT / "docs" / f"numbers{suffix}.md").write_text(page(results, language), encoding="utf-8")
+
+
+def main() -> int:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--quick", action="store_true", help="small models and few steps")
+    arguments.add_argument("--pages", action="store_true", help="run nothing, write the pages")
+    arguments.add_argument("--again", action="store_true", help="also run what has a result")
+    arguments.add_argument("--only", nargs="+", choices=tuple(PROGRAMS), default=list(PROGRAMS), metavar="NAME")
+    arguments.add_argument("--results", type=Path, default=RESULTS)
+    arguments.add_argument("--torch_python", default=os.environ.get("LORA_MS_TORCH_PYTHON", sys.executable))
+    args = arguments.parse_args()
+    results: dict[str, Any] = json.loads(args.results.read_text()) if args.results.exists() else {}
+    form = "quick" if args.quick else "full"
+    for name in [] if args.pages else args.only:
+        if not args.again and results.get(name, {}).get("form") == form and "failed" not in results[name]:
+            continue
+        print(f"{name} …", flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            results[name] = run(name, PROGRAMS[name], args.quick, args.torch_python, Path(folder))
+        said = f"failed: {results[name]['failed']}" if "failed" in results[name] else "done"
+        print(f"  {said}, {results[name]['seconds']} s", flush=True)
+        args.results.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_pages(results)
+    return 1 if any("failed" in results.get(name, {}) for name in args.only) else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
