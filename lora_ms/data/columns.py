@@ -7,6 +7,9 @@ from typing import Any
 
 import numpy as np
 
+# names under which datasets have the question of Alpaca's format, ours first
+QUESTION = ("instruction", "question", "query")
+
 
 def from_json(value: Any) -> Any:
     """The list, object or null that a text holds as JSON; any other value as it is."""

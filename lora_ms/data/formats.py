@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_ms.data.columns import as_flag, from_json, quoted, turns_of
+from lora_ms.data.columns import QUESTION, as_flag, from_json, quoted, turns_of
 from lora_ms.data.example import (
     IGNORE_INDEX,
     MOST_BYTES,
@@ -56,8 +56,7 @@ ROLES = {
 }
 CALL_ROLES = ("function_call", "tool_call")  # roles whose text is a call of a tool, as JSON
 
-# other names under which datasets have the columns of Alpaca's format, ours first
-QUESTION = ("instruction", "question", "query")
+# other names under which datasets have the columns of Alpaca's format, ours first; QUESTION is another
 EXTRA = ("input", "context")
 ANSWER = ("output", "response", "answer")
 # keys of an assistant's turn that say whether it is learnt; the second kind says it the other way round

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from lora_ms.data.columns import as_flag, from_json, quoted, turns_of
+from lora_ms.data.columns import QUESTION, as_flag, from_json, quoted, turns_of
 from lora_ms.data.example import IGNORE_INDEX, Completion, Example, Preference, Row, RowFault, TokenRow
 from lora_ms.data.store import TokenStore
 
@@ -84,6 +84,8 @@ def _texts(rest: Mapping[str, Any], answer: str) -> Mapping[str, Any]:
         turns = turns_of(rest[key])
         return {**rest, key: [*(turns or []), {"role": "assistant", "content": answer}]}
     if rest.get("prompt") is None:
+        if all(rest.get(name) is None for name in (*QUESTION, "input")):
+            raise RowFault("there is no question beside chosen and rejected", BOTH)
         return {**rest, "output": answer}
     turns = turns_of(rest["prompt"])
     if turns is None:

@@ -105,7 +105,7 @@ class Progress:
         elif logged:
             norm = "overflow" if record.grad_norm is None else f"{record.grad_norm:.2f}"
             rest = f"lr {record.learning_rate:.2e}  norm {norm}"
-            rest = "  ".join([rest, *(f"{name} {value:.3f}" for name, value in record.metrics.items())])
+            rest = "  ".join([rest, *(f"{name} {value:.2f}" for name, value in record.metrics.items())])
             print(f"{self.step(record.step)}  epoch {record.epoch:.2f}  {numbers}  {rest}", flush=True)
 
     def step(self, step: int) -> str:
