@@ -35,6 +35,10 @@ def run(config: RunConfig, report: bool, layout: str) -> None:
     """
     output_dir = Path(config.output_dir)
     check_output(output_dir)
+    if config.preferences != "none":
+        raise LoraMsError(
+            "preprocess writes rows of one answer: rows of preferences are made tokens as a run starts, and kept then"
+        )
     sources = data.sources_of(config.train_dataset, "train")
     tokenizer = data.tokenizer_for(config, training=True)
     longest = data.NO_LIMIT

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lora_ms.config import RunConfig
-from lora_ms.data.example import IGNORE_INDEX, Completion, RawRow, Row, RowFault, TokenRow
+from lora_ms.data.example import IGNORE_INDEX, Completion, Preference, RawRow, Row, RowFault, TokenRow
 from lora_ms.data.pipeline import Preparation, finish, read, tokenise
 from lora_ms.data.readers import read_sources
 from lora_ms.data.report import Tally, notes_of
@@ -91,6 +91,9 @@ def parts_of(row: Row) -> list[tuple[str, str]]:
     if isinstance(row, TokenRow):
         labels = int(np.count_nonzero(row.labels != IGNORE_INDEX))
         return [("tokens", f"{len(row.input_ids):,}, {labels:,} of them labels")]
+    if isinstance(row, Preference):
+        *question, chosen = parts_of(row.chosen)
+        return [*question, ("chosen", chosen[1]), ("rejected", parts_of(row.rejected)[-1][1])]
     if isinstance(row, Completion):
         return [("prompt", row.prompt), ("completion", row.completion)] if row.prompt else [("text", row.completion)]
     return [(message.role, message.content) for message in row.messages]

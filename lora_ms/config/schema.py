@@ -38,6 +38,7 @@ from lora_ms.config.sections import (
 )
 from lora_ms.config.terms import Term
 from lora_ms.errors import LoraMsError
+from lora_ms.objectives.base import Preferences
 from lora_ms.values import NO_EFFECT, Flag, Folder, NoEffect, Path, Reports, Section, Whole
 
 Kind = TypeVar("Kind", bound=Section)
@@ -195,6 +196,16 @@ class RunConfig(Section):
             raise ValueError(f"objectives: {twice[0]} is given twice; keep one")
         if terms and self.backend == "mindformers":
             raise ValueError("objectives need backend native: MindFormers' trainer has no further terms of the loss")
+        compared = [term.type for term in self.objectives if term.preferences != "none"]
+        beside = [term.type for term in self.objectives if term.type in ("contrastive", "kl_anchor")]
+        if len(compared) > 1 or (compared and beside):
+            both = " and ".join([*compared, *beside])
+            raise ValueError(f"objectives: {both} exclude each other: {compared[0]} is the whole loss of the rows")
+        if compared and self.evaluates:
+            raise ValueError(
+                f"objectives: {compared[0]} has no evaluation of held-out rows: leave out do_eval and "
+                "validation_split; metrics.jsonl has the rewards, and evaluation.sets scores other rows"
+            )
         first, last = self.profile_start_step, self.profile_stop_step
         if first > last:
             raise ValueError(f"profile_start_step {first} is after profile_stop_step {last}: swap them")
@@ -204,6 +215,11 @@ class RunConfig(Section):
     def mindformers_sections(self) -> dict[str, Any]:
         """Sections that MindFormers reads itself, as they were given; empty with the native backend."""
         return self._mindformers_sections
+
+    @property
+    def preferences(self) -> Preferences:
+        """Which rows of preferences ``train_dataset`` holds, by the objectives."""
+        return next((term.preferences for term in self.objectives if term.preferences != "none"), "none")
 
     @property
     def taken_back(self) -> list[str]:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 
-from lora_ms.data.example import Completion, Example, RawRow, Row, RowFault, TokenRow
+from lora_ms.data.example import Completion, Example, Preference, RawRow, Row, RowFault, TokenRow
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ class Cleaner:
         for row in rows:
             if not isinstance(row, TokenRow):
                 if self.rules.trim:
-                    row = _trimmed(row)
-                reason = self._reason_to_skip(row)
+                    row = _each_trimmed(row)
+                reason = self._reason_to_skip(row.chosen if isinstance(row, Preference) else row)
                 if reason:
                     self.skipped[reason] += 1
                     continue
@@ -74,6 +74,12 @@ class Cleaner:
                 return "duplicate"
             self.seen.add(digest)
         return ""
+
+
+def _each_trimmed(row: Example | Completion | Preference) -> Example | Completion | Preference:
+    if isinstance(row, Preference):
+        return replace(row, chosen=_trimmed(row.chosen), rejected=_trimmed(row.rejected))
+    return _trimmed(row)
 
 
 def _trimmed(row: Example | Completion) -> Example | Completion:

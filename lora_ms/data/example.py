@@ -2,6 +2,7 @@
 
     RawRow                        a line of a file                              readers.py
     Example, Completion           a conversation; a text without a template     formats.py
+    Preference                    two of these, one of which is liked           preferences.py
     TokenRow                      its tokens and labels                         template.py
     TokenStore                    the rows of a dataset, in flat arrays         store.py
     Batch, DeviceBatch            rows of one step, in a fixed shape            collate.py, loader.py
@@ -95,6 +96,7 @@ class Example:
     messages: tuple[Message, ...]
     input: str = ""  # Alpaca's "input": the tail of the last user message, which only the Alpaca prompt sets apart
     tools: ToolData | None = None
+    liked: bool = True  # False: an answer that is not wanted, in data of preferences
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,16 @@ class Completion:
     where: str
     prompt: str
     completion: str
+    liked: bool = True  # as in ``Example``
+
+
+@dataclass(frozen=True)
+class Preference:
+    """Two answers to the same question. They become two rows of tokens, one after the other, under one name."""
+
+    where: str
+    chosen: Example | Completion
+    rejected: Example | Completion
 
 
 # Not comparable: == on arrays has no single answer.
@@ -114,6 +126,7 @@ class TokenRow:
     where: str
     input_ids: NDArray[np.int32]  # [n]
     labels: NDArray[np.int32]  # [n]
+    liked: bool = True  # False: an answer that is not wanted, in data of preferences
 
     @property
     def learnt(self) -> NDArray[np.int64]:
@@ -127,7 +140,7 @@ class TokenRow:
         return int(learnt[-1]) if learnt.size else 0
 
 
-Row = Example | Completion | TokenRow
+Row = Example | Completion | Preference | TokenRow
 
 
 class Batch(NamedTuple):

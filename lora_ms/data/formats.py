@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from lora_ms.data.columns import QUESTION, as_flag, from_json, quoted, turns_of
 from lora_ms.data.example import (
     IGNORE_INDEX,
     MOST_BYTES,
@@ -30,6 +29,7 @@ from lora_ms.data.example import (
     shown_name,
     too_long,
 )
+from lora_ms.data.preferences import Preferences, answers_of, joined
 from lora_ms.errors import LoraMsError
 from lora_ms.reading import reason as reason_of
 
@@ -56,8 +56,7 @@ ROLES = {
 }
 CALL_ROLES = ("function_call", "tool_call")  # roles whose text is a call of a tool, as JSON
 
-# other names under which datasets have the columns of Alpaca's format, ours first
-QUESTION = ("instruction", "question", "query")
+# other names under which datasets have the columns of Alpaca's format, ours first; QUESTION is another
 EXTRA = ("input", "context")
 ANSWER = ("output", "response", "answer")
 # keys of an assistant's turn that say whether it is learnt; the second kind says it the other way round
@@ -69,6 +68,7 @@ PREFERENCES = (
     *("chosen", "rejected", "chosen_response", "rejected_response", "chosen_responses", "rejected_responses"),
     *("rejected_messages", "rejected_images", "rejected_output", "rejected_answer", "kto_tag"),
 )
+BOTH_LEARNT = "objectives: dpo, orpo or simpo learn from both; or"
 # names that are only suggested: what they hold is not sure enough to read it
 LIKE_QUESTION = (*QUESTION, "prompt", "input", "problem", "user", "human", "sentence", "text")
 LIKE_ANSWER = (*ANSWER, "completion", "target", "solution", "assistant", "label", "summary", "translation")
@@ -197,7 +197,8 @@ def _renamed(value: Mapping[str, Any], columns: Mapping[str, str]) -> Mapping[st
         names = ", ".join(quoted(key) for key in value)
         return RowFault(f"there is no column {quoted(missing[0])}, which columns asks for", f"columns here: {names}")
     rest = {key: item for key, item in value.items() if key not in columns.values()}
-    if set(columns.values()) & set(PREFERENCES):  # the user has said which of the answers are learnt
+    chooses = set(columns.values()) & set(PREFERENCES) and "rejected" not in columns
+    if chooses:  # the user has said which of the answers are learnt
         rest = {key: item for key, item in rest.items() if key not in PREFERENCES}
     return rest | {ours: value[theirs] for ours, theirs in columns.items()}
 
@@ -208,12 +209,14 @@ def parse_rows(
     placeholders: Placeholders | None = None,
     notes: ParserNotes | None = None,
     on_fault: Callable[[RowFault], None] | None = None,
+    preferences: Preferences = "none",
 ) -> Iterator[Row]:
     """Parse rows. The first row of a file decides the file's format, and every row of it must have it.
 
     format: a key of PARSERS, or "auto".
     notes: gets what was done without being asked: columns without effect, or read under other names; rows left out.
     on_fault: called for a row that cannot be used, which is then left out; None: such a row is an error.
+    preferences: whether rows have two answers, or a label.
 
     Raises LoraMsError naming up to five faulty rows of a file in one line, after a look at all of them.
     """
@@ -231,16 +234,20 @@ def parse_rows(
         try:
             if isinstance(row.value, RowFault):
                 raise row.value
-            name = recognise(row.value, format)
+            answers = answers_of(row.value, preferences)
+            name = recognise(answers[0].value, format)
             file_format = file_format or name
             if name != file_format:
                 text = f"the format is {name}, but the first row's is {file_format}"
                 raise RowFault(text, "keep one format in one file")
-            fields = Fields(row.value, placeholders)
+            fields = Fields(answers[0].value, placeholders)
             reason = _not_to_learn(fields)
             parsed = None if reason else PARSERS[name](row.where, fields)
             if isinstance(parsed, Example) and not any(_learnt_turns(parsed)):
                 reason = "every assistant turn is marked as not to be learnt"
+            if parsed is not None and preferences != "none":
+                others = [PARSERS[name](row.where, Fields(answer.value, placeholders)) for answer in answers[1:]]
+                parsed = joined([parsed, *others], answers)
         except RowFault as fault:
             if on_fault is None:
                 faults.add(row.where, fault)
@@ -263,7 +270,7 @@ def parse_rows(
 def _not_to_learn(row: Fields) -> str:
     """Why a row is left out that says itself that it is not to be learnt; "" where it does not say so."""
     for key in ROW_LEARNT:
-        flag = _as_flag(row.values.get(key))
+        flag = as_flag(row.values.get(key))
         if flag is not None:
             row.read.add(key)
         if flag is False:
@@ -323,17 +330,20 @@ def _check_preferences(value: Mapping[str, Any]) -> None:
     key = next((key for key in PREFERENCES if value.get(key) is not None), None)
     keys = ("messages", "conversations", "instruction", "completion", *ANSWER)
     conversation = any(value.get(key) is not None for key in keys)
-    if key is None and conversation and _as_flag(value.get("label")) is not None:
+    if key is None and conversation and as_flag(value.get("label")) is not None:
         key = "label"  # KTO's: true for an answer that is liked
     if key is None:
         return
-    advice = "give rows with the liked answers alone; to learn all rows as they stand, name their format (format: …)"
+    advice = (
+        "objectives: dpo, orpo, simpo or kto learn from it; or give rows with the liked answers alone; or name their "
+        "format (format: …) to learn all rows as they stand"
+    )
     if isinstance(value.get("chosen"), str):
         question = next((name for name in LIKE_QUESTION if isinstance(value.get(name), str)), None)
         asked = "" if question is None or question in QUESTION else f"instruction: {question}, "
-        advice = f"to learn the chosen answers, name their column (columns: {{{asked}output: chosen}})"
+        advice = f"{BOTH_LEARNT}, to learn the chosen answers, name their column (columns: {{{asked}output: chosen}})"
     elif "chosen" in value:
-        advice = "to learn the chosen conversations, name their column (columns: {messages: chosen})"
+        advice = f"{BOTH_LEARNT}, to learn the chosen conversations, name their column (columns: {{messages: chosen}})"
     raise RowFault(f"preference data (column {quoted(key)}) cannot be learnt as answers", advice)
 
 
@@ -381,8 +391,8 @@ def _parse_alpaca(where: str, row: Fields) -> Example:
 
 
 def _parse_prompt(where: str, row: Fields) -> Completion | Example:
-    prompt = _turns(row.get("prompt"))
-    completion = _turns(row.get("completion"))
+    prompt = turns_of(row.get("prompt"))
+    completion = turns_of(row.get("completion"))
     if prompt is not None and completion is not None:
         return _conversation(where, row, [*prompt, *completion], "completion", NAMES["messages"])
     prompt_text = row.text("prompt")
@@ -392,15 +402,6 @@ def _parse_prompt(where: str, row: Fields) -> Completion | Example:
     if not prompt_text.strip():
         raise RowFault('no question: "prompt" is empty', 'write the question, or name the column "text"')
     return Completion(where, prompt_text, completion_text)
-
-
-def _turns(value: Any) -> list[Any] | None:
-    """A list of turns, perhaps written as JSON; None for a text."""
-    if isinstance(value, str):
-        value = from_json(value)
-        if not isinstance(value, list) or not all(isinstance(item, Mapping) for item in value):
-            return None
-    return value if isinstance(value, list) else None
 
 
 def _parse_text(where: str, row: Fields) -> Completion:
@@ -505,7 +506,7 @@ def _message(turn: Fields, number: int, names: TurnNames) -> Message:
     content, reasoning = _content(turn, names.text)
     if role != "assistant":
         for key in (*LEARNT, *NOT_LEARNT):  # no other turn is learnt: only a wish that it were is worth a note
-            if _as_flag(turn.values.get(key)) is (key in NOT_LEARNT):
+            if as_flag(turn.values.get(key)) is (key in NOT_LEARNT):
                 turn.read.add(key)
         name = turn.text("name") if role == "tool" else ""
         call_id = turn.text("tool_call_id") if role == "tool" else ""
@@ -560,7 +561,7 @@ def _is_learnt(turn: Fields, number: int) -> bool:
         value = turn.get(key)
         if value is None:
             continue
-        flag = _as_flag(value)
+        flag = as_flag(value)
         if flag is None:
             raise RowFault(
                 f"{key} of message {number} is {value!r}", "a turn is learnt or not: give 1 or 0, true or false"
@@ -569,15 +570,6 @@ def _is_learnt(turn: Fields, number: int) -> bool:
     if len(set(said.values())) > 1:
         raise RowFault(f"{' and '.join(said)} of message {number} contradict each other", "keep one of them")
     return all(said.values())
-
-
-def _as_flag(value: Any) -> bool | None:
-    """True or False, also written as 1 or 0 or as text; None for anything else."""
-    if isinstance(value, str):
-        return {"true": True, "1": True, "false": False, "0": False}.get(value.lower())
-    if isinstance(value, bool | int | float | np.bool_ | np.number) and value in (0, 1):
-        return bool(value)
-    return None
 
 
 def _check_order(messages: list[Message]) -> None:
@@ -698,14 +690,6 @@ def int_array(name: str, values: Any) -> NDArray[np.int64]:
     return array.astype(np.int64)
 
 
-def from_json(value: Any) -> Any:
-    """The list, object or null that a text holds as JSON; any other value as it is."""
-    if isinstance(value, str) and (value.lstrip()[:1] in ("[", "{") or value.strip() == "null"):
-        with suppress(ValueError, RecursionError):
-            return json.loads(value)
-    return value
-
-
 def _check_characters(text: str) -> None:
     if len(text) > MOST_BYTES:
         raise too_long()
@@ -714,8 +698,3 @@ def _check_characters(text: str) -> None:
     except UnicodeEncodeError as error:  # JSON may escape half of a surrogate pair, which no tokenizer takes
         half = f"\\u{ord(text[error.start]):04x}"
         raise RowFault(f"the text holds {half}, half of a character", "remove it") from error
-
-
-def quoted(value: Any) -> str:
-    """The value as JSON."""
-    return json.dumps(value, ensure_ascii=False, default=str)

@@ -24,7 +24,7 @@ LOOKED_THROUGH = 200  # steps; of a longer run the shapes are those of its layou
 class Source(NamedTuple):
     """One dataset of a mixture: its rows follow those of the source before it."""
 
-    rows: int
+    rows: int  # units, where several rows are one
     weight: float  # share of the rows of the first step, in proportion to the other sources'
     weight_end: float  # of the last step; in between the share moves on a line
 
@@ -42,6 +42,9 @@ class TermRows(Protocol):
 
     def arrays(self, rows: Ints, label_counts: Ints, capacity: int, scale: float) -> tuple[NDArray, ...]:
         """Of the rows of a micro-batch, in the order of their slots. scale: label tokens over units, of the step."""
+
+    def metrics(self, sums: NDArray[np.float64]) -> dict[str, float]:
+        """What is shown of a step besides the loss, by the sums of the term's cell; nothing for most."""
 
 
 @lru_cache(maxsize=16)
@@ -138,6 +141,9 @@ class DataPlan:
     A step takes the next batch_size * accumulation * world rows of the epoch's order, so that layouts with the same
     product (8x1, 4x2, two ranks of 4), padded, bucketed and packed, take the same rows in the same step. The last
     step of an epoch may be short. A rank has as many micro-batches as its share of the rows needs, perhaps none.
+
+    With a `unit` of 2, two rows of the store, one after the other, belong together: they share a line, and are one row
+    everywhere else in this class.
     """
 
     rows: TokenStore
@@ -152,6 +158,7 @@ class DataPlan:
     usual_lines: int  # rows that a padded micro-batch would have
     reports: list[dict] = field(default_factory=list)  # what became of the data, for data_report.json
     terms: Sequence[TermRows] = ()  # of further terms of the loss
+    unit: int = 1  # rows of the store that belong together
 
     @classmethod
     def build(
@@ -173,6 +180,7 @@ class DataPlan:
         buckets: int = 4,
         sources: Sequence[Source] = (),
         prefer_many_lines: bool = False,
+        unit: int = 1,
     ) -> DataPlan:
         """Fix the run's steps and shapes.
 
@@ -185,15 +193,17 @@ class DataPlan:
         sources: datasets to mix by weight, in the order of the rows; none: every row once per epoch.
         prefer_many_lines: packed, micro-batches of many lines rather than of long ones, so that they can be made
             smaller while the run goes on.
+        unit: rows of the store that belong together. All other numbers of rows are numbers of units.
 
         Raises LoraMsError when drop_remainder leaves no step.
         """
         store = TokenStore.of(rows)
         per_step = batch_size * accumulation * world
-        steps_per_epoch = len(store) // per_step if drop_remainder else -(-len(store) // per_step)
+        count = len(store) // unit
+        steps_per_epoch = count // per_step if drop_remainder else -(-count // per_step)
         if steps_per_epoch == 0:
             raise LoraMsError(
-                f"drop_remainder leaves nothing to train on: {len(store)} rows, but a step takes {per_step} "
+                f"drop_remainder leaves nothing to train on: {count} rows, but a step takes {per_step} "
                 f"(batch_size {batch_size} x accumulation {accumulation} x ranks {world}); "
                 "set drop_remainder: False or lower batch_size"
             )
@@ -205,7 +215,7 @@ class DataPlan:
             )
         else:
             order = EpochOrder(
-                rows=len(store),
+                rows=count,
                 rows_per_step=per_step,
                 steps_per_epoch=steps_per_epoch,
                 total_steps=total_steps,
@@ -214,8 +224,8 @@ class DataPlan:
             )
         layout = plan_layout(
             kind,
-            store.input_lengths,
-            store.label_counts,
+            _sums(store.input_lengths, unit),
+            _sums(store.label_counts, unit),
             (order.step(step) for step in order.distinct_steps()),
             batch_size=batch_size,
             buckets=buckets,
@@ -235,7 +245,30 @@ class DataPlan:
             steps_per_epoch=steps_per_epoch,
             total_steps=total_steps,
             usual_lines=batch_size,
+            unit=unit,
         )
+
+    def __len__(self) -> int:
+        """Rows."""
+        return len(self.rows) // self.unit
+
+    def rows_of(self, row: int) -> list[TokenRow]:
+        """The rows of the store that this one is."""
+        return self.rows[row * self.unit : (row + 1) * self.unit]
+
+    def where(self, row: int) -> str:
+        """Name of a row, for error messages."""
+        return self.rows.where(row * self.unit)
+
+    @cached_property
+    def lengths(self) -> Ints:
+        """Of each row, the tokens that the model must see."""
+        return _sums(self.rows.input_lengths, self.unit)
+
+    @cached_property
+    def label_counts(self) -> Ints:
+        """Of each row, the tokens that are learnt."""
+        return _sums(self.rows.label_counts, self.unit)
 
     def step(self, step: int, level: int = 0) -> tuple[list[Batch], int]:
         """This rank's micro-batches of optimiser step `step` (from 0), and the label tokens of all ranks' together.
@@ -244,8 +277,8 @@ class DataPlan:
         Raises IndexError beyond total_steps.
         """
         taken = self.step_rows(step)
-        label_counts = self.rows.label_counts[taken]
-        of_all_ranks = self.layout.arrange(self.rows.input_lengths[taken], label_counts)
+        label_counts = self.label_counts[taken]
+        of_all_ranks = self.layout.arrange(self.lengths[taken], label_counts)
         parts = [smaller_batches(batch, level) for batch in of_all_ranks]
         label_tokens = int(label_counts.sum())
         scales = []
@@ -256,7 +289,7 @@ class DataPlan:
         return [self._collate(taken, part, scales) for part in ours], label_tokens
 
     def _collate(self, taken: Ints, batch: MicroBatch, scales: Sequence[float] = ()) -> Batch:
-        lines = [[self.rows[int(taken[i])] for i in line] for line in batch.lines]
+        lines = [[row for i in line for row in self.rows_of(int(taken[i]))] for line in batch.lines]
         found = collate(
             lines,
             batch_size=batch.shape.lines,
@@ -267,7 +300,7 @@ class DataPlan:
         if not self.terms:
             return found
         rows = taken[batch.rows]
-        counts = self.rows.label_counts[rows]
+        counts = self.label_counts[rows]
         pairs = zip(self.terms, scales, strict=True)
         extras = [term.arrays(rows, counts, batch.shape.capacity, scale) for term, scale in pairs]
         return found._replace(extras=tuple(array for arrays in extras for array in arrays))
@@ -275,7 +308,7 @@ class DataPlan:
     def placed(self, step: int) -> list[tuple[Ints, Batch]]:
         """This rank's micro-batches of a step, each with the indices of its rows in the order of their slots."""
         taken = self.step_rows(step)
-        batches = self.layout.arrange(self.rows.input_lengths[taken], self.rows.label_counts[taken])
+        batches = self.layout.arrange(self.lengths[taken], self.label_counts[taken])
         return [(taken[batch.rows], self._collate(taken, batch)) for batch in batches[self.rank :: self.world]]
 
     def step_rows(self, step: int) -> Ints:
@@ -291,7 +324,7 @@ class DataPlan:
         used = set()
         for step in range(self.total_steps):
             taken = self.step_rows(step)
-            batches = self.layout.arrange(self.rows.input_lengths[taken], self.rows.label_counts[taken])
+            batches = self.layout.arrange(self.lengths[taken], self.label_counts[taken])
             used |= {batch.shape for batch in batches[self.rank :: self.world]}
         return [shape for shape in self.layout.shapes if shape in used]
 
@@ -301,7 +334,7 @@ class DataPlan:
         total = 0.0
         for step in steps:
             taken = self.step_rows(step)
-            batches = self.layout.arrange(self.rows.input_lengths[taken], self.rows.label_counts[taken])
+            batches = self.layout.arrange(self.lengths[taken], self.label_counts[taken])
             total += sum(batch.shape.cost for batch in batches[self.rank :: self.world])
         return total / len(steps)
 
@@ -325,9 +358,9 @@ class DataPlan:
         usual = 0
         for step in range(0, self.total_steps, max(1, self.total_steps // 50)):
             taken = self.step_rows(step)
-            lengths = self.rows.input_lengths[taken]
+            lengths = self.lengths[taken]
             input_tokens += int(lengths.sum())
-            batches = self.layout.arrange(lengths, self.rows.label_counts[taken])
+            batches = self.layout.arrange(lengths, self.label_counts[taken])
             computed += sum(batch.shape.lines * batch.shape.length for batch in batches)
             usual += plain_tokens(lengths, self.usual_lines)
         return {
@@ -342,8 +375,12 @@ class DataPlan:
     def epoch_of(self, step: int) -> float:
         """Epochs that are done once `step` optimiser steps are done, the last one by the share of its rows."""
         whole, steps = divmod(step, self.steps_per_epoch)
-        rows = min(len(self.rows), self.steps_per_epoch * self.per_step)  # of an epoch
+        rows = min(len(self), self.steps_per_epoch * self.per_step)  # of an epoch
         return whole + steps * self.per_step / rows
+
+
+def _sums(numbers: Ints, unit: int) -> Ints:
+    return numbers if unit == 1 else numbers.reshape(-1, unit).sum(1)
 
 
 COLUMNS = ["input_ids", "position_ids", "target_index", "targets", "counts"]

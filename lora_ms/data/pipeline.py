@@ -23,6 +23,7 @@ from lora_ms.data import cache
 from lora_ms.data.clean import Cleaner, CleaningRules
 from lora_ms.data.example import IGNORE_INDEX, Completion, Example, Row, TokenRow
 from lora_ms.data.formats import ParserNotes, Placeholders, parse_rows, rename_columns
+from lora_ms.data.preferences import Preferences, texts_of
 from lora_ms.data.readers import RowSource, find_files, read_sources
 from lora_ms.data.report import Report, Tally, percentiles, repeated, scripts_of, shares
 from lora_ms.data.store import StoreWriter, TokenStore
@@ -54,6 +55,7 @@ class Preparation:
     turns: Literal["all", "last"] = "all"  # assistant turns that carry labels
     truncation: Literal["error", "drop", "cut"] = "drop"  # what is done with rows longer than seq_length
     clean: CleaningRules = CleaningRules()
+    preferences: Preferences = "none"  # whether rows have two answers, or one with a label, and not one to learn
 
 
 def prepare(
@@ -226,6 +228,7 @@ def read(sources: Sequence[RowSource], preparation: Preparation, tally: Tally) -
         placeholders=Placeholders(preparation.fill, preparation.keep_placeholders, tally.placeholders),
         notes=ParserNotes(read_as=tally.read_as, unused=tally.unused, left_out=tally.skipped),
         on_fault=on_fault,
+        preferences=preparation.preferences,
     )
     return cleaner.cleaned(rows)
 
@@ -238,21 +241,27 @@ def tokenise(
     taken = 0
     while chunk := list(islice(rows, ROWS_TOGETHER)):
         taken += len(chunk)
-        texts = [row for row in chunk if not isinstance(row, TokenRow)]
+        texts = [text for row in chunk for text in texts_of(row)]
         if texts and tokenizer is None:
             raise LoraMsError(
                 f"{texts[0].where}: a text row needs a tokenizer; give one, or rows of input_ids and labels"
             )
-        encoded = iter(encode_rows(tokenizer, texts, preparation.turns) if tokenizer is not None else [])
+        turns = preparation.turns if preparation.preferences == "none" else "last"
+        encoded = iter(encode_rows(tokenizer, texts, turns) if tokenizer is not None else [])
         tally.rows += len(chunk)
         tally.scripts += scripts_of(_letters(texts))
         kept = []
         for row in chunk:
-            token_rows = [row] if isinstance(row, TokenRow) else _counted(next(encoded), tally)
+            token_rows = [row] if isinstance(row, TokenRow) else []
+            for _ in texts_of(row):
+                token_rows += _counted(next(encoded), tally)
+            within: list[TokenRow] = []
             for tokens in token_rows:
                 if preparation.vocab_size is not None:
                     _check_vocabulary(tokens, preparation.vocab_size)
-                kept += _within_limit(row, tokens, preparation, tally)
+                within += _within_limit(row, tokens, preparation, tally)
+            if preparation.preferences == "none" or len(within) == len(token_rows):  # both answers, or none
+                kept += within
         tally.kept += len(kept)
         yield taken, kept
 
@@ -286,7 +295,7 @@ def _within_limit(row: Row, tokens: TokenRow, preparation: Preparation, tally: T
         return []
     if length <= limit:
         return [tokens]
-    if isinstance(row, Completion) and not row.prompt:
+    if isinstance(row, Completion) and not row.prompt and preparation.preferences == "none":
         tally.split += 1
         return _pieces(tokens, preparation.seq_length)
     tally.too_long += 1
@@ -310,7 +319,7 @@ def _cut(row: TokenRow, limit: int) -> TokenRow | None:
     """The first tokens of a row and the end of its answer; None where nothing of the answer would remain."""
     end = np.flatnonzero(row.labels != IGNORE_INDEX)[-1:]
     keep = np.arange(limit) if not end.size or end[0] < limit else np.concatenate([np.arange(limit - len(end)), end])
-    cut = TokenRow(row.where, row.input_ids[keep], row.labels[keep])
+    cut = TokenRow(row.where, row.input_ids[keep], row.labels[keep], row.liked)
     return cut if len(cut.learnt) >= 2 else None
 
 

@@ -27,6 +27,7 @@ class Columns(NamedTuple):
     ends: NDArray[np.int64]  # [rows]
     names: NDArray[np.uint8]  # UTF-8
     name_ends: NDArray[np.int64]  # [rows]
+    liked: NDArray[np.uint8]  # [rows]: 0 for an answer that is not wanted, in data of preferences
 
 
 class TokenStore(Sequence[TokenRow]):
@@ -50,6 +51,7 @@ class TokenStore(Sequence[TokenRow]):
                 ends=np.cumsum([len(row.input_ids) for row in rows], dtype=np.int64),
                 names=np.frombuffer(b"".join(names), np.uint8),
                 name_ends=np.cumsum([len(name) for name in names], dtype=np.int64),
+                liked=np.array([row.liked for row in rows], np.uint8),
             )
         )
 
@@ -68,6 +70,7 @@ class TokenStore(Sequence[TokenRow]):
                 ends=np.concatenate([part.ends + start for part, start in zip(parts, tokens, strict=False)]),
                 names=np.concatenate([part.names for part in parts]),
                 name_ends=np.concatenate([part.name_ends + start for part, start in zip(parts, letters, strict=False)]),
+                liked=np.concatenate([part.liked for part in parts]),
             )
         )
 
@@ -118,7 +121,9 @@ class TokenStore(Sequence[TokenRow]):
         if not 0 <= index < len(self):
             raise IndexError(index)
         part = self._part(self.columns.ends, index)
-        return TokenRow(self.where(index), self.columns.ids[part], self.columns.labels[part])
+        return TokenRow(
+            self.where(index), self.columns.ids[part], self.columns.labels[part], bool(self.columns.liked[index])
+        )
 
     def where(self, index: int) -> str:
         """Name of a row, for error messages."""
@@ -196,10 +201,18 @@ class TokenStore(Sequence[TokenRow]):
             for start in range(0, len(array), CHUNK):
                 total = crc32(array[start : start + CHUNK].tobytes(), total)
                 self.release()
-        return total
+        liked = self.columns.liked
+        return total if liked.all() else crc32(liked.tobytes(), total)
 
 
-DTYPES = {"ids": np.int32, "labels": np.int32, "ends": np.int64, "names": np.uint8, "name_ends": np.int64}
+DTYPES = {
+    "ids": np.int32,
+    "labels": np.int32,
+    "ends": np.int64,
+    "names": np.uint8,
+    "name_ends": np.int64,
+    "liked": np.uint8,
+}
 
 
 def _map(file: Path, dtype: type) -> NDArray:
@@ -220,7 +233,7 @@ class StoreWriter:
         self.rows = rows
         self.tokens = tokens
         self.letters = letters
-        sizes = {"ids": tokens, "labels": tokens, "ends": rows, "names": letters, "name_ends": rows}
+        sizes = {"ids": tokens, "labels": tokens, "ends": rows, "names": letters, "name_ends": rows, "liked": rows}
         self.files: dict[str, BinaryIO] = {}
         self.digests = {}
         for name, count in sizes.items():
@@ -246,6 +259,7 @@ class StoreWriter:
         self._write("ends", self.tokens.to_bytes(8, "little"))
         self._write("names", name)
         self._write("name_ends", self.letters.to_bytes(8, "little"))
+        self._write("liked", bytes([row.liked]))
 
     def _write(self, name: str, data: bytes) -> None:
         self.files[name].write(data)

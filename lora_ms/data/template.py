@@ -559,7 +559,7 @@ def _token_row(
         labels[part] = whole[part]
     if end:
         labels[-1] = whole[-1]
-    return TokenRow(row.where, whole, labels)
+    return TokenRow(row.where, whole, labels, row.liked)
 
 
 def _tokenise_all(

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lora_ms.data.example import IGNORE_INDEX, Completion, Example, TokenRow
+from lora_ms.data.example import IGNORE_INDEX, Completion, Example, Preference, Row
 from lora_ms.data.template import encode, encode_prompt
 from lora_ms.errors import LoraMsError
 
@@ -19,12 +19,14 @@ class Question:
     reference: str
 
 
-def question_of(tokenizer, row: Example | Completion | TokenRow) -> Question:
+def question_of(tokenizer, row: Row) -> Question:
     """The last answer of a row taken off.
 
     Raises:
         LoraMsError: nothing comes before the answer.
     """
+    if isinstance(row, Preference):
+        row = row.chosen
     if isinstance(row, Example):
         before = row.messages[:-1]
         answer = row.messages[-1]

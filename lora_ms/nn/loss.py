@@ -52,6 +52,53 @@ class SummedCrossEntropy(nn.Cell):
         return d_hidden, d_head * d_loss.astype(head.dtype), ops.zeros_like(targets)
 
 
+class TokenLogProbs(nn.Cell):
+    """Of c slots ``log softmax(hidden head^T)[target]``; 0 where the target is -100.
+
+    hidden [c, h], head [v, h], targets [c] -> (log-probabilities [c], their gradients by hidden [c, h]), float32.
+
+    As in ``SummedCrossEntropy`` the gradient is formed with the values, and that of ``head`` costs the logits again.
+    """
+
+    def __init__(self, chunk_rows: int, operators: Operators = PORTABLE):
+        super().__init__()
+        self.chunk_rows = chunk_rows
+        self.head_product = operators.head_product()
+        self.head_product_back = operators.head_product_back()
+        self.log_softmax = ops.LogSoftmax(-1)
+        self.t_matmul = ops.MatMul(transpose_a=True)
+
+    def construct(self, hidden: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        found: list[Tensor] = []
+        grads: list[Tensor] = []
+        for start in range(0, hidden.shape[0], self.chunk_rows):
+            end = start + self.chunk_rows
+            chunk = hidden[start:end]
+            if grads:  # one chunk after another: otherwise all logits may be computed first
+                chunk = ops.depend(chunk, grads[-1])
+            index = ops.maximum(targets[start:end], 0)
+            valid = (targets[start:end] >= 0).astype(ms.float32).reshape((-1, 1))
+            log_probs = self.log_softmax(self.head_product(chunk, head))  # [c, v]
+            taken = ops.gather_elements(log_probs, 1, index.reshape((-1, 1))) * valid
+            grad = self.head_product_back(ops.exp(log_probs), head).astype(ms.float32)
+            grads.append((ops.gather(head, index, 0).astype(ms.float32) - grad) * valid)
+            found.append(taken.reshape((-1,)))
+        return ops.concat(found, 0), ops.concat(grads, 0)
+
+    def bprop(self, hidden, head, targets, out, dout):
+        d_log_probs = dout[0].reshape((-1, 1))
+        d_head = ops.zeros_like(head)
+        for start in range(0, hidden.shape[0], self.chunk_rows):
+            end = start + self.chunk_rows
+            chunk = ops.depend(hidden[start:end], d_head)
+            weights = d_log_probs[start:end] * (targets[start:end] >= 0).astype(ms.float32).reshape((-1, 1))
+            weighted = chunk.astype(ms.float32) * weights
+            probs = ops.exp(self.log_softmax(self.head_product(chunk, head)))
+            taken = ops.unsorted_segment_sum(weighted, ops.maximum(targets[start:end], 0), head.shape[0])
+            d_head = d_head + (taken - self.t_matmul(probs, weighted)).astype(head.dtype)
+        return (out[1] * d_log_probs).astype(hidden.dtype), d_head, ops.zeros_like(targets)
+
+
 class SplitCrossEntropy(SummedCrossEntropy):
     """The same where each rank of ``shard`` has v / n rows of the head, one rank after another; the head is frozen.
 
@@ -108,6 +155,11 @@ class _SplitChunk(nn.Cell):
         logit = table[:, 2 * n :]
         right = (logit >= self.highest(table[:, n : 2 * n], 1)).astype(ms.float32) * valid
         return ((whole - logit) * valid).sum(), grad * valid, right.sum()
+
+
+def token_log_probs(vocab_size: int, numbers: int, operators: Operators = PORTABLE) -> TokenLogProbs:
+    """Over ``vocab_size`` entries, with about ``numbers`` logits at a time."""
+    return TokenLogProbs(max(16, numbers // vocab_size), operators)
 
 
 def summed_cross_entropy(

@@ -1,16 +1,17 @@
 """What a further term of the loss is: its keys in a YAML, and what is made of them.
 
 A term is a subclass of ``ObjectiveKeys`` in a module that imports no MindSpore, a cell in another, and a line of
-``OBJECTIVES``. There are two kinds:
+``OBJECTIVES``. There are three kinds:
 
     a function of the trained parameters   ``parameter_term``: its gradient is added once a step, by the optimiser
     a function of the rows                 ``row_term``: differentiated with the cross-entropy, in every micro-batch
+    a comparison of answers                ``preference_term``: the same, in the place of the cross-entropy
 
 ``weight`` multiplies a term; what metrics.jsonl shows, and the sum that is the loss, has it in it.
 """
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,9 @@ from lora_ms.values import Number, Section
 
 if TYPE_CHECKING:
     from mindspore import Parameter, nn
+
+
+Preferences = Literal["none", "pairs", "labelled"]  # rows of two answers, and of one with a label
 
 
 class Start(NamedTuple):
@@ -39,6 +43,15 @@ class GivenRows(NamedTuple):
     head: Callable[[], NDArray[np.float32] | None]  # [v, h]; None where it is not trained
 
 
+class Answers(NamedTuple):
+    """The rows of a run with preferences: two answers each."""
+
+    label_counts: NDArray[np.int64]  # [rows, 2]: tokens of each answer
+    liked: NDArray[np.bool_]  # [rows]: whether the first one is
+    batch_size: int  # rows of a micro-batch, where they are not packed
+    references: NDArray[np.float64] | None  # [rows, 2]: log-likelihoods before training, without an adapter
+
+
 class RowTerm(NamedTuple):
     """A term as a function of the rows: the cell that ``train.parts.SummedLoss`` takes, and what it needs of them."""
 
@@ -51,6 +64,8 @@ class ObjectiveKeys(Section):
     """The keys that all terms share."""
 
     compares_rows: ClassVar[bool] = False  # with others of their micro-batch, which is then batch_size of them
+    preferences: ClassVar[Preferences] = "none"  # rows that it learns from, where not any
+    has_reference: ClassVar[bool] = False  # whether it needs ``Answers.references``
 
     type: str
     weight: Number = Field(1.0, ge=0)  # what the term is multiplied by
@@ -72,6 +87,14 @@ class ObjectiveKeys(Section):
 
     def row_term(self, given: "GivenRows") -> "RowTerm | None":
         """None for a function of the parameters.
+
+        Raises:
+            LoraMsError: the rows are not such as the term needs.
+        """
+        return None
+
+    def preference_term(self, answers: "Answers") -> RowTerm | None:
+        """None for all that does not compare answers.
 
         Raises:
             LoraMsError: the rows are not such as the term needs.

@@ -18,6 +18,13 @@ Ints = NDArray[np.int64]
 FEWEST_COMPARED = 3  # rows
 
 
+class SilentRows:
+    """A ``data.loader.TermRows`` whose value is all there is to show."""
+
+    def metrics(self, sums: NDArray[np.float64]) -> dict[str, float]:
+        return {}
+
+
 class ContrastiveKeys(ObjectiveKeys):
     """The mean over pairs of ``-log softmax(cos / temperature)``: of each domain row against all general rows of its
     micro-batch, at the general row that it is paired with. The first domain row of a micro-batch is paired with its
@@ -46,8 +53,8 @@ class ContrastiveKeys(ObjectiveKeys):
         return RowTerm(Contrast(self.temperature), PairedRows(given.general, self.weight), note)
 
 
-class PairedRows:
-    """What ``Contrast`` needs of the rows (a ``data.loader.TermRows``)."""
+class PairedRows(SilentRows):
+    """What ``Contrast`` needs of the rows."""
 
     count = 4
 
@@ -95,8 +102,8 @@ class KlAnchorKeys(ObjectiveKeys):
         return RowTerm(Divergence(given.head()), anchored, note)
 
 
-class AnchoredRows:
-    """What ``Divergence`` needs of the rows (a ``data.loader.TermRows``).
+class AnchoredRows(SilentRows):
+    """What ``Divergence`` needs of the rows.
 
     held: [rows], which are looked at. states: of each of these, [its label tokens, h].
     """

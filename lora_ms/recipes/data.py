@@ -13,6 +13,7 @@ from lora_ms.data.clean import CleaningRules
 from lora_ms.data.example import Row
 from lora_ms.data.loader import DataPlan, Source, permutation
 from lora_ms.data.pipeline import Preparation, prepare, prepare_rows
+from lora_ms.data.preferences import with_mismatched
 from lora_ms.data.report import Report, Tally
 from lora_ms.data.store import TokenStore
 from lora_ms.data.template import set_template, template_of
@@ -34,6 +35,7 @@ class PreparedRows(NamedTuple):
     store: TokenStore
     reports: list[Report]  # what became of the rows; one for each part that is mixed
     shares: list[Source]  # sizes and weights of the parts; empty where nothing is mixed
+    unit: int = 1  # rows of the store that belong together; see ``DataPlan``
 
 
 def seq_length(config: RunConfig, longest: int) -> int:
@@ -114,6 +116,7 @@ def preparation_of(config: RunConfig, dataset: Dataset, longest: int, vocab_size
         num_samples=dataset.num_samples,
         turns=dataset.label_turns,
         truncation=dataset.truncation,
+        preferences=config.preferences if dataset is config.train_dataset else "none",
         clean=CleaningRules(
             required=tuple(rules.required),
             min_chars=rules.min_chars,
@@ -129,15 +132,23 @@ def rows_of(
     dataset: Dataset, sources: list[str], tokenizer: "PreTrainedTokenizerBase | None", preparation: Preparation
 ) -> PreparedRows:
     """The rows of ``sources`` as tokens; the parts of ``dataset.mix`` one after another."""
+    unit = 1 if preparation.preferences == "none" else 2  # both answers
+
+    def prepared(names: list[str]) -> tuple[TokenStore, Report]:
+        store, report = prepare(names, tokenizer, preparation)
+        if preparation.preferences == "labelled":
+            store = with_mismatched(store, preparation.seq_length)
+        return store, report
+
     if not dataset.mix:
-        store, report = prepare(sources, tokenizer, preparation)
-        return PreparedRows(store, [report], [])
-    parts = [prepare([source], tokenizer, preparation) for source in sources]
+        store, report = prepared(sources)
+        return PreparedRows(store, [report], [], unit)
+    parts = [prepared([source]) for source in sources]
     shares = [
-        Source(len(store), part.weight, part.weight if part.weight_end is None else part.weight_end)
+        Source(len(store) // unit, part.weight, part.weight if part.weight_end is None else part.weight_end)
         for (store, _), part in zip(parts, dataset.mix, strict=True)
     ]
-    return PreparedRows(TokenStore.join([store for store, _ in parts]), [report for _, report in parts], shares)
+    return PreparedRows(TokenStore.join([store for store, _ in parts]), [report for _, report in parts], shares, unit)
 
 
 def split_off(
@@ -206,12 +217,13 @@ def plan_training(
         rank=runtime.data_rank,
         world=runtime.data_ranks,
         pad_id=pad_id(tokenizer),
-        seq_length=settings.seq_length + len(lead),
+        seq_length=(settings.seq_length + len(lead)) * rows.unit,
         max_steps=settings.max_steps,
         kind=settings.layout,
         buckets=settings.length_buckets,
         sources=rows.shares,
         prefer_many_lines=settings.adaptive_batch,
+        unit=rows.unit,
     )
     padding = plan.padding()
     reports = [dataclasses.replace(report, layout=plan.describe(), padding=padding) for report in rows.reports]

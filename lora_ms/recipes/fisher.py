@@ -55,6 +55,8 @@ def measure(config: RunConfig, output: str | None = None, params: str | None = N
     file = output_of(config, output)
     session.check_output(file.parent)
     session.check_alone(config, "fisher")
+    if config.preferences != "none":
+        raise LoraMsError("fisher measures answers that are learnt: leave objectives of preferences out of its YAML")
     pet = config.pet_config
     adapter.check_training(config, None if pet is None else adapter.adapter_config(pet))
     sizes = read_sizes(config)

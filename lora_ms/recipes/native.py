@@ -14,7 +14,7 @@ from lora_ms.recipes import adapter, data, estimate, session
 from lora_ms.recipes.evaluate import evaluator_for
 from lora_ms.recipes.forgetting import ReadSet, read_sets, scorer_of
 from lora_ms.recipes.model import build_model, compute_dtype, four_bits_lines, read_sizes
-from lora_ms.recipes.objectives import ConfiguredTerms, row_terms
+from lora_ms.recipes.objectives import ConfiguredTerms, preference_term, reference_log_probs, row_terms
 from lora_ms.recipes.outputs import RUN_LOG, earlier_outputs, weights_of
 from lora_ms.recipes.settings import settings_of
 from lora_ms.recipes.train import NativeRun
@@ -106,17 +106,21 @@ def prepare(inputs: NativeInputs, log: Tee) -> NativeRun:
                 f"seq_length {settings.seq_length} is beyond the {sizes.longest} positions that the model was made for"
             )
         estimate.announce(config, sizes, runtime, plan.layout.shapes[-1])
-        if len(plan.rows) < FEW_ROWS and plan.total_steps * settings.learning_rate < LITTLE:
+        if len(plan) < FEW_ROWS and plan.total_steps * settings.learning_rate < LITTLE:
             print(
                 f"few rows: {plan.total_steps} steps at a learning rate of {settings.learning_rate:g} will hardly "
                 "change the model; --preset few_rows takes more steps, and larger ones"
             )
     model = build_model(config, sizes, dtype, runtime)
+    references = reference_log_probs(config, model, inputs.rows, tokenizer, runtime)
     schedule_steps = settings.schedule_steps if settings.schedule_steps > 0 else plan.total_steps
     trained = adapter.attach(config, model, schedule_steps, runtime.shard, tokenizer)
     hook = None if trained is None else trained.step_hook(model)
     terms = [ConfiguredTerms(config.objectives, model)] if config.objectives else []
     of_rows = row_terms(config, model, plan, inputs.rows.shares, tokenizer, runtime)
+    compared = preference_term(config, inputs.rows, references)
+    if compared is not None:
+        of_rows = [compared]
     plan = replace(plan, terms=[term.rows for term in of_rows])
     if runtime.is_main:
         print(*four_bits_lines(model), report(model, trained, runtime.shard).line(), sep="\n")
@@ -141,7 +145,7 @@ def prepare(inputs: NativeInputs, log: Tee) -> NativeRun:
     if runtime.is_main and earlier and not settings.resume:
         print(f"{output_dir} holds {', '.join(earlier)} of an earlier run; this one writes {weights.folder} as it ends")
     hooks: list[StepHook] = [*([] if hook is None else [hook]), *terms]
-    cells = [term.cell for term in of_rows]
+    cells = [term.cell for term in of_rows if term is not compared]
     return NativeRun(
         model,
         plan,
@@ -150,6 +154,7 @@ def prepare(inputs: NativeInputs, log: Tee) -> NativeRun:
         weights,
         hooks=hooks,
         row_terms=cells,
+        comparison=None if compared is None else compared.cell,
         evaluator=evaluator,
         callbacks=callbacks,
     )

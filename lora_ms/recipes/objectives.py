@@ -9,12 +9,12 @@ from lora_ms.config import RunConfig
 from lora_ms.data.loader import DataPlan, Source
 from lora_ms.models.decoder import CausalLM
 from lora_ms.nn.graph import Graph
-from lora_ms.objectives.base import GivenRows, ObjectiveKeys, RowTerm, Start
-from lora_ms.recipes.data import held_out_plan
+from lora_ms.objectives.base import Answers, GivenRows, ObjectiveKeys, RowTerm, Start
+from lora_ms.recipes.data import PreparedRows, held_out_plan
 from lora_ms.runtime.device import Runtime
-from lora_ms.train.evaluation import LabelStates
+from lora_ms.train.evaluation import LabelLogProbs, LabelStates
 from lora_ms.train.hooks import Observer
-from lora_ms.train.objectives import Objective
+from lora_ms.train.objectives import CROSS_ENTROPY, Objective
 from lora_ms.train.parts import SummedLoss
 
 
@@ -43,11 +43,45 @@ class ConfiguredTerms:
 
     def describe(self) -> str:
         lines = [line for keys in self.keys for line in keys.notes(self.start)]
-        shares = " + ".join(f"{keys.weight:g} {keys.type}" for keys in self.keys)
-        return "\n".join([f"loss: cross_entropy + {shares}", *lines])
+        compared = next((keys.type for keys in self.keys if keys.preferences != "none"), "")
+        others = [f"{keys.weight:g} {keys.type}" for keys in self.keys if keys.type != compared]
+        return "\n".join([f"loss: {' + '.join([compared or CROSS_ENTROPY, *others])}", *lines])
 
     def summary(self) -> str:
         return ""
+
+
+def reference_log_probs(
+    config: RunConfig, model: CausalLM, rows: PreparedRows, tokenizer, runtime: Runtime
+) -> np.ndarray | None:
+    """[rows, 2] of ``Answers.references``; None where no term needs them. ``model`` has no adapter yet.
+
+    One pass over the rows here costs less than one in every step: a third of a step's work, once and not in each epoch.
+    """
+    if not any(keys.has_reference for keys in config.objectives):
+        return None
+    length = int(rows.store.input_lengths.max())
+    alone = Runtime(runtime.device)  # each process needs all of them
+    plan = held_out_plan(rows.store, config.batch_size, tokenizer, length, alone)
+    if runtime.is_main:
+        print(f"reference: the model without an adapter scores {len(rows.store):,} answers", flush=True)
+    log_probs = LabelLogProbs(SummedLoss(model, model.config.vocab_size)).of_rows(plan)
+    return np.array([one.astype(np.float64).sum() for one in log_probs]).reshape(-1, rows.unit)
+
+
+def preference_term(config: RunConfig, rows: PreparedRows, references: np.ndarray | None) -> RowTerm | None:
+    """What takes the cross-entropy's place; None where nothing does.
+
+    Raises:
+        LoraMsError: the rows are not such as it needs.
+    """
+    if config.preferences == "none":
+        return None
+    counts = rows.store.label_counts.reshape(-1, rows.unit)
+    liked = rows.store.columns.liked[:: rows.unit].astype(bool)
+    answers = Answers(counts, liked, config.batch_size, references)
+    found = [keys.preference_term(answers) for keys in config.objectives]
+    return next(term for term in found if term is not None)
 
 
 class _HeadWeight(Graph):

@@ -130,7 +130,7 @@ class NativeRun:
     Args:
         weights: how what is trained is written and read.
         hooks: what the adapter's method, or further terms of the loss, add to every step.
-        row_terms: further terms of the loss that depend on the rows; see ``Steps``.
+        row_terms, comparison: of the loss, what depends on the rows; see ``Steps``.
         evaluator: of the held-out rows; None for none.
         callbacks: called at every point of the run, besides those that ``settings`` ask for.
     """
@@ -145,6 +145,7 @@ class NativeRun:
         *,
         hooks: Sequence[StepHook] = (),
         row_terms: Sequence[Any] = (),
+        comparison: Any = None,
         evaluator: Evaluator | None = None,
         callbacks: Sequence[TrainerCallback] = (),
     ):
@@ -167,6 +168,7 @@ class NativeRun:
             loss_scaling=settings.loss_scaling if model.dtype == ms.float16 else None,
             hooks=hooks,
             row_terms=row_terms,
+            comparison=comparison,
             rate_factors=factors,
         )
         sizes = [parameter.size for parameter in model.get_parameters()]

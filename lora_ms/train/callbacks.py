@@ -24,6 +24,7 @@ class StepRecord:
     wait_share: float  # of the step's time, spent waiting for data
     peak_memory_mb: float
     terms: dict[str, float | None] = field(default_factory=dict)  # what loss is the sum of, where that is several
+    metrics: dict[str, float] = field(default_factory=dict)  # what else a comparison of answers shows
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,16 @@ class _TopStates(_TopScores):
         return self.loss.model.model.norm(outputs[-1]).astype(ms.float32)
 
 
+class _TopLogProbs(_TopScores):
+    """The same inputs -> the log-probabilities of the targets [c], float32."""
+
+    def construct(self, x: Tensor, *others) -> Tensor:
+        rope, visible = others[:ROTARY_TABLES], others[ROTARY_TABLES:-2]
+        outputs = self.half_layers(x, rope, visible, others[-2])
+        hidden = self.loss.model.model.norm(outputs[-1])
+        return self.loss.log_probs(hidden, self.loss.model.head_weight(), others[-1])[0]
+
+
 class LabelScores:
     """What an evaluation counts, of the batch that ``SummedLoss`` takes; in the shared graphs of the gradient engine.
 
@@ -95,7 +105,7 @@ class LabelStates(LabelScores):
     TOP = _TopStates
 
     def of_rows(self, plan: DataPlan) -> list[np.ndarray]:
-        """Of each row of a plan of one pass, [its label tokens, h]; the model is left as ``set_train(False)``."""
+        """Of each row of a plan of one pass, [its label tokens, …]; the model is left as ``set_train(False)``."""
         self.top.loss.model.set_train(False)
         found: list[np.ndarray] = [np.empty(0)] * len(plan.rows)
         for step in range(plan.steps_per_epoch):
@@ -105,6 +115,12 @@ class LabelStates(LabelScores):
                 for row, part in zip(rows, np.split(states[: ends[-1]], ends[:-1]), strict=True):
                     found[int(row)] = part.copy()
         return found
+
+
+class LabelLogProbs(LabelStates):
+    """The log-probabilities of the label tokens of a batch: [c] float32."""
+
+    TOP = _TopLogProbs
 
 
 class Evaluator:

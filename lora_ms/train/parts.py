@@ -15,7 +15,7 @@ import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 
 from lora_ms.nn.graph import Graph
-from lora_ms.nn.loss import summed_cross_entropy
+from lora_ms.nn.loss import summed_cross_entropy, token_log_probs
 from lora_ms.nn.parallel import WHOLE, Shard
 from lora_ms.train.optimizer import Flatten
 
@@ -33,16 +33,32 @@ class SummedLoss(nn.Cell):
         terms: further terms of the loss, each (hidden [c, h] float32, head [v, h], targets [c], its ``count`` arrays …)
             -> [] float32. With terms the inputs end with the arrays of all of them, and the result is [1 + terms]: the
             loss is its sum.
+        comparison: takes the place of the cross-entropy, and has no further terms beside it: (log-probabilities of the
+            targets [c] float32, its ``count`` arrays …) -> [1 + its SUMS], of which the first is the loss.
     """
 
-    def __init__(self, model: nn.Cell, vocab_size: int, shard: Shard = WHOLE, terms: Sequence[nn.Cell] = ()):
+    def __init__(
+        self,
+        model: nn.Cell,
+        vocab_size: int,
+        shard: Shard = WHOLE,
+        terms: Sequence[nn.Cell] = (),
+        comparison: nn.Cell | None = None,
+    ):
         super().__init__()
         self.model = model
         self.terms = nn.CellList(list(terms))
         self.has_terms = len(terms) > 0
+        self.compares = comparison is not None
+        self.comparison: nn.Cell = nn.Identity() if comparison is None else comparison
+        self.log_probs = token_log_probs(vocab_size, CHUNK_NUMBERS, model.operators)
         self.ends = tuple(sum(term.count for term in terms[: i + 1]) for i in range(len(terms)))
         self.starts = (0,) + self.ends[:-1]
         self.extra_inputs = self.ends[-1] if terms else 0
+        if comparison is not None:
+            self.extra_inputs = comparison.count
+        # numbers in the result, where it is several, whose sum is the loss; 0: the result is the loss
+        self.summed = 1 if self.compares else (1 + len(terms)) * self.has_terms
         self.cross_entropy = summed_cross_entropy(vocab_size, CHUNK_NUMBERS, model.operators, shard)
 
     def of_output(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -53,6 +69,8 @@ class SummedLoss(nn.Cell):
     def losses(self, hidden: Tensor, targets: Tensor, extras: tuple[Tensor, ...]) -> Tensor:
         """From the normalised hidden states [c, h]."""
         head = self.model.head_weight()
+        if self.compares:
+            return self.comparison(self.log_probs(hidden, head, targets)[0], *extras)
         found = self.cross_entropy(hidden, head, targets)[0]
         if not self.has_terms:
             return found
@@ -177,7 +195,7 @@ class Finish(nn.Cell):
     def __init__(self, loss: SummedLoss):
         super().__init__(auto_prefix=False)
         self.loss = loss
-        self.has_terms = loss.has_terms
+        self.summed = loss.summed
 
     def construct(self, x: Tensor, targets: Tensor, *extras: Tensor) -> Tensor:
         return self.loss.losses(self.loss.model.model.norm(x), targets, extras)
@@ -189,18 +207,18 @@ class Finish(nn.Cell):
 class ScaledLoss(nn.Cell):
     """The loss that ``part`` computes: multiplied by the loss scale, to be differentiated, and as it is.
 
-    part: with ``has_terms``, whether its result is several values, whose sum is the loss.
+    part: with ``summed``, how many numbers of its result the loss is the sum of; 0: the result is the loss.
     """
 
     def __init__(self, part: nn.Cell, loss_scale: Parameter):
         super().__init__(auto_prefix=False)
         self.part = part
-        self.has_terms = part.has_terms
+        self.summed = part.summed
         self.loss_scale = loss_scale
 
     def construct(self, *inputs) -> tuple[Tensor, Tensor]:
         loss = self.part(*inputs)
-        total = loss.sum() if self.has_terms else loss
+        total = loss[: self.summed].sum() if self.summed > 0 else loss
         return total * self.loss_scale.astype(ms.float32), loss
 
 

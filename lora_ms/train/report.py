@@ -59,8 +59,8 @@ class Metrics:
 def fields_of(record: StepRecord | EvaluationRecord) -> dict:
     """What ``metrics.jsonl`` holds of a record: each term of the loss stands under its own name."""
     found = asdict(record)
-    terms = found.pop("terms", {})
-    return {**found, **terms}
+    named = [found.pop("terms", {}), found.pop("metrics", {})]
+    return {**found, **named[0], **named[1]}
 
 
 def read_metrics(path: Path) -> tuple[list[dict], int]:
@@ -105,6 +105,7 @@ class Progress:
         elif logged:
             norm = "overflow" if record.grad_norm is None else f"{record.grad_norm:.2f}"
             rest = f"lr {record.learning_rate:.2e}  norm {norm}"
+            rest = "  ".join([rest, *(f"{name} {value:.2f}" for name, value in record.metrics.items())])
             print(f"{self.step(record.step)}  epoch {record.epoch:.2f}  {numbers}  {rest}", flush=True)
 
     def step(self, step: int) -> str:

@@ -35,7 +35,7 @@ class _Pending:
     """A step whose numbers are still on the device."""
 
     step: int
-    losses: list[Tensor]  # of each micro-batch the summed cross-entropy, and the further terms that depend on rows
+    losses: list[Tensor]  # of each micro-batch, what ``SummedLoss`` gives
     norm: Tensor
     finite: Tensor
     terms: Sequence[Tensor]  # values of the extra terms of the loss
@@ -56,6 +56,8 @@ class Steps:
         rate_factors: by path, what the learning rate of a parameter is multiplied by (LoRA+); 1 where it is not named.
         row_terms: further terms of the loss that depend on the rows, as ``SummedLoss`` takes them; in the order of
             ``plan.terms``.
+        comparison: what takes the cross-entropy's place, as ``SummedLoss`` takes it; the only one of ``plan.terms`` is
+            its rows then.
 
     Raises:
         LoraMsError: nothing to train, or something that does not train in float32.
@@ -73,9 +75,11 @@ class Steps:
         hooks: Sequence[StepHook] = (),
         rate_factors: Mapping[str, float] | None = None,
         row_terms: Sequence[Any] = (),
+        comparison: Any = None,
     ):
         self.model = model
         self.row_terms = row_terms
+        self.comparison = comparison
         self.plan = plan
         self.settings = settings
         self.runtime = runtime
@@ -94,7 +98,7 @@ class Steps:
         self.noise = EmbeddingNoise(model.model, alpha) if alpha else None
         self.table = self._draw_table()
         model.set_train(True)
-        loss = SummedLoss(model, vocab_size, runtime.shard, row_terms)
+        loss = SummedLoss(model, vocab_size, runtime.shard, row_terms, comparison)
         self.micro_step = MicroStep(loss, self.optimizer, settings.recompute)
         self.pending: list[_Pending] = []
         self.clock = 0.0  # when the steps that are pending began
@@ -111,8 +115,8 @@ class Steps:
         objectives = [term for hook in self.hooks for term in hook.objectives(params)]
         observers = [hook.observer(params) for hook in self.hooks]
         all_terms = [*objectives, *self.row_terms]
-        if all_terms and self.runtime.shard.count > 1:  # a process sees its part of the parameters alone
-            named = ", ".join(term.name for term in all_terms)
+        named = ", ".join(term.name for term in (*all_terms, self.comparison) if term is not None)
+        if named and self.runtime.shard.count > 1:  # a process sees its part of the parameters alone
             raise LoraMsError(
                 f"loss terms ({named}) are not supported with parallel_config.model_parallel "
                 f"{self.runtime.shard.count}: set it to 1, or leave the terms out"
@@ -194,7 +198,7 @@ class Steps:
         """What decides the numbers of the steps."""
         p, s = self.plan, self.settings
         return {
-            "rows": len(p.rows),
+            "rows": len(p),
             "rows_per_step": p.per_step,
             "layout": p.layout.kind,
             "tokens_crc32": p.checksum(),
@@ -263,7 +267,8 @@ class Steps:
                 parameter was changed by it.
         """
         pending, self.pending = self.pending, []
-        sums = np.zeros((len(pending), 1 + len(self.row_terms)))
+        further = len(self.row_terms) if self.comparison is None else self.comparison.SUMS
+        sums = np.zeros((len(pending), 1 + further))
         for row, p in zip(sums, pending, strict=True):
             for loss in p.losses:
                 row += loss.asnumpy()
@@ -280,13 +285,16 @@ class Steps:
         ]
 
     def _record(self, p: _Pending, total: list[float], norm: float, seconds: float, waited: float) -> StepRecord:
-        """total: the summed cross-entropy of all label tokens, and what the terms that depend on rows add to it."""
-        cross_entropy = total[0] / p.label_tokens
-        values = [*(float(value.asnumpy()) for value in p.terms), *(value / p.label_tokens for value in total[1:])]
+        """total: the sum of what ``SummedLoss`` gives: the loss times all label tokens, and the further numbers."""
+        first = total[0] / p.label_tokens  # the mean cross-entropy, or what stands in its place
+        of_rows = [value / p.label_tokens for value in total[1:]] if self.comparison is None else []
+        values = [*(float(value.asnumpy()) for value in p.terms), *of_rows]
         terms = dict(zip(self.terms, values, strict=True))
-        loss = cross_entropy + sum(terms.values())
+        loss = first + sum(terms.values())
         self._check_finite(p, loss)
-        shown = {CROSS_ENTROPY: cross_entropy, **terms} if terms else {}
+        name = CROSS_ENTROPY if self.comparison is None else self.comparison.name
+        shown = {name: first, **terms} if terms else {}
+        metrics = {} if self.comparison is None else self.plan.terms[0].metrics(np.array(total[1:]))
         return StepRecord(
             step=p.step + 1,
             epoch=round(self.plan.epoch_of(p.step + 1), 4),
@@ -300,6 +308,7 @@ class Steps:
             wait_share=round(waited / seconds, 4),
             peak_memory_mb=round(peak_memory_mb(self.runtime.device), 1),
             terms={name: _finite(value) for name, value in shown.items()},
+            metrics=metrics,
         )
 
     def _check_finite(self, p: _Pending, loss: float) -> None:
@@ -310,7 +319,7 @@ class Steps:
         scaled = self.loss_scaling is not None  # a loss scale that is too high overflows, and is lowered then
         if scaled and self.skipped <= MAX_SKIPPED:
             return
-        rows = [self.plan.rows.where(i) for i in self.plan.step_rows(p.step)]
+        rows = [self.plan.where(int(i)) for i in self.plan.step_rows(p.step)]
         named = f"step {p.step + 1} (rows {', '.join(rows[:4])}{' …' if len(rows) > 4 else ''})"
         what = "gradient" if np.isfinite(loss) else "loss"
         value = "not finite" if np.isfinite(loss) else f"{loss}"

@@ -27,7 +27,7 @@ class Scalars(TrainerCallback):
 
     def on_step_end(self, state: RunState, record: StepRecord) -> None:
         if state.is_main and (record.step % self.every == 0 or record.step == state.total_steps):
-            found = {name: getattr(record, name) for name in LOGGED} | record.terms
+            found = {name: getattr(record, name) for name in LOGGED} | record.terms | record.metrics
             self.take(record.step, {f"train/{name}": value for name, value in found.items() if value is not None})
 
     def on_evaluate(self, state: RunState, evaluation: EvaluationRecord) -> None:

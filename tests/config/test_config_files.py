@@ -34,6 +34,7 @@ SIZES = {
     "adalora_tiny": (None,) * 11,
     "dora_tiny": (None,) * 11,
     "hybrid_tiny": (None,) * 11,
+    "dpo_tiny": (None,) * 11,
 }
 
 ARTICLE = """
