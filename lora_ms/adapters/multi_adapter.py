@@ -232,18 +232,8 @@ class AdapterPool(LineChoice):
             cell.fill(loaded.place, updates.get(path_in_model, RowUpdate()))
         self._loaded[name] = self._by_serial[loaded.serial] = loaded
 
-<<<<<<< HEAD
     def _read(self, path: Path) -> Mapping[str, RowUpdate]:
         updates = read_rows(path)
-=======
-    def _read(self, path: Path) -> Mapping[str, Pair]:
-        extra = read_adapter_config(path).not_a_pair()
-        if extra:
-            raise LoraMsError(
-                f"{path}: an adapter with {'; '.join(extra)} cannot run beside others: only LoRA and rsLoRA can"
-            )
-        pairs = read_adapter(path).tensors
->>>>>>> docs
         faults = []
         for name, update in updates.items():
             if name in self.cells:
