@@ -31,7 +31,7 @@ PAGES = [
     ),
 ]
 NEEDS = {"docs/use-adapter.md": "docs/finetune.md"}
-FENCE = re.compile(r"^ *```(bash|python)\n(.*?)^ *```$", re.M | re.S)
+FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.M | re.S)
 
 NOT_RUN = {
     r"bash scripts/quickstart\.sh": "downloads packages: tests/scripts runs the script, tests/examples what it starts",
@@ -64,7 +64,7 @@ def commands_of(page: str) -> list[str]:
     """The commands of a page, each in one line without its comment."""
     found = []
     for kind, body in FENCE.findall((ROOT / page).read_text("utf-8")):
-        if kind == "bash":
+        if kind == "bash" or not kind and body.startswith("lora-ms "):
             for line in re.sub(r"\\\n\s*", "", body).splitlines():
                 line = re.sub(r"(^|\s+)# .*$", "", line.strip())
                 found += [line] if line else []
