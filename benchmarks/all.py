@@ -26,6 +26,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 RESULTS = HERE / "results.json"
 SMALL = "--layers 2 --hidden 128 --heads 4 --ffn 256 --vocab 1024"
+DEEP = SMALL.replace("--layers 2", "--layers 16")  # layers that share graphs, whose operators have names of cells
 LIMIT = 6 * 3600  # seconds for a program
 
 
@@ -78,7 +79,7 @@ PROGRAMS = {
         "QLoRA against PEFT with bitsandbytes", "QLoRA，与 PEFT + bitsandbytes", "--rounds 2", f"{SMALL} --steps 2",
     ),
     "roofline": Program(
-        "where a step's time goes", "一步的时间花在哪里", "--layers 8", f"{SMALL} --batch 2 --seq 64 --steps 2",
+        "where a step's time goes", "一步的时间花在哪里", "--layers 30", f"{DEEP} --batch 2 --seq 64 --steps 2",
     ),
     "recompute": Program(
         "recomputation: memory and time", "重计算：内存与时间", "--rounds 3",

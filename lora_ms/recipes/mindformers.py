@@ -233,7 +233,7 @@ class StepProgress:
         self.state.total_steps = min(total, most) if most > 0 else total
         with redirect_stdout(self.out), redirect_stderr(self.err):
             if self.state.is_main:
-                steps = f"{self.state.total_steps:,} steps, {self.steps_per_epoch:,} an epoch"
+                steps = f"{self.state.total_steps:,} steps, {self.steps_per_epoch:,} per epoch"
                 print(f"training with MindFormers' trainer: {steps}")
                 print("compiling the training step, which takes a while …", flush=True)
             self.reporter.on_train_begin(self.state)
