@@ -43,7 +43,6 @@ raise SystemExit(run_mindformer())
 """
 # of each: data-parallel and model-parallel ranks, and what else its command says
 LAYOUTS = {
-    "dp2": (2, 1, ()),
     "dp4": (4, 1, ()),
     "tp2": (1, 2, ()),
     "dp2 tp2": (2, 2, ("--parallel_config.data_parallel", "8")),

@@ -109,10 +109,7 @@ def test_blocks_of_a_kind_share_their_graphs(native, pattern, kinds):
 
 METHODS = {
     "dora": {"use_dora": True},
-    "lora_bias": {"lora_bias": True},
-    "pissa": {"init_lora_weights": "pissa"},
-    "trained biases": {"bias": "all"},
-    "whole modules": {"modules_to_save": ["input_layernorm"]},
+    "biases and whole modules": {"lora_bias": True, "bias": "all", "modules_to_save": ["input_layernorm"]},
     "ia3": None,
 }
 

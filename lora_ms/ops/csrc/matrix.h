@@ -70,38 +70,50 @@ struct Int4 {
     float scale(long n) const { return load_some(scales + n, 1)[0]; }
 };
 
-// LANES codes, two in a byte, the first in its high half.
+// LANES codes, two in a byte, the first in its high half: in the lowest four bits, whatever is above them.
 inline Ints codes_at(const uint8_t *codes) {
 #if LANES == 16 && defined(__AVX512F__)
-    const __m128i two = _mm_loadl_epi64(reinterpret_cast<const __m128i *>(codes)), mask = _mm_set1_epi8(15);
-    const __m128i low = _mm_and_si128(two, mask), high = _mm_and_si128(_mm_srli_epi16(two, 4), mask);
-    return (Ints)_mm512_maskz_cvtepu8_epi32(0xffff, _mm_unpacklo_epi8(high, low));
+    int32_t four, next;
+    std::memcpy(&four, codes, sizeof four);
+    std::memcpy(&next, codes + 4, sizeof next);
+    const __m512i all = _mm512_mask_set1_epi32(_mm512_set1_epi32(four), 0xff00, next);
+    const __m512i shifts = _mm512_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24, 4, 0, 12, 8, 20, 16, 28, 24);
+    return (Ints)_mm512_maskz_srlv_epi32(0xffff, all, shifts);
 #elif LANES == 8 && defined(__AVX2__)
     int32_t four;
     std::memcpy(&four, codes, sizeof four);
     const __m256i shifts = _mm256_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24);
-    return (Ints)_mm256_and_si256(_mm256_srlv_epi32(_mm256_set1_epi32(four), shifts), _mm256_set1_epi32(15));
+    return (Ints)_mm256_srlv_epi32(_mm256_set1_epi32(four), shifts);
 #else
     Ints all;
-    for (long i = 0; i < LANES; i++) all[i] = i % 2 ? codes[i / 2] & 15 : codes[i / 2] >> 4;
+    for (long i = 0; i < LANES; i++) all[i] = i % 2 ? codes[i / 2] : codes[i / 2] >> 4;
     return all;
 #endif
 }
 
-// The levels at these codes.
-inline Vec levels_at(Ints codes) {
+// NF4's numbers of one block, by their codes.
+class Nf4Block {
+  public:
+    explicit Nf4Block(float scale) {
+        for (long i = 0; i < 16; i += LANES) levels_[i / LANES] = load(Nf4::LEVELS + i) * scale;
+    }
+    Vec at(Ints codes) const {
 #if LANES == 16 && defined(__AVX512F__)
-    return _mm512_maskz_permutexvar_ps(0xffff, (__m512i)codes, _mm512_loadu_ps(Nf4::LEVELS));
+        return _mm512_maskz_permutexvar_ps(0xffff, (__m512i)codes, levels_[0]);
 #elif LANES == 8 && defined(__AVX2__)
-    const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(Nf4::LEVELS), (__m256i)codes);
-    const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(Nf4::LEVELS + 8), (__m256i)codes);
-    return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32((__m256i)codes, 28)));
+        const __m256 low = _mm256_permutevar8x32_ps(levels_[0], (__m256i)codes);
+        const __m256 high = _mm256_permutevar8x32_ps(levels_[1], (__m256i)codes);
+        return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32((__m256i)codes, 28)));
 #else
-    Vec x;
-    for (long i = 0; i < LANES; i++) x[i] = Nf4::LEVELS[codes[i]];
-    return x;
+        Vec x;
+        for (long i = 0; i < LANES; i++) x[i] = levels_[(codes[i] & 15) / LANES][(codes[i] & 15) % LANES];
+        return x;
 #endif
-}
+    }
+
+  private:
+    Vec levels_[16 / LANES];
+};
 
 template <class FourBits>
 Vec load_one_by_one(FourBits from, long count) {
@@ -114,13 +126,13 @@ inline Vec load_some(Int4 from, long count) { return load_one_by_one(from, count
 
 inline Vec load(Nf4 from) {
     if (from.place % LANES) return load_some(from, LANES);  // across two blocks, or from the middle of a byte
-    return levels_at(codes_at(from.codes + from.place / 2)) * from.scales[from.place / Nf4::BLOCK];
+    return Nf4Block(from.scales[from.place / Nf4::BLOCK]).at(codes_at(from.codes + from.place / 2));
 }
 
 inline Vec load(Int4 from) {
     if (from.place % LANES || from.group % LANES) return load_some(from, LANES);
     const long group = from.place / from.group;
-    const Ints codes = codes_at(from.codes + from.place / 2) - static_cast<int32_t>(from.zeros[group]);
+    const Ints codes = (codes_at(from.codes + from.place / 2) & 15) - static_cast<int32_t>(from.zeros[group]);
     return __builtin_convertvector(codes, Vec) * from.scale(group);
 }
 
