@@ -195,7 +195,7 @@ SERVE_FLAGS: list[tuple[str, Any, str | None, Any, str, str]] = [
     ("port", flag_int, None, 8000, "N", "its port (8000; 0: a free one)"),
     ("served-model-name", str, "+", [], "NAME", "the model's name in requests (its folder's); several are one model"),
     ("lora-modules", str, "+", [], "NAME=DIR", "adapters, by the names that requests ask for"),
-    ("max-model-len", flag_int, None, None, "N", "longest prompt and answer together, in tokens"),
+    ("max-model-len", flag_int, None, None, "N", "longest prompt with answer (what the model and 2 GB of cache take)"),
     ("max-num-seqs", flag_int, None, None, "N", "requests that run at once (8)"),
     ("max-loras", flag_int, None, None, "N", "adapters at once (as many as named, and 8 with --adapter-folders)"),
     ("max-lora-rank", flag_int, None, None, "N", "largest rank of one (the named ones'; 16 with --adapter-folders)"),
