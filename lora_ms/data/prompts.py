@@ -17,6 +17,7 @@ class PromptRow(NamedTuple):
     where: str
     shown: Any  # the text, or the list of messages, as the row has it
     messages: tuple[Message, ...]
+    input: str = ""  # see ``Example``
 
 
 def read_prompts(source: str) -> list[PromptRow]:
@@ -46,11 +47,18 @@ def _prompt_row(where: str, row: Any) -> PromptRow:
     if key != "messages":
         if not isinstance(value, str) or not value.strip():
             raise RowFault(f"{key} is no text", "write the question")
-        return PromptRow(where, value, (Message("user", value),))
-    turns = value if isinstance(value, list) else []
-    if not turns or not all(isinstance(turn, Mapping) for turn in turns):
+        if row.get("history"):
+            raise RowFault("a row with history", "give its turns as messages")
+        more, system = (row.get(name) or "" for name in ("input", "system"))
+        if not isinstance(more, str) or not isinstance(system, str):
+            raise RowFault("input or system is no text", "correct the row")
+        text = f"{value}\n{more}" if more else value
+        turns = (Message("system", system), Message("user", text)) if system else (Message("user", text),)
+        return PromptRow(where, text, turns, more)
+    found = value if isinstance(value, list) else []
+    if not found or not all(isinstance(turn, Mapping) for turn in found):
         raise RowFault("messages is no list of objects with role and content", "correct the row")
-    shown = [{"role": turn.get("role"), "content": turn.get("content")} for turn in turns]
+    shown = [{"role": turn.get("role"), "content": turn.get("content")} for turn in found]
     for number, turn in enumerate(shown, start=1):
         if turn["role"] not in ROLES or not isinstance(turn["content"], str):
             raise RowFault(f"message {number} has no content, or no role of {', '.join(ROLES)}", "correct the row")

@@ -13,7 +13,7 @@ from lora_ms.infer.text_stream import TextStream
 
 
 @dataclass(frozen=True)
-class Answer:
+class GeneratedAnswer:
     """To one prompt."""
 
     text: str
@@ -79,7 +79,7 @@ class Speaker:
             show(stream.finish())
         return [self._text(tokens) for tokens in new]
 
-    def in_turn(self, prompts: Sequence[Sequence[int]], first: int = 0) -> Iterator[Answer]:
+    def in_turn(self, prompts: Sequence[Sequence[int]], first: int = 0) -> Iterator[GeneratedAnswer]:
         """The answers to any number of prompts, from the one at index ``first`` on, in their order.
 
         As many run at once as there are rows; each is the one that ``continued`` gives.
@@ -101,7 +101,7 @@ class Speaker:
             if event.finish is not None:
                 ended[number] = event.finish
             while due in ended:
-                yield Answer(self._text(tokens.pop(due, [])), ended.pop(due))
+                yield GeneratedAnswer(self._text(tokens.pop(due, [])), ended.pop(due))
                 due += 1
 
     def _sampling(self) -> Sampling:

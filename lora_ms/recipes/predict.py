@@ -69,7 +69,7 @@ class PromptFile:
         found = []
         for row in self.rows:
             try:
-                tokens = encode_prompt(speaker.tokenizer, self._turns(row))
+                tokens = encode_prompt(speaker.tokenizer, self._turns(row), row.input)
                 speaker.limit(tokens)
             except LoraMsError as error:
                 raise LoraMsError(f"{row.where}: {error}") from None

@@ -6,6 +6,7 @@ import pytest
 
 from lora_ms import saving
 from lora_ms.cli.main import main
+from lora_ms.data.prompts import read_prompts
 
 QUESTIONS = ["Why?", "What is 1?", "Who wrote this long line of words?", "And two?", "Is it so?", "你是谁？", "Why?"]
 ROWS = [
@@ -114,6 +115,8 @@ def test_answers_of_another_run_are_kept(text_model, file, tmp_path, capsys, cha
         ({"messages": [{"role": "robot", "content": "x"}]}, "prompts.jsonl:2: message 1 has no content, or no role"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, "prompts.jsonl:2: the last message is the assistant's"),
         ({"messages": []}, "prompts.jsonl:2: messages is no list"),
+        ({"instruction": "x", "history": [["a", "b"]]}, "prompts.jsonl:2: a row with history"),
+        ({"instruction": "x", "input": 5}, "prompts.jsonl:2: input or system is no text"),
         ({"prompt": "word " * 5000}, "prompts.jsonl:2: the prompt has"),
     ],
 )
@@ -122,6 +125,16 @@ def test_rows_that_are_no_prompts(text_model, tmp_path, capsys, row, said):
     assert run(text_model, file, tmp_path / "out.jsonl") == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_all_of_a_row_is_asked(tmp_path):
+    row = {"instruction": "Translate.", "input": "chat", "system": "Be short.", "output": "猫"}
+    (found,) = read_prompts(str(write(tmp_path / "rows.jsonl", [row])))
+    assert [(turn.role, turn.content) for turn in found.messages] == [
+        ("system", "Be short."),
+        ("user", "Translate.\nchat"),
+    ]
+    assert (found.shown, found.input) == ("Translate.\nchat", "chat")
 
 
 def test_an_output_that_is_none_of_ours(text_model, file, tmp_path, capsys):
