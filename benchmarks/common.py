@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +75,37 @@ def write_model(args: argparse.Namespace, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
+def write_adapter(model: Path, folder: Path, rank: int, seed: int, names: Sequence[str]) -> None:
+    """A random adapter, in PEFT's format, on the projections ``names`` of all layers; it leaves answers readable."""
+    from safetensors.numpy import save_file
+
+    config = json.loads((model / "config.json").read_text())
+    hidden, heads, ffn = config["hidden_size"], config["num_attention_heads"], config["intermediate_size"]
+    width = config.get("head_dim") or hidden // heads
+    own, shared = heads * width, config.get("num_key_value_heads", heads) * width
+    sizes = {"q_proj": (hidden, own), "k_proj": (hidden, shared), "v_proj": (hidden, shared), "o_proj": (own, hidden)}
+    sizes |= {"gate_proj": (hidden, ffn), "up_proj": (hidden, ffn), "down_proj": (ffn, hidden)}
+    rng = np.random.default_rng(seed)
+    tensors = {}
+    for layer in range(config["num_hidden_layers"]):
+        for name in names:
+            block = "self_attn" if name in ("q_proj", "k_proj", "v_proj", "o_proj") else "mlp"
+            key = f"base_model.model.model.layers.{layer}.{block}.{name}"
+            inputs, outputs = sizes[name]
+            tensors[f"{key}.lora_A.weight"] = rng.normal(0, 0.02, (rank, inputs)).astype(np.float32)
+            tensors[f"{key}.lora_B.weight"] = rng.normal(0, 0.02, (outputs, rank)).astype(np.float32)
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": rank,
+        "lora_alpha": rank,
+        "target_modules": [*names],
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+
+
 def peak_rss_mb() -> float:
     """Most resident memory of this process so far."""
     line = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
@@ -88,7 +120,8 @@ def run_sides(script: str, args: argparse.Namespace, argv: list[str]) -> dict[st
             write_model(args, Path(folder))
         for _ in range(args.rounds):
             for side in SIDES:
-                results[side].append(run_side(script, side, args.torch_python, argv, folder))
+                model = os.path.abspath(args.folder or folder)
+                results[side].append(run_side(script, side, args.torch_python, argv, model))
                 print(f"{side:6} {results[side][-1]}", flush=True)
     return results
 
@@ -101,7 +134,7 @@ def run_side(script: str, side: str, torch_python: str, argv: list[str], folder:
     env["PYTHONPATH"] = str(Path(__file__).resolve().parent.parent)
     if side == "ours":
         env["OMP_NUM_THREADS"] = "1"  # as the command line sets it; see lora_ms/cli/main.py
-    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=folder)
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tempfile.gettempdir())
     if done.returncode:
         sys.exit(f"{side} failed:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])

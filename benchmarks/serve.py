@@ -1,53 +1,100 @@
-"""The engine alone: 8 requests at once against one after another, beginnings that are shared, adapters in the rows.
+"""Answers for many adapters in one call, ours against PEFT's, which switches adapters from batch to batch; and ours:
+8 requests at once against one after another, and 4, 16 and 64 adapters against one.
 
-python benchmarks/serve.py --layers 12 --hidden 1024 --ffn 2816 --vocab 32000
+python benchmarks/serve.py --torch_python PYTHON_WITH_TORCH_AND_PEFT --folder MODEL
 """
 
 import json
 import os
+import sys
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
-from common import parser, peak_rss_mb, write_model
+from common import parser, peak_rss_mb, run_sides, table, write_adapter
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def seconds(engine, requests) -> float:
-    """Of all requests, submitted at once, after everything was forgotten."""
-    engine.forget()
-    begun = time.perf_counter()
-    engine.answers(requests)
-    return time.perf_counter() - begun
+def median_rate(call, tokens: int, repeat: int) -> float:
+    """Tokens a second, the median of several calls after one that warms up."""
+    times = []
+    for _ in range(repeat + 1):
+        begun = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - begun)
+    return tokens / float(np.median(times[1:]))
 
 
-def first_token(engine, request) -> float:
-    """Seconds until the first token of a request."""
-    begun = time.perf_counter()
-    engine.submit(request)
-    next(engine.run())
-    found = time.perf_counter() - begun
-    engine.cancel_all()
-    return found
+def ours(args, prompts: list[list[int]], adapters: list[Path]) -> dict[str, float]:
+    from lora_ms.adapters.multi_adapter import AdapterPool
+    from lora_ms.infer.engine import Engine, Request
+    from lora_ms.models.hub import load_directory
+    from lora_ms.runtime.device import setup
+
+    runtime, _ = setup("CPU")
+
+    def rate(engine, names) -> float:
+        def call():
+            engine.forget()
+            engine.answers([Request(tuple(p), args.new, adapter=n) for p, n in zip(prompts, names, strict=False)])
+
+        return median_rate(call, len(names) * args.new, args.repeat)
+
+    def engine_of(rows: int, count: int = 0) -> Engine:
+        model = load_directory(Path(args.model), operators=runtime.operators)
+        pool = AdapterPool(model, rows, count, args.rank) if count else None
+        engine = Engine(model, rows, length=1024, adapters=pool)
+        engine.warm()
+        for number, folder in enumerate(adapters[:count]):
+            pool.load(str(number), folder)
+        return engine
+
+    result = {"one_after_another": rate(engine_of(1), [None] * args.rows)}
+    result["at_once"] = rate(engine_of(args.rows), [None] * args.rows)
+    result["gain"] = result["at_once"] / result["one_after_another"]
+    for count in args.adapters:
+        result[f"adapters_{count}"] = rate(engine_of(args.rows, count), [str(i % count) for i in range(args.rows)])
+    for count in args.adapters[1:]:
+        result[f"over_one_{count}"] = result[f"adapters_{count}"] / result[f"adapters_{args.adapters[0]}"]
+    return result
 
 
-def adapters(folder: Path, model, count: int, rank: int) -> list[Path]:
-    """Folders of ``count`` random adapters on all layers."""
-    from lora_ms import LoraConfig
-    from lora_ms.adapters.inject import adapted_layers, inject
-    from lora_ms.adapters.peft_format import save_adapter
+def torch(args, prompts: list[list[int]], adapters: list[Path]) -> dict[str, float]:
+    """The same by PEFT: the rows of one adapter are a batch."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
 
-    config = LoraConfig(rank, 16.0, target_modules="all-linear")
-    inject(model, config)
-    paths = []
-    for number in range(count):
-        rng = np.random.default_rng(number)
-        for cell in adapted_layers(model).values():
-            cell.lora_b.asnumpy()[:] = rng.standard_normal(cell.lora_b.shape) * 0.02
-        paths.append(folder / f"adapter_{number}")
-        paths[-1].mkdir()
-        save_adapter(model, paths[-1], config)
-    return paths
+    torch.set_num_threads(os.cpu_count())
+    base = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+    ids = torch.tensor(prompts)
+    settings = {"max_new_tokens": args.new, "min_new_tokens": args.new, "do_sample": False, "pad_token_id": 0}
+
+    def generate(model, rows):
+        return model.generate(input_ids=rows, attention_mask=torch.ones_like(rows), eos_token_id=None, **settings)
+
+    def rate(call) -> float:
+        return median_rate(call, args.rows * args.new, args.repeat)
+
+    result = {"one_after_another": rate(lambda: [generate(base, row[None]) for row in ids])}
+    result["at_once"] = rate(lambda: generate(base, ids))
+    result["gain"] = result["at_once"] / result["one_after_another"]
+    model = PeftModel.from_pretrained(base, str(adapters[0]), adapter_name="0").eval()
+    for number, folder in enumerate(adapters[1:], start=1):
+        model.load_adapter(str(folder), adapter_name=str(number))
+
+    def switched(count: int) -> None:
+        for number in range(min(count, args.rows)):
+            model.set_adapter(str(number))
+            generate(model, ids[number::count])
+
+    for count in args.adapters:
+        result[f"adapters_{count}"] = rate(lambda count=count: switched(count))
+    for count in args.adapters[1:]:
+        result[f"over_one_{count}"] = result[f"adapters_{count}"] / result[f"adapters_{args.adapters[0]}"]
+    return result
 
 
 def main() -> None:
@@ -56,77 +103,28 @@ def main() -> None:
     arguments.add_argument("--prompt", type=int, default=32)
     arguments.add_argument("--new", type=int, default=64)
     arguments.add_argument("--rank", type=int, default=16)
-    arguments.add_argument("--adapters", type=int, nargs="*", default=[1, 4, 16])
+    arguments.add_argument("--adapters", type=int, nargs="*", default=[1, 4, 16, 64])
     arguments.add_argument("--repeat", type=int, default=3)
     args = arguments.parse_args()
-    os.environ.setdefault("GLOG_v", "3")
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as the command line sets it; see lora_ms/cli/main.py
-    from lora_ms.adapters.multi_adapter import AdapterPool
-    from lora_ms.infer.engine import Engine, Request
-    from lora_ms.models.hub import load_directory
-    from lora_ms.runtime.device import setup
-
-    runtime, _ = setup("CPU")
-    rng = np.random.default_rng(2)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(args.folder or name)
-        if not args.folder:
-            write_model(args, folder)
-
-        def model():
-            return load_directory(folder, operators=runtime.operators)
-
-        def engine_of(rows: int, pool=None, on=None) -> Engine:
-            engine = Engine(on or model(), rows, length=1024, adapters=pool)
-            engine.warm()
-            return engine
-
-        vocab = model().config.vocab_size
-
-        def prompt(tokens: int) -> tuple[int, ...]:
-            return tuple(rng.integers(3, vocab, tokens).tolist())
-
-        def rate(engine, names) -> float:
-            """Tokens a second, the median of several times."""
-            times = []
-            for _ in range(args.repeat):
-                requests = [Request(prompt(args.prompt), args.new, adapter=name) for name in names]
-                times.append(seconds(engine, requests))
-            return len(names) * args.new / float(np.median(times))
-
-        result = {}
-        bare = [None] * args.rows
-        one = engine_of(1)
-        result["one_after_another"] = rate(one, bare)
-        del one
-        engine = engine_of(args.rows)
-        result["one_in_8_rows"] = rate(engine, [None])
-        result["at_once"] = rate(engine, bare)
-        result["gain"] = result["at_once"] / result["one_after_another"]
-        system = prompt(512)
-        result["prompt_of_576_ms"] = 1e3 * first_token(engine, Request((*system, *prompt(64)), 1))
-        running = engine.submit(Request((*system, *prompt(64)), 300))
-        engine.step()
-        engine.step()
-        result["beginning_of_512_copied_ms"] = 1e3 * first_token(engine, Request((*system, *prompt(64)), 1))
-        engine.cancel(running)
-        begun = time.perf_counter()
-        engine.graphs.copy(0, 1, 0)
-        result["copy_of_a_piece_ms"] = 1e3 * (time.perf_counter() - begun)
-        del engine
-        paths = adapters(Path(name), model(), max(args.adapters, default=0), args.rank)
-        for count in args.adapters:
-            there = model()
-            pool = AdapterPool(there, args.rows, count, args.rank)
-            engine = engine_of(args.rows, pool, there)
-            begun = time.perf_counter()
-            for number, path in enumerate(paths[:count]):
-                pool.load(str(number), path)
-            result[f"load_of_{count}_s"] = (time.perf_counter() - begun) / count
-            result[f"{count}_adapters"] = rate(engine, [str(i % count) for i in range(args.rows)])
-            del engine, pool, there
-    result["peak_mb"] = peak_rss_mb()
-    print(json.dumps({key: round(float(value), 2) for key, value in result.items()}, indent=1))
+    if not args.side:
+        figures = {
+            "one_after_another": f"{args.rows} requests in a row, tokens/s",
+            "at_once": f"{args.rows} requests at once, tokens/s",
+            "gain": "at once / in a row",
+            **{f"adapters_{count}": f"{count} adapters, tokens/s" for count in args.adapters},
+            **{f"over_one_{count}": f"{count} adapters / {args.adapters[0]}" for count in args.adapters[1:]},
+            "peak_mb": "peak memory, MB",
+        }
+        table(run_sides(os.path.abspath(__file__), args, sys.argv[1:]), figures)
+        return
+    vocabulary = json.loads((Path(args.model) / "config.json").read_text())["vocab_size"]
+    prompts = np.random.default_rng(2).integers(3, vocabulary, (args.rows, args.prompt)).tolist()
+    with tempfile.TemporaryDirectory() as place:
+        adapters = [Path(place) / str(number) for number in range(max(args.adapters))]
+        for number, folder in enumerate(adapters):
+            write_adapter(Path(args.model), folder, args.rank, number, PROJECTIONS)
+        result = {"ours": ours, "torch": torch}[args.side](args, prompts, adapters)
+    print(json.dumps({key: round(float(value), 3) for key, value in {**result, "peak_mb": peak_rss_mb()}.items()}))
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 python benchmarks/serve_http.py --adapters 1 4 16 --rate 4 --seconds 30
 
 For each number of adapters a server of its own, with the model of ``--model`` and random adapters. Prints tokens per
-second, and the time to the first token and between tokens at p50, p95, p99, as clients see them. With ``--clients N``
-in place of a rate, N clients ask without a pause. ``--soak`` also prints memory and faults every ten seconds.
+second, and over those of the first number of adapters, and the time to the first token and between tokens at p50, p95,
+p99, as clients see them. With ``--clients N`` in place of a rate, N clients ask without a pause.
 """
 
 import argparse
@@ -23,29 +23,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from common import write_adapter
 
 PERCENTS = (50, 95, 99)
-
-
-def write_adapter(model: Path, folder: Path, rank: int, seed: int) -> None:
-    """A random adapter on q_proj and v_proj, small enough to leave the answers readable."""
-    from safetensors.numpy import save_file
-
-    config = json.loads((model / "config.json").read_text())
-    hidden, heads = config["hidden_size"], config["num_attention_heads"]
-    width = config.get("head_dim") or hidden // heads
-    outs = {"q_proj": heads * width, "v_proj": config.get("num_key_value_heads", heads) * width}
-    rng = np.random.default_rng(seed)
-    tensors = {}
-    for layer in range(config["num_hidden_layers"]):
-        for name, out in outs.items():
-            key = f"base_model.model.model.layers.{layer}.self_attn.{name}"
-            tensors[f"{key}.lora_A.weight"] = rng.normal(0, 0.02, (rank, hidden)).astype(np.float32)
-            tensors[f"{key}.lora_B.weight"] = rng.normal(0, 0.02, (out, rank)).astype(np.float32)
-    folder.mkdir()
-    save_file(tensors, folder / "adapter_model.safetensors")
-    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": [*outs]}
-    (folder / "adapter_config.json").write_text(json.dumps(settings))
 
 
 @dataclass
@@ -151,17 +131,6 @@ def started(args: argparse.Namespace, folder: Path, count: int) -> tuple[subproc
     raise SystemExit("the server did not start")
 
 
-def watch(pid: int, seen: Seen, done: threading.Event) -> None:
-    """Prints memory and faults until ``done``."""
-    began = time.perf_counter()
-    while not done.wait(10):
-        taken = time.perf_counter() - began
-        print(
-            f"{taken:6.0f} s  {memory_mb(pid):7.1f} MB  {len(seen.first)} answers, {len(seen.faults)} faults",
-            flush=True,
-        )
-
-
 def main() -> None:
     """Prints a line for each number of adapters."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -175,36 +144,36 @@ def main() -> None:
     parser.add_argument("--exponent", type=float, default=1.0, help="of the power law of the adapters' shares")
     parser.add_argument("--shortest", type=int, default=8, help="tokens of a prompt, and of an answer")
     parser.add_argument("--longest", type=int, default=128)
-    parser.add_argument("--soak", action="store_true", help="print memory and faults meanwhile")
     args = parser.parse_args()
     print(
-        "adapters  tokens/s  answers  faults  first token p50/p95/p99, ms  between tokens p50/p95/p99, ms  memory, MB"
+        "adapters  tokens/s  / first  answers  faults  first token p50/p95/p99, ms  "
+        "between tokens p50/p95/p99, ms  memory, MB"
     )
+    of_first = 0.0
     with tempfile.TemporaryDirectory() as name:
         for i in range(max(args.adapters)):
-            write_adapter(Path(args.model), Path(name) / f"a{i}", args.rank, i)
+            write_adapter(Path(args.model), Path(name) / f"a{i}", args.rank, i, ("q_proj", "v_proj"))
         for count in args.adapters:
             random.seed(count)
             server, port = started(args, Path(name), count)
-            seen, done = Seen(), threading.Event()
+            seen = Seen()
             try:
                 load(port, count, argparse.Namespace(**{**vars(args), "seconds": 1.0}), Seen())  # both sides warm
-                if args.soak:
-                    threading.Thread(target=watch, args=(server.pid, seen, done), daemon=True).start()
                 taken = load(port, count, args, seen)
                 first, between = (
                     "/".join(f"{1000 * value:.0f}" for value in np.percentile(values or [0.0], PERCENTS))
                     for values in (seen.first, seen.between)
                 )
+                rate = seen.tokens / taken
+                of_first = of_first or rate
                 print(
-                    f"{count:8}  {seen.tokens / taken:8.1f}  {len(seen.first):7}  {len(seen.faults):6}  {first:>27}  "
-                    f"{between:>30}  {memory_mb(server.pid):10.1f}",
+                    f"{count:8}  {rate:8.1f}  {rate / of_first:7.2f}  {len(seen.first):7}  {len(seen.faults):6}  "
+                    f"{first:>27}  {between:>30}  {memory_mb(server.pid):10.1f}",
                     flush=True,
                 )
                 for line in sorted({*seen.faults})[:5]:
                     print(f"  {line}")
             finally:
-                done.set()
                 server.send_signal(signal.SIGTERM)
                 server.wait()
 

@@ -16,6 +16,7 @@ MODULES = {
     "Trainer": "lora_ms.python.trainer",
     "TrainerCallback": "lora_ms.train.callbacks",
     "TrainingArguments": "lora_ms.python.arguments",
+    "evaluate_custom": "lora_ms.python.evaluation",
     "get_peft_model": "lora_ms.python.peft_model",
 }
 

@@ -141,6 +141,16 @@ def append(file: Path, text: str) -> None:
         os.close(handle)
 
 
+def cut(file: Path, size: int) -> None:
+    """Leaves the first ``size`` bytes of ``file``; a link is not followed. Raises OSError."""
+    handle = os.open(file, os.O_WRONLY | os.O_NOFOLLOW)
+    try:
+        if os.fstat(handle).st_size > size:
+            os.ftruncate(handle, size)
+    finally:
+        os.close(handle)
+
+
 def sync(file: Path) -> None:
     """Brings the content of ``file`` to disk. Raises OSError."""
     with open(file, "rb") as stream:

@@ -137,9 +137,13 @@ def test_flag_lands_on_its_key(ran, flag, key, value):
     assert type(value_at(config, key)) is type(value)
 
 
+NOTHING = 'nothing to predict: give --predict_data "a prompt" "another", or --predict_file FILE'
+
+
 def test_table_covers_every_flag():
     given = {word[2:] for flag, *_ in FLAGS for word in flag.split() if word.startswith("--") and "." not in word}
-    assert given | {"config", "predict_data", "system", "dry_run", "debug"} == {*main.FLAG_KEYS, *main.OTHER_FLAGS}
+    others = {"config", "predict_data", "predict_file", "predict_output", "system", "dry_run", "debug"}
+    assert given | others == {*main.FLAG_KEYS, *main.OTHER_FLAGS}
 
 
 def test_no_flag_keeps_the_yaml(ran):
@@ -165,7 +169,8 @@ def test_idle_flags_share_one_notice(ran):
 def test_commands(ran, words, task, run_mode):
     assert main.main([*words.split(), "--config", YAML]) == 0
     assert (ran[0][0], ran[0][1].run_mode) == (task, run_mode)
-    flags = {"predict": {"predict_data": ["a", "b"], "system": None}, "chat": {"system": None}}
+    of_file = {"predict_file": None, "predict_output": None}
+    flags = {"predict": {"predict_data": ["a", "b"], "system": None, **of_file}, "chat": {"system": None}}
     assert ran[0][2:] == ((flags[task],) if task in flags else ())
 
 
@@ -334,7 +339,10 @@ def test_the_articles_command(ran):
             f"{YAML} with the command line: unknown key optimizer.epss; did you mean optimizer.eps?",
         ),
         (["finetune", "--config", YAML, "--options", "seed"], "override 'seed' expects the form section.key=value"),
-        (["predict", "--config", YAML], 'nothing to predict: give --predict_data "a prompt" "another"'),
+        (
+            ["predict", "--config", YAML],
+            'nothing to predict: give --predict_data "a prompt" "another", or --predict_file FILE',
+        ),
         (
             ["eval", "--config", YAML, "--run_mode", "predict"],
             "--run_mode predict contradicts the command eval: leave the flag out",
@@ -372,7 +380,10 @@ def test_faults_are_one_line_and_status_2(ran, capsys, words, message):
 
 def test_run_mindformer_needs_something_to_predict(ran, capsys):
     assert main.run_mindformer(["--config", YAML, "--run_mode", "predict"]) == 2
-    assert capsys.readouterr().err == 'error: nothing to predict: give --predict_data "a prompt" "another"\n'
+    assert (
+        capsys.readouterr().err
+        == 'error: nothing to predict: give --predict_data "a prompt" "another", or --predict_file FILE\n'
+    )
 
 
 def test_run_mindformer_needs_a_config(ran, capsys):

@@ -63,7 +63,7 @@ DIRECTIONS = {
     "recipes": (
         "recipes config objectives gguf bridge adapters models quant train infer serve data nn ops runtime hf_folder "
         "folder_schema saving storage reading limits errors text",
-        "mindspore numpy transformers huggingface_hub modelscope_hub lm_eval jinja2",
+        "mindspore numpy transformers tqdm huggingface_hub modelscope_hub lm_eval jinja2",
     ),
     "commands": (
         "commands recipes config adapters models quant train infer serve data runtime hf_folder saving storage errors "

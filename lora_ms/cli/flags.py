@@ -188,14 +188,14 @@ ALIASES = {
     "lora_r": "lora_rank",
 }
 FLAG_KEYS = {row[0]: row[1] for rows in FLAGS.values() for row in rows} | {row[0]: row[1] for row in IDLE_FLAGS}
-OTHER_FLAGS = ("config", "preset", "fill", "options", "predict_data", "system", "dry_run", "debug")
+OTHER_FLAGS = tuple("config preset fill options predict_data predict_file predict_output system dry_run debug".split())
 # of serve, with vLLM's names where it has them: (name, type, nargs, default, placeholder, help)
 SERVE_FLAGS: list[tuple[str, Any, str | None, Any, str, str]] = [
     ("host", str, None, "127.0.0.1", "NAME", "address to listen at (127.0.0.1: this machine alone)"),
     ("port", flag_int, None, 8000, "N", "its port (8000; 0: a free one)"),
     ("served-model-name", str, "+", [], "NAME", "the model's name in requests (its folder's); several are one model"),
     ("lora-modules", str, "+", [], "NAME=DIR", "adapters, by the names that requests ask for"),
-    ("max-model-len", flag_int, None, None, "N", "longest prompt and answer together, in tokens"),
+    ("max-model-len", flag_int, None, None, "N", "longest prompt with answer (what the model and 2 GB of cache take)"),
     ("max-num-seqs", flag_int, None, None, "N", "requests that run at once (8)"),
     ("max-loras", flag_int, None, None, "N", "adapters at once (as many as named, and 8 with --adapter-folders)"),
     ("max-lora-rank", flag_int, None, None, "N", "largest rank of one (the named ones'; 16 with --adapter-folders)"),
@@ -210,7 +210,7 @@ SERVE_FLAGS: list[tuple[str, Any, str | None, Any, str, str]] = [
 ]
 # command -> those of its flags that are no keys of the configuration: arguments of its `run`
 COMMAND_FLAGS = {
-    "predict": ("predict_data", "system"),
+    "predict": ("predict_data", "system", "predict_file", "predict_output"),
     "chat": ("system",),
     "preview": ("row",),
     "preprocess": ("report", "layout"),
@@ -246,6 +246,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     text = "few_rows (tens), small_dataset (hundreds), large_dataset (tens of thousands)"
     groups["training"].add_argument("--preset", metavar="NAME", help=text)
     groups["generation"].add_argument("--predict_data", nargs="+", metavar="TEXT", help="prompts")
+    text = "rows with prompts: file, folder or glob"
+    groups["generation"].add_argument("--predict_file", type=flag_path, metavar="PATH", help=text)
+    text = "their answers (answers.jsonl in output_dir); one that was interrupted is gone on with"
+    groups["generation"].add_argument("--predict_output", type=flag_path, metavar="FILE", help=text)
     text = "system message before the conversation (predict, chat)"
     groups["generation"].add_argument("--system", metavar="TEXT", help=text)
     group = parser.add_argument_group("any key of the YAML")

@@ -48,7 +48,7 @@ MODULES = {
 DRY_RUN = "lora_ms.commands.dry_run"  # of finetune
 COMMANDS = {
     "finetune": "train an adapter (or, with pet_config: null, the whole model)",
-    "predict": "answer the prompts of --predict_data",
+    "predict": "answer the prompts of --predict_data, or of a file",
     "chat": "chat with a model and its adapter",
     "serve": "serve a model and its adapters by HTTP: OpenAI's interface, and a page",
     "eval": "score a model on eval_dataset, and its answers to a file of questions",
@@ -231,12 +231,15 @@ def _run_command(command: str | None, args: argparse.Namespace, free_form: list[
     if config.context.low_memory:
         _few_compilers()
     command = command or {"train": "finetune"}.get(config.run_mode, config.run_mode)
-    if command == "predict" and not args.predict_data:
-        raise LoraMsError('nothing to predict: give --predict_data "a prompt" "another"')
+    if command == "predict" and not args.predict_data and args.predict_file is None:
+        raise LoraMsError('nothing to predict: give --predict_data "a prompt" "another", or --predict_file FILE')
     if args.dry_run is not None and command != "finetune":
         raise LoraMsError(f"--dry_run checks a finetune, not {command}: leave it out")
     if args.system is not None and "system" not in COMMAND_FLAGS.get(command, ()):
         raise LoraMsError(f"--system is for predict and chat, not {command}: leave it out (rows have their own)")
+    for flag in ("predict_file", "predict_output"):
+        if getattr(args, flag) is not None and command != "predict":
+            raise LoraMsError(f"--{flag} is for predict, not {command}: leave it out")
     from lora_ms.recipes.download import fetch_named
 
     fetch_named(config, command)

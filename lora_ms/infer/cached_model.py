@@ -15,6 +15,7 @@ from lora_ms.nn.sharing import Place, kind_of, layers_in_blocks, parameters_of
 
 PIECE = 64  # tokens of a prompt that are read at a time
 SHORTEST_CACHE = 512  # tokens; a cache that is read whole at every token has this times a power of two
+LEAST_LENGTH = 2048  # for which there is room in any case, where texts are not known
 CACHE_BYTES = 2 << 30  # of a cache that costs nothing before it is filled; more where the answers need it
 BLOCK_LAYERS = 3  # a call of a graph takes some 0.7 ms of Python and MindSpore
 
@@ -37,6 +38,11 @@ def cache_length(model: nn.Cell, batch: int, needed: int) -> int:
         fitting *= 2
     longest = -(-c.longest // PIECE) * PIECE
     return max(length, min(longest, fitting))
+
+
+def default_length(model: nn.Cell, batch: int, longest: int) -> int:
+    """Tokens of a line of the cache for texts that are not known yet: ``longest``, as far as memory is sensible."""
+    return min(longest, cache_length(model, batch, min(longest, LEAST_LENGTH)))
 
 
 class _Inputs(Graph):

@@ -1,15 +1,23 @@
 """Text in, text out: prompts by the chat template, answers streamed as whole characters."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from lora_ms.data.example import Message
 from lora_ms.data.template import encode_prompt, end_of_turn
 from lora_ms.errors import LoraMsError
-from lora_ms.infer.engine import prompt_name
+from lora_ms.infer.engine import ROWS, Finish, prompt_name
 from lora_ms.infer.generate import Generator
 from lora_ms.infer.sampling import Sampling
 from lora_ms.infer.text_stream import TextStream
+
+
+@dataclass(frozen=True)
+class GeneratedAnswer:
+    """To one prompt."""
+
+    text: str
+    finish: Finish  # why it ended
 
 
 class Speaker:
@@ -54,7 +62,6 @@ class Speaker:
             LoraMsError: a prompt that leaves no room for an answer, is empty, or has ids beyond the vocabulary.
         """
         limits = [self.limit(prompt, number, len(prompts)) for number, prompt in enumerate(prompts, 1)]
-        self.calls += 1
         stream = TextStream(self.tokenizer)
 
         def show_first(row: int, token: int) -> None:
@@ -64,13 +71,46 @@ class Speaker:
         new = self.generator.generate(
             prompts,
             max_new_tokens=limits,
-            sampling=replace(self.sampling, seed=self.sampling.seed + self.calls),  # another answer when asked again
+            sampling=self._sampling(),
             eos_token_ids=self.eos_token_ids,
             on_token=show_first,
         )
         if show is not None:
             show(stream.finish())
-        return [self.tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in new]
+        return [self._text(tokens) for tokens in new]
+
+    def in_turn(self, prompts: Sequence[Sequence[int]], first: int = 0) -> Iterator[GeneratedAnswer]:
+        """The answers to any number of prompts, from the one at index ``first`` on, in their order.
+
+        As many run at once as there are rows; each is the one that ``continued`` gives.
+
+        Raises:
+            LoraMsError: as ``continued``, or an answer cannot be drawn.
+        """
+        limits = [self.limit(prompt, number, len(prompts)) for number, prompt in enumerate(prompts, 1)]
+        requests = self.generator.requests(prompts, limits, self._sampling(), self.eos_token_ids)
+        engine = self.generator.engine_for(requests, min(len(requests), ROWS))
+        tokens: dict[int, list[int]] = {}
+        ended: dict[int, Finish] = {}
+        due = 0
+        for number, event in engine.events_of(requests[first:]):
+            if event.error:
+                raise LoraMsError(f"{prompt_name(first + number + 1, len(prompts))}: {event.error}")
+            if event.token is not None:
+                tokens.setdefault(number, []).append(event.token)
+            if event.finish is not None:
+                ended[number] = event.finish
+            while due in ended:
+                yield GeneratedAnswer(self._text(tokens.pop(due, [])), ended.pop(due))
+                due += 1
+
+    def _sampling(self) -> Sampling:
+        """Of the next call: another answer when asked again."""
+        self.calls += 1
+        return replace(self.sampling, seed=self.sampling.seed + self.calls)
+
+    def _text(self, tokens: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
 
     def limit(self, prompt: Sequence[int], number: int = 1, count: int = 1) -> int:
         """Most new tokens after ``prompt``, the one of this number among ``count``.

@@ -62,14 +62,8 @@ class Generator:
         """
         check_prompts(prompts, self.model.config.vocab_size)
         limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
-        names = [None] * len(prompts) if self.adapter_names is None else self.adapter_names
-        before: Counter[tuple[int, ...]] = Counter()
-        requests = []
-        for prompt, limit, name in zip(prompts, limits, names, strict=True):
-            ids = tuple(int(token) for token in prompt)
-            requests.append(Request(ids, limit, sampling or Sampling(), tuple(eos_token_ids), name, sample=before[ids]))
-            before[ids] += 1
-        engine = self._engine_for(requests)
+        requests = self.requests(prompts, limits, sampling or Sampling(), eos_token_ids)
+        engine = self.engine_for(requests, len(requests))
         if not self.weights_stay:
             engine.forget()
         answers: list[list[int]] = [[] for _ in prompts]
@@ -84,16 +78,34 @@ class Generator:
             engine.cancel_all()
         return answers
 
-    def _engine_for(self, requests: Sequence[Request]) -> Engine:
-        """One with a row for each request, and slots for all their tokens: one that is compiled, where it has them."""
+    def requests(
+        self,
+        prompts: Sequence[Sequence[int]],
+        limits: Sequence[int],
+        sampling: Sampling,
+        eos_token_ids: Sequence[int] = (),
+    ) -> list[Request]:
+        """What ``generate`` asks an engine: of equal prompts, each draws its own random numbers."""
+        names = [None] * len(prompts) if self.adapter_names is None else self.adapter_names
+        before: Counter[tuple[int, ...]] = Counter()
+        found = []
+        for prompt, limit, name in zip(prompts, limits, names, strict=True):
+            ids = tuple(int(token) for token in prompt)
+            found.append(Request(ids, limit, sampling, tuple(eos_token_ids), name, sample=before[ids]))
+            before[ids] += 1
+        return found
+
+    def engine_for(self, requests: Sequence[Request], rows: int) -> Engine:
+        """One with so many rows, and slots for all tokens of any of ``requests``: one that is compiled, where it has
+        them."""
         needed = max(len(request.prompt) + max(request.max_new_tokens, 0) for request in requests)
         needed += len(self.model.leading_ids)
         needed = -(-needed // PIECE) * PIECE  # prompts are read by whole pieces
         for engine in sorted(self.engines, key=lambda engine: engine.rows):
-            if engine.rows >= len(requests) and engine.length >= needed:
+            if engine.rows >= rows and engine.length >= needed:
                 return engine
-        length = cache_length(self.model, len(requests), needed)
-        self.engines.append(Engine(self.model, len(requests), length, self.adapters))
+        length = cache_length(self.model, rows, needed)
+        self.engines.append(Engine(self.model, rows, length, self.adapters))
         return self.engines[-1]
 
 

@@ -16,7 +16,7 @@ from lora_ms.errors import LoraMsError
 from lora_ms.infer.chat import Speaker
 from lora_ms.infer.engine import check_prompts
 from lora_ms.infer.generate import Generator
-from lora_ms.infer.questions import chrf, is_match, question_of
+from lora_ms.infer.questions import Question, chrf, is_match, question_of
 from lora_ms.infer.sampling import Sampling
 from lora_ms.models.decoder import CausalLM
 from lora_ms.recipes.data import NO_LIMIT, held_out_plan, tokenizer_for
@@ -76,6 +76,18 @@ class SampleAnswers:
         return [{"prompt": p, "answer": a} for p, a in zip(self.prompts, answers, strict=True)]
 
 
+def read_questions(file: str, tokenizer, preparation: Preparation, name: str) -> list[Question]:
+    """The questions of a file of rows with answers; ``name``: of the setting, for errors.
+
+    Raises:
+        LoraMsError: a row that is none.
+    """
+    try:
+        return [question_of(tokenizer, row) for row in read([file], preparation, Tally())]
+    except LoraMsError as error:
+        raise LoraMsError(f"{name} {file}: {str(error).removeprefix(f'{file}: ')}") from None
+
+
 class Quiz:
     """The questions of ``evaluation.prompts_file``, and the scores of a model's answers to them."""
 
@@ -93,11 +105,7 @@ class Quiz:
             keep_placeholders=not dataset.fill,
             num_samples=dataset.num_samples,
         )
-        rows = read([file], preparation, Tally())
-        try:
-            self.questions = [question_of(tokenizer, row) for row in rows]
-        except LoraMsError as error:
-            raise LoraMsError(f"prompts_file {file}: {str(error).removeprefix(f'{file}: ')}") from None
+        self.questions = read_questions(file, tokenizer, preparation, "prompts_file")
         self.batch_size = config.eval_batch_size
         self.path = Path(config.output_dir) / PREDICTIONS
 

@@ -11,7 +11,7 @@ from lora_ms.adapters.matching import ALL_LINEAR
 from lora_ms.adapters.multi_adapter import AdapterPool
 from lora_ms.config import RunConfig
 from lora_ms.errors import LoraMsError
-from lora_ms.infer.cached_model import PIECE, cache_length
+from lora_ms.infer.cached_model import default_length
 from lora_ms.infer.engine import ROWS, Engine
 from lora_ms.models.decoder import CausalLM
 from lora_ms.recipes import session
@@ -104,9 +104,7 @@ def _server(
     sampling = sampling_of(config)
     speaker = speaker_for(config, model, sampling)
     rows = sizes.rows or ROWS
-    if sizes.length is not None and sizes.length > speaker.max_length:
-        raise LoraMsError(f"--max-model-len {sizes.length}: the model takes {speaker.max_length} tokens at most")
-    length = sizes.length or min(speaker.max_length, cache_length(model, rows, PIECE))
+    length = length_of(model, rows, speaker.max_length, sizes.length)
     pool = _pool(model, rows, adapters, bool(settings.adapter_folders), sizes)
     engine = Engine(model, rows, length, pool)
     folder = config.load_checkpoint
@@ -129,11 +127,23 @@ def _server(
     for name, path in adapters.items():
         catalog.add(name, path, load(name, Path(path)))
     engine.warm()
-    _say(catalog, settings, engine)
+    _say(catalog, settings, engine, speaker.max_length)
     thread = EngineThread(engine, engine.rows + settings.max_waiting)
     server = server_for(Application(thread, catalog, settings, sampling, load, unload).asgi(), settings)
     thread.on_death = server.fail
     return server, thread
+
+
+def length_of(model: CausalLM, rows: int, longest: int, asked: int | None) -> int:
+    """Most tokens of a prompt and its answer together: the model's own limit ``longest``, as far as memory is sensible,
+    or what was ``asked`` for.
+
+    Raises:
+        LoraMsError: more than the model takes.
+    """
+    if asked is not None and asked > longest:
+        raise LoraMsError(f"--max-model-len {asked}: the model takes {longest} tokens at most")
+    return asked or default_length(model, rows, longest)
 
 
 def _pool(model: CausalLM, rows: int, adapters: Mapping[str, str], more: bool, sizes: ServeSizes) -> AdapterPool | None:
@@ -153,11 +163,13 @@ def _pool(model: CausalLM, rows: int, adapters: Mapping[str, str], more: bool, s
     return AdapterPool(model, rows, sizes.adapters or places, sizes.lora_rank or rank, targets, more=kinds)
 
 
-def _say(catalog: Catalog, settings: ServeSettings, engine: Engine) -> None:
+def _say(catalog: Catalog, settings: ServeSettings, engine: Engine, longest: int) -> None:
     """What the user should know."""
     for served in catalog.served.values():
         print(f"serving {served.name}: {served.root}")
     print(f"{counted(engine.rows, 'request')} at once, {engine.length:,} tokens each with the answer")
+    if engine.length < longest:
+        print(f"the model takes {longest:,} tokens: --max-model-len N for more, which takes more memory")
     if settings.api_key:
         print("an API key is asked for (LORA_MS_API_KEY)")
     else:

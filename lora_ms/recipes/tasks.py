@@ -13,12 +13,11 @@ from lora_ms import saving, storage
 from lora_ms.config import RunConfig
 from lora_ms.config.load import read_yaml
 from lora_ms.errors import LoraMsError
-from lora_ms.infer.cached_model import cache_length
+from lora_ms.infer.cached_model import default_length
 from lora_ms.infer.chat import Speaker
 from lora_ms.infer.engine import ROWS, Engine
 
 RESULTS, SAMPLES = "tasks.json", "tasks.jsonl"
-LEAST_LENGTH = 2048  # tokens of a question with its examples for which there is room, where the model takes them
 # keys of a task that may name code, or a file of it
 CODE = ("class", "custom_dataset", "group", "include", "process_docs", "process_results", "unsafe_code", "use_prompt")
 
@@ -57,8 +56,7 @@ class Tasks:
         from lora_ms.infer.harness import HarnessModel
 
         model = speaker.generator.model
-        room = cache_length(model, ROWS, min(speaker.max_length, LEAST_LENGTH))
-        engine = Engine(model, ROWS, min(speaker.max_length, room))
+        engine = Engine(model, ROWS, default_length(model, ROWS, speaker.max_length))
         harness = HarnessModel(engine, speaker.tokenizer, speaker.eos_token_ids)
         try:
             found: Any = simple_evaluate(

@@ -38,6 +38,8 @@ NOT_RUN = {
     r"bash scripts/test\.sh|make (quick|check)": "it is what runs the tests",
     r"source \.venv": "the reader's environment",
     r"pip install": "needs a package index",
+    r"lora-ms eval .*--tasks mine\.yaml": "the reader's own task: tests/serve/test_lm_eval.py has one",
+    r"lm_eval run": "asks a server: tests/serve/test_lm_eval.py runs it",
     r"bash scripts/msrun_launcher\.sh": "several processes, or cards: tests/scripts/test_ranks.py starts two and four",
     r"bash scripts/orangepi_env\.sh": "limits the memory of the machine: tests/scripts/test_orangepi_env.py",
     r"bash scripts/ascend_report\.sh": "tests/scripts/test_ascend_report.py runs it",

@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 
 from lora_ms.errors import LoraMsError
-from lora_ms.infer.cached_model import PIECE, cache_length
+from lora_ms.infer.cached_model import PIECE, cache_length, default_length
 from lora_ms.infer.generate import Generator, pad_rows
 from lora_ms.infer.sampling import Sampling
 from lora_ms.models.decoder import DecoderConfig
 from lora_ms.models.hub import load_directory, new_model
 from lora_ms.nn import sharing
 from lora_ms.ops import PORTABLE
+from lora_ms.recipes.serve import length_of
 
 MODELS = ("llama2", "llama3", "qwen2", "qwen3", "deepseek_r1_qwen")
 
@@ -75,6 +76,20 @@ def test_cache_lengths_are_few(native, reference):
         model = load_directory(reference / "models" / "qwen2", operators=native)
         whole = -(-model.config.longest // PIECE) * PIECE
         assert [cache_length(model, 2, n) for n in (1, whole)] == [max(whole, 512)] * 2
+
+
+def test_a_model_of_long_texts_is_served_within_memory(native, reference):
+    model = load_directory(reference / "models" / "qwen2", operators=native)
+    model.config = replace(
+        model.config, max_position_embeddings=131072, num_hidden_layers=28, num_key_value_heads=8, head_dim=128
+    )
+    for rows, length in ((8, 1024), (1, 8192)):
+        assert default_length(model, rows, model.config.longest) == max(2048, length)
+        assert length_of(model, rows, 131072, None) == max(2048, length)
+    assert default_length(model, 8, 512) == 512
+    assert length_of(model, 8, 131072, 100_000) == 100_000
+    with pytest.raises(LoraMsError, match="--max-model-len 9: the model takes 8 tokens at most"):
+        length_of(model, 1, 8, 9)
 
 
 def test_prompts_of_several_pieces_and_fewer_rows(qwen2):
