@@ -322,6 +322,11 @@ class AdapterConfig(metaclass=ByPeftNames):
         return f"target_modules {asked} matches no layer{outside}; could match: {leaves}, or {ALL_LINEAR}"
 
     @property
+    def merges(self) -> bool:
+        """Whether the adapter can become part of the weights."""
+        return True
+
+    @property
     def virtual_tokens(self) -> int:
         """Trained vectors that stand before the tokens of every row."""
         return 0
@@ -347,6 +352,15 @@ class AdapterConfig(metaclass=ByPeftNames):
         Raises:
             LoraMsError: the method does not suit this kind of layer.
         """
+
+    def beside(self, cells: Mapping[str, "nn.Cell"], built: Mapping[str, "nn.Cell"]) -> "Mapping[str, nn.Cell]":
+        """Cells for other places of a model than modules, by path.
+
+        Args:
+            cells: of the model, by path.
+            built: those of the modules.
+        """
+        return {}
 
     @property
     def trains_all_biases(self) -> bool:
