@@ -19,7 +19,7 @@ from lora_ms.models.hub import load_directory
 from lora_ms.train.parts import SummedLoss
 
 pytestmark = pytest.mark.usefixtures("graph_mode")
-VARIANTS = ("qwen2_prompt", "qwen3_ptuning_lstm")
+VARIANTS = ("qwen2_prefix", "qwen2_prompt", "qwen3_ptuning_lstm")
 
 
 def error_of(function, *args, **kwargs) -> str:
@@ -42,7 +42,7 @@ def test_generated_tokens_are_pefts(reference, golden, name):
     model.generate(ids, max_new_tokens=1, repetition_penalty=1.2)
 
 
-@pytest.mark.parametrize("name", VARIANTS[:1])
+@pytest.mark.parametrize("name", VARIANTS[:2])
 def test_padded_bucketed_and_packed_rows_give_one_loss(reference, native, name):
     model = load_directory(reference / "models" / name.partition("_")[0], operators=native).set_train(False)
     load_adapter(model, reference / "variants" / name)
