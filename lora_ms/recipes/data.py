@@ -224,6 +224,7 @@ def plan_training(
         sources=rows.shares,
         prefer_many_lines=settings.adaptive_batch,
         unit=rows.unit,
+        virtual_tokens=len(lead),
     )
     padding = plan.padding()
     reports = [dataclasses.replace(report, layout=plan.describe(), padding=padding) for report in rows.reports]
