@@ -85,8 +85,7 @@ class PrefixTuningConfig(VirtualTokensConfig):
     # PEFT's files
 
     def to_peft(self, specs: Mapping[str, Any], targets: Sequence[str]) -> dict[str, Any]:
-        size = self.encoder_hidden_size if self.prefix_projection else None
-        both = {"prefix_projection": self.prefix_projection, "encoder_hidden_size": size}
+        both = {"prefix_projection": self.prefix_projection, "encoder_hidden_size": self.encoder_hidden_size}
         return {**super().to_peft(specs, targets), **both}
 
     @classmethod
