@@ -322,6 +322,22 @@ class AdapterConfig(metaclass=ByPeftNames):
         return f"target_modules {asked} matches no layer{outside}; could match: {leaves}, or {ALL_LINEAR}"
 
     @property
+    def reads_inputs(self) -> bool:
+        """Whether the adapter starts from what the modules take, see ``started``."""
+        return False
+
+    def started(
+        self, inputs: Iterable[tuple[str, Array]], names: Collection[str]
+    ) -> "tuple[AdapterConfig, dict[str, dict[str, Array]]]":
+        """The settings of an adapter that starts from data, and its first tensors, by module and name.
+
+        Args:
+            inputs: module and what it takes at some tokens [tokens, in], of modules that are adapted or not.
+            names: modules that are adapted.
+        """
+        raise NotImplementedError
+
+    @property
     def merges(self) -> bool:
         """Whether the adapter can become part of the weights."""
         return True
