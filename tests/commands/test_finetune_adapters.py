@@ -189,12 +189,12 @@ def test_an_impossible_adapter_is_refused_before_the_model_is_read(words, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
-def test_a_run_that_starts_by_eva_resumes(words, tmp_path, monkeypatch):
-    """A is orthonormal, as the first step finds it; the file is plain LoRA."""
+def test_a_run_that_starts_by_eva_resumes(words, tmp_path):
+    """Of ranks that the rows decide; the file is plain LoRA."""
     keys = ("init_lora_weights=eva", "lora_rank=2", "lora_alpha=2", "eva_rho=2")
     whole = finetune(words, tmp_path / "whole", *keys)
     assert "the adapter starts from what the layers take at label tokens of 8 rows" in (whole / "run.log").read_text()
-    first = load_file(whole / "checkpoints" / "step_5" / "adapter" / "adapter_model.safetensors")
+    first = load_file(whole / "checkpoints" / "step_5" / "adapter_model.safetensors")
     config = adapter_config(whole / "adapter")
     assert config["init_lora_weights"] is True and {len(v) for k, v in first.items() if "lora_A" in k} != {2}
     shutil.copytree(whole, tmp_path / "resumed")
