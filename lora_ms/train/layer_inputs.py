@@ -16,7 +16,7 @@ Array = NDArray[np.float32]
 MIXED, GATE = 3, 0  # places of what ``AttentionHalf`` and ``FeedForwardHalf`` keep
 
 
-class _Top(Graph):
+class _TopKept(Graph):
     """(x [t, h], rope …, visible of each layer …) -> of each half-layer what is kept of it …, and its output."""
 
     def __init__(self, half_layers: Sequence[nn.Cell]):
@@ -57,7 +57,7 @@ def layer_inputs(model: nn.Cell, plan: DataPlan) -> Iterator[tuple[str, Array]]:
         for rows, batch in plan.placed(step):
             seen.append(_seen(batch, plan.label_counts[rows].tolist()))
             states.append(prepare.by_layer(prepare(*map(Tensor, batch[:2]))))
-    top = _Top(parts.half_layers[shared.top :])
+    top = _TopKept(parts.half_layers[shared.top :])
     with shared.sharing():
         for number, block in enumerate([*shared.blocks, None]):
             first = shared.size // 2 * number
