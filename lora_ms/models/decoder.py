@@ -262,6 +262,7 @@ class CausalLM(Graph):
         super().__init__()
         make = dense_projections(dtype, operators) if make is None else make
         self.config = config
+        self.vocab_size = config.vocab_size
         self.dtype = dtype
         self.operators = operators
         self.model = Decoder(config, dtype, inside("model", make), operators, shard)
@@ -307,7 +308,7 @@ class CausalLM(Graph):
         virtual = self.model.embed_tokens.virtual_tokens
         if virtual:
             batch = input_ids.shape[0]
-            first = self.config.vocab_size
+            first = self.vocab_size
             lead = ops.tile(Tensor(np.arange(first, first + virtual, dtype=np.int32)[None]), (batch, 1))
             input_ids = ops.concat((lead, input_ids.astype(ms.int32)), 1)
             if attention_mask is not None:
