@@ -33,6 +33,12 @@ METHODS: dict[str, tuple[dict, float]] = {
     "IA3": ({"pet_type": "ia3"}, 2e-2),
     "bottleneck (houlsby)": ({"pet_type": "adapter", "reduction_factor": 8}, 2e-3),
     "bottleneck (pfeiffer)": ({"pet_type": "adapter", "adapter_style": "pfeiffer", "reduction_factor": 8}, 2e-3),
+    "bottleneck (parallel)": ({"pet_type": "adapter", "adapter_style": "parallel", "reduction_factor": 8}, 2e-3),
+    "prefix tuning": ({"pet_type": "prefix", "num_virtual_tokens": 20}, 1e-1),
+    "prefix tuning, projected": (
+        {"pet_type": "prefix", "num_virtual_tokens": 20, "prefix_projection": True, "encoder_hidden_size": 128},
+        3e-3,
+    ),
     "prompt tuning": ({"pet_type": "prompt", "num_virtual_tokens": 20, "prompt_tuning_init": "SAMPLE_VOCAB"}, 3e-2),
     "P-tuning": ({"pet_type": "ptuning", "num_virtual_tokens": 20, "encoder_hidden_size": 128}, 3e-3),
 }

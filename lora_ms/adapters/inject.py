@@ -142,6 +142,7 @@ def build(
     cells = {name: copies[type(layer)](layer) for name, layer in saved_layers(model, config).items()}
     for name, spec in specs.items():
         cells[name] = config.build(Target(name, layers[name], shard, operators), spec)
+    cells |= config.beside(cells_of(model), cells)
     if config.trains_all_biases:
         for name, layer in layers.items():
             if name not in cells and copies.get(type(layer)) is modules_to_save_cells.TrainedDense and layer.has_bias:

@@ -7,6 +7,7 @@ from importlib import import_module
 from pathlib import Path
 
 from lora_ms.config import RunConfig
+from lora_ms.recipes.adapter import adapter_config
 from lora_ms.recipes.estimate import size
 from lora_ms.recipes.train import PreparedRun, closing_lines, train
 from lora_ms.runtime.device import peak_memory_mb
@@ -46,7 +47,9 @@ def next_lines(config: RunConfig, prepared: PreparedRun, seconds: float) -> list
     if not Path(config.load_checkpoint).is_dir():
         return lines
     merge = f"lora-ms merge --load_adapter {output}/adapter --output_dir {output}/merged"
-    if not (Path(config.output_dir) / "adapter" / "tokenizer_config.json").is_file():
-        return [*lines, f"next: {merge}"]
-    chat = f"lora-ms chat --load_checkpoint {base} --load_adapter {output}/adapter"
-    return [*lines, f"next: {chat}", f"      {merge}"]
+    tools = []
+    if (Path(config.output_dir) / "adapter" / "tokenizer_config.json").is_file():
+        tools.append(f"lora-ms chat --load_checkpoint {base} --load_adapter {output}/adapter")
+    if adapter_config(config.pet_config).merges:
+        tools.append(merge)
+    return [*lines, *(f"{'next:' if tool is tools[0] else '     '} {tool}" for tool in tools)]

@@ -51,7 +51,8 @@ def run(config: RunConfig, row: int | None) -> None:
         return
     chunks = tokenise(read(sources, preparation, tally), tokenizer, preparation, tally)
     rows = (kept for _, chunk in chunks for kept in chunk)
-    shown = list(islice(rows, ROWS) if row is None else of_number(rows, row))
+    answers = 1 if preparation.preferences != "pairs" else 2  # to a row
+    shown = list(islice(rows, ROWS * answers) if row is None else of_number(rows, row))
     if not shown:
         if row is None or not tally.kept:
             finish(TokenStore.of([]), preparation, tally)  # raises, with the reason
@@ -173,6 +174,8 @@ def show(row: TokenRow, tokenizer, colours: bool) -> str:
     edges = np.flatnonzero(np.diff(learnt.astype(np.int8))) + 1  # where labelled parts begin and end
     labels = int(np.count_nonzero(learnt[1:]))
     head = f"{row.where}: {counted(len(row.input_ids), 'token')}, {labels:,} of them labels"
+    if not row.liked:
+        head += ", rejected"
     parts = []
     for part in np.split(np.arange(len(learnt)), edges):
         text = escaped(tokenizer.decode(row.input_ids[part], clean_up_tokenization_spaces=False))

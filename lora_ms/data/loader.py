@@ -159,6 +159,7 @@ class DataPlan:
     reports: list[dict] = field(default_factory=list)  # what became of the data, for data_report.json
     terms: Sequence[TermRows] = ()  # of further terms of the loss
     unit: int = 1  # rows of the store that belong together
+    virtual_tokens: int = 0  # at the beginning of every row of the store, which are no tokens of its own
 
     @classmethod
     def build(
@@ -181,6 +182,7 @@ class DataPlan:
         sources: Sequence[Source] = (),
         prefer_many_lines: bool = False,
         unit: int = 1,
+        virtual_tokens: int = 0,
     ) -> DataPlan:
         """Fix the run's steps and shapes.
 
@@ -194,6 +196,7 @@ class DataPlan:
         prefer_many_lines: packed, micro-batches of many lines rather than of long ones, so that they can be made
             smaller while the run goes on.
         unit: rows of the store that belong together. All other numbers of rows are numbers of units.
+        virtual_tokens: at the beginning of every row of the store; they are not counted as tokens of a step.
 
         Raises LoraMsError when drop_remainder leaves no step.
         """
@@ -246,6 +249,7 @@ class DataPlan:
             total_steps=total_steps,
             usual_lines=batch_size,
             unit=unit,
+            virtual_tokens=virtual_tokens,
         )
 
     def __len__(self) -> int:
@@ -297,6 +301,8 @@ class DataPlan:
             capacity=batch.shape.capacity,
             pad_id=self.pad_id,
         )
+        if self.virtual_tokens:
+            found = found._replace(tokens=found.tokens - self.virtual_tokens * sum(map(len, lines)))
         if not self.terms:
             return found
         rows = taken[batch.rows]

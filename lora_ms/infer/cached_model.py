@@ -74,9 +74,9 @@ class _Layers(nn.Cell):
         self.windows = tuple(windows)
 
     def construct(self, x: Tensor, context: tuple) -> Tensor:
-        rope, rows, begins = context[:4], context[4], context[5]
+        rope, rows, begins = context[:5], context[5], context[6]
         for i in range(len(self.layers)):
-            visible = context[6 + self.windows[i]]
+            visible = context[7 + self.windows[i]]
             x = self.layers[i].cached(x, rope, visible, (self.keys[i], self.values[i], rows, begins))
         return x
 

@@ -190,6 +190,11 @@ class Decoder(nn.Cell):
             num_heads=heads, num_kv_heads=kv_heads, dtype=dtype, flash=c.flash_attention
         )
 
+    def rope(self, position_ids: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, ...]:
+        """The four of ``rotary_tables``, and the positions themselves: position_ids [t]."""
+        tables = self.rotary_tables(position_ids, lengths, self.embed_tokens.unrotated)
+        return tables + (position_ids.astype(ms.int32),)
+
     def visibility(self, position_ids: Tensor) -> tuple[Visibility, ...]:
         """What every token sees through each of ``windows``: position_ids [b, s], from 0 in each row."""
         batch, seq = position_ids.shape
@@ -208,7 +213,7 @@ class Decoder(nn.Cell):
         return found
 
     def construct(self, input_ids: Tensor, position_ids: Tensor, rows: Tensor | None = None) -> Tensor:
-        rope = self.rotary_tables(position_ids.reshape((-1,)))
+        rope = self.rope(position_ids.reshape((-1,)))
         visible = self.of_layers(self.visibility(position_ids))
         x = self.embed_tokens(input_ids.reshape((-1,))).astype(self.stream)  # [t, h]
         for i in range(len(self.layers) - 1):
@@ -224,12 +229,12 @@ class Decoder(nn.Cell):
         layers take.
 
         first [b]: see ``KVCache``. lengths [b]: tokens of each line, as far as they are known; see ``RotaryTables``.
-        Returns x [b * s, h], the rotary tables of queries and keys (4), the rows of the cache where they are put, where
+        Returns x [b * s, h], what ``rope`` gives (5), the rows of the cache where they are put, where
         their heads begin in it, and what each token sees through each of ``windows`` ….
         """
         new = input_ids.shape[1]
         positions, rows, begins, visible = cache(new, lines, start, first)
-        rope = self.rotary_tables(positions, ops.tile(lengths.reshape((-1, 1)), (1, new)).reshape((-1,)))
+        rope = self.rope(positions, ops.tile(lengths.reshape((-1, 1)), (1, new)).reshape((-1,)))
         x = self.embed_tokens(input_ids.reshape((-1,))).astype(self.stream)
         return (x,) + rope + (rows, begins) + visible
 
@@ -257,6 +262,7 @@ class CausalLM(Graph):
         super().__init__()
         make = dense_projections(dtype, operators) if make is None else make
         self.config = config
+        self.vocab_size = config.vocab_size
         self.dtype = dtype
         self.operators = operators
         self.model = Decoder(config, dtype, inside("model", make), operators, shard)
@@ -302,7 +308,7 @@ class CausalLM(Graph):
         virtual = self.model.embed_tokens.virtual_tokens
         if virtual:
             batch = input_ids.shape[0]
-            first = self.config.vocab_size
+            first = self.vocab_size
             lead = ops.tile(Tensor(np.arange(first, first + virtual, dtype=np.int32)[None]), (batch, 1))
             input_ids = ops.concat((lead, input_ids.astype(ms.int32)), 1)
             if attention_mask is not None:

@@ -17,6 +17,14 @@ def first_in_window(first: Tensor, places: Tensor, window: int) -> Tensor:
     return ops.maximum(first, places - (window - 1)) if window else first
 
 
+class KeysAndValues(nn.Cell):
+    """Where a method of adapting can put keys and values of its own in the place of some tokens': keys [t, n_kv * d] as
+    they are before the rotation, values likewise, each token's position in its row [t] -> keys and values."""
+
+    def construct(self, keys: Tensor, values: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        return keys, values
+
+
 class Attention(nn.Cell):
     """Attention over x [t, h] with t = b * s; shape legend in ``lora_ms.ops.portable``; of ``shard``, its heads.
 
@@ -56,13 +64,14 @@ class Attention(nn.Cell):
         if qk_norm_eps is not None:
             self.q_norm = RMSNorm(head_dim, qk_norm_eps, dtype, operators)
             self.k_norm = RMSNorm(head_dim, qk_norm_eps, dtype, operators)
+        self.prefix = KeysAndValues()
         sizes = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
         self.attention = operators.attention(**sizes, dtype=dtype, flash=flash_attention)
         self.cached_attention = operators.cached_attention(**sizes, dtype=dtype, flash=flash_attention)
 
-    def norms(self) -> list[nn.Cell]:
-        """Those on queries and keys, if there are any."""
-        return [self.q_norm, self.k_norm] if self.qk_norm else []
+    def inner(self) -> list[nn.Cell]:
+        """What stands between the projections."""
+        return [self.q_norm, self.k_norm, self.prefix] if self.qk_norm else [self.prefix]
 
     def normalised(self, x: Tensor, norm: nn.Cell) -> Tensor:
         """x [t, n * d] with each head normalised."""
@@ -73,31 +82,35 @@ class Attention(nn.Cell):
         x = self.sum_gradient(x)
         return self.q_proj(x), self.k_proj(x), self.v_proj(x)
 
-    def normalise(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries and keys as Qwen3 normalises them; of the others as they are."""
+    def prepare(self, q: Tensor, k: Tensor, v: Tensor, rope: tuple) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys as Qwen3 normalises them, of the others as they are; keys and values behind ``prefix``.
+
+        rope: what ``Decoder.rope`` gives.
+        """
         if self.qk_norm:
-            return self.normalised(q, self.q_norm), self.normalised(k, self.k_norm)
-        return q, k
+            q, k = self.normalised(q, self.q_norm), self.normalised(k, self.k_norm)
+        k, v = self.prefix(k, v, rope[4])
+        return q, k, v
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, rope: tuple, visible: Visibility) -> Tensor:
         """Attention on what ``project`` gives -> [t, n_h * d]."""
-        q, k = self.normalise(q, k)
-        return self.attention(q, k, v, rope, visible)
+        q, k, v = self.prepare(q, k, v, rope)
+        return self.attention(q, k, v, rope[:4], visible)
 
     def mix_keeping(self, q: Tensor, k: Tensor, v: Tensor, rope: tuple, visible: Visibility) -> tuple[Tensor, ...]:
         """As ``mix``, and what its gradient needs besides …."""
-        q, k = self.normalise(q, k)
-        return self.attention.keeping(q, k, v, rope, visible)
+        q, k, v = self.prepare(q, k, v, rope)
+        return self.attention.keeping(q, k, v, rope[:4], visible)
 
     def mix_known(self, q: Tensor, k: Tensor, v: Tensor, rope: tuple, visible: Visibility, kept: tuple) -> Tensor:
         """What ``mix_keeping`` gave, ``kept``, to be differentiated: [t, n_h * d]."""
-        q, k = self.normalise(q, k)
-        return self.attention.known(q, k, v, rope, visible, kept)
+        q, k, v = self.prepare(q, k, v, rope)
+        return self.attention.known(q, k, v, rope[:4], visible, kept)
 
     def mix_cached(self, q: Tensor, k: Tensor, v: Tensor, rope: tuple, visible: Visibility, cache: tuple) -> Tensor:
         """As ``mix``, for new tokens that also look at those in ``cache``, where they are put."""
-        q, k = self.normalise(q, k)
-        return self.cached_attention(q, k, v, rope, visible, cache)
+        q, k, v = self.prepare(q, k, v, rope)
+        return self.cached_attention(q, k, v, rope[:4], visible, cache)
 
     def output(self, x: Tensor) -> Tensor:
         """The output projection: [t, n_h * d] -> [t, h]."""

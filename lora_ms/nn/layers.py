@@ -69,6 +69,7 @@ class Embedding(nn.Cell):
     def __init__(self, weight: Parameter, operators: Operators = PORTABLE):
         super().__init__()
         self.virtual_tokens = 0  # ids from the vocabulary's size on that have trained vectors (prompt tuning)
+        self.unrotated = 0  # of these, those whose keys are not rotated (prefix tuning)
         self.weight = weight
         self.operators = operators
         self.rows_of = operators.embedding()

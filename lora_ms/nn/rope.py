@@ -117,6 +117,8 @@ class RotaryTables(nn.Cell):
 
     lengths [t]: how many tokens the row of each token has, as far as it is known; it matters to dynamic NTK alone. None
     where position_ids hold whole rows, one after another.
+
+    unrotated: the keys at positions below it are as they are given.
     """
 
     def __init__(self, head_dim: int, num_heads: int, num_kv_heads: int, rotation: Rotation, dtype: ms.Type):
@@ -145,7 +147,9 @@ class RotaryTables(nn.Cell):
         ratio = self.factor * (lengths.astype(ms.float32) / self.original) - (self.factor - 1.0)
         return self.inv_freq * ops.pow(ops.maximum(ratio, 1.0).reshape((-1, 1)), self.exponents)
 
-    def construct(self, position_ids: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def construct(
+        self, position_ids: Tensor, lengths: Tensor | None = None, unrotated: int = 0
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         inv_freq = self.inv_freq
         if self.grows:
             inv_freq = self.slowed(row_lengths(position_ids) if lengths is None else lengths)
@@ -155,9 +159,8 @@ class RotaryTables(nn.Cell):
         if self.attention_factor != 1.0:
             cos = cos * self.attention_factor
             sin = sin * self.attention_factor
-        return (
-            self.spread(cos * self.scale, self.num_heads),
-            self.spread(sin * self.scale, self.num_heads),
-            self.spread(cos, self.num_kv_heads),
-            self.spread(sin, self.num_kv_heads),
-        )
+        queries = self.spread(cos * self.scale, self.num_heads), self.spread(sin * self.scale, self.num_heads)
+        if unrotated > 0:
+            rotated = (position_ids >= unrotated).astype(ms.float32).reshape((-1, 1))
+            cos, sin = cos * rotated + (1.0 - rotated), sin * rotated
+        return queries + (self.spread(cos, self.num_kv_heads), self.spread(sin, self.num_kv_heads))

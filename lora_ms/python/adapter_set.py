@@ -3,10 +3,12 @@
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+import numpy as np
 from mindspore import Tensor, nn
 
 from lora_ms.adapters.combine import Adapter
 from lora_ms.adapters.inject import build, cell_at, install
+from lora_ms.adapters.matching import leaf_of
 from lora_ms.adapters.merge import merged_cells
 from lora_ms.adapters.methods.base import AdapterConfig, Pair, RowUpdate
 from lora_ms.adapters.methods.base_cells import AdapterCell, State
@@ -184,6 +186,32 @@ def detached(config: AdapterConfig, cells: Cells) -> Adapter:
     Adapter(config, {})  # kinds that have other tensors are refused first
     pairs = {path: cell.pair() for path, cell in cells.items()}
     return Adapter(config, {path: pair for path, pair in pairs.items() if pair is not None})
+
+
+def padded(adapter: Adapter, lora_rank: int, shapes: Mapping[str, tuple[int, int]]) -> Adapter:
+    """The same adapter with ``lora_rank`` on every module of ``shapes``, [out, in]: A and B end in zeros, and are zeros
+    where it has none. Its scaling is in B.
+
+    Raises:
+        LoraMsError: it has another module, or a larger rank.
+    """
+    for name, pair in adapter.tensors.items():
+        if name not in shapes:
+            raise LoraMsError(f"hot swap: {name} is none of the modules that were prepared: name it in target_modules")
+        if len(pair.a) > lora_rank:
+            raise LoraMsError(
+                f"hot swap: rank {len(pair.a)} of {name} is above target_rank {lora_rank}: prepare a higher one"
+            )
+    pairs = {}
+    for name, (outputs, inputs) in shapes.items():
+        a, b = np.zeros((lora_rank, inputs), np.float32), np.zeros((outputs, lora_rank), np.float32)
+        if name in adapter.tensors:
+            pair = adapter.tensors[name]
+            a[: len(pair.a)] = pair.a
+            b[:, : len(pair.a)] = pair.scaling * pair.b
+        pairs[name] = Pair(a, b, 1.0)
+    targets = tuple(sorted({leaf_of(name) for name in shapes}))
+    return Adapter(adapter.config.combined(lora_rank, targets), pairs)
 
 
 def attached(model: nn.Cell, adapter: Adapter) -> Cells:

@@ -10,15 +10,16 @@ from numpy.typing import NDArray
 
 from lora_ms import saving
 from lora_ms.adapters.check import missing_modules
-from lora_ms.adapters.combine import combine
-from lora_ms.adapters.inject import build, report, select, target_layers
+from lora_ms.adapters.combine import Adapter, combine
+from lora_ms.adapters.inject import build, report, select, target_layers, weight_shape
 from lora_ms.adapters.methods.base import AdapterConfig
+from lora_ms.adapters.methods.lora import LoraConfig
 from lora_ms.adapters.peft_format import incomplete, read_adapter_config, read_cells, save_adapter
 from lora_ms.errors import LoraMsError
 from lora_ms.infer.generate import Generator
 from lora_ms.infer.interrupt import interruptible
 from lora_ms.nn.graph import Graph
-from lora_ms.python.adapter_set import AdapterSet, attached, detached
+from lora_ms.python.adapter_set import AdapterSet, attached, detached, padded
 from lora_ms.recipes.download import local_folder
 from lora_ms.recipes.outputs import base_quantization
 
@@ -49,6 +50,7 @@ class PeftModel:
         self.model = model
         self.adapters = AdapterSet(model, model.cells_have_changed)
         self.graphs: dict[Hashable, tuple[Logits, Generator]] = {}
+        self.hotswap: tuple[int, dict[str, tuple[int, int]]] | None = None  # rank, shapes of modules by path
         for parameter in model.get_parameters():
             parameter.requires_grad = False
 
@@ -186,11 +188,44 @@ class PeftModel:
         )
         if self.active_adapter is not None:
             self.set_adapter(self.active_adapter)
+        self._add(adapter_name, combined.config, self._attached(combined))
+
+    def prepare_for_hotswap(self, target_rank: int, target_modules: str | tuple[str, ...] = "all-linear") -> None:
+        """From now on LoRA adapters, those that are there included, are widened to one shape: of whatever rank up to
+        ``target_rank``, and on whatever of ``target_modules``, they share one compiled graph, and ``set_adapter`` and
+        the first use of an adapter that is loaded later compile nothing. Saved, an adapter has the wider shape, and
+        computes the same.
+
+        Raises:
+            LoraMsError: an adapter of a larger rank, on other modules, or of another kind than LoRA and rsLoRA.
+        """
+        names = list(self.peft_config)
+        there = {name: detached(self.peft_config[name], self.adapters.cells_of(name)) for name in names}
         with self.adapters.disabled():
-            cells = attached(self.model, combined)
-        self._add(adapter_name, combined.config, cells)
+            layers = target_layers(self.model)
+            chosen = LoraConfig(target_rank, float(target_rank), target_modules=target_modules).specs(layers)
+        shapes = {name: weight_shape(layers[name]) for name in chosen}
+        wide = {name: padded(adapter, target_rank, shapes) for name, adapter in there.items()}  # all, or none
+        active = self.adapters.active
+        self.adapters.uninstall()
+        self._release()
+        self.hotswap = (target_rank, shapes)
+        for name, adapter in wide.items():
+            self._place(name, adapter.config, self._attached(adapter))
+        if active is not None:
+            self.set_adapter(active)
 
     def _add(self, name: str, config: AdapterConfig, cells: Mapping[str, nn.Cell]) -> None:
+        if self.hotswap is not None:
+            wide = padded(detached(config, cells), *self.hotswap)
+            config, cells = wide.config, self._attached(wide)
+        self._place(name, config, cells)
+
+    def _attached(self, adapter: Adapter) -> Mapping[str, nn.Cell]:
+        with self.adapters.disabled():
+            return attached(self.model, adapter)
+
+    def _place(self, name: str, config: AdapterConfig, cells: Mapping[str, nn.Cell]) -> None:
         active = self.adapters.active
         self.adapters.add(name, config, cells)
         self.adapters.activate(name if active is None else active)

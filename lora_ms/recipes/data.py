@@ -1,11 +1,12 @@
 """The data of a run: the tokenizer with its template, the rows of a dataset as tokens, and the plan of the steps."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lora_ms.config import RunConfig
 from lora_ms.config.sections import Dataset
@@ -20,7 +21,9 @@ from lora_ms.data.template import set_template, template_of
 from lora_ms.data.templates import TEMPLATES
 from lora_ms.data.tokenizer import load_tokenizer, pad_id
 from lora_ms.errors import LoraMsError
+from lora_ms.models.decoder import CausalLM
 from lora_ms.runtime.device import Runtime
+from lora_ms.train.layer_inputs import layer_inputs
 from lora_ms.train.settings import TrainSettings
 
 if TYPE_CHECKING:
@@ -224,6 +227,7 @@ def plan_training(
         sources=rows.shares,
         prefer_many_lines=settings.adaptive_batch,
         unit=rows.unit,
+        virtual_tokens=len(lead),
     )
     padding = plan.padding()
     reports = [dataclasses.replace(report, layout=plan.describe(), padding=padding) for report in rows.reports]
@@ -264,3 +268,23 @@ def held_out_plan(
         kind="packed" if packing else "bucketed",
         buckets=length_buckets,
     )
+
+
+STARTING_ROWS = 128  # that a start of an adapter looks at
+
+
+def inputs_of_layers(
+    model: CausalLM,
+    rows: PreparedRows,
+    settings: TrainSettings,
+    tokenizer: "PreTrainedTokenizerBase | None",
+    runtime: Runtime,
+) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    """What the projections of the bare ``model`` take, of rows drawn by chance; the same on every process."""
+    count = len(rows.store)
+    chosen = np.sort(permutation(count, settings.seed, 1 << 21)[:STARTING_ROWS])
+    if runtime.is_main:
+        print(f"the adapter starts from what the layers take at label tokens of {len(chosen)} rows", flush=True)
+    alone = Runtime(runtime.device)
+    plan = held_out_plan(rows.store.take(chosen), settings.batch_size, tokenizer, settings.seq_length, alone)
+    return layer_inputs(model, plan)

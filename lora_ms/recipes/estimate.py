@@ -49,6 +49,8 @@ def job_of(config: RunConfig, sizes: DecoderConfig, device: Device) -> Job:
     sizes = replace(sizes, **{name: getattr(sizes, name) // processes for name in session.DIVIDED.values()})
     pet = config.pet_config
     adapter = None if pet is None else adapter_config(pet)
+    virtual = 0 if adapter is None else adapter.virtual_tokens
+    answers = 1 if config.preferences == "none" else 2  # to a line
     dtype = config.model.sizes.compute_dtype or default_dtype(device)
     four_bits = quantisation_of_run(config, sizes.num_hidden_layers)
     quantised = [] if four_bits is None else [name for name in linear_layers(sizes) if four_bits.quantises(name)]
@@ -57,7 +59,7 @@ def job_of(config: RunConfig, sizes: DecoderConfig, device: Device) -> Job:
     return Job(
         sizes=sizes,
         lines=config.batch_size,
-        length=data.seq_length(config, sizes.max_position_embeddings),
+        length=(data.seq_length(config, sizes.max_position_embeddings) + virtual) * answers,
         **adapter_parts(adapter, sizes),
         dtype=dtype,
         recomputed=frozenset(recomputed_layers(config.recompute_config.recompute, sizes.num_hidden_layers)),
@@ -114,6 +116,7 @@ def adapter_parts(adapter: AdapterConfig | None, sizes: DecoderConfig) -> dict[s
     if adapter is None:
         return {"costs": None}
     modules = memory_estimate.modules(sizes)
+    adapter = adapter.fitted({name: (outputs, inputs) for name, (inputs, outputs) in modules.items()})
     return {
         "costs": {name: adapter.cost(spec, *modules[name]) for name, spec in adapter.specs(modules).items()},
         "dropout": adapter.dropout,

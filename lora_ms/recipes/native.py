@@ -1,6 +1,7 @@
 """A run of our own loop, as a configuration asks for it."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -114,7 +115,8 @@ def prepare(inputs: NativeInputs, log: Tee) -> NativeRun:
     model = build_model(config, sizes, dtype, runtime)
     references = reference_log_probs(config, model, inputs.rows, tokenizer, runtime)
     schedule_steps = settings.schedule_steps if settings.schedule_steps > 0 else plan.total_steps
-    trained = adapter.attach(config, model, schedule_steps, runtime.shard, tokenizer)
+    taken = partial(data.inputs_of_layers, model, inputs.rows, settings, tokenizer, runtime)
+    trained = adapter.attach(config, model, schedule_steps, runtime.shard, tokenizer, taken)
     hook = None if trained is None else trained.step_hook(model)
     terms = [ConfiguredTerms(config.objectives, model)] if config.objectives else []
     of_rows = row_terms(config, model, plan, inputs.rows.shares, tokenizer, runtime)

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 
+from lora_ms.errors import LoraMsError
 from lora_ms.nn.graph import Graph
 from lora_ms.nn.loss import summed_cross_entropy, token_log_probs
 from lora_ms.nn.parallel import WHOLE, Shard
@@ -21,7 +22,7 @@ from lora_ms.train.optimizer import Flatten
 
 CHUNK_NUMBERS = 1 << 24  # logits held at once in the loss: 64 MB in float32
 
-ROTARY_TABLES = 4  # of ``nn.rope.RotaryTables``
+ROTARY_TABLES = 5  # of ``Decoder.rope``
 
 
 class SummedLoss(nn.Cell):
@@ -111,7 +112,7 @@ class LayerInputs(Graph):
         self.embed = Embed(decoder)
 
     def construct(self, input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, ...]:
-        tables = self.decoder.rotary_tables(position_ids.reshape((-1,)))
+        tables = self.decoder.rope(position_ids.reshape((-1,)))
         return (self.embed(input_ids),) + tables + self.decoder.visibility(position_ids)
 
     def by_layer(self, found: tuple[Tensor, ...]) -> tuple[Tensor, tuple, tuple]:
@@ -262,8 +263,9 @@ class Attend(nn.Cell):
         super().__init__(auto_prefix=False)
         self.attention = layer.self_attn
 
-    def construct(self, q, k, v, cos_q, sin_q, cos_k, sin_k, visibility, *kept) -> Tensor:
-        return self.attention.mix_known(q, k, v, (cos_q, sin_q, cos_k, sin_k), visibility, kept)
+    def construct(self, q, k, v, *others) -> Tensor:
+        rope, visibility = others[:ROTARY_TABLES], others[ROTARY_TABLES]
+        return self.attention.mix_known(q, k, v, rope, visibility, others[ROTARY_TABLES + 1 :])
 
 
 class Join(nn.Cell):
@@ -332,7 +334,7 @@ class AttentionBackward(nn.Cell):
         inner = [layer.input_layernorm, attention.q_proj, attention.k_proj, attention.v_proj]
         self.project = StepBackward(Project(layer), inner, weights)
         self.join = StepBackward(Join(layer), [attention.o_proj], weights)
-        self.mix = StepBackward(Attend(layer), attention.norms(), weights)
+        self.mix = StepBackward(Attend(layer), attention.inner(), weights)
         self.trains = len(weights) > 0
         self.flatten = Flatten()
 
@@ -343,11 +345,11 @@ class AttentionBackward(nn.Cell):
             joined, d_output = self.join(x, mixed, grad)
         else:
             joined, d_output = self.join(x, mixed, rows, grad)
-        d_inner, d_norms = self.mix(*kept[:3], *rope, visible, *kept[3:], joined[1])
+        d_inner, d_mixed = self.mix(*kept[:3], *rope, visible, *kept[3:], joined[1])
         projected, d_projections = self.project(x, d_inner[:3])
         d_x = joined[0] + projected[0]
         if self.trains:
-            return d_x, self.flatten(d_projections + d_output + d_norms)  # the model's order
+            return d_x, self.flatten(d_projections + d_output + d_mixed)  # the model's order
         return (d_x,)
 
 
@@ -502,6 +504,7 @@ class ModelParts:
 
     Raises:
         ValueError: ``params`` do not stand in the model's order.
+        LoraMsError: a layer and the embedding share some of them.
     """
 
     def __init__(self, model: nn.Cell, params: Sequence[Parameter] = ()):
@@ -516,6 +519,11 @@ class ModelParts:
         tied = {*embedding} & {*indices_in(params, model.lm_head)}
         finish = [i for i in range(len(params)) if i not in within and (i not in embedding or i in tied)]
         in_order = [*embedding, *(i for indices in inner for i in indices), *(i for i in finish if i not in tied)]
+        if within & {*embedding}:
+            raise LoraMsError(
+                "parameters that all layers share, such as those of prefix_projection, train in a model of fewer than "
+                "16 layers whose layers are not all recomputed: leave them out (prefix_projection: False)"
+            )
         if in_order != list(range(len(params))):
             raise ValueError("params do not stand in the model's order")
         indices = [embedding, *inner, finish]

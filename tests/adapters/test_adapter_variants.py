@@ -27,7 +27,7 @@ VARIANTS = Path(__file__).parents[1] / "reference" / "variants"
 # PiSSA's fast form as PEFT stores it: what it took out of the weight was random, and is not in the file
 REFUSED = "qwen2_pissa_niter_4"
 NAMES = sorted(path.name for path in VARIANTS.iterdir() if path.is_dir() and path.name != REFUSED)
-VIRTUAL = ("prompt", "ptuning")  # methods of virtual tokens
+VIRTUAL = ("prefix", "prompt", "ptuning")  # methods of virtual tokens
 PREFIX = "base_model.model."
 WEIGHTS = "adapter_model.safetensors"
 

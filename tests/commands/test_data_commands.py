@@ -53,6 +53,20 @@ def test_preview_counts_rows_as_the_file_does(words, capsys):
         assert capsys.readouterr().err.startswith("error: all 2 rows are longer than seq_length 5 (shortest: ")
 
 
+def test_preview_shows_both_answers(words, tmp_path, capsys):
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(f'{{"instruction": "q{i}", "chosen": "yes", "rejected": "no"}}\n' for i in range(4)))
+    pairs = ["--train_dataset_dir", str(file), "--options", "objectives=[{type: dpo}]"]
+    assert main(["preview", *words, *pairs, "--row", "2"]) == 0
+    chosen, rejected, _ = capsys.readouterr().out.split("\n\n\n")
+    assert chosen.startswith("pairs.jsonl:2: ") and "q1" in chosen and "[[yes<|im_end|>]]" in chosen
+    assert ", rejected\n" in rejected and "[[no<|im_end|>]]" in rejected
+    assert main(["preview", *words, *pairs]) == 0
+    assert capsys.readouterr().out.count("[[") == 6
+    assert main(["preview", *pairs]) == 0
+    assert "  user: q0\n  chosen: yes\n  rejected: no\n" in capsys.readouterr().out
+
+
 def test_preview_reads_no_further_than_its_row(words, tmp_path, capsys):
     good, text = json.dumps(ROWS[0]), tmp_path / "rows.jsonl"
     text.write_text("\n".join([good] * 600 + ["{"]))

@@ -187,3 +187,33 @@ def test_an_impossible_adapter_is_refused_before_the_model_is_read(words, tmp_pa
     finetune(words, tmp_path / "out", "init_rank=4", "target_rank=6", "pet_type=adalora", status=2)
     assert "target_rank must be from 1 to lora_rank 4, got 6" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_starts_by_eva_resumes(words, tmp_path):
+    """Of ranks that the rows decide; the file is plain LoRA."""
+    keys = ("init_lora_weights=eva", "lora_rank=2", "lora_alpha=2", "eva_rho=2")
+    whole = finetune(words, tmp_path / "whole", *keys)
+    assert "the adapter starts from what the layers take at label tokens of 8 rows" in (whole / "run.log").read_text()
+    first = load_file(whole / "checkpoints" / "step_5" / "adapter_model.safetensors")
+    config = adapter_config(whole / "adapter")
+    assert config["init_lora_weights"] is True and {len(v) for k, v in first.items() if "lora_A" in k} != {2}
+    shutil.copytree(whole, tmp_path / "resumed")
+    finetune([*words, "--resume_training", "step_5"], tmp_path / "resumed", *keys)
+    assert losses(tmp_path / "resumed") == losses(whole)
+    for name, value in tensors(whole / "adapter").items():
+        np.testing.assert_array_equal(tensors(tmp_path / "resumed" / "adapter")[name], value, err_msg=name)
+
+
+def test_a_run_with_a_prefix(words, rows_file, tmp_path, capsys):
+    bare = re.sub(r"lora_dropout: 0.0, target_modules: '[^']*'", "pet_type: prefix, num_virtual_tokens: 3", RUN)
+    (tmp_path / "run.yaml").write_text(bare)
+    out = finetune(["--config", str(tmp_path / "run.yaml"), *words[2:]], tmp_path / "out")
+    said = capsys.readouterr().out
+    assert "prefix tuning on 1 modules: " in said and "lora-ms chat" in said and "lora-ms merge" not in said
+    found = losses(out)
+    assert np.mean(found[-4:]) < np.mean(found[:4])
+    tokens = [json.loads(line)["tokens"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line)["input_ids"] for line in rows_file.read_text().splitlines()]
+    assert sum(tokens[:4]) == sum(map(len, rows))  # of an epoch; virtual tokens are not counted
+    assert list(tensors(out / "adapter")) == ["prompt_embeddings"]
+    assert adapter_config(out / "adapter")["peft_type"] == "PREFIX_TUNING"

@@ -1,10 +1,14 @@
 """The life of adapters: several on one base, switched, mixed in a batch, merged and taken out again."""
 
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
 from mindspore import Tensor
 
 import lora_ms
+from lora_ms.errors import LoraMsError
+from lora_ms.nn.graph import Graph
 from lora_ms.python.adapter_set import BASE
 
 pytestmark = pytest.mark.usefixtures("graph_mode")
@@ -82,6 +86,52 @@ def test_adapters_of_other_shapes_stand_side_by_side(loaded, values):
         assert peft.active_adapter == name
         assert_near(logits(peft, ids), values[f"logits/{name}"])
     assert len(peft.graphs) == 2 and all(len(graph.compile_cache) == 1 for graph, _ in peft.graphs.values())
+
+
+def test_hot_swap_across_ranks_and_targets_compiles_nothing(reference, tmp_path, monkeypatch):
+    """Ranks 4 and 16 on other modules: the tokens of a fresh load, in the graphs of the first one."""
+    rng = np.random.default_rng(3)
+    ids = rng.integers(4, 128, (2, 6)).astype(np.int32)
+    settings = {"small": (4, ("q_proj", "v_proj")), "large": (16, "all-linear"), "other": (3, ("down_proj",))}
+    wanted, found = {}, {}
+    for name, (rank, targets) in settings.items():
+        model = base_of(reference, "qwen2")
+        peft = lora_ms.get_peft_model(model, lora_ms.LoraConfig(rank, 2.0 * rank, target_modules=targets))
+        for parameter in model.trainable_params():
+            parameter.set_data(Tensor(0.3 * rng.standard_normal(parameter.shape).astype(np.float32)))
+        peft.save_pretrained(tmp_path / name)
+        if name != "other":
+            wanted[name] = peft.generate(ids, max_new_tokens=5), logits(peft, ids)
+    peft = lora_ms.PeftModel.from_pretrained(base_of(reference, "qwen2"), tmp_path / "small", "small")
+    peft.prepare_for_hotswap(16)
+    found["small"] = peft.generate(ids, max_new_tokens=5), logits(peft, ids)
+    compiled = []
+
+    @contextmanager
+    def compiling(graph, args):
+        compiled.append(graph)
+        yield
+
+    monkeypatch.setattr(Graph, "compiling", staticmethod(compiling))
+    peft.load_adapter(tmp_path / "large", "large")
+    peft.set_adapter("large")
+    found["large"] = peft.generate(ids, max_new_tokens=5), logits(peft, ids)
+    peft.set_adapter("small")
+    assert_near(logits(peft, ids), wanted["small"][1])
+    assert not compiled and len(peft.graphs) == 1
+    for name, (tokens, numbers) in wanted.items():
+        np.testing.assert_array_equal(found[name][0], tokens)
+        assert_near(found[name][1], numbers)
+    peft.save_pretrained(tmp_path / "wide")
+    again = lora_ms.PeftModel.from_pretrained(base_of(reference, "qwen2"), tmp_path / "wide")
+    assert_near(logits(again, ids), wanted["small"][1])
+    narrow = lora_ms.PeftModel.from_pretrained(base_of(reference, "qwen2"), tmp_path / "small")
+    with pytest.raises(LoraMsError, match="rank 4 of .* is above target_rank 2"):
+        narrow.prepare_for_hotswap(2)
+    narrow.prepare_for_hotswap(8, ("q_proj", "v_proj"))
+    with pytest.raises(LoraMsError, match="none of the modules that were prepared"):
+        narrow.load_adapter(tmp_path / "other", "other")
+    assert list(narrow.peft_config) == ["default"]
 
 
 def test_disabled_inside_the_block_alone(loaded, values):

@@ -45,6 +45,7 @@ def test_grouped_heads(operators):
     # tables that rotate by nothing; the query's carry 1/sqrt(d)
     tables = ((heads, d**-0.5), (heads, 0), (kv_heads, 1), (kv_heads, 0))
     rope = tuple(Tensor(np.full((batch * seq * n, d), number, np.float32)) for n, number in tables)
+    rope = (*rope, Tensor(np.tile(np.arange(seq, dtype=np.int32), batch)))
     sizes = {"num_heads": heads, "num_kv_heads": kv_heads}
     visible = operators.visibility(**sizes, dtype=ms.float32, flash=False)(Tensor(np.zeros((batch, seq), np.int32)))
     found = layer(Tensor(x), rope, visible).asnumpy()

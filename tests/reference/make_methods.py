@@ -20,6 +20,7 @@ from peft import (
     MissConfig,
     PeftConfig,
     PeftModel,
+    PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
     VeraConfig,
@@ -61,7 +62,15 @@ def ptuning(kind: str) -> PromptEncoderConfig:
     )
 
 
+def prefix(**settings) -> PrefixTuningConfig:
+    return PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM", **settings)
+
+
 VARIANTS = {
+    "llama3_prefix": Recipe("llama3", prefix()),
+    "qwen2_prefix": Recipe("qwen2", prefix()),
+    "qwen3_prefix": Recipe("qwen3", prefix()),
+    "qwen2_prefix_projection": Recipe("qwen2", prefix(prefix_projection=True, encoder_hidden_size=8), 0.5),
     "llama3_prompt": Recipe("llama3", prompt()),
     "qwen2_prompt": Recipe("qwen2", prompt()),
     "qwen3_prompt": Recipe("qwen3", prompt()),
@@ -95,6 +104,10 @@ def run(model: str, max_grad_norm: float, eps: float = 1e-6, rate: float = 5e-3)
 
 
 TRACES = {
+    "prefix_qwen2": Trace(prefix(), run("qwen2", 0.29)),
+    "prefix_projection_llama3": Trace(
+        prefix(prefix_projection=True, encoder_hidden_size=8), run("llama3", 0.57, 1e-4, 1e-3)
+    ),
     "prompt_qwen2": Trace(prompt(), run("qwen2", 0.57)),
     "ptuning_lstm_llama3": Trace(ptuning("LSTM"), run("llama3", 2.7, 1e-4, 1e-3)),
     "lorafa_qwen2": Trace(lora(), run("qwen2", 0.85), "lora_A"),
@@ -113,11 +126,29 @@ def move(model: torch.nn.Module, rng: np.random.Generator, std: float) -> None:
             parameter.add_(torch.from_numpy(noise.astype(np.float32)))
 
 
+def is_plain_prefix(settings: PeftConfig) -> bool:
+    return settings.peft_type == "PREFIX_TUNING" and not settings.prefix_projection
+
+
+def numbers(kind: str, tensors: dict[str, torch.Tensor], settings: PeftConfig) -> dict[str, np.ndarray]:
+    """By the names of the npz; a prefix layer by layer."""
+    found = {}
+    for key, tensor in tensors.items():
+        value = tensor.detach().numpy().copy()
+        if is_plain_prefix(settings):
+            parts = np.split(value, settings.num_layers, 1)
+            base = key.removesuffix("prompt_embeddings")
+            found |= {f"{kind}/{base}layer_{number}": part for number, part in enumerate(parts)}
+        else:
+            found[f"{kind}/{key}"] = value
+    return found
+
+
 def named(key: str, settings: PeftConfig) -> str:
     """The name of a tensor under which it is kept here; of virtual tokens, as if it were one of the embedding."""
     if not settings.is_prompt_learning:
         return key
-    if settings.peft_type == "PROMPT_TUNING":
+    if settings.peft_type == "PROMPT_TUNING" or is_plain_prefix(settings):
         key = "prompt_embeddings"
     return f"base_model.model.model.embed_tokens.{key}"
 
@@ -148,7 +179,7 @@ def trace(name: str, made: Trace, dtype: torch.dtype = torch.float32) -> dict[st
     move(model, np.random.default_rng(seed + 1), 0.05)
     model = model.to(dtype).train()
     every = {named(key, made.settings): p for key, p in trained_parameters(model).items()}
-    arrays |= {f"initial/{key}": p.detach().numpy().copy() for key, p in every.items()}
+    arrays |= numbers("initial", every, made.settings)
     for key, parameter in every.items():
         if made.frozen and made.frozen in key:
             parameter.requires_grad_(False)
@@ -165,14 +196,14 @@ def trace(name: str, made: Trace, dtype: torch.dtype = torch.float32) -> dict[st
         optimizer.zero_grad()
         row = backward(model, recipe, arrays, step)
         if step == 0:
-            arrays |= {f"first_grad/{key}": p.grad.numpy().copy() for key, p in trained.items()}
+            arrays |= numbers("first_grad", {key: p.grad for key, p in trained.items()}, made.settings)
         row["grad_norm"] = torch.nn.utils.clip_grad_norm_(trained.values(), recipe.max_grad_norm).item()
         row["learning_rate"] = recipe.learning_rate
         optimizer.step()
         for key, value in row.items():
             per_step.setdefault(key, []).append(value)
     arrays |= {key: np.array(values) for key, values in per_step.items()}
-    return arrays | {f"final/{key}": p.detach().numpy().copy() for key, p in trained.items()}
+    return arrays | numbers("final", trained, made.settings)
 
 
 def main() -> None:

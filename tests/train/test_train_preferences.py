@@ -194,8 +194,7 @@ def test_a_hundred_rows_are_learnt(whole):
 def test_a_resumed_run_is_the_same_to_the_bit(whole, words, root, tmp_path, monkeypatch):
     monkeypatch.chdir(root)
     shutil.copytree(whole, tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_52")
-    assert main([*words, "--output_dir", str(tmp_path / "run"), "--resume_training", "True"]) == 0
+    assert main([*words, "--output_dir", str(tmp_path / "run"), "--resume_training", "step_39"]) == 0
     assert records(tmp_path / "run") == records(whole)
     name = "adapter/adapter_model.safetensors"
     assert (tmp_path / "run" / name).read_bytes() == (whole / name).read_bytes()

@@ -13,6 +13,7 @@ from lora_ms.adapters.methods.base import AdapterConfig
 from lora_ms.adapters.methods.ia3 import IA3Config
 from lora_ms.adapters.methods.lora import LoraConfig
 from lora_ms.adapters.methods.miss import MissConfig
+from lora_ms.adapters.methods.prefix import PrefixTuningConfig
 from lora_ms.adapters.methods.prompt import PromptTuningConfig
 from lora_ms.adapters.methods.ptuning import PTuningConfig
 from lora_ms.adapters.methods.training import rate_factors
@@ -51,6 +52,8 @@ CONFIGS = {
     "vera_qwen2": VeraConfig(SOME, lora_rank=6),
     "miss_qwen2": MissConfig(SOME, lora_rank=4),
     "prompt_qwen2": PromptTuningConfig(num_virtual_tokens=3),
+    "prefix_qwen2": PrefixTuningConfig(num_virtual_tokens=3),
+    "prefix_projection_llama3": PrefixTuningConfig(num_virtual_tokens=3, prefix_projection=True, encoder_hidden_size=8),
     "ptuning_lstm_llama3": PTuningConfig(
         num_virtual_tokens=3, encoder_reparameterization_type="LSTM", encoder_hidden_size=8
     ),

@@ -6,6 +6,7 @@ from lora_ms.adapters.methods.bottleneck import BottleneckConfig
 from lora_ms.adapters.methods.ia3 import IA3Config
 from lora_ms.adapters.methods.lora import LoraConfig
 from lora_ms.adapters.methods.miss import MissConfig
+from lora_ms.adapters.methods.prefix import PrefixTuningConfig
 from lora_ms.adapters.methods.prompt import PromptTuningConfig
 from lora_ms.adapters.methods.ptuning import PTuningConfig
 from lora_ms.adapters.methods.vera import VeraConfig
@@ -18,6 +19,7 @@ METHODS: dict[str, type[AdapterConfig]] = {  # by pet_config's pet_type; the fir
     "miss": MissConfig,
     "prompt": PromptTuningConfig,
     "ptuning": PTuningConfig,
+    "prefix": PrefixTuningConfig,
     "adapter": BottleneckConfig,
 }
 

@@ -322,6 +322,27 @@ class AdapterConfig(metaclass=ByPeftNames):
         return f"target_modules {asked} matches no layer{outside}; could match: {leaves}, or {ALL_LINEAR}"
 
     @property
+    def reads_inputs(self) -> bool:
+        """Whether the adapter starts from what the modules take, see ``started``."""
+        return False
+
+    def started(
+        self, inputs: Iterable[tuple[str, Array]], names: Collection[str]
+    ) -> "tuple[AdapterConfig, dict[str, dict[str, Array]]]":
+        """The settings of an adapter that starts from data, and its first tensors, by module and name.
+
+        Args:
+            inputs: module and what it takes at some tokens [tokens, in], of modules that are adapted or not.
+            names: modules that are adapted.
+        """
+        raise NotImplementedError
+
+    @property
+    def merges(self) -> bool:
+        """Whether the adapter can become part of the weights."""
+        return True
+
+    @property
     def virtual_tokens(self) -> int:
         """Trained vectors that stand before the tokens of every row."""
         return 0
@@ -347,6 +368,15 @@ class AdapterConfig(metaclass=ByPeftNames):
         Raises:
             LoraMsError: the method does not suit this kind of layer.
         """
+
+    def beside(self, cells: Mapping[str, "nn.Cell"], built: Mapping[str, "nn.Cell"]) -> "Mapping[str, nn.Cell]":
+        """Cells for other places of a model than modules, by path.
+
+        Args:
+            cells: of the model, by path.
+            built: those of the modules.
+        """
+        return {}
 
     @property
     def trains_all_biases(self) -> bool:

@@ -31,7 +31,7 @@ class AdapterCell(nn.Cell):
 
     def __init__(self):
         super().__init__(auto_prefix=False)  # the layer's parameters keep their names
-        self.virtual_tokens = 0  # of one on the embedding: see ``nn.layers.Embedding``
+        self.virtual_tokens = self.unrotated = 0  # of one on the embedding: see ``nn.layers.Embedding``
 
     def cells_and_names(self, cells: Any = None, name_prefix: str = "") -> Iterator[tuple[str, nn.Cell]]:
         """As ``nn.Cell``'s, but ``base`` comes first, under the name of this cell.

@@ -1,8 +1,9 @@
-"""Bottleneck adapters (Houlsby et al., 2019; Pfeiffer et al., 2021): a small network behind a sub-layer's output.
+"""Bottleneck adapters (Houlsby et al., 2019; Pfeiffer et al., 2021): a small network behind a sub-layer's output; or,
+parallel (He et al., 2022), beside a projection.
 
-``y = h + scaling (act(h D^T + d) U^T + u)`` with h what the projection gives, D [size, out] and U [out, size]. D starts
-from small normal numbers and U as zeros, so that a fresh adapter changes nothing. It cannot be merged: between the two
-matrices stands a function.
+``y = h + scaling (act(z D^T + d) U^T + u)`` with h what the projection gives, D [size, width of z] and U [out, size].
+z is h, or, parallel, the projection's input. D starts from small normal numbers and U as zeros, so that a fresh adapter
+changes nothing. It cannot be merged: between the two matrices stands a function.
 
 PEFT has no such adapters. The file is one of PEFT's in all else, of ``peft_type`` BOTTLENECK: by module
 ``adapter_down.weight``, ``adapter_down.bias``, ``adapter_up.weight``, ``adapter_up.bias``, and the options below by
@@ -22,10 +23,10 @@ from lora_ms.values import Bounds, Exclusions, Number, Whole
 if TYPE_CHECKING:
     from lora_ms.adapters.methods.base_cells import AdapterCell
 
-STYLES = {"houlsby": ("o_proj", "down_proj"), "pfeiffer": ("down_proj",)}
+STYLES = {"houlsby": ("o_proj", "down_proj"), "pfeiffer": ("down_proj",), "parallel": ("o_proj", "down_proj")}
 ACTIVATIONS = ("relu", "gelu", "silu", "tanh")
 TENSORS = ("adapter_down.weight", "adapter_down.bias", "adapter_up.weight", "adapter_up.bias")
-OPTIONS = ("bottleneck_size", "reduction_factor", "adapter_activation", "residual_scaling")
+OPTIONS = ("bottleneck_size", "reduction_factor", "adapter_activation", "residual_scaling", "adapter_style")
 
 
 class BottleneckSpec(NamedTuple):
@@ -44,8 +45,9 @@ class BottleneckConfig(AdapterConfig):
     """Bottleneck adapters.
 
     Args:
-        adapter_style: houlsby: behind the attention's output and the MLP's; pfeiffer: behind the MLP's alone.
-        target_modules: projections to put adapters behind, instead of those of the style.
+        adapter_style: houlsby: behind the attention's output and the MLP's; pfeiffer: behind the MLP's alone; parallel:
+            beside both projections, from their inputs.
+        target_modules: projections to put adapters behind, or beside, instead of those of the style.
         exclude_layers, exclude_modules, layers_to_transform, layers_pattern, modules_to_save: as in ``LoraConfig``.
         bottleneck_size: width between the two matrices; 0: the module's output width over ``reduction_factor``.
         reduction_factor: divides the module's output width, where ``bottleneck_size`` is 0.
@@ -63,12 +65,13 @@ class BottleneckConfig(AdapterConfig):
         "reduction_factor": Rank,
         "adapter_activation": str,
         "residual_scaling": Factor,
+        "adapter_style": str,
     }
     TENSORS: ClassVar[tuple[str, ...]] = TENSORS
     PARAMETERS: ClassVar[tuple[str, ...]] = ("down_weight", "down_bias", "up_weight", "up_bias")
     IDLE: ClassVar[Mapping[str, float]] = {"adapter_up.weight": 0.0, "adapter_up.bias": 0.0}
     IDLE_CHECK: ClassVar[tuple[str, str]] = ("U not zero", "every U is zero: the adapters change nothing")
-    AGREEING: ClassVar[tuple[str, ...]] = ("adapter_activation", "residual_scaling")
+    AGREEING: ClassVar[tuple[str, ...]] = ("adapter_activation", "residual_scaling", "adapter_style")
     SPEC_KEYS: ClassVar[Mapping[str, frozenset[str]]] = {
         name: frozenset(("bottleneck_size", "reduction_factor")) for name in BottleneckSpec._fields
     }
@@ -94,6 +97,14 @@ class BottleneckConfig(AdapterConfig):
     def title(self) -> str:
         return "bottleneck adapters"
 
+    @property
+    def merges(self) -> bool:
+        return False
+
+    @property
+    def is_parallel(self) -> bool:
+        return self.adapter_style == "parallel"
+
     def spec(self, name: str) -> BottleneckSpec:
         return BottleneckSpec(self.bottleneck_size, self.reduction_factor)
 
@@ -115,7 +126,8 @@ class BottleneckConfig(AdapterConfig):
     def shapes(self, name: str, found: Mapping[str, Shape], weight: Shape, has_bias: bool) -> dict[str, Shape]:
         outputs = weight[0]
         size = self.spec(name).size(outputs)
-        return dict(zip(TENSORS, ((size, outputs), (size,), (outputs, size), (outputs,)), strict=True))
+        width = weight[1] if self.is_parallel else outputs
+        return dict(zip(TENSORS, ((size, width), (size,), (outputs, size), (outputs,)), strict=True))
 
     def update(self, name: str, tensors: Mapping[str, Entry]) -> Update:
         raise LoraMsError(NOT_MERGED)
@@ -123,11 +135,13 @@ class BottleneckConfig(AdapterConfig):
     # training
 
     def identity(self) -> dict[str, object]:
-        return {name: getattr(self, name) for name in ("adapter_activation", "residual_scaling")}
+        found = {name: getattr(self, name) for name in ("adapter_activation", "residual_scaling")}
+        return {**found, "adapter_style": self.adapter_style} if self.is_parallel else found
 
     def cost(self, spec: BottleneckSpec, inputs: int, outputs: int) -> Cost:
         size = spec.size(outputs)
-        return Cost(trained=2 * size * outputs + size + outputs, kept=outputs + 2 * size)
+        width = inputs if self.is_parallel else outputs
+        return Cost(trained=size * (width + outputs) + size + outputs, kept=outputs + 2 * size)
 
 
 NOT_MERGED = (

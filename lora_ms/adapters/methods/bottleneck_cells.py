@@ -22,13 +22,15 @@ FUNCTIONS = {"relu": ops.relu, "gelu": ops.gelu, "silu": ops.silu, "tanh": ops.t
 
 
 class BottleneckDense(AdapterCell):
-    """``y = h + scaling (act(h D^T + d) U^T + u)`` with h = x W^T + b; W and b are frozen.
+    """``y = h + scaling (act(z D^T + d) U^T + u)`` with h = x W^T + b, and z = x if ``parallel``, else h; W and b are
+    frozen.
 
     Args:
         layer: a projection, a ``nn.Dense`` or a cell like it.
         spec: its size.
         activation: one of ``FUNCTIONS``.
         scaling: of what is added.
+        parallel: whether it reads the layer's input, or its output.
         operators: what it computes with; a projection has its own.
     """
 
@@ -42,6 +44,7 @@ class BottleneckDense(AdapterCell):
         activation: str = "relu",
         scaling: float = 1.0,
         operators: Operators = PORTABLE,
+        parallel: bool = False,
     ):
         super().__init__()
         self.base = projection_of(layer, operators)
@@ -49,7 +52,9 @@ class BottleneckDense(AdapterCell):
         self._spec = spec
         outputs = self.base.out_channels
         size = spec.size(outputs)
-        self.down_weight = Parameter(initializer(Normal(START), (size, outputs), ms.float32), "down_weight")
+        self.parallel = parallel
+        width = self.base.in_channels if parallel else outputs
+        self.down_weight = Parameter(initializer(Normal(START), (size, width), ms.float32), "down_weight")
         self.down_bias = Parameter(initializer("zeros", (size,), ms.float32), "down_bias")
         self.up_weight = Parameter(initializer("zeros", (outputs, size), ms.float32), "up_weight")
         self.up_bias = Parameter(initializer("zeros", (outputs,), ms.float32), "up_bias")
@@ -69,15 +74,17 @@ class BottleneckDense(AdapterCell):
         return dict(zip(TENSORS, parameters, strict=True))
 
     def shape_key(self) -> tuple:
-        return (super().shape_key(), self.activation_name, self.residual_scaling, self._spec)
+        return (super().shape_key(), self.activation_name, self.residual_scaling, self._spec, self.parallel)
 
     def merge(self) -> nn.Cell:
         raise LoraMsError(NOT_MERGED)
 
     def construct(self, x: Tensor) -> Tensor:
         shape = x.shape
-        h = self.base(x.reshape((-1, shape[-1])))  # [t, out]
-        low = self.activation(self.add(self.down(h, self.down_weight), self.down_bias.astype(h.dtype)))
+        x = x.reshape((-1, shape[-1]))
+        h = self.base(x)  # [t, out]
+        z = x if self.parallel else h
+        low = self.activation(self.add(self.down(z, self.down_weight), self.down_bias.astype(h.dtype)))
         added = self.add(self.up(low, self.up_weight), self.up_bias.astype(h.dtype))
         return (h + added * self.residual_scaling).reshape(shape[:-1] + (-1,))
 
@@ -89,5 +96,10 @@ def build(config: "BottleneckConfig", target: Target, spec: BottleneckSpec) -> A
             f"bottleneck adapters stand behind dense layers, not behind {target.name}: leave it out of target_modules"
         )
     return BottleneckDense(
-        target.layer, spec, config.adapter_activation, config.residual_scaling, operators=target.operators
+        target.layer,
+        spec,
+        config.adapter_activation,
+        config.residual_scaling,
+        operators=target.operators,
+        parallel=config.is_parallel,
     )

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 RANK, ALPHA, DROPOUT = Bounds(ge=1), Bounds(gt=0), Bounds(ge=0, lt=1)
 BIASES = ("none", "all", "lora_only")
-INITS = ("gaussian", "orthogonal", "pissa", "olora", "loftq")  # and pissa_niter_N; True for the default
+INITS = ("gaussian", "orthogonal", "pissa", "olora", "loftq", "eva")  # and pissa_niter_N; True for the default
 # values of init_lora_weights that leave the weight as it was: the file holds what came of them
 FORGOTTEN_INITS = ("eva", "mica", "gaussian", "orthogonal", "loftq")
 
@@ -128,7 +128,10 @@ class LoraConfig(AdapterConfig, LowRankOptions):
         lora_bias: a bias beside each B.
         bias: which biases of the base train: none, all, or lora_only (of the adapted layers).
         init_lora_weights: True (A Kaiming uniform, B zero), gaussian, orthogonal, pissa, pissa_niter_N, olora,
-            or loftq: for quantised weights, the leading part of the quantisation error (one step, as in PEFT).
+            or loftq: for quantised weights, the leading part of the quantisation error (one step, as in PEFT); or eva
+            (Paischer et al., 2024): A from the principal directions of what each module takes at label tokens.
+        eva_rho: with eva, how many times ``lora_rank`` a module may have at most; the ranks go to where a direction
+            explains most, and their sum stays. 1: all modules have ``lora_rank``.
 
     Raises:
         LoraMsError: a value out of range, or two that exclude each other.
@@ -172,6 +175,7 @@ class LoraConfig(AdapterConfig, LowRankOptions):
     use_lorafa: bool = option(False, Flag)
     lora_bias: bool = option(False, Flag)
     init_lora_weights: bool | str = option(True, read_with(read_init, bool | str))
+    eva_rho: float = option(1.0, Number, Bounds(ge=1))
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -198,6 +202,10 @@ class LoraConfig(AdapterConfig, LowRankOptions):
             return
         if not is_init(init):
             raise LoraMsError(f"init_lora_weights {init!r} is none of True, {', '.join(INITS)}, pissa_niter_N")
+        if init == "eva" and (self.layer_groups or self.rank_pattern or self.alpha_pattern):
+            raise LoraMsError(
+                "init_lora_weights eva finds ranks itself: leave out layer_groups, rank_pattern, alpha_pattern"
+            )
         groups = [group.lora_rank for group in self.layer_groups]
         odd = [rank for rank in groups or [self.lora_rank, *self.rank_pattern.values()] if rank % 2]
         if init == "orthogonal" and odd:
@@ -296,6 +304,38 @@ class LoraConfig(AdapterConfig, LowRankOptions):
         if self.init_lora_weights == "loftq" and any(self.scaling(name) != 1 for name in adapted):
             found.append("loftq expects lora_alpha equal to lora_rank: the error is added alpha / rank times")
         return [*found, *head_notes(self.lora_dropout, adapted)]
+
+    @property
+    def reads_inputs(self) -> bool:
+        return self.init_lora_weights == "eva"
+
+    def started(
+        self, inputs: Iterable[tuple[str, Array]], names: Collection[str]
+    ) -> "tuple[LoraConfig, dict[str, dict[str, Array]]]":
+        most = int(self.eva_rho * self.lora_rank)
+        found = {name: lowrank.leading_directions(taken, most) for name, taken in inputs if name in names}
+        left = sorted(set(names) - found.keys())
+        if left:
+            raise LoraMsError(f"init_lora_weights eva is for projections of layers: {left[0]} is none")
+        few = next((name for name, (directions, _) in found.items() if len(directions) < self.lora_rank), None)
+        if few is not None:
+            raise LoraMsError(
+                f"init_lora_weights eva: rank {self.lora_rank} of {few} needs as many tokens: give more rows"
+            )
+        ranks = dict.fromkeys(found, self.lora_rank)
+        if most > self.lora_rank:
+            shares = {name: share for name, (_, share) in found.items()}
+            ranks = lowrank.ranks_by_share(shares, self.lora_rank * len(found))
+        kept = {name: rank for name, rank in ranks.items() if rank}
+        other = {name: rank for name, rank in kept.items() if rank != self.lora_rank}
+        config = replace(
+            self,
+            init_lora_weights=True,
+            target_modules=tuple(kept) if len(kept) < len(ranks) else self.target_modules,
+            rank_pattern=other,
+            alpha_pattern={name: self.lora_alpha * rank / self.lora_rank for name, rank in other.items()},
+        )
+        return config, {name: {"lora_A.weight": found[name][0][:rank]} for name, rank in kept.items()}
 
     # cells
 

@@ -342,6 +342,8 @@ def build(config: "LoraConfig", target: Target, spec: LoraSpec) -> AdapterCell:
         )
     kind = dora_cells.DoRADense if config.use_dora else LoRADense
     init = config.init_lora_weights
+    if init == "eva":
+        raise LoraMsError("init_lora_weights eva starts from rows, which lora-ms finetune has: set it there")
     if init == "loftq" and not projection_of(target.layer, target.operators).quantised:
         if not config.quantises_some:
             raise LoraMsError(

@@ -3,6 +3,8 @@
 Weights are [out, in], A [rank, in], B [out, rank], in PEFT's layout; everything is computed in float32.
 """
 
+from collections.abc import Mapping
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -69,6 +71,28 @@ def initial_factors(
     u, s, v = principal_factors(weight, rank, iterations, rng)
     root = np.sqrt(s / np.float32(scaling))
     return np.ascontiguousarray(root[:, None] * v), np.ascontiguousarray(u * root)
+
+
+EXACT = 1024  # numbers of the smaller side up to which directions are found exactly
+
+
+def leading_directions(inputs: Array, count: int) -> tuple[Array, Array]:
+    """The principal directions [count, in] of ``inputs`` [tokens, in], and each one's share of the variance [count]."""
+    centred = inputs - inputs.mean(0)
+    count = min(count, *centred.shape)
+    iterations = None if min(centred.shape) <= EXACT else 4
+    _, s, v = principal_factors(centred, count, iterations, np.random.default_rng(0))
+    return np.ascontiguousarray(v), np.square(s) / max(float(np.square(centred).sum()), 1e-30)
+
+
+def ranks_by_share(shares: Mapping[str, Array], budget: int) -> dict[str, int]:
+    """How many directions each module keeps, when the ``budget`` largest shares of all are kept; by module."""
+    names = [name for name, values in shares.items() for _ in values]
+    order = np.argsort(-np.concatenate(list(shares.values())), kind="stable")[:budget]
+    found = dict.fromkeys(shares, 0)
+    for index in order:
+        found[names[index]] += 1
+    return found
 
 
 def error_factors(error: Array, rank: int) -> tuple[Array, Array]:

@@ -6,27 +6,26 @@ the sums.
 multiply the weight as well: ``W_ij (I + D_i) + D_i`` is added to each block [rank, rank] of the weight.
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from lora_ms.adapters.methods.base import (
-    AdapterConfig,
     Array,
     Cost,
     Shape,
     Target,
     Update,
-    head_notes,
     option,
     shared_options,
 )
+from lora_ms.adapters.methods.ranked import RankedConfig, RankSpec
 from lora_ms.errors import LoraMsError
 from lora_ms.folder_schema import Probability, Rank
 from lora_ms.storage import Entry
-from lora_ms.values import Bounds, Number, Whole, read_with
+from lora_ms.values import Bounds, Whole, read_with
 
 if TYPE_CHECKING:
     from lora_ms.adapters.methods.base_cells import AdapterCell
@@ -44,14 +43,8 @@ def read_init(value: Any) -> bool | str:
     raise ValueError("expects True, False, bat or mini")
 
 
-class MissSpec(NamedTuple):
-    """MiSS on one module."""
-
-    lora_rank: int
-
-
 @dataclass(frozen=True)
-class MissConfig(AdapterConfig):
+class MissConfig(RankedConfig):
     """MiSS, with PEFT's settings.
 
     Args:
@@ -66,6 +59,7 @@ class MissConfig(AdapterConfig):
         LoraMsError: a value out of range.
     """
 
+    NAME: ClassVar[str] = "MiSS"
     PET_TYPE: ClassVar[str] = "miss"
     PEFT_TYPE: ClassVar[str] = "MISS"
     PEFT_REQUIRED: ClassVar[tuple[str, ...]] = ("r", "target_modules")
@@ -75,10 +69,7 @@ class MissConfig(AdapterConfig):
     IDLE: ClassVar[Mapping[str, float]] = {TENSOR: 0.0}
     IDLE_CHECK: ClassVar[tuple[str, str]] = ("D not zero", "every miss_block is zero: MiSS changes nothing")
     AGREEING: ClassVar[tuple[str, ...]] = ("mini_r", "init_weights")
-    SPEC_KEYS: ClassVar[Mapping[str, frozenset[str]]] = {"lora_rank": frozenset(("lora_rank",))}
 
-    lora_rank: int = option(64, Whole, Bounds(ge=1))
-    lora_dropout: float = option(0.0, Number, Bounds(ge=0, lt=1))
     mini_r: int = option(1, Whole, Bounds(ge=1))
     init_weights: bool | str = option(True, read_with(read_init, bool | str))
 
@@ -93,13 +84,7 @@ class MissConfig(AdapterConfig):
     def title(self) -> str:
         return f"MiSS ({self.init_weights})" if isinstance(self.init_weights, str) else "MiSS"
 
-    def spec(self, name: str) -> MissSpec:
-        return MissSpec(self.lora_rank)
-
-    def notes(self, names: Iterable[str], adapted: Iterable[str]) -> list[str]:
-        return head_notes(self.lora_dropout, adapted)
-
-    def build(self, target: Target, spec: MissSpec) -> "AdapterCell":
+    def build(self, target: Target, spec: RankSpec) -> "AdapterCell":
         from lora_ms.adapters.methods import miss_cells
 
         return miss_cells.build(self, target, spec)
@@ -124,7 +109,7 @@ class MissConfig(AdapterConfig):
 
     # PEFT's files
 
-    def to_peft(self, specs: Mapping[str, MissSpec], targets: Sequence[str]) -> dict[str, Any]:
+    def to_peft(self, specs: Mapping[str, RankSpec], targets: Sequence[str]) -> dict[str, Any]:
         return {
             "r": self.lora_rank,
             "miss_dropout": self.lora_dropout,
@@ -137,8 +122,7 @@ class MissConfig(AdapterConfig):
 
     @classmethod
     def from_peft(cls, peft: Mapping[str, Any]) -> "MissConfig":
-        if peft.get("bias") not in (None, "none"):
-            raise LoraMsError(f"bias {peft['bias']} of MiSS is not supported: train it with bias none")
+        cls.check_bias(peft)
         init = peft.get("init_weights")
         return cls(
             lora_rank=peft["r"],
@@ -158,29 +142,15 @@ class MissConfig(AdapterConfig):
         shape = tensors.get(TENSOR, ())
         return None if not shape else shape[-1] if len(shape) == 3 else shape[0]
 
-    def ranks(self, name: str) -> tuple[int, ...]:
-        return (self.lora_rank,)
-
     def describe(self) -> str:
         return f"{self.title}, rank {self.lora_rank}"
 
     # training
 
-    def continued(self, keys: Any, given: Collection[str]) -> "MissConfig":
-        return replace(self, lora_dropout=keys.lora_dropout) if "lora_dropout" in given else self
-
     def identity(self) -> dict[str, object]:
         return {"init_weights": str(self.init_weights), "lora_dropout": self.lora_dropout}
 
-    @property
-    def dropout(self) -> float:
-        return self.lora_dropout
-
-    @property
-    def separate_dropout(self) -> bool:
-        return True
-
-    def cost(self, spec: MissSpec, inputs: int, outputs: int) -> Cost:
+    def cost(self, spec: RankSpec, inputs: int, outputs: int) -> Cost:
         trained = 1
         for size in self.block_shape((outputs, inputs)):
             trained *= size

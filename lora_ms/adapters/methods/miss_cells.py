@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from lora_ms.adapters.methods.base import Target
 from lora_ms.adapters.methods.base_cells import AdapterCell, dense_of, freeze
-from lora_ms.adapters.methods.miss import TENSOR, MissSpec, bat_update, spread
+from lora_ms.adapters.methods.miss import TENSOR, bat_update, spread
 from lora_ms.adapters.methods.pair_cells import PairDense
+from lora_ms.adapters.methods.ranked import RankSpec
 from lora_ms.errors import LoraMsError
 from lora_ms.nn.layers import Embedding
 from lora_ms.nn.projection import DenseProjection, projection_of
@@ -56,8 +57,8 @@ class MissDense(PairDense):
         self.matmul = ops.MatMul()
 
     @property
-    def spec(self) -> MissSpec:
-        return MissSpec(self.lora_rank)
+    def spec(self) -> RankSpec:
+        return RankSpec(self.lora_rank)
 
     def tensors(self) -> dict[str, Parameter]:
         return {TENSOR: self.miss_block}
@@ -106,8 +107,8 @@ class BatDense(AdapterCell):
         self.product = self.base.operators.product()
 
     @property
-    def spec(self) -> MissSpec:
-        return MissSpec(self.miss_block.shape[-1])
+    def spec(self) -> RankSpec:
+        return RankSpec(self.miss_block.shape[-1])
 
     def tensors(self) -> dict[str, Parameter]:
         return {TENSOR: self.miss_block}
@@ -134,7 +135,7 @@ class BatDense(AdapterCell):
         return self.base.finish(y).reshape(shape[:-1] + (-1,))
 
 
-def build(config: "MissConfig", target: Target, spec: MissSpec) -> AdapterCell:
+def build(config: "MissConfig", target: Target, spec: RankSpec) -> AdapterCell:
     """See ``AdapterConfig.build``."""
     if type(target.layer) is Embedding:
         raise LoraMsError("MiSS adapts dense layers and the head, not the embedding: leave it out of target_modules")

@@ -6,25 +6,23 @@ columns of a common A and the first rows of a common B, which have the size of t
 """
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from lora_ms.adapters.methods.base import (
-    AdapterConfig,
     Array,
     Cost,
     Shape,
     Target,
     Update,
-    head_notes,
     option,
     shared_options,
 )
-from lora_ms.errors import LoraMsError
+from lora_ms.adapters.methods.ranked import RankedConfig, RankSpec
 from lora_ms.folder_schema import Factor, Probability
 from lora_ms.storage import Entry
 from lora_ms.values import Bounds, Flag, Number, Whole
@@ -34,12 +32,6 @@ if TYPE_CHECKING:
 
 TRAINED = ("vera_lambda_b", "vera_lambda_d")
 PROJECTIONS = ("vera_A", "vera_B")
-
-
-class VeraSpec(NamedTuple):
-    """VeRA on one module."""
-
-    lora_rank: int
 
 
 @lru_cache(maxsize=2)
@@ -61,7 +53,7 @@ def projections(key: int, rank: int, outputs: int, inputs: int) -> tuple[Array, 
 
 
 @dataclass(frozen=True)
-class VeraConfig(AdapterConfig):
+class VeraConfig(RankedConfig):
     """VeRA, with PEFT's settings.
 
     Args:
@@ -77,6 +69,7 @@ class VeraConfig(AdapterConfig):
         LoraMsError: a value out of range.
     """
 
+    NAME: ClassVar[str] = "VeRA"
     PET_TYPE: ClassVar[str] = "vera"
     PEFT_TYPE: ClassVar[str] = "VERA"
     PEFT_REQUIRED: ClassVar[tuple[str, ...]] = ("r", "target_modules")
@@ -94,10 +87,8 @@ class VeraConfig(AdapterConfig):
     IDLE: ClassVar[Mapping[str, float]] = {"vera_lambda_b": 0.0}
     IDLE_CHECK: ClassVar[tuple[str, str]] = ("b not zero", "every lambda_b is zero: VeRA changes nothing")
     AGREEING: ClassVar[tuple[str, ...]] = ("projection_prng_key",)
-    SPEC_KEYS: ClassVar[Mapping[str, frozenset[str]]] = {"lora_rank": frozenset(("lora_rank",))}
 
     lora_rank: int = option(256, Whole, Bounds(ge=1))
-    lora_dropout: float = option(0.0, Number, Bounds(ge=0, lt=1))
     projection_prng_key: int = option(0, Whole, Bounds(ge=0))
     save_projection: bool = option(True, Flag)
     d_initial: float = option(0.1, Number)
@@ -107,9 +98,6 @@ class VeraConfig(AdapterConfig):
     def title(self) -> str:
         return "VeRA"
 
-    def spec(self, name: str) -> VeraSpec:
-        return VeraSpec(self.lora_rank)
-
     def fitted(self, shapes: Mapping[str, Shape]) -> "VeraConfig":
         found = [shape for name, shape in shapes.items() if self.choose(name) is not None]
         return replace(self, sizes=tuple(map(max, zip(*found, strict=True)))) if found else self
@@ -118,17 +106,14 @@ class VeraConfig(AdapterConfig):
         """The whole A and B; of ``fitted`` settings."""
         return projections(self.projection_prng_key, self.lora_rank, *self.sizes)
 
-    def notes(self, names: Iterable[str], adapted: Iterable[str]) -> list[str]:
-        return head_notes(self.lora_dropout, adapted)
-
-    def build(self, target: Target, spec: VeraSpec) -> "AdapterCell":
+    def build(self, target: Target, spec: RankSpec) -> "AdapterCell":
         from lora_ms.adapters.methods import vera_cells
 
         return vera_cells.build(self, target, spec)
 
     # PEFT's files
 
-    def to_peft(self, specs: Mapping[str, VeraSpec], targets: Sequence[str]) -> dict[str, Any]:
+    def to_peft(self, specs: Mapping[str, RankSpec], targets: Sequence[str]) -> dict[str, Any]:
         return {
             "r": self.lora_rank,
             "vera_dropout": self.lora_dropout,
@@ -144,8 +129,7 @@ class VeraConfig(AdapterConfig):
 
     @classmethod
     def from_peft(cls, peft: Mapping[str, Any]) -> "VeraConfig":
-        if peft.get("bias") not in (None, "none"):
-            raise LoraMsError(f"bias {peft['bias']} of VeRA is not supported: train it with bias none")
+        cls.check_bias(peft)
         saved = peft.get("save_projection")
         return cls(
             lora_rank=peft["r"],
@@ -168,30 +152,16 @@ class VeraConfig(AdapterConfig):
     def rank_of(self, tensors: Mapping[str, Shape]) -> int | None:
         return tensors["vera_lambda_d"][0] if "vera_lambda_d" in tensors else None
 
-    def ranks(self, name: str) -> tuple[int, ...]:
-        return (self.lora_rank,)
-
     def describe(self) -> str:
         where = "in the file" if self.save_projection else f"drawn with key {self.projection_prng_key}"
         return f"{self.title}, rank {self.lora_rank}, projections {where}"
 
     # training
 
-    def continued(self, keys: Any, given: Collection[str]) -> "VeraConfig":
-        return replace(self, lora_dropout=keys.lora_dropout) if "lora_dropout" in given else self
-
     def identity(self) -> dict[str, object]:
         return {"projection_prng_key": self.projection_prng_key, "lora_dropout": self.lora_dropout}
 
-    @property
-    def dropout(self) -> float:
-        return self.lora_dropout
-
-    @property
-    def separate_dropout(self) -> bool:
-        return True
-
-    def cost(self, spec: VeraSpec, inputs: int, outputs: int) -> Cost:
+    def cost(self, spec: RankSpec, inputs: int, outputs: int) -> Cost:
         """The gradients of the two vectors need what each multiplies."""
         return Cost(trained=spec.lora_rank + outputs, kept=spec.lora_rank + outputs)
 

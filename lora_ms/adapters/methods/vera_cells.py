@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from lora_ms.adapters.methods.base import Target
 from lora_ms.adapters.methods.base_cells import AdapterCell
 from lora_ms.adapters.methods.pair_cells import PairDense
-from lora_ms.adapters.methods.vera import VeraSpec
+from lora_ms.adapters.methods.ranked import RankSpec
 from lora_ms.errors import LoraMsError
 from lora_ms.nn.layers import Embedding
 from lora_ms.ops import PORTABLE, Operators
@@ -66,8 +66,8 @@ class VeraDense(PairDense):
             parameter.assign_value(Tensor.from_numpy(np.ascontiguousarray(part)))
 
     @property
-    def spec(self) -> VeraSpec:
-        return VeraSpec(self.lora_rank)
+    def spec(self) -> RankSpec:
+        return RankSpec(self.lora_rank)
 
     def tensors(self) -> dict[str, Parameter]:
         return {"vera_lambda_b": self.vera_lambda_b, "vera_lambda_d": self.vera_lambda_d}
@@ -103,7 +103,7 @@ class VeraDense(PairDense):
         return d[:, None] * self.vera_a.asnumpy(), b[:, None] * self.vera_b.asnumpy()
 
 
-def build(config: "VeraConfig", target: Target, spec: VeraSpec) -> AdapterCell:
+def build(config: "VeraConfig", target: Target, spec: RankSpec) -> AdapterCell:
     """See ``AdapterConfig.build``."""
     if type(target.layer) is Embedding:
         raise LoraMsError("VeRA adapts dense layers and the head, not the embedding: leave it out of target_modules")

@@ -67,6 +67,10 @@ class VirtualTokensConfig(AdapterConfig):
         return PromptSpec(self.num_virtual_tokens)
 
     @property
+    def merges(self) -> bool:
+        return False
+
+    @property
     def virtual_tokens(self) -> int:
         return self.num_virtual_tokens
 

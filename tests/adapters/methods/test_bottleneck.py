@@ -36,9 +36,11 @@ def error_of(function, *args, **kwargs) -> str:
 
 
 def formula(x: np.ndarray, parts: list[np.ndarray], activation: str) -> np.ndarray:
+    """Parallel where D takes what the layer takes."""
     down, d, up, u = parts
     h = x @ W.T + BIAS
-    return h + 0.7 * (FUNCTIONS[activation](h @ down.T + d) @ up.T + u)
+    z = x if down.shape[1] == IN else h
+    return h + 0.7 * (FUNCTIONS[activation](z @ down.T + d) @ up.T + u)
 
 
 class Gradients(nn.Cell):
@@ -57,22 +59,25 @@ class Gradients(nn.Cell):
         return self.grad(x)
 
 
-@pytest.mark.parametrize("activation", ["silu", "relu"])
-def test_values_and_gradients(numerical_gradient, native, activation):
-    layer = BottleneckDense(nn.Dense(IN, OUT, f32(W), f32(BIAS)), BottleneckSpec(SIZE, 16), activation, 0.7, native)
+@pytest.mark.parametrize(("activation", "parallel"), [("silu", False), ("relu", False), ("silu", True)])
+def test_values_and_gradients(numerical_gradient, native, activation, parallel):
+    start = [RNG.standard_normal((SIZE, IN)), *START[1:]] if parallel else START
+    layer = BottleneckDense(
+        nn.Dense(IN, OUT, f32(W), f32(BIAS)), BottleneckSpec(SIZE, 16), activation, 0.7, native, parallel=parallel
+    )
     np.testing.assert_allclose(layer(f32(X)).asnumpy(), X @ W.T + BIAS, rtol=0, atol=2e-5)
-    for parameter, value in zip(layer.tensors().values(), START, strict=True):
+    for parameter, value in zip(layer.tensors().values(), start, strict=True):
         parameter.set_data(f32(value))
     (_, y), (d_x, d_parts) = Gradients(layer)(f32(X))
-    np.testing.assert_allclose(y.asnumpy(), formula(X, START, activation), rtol=0, atol=2e-5)
-    wanted = numerical_gradient(lambda x: (formula(x, START, activation) * WEIGHTS).sum(), X)
+    np.testing.assert_allclose(y.asnumpy(), formula(X, start, activation), rtol=0, atol=2e-5)
+    wanted = numerical_gradient(lambda x: (formula(x, start, activation) * WEIGHTS).sum(), X)
     np.testing.assert_allclose(d_x.asnumpy(), wanted, rtol=0, atol=5e-5)
     for i, found in enumerate(d_parts):
 
         def number(value: np.ndarray, i: int = i) -> float:
-            return (formula(X, [*START[:i], value, *START[i + 1 :]], activation) * WEIGHTS).sum()
+            return (formula(X, [*start[:i], value, *start[i + 1 :]], activation) * WEIGHTS).sum()
 
-        np.testing.assert_allclose(found.asnumpy(), numerical_gradient(number, START[i]), rtol=0, atol=5e-5)
+        np.testing.assert_allclose(found.asnumpy(), numerical_gradient(number, start[i]), rtol=0, atol=5e-5)
 
 
 @pytest.mark.parametrize(
@@ -81,6 +86,7 @@ def test_values_and_gradients(numerical_gradient, native, activation):
         ({}, {"o_proj", "down_proj"}, 4),
         ({"adapter_style": "pfeiffer", "reduction_factor": 8}, {"down_proj"}, 8),
         ({"target_modules": "q_proj", "bottleneck_size": 3}, {"q_proj"}, 3),
+        ({"target_modules": "q_proj", "adapter_style": "parallel"}, {"q_proj"}, 4),
     ],
 )
 def test_where_they_stand(bare, settings, leaves, size):
@@ -92,14 +98,18 @@ def test_where_they_stand(bare, settings, leaves, size):
     assert report.trainable == len(cells) * (2 * size * 64 + size + 64)
 
 
-def test_saved_loaded_checked_and_refused(reference, native, tmp_path, capsys):
+@pytest.mark.parametrize("style", ["houlsby", "parallel"])
+def test_saved_loaded_checked_and_refused(reference, native, tmp_path, capsys, style):
     base = reference / "models" / "qwen2"
     ids = Tensor(RNG.integers(4, 128, (2, 10)).astype(np.int32))
 
     def fresh():
         return load_directory(base, operators=native).set_train(False)
 
-    model, config = fresh(), BottleneckConfig(bottleneck_size=3, adapter_activation="gelu", residual_scaling=0.5)
+    model, config = (
+        fresh(),
+        BottleneckConfig(adapter_style=style, bottleneck_size=3, adapter_activation="gelu", residual_scaling=0.5),
+    )
     plain = model(ids).asnumpy()
     inject(model, config)
     np.testing.assert_array_equal(model(ids).asnumpy(), plain)
@@ -113,6 +123,7 @@ def test_saved_loaded_checked_and_refused(reference, native, tmp_path, capsys):
     assert written["peft_type"] == "BOTTLENECK" and written["target_modules"] == ["down_proj", "o_proj"]
     again = read_adapter_config(tmp_path)
     assert (again.bottleneck_size, again.adapter_activation, again.residual_scaling) == (3, "gelu", 0.5)
+    assert again.adapter_style == style
     other = fresh()
     load_adapter(other, tmp_path)
     np.testing.assert_array_equal(other(ids).asnumpy(), moved)
