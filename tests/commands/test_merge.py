@@ -23,10 +23,11 @@ VARIANTS = sorted(path.name for path in (REFERENCE / "variants").iterdir() if pa
 NO_MERGE = {
     "llama3_lora_bias": "the layers have no bias",
     "qwen2_pissa_niter_4": "what its random start took out is lost",
-    **dict.fromkeys(
-        ("llama3_prompt", "qwen2_prompt", "qwen2_ptuning", "qwen3_prompt", "qwen3_ptuning_lstm"),
-        "virtual tokens are no weights",
-    ),
+    **{
+        name: "virtual tokens are no weights"
+        for name in VARIANTS
+        if {"prompt", "ptuning", "prefix"} & {*name.split("_")}
+    },
 }
 UNTIED = {
     "llama3_embed",
