@@ -1,11 +1,11 @@
 """Runs every benchmark beside its peer, keeps the results as JSON, and writes docs/numbers.md and its Chinese twin.
 
     python benchmarks/all.py --torch_python PYTHON_WITH_TORCH_AND_PEFT           in full: hours, on a quiet machine
-    python benchmarks/all.py --quick --torch_python PYTHON_WITH_TORCH_AND_PEFT   small models, few steps: minutes
+    python benchmarks/all.py --quick --torch_python PYTHON_WITH_TORCH_AND_PEFT   small models, few steps: whether all run
     python benchmarks/all.py --pages                                             only the pages, from the results kept
 
-Results are kept after each program (--results); one that is there already, of the same form, is not run again unless
---again says so. The figures in README.md and docs/ come from these pages.
+Results are kept after each program; one that is there already is not run again unless --again says so. What the quick
+form measures means nothing, and is kept nowhere. The figures in README.md and docs/ come from these pages.
 """
 
 import argparse
@@ -112,9 +112,7 @@ TEXTS = {
         "title": "Numbers",
         "other": "[中文](numbers.zh.md)",
         "made": "Written by `benchmarks/all.py` from `benchmarks/results.json`; do not edit.",
-        "quick": "**These are results of the quick form**: tiny models, few steps, on a machine with other work. "
-        "They show that the programs run. As measurements they mean nothing; the full form is for a quiet machine.",
-        "none": "no result kept: not run yet",
+        "none": "Not run yet",
         "machine": "Machine",
         "command": "command",
         "ours": "ours",
@@ -127,9 +125,7 @@ TEXTS = {
         "title": "测量结果",
         "other": "[English](numbers.md)",
         "made": "由 `benchmarks/all.py` 从 `benchmarks/results.json` 写出，请勿手工修改。",
-        "quick": "**以下是简短形式的结果**：很小的模型、几步、机器上还有别的工作，只说明程序能够运行，"
-        "作为测量没有意义；完整形式要在空闲的机器上运行。",
-        "none": "没有结果：尚未运行",
+        "none": "尚未运行",
         "machine": "机器",
         "command": "命令",
         "ours": "本项目",
@@ -177,7 +173,6 @@ def run(name: str, program: Program, quick: bool, torch_python: str, folder: Pat
         [sys.executable, str(script), *words], capture_output=True, text=True, env=env, cwd=ROOT, timeout=LIMIT
     )
     result: dict[str, Any] = {
-        "form": "quick" if quick else "full",
         "command": " ".join(shown).replace("{results}", "results.json"),
         "date": datetime.date.today().isoformat(),
         "seconds": round(time.time() - begun),
@@ -196,17 +191,13 @@ def run(name: str, program: Program, quick: bool, torch_python: str, folder: Pat
 def page(results: dict[str, Any], language: str) -> str:
     """docs/numbers.md from the results that are kept."""
     words = TEXTS[language]
-    parts = [f"# {words['title']}", words["other"], words["made"]]
-    if any(result["form"] == "quick" for result in results.values()):
-        parts.append(words["quick"])
-    parts.append(words["how"])
+    parts = [f"# {words['title']}", words["other"], words["made"], words["how"]]
     for name, program in PROGRAMS.items():
+        if name not in results:
+            continue
+        result = results[name]
         title = program.english if language == "en" else program.chinese
         parts.append(f"## {title[:1].upper()}{title[1:]}")
-        result = results.get(name)
-        if result is None:
-            parts.append(f"`benchmarks/{name.split()[0]}.py`: {words['none']}.")
-            continue
         parts.append(f"`{result['command']}`, {result['date']}, {result['seconds']} s.")
         if "failed" in result:
             parts.append(f"{words['failed']}: `{result['failed'][-1][:200] if result['failed'] else ''}`")
@@ -218,7 +209,11 @@ def page(results: dict[str, Any], language: str) -> str:
             parts.append("\n".join(rows))
         else:
             parts.append("\n".join(("```text", *result["printed"], "```")))
-    parts.append(f"## {words['machine']}")
+    missing = [f"`{name}`" for name in PROGRAMS if name not in results]
+    if missing:
+        parts += [f"## {words['none']}", ", ".join(missing)]
+    if results:
+        parts.append(f"## {words['machine']}")
     machines = {json.dumps(result["machine"]): result["machine"] for result in results.values()}
     for each in machines.values():
         parts.append("\n".join(f"- {key}: {value}" for key, value in each.items()))
@@ -236,22 +231,23 @@ def main() -> int:
     arguments.add_argument("--pages", action="store_true", help="run nothing, write the pages")
     arguments.add_argument("--again", action="store_true", help="also run what has a result")
     arguments.add_argument("--only", nargs="+", choices=tuple(PROGRAMS), default=list(PROGRAMS), metavar="NAME")
-    arguments.add_argument("--results", type=Path, default=RESULTS)
     arguments.add_argument("--torch_python", default=os.environ.get("LORA_MS_TORCH_PYTHON", sys.executable))
     args = arguments.parse_args()
-    results: dict[str, Any] = json.loads(args.results.read_text()) if args.results.exists() else {}
-    form = "quick" if args.quick else "full"
+    results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    failed = False
     for name in [] if args.pages else args.only:
-        if not args.again and results.get(name, {}).get("form") == form and "failed" not in results[name]:
+        if name in results and "failed" not in results[name] and not args.again and not args.quick:
             continue
         print(f"{name} …", flush=True)
         with tempfile.TemporaryDirectory() as folder:
-            results[name] = run(name, PROGRAMS[name], args.quick, args.torch_python, Path(folder))
-        said = f"failed: {results[name]['failed']}" if "failed" in results[name] else "done"
-        print(f"  {said}, {results[name]['seconds']} s", flush=True)
-        args.results.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            result = run(name, PROGRAMS[name], args.quick, args.torch_python, Path(folder))
+        failed = failed or "failed" in result
+        print(f"  {result.get('failed', 'done')}, {result['seconds']} s", flush=True)
+        if not args.quick:
+            results[name] = result
+            RESULTS.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     write_pages(results)
-    return 1 if any("failed" in results.get(name, {}) for name in args.only) else 0
+    return int(failed)
 
 
 if __name__ == "__main__":
