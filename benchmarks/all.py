@@ -1,7 +1,7 @@
 """Runs every benchmark beside its peer, keeps the results as JSON, and writes docs/numbers.md and its Chinese twin.
 
     python benchmarks/all.py --torch_python PYTHON_WITH_TORCH_AND_PEFT           in full: hours, on a quiet machine
-    python benchmarks/all.py --quick --torch_python PYTHON_WITH_TORCH_AND_PEFT   small models, few steps: whether all run
+    python benchmarks/all.py --quick --torch_python PYTHON_WITH_TORCH_AND_PEFT   small models: whether all run
     python benchmarks/all.py --pages                                             only the pages, from the results kept
 
 Results are kept after each program; one that is there already is not run again unless --again says so. What the quick
