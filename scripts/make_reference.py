@@ -50,8 +50,8 @@ WORDS = {
         "flag": "flag",
         "meaning": "meaning",
         "yaml": "YAML keys",
-        "yaml_about": "Sections and keys are MindFormers'; *(ours)* marks those that MindFormers does not have. An unknown key "
-        "is an error that names the nearest one. How YAML, flags and `--options` combine: "
+        "yaml_about": "Sections and keys are MindFormers'; *(ours)* marks those that MindFormers does not have. "
+        "An unknown key is an error that names the nearest one. How YAML, flags and `--options` combine: "
         "[configuration](configuration.md).",
         "key": "key",
         "type": "type",
