@@ -159,7 +159,7 @@ class TrainingArguments(_Settings):
         return trackers.installed() if given == ["all"] else given
 
     def settings(self) -> TrainSettings:
-        """The same for the training loop.
+        """The same settings, for the training loop.
 
         Raises:
             LoraMsError: a setting out of range, or one that is not supported.

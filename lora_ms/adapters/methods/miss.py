@@ -90,7 +90,7 @@ class MissConfig(RankedConfig):
         return miss_cells.build(self, target, spec)
 
     def block_shape(self, weight: Shape) -> Shape:
-        """Of D on a weight [out, in]."""
+        """The shape of D on a weight [out, in]."""
         outputs, rank = weight[0], self.lora_rank
         if self.init_weights == "bat":
             return outputs // rank, rank, rank

@@ -105,7 +105,7 @@ class PrefixTuningConfig(VirtualTokensConfig):
         return f"{super().describe()}{kind}"
 
     def cost(self, spec: PromptSpec, inputs: int, outputs: int) -> Cost:
-        """Of ``fitted`` settings."""
+        """The cost of ``fitted`` settings."""
         trained = self.num_virtual_tokens * self.layers * 2 * self.width
         if self.prefix_projection:
             trained = sum(shape[0] * (shape[1] if len(shape) > 1 else 1) for shape in self.network().values())
