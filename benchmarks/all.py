@@ -119,7 +119,7 @@ TEXTS = {
         "torch": "torch",
         "ratio": "ours / torch",
         "failed": "failed",
-        "how": "How the tables made before this program were measured: [what makes it fast](speed.md).",
+        "how": "How the older tables were measured: [what makes it fast](speed.md).",
     },
     "zh": {
         "title": "测量结果",
@@ -132,7 +132,7 @@ TEXTS = {
         "torch": "torch",
         "ratio": "本项目 / torch",
         "failed": "失败",
-        "how": "在有这个程序之前的表是怎样测的，见[为什么快](speed.zh.md)。",
+        "how": "更早的表是怎样测的，见[为什么快](speed.zh.md)。",
     },
 }
 

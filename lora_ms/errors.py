@@ -2,7 +2,7 @@
 
 
 class LoraMsError(Exception):
-    """What is wrong, where, and what to do about it, in one line.
+    """An error that the user can correct: one line says what is wrong, where, and what to do about it.
 
     The command line prints the text after ``error:`` and exits with status 2; ``--debug`` shows the traceback.
     """

@@ -41,8 +41,8 @@ WORDS = {
     "en": {
         "made": "Made from the code by `scripts/make_reference.py`; do not edit.",
         "cli": "Command line",
-        "cli_about": "`lora-ms COMMAND --help` prints the same. A value that a flag does not give is the YAML's; "
-        "flags override the YAML. In the tables, a default stands in parentheses at the end of the text.",
+        "cli_about": "`lora-ms COMMAND --help` prints the same. A flag overrides the YAML; without "
+        "it, the YAML's value holds. In the tables, a default stands in parentheses at the end of the text.",
         "shared": "Flags of the commands with a configuration",
         "shared_about": "They belong to {commands}, and to `run_mindformer.py`.",
         "own": "Besides the [flags of every command with a configuration](#{anchor}):",
@@ -50,8 +50,8 @@ WORDS = {
         "flag": "flag",
         "meaning": "meaning",
         "yaml": "YAML keys",
-        "yaml_about": "Sections and keys are MindFormers'; *(ours)* marks those that it does not have. An unknown key "
-        "is an error that names the nearest one. How YAML, flags and `--options` combine: "
+        "yaml_about": "Sections and keys are MindFormers'; *(ours)* marks those that MindFormers does not have. "
+        "An unknown key is an error that names the nearest one. How YAML, flags and `--options` combine: "
         "[configuration](configuration.md).",
         "key": "key",
         "type": "type",
@@ -87,7 +87,7 @@ WORDS = {
         "yaml": "YAML 配置项",
         "yaml_about": "各节与各键沿用 MindFormers 的写法；标有 *(ours)* 的是本项目增加的。未知的键会报错，"
         "并提示最接近的键。"
-        "YAML、命令行参数与 `--options` 的优先次序见[配置](configuration.md)。",
+        "YAML、命令行参数与 `--options` 的优先次序见[配置](configuration.zh.md)。",
         "key": "键",
         "type": "类型",
         "default": "默认值",
@@ -96,7 +96,7 @@ WORDS = {
         "pet": "`pet_type` 选择方法；写了其他方法的键会报错。最后一列是拥有该键的方法。",
         "methods": "方法",
         "callbacks": "列表，每一项用 `type` 区分。",
-        "objectives": "附加的损失项，列表，每一项用 `type` 区分，见[学习而不遗忘](forgetting.md)。",
+        "objectives": "附加的损失项，列表，每一项用 `type` 区分，见[学新不忘旧](forgetting.zh.md)。",
         "no_effect": "为兼容 MindFormers 而接受、在这里不起作用的键：",
         "python": "Python 接口",
         "python_about": "以下名称都可以从 `lora_ms` 导入。形状中 *b* 是行数，*s* 是 token 数，*v* 是词表大小。"

@@ -33,15 +33,15 @@ MAJORITIES = ("total", "frequency")
 COMBINATIONS = {
     "linear": "weighted sum of the A and of the B: quick and rough; equal ranks",
     "cat": "A and B side by side: exactly the weighted sum of the updates; the ranks add up",
-    "svd": "the weighted sum of the updates, as near as --rank comes to it",
+    "svd": "the weighted sum of the updates, as near as --rank allows",
     "ties": "linear, of the largest values, where their signs are those of the majority",
-    "ties_svd": "ties of the updates themselves, as near as --rank comes to it",
+    "ties_svd": "ties of the updates themselves, as near as --rank allows",
     "dare_linear": "linear, of values kept at random and scaled up",
     "dare_ties": "linear, of values kept at random, where their signs are those of the majority",
-    "dare_linear_svd": "dare_linear of the updates themselves, as near as --rank comes to it",
-    "dare_ties_svd": "dare_ties of the updates themselves, as near as --rank comes to it",
+    "dare_linear_svd": "dare_linear of the updates themselves, as near as --rank allows",
+    "dare_ties_svd": "dare_ties of the updates themselves, as near as --rank allows",
     "magnitude_prune": "linear, of the largest values",
-    "magnitude_prune_svd": "magnitude_prune of the updates themselves, as near as --rank comes to it",
+    "magnitude_prune_svd": "magnitude_prune of the updates themselves, as near as --rank allows",
 }
 
 

@@ -60,7 +60,7 @@ def target_layers(model: nn.Cell) -> dict[str, nn.Cell]:
 
 
 def weight_shape(layer: nn.Cell) -> tuple[int, int]:
-    """Of the weight of one of ``target_layers``: [out, in], or [vocabulary, h]."""
+    """The weight's shape in one of ``target_layers``: [out, in], or [vocabulary, h]."""
     if isinstance(layer, Embedding):
         return tuple(layer.weight.shape)
     dense: Any = layer

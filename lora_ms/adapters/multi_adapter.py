@@ -145,7 +145,7 @@ class FixedAdapters(LineChoice):
         self.names = list(names)
 
     def place(self, name: str) -> int:
-        """Of an adapter; 0 for a name that is none, which stands for the model without one."""
+        """The place of an adapter; 0 for a name of none, which stands for the model without an adapter."""
         return self.names.index(name) + 1 if name in self.names else 0
 
     def acquire(self, name: str) -> tuple[int, int]:

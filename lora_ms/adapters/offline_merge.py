@@ -79,7 +79,7 @@ def module_faults(name: str, tensors: Tensors, base: Mapping[str, Entry], config
 
 
 def weight_shapes(base: Mapping[str, Entry]) -> dict[str, Shape]:
-    """Of the matrices of a model, by module."""
+    """The shapes of a model's matrices, by module."""
     return {key.removesuffix(".weight"): entry.shape for key, entry in base.items() if len(entry.shape) == 2}
 
 

@@ -60,7 +60,7 @@ def to_peft(config: AdapterConfig, found: Adapted, base_model: str | None) -> di
 
 
 def from_peft(peft: Mapping[str, Any], where: str) -> AdapterConfig:
-    """Of a parsed adapter_config.json; ``where`` begins every error.
+    """The settings in a parsed adapter_config.json; ``where`` begins every error.
 
     Raises:
         LoraMsError: another peft_type, keys that are missing, or that ask for what is not computed here; all are

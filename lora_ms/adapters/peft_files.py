@@ -72,7 +72,7 @@ class TensorKey(NamedTuple):
 
 
 def split_key(key: str) -> TensorKey | None:
-    """None where ``key`` ends as no tensor of an adapter does.
+    """The parts of ``key``; None if it does not end like a tensor of an adapter.
 
     A path may itself hold "weight" or "lora_A", so the names are matched at the end alone, the longest first.
     """

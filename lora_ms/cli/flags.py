@@ -193,18 +193,18 @@ OTHER_FLAGS = tuple("config preset fill options predict_data predict_file predic
 SERVE_FLAGS: list[tuple[str, Any, str | None, Any, str, str]] = [
     ("host", str, None, "127.0.0.1", "NAME", "address to listen at (127.0.0.1: this machine alone)"),
     ("port", flag_int, None, 8000, "N", "its port (8000; 0: a free one)"),
-    ("served-model-name", str, "+", [], "NAME", "the model's name in requests (its folder's); several are one model"),
-    ("lora-modules", str, "+", [], "NAME=DIR", "adapters, by the names that requests ask for"),
-    ("max-model-len", flag_int, None, None, "N", "longest prompt with answer (what the model and 2 GB of cache take)"),
+    ("served-model-name", str, "+", [], "NAME", "the model's name, or names, in requests (its folder's)"),
+    ("lora-modules", str, "+", [], "NAME=DIR", "adapters, by the names that requests use"),
+    ("max-model-len", flag_int, None, None, "N", "longest prompt with answer (what the model and 2 GB of cache allow)"),
     ("max-num-seqs", flag_int, None, None, "N", "requests that run at once (8)"),
-    ("max-loras", flag_int, None, None, "N", "adapters at once (as many as named, and 8 with --adapter-folders)"),
-    ("max-lora-rank", flag_int, None, None, "N", "largest rank of one (the named ones'; 16 with --adapter-folders)"),
-    ("max-waiting", flag_int, None, 64, "N", "further ones that wait; more get status 429 (64)"),
+    ("max-loras", flag_int, None, None, "N", "adapters at once (those named, plus 8 with --adapter-folders)"),
+    ("max-lora-rank", flag_int, None, None, "N", "largest rank (of those named; 16 with --adapter-folders)"),
+    ("max-waiting", flag_int, None, 64, "N", "further requests that wait; more get status 429 (64)"),
     ("max-body-bytes", flag_int, None, 1 << 20, "N", "largest request (1048576)"),
-    ("request-timeout", flag_float, None, 600.0, "SECONDS", "longest time to an answer's end (600)"),
-    ("read-timeout", flag_float, None, 20.0, "SECONDS", "longest time in which a request comes in (20)"),
+    ("request-timeout", flag_float, None, 600.0, "SECONDS", "longest time until an answer ends (600)"),
+    ("read-timeout", flag_float, None, 20.0, "SECONDS", "longest time until a request has arrived (20)"),
     ("shutdown-timeout", flag_float, None, 60.0, "SECONDS", "time for running answers after SIGTERM (60)"),
-    ("allowed-origins", str, "+", [], "URL", "web pages elsewhere that may ask, such as http://localhost:3000; or *"),
+    ("allowed-origins", str, "+", [], "URL", "other web pages that may ask, such as http://localhost:3000; or *"),
     ("allowed-hosts", str, "+", [], "NAME", "host names besides localhost, behind a proxy on this machine"),
     ("adapter-folders", str, "+", [], "DIR", "allow requests to load adapters below DIR (default: none)"),
 ]
@@ -237,7 +237,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         f"MindFormers' other flags are accepted and have no effect: {' '.join(row[0] for row in IDLE_FLAGS)}."
     )
 
-    text = "replace {{NAME}} in the data by TEXT; repeatable"
+    text = "replace {{NAME}} in the data with TEXT; repeatable"
     groups["what to train on"].add_argument(
         "--fill", type=flag_fill, action="append", default=[], metavar="NAME=TEXT", help=text
     )
@@ -248,7 +248,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     groups["generation"].add_argument("--predict_data", nargs="+", metavar="TEXT", help="prompts")
     text = "rows with prompts: file, folder or glob"
     groups["generation"].add_argument("--predict_file", type=flag_path, metavar="PATH", help=text)
-    text = "their answers (answers.jsonl in output_dir); one that was interrupted is gone on with"
+    text = "their answers (answers.jsonl in output_dir); an interrupted file is continued"
     groups["generation"].add_argument("--predict_output", type=flag_path, metavar="FILE", help=text)
     text = "system message before the conversation (predict, chat)"
     groups["generation"].add_argument("--system", metavar="TEXT", help=text)
@@ -261,10 +261,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def add_command_flags(command: str, parser: argparse.ArgumentParser) -> None:
     """Adds the flags that ``command`` alone has."""
     if command == "preview":
-        parser.add_argument("--row", type=flag_int, metavar="N", help="only row N, as error lines count rows")
+        parser.add_argument("--row", type=flag_int, metavar="N", help="only row N, counted as in error lines")
     if command == "fisher":
         parser.add_argument("--output", metavar="FILE", help="file to write (default: the one that ewc reads)")
-        text = "regular expression that fits whole names of the parameters to measure (default: all that train)"
+        text = "regular expression that matches whole names of the parameters to measure (default: all that train)"
         parser.add_argument("--params", metavar="REGEX", help=text)
     if command == "preprocess":
         parser.add_argument("--report", action="store_true", help="describe the data, write no rows")

@@ -136,16 +136,16 @@ TOOLS = {
     "download": Tool(
         "fetch a model, an adapter or a dataset from a hub",
         (
-            Flag("name", str, "NAME", "owner/name; may stand alone", required=True, first=True),
+            Flag("name", str, "NAME", "owner/name; the flag itself may be left out", required=True, first=True),
             Flag("kind", str, "KIND", "model (default), adapter or dataset", "model"),
             Flag("hub", str, "NAME", "hf (default) or modelscope", "hf"),
             Flag("revision", str, "NAME", "branch, tag or commit (default: the hub's)"),
             Flag("output_dir", flag_path, "DIR", "where to (default: the hub's own cache)"),
         ),
         "Only files that are used here are fetched (config, safetensors, tokenizer,\n"
-        "template; rows of a dataset), never code; each is held against the hub's\n"
-        "digest. What was cut goes on at the next call. Mirrors, tokens and caches are\n"
-        "the hubs' own: HF_ENDPOINT, HF_TOKEN, HF_HOME, HF_HUB_OFFLINE;\n"
+        "template; rows of a dataset), never code; each is checked against the\n"
+        "hub's digest. The next call continues a download that was cut. Mirrors, tokens\n"
+        "and caches are the hubs' own: HF_ENDPOINT, HF_TOKEN, HF_HOME, HF_HUB_OFFLINE;\n"
         "MODELSCOPE_ENDPOINT, MODELSCOPE_API_TOKEN, MODELSCOPE_CACHE.\n"
         "--load_checkpoint, --load_adapter and --train_dataset_dir take such names, too.",
     ),
@@ -156,7 +156,7 @@ TOOLS = {
                 "input",
                 str,
                 "PATH",
-                "Hugging Face folder, .ckpt, .safetensors or their folder, or .gguf; may stand alone",
+                "Hugging Face folder, .ckpt, .safetensors or their folder, or .gguf; the flag itself may be left out",
                 required=True,
                 first=True,
             ),
@@ -200,9 +200,9 @@ TOOLS = {
             Flag("dtype", str, "TYPE", "float16, bfloat16, float32; auto (default): as stored", "auto"),
             Flag("overwrite", flag_bool, "BOOL", "replace what is in output_dir (default False)", False),
         ),
-        "Beside it stands an Ollama Modelfile with the chat template of the training.\n"
+        "It also writes an Ollama Modelfile with the chat template of the training.\n"
         "DoRA, whole modules, trained biases and adapters on the embedding have no\n"
-        "place in llama.cpp's adapters: merge them first. Quantise with llama.cpp.",
+        "place in llama.cpp's adapters: merge those first. Quantise with llama.cpp.",
     ),
 }
 

@@ -14,7 +14,7 @@ from lora_ms.infer.text_stream import TextStream
 
 @dataclass(frozen=True)
 class GeneratedAnswer:
-    """To one prompt."""
+    """The answer to one prompt."""
 
     text: str
     finish: Finish  # why it ended

@@ -405,7 +405,7 @@ class Engine:
 
 
 def token_logprob(token: int, logprobs: NDArray, top: int) -> TokenLogprob:
-    """Of ``token``, and the ``top`` likeliest, of the log-probabilities [v] of all tokens in its place."""
+    """The log-probability of ``token`` and those of the ``top`` likeliest, given those [v] of all tokens."""
     top = min(top, len(logprobs))
     likeliest = np.argpartition(logprobs, len(logprobs) - top)[len(logprobs) - top :] if top else np.zeros(0, np.int64)
     order = sorted(likeliest, key=lambda i: (-logprobs[i], i))

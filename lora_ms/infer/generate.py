@@ -29,7 +29,7 @@ class Generator:
         self.adapter_names: tuple[str, ...] | None = None
 
     def with_adapters(self, adapters: Adapters, names: Sequence[str]) -> "Generator":
-        """The same, with the same graphs, that answers the prompt of each row with the adapter of that name.
+        """A copy, with the same graphs, that answers the prompt of each row with the adapter of that name.
 
         adapters: those that live in the model now, for as many lines as there are names.
         """

@@ -45,7 +45,7 @@ class HarnessModel(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        """By which lm-eval keeps rendered chats apart."""
+        """The name by which lm-eval tells rendered chats apart."""
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
@@ -68,7 +68,7 @@ class HarnessModel(TemplateLM):
         )
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Of whole texts, window by window where they are longer than the model takes."""
+        """Log-likelihoods of whole texts, window by window if they are longer than the model takes."""
         windows, counts = [], []
         for (text,) in (request.args for request in requests):
             parts = get_rolling_token_windows(self.tok_encode(text), self.prefix_token_id, self.max_length, 1)

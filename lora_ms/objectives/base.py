@@ -86,7 +86,7 @@ class ObjectiveKeys(Section):
         return None
 
     def row_term(self, given: "GivenRows") -> "RowTerm | None":
-        """None for a function of the parameters.
+        """The term as a function of the rows; None for a function of the parameters.
 
         Raises:
             LoraMsError: the rows are not such as the term needs.
@@ -94,7 +94,7 @@ class ObjectiveKeys(Section):
         return None
 
     def preference_term(self, answers: "Answers") -> RowTerm | None:
-        """None for all that does not compare answers.
+        """The term as a comparison of answers; None if it does not compare any.
 
         Raises:
             LoraMsError: the rows are not such as the term needs.

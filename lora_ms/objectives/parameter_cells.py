@@ -85,7 +85,7 @@ class Overlap(nn.Cell):
 
     @classmethod
     def of(cls, start: Start, earlier: Sequence[Mapping[str, Array]], weight: float) -> "Overlap | None":
-        """Of the modules that train an A and have one in ``earlier``, of the same width; None where there is none."""
+        """The term for modules that train an A and have one of its width in ``earlier``; None if there are none."""
         begins = [0, *accumulate(p.size for p in start.params)]
         meetings = []
         for name, param, begin in zip(start.names, start.params, begins, strict=False):

@@ -29,7 +29,7 @@ class Comparison(nn.Cell):
         self.softplus = ops.Softplus()
 
     def rewards(self, first: Tensor, second: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the two answers of each row [c], from the sums of their log-probabilities [c]."""
+        """The rewards of both answers of each row [c], from the sums of their log-probabilities [c]."""
         return self.beta * (first - table[:, 0]), self.beta * (second - table[:, 1])
 
     def ranked(self, margin: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ class Comparison(nn.Cell):
         return found
 
     def losses(self, first: Tensor, second: Tensor, table: Tensor) -> tuple[Tensor, ...]:
-        """Of each row [c]: the loss, the rewards of both, and how far it is ranked as it should."""
+        """For each row [c]: the loss, both rewards, and how far the row is ranked as it should be."""
         raise NotImplementedError
 
     def construct(self, log_probs: Tensor, row: Tensor, is_first: Tensor, is_second: Tensor, table: Tensor) -> Tensor:

@@ -78,7 +78,7 @@ class _Divergence(nn.Cell):
         self.log_softmax = ops.LogSoftmax(-1)
 
     def moved(self, hidden: Tensor, now: Tensor, states: Tensor, first: Tensor, factor: Tensor) -> tuple:
-        """Of some slots: the value [], its gradient by the logits [c, v]."""
+        """For some slots: the value [] and its gradient by the logits [c, v]."""
         before = self.log_softmax(self.logits(states, first))
         after = self.log_softmax(self.logits(hidden, now))
         chances = ops.exp(before)

@@ -70,7 +70,7 @@ class _Settings:
     """The arguments that have an effect."""
 
     output_dir: str | os.PathLike = "trainer_output"
-    learning_rate: float = 1e-4  # the highest
+    learning_rate: float = 1e-4  # the highest that the schedule reaches
     num_train_epochs: float = 3  # a whole number
     per_device_train_batch_size: int | None = None  # rows; None: 8 a step, in micro-batches that fit the memory
     gradient_accumulation_steps: int = 1  # micro-batches per optimiser step
@@ -81,14 +81,14 @@ class _Settings:
     adam_beta2: float = 0.999
     adam_epsilon: float = 1e-8
     max_grad_norm: float | None = 1.0
-    loraplus_lr_ratio: float = 1.0  # learning rate of B over that of A; 1: one rate for both
+    loraplus_lr_ratio: float = 1.0  # ratio of B's learning rate to A's; 1: one rate for both
     neftune_noise_alpha: float | None = 0.0  # noise on the embedding while training, 5 to 15; 0: none
     lr_scheduler_type: str = "linear"  # constant, linear or cosine
     warmup_ratio: float = 0.0
     warmup_steps: int = 0  # overrides the ratio where above 0
     optim: str = "adamw_torch"  # AdamW; 8bit: its state in eight bits; paged: its state in a file
     logging_steps: int = 1
-    logging_dir: str | os.PathLike | None = None  # of TensorBoard's files; None: output_dir/tensorboard
+    logging_dir: str | os.PathLike | None = None  # folder of TensorBoard's files; None: output_dir/tensorboard
     save_strategy: str = "steps"  # no, steps, epoch or best
     save_steps: int = 0  # optimiser steps; 0: no checkpoint before the end
     save_total_limit: int | None = None  # newest checkpoints that are kept; None: all
@@ -99,22 +99,22 @@ class _Settings:
     use_parallel: bool = False  # one process per card, started by msrun
     seed: int = 0
     resume_from_checkpoint: bool | str | None = False  # True: the newest; or a name such as "step_40"
-    overwrite_output_dir: bool = False  # delete others' files in the folders that a run replaces
+    overwrite_output_dir: bool = False  # also delete files that no run has written, in folders that a run replaces
     auto_trans_ckpt: bool = False  # no effect: each process reads its part of the checkpoint either way
-    eval_strategy: str = "no"  # no, steps or epoch, of eval_dataset; and once at the end
+    eval_strategy: str = "no"  # when to evaluate eval_dataset, besides once at the end: no, steps or epoch
     evaluation_strategy: str = "no"  # its older name
     eval_steps: int | None = None  # optimiser steps; None: logging_steps
     per_device_eval_batch_size: int = 8  # rows
-    early_stopping_patience: int = 0  # evaluations without a better one before the run stops; 0: never
+    early_stopping_patience: int = 0  # the run stops after this many evaluations without improvement; 0: never
     report_to: str | Sequence[str] | None = "none"  # tensorboard, wandb, swanlab, mlflow; metrics.jsonl always
-    run_name: str | None = None  # of the run in these; None: the name of output_dir
-    packing: bool = True  # several rows in a line, each seeing itself alone: the same numbers, less padding
+    run_name: str | None = None  # name of the run there; None: the name of output_dir
+    packing: bool = True  # several rows in a line, none of which sees another: the same numbers, less padding
 
 
 class TrainingArguments(_Settings):
-    """Settings of a ``Trainer``, by transformers' names. Those that have an effect:
+    """Settings of a ``Trainer``, by transformers' names; the arguments listed here have an effect.
 
-    transformers' other arguments are accepted; those whose value differs from its default are listed in a line.
+    transformers' other arguments are accepted; one line lists those that differ from their default there.
 
     Raises:
         LoraMsError: an unknown name, or one that is not supported.
@@ -159,7 +159,7 @@ class TrainingArguments(_Settings):
         return trackers.installed() if given == ["all"] else given
 
     def settings(self) -> TrainSettings:
-        """The same for the training loop.
+        """The same settings, for the training loop.
 
         Raises:
             LoraMsError: a setting out of range, or one that is not supported.

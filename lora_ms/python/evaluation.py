@@ -32,13 +32,13 @@ def evaluate_custom(
     """Greedy answers to the questions of ``test_file``, and their mean score.
 
     Args:
-        model: of ``AutoModelForCausalLM``, or with an adapter.
-        tokenizer: with the chat template that the questions are put in.
-        test_file: rows with answers, of any format that training reads.
-        judge: ``exact`` (equal but for white space around), ``contains`` (the reference stands in the answer), ``chrf``
+        model: a model of ``AutoModelForCausalLM``, or a ``PeftModel``.
+        tokenizer: its chat template is applied to the questions.
+        test_file: rows with answers, in any format that training reads.
+        judge: ``exact`` (equal but for white space around), ``contains`` (the answer contains the reference), ``chrf``
             (the character F-score of all answers together, 0 to 100), or a function of an answer and its reference.
-        max_new_tokens: of an answer.
-        num_samples: only the first rows.
+        max_new_tokens: longest answer, in tokens.
+        num_samples: use only the first rows.
 
     Returns:
         ``score``, ``rows`` (their number), and ``answers``: of each row ``row``, ``prompt``, ``answer``, ``reference``,

@@ -56,15 +56,15 @@ class ModelForCausalLM(CausalLM):
         """Continues prompts: returns [batch, prompt + new] token ids, as in transformers.
 
         Args:
-            input_ids: [batch, prompt] ids, or a list of rows of any lengths (padded on the left in the result).
-            max_new_tokens: most new tokens of a row; None: 64, or as many as ``max_length`` leaves.
+            input_ids: [batch, prompt] ids, or a list of rows of any length (padded on the left in the result).
+            max_new_tokens: limit of new tokens per row; None: 64, or as many as ``max_length`` leaves.
             attention_mask: [batch, prompt] of 0 and 1; 0 marks padding.
             eos_token_id: one or more ids that end a row; None for the model's own. Without any, rows run to the limit.
             pad_token_id: fills the rest of a row that has ended.
             generator: holds the compiled graphs; None for the model's own.
-            max_length: most tokens of a row and its answer together, padding not counted.
+            max_length: limit of a row and its answer together, without padding.
             sampling: do_sample, temperature, top_k, top_p, repetition_penalty, seed (see ``Sampling``). Of
-                transformers, ``num_beams``, ``num_return_sequences`` and their like are taken with the value 1.
+                transformers' names, ``num_beams``, ``num_return_sequences`` and the like may only be 1.
 
         Raises:
             LoraMsError: an empty prompt, one longer than the model or ``max_length``, or a setting out of range.
@@ -93,7 +93,7 @@ class ModelForCausalLM(CausalLM):
 
     @property
     def device(self) -> str:
-        """Where it computes: CPU or Ascend. Inputs need not be brought there."""
+        """The device it computes on: CPU or Ascend. Inputs need not be moved there."""
         return device.setup()[0].device
 
     def __repr__(self) -> str:
@@ -105,11 +105,11 @@ class ModelForCausalLM(CausalLM):
         )
 
     def cells_have_changed(self) -> None:
-        """Forgets the compiled graphs of generation: they hold the cells that were in the model before."""
+        """Forgets the compiled graphs of generation, which hold the cells that the model had before."""
         self.__dict__.pop("generator", None)
 
     def save_pretrained(self, path: str | os.PathLike) -> None:
-        """Writes a Hugging Face folder in the type of the weights; transformers and vLLM load it."""
+        """Writes a Hugging Face folder, in the weights' own type; transformers and vLLM load it."""
         save_directory(self, path, NUMPY_DTYPES[self.dtype])
 
 
@@ -166,18 +166,18 @@ class AutoModelForCausalLM:
         On the CPU all arithmetic is float32, whatever the weights are.
 
         Args:
-            path: the folder, or ``owner/name`` on a hub: its files are fetched into the hub's cache, and no code.
+            path: the folder, or ``owner/name`` on a hub, whose files (but no code) are fetched into the hub's cache.
             hub: hf or modelscope.
             revision: branch, tag or commit of a model given by name.
             quantization_config: loads the layers' weights in four bits: transformers' keys (``load_in_4bit: True,
                 bnb_4bit_quant_type: nf4, bnb_4bit_use_double_quant, llm_int8_skip_modules``), or ``nf4``,
                 ``nf4-double``. A folder that is already quantised needs none.
-            dtype, torch_dtype: transformers' names of ``ms_dtype``: a type of MindSpore or torch, or its name.
-            others: transformers' arguments without an effect here, which are named in a line.
+            dtype, torch_dtype: transformers' names for ``ms_dtype``: a type of MindSpore or torch, or its name.
+            others: transformers' arguments without an effect here; one line names them.
 
         Raises:
-            LoraMsError: not such a folder, an unsupported architecture, tensors that do not fit, or a name that no
-                hub has.
+            LoraMsError: no such folder, an unsupported architecture, tensors that do not fit, or a name that the
+                hub does not have.
         """
         ms_dtype = _dtype(ms_dtype, dtype, torch_dtype)
         _check_unused(others)
@@ -228,10 +228,10 @@ def _check_unused(others: Mapping[str, Any]) -> None:
 
 
 class BitsAndBytesConfig(dict[str, Any]):
-    """transformers' settings for 4-bit weights, by its own keys; only NF4, ``bnb_4bit_quant_type="nf4"``.
+    """transformers' settings for 4-bit weights, with its keys; only NF4 (``bnb_4bit_quant_type="nf4"``).
 
     Raises:
-        LoraMsError: other weights, or an unknown key.
+        LoraMsError: another type of weights, or an unknown key.
     """
 
     def __init__(self, load_in_4bit: bool = False, **keys: Any):
@@ -258,13 +258,13 @@ class AutoTokenizer:
         trust_remote_code: bool = False,
         padding_side: str | None = None,
     ):
-        """transformers' own tokenizer of a folder, or of a model's name (see ``AutoModelForCausalLM``).
+        """transformers' own tokenizer, for a folder or a model's name (see ``AutoModelForCausalLM``).
 
-        ``return_tensors``, whichever library it names, returns NumPy arrays, which ``generate`` accepts.
+        Whichever library ``return_tensors`` names, the arrays are NumPy's, which ``generate`` accepts.
 
         Args:
-            padding_side: left or right; None: as the folder says.
-            use_fast, trust_remote_code: no effect: fast, and no code of the folder runs.
+            padding_side: left or right; None: what the folder says.
+            use_fast, trust_remote_code: no effect: it is always fast, and no code of the folder runs.
         """
         tokenizer = load_tokenizer(local_folder(path, "model", hub, revision))
         from lora_ms.python.arrays import with_arrays  # transformers, whose advice load_tokenizer has silenced

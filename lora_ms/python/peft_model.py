@@ -42,8 +42,8 @@ class Logits(Graph):
 class PeftModel:
     """A model with one or more named adapters, one of them active.
 
-    Calling it gives the model's logits; ``model`` is the Cell itself, into which the active adapter is installed.
-    Graphs are compiled once for each shape of adapter, and kept.
+    Calling it returns the model's logits; ``model`` is the Cell into which the active adapter is installed.
+    Graphs are compiled once per shape of adapter, and kept.
     """
 
     def __init__(self, model: nn.Cell):
@@ -56,7 +56,7 @@ class PeftModel:
 
     @classmethod
     def from_pretrained(cls, model: nn.Cell, path: str | os.PathLike, adapter_name: str = DEFAULT) -> "PeftModel":
-        """The bare ``model`` with the adapter of directory ``path``, or of a hub's ``owner/name``.
+        """The bare ``model`` with an adapter from directory ``path``, or from a hub by ``owner/name``.
 
         Raises:
             LoraMsError: no adapter there, an unsupported kind, or one made for another model.
@@ -67,12 +67,12 @@ class PeftModel:
 
     @property
     def peft_config(self) -> dict[str, AdapterConfig]:
-        """The settings of every adapter by name."""
+        """The settings of all adapters, by name."""
         return self.adapters.configs
 
     @property
     def active_adapter(self) -> str | None:
-        """The name of the active adapter; None where all are deleted."""
+        """The name of the active adapter; None if all are deleted."""
         return self.adapters.active
 
     @property
@@ -91,7 +91,7 @@ class PeftModel:
 
     @property
     def device(self) -> str:
-        """Where it computes: CPU or Ascend."""
+        """The device it computes on: CPU or Ascend."""
         return self.model.device
 
     def __repr__(self) -> str:
@@ -121,7 +121,7 @@ class PeftModel:
             return self(input_ids, attention_mask)
 
     def generate(self, input_ids, *args, adapter_names: Sequence[str] | None = None, **kwargs) -> NDArray[np.int32]:
-        """As ``ModelForCausalLM.generate``; ``adapter_names`` as in a call."""
+        """Like ``ModelForCausalLM.generate``; ``adapter_names`` as when the model is called."""
         if adapter_names is None:
             return self.model.generate(input_ids, *args, generator=self._graphs()[1], **kwargs)
         self._check_rows(adapter_names, len(input_ids))
@@ -146,10 +146,10 @@ class PeftModel:
         self._add(adapter_name, config, cells)
 
     def load_adapter(self, path: str | os.PathLike, adapter_name: str) -> None:
-        """Adds the adapter of directory ``path``, or of a hub's ``owner/name``; the first becomes active.
+        """Adds an adapter from directory ``path``, or from a hub by ``owner/name``; the first becomes active.
 
         Raises:
-            LoraMsError: as ``from_pretrained``, or the name is taken.
+            LoraMsError: as in ``from_pretrained``, or the name is taken.
         """
         folder = local_folder(path, "adapter")
         config = read_adapter_config(folder)
@@ -174,7 +174,7 @@ class PeftModel:
         """Combines ``adapters`` with ``weights`` into a new adapter (see ``adapters.combine.combine``).
 
         Raises:
-            LoraMsError: adapters or arguments that do not go together.
+            LoraMsError: adapters or arguments that cannot be combined.
         """
         parts = [detached(self.peft_config[name], self.adapters.cells_of(name)) for name in adapters]
         combined = combine(
@@ -191,10 +191,11 @@ class PeftModel:
         self._add(adapter_name, combined.config, self._attached(combined))
 
     def prepare_for_hotswap(self, target_rank: int, target_modules: str | tuple[str, ...] = "all-linear") -> None:
-        """From now on LoRA adapters, those that are there included, are widened to one shape: of whatever rank up to
-        ``target_rank``, and on whatever of ``target_modules``, they share one compiled graph, and ``set_adapter`` and
-        the first use of an adapter that is loaded later compile nothing. Saved, an adapter has the wider shape, and
-        computes the same.
+        """Widens LoRA adapters, present and future, to one shape, so that switching between them compiles nothing.
+
+        Adapters of any rank up to ``target_rank``, on any of ``target_modules``, then share one compiled graph: neither
+        ``set_adapter`` nor the first use of an adapter that is loaded later compiles anything. A saved adapter has the
+        wider shape, and computes the same.
 
         Raises:
             LoraMsError: an adapter of a larger rank, on other modules, or of another kind than LoRA and rsLoRA.
@@ -235,7 +236,7 @@ class PeftModel:
         self.adapters.activate(adapter_name)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Removes an adapter; where it was active, the first of the others becomes so."""
+        """Removes an adapter; if it was active, the first of the others becomes active."""
         self.adapters.remove(adapter_name)
 
     def disable_adapter(self):
@@ -243,9 +244,9 @@ class PeftModel:
         return self.adapters.disabled()
 
     def merge_adapter(self, safe_merge: bool = False) -> None:
-        """Puts merged weights in place of the active adapter, which ``unmerge_adapter`` brings back exactly.
+        """Replaces the active adapter by merged weights; ``unmerge_adapter`` restores it exactly.
 
-        safe_merge: refuse merged weights that are not finite; the model is as it was then.
+        safe_merge: refuse merged weights that are not finite, and leave the model as it was.
         """
         self.adapters.merge(safe_merge)
 
@@ -255,12 +256,12 @@ class PeftModel:
             self.adapters.activate(self.adapters.active)
 
     def merge_and_unload(self, safe_merge: bool = False) -> nn.Cell:
-        """The model with the adapter folded into its weights; this wrapper has no adapter left."""
+        """The model with the adapter merged into its weights; this wrapper then has no adapter."""
         self.adapters.merge(safe_merge)
         return self._release()
 
     def unload(self) -> nn.Cell:
-        """The base model without any adapter; this wrapper has no adapter left."""
+        """The base model without any adapter; this wrapper then has no adapter."""
         self.adapters.uninstall()
         return self._release()
 
@@ -272,7 +273,7 @@ class PeftModel:
     # files and figures
 
     def print_trainable_parameters(self) -> None:
-        """Modules, trainable and total parameters, percentage."""
+        """Prints the number of modules, trainable and total parameters, and the percentage."""
         config = None if self.active_adapter is None else self.active_peft_config
         print(report(self.model, config).line())
 

@@ -45,7 +45,7 @@ REFUSED = {
 
 @dataclass
 class TrainerState:
-    """How far a trainer is."""
+    """How far a trainer has come."""
 
     global_step: int = 0  # optimiser steps that are done
     max_steps: int = 0  # of the run
@@ -69,7 +69,7 @@ class TrainOutput(Outcome):
 
     @property
     def training_loss(self) -> float:
-        """Mean of the steps that this run did."""
+        """Mean loss of the steps of this run."""
         return sum(self.losses) / max(len(self.losses), 1)
 
     def __repr__(self) -> str:
@@ -103,16 +103,16 @@ class _History(TrainerCallback):
 
 
 class Trainer:
-    """Trains a ``PeftModel``'s adapter, or all parameters of a model of ``AutoModelForCausalLM``.
+    """Trains the adapter of a ``PeftModel``, or all parameters of a model of ``AutoModelForCausalLM``.
 
     Args:
-        train_dataset: rows (a sequence of dicts, or a ``datasets.Dataset``), a path, or a hub's ``owner/name`` (its
-            split train), in any format that the command line reads. Of rows with ``input_ids`` and no
-            ``labels`` every token is learnt; what ``attention_mask`` leaves out is padding.
-        tokenizer: needed for rows of text; saved with the adapter.
-        eval_dataset: held-out rows, as ``train_dataset`` (by name: the split test); evaluated as
-            ``args.eval_strategy`` says.
-        callbacks: called at every point of the run.
+        train_dataset: rows (a sequence of dicts, or a ``datasets.Dataset``), a path, or ``owner/name`` on a hub (its
+            split train), in any format that the command line reads. In rows with ``input_ids`` but no ``labels``,
+            every token is learnt; tokens that ``attention_mask`` leaves out are padding.
+        tokenizer: needed for rows of text; it is saved with the adapter.
+        eval_dataset: held-out rows, given like ``train_dataset`` (on a hub: the split test); ``args.eval_strategy``
+            says when they are evaluated.
+        callbacks: their methods are called at each point of the run.
         processing_class: transformers' newer name of ``tokenizer``.
         others: transformers' other arguments; those that would change the training are refused.
 
@@ -164,11 +164,11 @@ class Trainer:
         return self.tokenizer
 
     def train(self, resume_from_checkpoint: bool | str | None = None) -> TrainOutput:
-        """Runs to the end; the adapter is then in ``output_dir/adapter`` (the model, without one, in ``/model``).
+        """Trains to the end; the adapter is then in ``output_dir/adapter`` (without one, the model in ``/model``).
 
         Ctrl-C, or a notebook's interrupt, finishes the step under way and saves a checkpoint; the result says so.
 
-        resume_from_checkpoint: overrides that of ``args``.
+        resume_from_checkpoint: overrides the value in ``args``.
 
         Raises:
             LoraMsError: data that teaches nothing, or a loss that is not finite.
@@ -224,10 +224,10 @@ class Trainer:
         return {"train_loss": loss, "epoch": self.state.epoch}
 
     def evaluate(self, eval_dataset=None) -> dict[str, float]:
-        """Loss, perplexity and token accuracy of held-out rows: ``eval_dataset``, or the trainer's.
+        """Loss, perplexity and token accuracy on held-out rows: ``eval_dataset``, or else the trainer's.
 
         Raises:
-            LoraMsError: there are none.
+            LoraMsError: there are no such rows.
         """
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
         if rows is None:
@@ -243,7 +243,7 @@ class Trainer:
         return {**scores, "eval_runtime": record.eval_time_s, "epoch": self.state.epoch}
 
     def save_model(self, output_dir: str | os.PathLike | None = None) -> None:
-        """Writes the adapter (without one, the model) and the tokenizer; None: where ``train`` has written them."""
+        """Writes the adapter (without one, the model) and the tokenizer; None: where ``train`` wrote them."""
         trained = self.model if self.peft is None else self.peft
         folder = "model" if self.peft is None else "adapter"
         path = Path(self.args.output_dir) / folder if output_dir is None else Path(output_dir)

@@ -31,7 +31,7 @@ SECURITY = {
 
 
 class Gate:
-    """See above. ``served``: the names that are served."""
+    """The checks described above. ``served``: the names that are served."""
 
     def __init__(self, app: ASGIApp, settings: ServeSettings, metrics: ServerNumbers, served: Container[str]):
         self.app = app

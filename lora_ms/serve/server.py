@@ -77,7 +77,7 @@ class Server(uvicorn.Server):
                 signal.signal(number, handler)
 
     def handle_exit(self, sig: int, frame: Any) -> None:
-        """Of a signal."""
+        """Handles a signal: see ``Server``."""
         if self.should_exit:
             self.force_exit = True
         else:

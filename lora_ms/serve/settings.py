@@ -6,7 +6,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class ServeSettings:
-    """Of one server; see ``lora-ms serve --help``."""
+    """Settings of one server; see ``lora-ms serve --help``."""
 
     host: str = "127.0.0.1"
     port: int = 8000

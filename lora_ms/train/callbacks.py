@@ -62,28 +62,28 @@ class RunState:
 
 
 class TrainerCallback:
-    """A base class with methods that a run calls; override those you need. Each process has its own object."""
+    """Methods that a run calls; override those you need. Each process has its own object."""
 
     def on_train_begin(self, state: RunState) -> None:
-        """Before the first step; ``state.step`` is above 0 in a resumed run."""
+        """Called before the first step; ``state.step`` is above 0 in a resumed run."""
 
     def on_step_end(self, state: RunState, record: StepRecord) -> None:
-        """The numbers of an optimiser step have come from the device."""
+        """Called when the numbers of an optimiser step have been read from the device."""
 
     def on_evaluate(self, state: RunState, evaluation: EvaluationRecord) -> None:
-        """The held-out rows have been evaluated."""
+        """Called after the held-out rows have been evaluated."""
 
     def on_evaluation_due(self, state: RunState) -> None:
-        """It is time to evaluate, whether or not there are held-out rows; all steps up to ``state.step`` are done."""
+        """Called when an evaluation is due, even without held-out rows; all steps up to ``state.step`` are done."""
 
     def on_save(self, state: RunState, path: Path) -> None:
-        """Checkpoint ``path`` is complete."""
+        """Called when checkpoint ``path`` is complete."""
 
     def on_notice(self, state: RunState, text: str) -> None:
-        """Something that the user should know, in one line."""
+        """Called with one line that the user should know."""
 
     def on_train_end(self, state: RunState) -> None:
-        """After the last step, or when the run ends by an error or a signal."""
+        """Called after the last step, or when an error or a signal ends the run."""
 
 
 class EarlyStopping(TrainerCallback):

@@ -22,7 +22,7 @@ HIGHEST_LOG = 700.0  # its exponential is still a float
 
 @dataclass(frozen=True)
 class Scores:
-    """Of all label tokens of a pass over some rows."""
+    """Scores of all label tokens in one pass over some rows."""
 
     loss: float  # mean cross-entropy, nats
     accuracy: float  # share that has the highest logit
@@ -149,7 +149,7 @@ class Evaluator:
         self.sum_over_data = runtime.data_sum()
 
     def scores(self) -> Scores:
-        """Of one pass over the rows; the model is left as ``set_train(False)``."""
+        """The scores of one pass over the rows; the model is left as ``set_train(False)``."""
         self.model.set_train(False)
         sums = np.zeros(2)
         tokens = 0

@@ -120,7 +120,7 @@ class FisherRun:
                 raise LoraMsError("the processes go on from different steps: they must see the same folder")
 
     def means(self) -> dict[str, NDArray[np.float32]]:
-        """By parameter, the mean over all rows.
+        """The mean over all rows, by parameter.
 
         Raises:
             LoraMsError: one that is not finite.

@@ -65,7 +65,7 @@ class SetScorer:
         self.sum_over_data = runtime.data_sum()
 
     def scores(self) -> dict[str, dict[str, float]]:
-        """Of each set, ``loss`` (nats per label token) and ``accuracy``."""
+        """``loss`` (nats per label token) and ``accuracy`` of each set."""
         training = self.model.training
         self.model.set_train(False)
         found = {name: self._scores(one) for name, one in self.sets.items()}
@@ -135,7 +135,7 @@ class ForgettingReport(TrainerCallback):
             print(f"warning: {error}; the run goes on")
 
     def as_json(self) -> dict[str, Any]:
-        """Of each set what it is, its score before and after, and all points."""
+        """For each set: what it is, its scores before and after, and all points."""
         first, last = self.points[0]["scores"], self.points[-1]["scores"]
         sets = {}
         for name, one in self.scorer.sets.items():

@@ -51,7 +51,7 @@ def assign(names: Sequence[str], groups: Sequence[Group]) -> list[Group | None]:
 def rates_and_decays(
     params: Mapping[str, Parameter], groups: Sequence[Group], learning_rate: float, weight_decay: float
 ) -> tuple[list[float], list[float]]:
-    """Of each parameter, what the run's learning rate is multiplied by, and the weight decay.
+    """For each parameter, the factor of the run's learning rate, and the weight decay.
 
     Raises:
         LoraMsError: a group that fits nothing, or one with a rate where the run's own is 0.

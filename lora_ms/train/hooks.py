@@ -30,7 +30,7 @@ class StepHook(Protocol):
         """Extra terms of the loss."""
 
     def observer(self, params: Sequence[Parameter]) -> Observer | None:
-        """None for none."""
+        """The hook's observer; None if it has none."""
 
     def after_step(self, step: int) -> None:
         """Called when optimiser step ``step`` (from 0) is on the device."""

@@ -426,7 +426,7 @@ class HalfLayersBackward(nn.Cell):
 
 
 def kept_counts(half_layers: Sequence[nn.Cell], recomputed: Sequence[bool]) -> list[int]:
-    """Of each half-layer, how many tensors ``HalfLayers`` keeps besides its input."""
+    """For each half-layer, how many tensors ``HalfLayers`` keeps besides its input."""
     return [0 if again else half.kept for half, again in zip(half_layers, recomputed, strict=True)]
 
 

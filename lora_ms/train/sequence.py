@@ -33,7 +33,7 @@ class TaskMatrix:
 
     @property
     def backward_transfer(self) -> float | None:
-        """None after one task."""
+        """The backward transfer; None after one task."""
         learnt = len(self.scores)
         if learnt < 2:
             return None

@@ -122,7 +122,7 @@ class TrainSettings:
 
     @property
     def loss_scaling(self) -> LossScaling:
-        """Of a model that computes in float16."""
+        """The loss scaling of a model that computes in float16."""
         return LossScaling(
             initial=self.loss_scale, dynamic=self.dynamic_scale, window=self.scale_window, factor=self.scale_factor
         )

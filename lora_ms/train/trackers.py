@@ -21,7 +21,7 @@ REPORTS = {
 
 
 def installed() -> list[str]:
-    """Of ``REPORTS``."""
+    """Those of ``REPORTS`` that are installed."""
     return [name for name, (module, _) in REPORTS.items() if find_spec(module) is not None]
 
 
@@ -140,7 +140,7 @@ TRACKERS: dict[str, type[Tracker]] = {kind.title: kind for kind in (Wandb, SwanL
 
 
 def writers(report_to: Sequence[str], output_dir: Path, every: int, name: str, logging_dir: str) -> list[Scalars]:
-    """Of what ``report_to`` names.
+    """The writers that ``report_to`` names.
 
     Args:
         every: optimiser steps between two that are written.

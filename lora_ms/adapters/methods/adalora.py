@@ -61,14 +61,14 @@ class AdaLoraConfig(AdapterConfig, LowRankOptions):
         lora_rank: rank that every module starts with (PEFT's ``init_r``).
         lora_alpha, lora_dropout, target_modules, exclude_layers, exclude_modules, layers_to_transform, layers_pattern,
             modules_to_save, bias: as in ``LoraConfig``.
-        target_rank: average rank of a module at the end.
-        tinit: optimiser steps before the first module loses rank; None for a tenth of the run.
-        tfinal: optimiser steps at the end, with ranks fixed; None for three tenths.
-        delta_t: optimiser steps between two allocations.
-        beta1, beta2: smoothing of the importance and of its spread.
+        target_rank: average rank per module at the end.
+        tinit: optimiser steps before any module loses rank; None: a tenth of the run.
+        tfinal: optimiser steps at the end with fixed ranks; None: three tenths of the run.
+        delta_t: optimiser steps between two allocations of rank.
+        beta1, beta2: smoothing of the importance and of its uncertainty.
         orth_reg_weight: weight of the loss term that keeps A's rows and B's columns orthogonal.
-        total_steps: optimiser steps of the run; 0 until a run sets it.
-        kept: by path, which of the ranks are left; empty before the first allocation.
+        total_steps: optimiser steps of the run; 0 until the run sets it.
+        kept: by path, which ranks are left; empty before the first allocation.
     """
 
     PET_TYPE: ClassVar[str] = "adalora"

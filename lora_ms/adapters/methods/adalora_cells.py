@@ -278,7 +278,7 @@ class RankAllocator:
             self.importance.measuring.set_data(Tensor(0.0, ms.float32))
 
     def scores(self) -> Array:
-        """Of every triplet, module by module."""
+        """The score of every triplet, module by module."""
         wide = np.zeros(max(span.stop for spans in self.spans for span in spans), np.float32)
         score = self.importance.importance.asnumpy() * self.importance.spread.asnumpy()
         start = 0
@@ -292,7 +292,7 @@ class RankAllocator:
         return np.concatenate([np.array(mask, np.float32) for mask in full.values()])
 
     def kept(self) -> dict[str, Mask]:
-        """By path, which triplets are left."""
+        """Which triplets are left, by path."""
         masks = np.split(self.importance.kept.asnumpy() > 0, self.ends[:-1])
         return dict(zip(self.layers, masks, strict=True))
 

@@ -473,7 +473,7 @@ class AdapterConfig(metaclass=ByPeftNames):
         return [self.title]
 
     def pair(self, name: str, tensors: Mapping[str, NDArray]) -> Pair:
-        """Of the stored tensors of a module.
+        """The pair that the stored tensors of a module make.
 
         Raises:
             LoraMsError: they do not belong together.
@@ -485,7 +485,7 @@ class AdapterConfig(metaclass=ByPeftNames):
         return self.not_a_pair()
 
     def row_update(self, name: str, tensors: Mapping[str, NDArray]) -> RowUpdate:
-        """Of the stored tensors of a module, where ``not_in_rows`` is empty.
+        """The update that the stored tensors of a module make, if ``not_in_rows`` is empty.
 
         Raises:
             LoraMsError: they do not belong together.
@@ -558,7 +558,7 @@ class AdapterConfig(metaclass=ByPeftNames):
 
     @abstractmethod
     def cost(self, spec: Any, inputs: int, outputs: int) -> Cost:
-        """Of the adapter on a module of so many inputs and outputs."""
+        """The cost of the adapter on a module of so many inputs and outputs."""
 
 
 def check_bounds(options: Any, where: str = "") -> None:

@@ -47,12 +47,12 @@ class BottleneckConfig(AdapterConfig):
     Args:
         adapter_style: houlsby: behind the attention's output and the MLP's; pfeiffer: behind the MLP's alone; parallel:
             beside both projections, from their inputs.
-        target_modules: projections to put adapters behind, or beside, instead of those of the style.
+        target_modules: projections that get adapters, in place of those that the style names.
         exclude_layers, exclude_modules, layers_to_transform, layers_pattern, modules_to_save: as in ``LoraConfig``.
         bottleneck_size: width between the two matrices; 0: the module's output width over ``reduction_factor``.
         reduction_factor: divides the module's output width, where ``bottleneck_size`` is 0.
         adapter_activation: relu, gelu, silu or tanh.
-        residual_scaling: factor on what the network adds.
+        residual_scaling: factor that multiplies the network's output.
 
     Raises:
         LoraMsError: a value out of range.

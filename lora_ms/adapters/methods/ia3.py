@@ -40,14 +40,14 @@ class IA3Config(AdapterConfig):
 
     Args:
         target_modules, exclude_layers, exclude_modules, layers_to_transform, layers_pattern, modules_to_save: as in
-            ``LoraConfig``, but for the embedding, which cannot be a target.
-        feedforward_modules: those of the targets whose input is scaled: a regular expression, as in target_modules, or
+            ``LoraConfig``, except that the embedding cannot be a target.
+        feedforward_modules: the targets whose input is scaled: a regular expression, as in target_modules, or
             a list of path suffixes.
-        init_ia3_weights: whether the vectors start as ones, so that a fresh adapter changes nothing; else from normal
-            numbers.
+        init_ia3_weights: True: the vectors start as ones, so that a fresh adapter changes nothing; False: as random
+            normal numbers.
 
     Raises:
-        LoraMsError: a list of feedforward_modules that are not all in a list of target_modules.
+        LoraMsError: two lists are given, and feedforward_modules names more than target_modules.
     """
 
     PET_TYPE: ClassVar[str] = "ia3"

@@ -113,25 +113,26 @@ class LoraConfig(AdapterConfig, LowRankOptions):
         lora_alpha: the update is scaled by ``lora_alpha / lora_rank``.
         lora_dropout: in [0, 1), on the adapter's input, in training.
         target_modules: a regular expression (matched from the start of the leaf name or of its MindFormers alias,
-            or wholly with the dotted path), a list of path suffixes as in PEFT, or ``"all-linear"``. The head and
+            or against the whole dotted path), a list of path suffixes as in PEFT, or ``"all-linear"``. The head and
             the embedding may be targets.
         exclude_layers: path suffixes or sub-strings of modules to leave out (MindFormers).
         exclude_modules: a regular expression for the whole path, or a list of path suffixes, to leave out (PEFT).
         layers_to_transform: indices of the layers that get adapters; None for all.
-        layers_pattern: name of the list of layers that the indices count in, for models with several.
-        rank_pattern, alpha_pattern: other ranks and alphas, by regular expressions for the ends of paths.
-        layer_groups: ranks by ranges of layers, instead of the three above; ``bits: nf4`` quantises these layers.
+        layers_pattern: name of the list of layers that these indices refer to, for models with several lists.
+        rank_pattern, alpha_pattern: other ranks and alphas, by regular expressions that match the ends of paths.
+        layer_groups: ranks and alphas by ranges of layers, in place of layers_to_transform, rank_pattern and
+            alpha_pattern; ``bits: nf4`` quantises these layers.
         modules_to_save: path suffixes of whole modules to train: norms, embedding, head, dense layers.
         use_rslora: scale by ``lora_alpha / sqrt(rank)``.
-        use_lorafa: LoRA-FA (Zhang et al., 2023): A stays as it starts, and B alone trains; not on the embedding.
-        use_dora: train the length of each row of the weight apart from its direction.
+        use_lorafa: LoRA-FA (Zhang et al., 2023): A keeps its start, and only B trains; not on the embedding.
+        use_dora: train the length of each row of the weight separately from its direction.
         lora_bias: a bias beside each B.
-        bias: which biases of the base train: none, all, or lora_only (of the adapted layers).
+        bias: which of the base model's biases train: none, all, or lora_only (those of the adapted layers).
         init_lora_weights: True (A Kaiming uniform, B zero), gaussian, orthogonal, pissa, pissa_niter_N, olora,
             or loftq: for quantised weights, the leading part of the quantisation error (one step, as in PEFT); or eva
-            (Paischer et al., 2024): A from the principal directions of what each module takes at label tokens.
-        eva_rho: with eva, how many times ``lora_rank`` a module may have at most; the ranks go to where a direction
-            explains most, and their sum stays. 1: all modules have ``lora_rank``.
+            (Paischer et al., 2024): A from the principal directions of each module's input at label tokens.
+        eva_rho: with eva, a module gets at most this many times ``lora_rank``; ranks go where a direction explains
+            most, and their sum stays the same. 1: all modules have ``lora_rank``.
 
     Raises:
         LoraMsError: a value out of range, or two that exclude each other.

@@ -45,12 +45,12 @@ class LoRADense(AdapterCell):
         lora_a_init: an initializer or [rank, in] tensor; Kaiming uniform with slope sqrt(5) by default, as in PEFT.
         lora_b_init: an initializer or [out, rank] tensor; zeros by default, so that a fresh adapter changes nothing.
         param_init_type: type of A and B.
-        compute_dtype: type in which to compute; None for the input's own. The output has the input's type.
+        compute_dtype: type in which to compute; None: the input's type, which the output always has.
         use_rslora: scale by ``lora_alpha / sqrt(lora_rank)``.
         lora_bias: train a bias [out] beside B, scaled as the update is.
-        operators: what it computes with.
-        base: the layer to adapt, of these sizes; it brings its own operators. None for a new ``nn.Dense``.
-        kwargs: those of ``nn.Dense``, for a new one.
+        operators: the operators that it computes with.
+        base: the layer to adapt, of these sizes, with operators of its own; None: a new ``nn.Dense``.
+        kwargs: arguments of ``nn.Dense``, for a new one.
 
     Raises:
         ValueError: rank, alpha or dropout out of range.

@@ -49,11 +49,11 @@ class MissConfig(RankedConfig):
 
     Args:
         target_modules, exclude_layers, exclude_modules, layers_to_transform, layers_pattern, modules_to_save: as in
-            ``LoraConfig``, but for the embedding, which cannot be a target.
+            ``LoraConfig``, except that the embedding cannot be a target.
         lora_rank: rows of D.
-        lora_dropout: in [0, 1), on the adapter's input, in training; bat has none.
+        lora_dropout: in [0, 1), on the adapter's input, in training; not used by bat.
         mini_r: columns of D with ``init_weights="mini"``; must divide each module's number of outputs.
-        init_weights: True: D starts as zeros; False: Kaiming uniform; "bat" and "mini" choose these variants.
+        init_weights: True: D starts as zeros; False: Kaiming uniform; "bat", "mini": these variants of the method.
 
     Raises:
         LoraMsError: a value out of range.
@@ -90,7 +90,7 @@ class MissConfig(RankedConfig):
         return miss_cells.build(self, target, spec)
 
     def block_shape(self, weight: Shape) -> Shape:
-        """Of D on a weight [out, in]."""
+        """The shape of D on a weight [out, in]."""
         outputs, rank = weight[0], self.lora_rank
         if self.init_weights == "bat":
             return outputs // rank, rank, rank

@@ -37,9 +37,9 @@ class PrefixTuningConfig(VirtualTokensConfig):
     """Prefix tuning, with PEFT's settings.
 
     Args:
-        num_virtual_tokens: keys and values before every row.
-        prefix_projection: whether a network gives them.
-        encoder_hidden_size: width of that network; of a file of PEFT's, the network is gone.
+        num_virtual_tokens: number of keys and values before every row.
+        prefix_projection: whether a network produces them.
+        encoder_hidden_size: width of that network, which PEFT's files do not contain.
 
     Raises:
         LoraMsError: a value out of range.
@@ -105,7 +105,7 @@ class PrefixTuningConfig(VirtualTokensConfig):
         return f"{super().describe()}{kind}"
 
     def cost(self, spec: PromptSpec, inputs: int, outputs: int) -> Cost:
-        """Of ``fitted`` settings."""
+        """The cost of ``fitted`` settings."""
         trained = self.num_virtual_tokens * self.layers * 2 * self.width
         if self.prefix_projection:
             trained = sum(shape[0] * (shape[1] if len(shape) > 1 else 1) for shape in self.network().values())

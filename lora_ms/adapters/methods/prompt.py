@@ -20,13 +20,13 @@ class PromptTuningConfig(VirtualTokensConfig):
     """Prompt tuning, with PEFT's settings.
 
     Args:
-        num_virtual_tokens: vectors before every row.
+        num_virtual_tokens: number of vectors before every row.
         prompt_tuning_init: RANDOM (normal numbers), SAMPLE_VOCAB (random rows of the embedding) or TEXT.
-        prompt_tuning_init_text: text whose token embeddings they start from, repeated or cut to their number.
-        init_token_ids: token ids of that text; taken from the tokenizer where they are not given.
+        prompt_tuning_init_text: text whose token embeddings they start from, repeated or cut to fit.
+        init_token_ids: token ids of that text; by default the tokenizer gives them.
 
     Raises:
-        LoraMsError: a text without ``TEXT``, or the reverse.
+        LoraMsError: a text without ``TEXT``, or ``TEXT`` without a text.
     """
 
     PET_TYPE: ClassVar[str] = "prompt"

@@ -52,9 +52,9 @@ class PTuningConfig(VirtualTokensConfig):
     """P-tuning, with PEFT's settings.
 
     Args:
-        num_virtual_tokens: vectors before every row.
+        num_virtual_tokens: number of vectors before every row.
         encoder_reparameterization_type: MLP or LSTM.
-        encoder_hidden_size: width of the network, which PEFT's files do not hold.
+        encoder_hidden_size: width of that network, which PEFT's files do not contain.
 
     Raises:
         LoraMsError: a value out of range.

@@ -58,12 +58,12 @@ class VeraConfig(RankedConfig):
 
     Args:
         target_modules, exclude_layers, exclude_modules, layers_to_transform, layers_pattern, modules_to_save: as in
-            ``LoraConfig``, but for the embedding, which cannot be a target.
-        lora_rank: of the common projections; higher than LoRA's, since it costs one trained number a module.
+            ``LoraConfig``, except that the embedding cannot be a target.
+        lora_rank: rank of the shared projections; higher than LoRA's, as each costs only one trained number a module.
         lora_dropout: in [0, 1), on the adapter's input, in training.
-        projection_prng_key: seed of the projections; the same key gives PEFT's numbers.
-        save_projection: whether the file holds the projections; otherwise they are drawn again on loading.
-        d_initial: where every lambda_d starts.
+        projection_prng_key: seed of the projections; PEFT draws the same numbers from it.
+        save_projection: whether the file holds the projections; if not, they are drawn again on loading.
+        d_initial: initial value of every lambda_d.
 
     Raises:
         LoraMsError: a value out of range.

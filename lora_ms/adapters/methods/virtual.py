@@ -96,7 +96,7 @@ class VirtualTokensConfig(AdapterConfig):
         return f"{self.title}, {self.num_virtual_tokens} virtual tokens"
 
     def cost(self, spec: PromptSpec, inputs: int, outputs: int) -> Cost:
-        """Of the embedding, whose outputs are h; that the rows are longer is not counted."""
+        """The cost on the embedding, whose outputs are h; the longer rows are not counted."""
         return Cost(trained=self.num_virtual_tokens * outputs, kept=0)
 
     def identity(self) -> dict[str, object]:
