@@ -57,7 +57,7 @@ def _labelled(value: Mapping[str, Any]) -> Answer:
 
 
 def _pair(value: Mapping[str, Any]) -> list[Answer]:
-    given = [from_json(value.get(key)) for key in ("chosen", "rejected")]
+    given = [_given(value.get(key)) for key in ("chosen", "rejected")]
     for key, item in zip(("chosen", "rejected"), given, strict=True):
         if item is None or not (item.strip() if isinstance(item, str) else item):
             state = "missing" if value.get(key) is None else "empty"
@@ -70,6 +70,14 @@ def _pair(value: Mapping[str, Any]) -> list[Answer]:
         )
     answers = [_texts(rest, item) if forms[0] else _turns(rest, item) for item in given]
     return [Answer(answers[0], True), Answer(answers[1], False)]
+
+
+def _given(value: Any) -> Any:
+    """An answer. Turns may be written as JSON; any other text is one, also where it is JSON."""
+    found = from_json(value)
+    turns = found if isinstance(found, list) else [found]
+    roles = bool(turns) and all(isinstance(turn, Mapping) and ("role" in turn or "from" in turn) for turn in turns)
+    return value if isinstance(value, str) and found is not None and not roles else found
 
 
 def _conversation(rest: Mapping[str, Any]) -> str | None:

@@ -57,6 +57,14 @@ def test_forms_of_pairs(row):
     assert found.chosen.liked and not found.rejected.liked
 
 
+@pytest.mark.parametrize("asked", [{"instruction": "q"}, {"prompt": "q"}, {"messages": [user("q")]}])
+@pytest.mark.parametrize("texts", [('{"name": "f"}', '{"name": "g"}'), ("[1, 2]", "[2, 1]"), ("[]", "none")])
+def test_answers_that_are_json_are_texts(asked, texts):
+    found = one({**asked, "chosen": texts[0], "rejected": texts[1]})
+    for answer, text in zip((found.chosen, found.rejected), texts, strict=True):
+        assert (answer.completion if isinstance(answer, Completion) else answer.messages[-1].content) == text
+
+
 def test_pairs_of_plain_texts_and_of_long_conversations():
     found = one({"prompt": "q: ", "chosen": "a", "rejected": "b"})
     assert found.chosen == Completion("row 1", "q: ", "a") and found.rejected.completion == "b"
