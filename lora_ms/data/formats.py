@@ -103,7 +103,7 @@ class Placeholders:
                 f"add --fill {key}=VALUE; or leave all such braces as they are with train_dataset.fill: False",
             )
 
-        _check_characters(text)
+        check_characters(text)
         return PLACEHOLDER.sub(replace, text)
 
 
@@ -602,7 +602,7 @@ def _tools(fields: Fields) -> ToolData | None:
 
 def _tool_data(items: list[Any], value: Any) -> ToolData:
     text = value if isinstance(value, str) else quoted(value)
-    _check_characters(text)
+    check_characters(text)
     return ToolData(items, text)
 
 
@@ -690,7 +690,8 @@ def int_array(name: str, values: Any) -> NDArray[np.int64]:
     return array.astype(np.int64)
 
 
-def _check_characters(text: str) -> None:
+def check_characters(text: str) -> None:
+    """Raises RowFault for a text that is too long, or holds what no tokenizer takes."""
     if len(text) > MOST_BYTES:
         raise too_long()
     try:
