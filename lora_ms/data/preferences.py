@@ -98,7 +98,7 @@ def _texts(rest: Mapping[str, Any], answer: str) -> Mapping[str, Any]:
     turns = turns_of(rest["prompt"])
     if turns is None:
         return {**rest, "completion": answer}
-    return {**_without_prompt(rest), "messages": [*turns, {"role": "assistant", "content": answer}]}
+    return {**_without_question(rest), "messages": [*turns, {"role": "assistant", "content": answer}]}
 
 
 def _turns(rest: Mapping[str, Any], answer: Any) -> Mapping[str, Any]:
@@ -107,10 +107,12 @@ def _turns(rest: Mapping[str, Any], answer: Any) -> Mapping[str, Any]:
     if turns is None or not all(isinstance(turn, Mapping) for turn in turns):
         raise RowFault("chosen and rejected are no texts, turns or lists of turns", BOTH)
     key = _conversation(rest)
-    if key is not None:
-        return {**rest, key: [*(turns_of(rest[key]) or []), *turns]}
-    plain = _without_prompt(rest)
-    if str(turns[0].get("role", turns[0].get("from"))).lower() not in ROLES_OF_ANSWERS:  # the question is in it
+    before = [] if key is None else turns_of(rest[key]) or []
+    whole = str(turns[0].get("role", turns[0].get("from"))).lower() not in ROLES_OF_ANSWERS  # the question is in it
+    if key is not None and not (whole and before[:1] == turns[:1]):
+        return {**rest, key: [*before, *turns]}
+    plain = _without_question(rest)
+    if whole:
         return {**plain, "messages": turns}
     prompt = rest.get("prompt")
     question = turns_of(prompt)
@@ -123,8 +125,8 @@ def _turns(rest: Mapping[str, Any], answer: Any) -> Mapping[str, Any]:
     raise RowFault("there is no question before the answers", BOTH)
 
 
-def _without_prompt(rest: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: item for key, item in rest.items() if key != "prompt"}
+def _without_question(rest: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: item for key, item in rest.items() if key not in ("prompt", *CONVERSATIONS)}
 
 
 def joined(rows: Sequence[Row], answers: Sequence[Answer]) -> Row:

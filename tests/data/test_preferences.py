@@ -45,6 +45,8 @@ def one(row: dict, preparation: Preparation = PAIRS):
         {"prompt": "q", "chosen": [said("a")], "rejected": [said("b")]},
         {"chosen": [user("q"), said("a")], "rejected": [user("q"), said("b")]},
         {"prompt": "q", "chosen": [user("q"), said("a")], "rejected": [user("q"), said("b")]},
+        # as UltraFeedback has it, whose messages are the chosen ones
+        {"messages": [user("q"), said("a")], "chosen": [user("q"), said("a")], "rejected": [user("q"), said("b")]},
         {"instruction": "q", "chosen": said("a"), "rejected": said("b")},
     ],
 )
