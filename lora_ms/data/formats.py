@@ -235,7 +235,7 @@ def parse_rows(
             if isinstance(row.value, RowFault):
                 raise row.value
             answers = answers_of(row.value, preferences)
-            name = recognise(answers[0].value, format)
+            name = recognise(answers[0].value, format, preferences)
             file_format = file_format or name
             if name != file_format:
                 text = f"the format is {name}, but the first row's is {file_format}"
@@ -306,11 +306,11 @@ class _Faults:
         raise LoraMsError("; ".join([*parts, *ordered]))
 
 
-def recognise(value: Any, asked: str = "auto") -> str:
-    """Name the format of a row, a key of PARSERS; `asked` is it, unless it is "auto"."""
+def recognise(value: Any, asked: str = "auto", preferences: Preferences = "none") -> str:
+    """Name the format of a row, a key of PARSERS; `asked` is it, unless it is "auto"; preferences: see `parse_rows`."""
     if not isinstance(value, Mapping):
         raise RowFault(f"a row must be an object with keys, not {type(value).__name__}", f"known formats: {FORMATS}")
-    if asked == "auto":
+    if asked == "auto" and preferences == "none":
         _check_preferences(value)
     for name, sets in KEYS:
         if asked in ("auto", name) and any(all(value.get(key) is not None for key in keys) for keys in sets):

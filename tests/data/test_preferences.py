@@ -48,6 +48,7 @@ def one(row: dict, preparation: Preparation = PAIRS):
         # as UltraFeedback has it, whose messages are the chosen ones
         {"messages": [user("q"), said("a")], "chosen": [user("q"), said("a")], "rejected": [user("q"), said("b")]},
         {"instruction": "q", "chosen": said("a"), "rejected": said("b")},
+        {"instruction": "q", "chosen": "a", "rejected": "b", "label": 1, "chosen_response": "x"},
     ],
 )
 def test_forms_of_pairs(row):
