@@ -201,6 +201,12 @@ class RunConfig(Section):
         if len(compared) > 1 or (compared and beside):
             both = " and ".join([*compared, *beside])
             raise ValueError(f"objectives: {both} exclude each other: {compared[0]} is the whole loss of the rows")
+        sized = [term.type for term in self.objectives if term.compares_rows]
+        if sized and self.runner_config.adaptive_batch:
+            raise ValueError(
+                f"objectives: {sized[0]} compares the rows of a micro-batch, and runner_config.adaptive_batch changes "
+                "their number: leave one of them out"
+            )
         if compared and self.evaluates:
             raise ValueError(
                 f"objectives: {compared[0]} has no evaluation of held-out rows: leave out do_eval and "

@@ -17,7 +17,7 @@ from lora_ms.runtime import host
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-VERSION = 4  # raised when the same rows would become other tokens
+VERSION = 5  # raised when the same rows would become other tokens
 
 
 def folder_of(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase | None, preparation: Mapping[str, Any]) -> Path:

@@ -103,7 +103,7 @@ class Placeholders:
                 f"add --fill {key}=VALUE; or leave all such braces as they are with train_dataset.fill: False",
             )
 
-        _check_characters(text)
+        check_characters(text)
         return PLACEHOLDER.sub(replace, text)
 
 
@@ -235,7 +235,7 @@ def parse_rows(
             if isinstance(row.value, RowFault):
                 raise row.value
             answers = answers_of(row.value, preferences)
-            name = recognise(answers[0].value, format)
+            name = recognise(answers[0].value, format, preferences)
             file_format = file_format or name
             if name != file_format:
                 text = f"the format is {name}, but the first row's is {file_format}"
@@ -306,11 +306,11 @@ class _Faults:
         raise LoraMsError("; ".join([*parts, *ordered]))
 
 
-def recognise(value: Any, asked: str = "auto") -> str:
-    """Name the format of a row, a key of PARSERS; `asked` is it, unless it is "auto"."""
+def recognise(value: Any, asked: str = "auto", preferences: Preferences = "none") -> str:
+    """Name the format of a row, a key of PARSERS; `asked` is it, unless it is "auto"; preferences: see `parse_rows`."""
     if not isinstance(value, Mapping):
         raise RowFault(f"a row must be an object with keys, not {type(value).__name__}", f"known formats: {FORMATS}")
-    if asked == "auto":
+    if asked == "auto" and preferences == "none":
         _check_preferences(value)
     for name, sets in KEYS:
         if asked in ("auto", name) and any(all(value.get(key) is not None for key in keys) for keys in sets):
@@ -602,7 +602,7 @@ def _tools(fields: Fields) -> ToolData | None:
 
 def _tool_data(items: list[Any], value: Any) -> ToolData:
     text = value if isinstance(value, str) else quoted(value)
-    _check_characters(text)
+    check_characters(text)
     return ToolData(items, text)
 
 
@@ -690,7 +690,8 @@ def int_array(name: str, values: Any) -> NDArray[np.int64]:
     return array.astype(np.int64)
 
 
-def _check_characters(text: str) -> None:
+def check_characters(text: str) -> None:
+    """Raises RowFault for a text that is too long, or holds what no tokenizer takes."""
     if len(text) > MOST_BYTES:
         raise too_long()
     try:

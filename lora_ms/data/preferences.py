@@ -57,7 +57,7 @@ def _labelled(value: Mapping[str, Any]) -> Answer:
 
 
 def _pair(value: Mapping[str, Any]) -> list[Answer]:
-    given = [from_json(value.get(key)) for key in ("chosen", "rejected")]
+    given = [_given(value.get(key)) for key in ("chosen", "rejected")]
     for key, item in zip(("chosen", "rejected"), given, strict=True):
         if item is None or not (item.strip() if isinstance(item, str) else item):
             state = "missing" if value.get(key) is None else "empty"
@@ -70,6 +70,14 @@ def _pair(value: Mapping[str, Any]) -> list[Answer]:
         )
     answers = [_texts(rest, item) if forms[0] else _turns(rest, item) for item in given]
     return [Answer(answers[0], True), Answer(answers[1], False)]
+
+
+def _given(value: Any) -> Any:
+    """An answer. Turns may be written as JSON; any other text is one, also where it is JSON."""
+    found = from_json(value)
+    turns = found if isinstance(found, list) else [found]
+    roles = bool(turns) and all(isinstance(turn, Mapping) and ("role" in turn or "from" in turn) for turn in turns)
+    return value if isinstance(value, str) and found is not None and not roles else found
 
 
 def _conversation(rest: Mapping[str, Any]) -> str | None:
@@ -90,7 +98,7 @@ def _texts(rest: Mapping[str, Any], answer: str) -> Mapping[str, Any]:
     turns = turns_of(rest["prompt"])
     if turns is None:
         return {**rest, "completion": answer}
-    return {**_without_prompt(rest), "messages": [*turns, {"role": "assistant", "content": answer}]}
+    return {**_without_question(rest), "messages": [*turns, {"role": "assistant", "content": answer}]}
 
 
 def _turns(rest: Mapping[str, Any], answer: Any) -> Mapping[str, Any]:
@@ -99,10 +107,12 @@ def _turns(rest: Mapping[str, Any], answer: Any) -> Mapping[str, Any]:
     if turns is None or not all(isinstance(turn, Mapping) for turn in turns):
         raise RowFault("chosen and rejected are no texts, turns or lists of turns", BOTH)
     key = _conversation(rest)
-    if key is not None:
-        return {**rest, key: [*(turns_of(rest[key]) or []), *turns]}
-    plain = _without_prompt(rest)
-    if str(turns[0].get("role", turns[0].get("from"))).lower() not in ROLES_OF_ANSWERS:  # the question is in it
+    before = [] if key is None else turns_of(rest[key]) or []
+    whole = str(turns[0].get("role", turns[0].get("from"))).lower() not in ROLES_OF_ANSWERS  # the question is in it
+    if key is not None and not (whole and before[:1] == turns[:1]):
+        return {**rest, key: [*before, *turns]}
+    plain = _without_question(rest)
+    if whole:
         return {**plain, "messages": turns}
     prompt = rest.get("prompt")
     question = turns_of(prompt)
@@ -115,8 +125,8 @@ def _turns(rest: Mapping[str, Any], answer: Any) -> Mapping[str, Any]:
     raise RowFault("there is no question before the answers", BOTH)
 
 
-def _without_prompt(rest: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: item for key, item in rest.items() if key != "prompt"}
+def _without_question(rest: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: item for key, item in rest.items() if key not in ("prompt", *CONVERSATIONS)}
 
 
 def joined(rows: Sequence[Row], answers: Sequence[Answer]) -> Row:

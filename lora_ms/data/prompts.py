@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from lora_ms.data.choices import QUESTION
 from lora_ms.data.example import Message, RowFault
+from lora_ms.data.formats import check_characters
 from lora_ms.data.readers import read_sources
 from lora_ms.errors import LoraMsError
 
@@ -32,6 +33,8 @@ def read_prompts(source: str) -> list[PromptRow]:
             if isinstance(row.value, RowFault):
                 raise row.value
             found.append(_prompt_row(row.where, row.value))
+            for turn in found[-1].messages:
+                check_characters(turn.content)
         except RowFault as fault:
             raise LoraMsError(f"{row.where}: {fault.text}; {fault.advice}") from None
     return found

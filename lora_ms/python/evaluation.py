@@ -52,6 +52,8 @@ def evaluate_custom(
         raise LoraMsError(f"judge {judge!r} is none of {', '.join((*JUDGES, CHRF))}, and no function")
     preparation = Preparation(seq_length=NO_LIMIT, num_samples=num_samples)
     questions = read_questions(os.fspath(test_file), tokenizer, preparation, "test_file")
+    if not questions:
+        raise LoraMsError(f"test_file {os.fspath(test_file)}: all rows are left out, so there is no question")
     cell = model.model if isinstance(model, PeftModel) else model
     speaker = Speaker(Generator(cell), tokenizer, Sampling(), max_new_tokens, cell.config.longest)
     answers = [answer.text for answer in speaker.in_turn([question.tokens for question in questions])]

@@ -270,7 +270,8 @@ def held_out_plan(
     )
 
 
-STARTING_ROWS = 128  # that a start of an adapter looks at
+STARTING_ROWS = 128  # that a start of an adapter looks at, at most
+STARTING_TOKENS = 16384  # label tokens of these, at most: what two layers take at each of them is in memory at once
 
 
 def inputs_of_layers(
@@ -281,8 +282,9 @@ def inputs_of_layers(
     runtime: Runtime,
 ) -> Iterator[tuple[str, NDArray[np.float32]]]:
     """What the projections of the bare ``model`` take, of rows drawn by chance; the same on every process."""
-    count = len(rows.store)
-    chosen = np.sort(permutation(count, settings.seed, 1 << 21)[:STARTING_ROWS])
+    drawn = permutation(len(rows.store), settings.seed, 1 << 21)[:STARTING_ROWS]
+    tokens = np.cumsum(rows.store.label_counts[drawn])
+    chosen = np.sort(drawn[: max(1, int(np.searchsorted(tokens, STARTING_TOKENS, "right")))])
     if runtime.is_main:
         print(f"the adapter starts from what the layers take at label tokens of {len(chosen)} rows", flush=True)
     alone = Runtime(runtime.device)

@@ -77,10 +77,11 @@ def version_line(environment: Mapping[str, str], installed: Path) -> Line:
 
 
 def health_line(said: str | None, cards: list[int]) -> Line:
-    """What ``npu-smi info`` says of each card: a row ``| 0  910B3 | OK | …``."""
+    """What ``npu-smi info`` says of each card: a row ``| 0  910B3 | OK | …``. Below are rows of processes, with numbers
+    in these places: ``| 0  0 | 4711 | python | …``."""
     if said is None:
         return "npu-smi", False, "npu-smi info fails: is the driver loaded, and may this user open the cards?"
-    rows = re.findall(r"^\|\s*(\d+)\s+(\S+)\s*\|\s*(\w+)\s*\|", said, re.M)
+    rows = re.findall(r"^\|\s*(\d+)\s+(\S*[A-Za-z]\S*)\s*\|\s*([A-Za-z]+)\s*\|", said, re.M)
     chips = {int(number): (kind, health) for number, kind, health in rows}
     if not chips:
         return "npu-smi", False, "npu-smi info lists no card that could be read"

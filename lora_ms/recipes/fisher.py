@@ -76,8 +76,9 @@ def measure(config: RunConfig, output: str | None = None, params: str | None = N
         raise LoraMsError(f"params {params!r} fits none of the parameters that train, such as {next(iter(trained))}")
     for name, parameter in trained.items():
         parameter.requires_grad = name in chosen
+    lead = model.leading_ids
     plan = DataPlan.build(
-        store,
+        store.led_by(lead),
         batch_size=1,
         accumulation=1,
         epochs=1,
@@ -86,7 +87,7 @@ def measure(config: RunConfig, output: str | None = None, params: str | None = N
         rank=runtime.data_rank,
         world=runtime.data_ranks,
         pad_id=pad_id(tokenizer),
-        seq_length=preparation.seq_length,
+        seq_length=preparation.seq_length + len(lead),
         kind="bucketed",
     )
     settings = {

@@ -63,6 +63,7 @@ def scorer_of(
     for name, one in sets.items():
         packed = one.metric == LOSS
         rows = config.eval_batch_size if packed else 1
-        plan = data.held_out_plan(one.store, rows, tokenizer, seq_length, runtime, packing=packed)
+        lead = model.leading_ids
+        plan = data.held_out_plan(one.store, rows, tokenizer, seq_length, runtime, packing=packed, lead=lead)
         planned[name] = ScoredSet(one.metric, plan, one.choices, one.right)
     return SetScorer(model, planned, runtime, model.config.vocab_size)

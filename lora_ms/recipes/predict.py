@@ -16,6 +16,7 @@ from lora_ms.data.prompts import PromptRow, read_prompts
 from lora_ms.data.template import encode_prompt
 from lora_ms.errors import LoraMsError
 from lora_ms.infer.chat import Speaker
+from lora_ms.recipes.session import check_output
 from lora_ms.text import counted
 
 ANSWERS = "answers.jsonl"  # in output_dir
@@ -37,18 +38,22 @@ class PromptFile:
         self.system = system
         self.output = Path(output or Path(config.output_dir) / ANSWERS)
         self.settings = _digest(config, system)
+        check_output(self.output.parent)
         self._answered()
 
     def _answered(self) -> tuple[int, int]:
         """How many answers are there, and how many bytes they have: half a line at the end, which a crash may leave,
         is none."""
         count = size = 0
-        if self.output.exists():
-            with open(self.output, "rb") as lines:
-                for line in lines:
-                    if line.endswith(b"\n"):
-                        self._check(line, count + 1)
-                        count, size = count + 1, size + len(line)
+        try:
+            if self.output.exists():
+                with open(self.output, "rb") as lines:
+                    for line in lines:
+                        if line.endswith(b"\n"):
+                            self._check(line, count + 1)
+                            count, size = count + 1, size + len(line)
+        except OSError as error:
+            raise LoraMsError(f"{self.output} cannot be read: {error.strerror}") from None
         return count, size
 
     def _check(self, line: bytes, number: int) -> None:

@@ -7,6 +7,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -37,7 +38,8 @@ def start_with_huge_pages(folder: Path = HUGE_PAGES) -> None:
     if not on_request or _number(folder / "hpage_pmd_size") != 2 * MB or "glibc.malloc.hugetlb" in asked:
         return
     tunables = ":".join(filter(None, (asked, HUGE_PAGES_ASKED)))
-    os.execve(sys.executable, sys.orig_argv, os.environ | {"GLIBC_TUNABLES": tunables})
+    with suppress(OSError):  # a Python that cannot be found again goes on as it is
+        os.execve(sys.executable, sys.orig_argv, os.environ | {"GLIBC_TUNABLES": tunables})
 
 
 def _number(path: Path) -> int | None:

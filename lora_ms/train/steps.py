@@ -308,7 +308,7 @@ class Steps:
             wait_share=round(waited / seconds, 4),
             peak_memory_mb=round(peak_memory_mb(self.runtime.device), 1),
             terms={name: _finite(value) for name, value in shown.items()},
-            metrics=metrics,
+            metrics={name: value for name, value in metrics.items() if np.isfinite(value)},
         )
 
     def _check_finite(self, p: _Pending, loss: float) -> None:

@@ -111,6 +111,14 @@ def test_fisher_goes_on_where_it_was_stopped(model, files, tmp_path, monkeypatch
     assert "fits none of the parameters that train" in capsys.readouterr().err
 
 
+def test_fisher_of_virtual_tokens(model, files, tmp_path):
+    """They stand before the rows."""
+    words = [*flags(model, files, tmp_path / "o"), "--options", "pet_config={pet_type: prompt, num_virtual_tokens: 2}"]
+    assert main(["fisher", *words, "--output", str(tmp_path / "f")]) == 0
+    (values,) = load_file(tmp_path / "f").values()
+    assert len(values) == 2 and values.all()
+
+
 def records(folder: Path) -> list[dict]:
     found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in record.items() if key not in TIMES} for record in found]
@@ -250,6 +258,30 @@ def test_scores_of_sets(text_model):
     for name, (loss, accuracy) in wanted.items():
         assert found[name]["loss"] == pytest.approx(loss, rel=1e-4), name
         assert found[name]["accuracy"] == pytest.approx(accuracy, abs=1e-6), name
+
+
+def test_sets_are_scored_behind_virtual_tokens(text_model):
+    """As the model is called: a row's own tokens keep their keys and values."""
+    from mindspore import Tensor
+
+    from lora_ms.adapters.inject import inject
+    from lora_ms.adapters.methods.prefix import PrefixTuningConfig
+    from lora_ms.config import load_config
+    from lora_ms.data.example import TokenRow
+    from lora_ms.data.store import TokenStore
+    from lora_ms.models.hub import load_directory
+    from lora_ms.recipes.forgetting import ReadSet, scorer_of
+    from lora_ms.runtime import device
+
+    here = device.setup("CPU")[0]
+    net = load_directory(text_model, operators=here.operators)
+    inject(net, PrefixTuningConfig(num_virtual_tokens=3))
+    ids = np.arange(4, 12, dtype=np.int32)
+    store = TokenStore.of([TokenRow("", ids, np.where(ids > 6, ids, -100).astype(np.int32))])
+    logits = net(Tensor(ids[None])).asnumpy()[0].astype(np.float64)
+    logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    found = scorer_of(load_config(None), net, {"set": ReadSet("loss", store)}, None, 16, here).scores()
+    assert found["set"]["loss"] == pytest.approx(-logs[np.arange(2, 7), ids[3:]].mean(), rel=1e-4)
 
 
 def test_a_report_of_forgetting(model, files, tmp_path, capsys):

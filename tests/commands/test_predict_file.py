@@ -7,6 +7,7 @@ import pytest
 from lora_ms import saving
 from lora_ms.cli.main import main
 from lora_ms.data.prompts import read_prompts
+from lora_ms.errors import LoraMsError
 
 QUESTIONS = ["Why?", "What is 1?", "Who wrote this long line of words?", "And two?", "Is it so?", "你是谁？", "Why?"]
 ROWS = [
@@ -127,6 +128,13 @@ def test_rows_that_are_no_prompts(text_model, tmp_path, capsys, row, said):
     assert not (tmp_path / "out.jsonl").exists()
 
 
+def test_half_a_character_is_no_text(tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "\\ud83d"}\n')
+    with pytest.raises(LoraMsError, match=r"prompts.jsonl:1: the text holds \\ud83d, half of a character; remove it"):
+        read_prompts(str(file))
+
+
 def test_all_of_a_row_is_asked(tmp_path):
     row = {"instruction": "Translate.", "input": "chat", "system": "Be short.", "output": "猫"}
     (found,) = read_prompts(str(write(tmp_path / "rows.jsonl", [row])))
@@ -143,6 +151,9 @@ def test_an_output_that_is_none_of_ours(text_model, file, tmp_path, capsys):
     assert run(text_model, file, output) == 2
     assert "notes.txt:1 is no answer of lora-ms predict" in capsys.readouterr().err
     assert output.read_text() == "my notes\n"
+    for given, said in ((tmp_path, "cannot be read: Is a directory"), (output / "x", "notes.txt is not a folder")):
+        assert run(text_model, file, given) == 2
+        assert said in capsys.readouterr().err
     assert main(["predict", "--load_checkpoint", str(text_model), "--predict_data", "x", "--predict_output", "y"]) == 2
     assert "--predict_output is for the answers to --predict_file" in capsys.readouterr().err
     assert main(["chat", "--load_checkpoint", str(text_model), "--predict_file", str(file)]) == 2

@@ -45,7 +45,10 @@ def one(row: dict, preparation: Preparation = PAIRS):
         {"prompt": "q", "chosen": [said("a")], "rejected": [said("b")]},
         {"chosen": [user("q"), said("a")], "rejected": [user("q"), said("b")]},
         {"prompt": "q", "chosen": [user("q"), said("a")], "rejected": [user("q"), said("b")]},
+        # as UltraFeedback has it, whose messages are the chosen ones
+        {"messages": [user("q"), said("a")], "chosen": [user("q"), said("a")], "rejected": [user("q"), said("b")]},
         {"instruction": "q", "chosen": said("a"), "rejected": said("b")},
+        {"instruction": "q", "chosen": "a", "rejected": "b", "label": 1, "chosen_response": "x"},
     ],
 )
 def test_forms_of_pairs(row):
@@ -55,6 +58,14 @@ def test_forms_of_pairs(row):
         ["q", "a"], ["q", "b"],
     ]  # fmt: skip
     assert found.chosen.liked and not found.rejected.liked
+
+
+@pytest.mark.parametrize("asked", [{"instruction": "q"}, {"prompt": "q"}, {"messages": [user("q")]}])
+@pytest.mark.parametrize("texts", [('{"name": "f"}', '{"name": "g"}'), ("[1, 2]", "[2, 1]"), ("[]", "none")])
+def test_answers_that_are_json_are_texts(asked, texts):
+    found = one({**asked, "chosen": texts[0], "rejected": texts[1]})
+    for answer, text in zip((found.chosen, found.rejected), texts, strict=True):
+        assert (answer.completion if isinstance(answer, Completion) else answer.messages[-1].content) == text
 
 
 def test_pairs_of_plain_texts_and_of_long_conversations():

@@ -43,3 +43,6 @@ def test_judges(model, tmp_path):
     assert [JUDGES["contains"](answers[1], reference) for reference in (answers[1][1:4], "@@@")] == [True, False]
     with pytest.raises(lora_ms.LoraMsError, match="judge 'bleu' is none of exact, contains, chrf, and no function"):
         evaluated(["x", "y", "z"], "bleu")
+    (tmp_path / "none.jsonl").write_text(json.dumps({"instruction": "q", "output": "a", "train": False}) + "\n")
+    with pytest.raises(lora_ms.LoraMsError, match="none.jsonl: all rows are left out"):
+        lora_ms.evaluate_custom(model, tokenizer, tmp_path / "none.jsonl")

@@ -153,6 +153,19 @@ def test_kto_needs_rows_to_compare():
         keys(TERMS["kto"]).preference_term(Answers(np.ones((3, 2), int), np.ones(3, bool), 1, np.zeros((3, 2))))
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"objectives": [{"type": "dpo"}, {"type": "kl_anchor"}]}, "dpo and kl_anchor exclude each other"),
+        ({"objectives": [{"type": "dpo"}], "do_eval": True}, "dpo has no evaluation of held-out rows"),
+        ({"objectives": [{"type": "kto"}], "runner_config.adaptive_batch": True}, "kto compares the rows of a micro"),
+    ],
+)
+def test_settings_that_exclude_each_other(flags, said):
+    with pytest.raises(LoraMsError, match=said):
+        load_config(None, flags=flags)
+
+
 # --- whole runs, of the bundled model
 
 
