@@ -165,10 +165,10 @@ def test_two_groups_that_both_want_one_module_overlap(groups):
         ({"layer_groups": (LayerGroup((0,), 2, 2.0, bits="fp4"),)},
          "bits 'fp4' of layer_groups 0: give nf4, or leave it out"),
         ({"init_lora_weights": "kaiming"},
-         "init_lora_weights 'kaiming' is none of True, gaussian, orthogonal, pissa, olora, loftq, "
+         "init_lora_weights 'kaiming' is none of True, gaussian, orthogonal, pissa, olora, loftq, eva, "
          "pissa_niter_N"),
         ({"init_lora_weights": "pissa_niter_0"},
-         "init_lora_weights 'pissa_niter_0' is none of True, gaussian, orthogonal, pissa, olora, loftq, "
+         "init_lora_weights 'pissa_niter_0' is none of True, gaussian, orthogonal, pissa, olora, loftq, eva, "
          "pissa_niter_N"),
         ({"init_lora_weights": "orthogonal", "lora_rank": 3}, "init_lora_weights orthogonal expects even ranks, got 3"),
         ({"init_lora_weights": "orthogonal", "rank_pattern": {"q_proj": 5}},

@@ -39,6 +39,7 @@ struct Nf4 {
     const uint8_t *codes;
     const float *scales;
     long place;
+    static constexpr long block() { return BLOCK; }  // numbers with one scale
     Nf4 operator+(long n) const { return {codes, scales, place + n}; }
     float operator[](long n) const {
         const long i = place + n;
@@ -60,6 +61,7 @@ struct Int4 {
     const Float16 *scales;
     const uint8_t *zeros;
     long group, place;
+    long block() const { return group; }
     Int4 operator+(long n) const { return {codes, scales, zeros, group, place + n}; }
     float operator[](long n) const {
         const long i = place + n;
@@ -91,11 +93,18 @@ inline Ints codes_at(const uint8_t *codes) {
 #endif
 }
 
-// NF4's numbers of one block, by their codes.
-class Nf4Block {
+// The sixteen numbers that a code can mean in one block or group.
+class Levels {
   public:
-    explicit Nf4Block(float scale) {
-        for (long i = 0; i < 16; i += LANES) levels_[i / LANES] = load(Nf4::LEVELS + i) * scale;
+    Levels(Nf4 from, long place) {
+        for (long i = 0; i < 16; i += LANES)
+            levels_[i / LANES] = load(Nf4::LEVELS + i) * from.scales[place / Nf4::BLOCK];
+    }
+    Levels(Int4 from, long place) {
+        static constexpr float CODES[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+        const long group = place / from.group;
+        const float zero = from.zeros[group], scale = from.scale(group);
+        for (long i = 0; i < 16; i += LANES) levels_[i / LANES] = (load(CODES + i) - zero) * scale;
     }
     Vec at(Ints codes) const {
 #if LANES == 16 && defined(__AVX512F__)
@@ -126,7 +135,7 @@ inline Vec load_some(Int4 from, long count) { return load_one_by_one(from, count
 
 inline Vec load(Nf4 from) {
     if (from.place % LANES) return load_some(from, LANES);  // across two blocks, or from the middle of a byte
-    return Nf4Block(from.scales[from.place / Nf4::BLOCK]).at(codes_at(from.codes + from.place / 2));
+    return Levels(from, from.place).at(codes_at(from.codes + from.place / 2));
 }
 
 inline Vec load(Int4 from) {

@@ -254,25 +254,42 @@ void add_dots(const float *a, Numbers b, long row, long depth, float *out) {
     for (int j = 0; j < N; j++) out[j] += sum(sums[j][0] + sums[j][1]);
 }
 
-// The same sums of NF4, faster where rows are whole blocks: levels are scaled once a block, and later codes asked for.
-template <int N>
-void add_dots(const float *a, Nf4 b, long row, long depth, float *out) {
-    if (b.place % Nf4::BLOCK || row % Nf4::BLOCK || depth % Nf4::BLOCK) return add_dots<N, Nf4>(a, b, row, depth, out);
+// The same sums, of numbers in four bits, whose rows are whole blocks: what a code means is found once for a block, and
+// the codes of later rows are asked for.
+template <int N, class FourBits>
+void add_dots_of_blocks(const float *a, FourBits b, long row, long depth, float *out) {
     Vec sums[N][2] = {};
-    for (long p = 0; p < depth; p += Nf4::BLOCK)
+    for (long p = 0; p < depth; p += b.block())
 #pragma GCC unroll 4
         for (int j = 0; j < N; j++) {
             const long place = b.place + j * row + p;
-            const Nf4Block block(b.scales[place / Nf4::BLOCK]);
+            const Levels levels(b, place);
             const uint8_t *codes = b.codes + place / 2;
-            __builtin_prefetch(codes + N * row / 2);
+            for (long i = 0; i < b.block(); i += 64) {
+                __builtin_prefetch(codes + (N * row + i) / 2);
 #pragma GCC unroll 8
-            for (long i = 0; i < Nf4::BLOCK; i += 2 * LANES) {
-                sums[j][0] += load(a + p + i) * block.at(codes_at(codes + i / 2));
-                sums[j][1] += load(a + p + i + LANES) * block.at(codes_at(codes + (i + LANES) / 2));
+                for (long q = i; q < i + 64; q += 2 * LANES) {
+                    sums[j][0] += load(a + p + q) * levels.at(codes_at(codes + q / 2));
+                    sums[j][1] += load(a + p + q + LANES) * levels.at(codes_at(codes + (q + LANES) / 2));
+                }
             }
         }
     for (int j = 0; j < N; j++) out[j] += sum(sums[j][0] + sums[j][1]);
+}
+template <class FourBits>
+bool whole_blocks(FourBits b, long row, long depth) {
+    const long block = b.block();
+    return block % 64 == 0 && b.place % block == 0 && row % block == 0 && depth % block == 0;
+}
+template <int N>
+void add_dots(const float *a, Nf4 b, long row, long depth, float *out) {
+    if (whole_blocks(b, row, depth)) return add_dots_of_blocks<N>(a, b, row, depth, out);
+    add_dots<N, Nf4>(a, b, row, depth, out);
+}
+template <int N>
+void add_dots(const float *a, Int4 b, long row, long depth, float *out) {
+    if (whole_blocks(b, row, depth)) return add_dots_of_blocks<N>(a, b, row, depth, out);
+    add_dots<N, Int4>(a, b, row, depth, out);
 }
 
 // The sum of a[i] * b[i] for i in [0, depth).
