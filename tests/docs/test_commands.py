@@ -53,6 +53,7 @@ NOT_RUN = {
     r".*--backend mindformers": "needs MindFormers: tests/bridge",
     r".*(/path/to/| run\.yaml| lora_llama2_7b\.yaml)": "a model of full size",
     r"lora-ms (fisher|finetune) --config configs/tiny/hybrid_tiny": "minutes: tests/commands/test_forgetting.py",
+    r"lora-ms estimate --config": "a YAML with the sizes of a full model: tests/commands/test_estimate.py",
     r"python benchmarks/": "minutes to hours, beside torch",
     r"python scripts/make_reference\.py": "tests/docs/test_reference.py",
 }
