@@ -15,6 +15,7 @@ class NoisyEmbedding(nn.Cell):
     def __init__(self, embedding: nn.Cell):
         super().__init__(auto_prefix=False)
         self.embedding = embedding
+        self.unrotated = embedding.unrotated
         self.size = Parameter(Tensor(0.0, ms.float32), name="neftune_size", requires_grad=False)
         self.draws = Draws()
 
