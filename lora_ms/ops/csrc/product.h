@@ -8,6 +8,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #include "matrix.h"
@@ -234,28 +235,8 @@ inline void multiply_columns(const std::vector<Term> &terms, long m, long j, lon
     multiply_packed();
 }
 
-// Adds to out[j], for j in [0, N), the sum of a[i] * b[j * row + i] for i in [0, depth): in one order, whatever N is.
-template <int N, class Numbers>
-void add_dots(const float *a, Numbers b, long row, long depth, float *out) {
-    Vec sums[N][2] = {};
-    long p = 0;
-    for (; p + 2 * LANES <= depth; p += 2 * LANES) {
-        const Vec left = load(a + p), right = load(a + p + LANES);
-#pragma GCC unroll 4
-        for (int j = 0; j < N; j++) {
-            sums[j][0] += left * load(b + j * row + p);
-            sums[j][1] += right * load(b + j * row + p + LANES);
-        }
-    }
-    for (; p < depth; p += LANES) {
-        const Vec last = load_up_to(a + p, depth - p);
-        for (int j = 0; j < N; j++) sums[j][0] += last * load_up_to(b + j * row + p, depth - p);
-    }
-    for (int j = 0; j < N; j++) out[j] += sum(sums[j][0] + sums[j][1]);
-}
-
-// The same sums, of numbers in four bits, whose rows are whole blocks: what a code means is found once for a block, and
-// the codes of later rows are asked for.
+// What add_dots adds, of numbers in four bits whose rows are whole blocks: what a code means is found once for a block,
+// and the codes of later rows are asked for. The same sums in the same order.
 template <int N, class FourBits>
 void add_dots_of_blocks(const float *a, FourBits b, long row, long depth, float *out) {
     Vec sums[N][2] = {};
@@ -281,15 +262,27 @@ bool whole_blocks(FourBits b, long row, long depth) {
     const long block = b.block();
     return block % 64 == 0 && b.place % block == 0 && row % block == 0 && depth % block == 0;
 }
-template <int N>
-void add_dots(const float *a, Nf4 b, long row, long depth, float *out) {
-    if (whole_blocks(b, row, depth)) return add_dots_of_blocks<N>(a, b, row, depth, out);
-    add_dots<N, Nf4>(a, b, row, depth, out);
-}
-template <int N>
-void add_dots(const float *a, Int4 b, long row, long depth, float *out) {
-    if (whole_blocks(b, row, depth)) return add_dots_of_blocks<N>(a, b, row, depth, out);
-    add_dots<N, Int4>(a, b, row, depth, out);
+
+// Adds to out[j], for j in [0, N), the sum of a[i] * b[j * row + i] for i in [0, depth): in one order, whatever N is.
+template <int N, class Numbers>
+void add_dots(const float *a, Numbers b, long row, long depth, float *out) {
+    if constexpr (!std::is_pointer_v<Numbers>)
+        if (whole_blocks(b, row, depth)) return add_dots_of_blocks<N>(a, b, row, depth, out);
+    Vec sums[N][2] = {};
+    long p = 0;
+    for (; p + 2 * LANES <= depth; p += 2 * LANES) {
+        const Vec left = load(a + p), right = load(a + p + LANES);
+#pragma GCC unroll 4
+        for (int j = 0; j < N; j++) {
+            sums[j][0] += left * load(b + j * row + p);
+            sums[j][1] += right * load(b + j * row + p + LANES);
+        }
+    }
+    for (; p < depth; p += LANES) {
+        const Vec last = load_up_to(a + p, depth - p);
+        for (int j = 0; j < N; j++) sums[j][0] += last * load_up_to(b + j * row + p, depth - p);
+    }
+    for (int j = 0; j < N; j++) out[j] += sum(sums[j][0] + sums[j][1]);
 }
 
 // The sum of a[i] * b[i] for i in [0, depth).
