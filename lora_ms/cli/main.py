@@ -19,7 +19,6 @@ from typing import Any
 from lora_ms.cli.flags import ALIASES, COMMAND_FLAGS, FLAG_KEYS, OTHER_FLAGS, add_command_flags, add_flags
 from lora_ms.cli.parser import TOOLS, Help, Parser, Version, add_tools
 from lora_ms.errors import LoraMsError, lost_connection, out_of_memory
-from lora_ms.runtime.host import start_with_huge_pages
 from lora_ms.text import Escaping, shortened
 
 # Command -> the module whose ``run`` does it. Those of TOOLS get their flags as keyword arguments, the others a
@@ -88,16 +87,22 @@ RUN_MODES = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """``lora-ms``. Returns the exit status: 0, 2 for an error of the user's, 130 when interrupted."""
-    if argv is None and sys.argv[1:2] and sys.argv[1] in STEPPING:
-        start_with_huge_pages()
+    if argv is None and {*sys.argv[1:2]} & {*STEPPING}:
+        _start_with_huge_pages()
     return _guarded(_lora_ms, sys.argv[1:] if argv is None else list(argv))
 
 
 def run_mindformer(argv: Sequence[str] | None = None) -> int:
     """``run_mindformer.py``: the command is ``--run_mode``, else the YAML's ``run_mode``. Returns the exit status."""
     if argv is None and not {"predict", "eval"} & {*sys.argv}:
-        start_with_huge_pages()
+        _start_with_huge_pages()
     return _guarded(_run_mindformer, sys.argv[1:] if argv is None else list(argv))
+
+
+def _start_with_huge_pages() -> None:
+    from lora_ms.runtime.host import start_with_huge_pages
+
+    start_with_huge_pages()
 
 
 def _guarded(command: Callable[[list[str]], int], argv: list[str]) -> int:
