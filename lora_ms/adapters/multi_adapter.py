@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from lora_ms.adapters.combine import read_rows
 from lora_ms.adapters.inject import install, target_layers
 from lora_ms.adapters.matching import ALL_LINEAR, leaf_of, matches
-from lora_ms.adapters.methods.base import RowUpdate
+from lora_ms.adapters.methods.base import RowUpdate, no_pair
 from lora_ms.adapters.methods.lowrank import merged_weight, row_norms
 from lora_ms.errors import LoraMsError
 from lora_ms.nn.layers import Embedding, Head
@@ -51,11 +51,8 @@ class AdapterRows(nn.Cell):
     def fill(self, place: int, update: RowUpdate) -> None:
         """Takes the numbers of an adapter that ``fits``; nothing else is written."""
         _, rank, inputs = self.lora_a.shape
-        a, b = np.zeros((rank, inputs), np.float32), np.zeros((self.base.out_channels, rank), np.float32)
-        if update.pair is not None:
-            own = len(update.pair.a)
-            a[:own] = update.pair.a
-            b[:, :own] = update.pair.scaling * update.pair.b
+        pair = update.pair or no_pair(inputs, self.base.out_channels)
+        a, b = pair.padded(rank)
         numbers = {self.lora_a: a, self.lora_b: b}
         if self.more:
             numbers |= {self.scale_less_one: self._scale(update) - 1, self.shift: self._shift(update)}

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lora_ms.data.example import Example, Message, RowFault, TokenRow
-from lora_ms.data.readers import read_sources
+from lora_ms.data.readers import read_as
 from lora_ms.data.template import encode_rows
 from lora_ms.errors import LoraMsError
 
@@ -37,14 +37,7 @@ def read_choices(source: str, num_samples: int | None = None) -> list[ChoiceRow]
     Raises:
         LoraMsError: a row that is none, with its file and line.
     """
-    found = []
-    for row in read_sources([source], num_samples=num_samples):
-        try:
-            if isinstance(row.value, RowFault):
-                raise row.value
-            found.append(_choice_row(row.where, row.value))
-        except RowFault as fault:
-            raise LoraMsError(f"{row.where}: {fault.text}; {fault.advice}") from None
+    found = read_as(source, _choice_row, num_samples)
     if not found:
         raise LoraMsError(f"{source}: no rows")
     return found

@@ -6,8 +6,7 @@ from typing import Any, NamedTuple
 from lora_ms.data.choices import QUESTION
 from lora_ms.data.example import Message, RowFault
 from lora_ms.data.formats import check_characters
-from lora_ms.data.readers import read_sources
-from lora_ms.errors import LoraMsError
+from lora_ms.data.readers import read_as
 
 ROLES = ("system", "user", "assistant")
 
@@ -27,16 +26,13 @@ def read_prompts(source: str) -> list[PromptRow]:
     Raises:
         LoraMsError: a row that is none, with its file and line.
     """
-    found = []
-    for row in read_sources([source]):
-        try:
-            if isinstance(row.value, RowFault):
-                raise row.value
-            found.append(_prompt_row(row.where, row.value))
-            for turn in found[-1].messages:
-                check_characters(turn.content)
-        except RowFault as fault:
-            raise LoraMsError(f"{row.where}: {fault.text}; {fault.advice}") from None
+    return read_as(source, _checked)
+
+
+def _checked(where: str, row: Any) -> PromptRow:
+    found = _prompt_row(where, row)
+    for turn in found.messages:
+        check_characters(turn.content)
     return found
 
 

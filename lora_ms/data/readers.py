@@ -4,10 +4,10 @@ import glob
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from lora_ms.data.example import MOST_BYTES, RawRow, RowFault, shown_name, too_long
 from lora_ms.data.mindrecord import read_mindrecord
@@ -18,6 +18,7 @@ from lora_ms.reading import opened, readable
 SUPPORTED = ".json, .jsonl, .csv, .tsv, .parquet, .mindrecord, or a folder saved by Hugging Face datasets"
 BOM = b"\xef\xbb\xbf"
 
+Thing = TypeVar("Thing")
 RowSource = str | os.PathLike[str] | Sequence[Mapping[str, Any]]
 
 
@@ -34,6 +35,22 @@ def read_sources(
     if num_samples is not None and num_samples < 1:
         raise LoraMsError(f"num_samples is {num_samples}; give 1 or more, or leave it out to read all rows")
     return islice(_rows_of_all(sources, split), num_samples)
+
+
+def read_as(source: str, make: Callable[[str, Any], Thing], num_samples: int | None = None) -> list[Thing]:
+    """What ``make`` makes of each row of ``source``, from where it stands and its value.
+
+    Raises LoraMsError, with file and line, for the first row that is unreadable or for which ``make`` raises RowFault.
+    """
+    found = []
+    for row in read_sources([source], num_samples=num_samples):
+        try:
+            if isinstance(row.value, RowFault):
+                raise row.value
+            found.append(make(row.where, row.value))
+        except RowFault as fault:
+            raise LoraMsError(f"{row.where}: {fault.text}; {fault.advice}") from None
+    return found
 
 
 def _rows_of_all(sources: Sequence[RowSource], split: str) -> Iterator[RawRow]:

@@ -3,14 +3,13 @@
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-import numpy as np
 from mindspore import Tensor, nn
 
 from lora_ms.adapters.combine import Adapter
 from lora_ms.adapters.inject import build, cell_at, install
 from lora_ms.adapters.matching import leaf_of
 from lora_ms.adapters.merge import merged_cells
-from lora_ms.adapters.methods.base import AdapterConfig, Pair, RowUpdate
+from lora_ms.adapters.methods.base import AdapterConfig, Pair, RowUpdate, no_pair
 from lora_ms.adapters.methods.base_cells import AdapterCell, State
 from lora_ms.adapters.multi_adapter import AdapterRows, FixedAdapters
 from lora_ms.errors import LoraMsError
@@ -204,12 +203,8 @@ def padded(adapter: Adapter, lora_rank: int, shapes: Mapping[str, tuple[int, int
             )
     pairs = {}
     for name, (outputs, inputs) in shapes.items():
-        a, b = np.zeros((lora_rank, inputs), np.float32), np.zeros((outputs, lora_rank), np.float32)
-        if name in adapter.tensors:
-            pair = adapter.tensors[name]
-            a[: len(pair.a)] = pair.a
-            b[:, : len(pair.a)] = pair.scaling * pair.b
-        pairs[name] = Pair(a, b, 1.0)
+        pair = adapter.tensors.get(name, no_pair(inputs, outputs))
+        pairs[name] = Pair(*pair.padded(lora_rank), 1.0)
     targets = tuple(sorted({leaf_of(name) for name in shapes}))
     return Adapter(adapter.config.combined(lora_rank, targets), pairs)
 

@@ -53,7 +53,7 @@ def attach(
     total_steps: int,
     shard: Shard = WHOLE,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
-    inputs: Callable[[], Iterable[tuple[str, NDArray[np.float32]]]] | None = None,
+    inputs: Callable[[], Iterable[tuple[tuple[str, ...], NDArray[np.float32]]]] | None = None,
 ) -> AdapterConfig | None:
     """Puts the adapter that ``pet_config`` or ``load_adapter`` asks for into ``model``; None: all parameters train.
 

@@ -280,7 +280,7 @@ def inputs_of_layers(
     settings: TrainSettings,
     tokenizer: "PreTrainedTokenizerBase | None",
     runtime: Runtime,
-) -> Iterator[tuple[str, NDArray[np.float32]]]:
+) -> Iterator[tuple[tuple[str, ...], NDArray[np.float32]]]:
     """What the projections of the bare ``model`` take, of rows drawn by chance; the same on every process."""
     drawn = permutation(len(rows.store), settings.seed, 1 << 21)[:STARTING_ROWS]
     tokens = np.cumsum(rows.store.label_counts[drawn])

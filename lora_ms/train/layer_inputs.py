@@ -41,9 +41,9 @@ def _normalised(x: Array, norm: nn.Cell) -> Array:
     return x / scale * norm.weight.asnumpy().astype(np.float32)
 
 
-def layer_inputs(model: nn.Cell, plan: DataPlan) -> Iterator[tuple[str, Array]]:
-    """Path and inputs [tokens, in] of every projection of the bare ``model``, layer after layer; the model is left as
-    ``set_train(False)``.
+def layer_inputs(model: nn.Cell, plan: DataPlan) -> Iterator[tuple[tuple[str, ...], Array]]:
+    """Paths and inputs [tokens, in] of all projections of the bare ``model``, layer after layer, those together that
+    take the same; the model is left as ``set_train(False)``.
 
     plan: one pass over the rows.
     """
@@ -80,15 +80,13 @@ def layer_inputs(model: nn.Cell, plan: DataPlan) -> Iterator[tuple[str, Array]]:
                 yield from _by_name(model, first + layer, parts_of)
 
 
-def _by_name(model: nn.Cell, number: int, batches: list[tuple[Array, ...]]) -> Iterator[tuple[str, Array]]:
+def _by_name(model: nn.Cell, number: int, batches: list[tuple[Array, ...]]) -> Iterator[tuple[tuple[str, ...], Array]]:
     layer = model.model.layers[number]
     x, mixed, between, gate, up = (np.concatenate(part) for part in zip(*batches, strict=True))
     path = f"model.layers.{number}"
     before = _normalised(x, layer.input_layernorm)
-    for name in ("q_proj", "k_proj", "v_proj"):
-        yield f"{path}.self_attn.{name}", before
-    yield f"{path}.self_attn.o_proj", mixed
+    yield tuple(f"{path}.self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj")), before
+    yield (f"{path}.self_attn.o_proj",), mixed
     inner = _normalised(between, layer.post_attention_layernorm)
-    for name in ("gate_proj", "up_proj"):
-        yield f"{path}.mlp.{name}", inner
-    yield f"{path}.mlp.down_proj", gate / (1 + np.exp(-gate)) * up
+    yield tuple(f"{path}.mlp.{name}" for name in ("gate_proj", "up_proj")), inner
+    yield (f"{path}.mlp.down_proj",), gate / (1 + np.exp(-gate)) * up

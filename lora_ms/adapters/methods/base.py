@@ -101,6 +101,17 @@ class Pair(NamedTuple):
     b: NDArray  # [out, rank]
     scaling: float
 
+    def padded(self, lora_rank: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """A [lora_rank, in] and scaled B [out, lora_rank], which end in zeros."""
+        more = (0, lora_rank - len(self.a))
+        a, b = np.pad(self.a, (more, (0, 0))), np.pad(self.scaling * self.b, ((0, 0), more))
+        return a.astype(np.float32), b.astype(np.float32)
+
+
+def no_pair(inputs: int, outputs: int) -> Pair:
+    """The update of rank 0 of a weight [outputs, inputs]."""
+    return Pair(np.zeros((0, inputs), np.float32), np.zeros((outputs, 0), np.float32), 1.0)
+
 
 class RowUpdate(NamedTuple):
     """What an adapter makes of one layer in the rows of a batch that use it; None: nothing of that kind."""
@@ -327,12 +338,12 @@ class AdapterConfig(metaclass=ByPeftNames):
         return False
 
     def started(
-        self, inputs: Iterable[tuple[str, Array]], names: Collection[str]
+        self, inputs: Iterable[tuple[tuple[str, ...], Array]], names: Collection[str]
     ) -> "tuple[AdapterConfig, dict[str, dict[str, Array]]]":
         """The settings of an adapter that starts from data, and its first tensors, by module and name.
 
         Args:
-            inputs: module and what it takes at some tokens [tokens, in], of modules that are adapted or not.
+            inputs: modules and what they all take at some tokens [tokens, in]; some may have no adapter.
             names: modules that are adapted.
         """
         raise NotImplementedError

@@ -311,10 +311,14 @@ class LoraConfig(AdapterConfig, LowRankOptions):
         return self.init_lora_weights == "eva"
 
     def started(
-        self, inputs: Iterable[tuple[str, Array]], names: Collection[str]
+        self, inputs: Iterable[tuple[tuple[str, ...], Array]], names: Collection[str]
     ) -> "tuple[LoraConfig, dict[str, dict[str, Array]]]":
         most = int(self.eva_rho * self.lora_rank)
-        found = {name: lowrank.leading_directions(taken, most) for name, taken in inputs if name in names}
+        found: dict[str, tuple[Array, Array]] = {}
+        for together, taken in inputs:
+            adapted = [name for name in together if name in names]
+            if adapted:
+                found |= dict.fromkeys(adapted, lowrank.leading_directions(taken, most))
         left = sorted(set(names) - found.keys())
         if left:
             raise LoraMsError(f"init_lora_weights eva is for projections of layers: {left[0]} is none")

@@ -25,15 +25,16 @@ def taken(reference, golden, native):
     rows = [TokenRow(str(i), ids[i, :n], labels[i, :n]) for i, n in enumerate(z["lengths"].ravel()[:24])]
     model = load_directory(reference / "models" / "qwen2", operators=native)
     plan = held_out_plan(TokenStore.of(rows), 8, None, 16, Runtime("CPU"))
-    return model, dict(layer_inputs(model, plan))
+    return model, list(layer_inputs(model, plan))
 
 
 @pytest.mark.parametrize("rho", [1, 2])
 def test_eva_starts_as_in_peft(taken, golden, rho):
     z = golden("eva_qwen2")
     model, inputs = taken
+    of_module = {name: value for together, value in inputs for name in together}
     config = LoraConfig(4, 6, target_modules=TARGETS, init_lora_weights="eva", eva_rho=rho)
-    found, tensors = config.started(inputs.items(), config.specs(target_layers(model)))
+    found, tensors = config.started(inputs, config.specs(target_layers(model)))
     wanted = {key.removeprefix(f"{rho}/"): value for key, value in z.items() if key.startswith(f"{rho}/")}
     scalings = {key.removeprefix("scaling/"): wanted.pop(key) for key in list(wanted) if key.startswith("scaling/")}
     assert tensors.keys() == wanted.keys()
@@ -43,7 +44,7 @@ def test_eva_starts_as_in_peft(taken, golden, rho):
         likeness = np.abs((ours * value).sum(1))  # a direction has no sign
         # PEFT looks for the directions in a random subspace, without any to spare where rho is 1: the last ones are off
         assert likeness.min() > (0.998 if rho == 2 else 0.7), name
-        centred = inputs[name] - inputs[name].mean(0)
+        centred = of_module[name] - of_module[name].mean(0)
         explained = [float(np.square(centred @ directions.T).sum()) for directions in (ours, value)]
         assert explained[1] <= explained[0] * (1 + 1e-4), name
         assert explained[1] >= explained[0] * (0.999 if rho == 2 else 0.98), name
@@ -55,6 +56,6 @@ def test_eva_needs_rows(taken, reference, native):
     with pytest.raises(LoraMsError, match="starts from rows"):
         inject(model, LoraConfig(4, 4, init_lora_weights="eva"))
     config = LoraConfig(4, 4, target_modules=("q_proj",), init_lora_weights="eva")
-    few = [(name, value[:3]) for name, value in taken[1].items()]
+    few = [(together, value[:3]) for together, value in taken[1]]
     with pytest.raises(LoraMsError, match="needs as many tokens"):
         config.started(few, config.specs(target_layers(model)))
