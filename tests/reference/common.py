@@ -7,6 +7,7 @@ a second run writes the same arrays.
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,11 @@ torch.set_num_threads(1)
 torch.use_deterministic_algorithms(True)
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
+
+
+def asked(name: str) -> bool:
+    """Whether the command line asks for `name`: by a word that is in it, or for all, by none."""
+    return any(word in name for word in sys.argv[1:] or [""])
 
 
 def load_model(model_dir: Path | str, dtype: torch.dtype = torch.float32) -> transformers.PreTrainedModel:

@@ -7,6 +7,7 @@ from common import (
     MODEL_NAMES,
     PAD_ID,
     REFERENCE_DIR,
+    asked,
     load_reference_model,
     position_ids_from,
     ragged_mask,
@@ -91,7 +92,7 @@ def greedy_arrays(
 
 
 def main() -> None:
-    for name in MODEL_NAMES:
+    for name in filter(asked, MODEL_NAMES):
         model = load_reference_model(name)
         eos = model.config.eos_token_id
         eos = set(eos) if isinstance(eos, list) else {eos}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import MODEL_NAMES, REFERENCE_DIR, VOCAB_SIZE, load_model, save_json
+from common import MODEL_NAMES, REFERENCE_DIR, VOCAB_SIZE, asked, load_model, save_json
 from safetensors.torch import save_file
 
 WEIGHT_STD = 0.2
@@ -211,7 +211,7 @@ def write_tensors(model_dir: Path, tensors: dict[str, torch.Tensor], shards: int
 
 def main() -> None:
     check_rope_bands(CONFIGS["llama3"])
-    for name in MODEL_NAMES:
+    for name in filter(asked, MODEL_NAMES):
         model_dir = REFERENCE_DIR / "models" / name
         model_dir.mkdir(parents=True, exist_ok=True)
         save_json(model_dir / "config.json", CONFIGS[name])
