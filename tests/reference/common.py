@@ -16,7 +16,7 @@ import transformers
 from peft import PeftModel
 
 REFERENCE_DIR = Path(__file__).resolve().parent
-MODEL_NAMES = ("llama2", "llama3", "qwen2", "qwen3", "deepseek_r1_qwen")
+MODEL_NAMES = ("llama2", "llama3", "qwen2", "qwen3", "deepseek_r1_qwen", "smollm3")
 VOCAB_SIZE = 128
 # Ids below this one are special (pad 0, bos 1, eos 2 and 3): no prompt or training row contains them.
 FIRST_TEXT_ID = 4

@@ -38,6 +38,7 @@ class Recipe(NamedTuple):
 RECIPES = {
     "qwen2": Recipe("qwen2", 12, 5e-3, None, 0.5, 0.01, 41),
     "llama3": Recipe("llama3", 12, 5e-3, 3, 0.5, 0.01, 42),
+    "smollm3": Recipe("smollm3", 12, 5e-3, None, 0.5, 0.01, 44),
     "full_qwen2": Recipe("qwen2", 6, 1e-3, None, 8.0, None, 43),
 }
 
