@@ -34,7 +34,7 @@ PLAIN = (bool, int, float, complex, str, bytes, type(None), type(...), slice, ra
 OWN_KEYS = ("training", "mixed_precision_type", "_jit_config_dict", "_amp_level", "requires_grad")
 MOST_CONSTANTS = 128 << 20  # bytes
 CHILDREN = ("_params", "_cells", "_buffers", "_params_list", "_primitives")  # where a cell keeps what it is made of
-# of a cell: text with addresses (what it tells are attributes, too), the call that a Graph is in, the graphs that it has
+# of a cell: text with addresses (what it tells are attributes, too), the call that a Graph is in, the graphs it has
 # compiled, its last name, what a model of the Python interface generates with, which holds graphs and is in none, seeds
 # of random operators, which are attributes of those where they are used, where an optimiser's parameters lie, and what
 # reads a weight as it was before it was quantised
