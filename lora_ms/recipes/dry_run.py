@@ -53,7 +53,7 @@ def dry_run(config: RunConfig, processes: int) -> Findings:
     if processes < 1:
         raise LoraMsError(f"dry_run {processes}: give the number of processes, 1 or more")
     if config.backend != "native":
-        raise LoraMsError("dry_run checks runs of the native backend: leave it out")
+        raise LoraMsError("--dry_run checks the native backend only: leave out --dry_run, or backend mindformers")
     for line in config.notices():
         print(line)
     config.use_parallel = processes > 1
