@@ -8,6 +8,7 @@ from lora_ms.errors import LoraMsError
 from lora_ms.models.decoder import DecoderConfig
 from lora_ms.runtime import device
 from lora_ms.runtime.device import Runtime
+from lora_ms.text import folded
 from lora_ms.train import checkpoint
 from lora_ms.train.log import locked_output
 
@@ -38,7 +39,7 @@ def start(config: RunConfig) -> Runtime:
         bfloat16=config.model.sizes.compute_dtype == "bfloat16",
     )
     if runtime.is_main:
-        for line in (*config.notices(), *notices, *layout_notices(config, runtime)):
+        for line in (*map(folded, config.notices()), *notices, *layout_notices(config, runtime)):
             print(line)
     return runtime
 
