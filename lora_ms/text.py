@@ -60,6 +60,11 @@ def shortened(text: str, most: int = 3000) -> str:
     return text if left_out <= 0 else f"{text[: most // 2]} … ({left_out:,} characters) … {text[-most // 2 :]}"
 
 
+def folded(line: str) -> str:
+    """A line of output, wrapped at 80 columns."""
+    return textwrap.fill(line, WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+
+
 def status_lines(name: str, status: str, text: str, name_width: int) -> list[str]:
     """A row of a table: name, status and a text that is wrapped at 80 columns."""
     first = f"{name:{name_width}}{status:9}"

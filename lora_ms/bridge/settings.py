@@ -16,6 +16,7 @@ OUR_TOP = (
     "load_adapter",
     "allow_other_template",
     "data_fill",
+    "pretrained_model_dir",
     "processor",
     "eval_dataset_task",
     "evaluation",

@@ -96,6 +96,20 @@ def _quantization(value: Any) -> dict[str, Any] | None:
     return None if value is None else read_quantisation(value).to_config()
 
 
+# MindFormers' second spelling of a key -> the one here
+SPELLINGS = {
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "num_key_value_heads": "n_kv_heads",
+    "rope_theta": "theta",
+    "add_qkv_bias": "qkv_has_bias",
+    "max_position_embeddings": "max_position_embedding",
+    "layernorm_compute_dtype": "layernorm_compute_type",
+    "softmax_compute_dtype": "softmax_compute_type",
+    "params_dtype": "param_init_type",
+}
+
+
 class ModelSizes(Section):
     """``model.model_config``. A size that is None was not given: it comes from the checkpoint's config.json."""
 
@@ -166,6 +180,20 @@ class ModelSizes(Section):
     num_blocks: NoEffect = 512
     parallel_config: NoEffect = None
     moe_config: NoEffect = None
+    auto_map: NoEffect = None  # code of MindFormers' own; the folder's tokenizer is read without it
+
+    @model_validator(mode="before")
+    @classmethod
+    def _second_spellings(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        data = dict(data)
+        for spelling in [key for key in data if key in SPELLINGS]:
+            key, value = SPELLINGS[spelling], data.pop(spelling)
+            if key in data and data[key] != value:
+                raise ValueError(f"{key} is {data[key]!r} and {spelling}, the same key, {value!r}: leave one out")
+            data[key] = value
+        return data
 
 
 class Arch(Section):
@@ -185,9 +213,7 @@ class Tokenizer(Section):
     """``processor.tokenizer``."""
 
     vocab_file: Text | None = None  # tokenizer file or folder; None: the one beside the checkpoint
-    chat_template: Text = (
-        ""  # a name (docs/data-formats.md lists them) or a file of Jinja; "": the tokenizer's own, else alpaca (ours)
-    )
+    chat_template: Text = ""  # name (docs/data-formats.md), Jinja or its file; "": the tokenizer's, else alpaca (ours)
     type: NoEffect = "LlamaTokenizer"
     unk_token: NoEffect = None
     bos_token: NoEffect = None
@@ -199,6 +225,7 @@ class Tokenizer(Section):
     tokenizer_file: NoEffect = None
     model_max_length: NoEffect = None
     padding_side: NoEffect = None
+    auto_register: NoEffect = None
 
 
 class Processor(Section):

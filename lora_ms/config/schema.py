@@ -114,6 +114,7 @@ class RunConfig(Section):
     run_mode: RunMode = "finetune"  # finetune and train are the same: pet_config says what is trained
     backend: Literal["native", "mindformers"] = "native"  # whose model and trainer (ours)
     load_checkpoint: Path = ""  # Hugging Face folder or a hub's owner/name, or MindSpore .ckpt, .safetensors
+    pretrained_model_dir: Path = ""  # MindFormers' second name of load_checkpoint, read where that is not given
     load_adapter: Path = ""  # PEFT adapter folder to go on from, or to predict with (ours)
     hub: Literal["hf", "modelscope"] = "hf"  # where models and data given by name come from (ours)
     revision: Path = ""  # of load_checkpoint by name: branch, tag or commit (ours)
@@ -193,8 +194,14 @@ class RunConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _pet_config_in_its_place(cls, data: Any) -> Any:
-        return move_pet_config(data) if isinstance(data, dict) else data
+    def _keys_in_their_place(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        data = move_pet_config(data)
+        if data.get("pretrained_model_dir") and not data.get("load_checkpoint"):
+            data = {**data, "load_checkpoint": data["pretrained_model_dir"]}
+            del data["pretrained_model_dir"]
+        return data
 
     @model_validator(mode="after")
     def _one_of_each_callback_and_some_steps(self) -> "RunConfig":
@@ -329,6 +336,8 @@ class RunConfig(Section):
     def _overridden(self) -> Iterator[str]:
         if self.optimizer.learning_rate not in (None, self.learning_rate):
             yield f"optimizer.learning_rate (lr_schedule.learning_rate {self.learning_rate} is used)"
+        if self.pretrained_model_dir:
+            yield f"pretrained_model_dir (load_checkpoint {self.load_checkpoint} is used)"
         rows = self.runner_config.batch_size
         for name, dataset in (("train_dataset", self.train_dataset), ("eval_dataset", self.eval_dataset)):
             if rows is not None and dataset.batch_size not in (None, rows):

@@ -103,7 +103,8 @@ def template_of(tokenizer: PreTrainedTokenizerBase, tools: list[dict[str, Any]] 
 
 
 def set_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Give the tokenizer the template `name`: one of ours, of its own, or in a file; it is saved with the tokenizer.
+    """Give the tokenizer the template `name`: one of ours, of its own, in a file, or Jinja itself; it is saved with the
+    tokenizer.
 
     A named template begins with the tokenizer's begin token where the tokenizer puts it before every text.
 
@@ -115,6 +116,9 @@ def set_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     named = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
     if name in named:
         tokenizer.chat_template = named[name]
+        return
+    if "{{" in name or "{%" in name:
+        tokenizer.chat_template = name
         return
     if not Path(name).is_file():
         known = ", ".join((*TEMPLATES, *sorted(named)))

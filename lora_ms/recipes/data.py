@@ -53,13 +53,19 @@ def tokenizer_for(config: RunConfig, training: bool = False) -> "PreTrainedToken
     It is ``processor.tokenizer.vocab_file``'s, else the adapter's or the checkpoint's.
 
     Raises:
-        LoraMsError: not ``training``, and the template is not the one that the adapter was trained with.
+        LoraMsError: ``vocab_file`` names nothing, or, not ``training``, the template is not the one that the adapter
+            was trained with.
     """
     named = config.processor.tokenizer.vocab_file
     asked = config.processor.tokenizer.chat_template
     handlers = config.train_dataset.data_loader.handler
     if not asked and handlers and training:
         asked = "alpaca_vicuna"  # what AlpacaInstructDataHandler writes
+    if named and not Path(named).exists():
+        raise LoraMsError(
+            f"processor.tokenizer.vocab_file {named}: no such file; leave the key out to use the tokenizer in "
+            "load_checkpoint"
+        )
     tokenizer = load_tokenizer(named) if named else None
     for folder in (config.load_adapter, config.load_checkpoint):
         if tokenizer is None and folder and (Path(folder) / "tokenizer_config.json").is_file():

@@ -24,7 +24,7 @@ from lora_ms.recipes.model import read_sizes
 from lora_ms.recipes.settings import settings_of
 from lora_ms.runtime import host, memory_estimate
 from lora_ms.runtime.device import Device, Runtime, chosen
-from lora_ms.text import counted, size_text
+from lora_ms.text import counted, folded, size_text
 from lora_ms.train import trackers
 
 CARD = "Ascend 910B, 64 GB"  # what Ascend means on a machine without one
@@ -53,9 +53,9 @@ def dry_run(config: RunConfig, processes: int) -> Findings:
     if processes < 1:
         raise LoraMsError(f"dry_run {processes}: give the number of processes, 1 or more")
     if config.backend != "native":
-        raise LoraMsError("dry_run checks runs of the native backend: leave it out")
+        raise LoraMsError("--dry_run checks the native backend only: leave out --dry_run, or backend mindformers")
     for line in config.notices():
-        print(line)
+        print(folded(line))
     config.use_parallel = processes > 1
     with found.check():
         trackers.check(config.report_to)

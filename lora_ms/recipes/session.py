@@ -9,6 +9,7 @@ from lora_ms.errors import LoraMsError
 from lora_ms.models.decoder import DecoderConfig
 from lora_ms.runtime import device
 from lora_ms.runtime.device import Runtime
+from lora_ms.text import folded
 from lora_ms.train import checkpoint
 from lora_ms.train.log import locked_output
 
@@ -41,7 +42,7 @@ def start(config: RunConfig) -> Runtime:
     if not gc.get_freeze_count():  # MindSpore has all cycles collected before it compiles a graph: a tenth of a start
         gc.freeze()
     if runtime.is_main:
-        for line in (*config.notices(), *notices, *layout_notices(config, runtime)):
+        for line in (*map(folded, config.notices()), *notices, *layout_notices(config, runtime)):
             print(line)
     return runtime
 

@@ -290,6 +290,15 @@ def test_another_template_than_the_training_one_is_refused(text_model, tmp_path)
         assert tokenizer_of(text_model, adapter, other, "allow_other_template=True").chat_template
 
 
+def test_a_vocab_file_that_is_not_there(text_model):
+    with pytest.raises(LoraMsError) as error:
+        tokenizer_of(text_model, "", "processor.tokenizer.vocab_file=path/vocab.json")
+    assert str(error.value) == (
+        "processor.tokenizer.vocab_file path/vocab.json: no such file; leave the key out to use the tokenizer in "
+        "load_checkpoint"
+    )
+
+
 def test_a_mixture_and_an_eval_file(words, tmp_path, text_model, rows_file, capsys, graph_mode):
     """Two datasets by weight, four steps; another file is evaluated at the end."""
     out = tmp_path / "out"

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from lora_ms.config import PetConfig, dump_config, load_config
+from lora_ms.errors import LoraMsError
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -119,6 +120,20 @@ MINDFORMERS_WITHOUT_EFFECT = (
     "train_dataset.batch_size (runner_config.batch_size 2 is used), train_dataset.construct_args_key, "
     "trainer.model_name"
 )
+
+# What MindFormers' YAMLs of prediction have besides: those of its older classes, and those with use_legacy: False.
+PREDICTION = """
+{run_mode: predict, load_checkpoint: '', load_ckpt_format: safetensors,
+ model: {model_config: {type: LlamaConfig, seq_length: 32768, max_position_embeddings: 131072, is_dynamic: True,
+  auto_map: {AutoTokenizer: [qwen2_5_tokenizer.Qwen2Tokenizer, null]}}},
+ processor: {tokenizer: {type: Qwen2Tokenizer, auto_register: qwen2_5_tokenizer.Qwen2Tokenizer}}}
+"""
+PREDICTION_CORE = """
+{run_mode: predict, load_checkpoint: '', use_legacy: False, pretrained_model_dir: qwen,
+ model: {model_config: {type: Qwen2Config, num_hidden_layers: 36, num_attention_heads: 16, num_key_value_heads: 2,
+  rope_theta: 1000000.0, add_qkv_bias: True, max_position_embeddings: 32768, compute_dtype: bfloat16,
+  layernorm_compute_dtype: float32, softmax_compute_dtype: float16, params_dtype: bfloat16}}}
+"""
 
 
 def write(folder: Path, text: str) -> str:
@@ -256,3 +271,38 @@ def test_mindformers_yaml(tmp_path):
     dump_config(config, str(tmp_path / "again.yaml"))
     assert load_config(str(tmp_path / "again.yaml")) == config
     assert load_config(str(tmp_path / "again.yaml")).notices() == [MINDFORMERS_WITHOUT_EFFECT]
+
+
+def test_mindformers_yamls_of_prediction_pass_as_they_are(tmp_path):
+    config = load_config(write(tmp_path, PREDICTION))
+    assert config.model.sizes.max_position_embedding == 131072
+    assert config.notices() == [
+        "no effect here: load_ckpt_format, model.model_config.auto_map, model.model_config.is_dynamic, "
+        "processor.tokenizer.auto_register, processor.tokenizer.type"
+    ]
+
+
+def test_mindformers_second_spellings_are_the_same_keys(tmp_path):
+    config = load_config(write(tmp_path, PREDICTION_CORE))
+    sizes = config.model.sizes
+    assert (sizes.num_layers, sizes.num_heads, sizes.n_kv_heads, sizes.theta) == (36, 16, 2, 1e6)
+    assert (sizes.qkv_has_bias, sizes.max_position_embedding) == (True, 32768)
+    assert config.load_checkpoint == "qwen"
+    assert config.notices() == [
+        "no effect here: model.model_config.param_init_type, model.model_config.softmax_compute_type, use_legacy"
+    ]
+    dump_config(config, str(tmp_path / "config.yaml"))
+    assert load_config(str(tmp_path / "config.yaml")) == config
+
+
+def test_a_given_checkpoint_comes_before_the_pretrained_folder(tmp_path):
+    config = load_config(write(tmp_path, PREDICTION_CORE), flags={"load_checkpoint": "mine"})
+    assert config.load_checkpoint == "mine"
+    assert "pretrained_model_dir (load_checkpoint mine is used)" in config.notices()[0]
+
+
+def test_two_spellings_with_two_values_are_refused(tmp_path):
+    with pytest.raises(LoraMsError, match="num_layers is 36 and num_hidden_layers, the same key, 24: leave one out"):
+        load_config(
+            write(tmp_path, "{run_mode: predict, model: {model_config: {num_layers: 36, num_hidden_layers: 24}}}")
+        )

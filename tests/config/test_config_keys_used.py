@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parents[2] / "lora_ms"
 
 # keys that only decide what a property of RunConfig or of their section says, with its name
 DECIDES = {
+    "pretrained_model_dir": "load_checkpoint",
     "optimizer.beta1": "betas",
     "optimizer.beta2": "betas",
     "lr_schedule.type": "kind",

@@ -145,6 +145,9 @@ def test_a_template_from_a_file_and_an_unknown_one(named, tmp_path, with_templat
     set_template(tokenizer, str(tmp_path / "mine.jinja"))
     (row,) = encode(tokenizer, Example("row", (Message("user", "a"), Message("assistant", "b"))))
     assert tokenizer.decode(row.input_ids) == "a<|im_end|>b<|im_end|>"
+    long = "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}" + "{# as in MindFormers' YAMLs #}" * 200
+    set_template(tokenizer, long)
+    assert tokenizer.chat_template == long
     with pytest.raises(LoraMsError) as error:
         set_template(tokenizer, "chatgpt")
     assert str(error.value).startswith("chat_template chatgpt: no such file, and none of chatml, llama2, ")

@@ -7,7 +7,7 @@ import pytest
 
 from lora_ms.cli import main as cli
 from lora_ms.errors import LoraMsError
-from lora_ms.text import Escaping, escaped, shortened
+from lora_ms.text import Escaping, escaped, folded, shortened
 from lora_ms.train.log import Tee
 
 CODES = [
@@ -76,6 +76,14 @@ def test_the_outermost_guard(monkeypatch, capsys, fault):
     assert error.startswith(f"error: {type(fault).__name__}: ") and error.count("\n") == 1 and "--debug" in error
     with pytest.raises(type(fault)):
         cli._guarded(fail, ["--debug"])
+
+
+def test_a_long_line_is_wrapped_between_its_words():
+    keys = [f"section-{number}.key-{number}" for number in range(9)]
+    lines = folded(f"no effect here: {', '.join(keys)}").splitlines()
+    assert len(lines) == 3 and max(map(len, lines)) <= 80
+    assert " ".join(line.strip() for line in lines).endswith(", ".join(keys))
+    assert folded("x" * 100) == "x" * 100
 
 
 def test_a_long_text_is_shortened():
