@@ -65,6 +65,8 @@ KINDS = {
     "save_head": config(modules_to_save="lm_head"),
     "save_embed": config(modules_to_save="embed_tokens"),
     "save_norms": config(modules_to_save="norm"),
+    "tokens": config(trainable_token_indices=(20, 3, 7)),
+    "tokens_apart": config(trainable_token_indices={"embed_tokens": (20, 3), "lm_head": (1, 7, 20)}),
 }
 # The weight is divided and multiplied, or taken apart and put together: equal to rounding. All others add zeros.
 ROUNDED = ("dora", "embed_dora", "lm_head_dora", "orthogonal", "pissa", "pissa_niter", "pissa_rslora", "olora")

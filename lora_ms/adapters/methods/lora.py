@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_ms.adapters.matching import by_pattern, layer_index, matches, ranges
-from lora_ms.adapters.methods import embedding, lowrank
+from lora_ms.adapters.methods import embedding, lowrank, trained_tokens
 from lora_ms.adapters.methods.base import (
     REQUIRED,
     AdapterConfig,
@@ -36,10 +36,13 @@ from lora_ms.adapters.methods.base import (
     shared_options,
 )
 from lora_ms.errors import LoraMsError
+from lora_ms.folder_schema import TokenIndices
 from lora_ms.storage import Entry
 from lora_ms.values import Bounds, Flag, Layers, Number, Targets, Whole, WholeOrNumber, pattern_of, read_with
 
 if TYPE_CHECKING:
+    from mindspore import nn
+
     from lora_ms.adapters.methods.base_cells import AdapterCell
 
 RANK, ALPHA, DROPOUT = Bounds(ge=1), Bounds(gt=0), Bounds(ge=0, lt=1)
@@ -123,6 +126,8 @@ class LoraConfig(AdapterConfig, LowRankOptions):
         layer_groups: ranks and alphas by ranges of layers, in place of layers_to_transform, rank_pattern and
             alpha_pattern; ``bits: nf4`` quantises these layers.
         modules_to_save: path suffixes of whole modules to train: norms, embedding, head, dense layers.
+        trainable_token_indices: ids of tokens whose rows of the embedding train, and of a head that is tied to it; or
+            a mapping from ``embed_tokens`` and ``lm_head`` to such lists.
         use_rslora: scale by ``lora_alpha / sqrt(rank)``.
         use_lorafa: LoRA-FA (Zhang et al., 2023): A keeps its start, and only B trains; not on the embedding.
         use_dora: train the length of each row of the weight separately from its direction.
@@ -154,7 +159,12 @@ class LoraConfig(AdapterConfig, LowRankOptions):
         "lora_magnitude_vector",
         "base_layer.bias",
     )
-    PARAMETERS: ClassVar[tuple[str, ...]] = ("lora_a", "lora_b", "lora_bias", "lora_magnitude")
+    BESIDE_TENSORS: ClassVar[tuple[str, ...]] = (trained_tokens.TENSOR,)
+    PARAMETERS: ClassVar[tuple[str, ...]] = (
+        *("lora_a", "lora_b", "lora_bias", "lora_magnitude"),
+        trained_tokens.PARAMETER,
+    )
+    PEFT_KEYS: ClassVar[Mapping[str, Any]] = {trained_tokens.OPTION: TokenIndices}
     IDLE: ClassVar[Mapping[str, float]] = {"lora_B.weight": 0.0, "lora_embedding_A": 0.0, "lora_embedding_B": 0.0}
     IDLE_CHECK: ClassVar[tuple[str, str]] = ("B not zero", "every B is zero: LoRA changes nothing")
     YAML_KEYS: ClassVar[Mapping[str, Key]] = {
@@ -163,7 +173,7 @@ class LoraConfig(AdapterConfig, LowRankOptions):
         # and the highest rate of an adapter on the embedding then
         "loraplus_lr_embedding": Key(Number, 1e-6, Bounds(gt=0)),
     }
-    AGREEING: ClassVar[tuple[str, ...]] = ("use_rslora", "use_dora", "lora_bias", "bias")
+    AGREEING: ClassVar[tuple[str, ...]] = ("use_rslora", "use_dora", "lora_bias", "bias", trained_tokens.OPTION)
     SPEC_KEYS: ClassVar[Mapping[str, frozenset[str]]] = {"lora_rank": LORA_KEYS, "lora_alpha": ALPHA_KEYS}
     PLACING: ClassVar[frozenset[str]] = AdapterConfig.PLACING | {"layer_groups"}
     WITH_MINDFORMERS: ClassVar[bool] = True
@@ -171,6 +181,9 @@ class LoraConfig(AdapterConfig, LowRankOptions):
     rank_pattern: Mapping[str, int] = option({}, pattern_of(RANK.on(Whole)))
     alpha_pattern: Mapping[str, float] = option({}, pattern_of(ALPHA.on(WholeOrNumber)))
     layer_groups: tuple[LayerGroup, ...] = option((), list[LayerGroup])  # in YAML, an entry is a section
+    trainable_token_indices: trained_tokens.TokenIndices = option(
+        (), read_with(trained_tokens.read, list[int] | dict[str, list[int]] | None), yaml_default=None
+    )
     use_rslora: bool = option(False, Flag)
     use_dora: bool = option(False, Flag)
     use_lorafa: bool = option(False, Flag)
@@ -180,6 +193,7 @@ class LoraConfig(AdapterConfig, LowRankOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, trained_tokens.OPTION, trained_tokens.checked(self.trainable_token_indices))
         for pattern, rank in self.rank_pattern.items():
             check_number(pattern, rank, RANK)
         for pattern, alpha in self.alpha_pattern.items():
@@ -349,6 +363,18 @@ class LoraConfig(AdapterConfig, LowRankOptions):
 
         return lora_cells.build(self, target, spec)
 
+    def beside(self, cells: "Mapping[str, nn.Cell]", built: "Mapping[str, nn.Cell]") -> "Mapping[str, nn.Cell]":
+        from lora_ms.adapters.methods import trained_tokens_cells
+
+        return trained_tokens_cells.build(self.trainable_token_indices, cells, built)
+
+    def modules_beside(self, names: Iterable[str]) -> Collection[str]:
+        return trained_tokens.stored_modules(self.trainable_token_indices, names)
+
+    @property
+    def keys_beside(self) -> list[str]:
+        return [*super().keys_beside, *([trained_tokens.OPTION] if self.trainable_token_indices else [])]
+
     # PEFT's files
 
     def to_peft(self, specs: Mapping[str, LoraSpec], targets: Sequence[str]) -> dict[str, Any]:
@@ -362,6 +388,7 @@ class LoraConfig(AdapterConfig, LowRankOptions):
             specs = {name: LoraSpec(2 * rank, wider * alpha) for name, (rank, alpha) in specs.items()}
         rank = _commonest([spec.lora_rank for spec in specs.values()])
         alpha = _commonest([spec.lora_alpha for spec in specs.values()])
+        tokens = self.trainable_token_indices
         return {
             "layers_to_transform": None,  # target_modules says it all
             "lora_alpha": plain_number(alpha),
@@ -378,6 +405,7 @@ class LoraConfig(AdapterConfig, LowRankOptions):
             },
             # an older PEFT refuses a key that it does not know
             **({"lora_bias": True} if self.lora_bias else {}),
+            **({trained_tokens.OPTION: trained_tokens.to_peft(tokens)} if tokens else {}),
         }
 
     @classmethod
@@ -399,12 +427,15 @@ class LoraConfig(AdapterConfig, LowRankOptions):
             use_rslora=bool(peft.get("use_rslora")),
             use_dora=bool(peft.get("use_dora")),
             lora_bias=bool(peft.get("lora_bias")),
+            trainable_token_indices=peft.get(trained_tokens.OPTION) or (),
             init_lora_weights=True if forgotten else init,
             **shared_options(peft),
         )
 
     def shapes(self, name: str, found: Mapping[str, Shape], weight: Shape, has_bias: bool) -> dict[str, Shape]:
         rank = self.spec(name).lora_rank
+        if trained_tokens.TENSOR in found:
+            return trained_tokens.shapes(trained_tokens.tokens_of(self.trainable_token_indices, name), weight)
         if embedding.is_stored(found):
             return embedding.shapes(rank, weight, self.use_dora)
         outputs, inputs = weight[0], weight[-1]
@@ -418,6 +449,8 @@ class LoraConfig(AdapterConfig, LowRankOptions):
         return wanted
 
     def update(self, name: str, tensors: Mapping[str, Entry]) -> Update:
+        if trained_tokens.TENSOR in tensors:
+            return trained_tokens.RowsUpdate(tensors, trained_tokens.tokens_of(self.trainable_token_indices, name))
         if embedding.is_stored(tensors):
             return embedding.EmbeddingUpdate(tensors, self.scaling(name))
         init = str(self.init_lora_weights) if self.changed_base else ""
@@ -442,7 +475,10 @@ class LoraConfig(AdapterConfig, LowRankOptions):
         return f"{text}, rank {self.lora_rank}, alpha {self.lora_alpha:g}, scaling {scaling:g}"
 
     def vllm_refuses(self) -> list[str]:
-        return ["DoRA"] if self.use_dora else []
+        return [
+            *(["DoRA"] if self.use_dora else []),
+            *([trained_tokens.OPTION] if self.trainable_token_indices else []),
+        ]
 
     def vllm_ignores(self) -> list[str]:
         """vLLM reads ``r`` and ``lora_alpha`` alone."""
@@ -457,6 +493,7 @@ class LoraConfig(AdapterConfig, LowRankOptions):
             "lora_bias": self.lora_bias,
             f"bias: {self.bias}": self.bias != "none",
             f"modules_to_save: {', '.join(self.modules_to_save)}": self.modules_to_save,
+            trained_tokens.OPTION: self.trainable_token_indices,
         }
         return [name for name, present in found.items() if present]
 
@@ -469,7 +506,7 @@ class LoraConfig(AdapterConfig, LowRankOptions):
         return Pair(a, b, self.scaling(name))
 
     def not_in_rows(self) -> list[str]:
-        return [f"modules_to_save: {', '.join(self.modules_to_save)}"] if self.modules_to_save else []
+        return self.keys_beside
 
     def row_update(self, name: str, tensors: Mapping[str, NDArray]) -> RowUpdate:
         if tensors.keys() == {"bias"} and self.trains_all_biases:
@@ -509,10 +546,12 @@ class LoraConfig(AdapterConfig, LowRankOptions):
     def identity(self) -> dict[str, object]:
         names = "lora_alpha lora_dropout use_rslora use_dora bias".split()
         found = {name: getattr(self, name) for name in names} | {"init_lora_weights": str(self.init_lora_weights)}
+        if self.trainable_token_indices:
+            found[trained_tokens.OPTION] = trained_tokens.to_peft(self.trainable_token_indices)
         return found | ({"use_lorafa": True} if self.use_lorafa else {})
 
     def not_split(self, training: bool) -> list[str]:
-        plain, keys = LoraConfig(), ["use_dora", "lora_bias", "bias", "modules_to_save"]
+        plain, keys = LoraConfig(), ["use_dora", "lora_bias", "bias", "modules_to_save", trained_tokens.OPTION]
         keys += ["init_lora_weights"] if training else []
         return [key for key in keys if getattr(self, key) != getattr(plain, key)]
 
