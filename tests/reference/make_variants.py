@@ -95,7 +95,6 @@ RECIPES = {
         "llama3", {"trainable_token_indices": {"embed_tokens": TOKENS}, "use_dora": True}
     ),
     "qwen2_trainable_tokens": Recipe("qwen2", {"trainable_token_indices": TOKENS}),
-    "qwen3_trainable_tokens": Recipe("qwen3", {"trainable_token_indices": TOKENS}),
     "qwen3_trainable_tokens_head": Recipe(
         "qwen3", {"trainable_token_indices": {"embed_tokens": TOKENS[:5], "lm_head": TOKENS[2:]}}
     ),
