@@ -1,12 +1,11 @@
 """The data of a run: the tokenizer with its template, the rows of a dataset as tokens, and the plan of the steps."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lora_ms.config import RunConfig
 from lora_ms.config.sections import Dataset
@@ -21,9 +20,7 @@ from lora_ms.data.template import set_template, template_of
 from lora_ms.data.templates import TEMPLATES
 from lora_ms.data.tokenizer import load_tokenizer, pad_id
 from lora_ms.errors import LoraMsError
-from lora_ms.models.decoder import CausalLM
 from lora_ms.runtime.device import Runtime
-from lora_ms.train.layer_inputs import layer_inputs
 from lora_ms.train.settings import TrainSettings
 
 if TYPE_CHECKING:
@@ -303,25 +300,3 @@ def held_out_plan(
         buckets=length_buckets,
         unit=unit,
     )
-
-
-STARTING_ROWS = 128  # that a start of an adapter looks at, at most
-STARTING_TOKENS = 16384  # label tokens of these, at most: what two layers take at each of them is in memory at once
-
-
-def inputs_of_layers(
-    model: CausalLM,
-    rows: PreparedRows,
-    settings: TrainSettings,
-    tokenizer: "PreTrainedTokenizerBase | None",
-    runtime: Runtime,
-) -> Iterator[tuple[tuple[str, ...], NDArray[np.float32]]]:
-    """What the projections of the bare ``model`` take, of rows drawn by chance; the same on every process."""
-    drawn = permutation(len(rows.store), settings.seed, 1 << 21)[:STARTING_ROWS]
-    tokens = np.cumsum(rows.store.label_counts[drawn])
-    chosen = np.sort(drawn[: max(1, int(np.searchsorted(tokens, STARTING_TOKENS, "right")))])
-    if runtime.is_main:
-        print(f"the adapter starts from what the layers take at label tokens of {len(chosen)} rows", flush=True)
-    alone = Runtime(runtime.device)
-    plan = held_out_plan(rows.store.take(chosen), settings.batch_size, tokenizer, settings.seq_length, alone)
-    return layer_inputs(model, plan)

@@ -1,7 +1,6 @@
 """A run of our own loop, as a configuration asks for it."""
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +16,7 @@ from lora_ms.recipes.model import build_model, compute_dtype, four_bits_lines, r
 from lora_ms.recipes.objectives import add_terms, general_rows, reference_log_probs
 from lora_ms.recipes.outputs import RUN_LOG, earlier_outputs, weights_of
 from lora_ms.recipes.settings import settings_of
+from lora_ms.recipes.starts import seen_rows
 from lora_ms.recipes.train import NativeRun
 from lora_ms.train import checkpoint, trackers
 from lora_ms.train.callbacks import TrainerCallback
@@ -117,8 +117,8 @@ def prepare(inputs: NativeInputs, log: Tee) -> NativeRun:
         for rows, size in ((inputs.rows, config.batch_size), (inputs.held_out, config.eval_batch_size))
     )
     schedule_steps = settings.schedule_steps if settings.schedule_steps > 0 else plan.total_steps
-    taken = partial(data.inputs_of_layers, model, inputs.rows, settings, tokenizer, runtime)
-    trained = adapter.attach(config, model, schedule_steps, runtime.shard, tokenizer, taken)
+    seen = seen_rows(model, inputs.rows, settings, tokenizer, runtime)
+    trained = adapter.attach(config, model, schedule_steps, runtime.shard, tokenizer, seen)
     hook = None if trained is None else trained.step_hook(model)
     added = add_terms(
         config.objectives,

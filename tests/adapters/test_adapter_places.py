@@ -166,10 +166,10 @@ def test_two_groups_that_both_want_one_module_overlap(groups):
          "bits 'fp4' of layer_groups 0: give nf4, or leave it out"),
         ({"init_lora_weights": "kaiming"},
          "init_lora_weights 'kaiming' is none of True, gaussian, orthogonal, pissa, olora, loftq, eva, "
-         "pissa_niter_N"),
+         "corda, lora_ga, pissa_niter_N"),
         ({"init_lora_weights": "pissa_niter_0"},
          "init_lora_weights 'pissa_niter_0' is none of True, gaussian, orthogonal, pissa, olora, loftq, eva, "
-         "pissa_niter_N"),
+         "corda, lora_ga, pissa_niter_N"),
         ({"init_lora_weights": "orthogonal", "lora_rank": 3}, "init_lora_weights orthogonal expects even ranks, got 3"),
         ({"init_lora_weights": "orthogonal", "rank_pattern": {"q_proj": 5}},
          "init_lora_weights orthogonal expects even ranks, got 5"),

@@ -16,7 +16,7 @@ ANSWERS = [{"instruction": row["instruction"], "output": row["chosen"]} for row 
 
 @pytest.fixture(scope="module")
 def train(net, tokenizer, tmp_path_factory):
-    """``train(objectives, rows, **of Trainer)``: four steps of four rows of a fresh adapter -> trainer, step records."""
+    """``train(objectives, rows, **of Trainer)``: four steps of a fresh adapter, of four rows -> trainer, records."""
 
     def run(objectives, rows, **more):
         peft = lora_ms.get_peft_model(net, lora_ms.LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))

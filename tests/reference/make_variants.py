@@ -91,9 +91,6 @@ RECIPES = {
     "qwen2_bias_all": Recipe("qwen2", {"bias": "all"}),
     "qwen2_bias_lora_only": Recipe("qwen2", {"bias": "lora_only"}),
     "qwen2_gaussian": Recipe("qwen2", {"init_lora_weights": "gaussian"}),
-    "llama3_trainable_tokens": Recipe(
-        "llama3", {"trainable_token_indices": {"embed_tokens": TOKENS}, "use_dora": True}
-    ),
     "qwen2_trainable_tokens": Recipe("qwen2", {"trainable_token_indices": TOKENS}),
     "qwen3_trainable_tokens_head": Recipe(
         "qwen3", {"trainable_token_indices": {"embed_tokens": TOKENS[:5], "lm_head": TOKENS[2:]}}

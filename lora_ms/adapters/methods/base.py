@@ -174,6 +174,19 @@ class Update:
         return False
 
 
+class SeenRows(NamedTuple):
+    """What the bare model makes of some rows of a run, for adapters that start from that; computed when it is called.
+
+    Modules are named by their paths.
+    """
+
+    # modules and what they all take at label tokens [tokens, in]; some may have no adapter
+    inputs: Callable[[], Iterable[tuple[tuple[str, ...], Array]]]
+    # modules, and the gradient of the mean loss by the weight of each [out, in]
+    gradients: Callable[[Collection[str]], Iterable[tuple[str, Array]]]
+    weight: Callable[[str], Array]  # of a module [out, in]
+
+
 class Cost(NamedTuple):
     """What the adapter on one module costs in training."""
 
@@ -336,18 +349,18 @@ class AdapterConfig(metaclass=ByPeftNames):
         return f"target_modules {asked} matches no layer{outside}; could match: {leaves}, or {ALL_LINEAR}"
 
     @property
-    def reads_inputs(self) -> bool:
-        """Whether the adapter starts from what the modules take, see ``started``."""
+    def sees_rows(self) -> bool:
+        """Whether the adapter starts from what the model makes of rows, see ``started``."""
         return False
 
-    def started(
-        self, inputs: Iterable[tuple[tuple[str, ...], Array]], names: Collection[str]
-    ) -> "tuple[AdapterConfig, dict[str, dict[str, Array]]]":
-        """The settings of an adapter that starts from data, and its first tensors, by module and name.
+    def started(self, seen: SeenRows, specs: Mapping[str, Any]) -> "tuple[AdapterConfig, dict[str, dict[str, Array]]]":
+        """The settings of an adapter that starts from rows, and its first tensors, by module and name.
 
         Args:
-            inputs: modules and what they all take at some tokens [tokens, in]; some may have no adapter.
-            names: modules that are adapted.
+            specs: of the modules that are adapted.
+
+        Raises:
+            LoraMsError: the modules or rows do not suit the start.
         """
         raise NotImplementedError
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_ms.adapters.matching import by_pattern, layer_index, matches, ranges
-from lora_ms.adapters.methods import embedding, lowrank, trained_tokens
+from lora_ms.adapters.methods import embedding, lowrank, starts, trained_tokens
 from lora_ms.adapters.methods.base import (
     REQUIRED,
     AdapterConfig,
@@ -23,6 +23,7 @@ from lora_ms.adapters.methods.base import (
     Key,
     Pair,
     RowUpdate,
+    SeenRows,
     Shape,
     Target,
     Update,
@@ -47,7 +48,16 @@ if TYPE_CHECKING:
 
 RANK, ALPHA, DROPOUT = Bounds(ge=1), Bounds(gt=0), Bounds(ge=0, lt=1)
 BIASES = ("none", "all", "lora_only")
-INITS = ("gaussian", "orthogonal", "pissa", "olora", "loftq", "eva")  # and pissa_niter_N; True for the default
+INITS = (
+    "gaussian",
+    "orthogonal",
+    "pissa",
+    "olora",
+    "loftq",
+    "eva",
+    "corda",
+    "lora_ga",
+)  # and pissa_niter_N; True for the default
 # values of init_lora_weights that leave the weight as it was: the file holds what came of them
 FORGOTTEN_INITS = ("eva", "mica", "gaussian", "orthogonal", "loftq")
 
@@ -134,10 +144,15 @@ class LoraConfig(AdapterConfig, LowRankOptions):
         lora_bias: a bias beside each B.
         bias: which of the base model's biases train: none, all, or lora_only (those of the adapted layers).
         init_lora_weights: True (A Kaiming uniform, B zero), gaussian, orthogonal, pissa, pissa_niter_N, olora,
-            or loftq: for quantised weights, the leading part of the quantisation error (one step, as in PEFT); or eva
-            (Paischer et al., 2024): A from the principal directions of each module's input at label tokens.
+            or loftq: for quantised weights, the leading part of the quantisation error (one step, as in PEFT). From
+            rows of the run: eva (Paischer et al., 2024): A from the principal directions of each module's input at
+            label tokens; corda (Yang et al., 2024): A and B from the weight, as it acts on these inputs; lora_ga (Wang
+            et al., 2024): A and B from the gradient of the weight.
         eva_rho: with eva, a module gets at most this many times ``lora_rank``; ranks go where a direction explains
             most, and their sum stays the same. 1: all modules have ``lora_rank``.
+        corda_method: with corda, ipm trains the part of the weight that acts most on the rows, to learn them fast; kpm
+            the part that acts least on them, to keep what they stand for.
+        begun: whether A and B are found, of a start from rows; a run sets it.
 
     Raises:
         LoraMsError: a value out of range, or two that exclude each other.
@@ -190,6 +205,8 @@ class LoraConfig(AdapterConfig, LowRankOptions):
     lora_bias: bool = option(False, Flag)
     init_lora_weights: bool | str = option(True, read_with(read_init, bool | str))
     eva_rho: float = option(1.0, Number, Bounds(ge=1))
+    corda_method: str = option("ipm", Literal["ipm", "kpm"])
+    begun: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -213,6 +230,8 @@ class LoraConfig(AdapterConfig, LowRankOptions):
 
     def _check_init(self) -> None:
         init = self.init_lora_weights
+        if self.corda_method not in ("ipm", "kpm"):
+            raise LoraMsError(f"corda_method {self.corda_method!r} is none of ipm, kpm")
         if isinstance(init, bool):
             return
         if not is_init(init):
@@ -278,8 +297,7 @@ class LoraConfig(AdapterConfig, LowRankOptions):
 
     def scaling(self, name: str) -> float:
         """The number that multiplies B A of module ``name``."""
-        spec = self.spec(name)
-        return lowrank.scaling_of(spec.lora_rank, spec.lora_alpha, self.use_rslora)
+        return self.scaling_of(self.spec(name))
 
     def patterns(self) -> Mapping[str, Mapping[str, float]]:
         return {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
@@ -321,40 +339,17 @@ class LoraConfig(AdapterConfig, LowRankOptions):
         return [*found, *head_notes(self.lora_dropout, adapted)]
 
     @property
-    def reads_inputs(self) -> bool:
-        return self.init_lora_weights == "eva"
+    def sees_rows(self) -> bool:
+        return self.init_lora_weights in starts.STARTS and not self.begun
 
     def started(
-        self, inputs: Iterable[tuple[tuple[str, ...], Array]], names: Collection[str]
+        self, seen: SeenRows, specs: Mapping[str, LoraSpec]
     ) -> "tuple[LoraConfig, dict[str, dict[str, Array]]]":
-        most = int(self.eva_rho * self.lora_rank)
-        found: dict[str, tuple[Array, Array]] = {}
-        for together, taken in inputs:
-            adapted = [name for name in together if name in names]
-            if adapted:
-                found |= dict.fromkeys(adapted, lowrank.leading_directions(taken, most))
-        left = sorted(set(names) - found.keys())
-        if left:
-            raise LoraMsError(f"init_lora_weights eva is for projections of layers: {left[0]} is none")
-        few = next((name for name, (directions, _) in found.items() if len(directions) < self.lora_rank), None)
-        if few is not None:
-            raise LoraMsError(
-                f"init_lora_weights eva: rank {self.lora_rank} of {few} needs as many tokens: give more rows"
-            )
-        ranks = dict.fromkeys(found, self.lora_rank)
-        if most > self.lora_rank:
-            shares = {name: share for name, (_, share) in found.items()}
-            ranks = lowrank.ranks_by_share(shares, self.lora_rank * len(found))
-        kept = {name: rank for name, rank in ranks.items() if rank}
-        other = {name: rank for name, rank in kept.items() if rank != self.lora_rank}
-        config = replace(
-            self,
-            init_lora_weights=True,
-            target_modules=tuple(kept) if len(kept) < len(ranks) else self.target_modules,
-            rank_pattern=other,
-            alpha_pattern={name: self.lora_alpha * rank / self.lora_rank for name, rank in other.items()},
-        )
-        return config, {name: {"lora_A.weight": found[name][0][:rank]} for name, rank in kept.items()}
+        return starts.STARTS[str(self.init_lora_weights)](self, seen, specs)
+
+    def scaling_of(self, spec: LoraSpec) -> float:
+        """The number that multiplies B A of a module with ``spec``."""
+        return lowrank.scaling_of(spec.lora_rank, spec.lora_alpha, self.use_rslora)
 
     # cells
 
@@ -380,8 +375,8 @@ class LoraConfig(AdapterConfig, LowRankOptions):
     def to_peft(self, specs: Mapping[str, LoraSpec], targets: Sequence[str]) -> dict[str, Any]:
         """``r`` and ``lora_alpha`` are the commonest; those that differ go into the two patterns, by whole path.
 
-        The update that PiSSA and OLoRA subtract from the weight at the start goes into the file: an adapter of twice
-        the rank on the weight as it was. ``alpha / rank`` stays, and so does ``alpha / sqrt(rank)``.
+        The update that PiSSA, OLoRA, CorDA and LoRA-GA subtract from the weight at the start goes into the file: an
+        adapter of twice the rank on the weight as it was. ``alpha / rank`` stays, and so does ``alpha / sqrt(rank)``.
         """
         if self.changed_base:
             wider = 2**0.5 if self.use_rslora else 2.0
@@ -411,9 +406,10 @@ class LoraConfig(AdapterConfig, LowRankOptions):
     @classmethod
     def from_peft(cls, peft: Mapping[str, Any]) -> "LoraConfig":
         init = peft.get("init_lora_weights", True)
-        if str(init).startswith("pissa_niter_"):
+        lost = "was random" if str(init).startswith("pissa_niter_") else "came from rows"
+        if lost == "was random" or init in ("corda", "lora_ga"):
             raise LoraMsError(
-                f"what {init} took out of the weights was random and is not in the file; "
+                f"what {init} took out of the weights {lost} and is not in the file; "
                 "save it in PEFT with path_initial_model_for_weight_conversion"
             )
         forgotten = isinstance(init, bool) or init is None or init in FORGOTTEN_INITS
@@ -548,6 +544,8 @@ class LoraConfig(AdapterConfig, LowRankOptions):
         found = {name: getattr(self, name) for name in names} | {"init_lora_weights": str(self.init_lora_weights)}
         if self.trainable_token_indices:
             found[trained_tokens.OPTION] = trained_tokens.to_peft(self.trainable_token_indices)
+        if self.init_lora_weights == "corda":
+            found["corda_method"] = self.corda_method
         return found | ({"use_lorafa": True} if self.use_lorafa else {})
 
     def not_split(self, training: bool) -> list[str]:
