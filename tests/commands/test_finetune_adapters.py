@@ -207,6 +207,22 @@ def test_a_run_that_starts_by_eva_resumes(words, tmp_path):
         np.testing.assert_array_equal(tensors(tmp_path / "resumed" / "adapter")[name], value, err_msg=name)
 
 
+@pytest.mark.parametrize("init", ["corda", "lora_ga"])
+def test_a_run_that_starts_in_the_weights_resumes(words, tmp_path, init):
+    """The file is plain LoRA of twice the rank."""
+    keys = (f"init_lora_weights={init}", "lora_rank=2", "lora_alpha=2")
+    short = [*words, "--max_steps", "6"]
+    whole = finetune(short, tmp_path / "whole", *keys)
+    assert "the adapter starts from " in (whole / "run.log").read_text()
+    config = adapter_config(whole / "adapter")
+    assert (config["init_lora_weights"], config["r"], config["lora_alpha"]) == (True, 4, 4)
+    shutil.copytree(whole, tmp_path / "resumed")
+    finetune([*short, "--resume_training", "step_5"], tmp_path / "resumed", *keys)
+    assert losses(tmp_path / "resumed") == losses(whole)
+    for name, value in tensors(whole / "adapter").items():
+        np.testing.assert_array_equal(tensors(tmp_path / "resumed" / "adapter")[name], value, err_msg=name)
+
+
 def test_a_run_with_a_prefix(words, rows_file, tmp_path, capsys):
     bare = re.sub(r"lora_dropout: 0.0, target_modules: '[^']*'", "pet_type: prefix, num_virtual_tokens: 3", RUN)
     (tmp_path / "run.yaml").write_text(bare)
