@@ -11,14 +11,14 @@ CHOICES = [
     {"instruction": f"{one} or {other}?", "chosen": f"I prefer {one}.", "rejected": f"I prefer {other}."}
     for one, other in (("Cake", "winter"), ("Tea", "rain"), ("Bread", "snow"), ("Milk", "wind"))
 ]
-ANSWERS = [{"instruction": row["instruction"], "output": row["chosen"]} for row in CHOICES]
+TOKENS = [{"input_ids": list(range(first, first + 8))} for first in (5, 30, 55, 80)]
 
 
 @pytest.fixture(scope="module")
-def train(net, tokenizer, tmp_path_factory):
-    """``train(objectives, rows, **of Trainer)``: four steps of a fresh adapter, of four rows -> trainer, records."""
+def train(graph_mode, tmp_path_factory):
+    """``train(objectives, rows, net, tokenizer, **of Trainer)``: four steps of four rows, of a fresh adapter -> trainer, records."""
 
-    def run(objectives, rows, **more):
+    def run(objectives, rows, net, tokenizer=None, **more):
         peft = lora_ms.get_peft_model(net, lora_ms.LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
         folder = tmp_path_factory.mktemp("run")
         args = lora_ms.TrainingArguments(
@@ -27,15 +27,14 @@ def train(net, tokenizer, tmp_path_factory):
         )  # fmt: skip
         trainer = lora_ms.Trainer(peft, args, rows, tokenizer, **more)
         trainer.train()
-        peft.unload()
         records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         return trainer, records
 
     return run
 
 
-def test_preferences_are_learnt_and_evaluated(train):
-    trainer, records = train([{"type": "dpo", "beta": 0.2}], CHOICES, eval_dataset=CHOICES[:2])
+def test_preferences_are_learnt_and_evaluated(train, net, tokenizer):
+    trainer, records = train([{"type": "dpo", "beta": 0.2}], CHOICES, net, tokenizer, eval_dataset=CHOICES[:2])
     steps = [one for one in records if "loss" in one]
     assert steps[0]["loss"] == pytest.approx(np.log(2), abs=1e-4)  # the reference is the model without the adapter
     assert steps[-1]["loss"] < steps[0]["loss"] and steps[-1]["rewards/margins"] > 0
@@ -45,9 +44,10 @@ def test_preferences_are_learnt_and_evaluated(train):
     assert evaluated[-1]["eval_rewards/accuracies"] == 1.0
 
 
-def test_terms_beside_the_cross_entropy(train):
+def test_terms_beside_the_cross_entropy(train, reference):
+    net = lora_ms.AutoModelForCausalLM.from_pretrained(reference / "models" / "qwen2")
     terms = [{"type": "l2_anchor", "weight": 0.5}, {"type": "kl_anchor"}]
-    _, records = train(terms, ANSWERS[:3], general_dataset=ANSWERS[3:])
+    _, records = train(terms, TOKENS[:3], net, general_dataset=TOKENS[3:])
     first, last = records[0], records[-1]
     assert first["l2_anchor"] == 0 and first["kl_anchor"] == pytest.approx(0, abs=1e-6)
     assert last["l2_anchor"] > 0 and last["kl_anchor"] > 0

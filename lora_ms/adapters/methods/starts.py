@@ -62,7 +62,9 @@ def _by_corda(config: "LoraConfig", seen: SeenRows, specs: Mapping[str, "LoraSpe
     found: Tensors = {}
     for together, taken in seen.inputs():
         adapted = [name for name in together if name in specs]
-        second_moment = lowrank.damped_second_moment(taken) if adapted else None
+        if not adapted:
+            continue
+        second_moment = lowrank.damped_second_moment(taken)
         for name in adapted:
             rank, scaling = specs[name].lora_rank, config.scaling_of(specs[name])
             least = config.corda_method == "kpm"
