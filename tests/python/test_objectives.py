@@ -16,7 +16,7 @@ TOKENS = [{"input_ids": list(range(first, first + 8))} for first in (5, 30, 55, 
 
 @pytest.fixture(scope="module")
 def train(graph_mode, tmp_path_factory):
-    """``train(objectives, rows, net, tokenizer, **of Trainer)``: four steps of four rows, of a fresh adapter -> trainer, records."""
+    """``train(objectives, rows, net, tokenizer, **of Trainer)``: four steps of four rows -> trainer, records."""
 
     def run(objectives, rows, net, tokenizer=None, **more):
         peft = lora_ms.get_peft_model(net, lora_ms.LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
