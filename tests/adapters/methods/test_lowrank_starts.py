@@ -84,7 +84,7 @@ def test_corda_starts_as_in_peft(taken, golden, method):
 
 
 def test_lora_ga_starts_as_in_peft(taken, golden):
-    """A and B are of different directions of the gradient, and each has either sign; PEFT's are approximate."""
+    """A and B are of different directions of the gradient, and each has either sign."""
     z, (model, seen) = golden("starts_qwen2"), taken
     config = LoraConfig(4, 6, target_modules=TARGETS, init_lora_weights="lora_ga")
     started, found = config.started(seen, config.specs(target_layers(model)))
@@ -95,7 +95,7 @@ def test_lora_ga_starts_as_in_peft(taken, golden):
             (tensors["lora_B.weight"].T, z[f"lora_ga/{name}/B"].T),
         ):
             signs = np.sign((ours * theirs).sum(1))[:, None]
-            assert np.abs(signs * ours - theirs).max() <= 1e-2 * np.abs(theirs).max(), name
+            assert np.abs(signs * ours - theirs).max() <= 2e-3 * np.abs(theirs).max(), name
 
 
 @pytest.mark.parametrize("init", ["corda", "lora_ga"])
