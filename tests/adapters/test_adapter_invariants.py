@@ -158,6 +158,8 @@ def test_fresh_moved_merged_saved(base_logits, tmp_path, kind):
     with eager():
         np.testing.assert_allclose(model(IDS).asnumpy(), moved, rtol=0, atol=1e-4)
     once = weights_of(model)
+    untied = ("lm_head", "lm_head_dora", "miss_head", "vera_head", "ia3_head", "save_head", "tokens_apart")
+    assert ("lm_head.weight" in once) == (kind in untied or kind in ("embed", "embed_dora", "save_embed"))
     assert_same(weights_of(merge(model)), once)
     # loaded into another model and merged there, the weights are the same to rounding
     other = fresh()

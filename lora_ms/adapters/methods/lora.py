@@ -502,7 +502,8 @@ class LoraConfig(AdapterConfig, LowRankOptions):
         return Pair(a, b, self.scaling(name))
 
     def not_in_rows(self) -> list[str]:
-        return self.keys_beside
+        saved = [f"modules_to_save: {', '.join(self.modules_to_save)}"] if self.modules_to_save else []
+        return [*saved, *([trained_tokens.OPTION] if self.trainable_token_indices else [])]
 
     def row_update(self, name: str, tensors: Mapping[str, NDArray]) -> RowUpdate:
         if tensors.keys() == {"bias"} and self.trains_all_biases:
