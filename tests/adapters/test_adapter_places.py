@@ -178,6 +178,9 @@ def test_two_groups_that_both_want_one_module_overlap(groups):
         ({"layer_groups": (group(0),), "rank_pattern": {"q_proj": 2}},
          "layer_groups replaces rank_pattern, alpha_pattern and layers_to_transform: leave these out, or it"),
         ({"trainable_token_indices": (1, 2, 1)}, "trainable_token_indices names token 1 twice: give each once"),
+        ({"trainable_token_indices": 5},
+         "trainable_token_indices expects token ids such as [5, 17], or a mapping such as {embed_tokens: [5], "
+         "lm_head: [5, 17]}, got 5"),
         ({"trainable_token_indices": (-1,)},
          "trainable_token_indices expects token ids such as [5, 17], or a mapping such as {embed_tokens: [5], "
          "lm_head: [5, 17]}, got [-1]"),

@@ -4,6 +4,7 @@ PEFT stores the rows as they are after training, [tokens, h], in the order in wh
 replace the model's. A head that is tied to the embedding has the embedding's rows, and none of its own in the file.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -41,15 +42,19 @@ def checked(value: Any) -> TokenIndices:
     """The option as it is kept, () for none. Raises LoraMsError where it is another kind of value."""
     if value is None or (isinstance(value, Sequence | Mapping) and not value):
         return ()
-    plain = {name: list(ids) for name, ids in value.items()} if isinstance(value, Mapping) else list(value)
+
+    def as_list(ids: Any) -> Any:
+        return list(ids) if isinstance(ids, tuple) else ids
+
+    plain = {name: as_list(ids) for name, ids in value.items()} if isinstance(value, Mapping) else as_list(value)
     try:
         read(plain)
     except ValueError as problem:
         raise LoraMsError(f"{OPTION} {problem}, got {plain}") from None
     for ids in plain.values() if isinstance(plain, dict) else [plain]:
-        twice = next((token for token in ids if ids.count(token) > 1), None) if len(set(ids)) < len(ids) else None
-        if twice is not None:
-            raise LoraMsError(f"{OPTION} names token {twice} twice: give each once")
+        token, times = Counter(ids).most_common(1)[0]
+        if times > 1:
+            raise LoraMsError(f"{OPTION} names token {token} twice: give each once")
     return {name: tuple(ids) for name, ids in plain.items()} if isinstance(plain, dict) else tuple(plain)
 
 
