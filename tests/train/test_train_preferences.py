@@ -165,7 +165,7 @@ def test_rows_held_out_keep_both_answers(root, tmp_path, kind):
     file = tmp_path / "rows.jsonl"
     answers = {"dpo": {"chosen": "Yes.", "rejected": "No."}, "kto": {"output": "Yes.", "label": True}}[kind]
     file.write_text("".join(json.dumps({"instruction": f"{i}?", **answers}) + "\n" for i in range(10)))
-    flags = {"objectives": [{"type": kind}], "train_dataset.validation_split": 0.2, "train_dataset_dir": str(file)}
+    flags = {"objectives": [{"type": kind}], "train_dataset.validation_split": 0.2}
     flags["load_checkpoint"] = str(root / "examples/tiny/model")
     config = load_config(None, flags=flags)
     tokenizer = data.tokenizer_for(config, training=True)
