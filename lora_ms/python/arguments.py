@@ -166,7 +166,7 @@ class TrainingArguments(_Settings):
         Raises:
             LoraMsError: one that is unknown, or keys that are wrong.
         """
-        return terms_of(self.objectives)
+        return terms_of(self.objectives) if self.objectives else []
 
     def settings(self) -> TrainSettings:
         """The same settings, for the training loop.
@@ -175,7 +175,7 @@ class TrainingArguments(_Settings):
             LoraMsError: a setting out of range, or one that is not supported.
         """
         self._check()
-        terms = self.terms() if self.objectives else []
+        terms = self.terms()
         own = {field.name for field in fields(TrainSettings)}
         named = {field.name: SETTINGS.get(field.name, field.name) for field in fields(self)}
         copied = {setting: getattr(self, name) for name, setting in named.items() if setting in own}

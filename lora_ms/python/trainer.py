@@ -290,6 +290,8 @@ class Trainer:
         return data.with_partners(store, report, preparation)
 
     def _references(self, terms: Terms, rows: data.PreparedRows, batch_size: int, runtime: Runtime) -> Any:
+        if not any(term.has_reference for term in terms):
+            return None
         with nullcontext() if self.peft is None else self.peft.disable_adapter():
             return reference_log_probs(terms, self.model, rows, batch_size, self.tokenizer, runtime)
 
@@ -299,6 +301,11 @@ class Trainer:
             return known
         settings, terms, size = self.args.settings(), self.args.terms(), self.args.per_device_eval_batch_size
         rows = self._rows(dataset, settings.seq_length, terms)
+        if self.peft is None and self.state.global_step and any(term.has_reference for term in terms):
+            raise LoraMsError(
+                "the model before training, which these objectives compare with, is gone: give eval_dataset to Trainer, "
+                "with eval_strategy, before training"
+            )
         references = self._references(terms, rows, size, runtime)
         plan = data.held_out_plan(
             rows.store,
