@@ -303,8 +303,8 @@ class Trainer:
         rows = self._rows(dataset, settings.seq_length, terms)
         if self.peft is None and self.state.global_step and any(term.has_reference for term in terms):
             raise LoraMsError(
-                "the model before training, which these objectives compare with, is gone: give eval_dataset to Trainer, "
-                "with eval_strategy, before training"
+                "the model before training, which these objectives compare with, is gone: give Trainer the rows as "
+                "eval_dataset, and args an eval_strategy"
             )
         references = self._references(terms, rows, size, runtime)
         plan = data.held_out_plan(
