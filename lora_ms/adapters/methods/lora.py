@@ -48,16 +48,10 @@ if TYPE_CHECKING:
 
 RANK, ALPHA, DROPOUT = Bounds(ge=1), Bounds(gt=0), Bounds(ge=0, lt=1)
 BIASES = ("none", "all", "lora_only")
-INITS = (
-    "gaussian",
-    "orthogonal",
-    "pissa",
-    "olora",
-    "loftq",
-    "eva",
-    "corda",
-    "lora_ga",
-)  # and pissa_niter_N; True for the default
+INITS = (  # and pissa_niter_N; True for the default
+    *("gaussian", "orthogonal", "pissa", "olora", "loftq"),
+    *("eva", "corda", "lora_ga"),  # from rows: see ``starts``
+)
 # values of init_lora_weights that leave the weight as it was: the file holds what came of them
 FORGOTTEN_INITS = ("eva", "mica", "gaussian", "orthogonal", "loftq")
 
