@@ -103,6 +103,13 @@ def _templates(value: Any) -> Any:
     raise ValueError("expects a template, or a list of them, each with name and template")
 
 
+def _token_indices(value: Any) -> Any:
+    for ids in value.values() if isinstance(value, dict) else [value or []]:
+        if not isinstance(ids, list) or not all(type(token) is int and 0 <= token < VOCABULARY for token in ids):
+            raise ValueError(f"expects token ids below {VOCABULARY:,}, or lists of them by module")
+    return value
+
+
 def _nothing(value: Any) -> Any:
     if value:
         raise ValueError("is not read: leave it out")
@@ -122,6 +129,7 @@ Patterns = Annotated[Any, AfterValidator(_patterns)] | None
 Layers = Annotated[Any, AfterValidator(_layers)] | None
 Token = Annotated[Any, AfterValidator(_token)] | None
 Tokens = Annotated[Any, AfterValidator(_tokens)] | None
+TokenIndices = Annotated[Any, AfterValidator(_token_indices)] | None
 Factor = Annotated[float, Field(gt=-1e6, lt=1e6)]
 Probability = Annotated[float, Field(ge=0, le=1)] | None
 Steps = Annotated[int, Field(ge=0, lt=2**40)] | None

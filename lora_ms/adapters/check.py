@@ -130,7 +130,9 @@ def missing_modules(config: AdapterConfig, held: Collection[str], names: Iterabl
 
     ``q_proj of layers 2-3, lm_head``; empty where it holds them all.
     """
+    names = list(names)
     missing = [name for name in names if config.choose(name) is not None and name not in held]
+    missing += [name for name in config.modules_beside(names) if name not in held]
     missing += [name for name in config.modules_to_save if not any(module.endswith(name) for module in held)]
     layers: dict[str, list[int]] = {}
     for name in missing:

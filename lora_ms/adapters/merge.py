@@ -5,6 +5,7 @@ from mindspore import nn
 
 from lora_ms.adapters.inject import adapter_cells, install
 from lora_ms.errors import LoraMsError
+from lora_ms.nn.layers import Embedding, Head
 
 
 def merged_cells(model: nn.Cell, safe_merge: bool = False) -> dict[str, nn.Cell]:
@@ -13,13 +14,19 @@ def merged_cells(model: nn.Cell, safe_merge: bool = False) -> dict[str, nn.Cell]
     Raises:
         LoraMsError: with ``safe_merge``, a merged weight that is not finite.
     """
-    cells = {}
-    for name, cell in adapter_cells(model).items():
+    adapters, cells = adapter_cells(model), dict[str, nn.Cell]()
+    for name, cell in adapters.items():
         plain = cells[name] = cell.merge()
         for parameter in plain.get_parameters() if safe_merge else ():
             if not np.isfinite(parameter.asnumpy()).all():
                 kind = parameter.name.rsplit(".", 1)[-1]
                 raise LoraMsError(f"the merged {kind} of {name} holds NaN or infinity; nothing was merged")
+    ends = [(cell.base, cells[name]) for name, cell in adapters.items() if isinstance(cell.base, Embedding | Head)]
+    for base, plain in ends:
+        for other, shared in ends:
+            tied = isinstance(base, Head) and isinstance(other, Embedding) and base.weight is other.weight
+            if tied and np.array_equal(plain.weight.asnumpy(), shared.weight.asnumpy()):
+                plain.weight = shared.weight  # a head tied before stays so
     return cells
 
 

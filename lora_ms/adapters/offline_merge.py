@@ -30,6 +30,7 @@ from lora_ms.storage import Entry, Planned
 from lora_ms.text import listed
 
 HEAD, EMBEDDING = "lm_head", "model.embed_tokens"
+HEAD_WEIGHT, EMBEDDING_WEIGHT = f"{HEAD}.weight", f"{EMBEDDING}.weight"
 Tensors = Mapping[str, Entry]  # of one module, by name
 
 
@@ -48,7 +49,7 @@ def expected_shapes(
 ) -> dict[str, Shape]:
     """Names and shapes of the tensors that module ``name``, of a weight of this shape, must have in the file, given
     those that are ``found`` there."""
-    if config.adapts(found):
+    if config.knows(found):
         return config.shapes(name, found, weight, has_bias)
     return modules_to_save.shapes(found, weight, has_bias)
 
@@ -117,6 +118,9 @@ def read_updates(path: Path, base: Mapping[str, Entry]) -> dict[str, Update]:
         raise LoraMsError(f"{path}: made for another model: {what}")
     config = config.fitted(weight_shapes(base))
     updates = {name: update_of(name, tensors, config) for name, tensors in modules.items()}
+    shared = updates.get(EMBEDDING)
+    if shared is not None and shared.reaches_tied_head and base[EMBEDDING_WEIGHT] == base.get(HEAD_WEIGHT):
+        updates.setdefault(HEAD, shared)
     bare = [name for name, update in updates.items() if update.adds_bias and f"{name}.bias" not in base]
     if bare:
         option = updates[bare[0]].adds_bias
@@ -129,13 +133,13 @@ def read_updates(path: Path, base: Mapping[str, Entry]) -> dict[str, Update]:
 
 def update_of(name: str, tensors: Tensors, config: AdapterConfig) -> Update:
     """The update of one module by the adapter's settings."""
-    return config.update(name, tensors) if config.adapts(tensors) else modules_to_save.WholeUpdate(tensors)
+    return config.update(name, tensors) if config.knows(tensors) else modules_to_save.WholeUpdate(tensors)
 
 
 def with_head(base: Mapping[str, Entry], tied: bool) -> dict[str, Entry]:
     """``base`` with the head that a tied model does not store, or stores a copy of."""
-    shared = base.get(f"{EMBEDDING}.weight")
-    return {**base, f"{HEAD}.weight": shared} if tied and shared is not None else dict(base)
+    shared = base.get(EMBEDDING_WEIGHT)
+    return {**base, HEAD_WEIGHT: shared} if tied and shared is not None else dict(base)
 
 
 def still_tied(updates: Mapping[str, Update]) -> bool:

@@ -70,10 +70,10 @@ def from_peft(peft: Mapping[str, Any], where: str) -> AdapterConfig:
     kind = peft.get("peft_type")
     if kind not in methods:
         raise LoraMsError(f"{where}: peft_type {kind!r} is not supported; supported: {', '.join(methods)}")
-    faults = [f"{key}: {peft[key]}" for key in UNSUPPORTED if peft.get(key)]
+    method = methods[kind]
+    faults = [f"{key}: {peft[key]}" for key in UNSUPPORTED if peft.get(key) and key not in method.PEFT_KEYS]
     if faults:
         raise LoraMsError(f"{where}: not supported: {', '.join(faults)}")
-    method = methods[kind]
     missing = [key for key in method.PEFT_REQUIRED if peft.get(key) is None]
     if missing:
         raise LoraMsError(f"{where}: {', '.join(missing)} is missing")

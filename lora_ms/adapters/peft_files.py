@@ -29,14 +29,14 @@ BASE_QUANTIZATION = "base_quantization.json"  # ours: how the weights were quant
 # names that PEFT reads as well: a running model's, in which the adapter is called "default"
 OTHER_SPELLINGS = (
     (re.compile(r"\.(lora_[AB])\.default\.(weight|bias)$"), r".\1.\2"),
-    (re.compile(r"\.(lora_[ABE]|lora_embedding_[AB])\.default$"), r".\1"),
+    (re.compile(r"\.(lora_[ABE]|lora_embedding_[AB]|token_adapter\.trainable_tokens_delta)\.default$"), r".\1"),
     (re.compile(r"\.lora_magnitude_vector(\.default)?(\.weight)?$"), ".lora_magnitude_vector"),
 )
 
 
 def _tensor_names() -> tuple[str, ...]:
     """All names that a module's tensors may have, a name before those that it ends with."""
-    names = {name for method in METHODS.values() for name in method.TENSORS}
+    names = {name for method in METHODS.values() for name in (*method.TENSORS, *method.BESIDE_TENSORS)}
     # PEFT puts the untouched weight beside an adapter on the head or the embedding, and trained biases into base_layer
     names |= {*modules_to_save.TENSORS, *(f"base_layer.{name}" for name in modules_to_save.TENSORS)}
     return tuple(sorted(names, key=lambda name: (-len(name), name)))

@@ -131,7 +131,7 @@ def inject(package: SimpleNamespace, network: nn.Cell, config: AdapterConfig, op
         LoraMsError: what the choice of modules can be wrong about, or a kind of adapter that only native trains.
     """
     unsupported = [] if config.WITH_MINDFORMERS else [config.title]
-    unsupported += ["modules_to_save"] if config.modules_to_save else []
+    unsupported += config.keys_beside
     unsupported += ["bias all"] if config.trains_all_biases else []
     if unsupported:
         raise LoraMsError(f"backend mindformers does not support {', '.join(unsupported)}: use backend native")

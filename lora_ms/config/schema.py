@@ -38,7 +38,7 @@ from lora_ms.config.sections import (
 )
 from lora_ms.config.terms import Term
 from lora_ms.errors import LoraMsError
-from lora_ms.objectives.base import Preferences
+from lora_ms.objectives.base import Preferences, preferences_of
 from lora_ms.values import NO_EFFECT, Flag, Folder, NoEffect, Path, Reports, Section, Whole
 
 Kind = TypeVar("Kind", bound=Section)
@@ -226,11 +226,6 @@ class RunConfig(Section):
                 f"objectives: {sized[0]} compares the rows of a micro-batch, and runner_config.adaptive_batch changes "
                 "their number: leave one of them out"
             )
-        if compared and self.evaluates:
-            raise ValueError(
-                f"objectives: {compared[0]} has no evaluation of held-out rows: leave out do_eval and "
-                "validation_split; metrics.jsonl has the rewards, and evaluation.sets scores other rows"
-            )
         first, last = self.profile_start_step, self.profile_stop_step
         if first > last:
             raise ValueError(f"profile_start_step {first} is after profile_stop_step {last}: swap them")
@@ -244,7 +239,7 @@ class RunConfig(Section):
     @property
     def preferences(self) -> Preferences:
         """Which rows of preferences ``train_dataset`` holds, by the objectives."""
-        return next((term.preferences for term in self.objectives if term.preferences != "none"), "none")
+        return preferences_of(self.objectives)
 
     @property
     def taken_back(self) -> list[str]:

@@ -37,6 +37,7 @@ class EmbeddingNoise:
         self.decoder = decoder
         self.alpha = alpha
         self.plain = decoder.embed_tokens
+        self.width = next(iter(self.plain.get_parameters())).shape[1]  # of its weight, also under an adapter
         self.noisy = self._named(NoisyEmbedding, self.plain)
 
     def _named(self, act, *args):
@@ -50,7 +51,7 @@ class EmbeddingNoise:
     @contextmanager
     def on(self, line: int) -> Iterator[None]:
         """Inside the block: noise for lines of ``line`` tokens."""
-        size = self.alpha / (line * self.plain.weight.shape[1]) ** 0.5
+        size = self.alpha / (line * self.width) ** 0.5
         self.noisy.size.set_data(Tensor(size, ms.float32))
         self._named(setattr, self.decoder, "embed_tokens", self.noisy)
         try:

@@ -104,3 +104,8 @@ class ObjectiveKeys(Section):
     def notes(self, start: Start) -> list[str]:
         """What the user should know before the first step, in lines."""
         return []
+
+
+def preferences_of(terms: Sequence[ObjectiveKeys]) -> Preferences:
+    """Which rows of preferences ``terms`` learn from."""
+    return next((term.preferences for term in terms if term.preferences != "none"), "none")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_ms.errors import LoraMsError
+from lora_ms.recipes.objectives import Terms, terms_of
 from lora_ms.train import trackers
 from lora_ms.train.settings import TrainSettings
 
@@ -109,6 +110,7 @@ class _Settings:
     report_to: str | Sequence[str] | None = "none"  # tensorboard, wandb, swanlab, mlflow; metrics.jsonl always
     run_name: str | None = None  # name of the run there; None: the name of output_dir
     packing: bool = True  # several rows in a line, none of which sees another: the same numbers, less padding
+    objectives: Sequence[Mapping[str, Any]] = ()  # terms of the loss, as the YAML key: [{"type": "dpo", "beta": 0.1}]
 
 
 class TrainingArguments(_Settings):
@@ -158,6 +160,14 @@ class TrainingArguments(_Settings):
         given = [self.report_to] if isinstance(self.report_to, str) else list(self.report_to or ())
         return trackers.installed() if given == ["all"] else given
 
+    def terms(self) -> Terms:
+        """``objectives``, checked.
+
+        Raises:
+            LoraMsError: one that is unknown, or keys that are wrong.
+        """
+        return terms_of(self.objectives) if self.objectives else []
+
     def settings(self) -> TrainSettings:
         """The same settings, for the training loop.
 
@@ -165,6 +175,7 @@ class TrainingArguments(_Settings):
             LoraMsError: a setting out of range, or one that is not supported.
         """
         self._check()
+        terms = self.terms()
         own = {field.name for field in fields(TrainSettings)}
         named = {field.name: SETTINGS.get(field.name, field.name) for field in fields(self)}
         copied = {setting: getattr(self, name) for name, setting in named.items() if setting in own}
@@ -185,6 +196,8 @@ class TrainingArguments(_Settings):
             "eval_epochs": int("epoch" in self._evaluations),
             "report_to": tuple(name for name in self._reports if name != "none"),
             "run_name": self.run_name or "",
+            "objectives": tuple(term.identity() for term in terms),
+            "packing": self.packing and not any(term.compares_rows for term in terms),
             "logging_dir": "" if self.logging_dir is None else str(self.logging_dir),
         }
         return TrainSettings(**{**copied, **computed})

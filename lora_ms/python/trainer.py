@@ -8,9 +8,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lora_ms.data.pipeline import Preparation, prepare_rows, read
 from lora_ms.data.report import Tally
-from lora_ms.data.store import TokenStore
 from lora_ms.data.tokenizer import save_tokenizer
 from lora_ms.errors import LoraMsError
 from lora_ms.infer.interrupt import interruptible
@@ -22,6 +23,8 @@ from lora_ms.python.rows import prepared
 from lora_ms.recipes import data
 from lora_ms.recipes.download import local_rows
 from lora_ms.recipes.estimate import fitting
+from lora_ms.recipes.evaluate import evaluator_of
+from lora_ms.recipes.objectives import Terms, add_terms, preferences_of, reference_log_probs
 from lora_ms.recipes.outputs import weights_of
 from lora_ms.recipes.train import NativeRun, closing_lines, train
 from lora_ms.runtime import device
@@ -38,7 +41,7 @@ from lora_ms.train.report import fields_of
 NO_EFFECT = ("compute_metrics", "preprocess_logits_for_metrics", "model_init", "optimizer_cls_and_kwargs")
 REFUSED = {
     "data_collator": "rows are padded and packed here; tokenise with labels, or give rows of text",
-    "compute_loss_func": "the loss is the cross-entropy of the labels",
+    "compute_loss_func": "the loss is the cross-entropy of the labels, or what args.objectives name",
     "optimizers": "the optimiser is AdamW by TrainingArguments",
 }
 
@@ -113,6 +116,8 @@ class Trainer:
         eval_dataset: held-out rows, given like ``train_dataset`` (on a hub: the split test); ``args.eval_strategy``
             says when they are evaluated.
         callbacks: their methods are called at each point of the run.
+        general_dataset: rows, given like ``train_dataset``, that are trained on as well, and that the terms
+            ``contrastive`` and ``kl_anchor`` of ``args.objectives`` take for what is not to be forgotten.
         processing_class: transformers' newer name of ``tokenizer``.
         others: transformers' other arguments; those that would change the training are refused.
 
@@ -129,6 +134,7 @@ class Trainer:
         eval_dataset=None,
         callbacks: Sequence[TrainerCallback] | None = None,
         *,
+        general_dataset=None,
         processing_class=None,
         **others,
     ):
@@ -151,6 +157,7 @@ class Trainer:
         self.train_dataset = local_rows(train_dataset) if isinstance(train_dataset, str) else train_dataset
         self.tokenizer = tokenizer if processing_class is None else processing_class
         self.eval_dataset = local_rows(eval_dataset, "test") if isinstance(eval_dataset, str) else eval_dataset
+        self.general_dataset = local_rows(general_dataset) if isinstance(general_dataset, str) else general_dataset
         self.callbacks = list(callbacks or ())
         self.state = TrainerState(num_train_epochs=args.num_train_epochs)
         self._evaluators: list[tuple[Any, Evaluator]] = []  # of a dataset: its graphs are compiled once
@@ -183,26 +190,43 @@ class Trainer:
             settings = replace(settings, resume=resume_from_checkpoint)
         trackers.check(settings.report_to)
         self.state.log_history.clear()
-        store, tally, report = self._rows(self.train_dataset, settings.seq_length)
+        terms = args.terms()
+        parts = [self.train_dataset, *([] if self.general_dataset is None else [self.general_dataset])]
+        prepared_parts = [self._rows(part, settings.seq_length, terms) for part in parts]
+        rows = data.joined_rows(prepared_parts)
         config = None
         if self.peft:
             self.peft.unmerge_adapter()
             config = self.peft.active_peft_config
         if args.per_device_train_batch_size is None:
-            settings = fitting(settings, self.model, config, runtime, int(store.input_lengths.max()))
+            settings = fitting(settings, self.model, config, runtime, rows.longest)
         lead = self.model.leading_ids
-        plan = data.plan_training(data.PreparedRows(store, [report], []), self.tokenizer, settings, runtime, lead)
+        plan = data.plan_training(rows, self.tokenizer, settings, runtime, lead)
         hook = None
         if config is not None:
             config = config.for_run(plan.total_steps)
             hook = config.step_hook(self.model)
-        run = NativeRun(
+        added = add_terms(
+            terms,
             self.model,
             plan,
+            rows,
+            references=self._references(terms, rows, settings.batch_size, runtime),
+            general=np.arange(rows.units) >= prepared_parts[0].units,
+            tokenizer=self.tokenizer,
+            runtime=runtime,
+        )
+        if added.lines and runtime.is_main:
+            print(*added.lines, sep="\n")
+        run = NativeRun(
+            self.model,
+            added.plan,
             settings,
             runtime,
             weights_of(self.model, config, self.tokenizer, hook),
-            hooks=[] if hook is None else [hook],
+            hooks=[*([] if hook is None else [hook]), *added.hooks],
+            row_terms=added.row_terms,
+            comparison=added.comparison,
             evaluator=self._evaluator(self.eval_dataset, runtime) if args.evaluates else None,
             callbacks=[_History(self.state, args.logging_steps), *self.callbacks],
         )
@@ -226,6 +250,8 @@ class Trainer:
     def evaluate(self, eval_dataset=None) -> dict[str, float]:
         """Loss, perplexity and token accuracy on held-out rows: ``eval_dataset``, or else the trainer's.
 
+        Where ``args.objectives`` learn from preferences, these are rows of preferences too: their loss and rewards.
+
         Raises:
             LoraMsError: there are no such rows.
         """
@@ -239,7 +265,7 @@ class Trainer:
             record = self._evaluator(rows, runtime).evaluate(self.state.global_step, self.state.epoch, None)
         found = fields_of(record)
         self.state.log_history.append(found)
-        scores = {name: found[name] for name in ("eval_loss", "eval_perplexity", "eval_accuracy", "eval_label_tokens")}
+        scores = {name: value for name, value in found.items() if name.startswith("eval_") and name != "eval_time_s"}
         return {**scores, "eval_runtime": record.eval_time_s, "epoch": self.state.epoch}
 
     def save_model(self, output_dir: str | os.PathLike | None = None) -> None:
@@ -251,31 +277,47 @@ class Trainer:
         if self.tokenizer is not None:
             save_tokenizer(self.tokenizer, path)
 
-    def _rows(self, dataset: Any, seq_length: int) -> tuple[TokenStore, Tally, Any]:
+    def _rows(self, dataset: Any, seq_length: int, terms: Terms) -> data.PreparedRows:
         # whoever gives rows from Python fills their texts there: braces are text
         preparation = Preparation(
-            seq_length=seq_length, vocab_size=self.model.config.vocab_size, keep_placeholders=True
+            seq_length=seq_length,
+            vocab_size=self.model.config.vocab_size,
+            keep_placeholders=True,
+            preferences=preferences_of(terms),
         )
         tally = Tally()
         store, report = prepare_rows(read([prepared(dataset)], preparation, tally), self.tokenizer, preparation, tally)
-        return store, tally, report
+        return data.with_partners(store, report, preparation)
+
+    def _references(self, terms: Terms, rows: data.PreparedRows, batch_size: int, runtime: Runtime) -> Any:
+        if not any(term.has_reference for term in terms):
+            return None
+        with nullcontext() if self.peft is None else self.peft.disable_adapter():
+            return reference_log_probs(terms, self.model, rows, batch_size, self.tokenizer, runtime)
 
     def _evaluator(self, dataset: Any, runtime: Runtime) -> Evaluator:
         known = next((evaluator for rows, evaluator in self._evaluators if rows is dataset), None)
         if known is not None:
             return known
-        settings = self.args.settings()
-        store, _, _ = self._rows(dataset, settings.seq_length)
+        settings, terms, size = self.args.settings(), self.args.terms(), self.args.per_device_eval_batch_size
+        rows = self._rows(dataset, settings.seq_length, terms)
+        if self.peft is None and self.state.global_step and any(term.has_reference for term in terms):
+            raise LoraMsError(
+                "the model before training, which these objectives compare with, is gone: give Trainer the rows as "
+                "eval_dataset, and args an eval_strategy"
+            )
+        references = self._references(terms, rows, size, runtime)
         plan = data.held_out_plan(
-            store,
-            self.args.per_device_eval_batch_size,
+            rows.store,
+            size,
             self.tokenizer,
             settings.seq_length,
             runtime,
             packing=settings.packing,
             lead=self.model.leading_ids,
+            unit=rows.unit,
         )
-        evaluator = Evaluator(self.model, plan, self.model.config.vocab_size, runtime)
+        evaluator = evaluator_of(terms, self.model, plan, rows, runtime, references=references)
         self._evaluators.append((dataset, evaluator))
         return evaluator
 
@@ -287,7 +329,8 @@ def _check_others(others: dict[str, Any]) -> None:
         if name in REFUSED:
             raise LoraMsError(f"Trainer: {name} is not supported: {REFUSED[name]}; leave it out")
         if name not in NO_EFFECT:
-            known = ["model", "args", "train_dataset", "tokenizer", "eval_dataset", "callbacks", "processing_class"]
+            known = ["model", "args", "train_dataset", "tokenizer", "eval_dataset", "callbacks", "general_dataset"]
+            known.append("processing_class")
             near = difflib.get_close_matches(name, [*known, *NO_EFFECT, *REFUSED], 1, 0.0)[0]
             raise LoraMsError(f"Trainer: unknown argument {name}; the nearest is {near}")
     if given:

@@ -1,17 +1,12 @@
 """The adapter that a configuration asks for: checked, and put into the model, fresh or from a folder."""
 
-from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from mindspore import Tensor
-from numpy.typing import NDArray
-
 from lora_ms.adapters.inject import adapted_layers, freeze, inject, saved_layers, target_layers
 from lora_ms.adapters.methods import METHODS
-from lora_ms.adapters.methods.base import AdapterConfig
+from lora_ms.adapters.methods.base import AdapterConfig, SeenRows
 from lora_ms.adapters.peft_files import base_quantisation, read_adapter_config
 from lora_ms.adapters.peft_format import adapted, load_adapter
 from lora_ms.config import PetConfig, RunConfig
@@ -53,7 +48,7 @@ def attach(
     total_steps: int,
     shard: Shard = WHOLE,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
-    inputs: Callable[[], Iterable[tuple[tuple[str, ...], NDArray[np.float32]]]] | None = None,
+    seen: SeenRows | None = None,
 ) -> AdapterConfig | None:
     """Puts the adapter that ``pet_config`` or ``load_adapter`` asks for into ``model``; None: all parameters train.
 
@@ -61,7 +56,7 @@ def attach(
         total_steps: optimiser steps of the run.
         shard: with which processes the model is shared.
         tokenizer: for texts that an adapter starts from.
-        inputs: what the projections take, for an adapter that starts from that; None: there are no rows.
+        seen: what the model makes of the rows, for an adapter that starts from that; None: there are no rows.
 
     Raises:
         LoraMsError: the two disagree, or match nothing.
@@ -74,14 +69,13 @@ def attach(
     wanted = adapter_config(pet)
     if config.load_adapter:
         wanted = load_agreeing(config.load_adapter, pet, wanted, model, shard)
-    elif wanted.reads_inputs:
-        if inputs is None:
+    elif wanted.sees_rows:
+        if seen is None:
             raise LoraMsError("the adapter starts from rows (init_lora_weights), which lora-ms finetune alone has")
-        wanted, tensors = wanted.started(inputs(), wanted.specs(target_layers(model)))
+        wanted, tensors = wanted.started(seen, wanted.specs(target_layers(model)))
         inject(model, wanted, shard=shard)
         for name, cell in adapted_layers(model).items():
-            for tensor, value in tensors[name].items():
-                cell.tensors()[tensor].set_data(Tensor(value))
+            cell.begin_with(tensors[name])
     else:
         inject(model, wanted.reading(tokenizer), shard=shard)
     freeze(model, pet.freeze_include, pet.freeze_exclude)

@@ -1,12 +1,11 @@
 """The data of a run: the tokenizer with its template, the rows of a dataset as tokens, and the plan of the steps."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lora_ms.config import RunConfig
 from lora_ms.config.sections import Dataset
@@ -14,16 +13,14 @@ from lora_ms.data.clean import CleaningRules
 from lora_ms.data.example import Row
 from lora_ms.data.loader import DataPlan, Source, permutation
 from lora_ms.data.pipeline import Preparation, prepare, prepare_rows
-from lora_ms.data.preferences import with_mismatched
+from lora_ms.data.preferences import Preferences, with_mismatched
 from lora_ms.data.report import Report, Tally
 from lora_ms.data.store import TokenStore
 from lora_ms.data.template import set_template, template_of
 from lora_ms.data.templates import TEMPLATES
 from lora_ms.data.tokenizer import load_tokenizer, pad_id
 from lora_ms.errors import LoraMsError
-from lora_ms.models.decoder import CausalLM
 from lora_ms.runtime.device import Runtime
-from lora_ms.train.layer_inputs import layer_inputs
 from lora_ms.train.settings import TrainSettings
 
 if TYPE_CHECKING:
@@ -39,6 +36,16 @@ class PreparedRows(NamedTuple):
     reports: list[Report]  # what became of the rows; one for each part that is mixed
     shares: list[Source]  # sizes and weights of the parts; empty where nothing is mixed
     unit: int = 1  # rows of the store that belong together; see ``DataPlan``
+
+    @property
+    def units(self) -> int:
+        """Rows, where rows of the store that belong together are one."""
+        return len(self.store) // self.unit
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row, with both answers."""
+        return int(self.store.input_lengths.reshape(-1, self.unit).sum(1).max())
 
 
 def seq_length(config: RunConfig, longest: int) -> int:
@@ -111,8 +118,14 @@ def sources_of(dataset: Dataset, name: str) -> list[str]:
     return sources
 
 
-def preparation_of(config: RunConfig, dataset: Dataset, longest: int, vocab_size: int | None) -> Preparation:
-    """How the rows of ``dataset`` become tokens."""
+def preparation_of(
+    config: RunConfig,
+    dataset: Dataset,
+    longest: int,
+    vocab_size: int | None,
+    preferences: Preferences = "none",
+) -> Preparation:
+    """How the rows of ``dataset`` become tokens; those of ``train_dataset`` as the objectives need them."""
     rules = dataset.clean
     return Preparation(
         seq_length=seq_length(config, longest),
@@ -125,7 +138,7 @@ def preparation_of(config: RunConfig, dataset: Dataset, longest: int, vocab_size
         num_samples=dataset.num_samples,
         turns=dataset.label_turns,
         truncation=dataset.truncation,
-        preferences=config.preferences if dataset is config.train_dataset else "none",
+        preferences=config.preferences if dataset is config.train_dataset else preferences,
         clean=CleaningRules(
             required=tuple(rules.required),
             min_chars=rules.min_chars,
@@ -141,28 +154,38 @@ def rows_of(
     dataset: Dataset, sources: list[str], tokenizer: "PreTrainedTokenizerBase | None", preparation: Preparation
 ) -> PreparedRows:
     """The rows of ``sources`` as tokens; the parts of ``dataset.mix`` one after another."""
-    unit = 1 if preparation.preferences == "none" else 2  # both answers
 
-    def prepared(names: list[str]) -> tuple[TokenStore, Report]:
-        store, report = prepare(names, tokenizer, preparation)
-        if preparation.preferences == "labelled":
-            store = with_mismatched(store, preparation.seq_length)
-        return store, report
+    def prepared(names: list[str]) -> PreparedRows:
+        return with_partners(*prepare(names, tokenizer, preparation), preparation)
 
     if not dataset.mix:
-        store, report = prepared(sources)
-        return PreparedRows(store, [report], [], unit)
+        return prepared(sources)
     parts = [prepared([source]) for source in sources]
     shares = [
-        Source(len(store) // unit, part.weight, part.weight if part.weight_end is None else part.weight_end)
-        for (store, _), part in zip(parts, dataset.mix, strict=True)
+        Source(rows.units, part.weight, part.weight if part.weight_end is None else part.weight_end)
+        for rows, part in zip(parts, dataset.mix, strict=True)
     ]
-    return PreparedRows(TokenStore.join([store for store, _ in parts]), [report for _, report in parts], shares, unit)
+    return joined_rows(parts)._replace(shares=shares)
+
+
+def with_partners(store: TokenStore, report: Report, preparation: Preparation) -> PreparedRows:
+    """Rows as tokens; those of preferences in twos: both answers, or the one that is judged and another row's."""
+    if preparation.preferences == "labelled":
+        store = with_mismatched(store, preparation.seq_length)
+    return PreparedRows(store, [report], [], 1 if preparation.preferences == "none" else 2)
+
+
+def joined_rows(parts: Sequence[PreparedRows]) -> PreparedRows:
+    """The rows of all parts, one part after another."""
+    if len(parts) == 1:
+        return parts[0]
+    reports = [report for part in parts for report in part.reports]
+    return PreparedRows(TokenStore.join([part.store for part in parts]), reports, [], parts[0].unit)
 
 
 def split_off(
     config: RunConfig, rows: PreparedRows, tokenizer: "PreTrainedTokenizerBase | None", preparation: Preparation
-) -> tuple[PreparedRows, TokenStore | None]:
+) -> tuple[PreparedRows, PreparedRows | None]:
     """Rows to train on, and rows to evaluate on: ``validation_split``'s, or, with do_eval, eval_dataset's.
 
     Raises:
@@ -173,8 +196,10 @@ def split_off(
         if not config.evaluates:
             return rows, None
         sources = sources_of(config.eval_dataset, "eval")
-        preparation = preparation_of(config, config.eval_dataset, preparation.seq_length, preparation.vocab_size)
-        return rows, rows_of(config.eval_dataset, sources, tokenizer, preparation).store
+        preparation = preparation_of(
+            config, config.eval_dataset, preparation.seq_length, preparation.vocab_size, config.preferences
+        )
+        return rows, rows_of(config.eval_dataset, sources, tokenizer, preparation)
     if config.train_dataset.mix:
         raise LoraMsError(
             "validation_split and mix are both given: hold rows out in an eval_dataset, with do_eval: True"
@@ -186,7 +211,8 @@ def split_off(
     if not 0 < count < total:
         raise LoraMsError(f"validation_split {share} of {total} rows leaves {count} to evaluate on: change it")
     held_out = np.isin(source_of_row, permutation(total, config.seed, 1 << 20)[:count])
-    return rows._replace(store=store.take(np.flatnonzero(~held_out))), store.take(np.flatnonzero(held_out))
+    kept = rows._replace(store=store.take(np.flatnonzero(~held_out)))
+    return kept, rows._replace(store=store.take(np.flatnonzero(held_out)))
 
 
 def plan_rows(
@@ -258,8 +284,13 @@ def held_out_plan(
     packing: bool = True,
     length_buckets: int = 4,
     lead: Sequence[int] = (),
+    unit: int = 1,
 ) -> DataPlan:
-    """One pass over rows to evaluate, without shuffling; lead: as in ``plan_training``."""
+    """One pass over rows to evaluate, without shuffling; lead: as in ``plan_training``.
+
+    seq_length: tokens of the longest row; of one answer with its question, where rows of the store belong together.
+    unit: rows of the store that belong together.
+    """
     return DataPlan.build(
         store.led_by(lead),
         batch_size=batch_size,
@@ -270,29 +301,8 @@ def held_out_plan(
         rank=runtime.data_rank,
         world=runtime.data_ranks,
         pad_id=pad_id(tokenizer),
-        seq_length=seq_length + len(lead),
+        seq_length=(seq_length + len(lead)) * unit,
         kind="packed" if packing else "bucketed",
         buckets=length_buckets,
+        unit=unit,
     )
-
-
-STARTING_ROWS = 128  # that a start of an adapter looks at, at most
-STARTING_TOKENS = 16384  # label tokens of these, at most: what two layers take at each of them is in memory at once
-
-
-def inputs_of_layers(
-    model: CausalLM,
-    rows: PreparedRows,
-    settings: TrainSettings,
-    tokenizer: "PreTrainedTokenizerBase | None",
-    runtime: Runtime,
-) -> Iterator[tuple[tuple[str, ...], NDArray[np.float32]]]:
-    """What the projections of the bare ``model`` take, of rows drawn by chance; the same on every process."""
-    drawn = permutation(len(rows.store), settings.seed, 1 << 21)[:STARTING_ROWS]
-    tokens = np.cumsum(rows.store.label_counts[drawn])
-    chosen = np.sort(drawn[: max(1, int(np.searchsorted(tokens, STARTING_TOKENS, "right")))])
-    if runtime.is_main:
-        print(f"the adapter starts from what the layers take at label tokens of {len(chosen)} rows", flush=True)
-    alone = Runtime(runtime.device)
-    plan = held_out_plan(rows.store.take(chosen), settings.batch_size, tokenizer, settings.seq_length, alone)
-    return layer_inputs(model, plan)

@@ -2,7 +2,11 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 from lora_ms import saving
 from lora_ms.config import RunConfig
@@ -19,9 +23,11 @@ from lora_ms.infer.generate import Generator
 from lora_ms.infer.questions import Question, chrf, is_match, question_of
 from lora_ms.infer.sampling import Sampling
 from lora_ms.models.decoder import CausalLM
-from lora_ms.recipes.data import NO_LIMIT, held_out_plan, tokenizer_for
+from lora_ms.objectives.base import ObjectiveKeys
+from lora_ms.recipes.data import NO_LIMIT, PreparedRows, held_out_plan, tokenizer_for
+from lora_ms.recipes.objectives import preference_term
 from lora_ms.runtime.device import Runtime
-from lora_ms.train.evaluation import Evaluator
+from lora_ms.train.evaluation import Evaluator, PreferenceEvaluator
 
 PREDICTIONS = "predictions.jsonl"
 
@@ -44,12 +50,54 @@ def plan_of(
 
 
 def evaluator_for(
-    config: RunConfig, model: CausalLM, held_out: TokenStore, tokenizer, seq_length: int, runtime: Runtime
+    config: RunConfig,
+    model: CausalLM,
+    held_out: PreparedRows,
+    tokenizer,
+    seq_length: int,
+    runtime: Runtime,
+    *,
+    references: NDArray[np.float64] | None = None,
 ) -> Evaluator:
-    """What a run evaluates with: the loss of ``held_out``, and the answers to ``evaluation.prompts``."""
+    """What a run evaluates with: the loss of ``held_out``, and the answers to ``evaluation.prompts``.
+
+    references: ``reference_log_probs`` of ``held_out``.
+    """
     samples = SampleAnswers(config, model, tokenizer) if config.evaluation.prompts else None
-    plan = plan_of(config, held_out, tokenizer, seq_length, runtime, model.leading_ids)
-    return Evaluator(model, plan, model.config.vocab_size, runtime, samples)
+    dataset = config.eval_dataset
+    plan = held_out_plan(
+        held_out.store,
+        config.eval_batch_size,
+        tokenizer,
+        seq_length,
+        runtime,
+        packing=dataset.packing and not any(keys.compares_rows for keys in config.objectives),
+        length_buckets=dataset.length_buckets,
+        lead=model.leading_ids,
+        unit=held_out.unit,
+    )
+    return evaluator_of(config.objectives, model, plan, held_out, runtime, references=references, sample=samples)
+
+
+def evaluator_of(
+    terms: Sequence[ObjectiveKeys],
+    model: CausalLM,
+    plan: DataPlan,
+    rows: PreparedRows,
+    runtime: Runtime,
+    *,
+    references: NDArray[np.float64] | None,
+    sample: "SampleAnswers | None" = None,
+) -> Evaluator:
+    """The evaluator of ``plan``, one pass over ``rows``: of answers, or, where ``terms`` say so, of preferences.
+
+    references: ``reference_log_probs`` of ``rows``.
+    """
+    compared = preference_term(terms, rows, plan.usual_lines, references)
+    if compared is None:
+        return Evaluator(model, plan, model.config.vocab_size, runtime, sample)
+    plan = replace(plan, terms=[compared.rows])
+    return PreferenceEvaluator(model, plan, model.config.vocab_size, runtime, sample, comparison=compared.cell)
 
 
 class SampleAnswers:

@@ -1,23 +1,22 @@
 """A run of our own loop, as a configuration asks for it."""
 
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_ms.adapters.inject import report
 from lora_ms.config import RunConfig, dump_config
 from lora_ms.data.pipeline import Preparation
-from lora_ms.data.store import TokenStore
 from lora_ms.errors import LoraMsError
 from lora_ms.models.decoder import DecoderConfig
 from lora_ms.recipes import adapter, data, estimate, session
 from lora_ms.recipes.evaluate import evaluator_for
 from lora_ms.recipes.forgetting import ReadSet, read_sets, scorer_of
 from lora_ms.recipes.model import build_model, compute_dtype, four_bits_lines, read_sizes
-from lora_ms.recipes.objectives import ConfiguredTerms, preference_term, reference_log_probs, row_terms
+from lora_ms.recipes.objectives import add_terms, general_rows, reference_log_probs
 from lora_ms.recipes.outputs import RUN_LOG, earlier_outputs, weights_of
 from lora_ms.recipes.settings import settings_of
+from lora_ms.recipes.starts import seen_rows
 from lora_ms.recipes.train import NativeRun
 from lora_ms.train import checkpoint, trackers
 from lora_ms.train.callbacks import TrainerCallback
@@ -42,7 +41,7 @@ class NativeInputs:
     tokenizer: "PreTrainedTokenizerBase | None"
     preparation: Preparation
     rows: data.PreparedRows
-    held_out: TokenStore | None
+    held_out: data.PreparedRows | None
     sets: dict[str, ReadSet]  # of evaluation.sets
 
 
@@ -113,29 +112,38 @@ def prepare(inputs: NativeInputs, log: Tee) -> NativeRun:
                 "change the model; --preset few_rows takes more steps, and larger ones"
             )
     model = build_model(config, sizes, dtype, runtime)
-    references = reference_log_probs(config, model, inputs.rows, tokenizer, runtime)
+    references, held_references = (
+        None if rows is None else reference_log_probs(config.objectives, model, rows, size, tokenizer, runtime)
+        for rows, size in ((inputs.rows, config.batch_size), (inputs.held_out, config.eval_batch_size))
+    )
     schedule_steps = settings.schedule_steps if settings.schedule_steps > 0 else plan.total_steps
-    taken = partial(data.inputs_of_layers, model, inputs.rows, settings, tokenizer, runtime)
-    trained = adapter.attach(config, model, schedule_steps, runtime.shard, tokenizer, taken)
+    seen = seen_rows(model, inputs.rows, settings, tokenizer, runtime)
+    trained = adapter.attach(config, model, schedule_steps, runtime.shard, tokenizer, seen)
     hook = None if trained is None else trained.step_hook(model)
-    terms = [ConfiguredTerms(config.objectives, model)] if config.objectives else []
-    of_rows = row_terms(config, model, plan, inputs.rows.shares, tokenizer, runtime)
-    compared = preference_term(config, inputs.rows, references)
-    if compared is not None:
-        of_rows = [compared]
-    plan = replace(plan, terms=[term.rows for term in of_rows])
+    added = add_terms(
+        config.objectives,
+        model,
+        plan,
+        inputs.rows,
+        references=references,
+        general=general_rows(config, inputs.rows),
+        tokenizer=tokenizer,
+        runtime=runtime,
+    )
     if runtime.is_main:
         print(*four_bits_lines(model), report(model, trained, runtime.shard).line(), sep="\n")
         if hook is not None:
             print(hook.describe())
-        for configured in terms:
-            print(configured.describe(), *(term.note for term in of_rows if term.note), sep="\n")
+        for line in added.lines:
+            print(line)
         if not settings.resume:
             log.to(output_dir / RUN_LOG)  # the first write: data, model and adapter are checked
             dump_config(config, str(output_dir / "config.yaml"))
     evaluator = None
     if inputs.held_out is not None:
-        evaluator = evaluator_for(config, model, inputs.held_out, tokenizer, settings.seq_length, runtime)
+        evaluator = evaluator_for(
+            config, model, inputs.held_out, tokenizer, settings.seq_length, runtime, references=held_references
+        )
     callbacks: list[TrainerCallback] = []
     if inputs.sets:
         scorer = scorer_of(config, model, inputs.sets, tokenizer, settings.seq_length, runtime)
@@ -146,17 +154,16 @@ def prepare(inputs: NativeInputs, log: Tee) -> NativeRun:
     earlier = earlier_outputs(output_dir)
     if runtime.is_main and earlier and not settings.resume:
         print(f"{output_dir} holds {', '.join(earlier)} of an earlier run; this one writes {weights.folder} as it ends")
-    hooks: list[StepHook] = [*([] if hook is None else [hook]), *terms]
-    cells = [term.cell for term in of_rows if term is not compared]
+    hooks: list[StepHook] = [*([] if hook is None else [hook]), *added.hooks]
     return NativeRun(
         model,
-        plan,
+        added.plan,
         settings,
         runtime,
         weights,
         hooks=hooks,
-        row_terms=cells,
-        comparison=None if compared is None else compared.cell,
+        row_terms=added.row_terms,
+        comparison=added.comparison,
         evaluator=evaluator,
         callbacks=callbacks,
     )

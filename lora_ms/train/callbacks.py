@@ -33,13 +33,14 @@ class EvaluationRecord:
 
     step: int
     epoch: float
-    eval_loss: float  # mean cross-entropy, nats per label token
-    eval_perplexity: float
-    eval_accuracy: float  # share of the label tokens that have the highest logit
+    eval_loss: float  # mean cross-entropy, nats per label token; of preferences, the mean loss of the rows
+    eval_perplexity: float | None  # None for preferences
+    eval_accuracy: float | None  # share of the label tokens that have the highest logit; None for preferences
     eval_label_tokens: int
     eval_time_s: float
     samples: list[dict[str, str]] = field(default_factory=list)  # prompt and answer of each
     best: bool = False  # lower than every loss before
+    metrics: dict[str, float] = field(default_factory=dict)  # of preferences, by the names in metrics.jsonl
 
 
 @dataclass

@@ -77,6 +77,21 @@ class _TopLogProbs(_TopScores):
         return self.loss.log_probs(hidden, self.loss.model.head_weight(), others[-1])[0]
 
 
+class _TopComparison(_TopScores):
+    """The last layers and a comparison of answers: (x, rope …, visible of each …, rows [c], targets [c], the
+    comparison's arrays …) -> what it returns."""
+
+    def __init__(self, half_layers: Sequence[nn.Cell], loss: SummedLoss):
+        super().__init__(half_layers, loss)
+        self.tail = 2 + loss.extra_inputs  # inputs from rows on
+
+    def construct(self, x: Tensor, *others) -> Tensor:
+        rope, visible = others[:ROTARY_TABLES], others[ROTARY_TABLES : -self.tail]
+        last = others[-self.tail :]
+        outputs = self.half_layers(x, rope, visible, last[0])
+        return self.loss.losses(self.loss.model.model.norm(outputs[-1]), last[1], last[2:])
+
+
 class LabelScores:
     """What an evaluation counts, of the batch that ``SummedLoss`` takes; in the shared graphs of the gradient engine.
 
@@ -91,12 +106,14 @@ class LabelScores:
         self.shared = SharedLayers(parts, [True] * len(parts.half_layers))
         self.top = self.TOP(parts.half_layers[self.shared.top :], loss)
 
-    def __call__(self, input_ids: Tensor, position_ids: Tensor, target_index: Tensor, targets: Tensor) -> Any:
+    def __call__(
+        self, input_ids: Tensor, position_ids: Tensor, target_index: Tensor, targets: Tensor, *extras: Tensor
+    ) -> Any:
         x, rope, visible = self.inputs.by_layer(self.inputs(input_ids, position_ids))
         with self.shared.sharing():
             for block in self.shared.blocks:
                 x = block.forward(x, rope, visible)[-1]
-        return self.top(x, *rope, *visible[self.shared.top // 2 :], target_index, targets)
+        return self.top(x, *rope, *visible[self.shared.top // 2 :], target_index, targets, *extras)
 
 
 class LabelStates(LabelScores):
@@ -121,6 +138,12 @@ class LabelLogProbs(LabelStates):
     """The log-probabilities of the label tokens of a batch: [c] float32."""
 
     TOP = _TopLogProbs
+
+
+class LabelComparisons(LabelScores):
+    """What the comparison of a ``SummedLoss`` makes of a batch with its arrays, as a step sums it up."""
+
+    TOP = _TopComparison
 
 
 class Evaluator:
@@ -162,21 +185,76 @@ class Evaluator:
             sums = self.sum_over_data(Tensor(sums.astype(np.float32))).asnumpy()
         return Scores(loss=float(sums[0]) / tokens, accuracy=float(sums[1]) / tokens, label_tokens=tokens)
 
+    def shown(self) -> dict[str, Any]:
+        """The scores as fields of ``EvaluationRecord``."""
+        scores = self.scores()
+        return {
+            "eval_loss": scores.loss,
+            "eval_perplexity": scores.perplexity,
+            "eval_accuracy": scores.accuracy,
+            "eval_label_tokens": scores.label_tokens,
+        }
+
     def evaluate(self, step: int, epoch: float, best_loss: float | None) -> EvaluationRecord:
         """After optimiser step ``step``; the best one's loss is below ``best_loss``, of those before."""
         begun = time.perf_counter()
         training = self.model.training
-        scores = self.scores()
+        shown = self.shown()
         samples = [] if self.sample is None else self.sample()
         self.model.set_train(training)
         return EvaluationRecord(
             step=step,
             epoch=round(epoch, 4),
-            eval_loss=scores.loss,
-            eval_perplexity=scores.perplexity,
-            eval_accuracy=scores.accuracy,
-            eval_label_tokens=scores.label_tokens,
+            **shown,
             eval_time_s=round(time.perf_counter() - begun, 3),
             samples=samples,
-            best=best_loss is None or scores.loss < best_loss,
+            best=best_loss is None or shown["eval_loss"] < best_loss,
         )
+
+
+class PreferenceEvaluator(Evaluator):
+    """Evaluates a model on held-out rows of preferences: the loss that it is trained by, and what a step shows of it.
+
+    Args:
+        plan: one pass over the rows, whose only term is that of ``comparison``.
+        comparison: as ``SummedLoss`` takes it.
+        others: as of ``Evaluator``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Cell,
+        plan: DataPlan,
+        vocab_size: int,
+        runtime: Runtime,
+        sample: Callable[[], list[dict[str, str]]] | None = None,
+        *,
+        comparison: Any,
+    ):
+        super().__init__(model, plan, vocab_size, runtime, sample)
+        self.comparisons = LabelComparisons(SummedLoss(model, vocab_size, runtime.shard, comparison=comparison))
+        self.further = comparison.SUMS
+
+    def shown(self) -> dict[str, Any]:
+        self.model.set_train(False)
+        sums = np.zeros(1 + self.further)  # the loss of all rows, and the further sums
+        tokens = 0
+        for step in range(self.plan.steps_per_epoch):
+            batches, label_tokens = self.plan.step(step)
+            # a batch's loss is a mean over the rows of the step, times its label tokens
+            rows_by_tokens = len(self.plan.step_rows(step)) / label_tokens
+            for batch in batches:
+                found = self.comparisons(*map(Tensor, (*batch[:4], *batch.extras))).asnumpy().astype(np.float64)
+                found[0] *= rows_by_tokens
+                sums += found
+            tokens += label_tokens
+        if self.sum_over_data is not None:
+            sums = self.sum_over_data(Tensor(sums.astype(np.float32))).asnumpy().astype(np.float64)
+        metrics = self.plan.terms[0].metrics(sums[1:])
+        return {
+            "eval_loss": float(sums[0]) / len(self.plan),
+            "eval_perplexity": None,
+            "eval_accuracy": None,
+            "eval_label_tokens": tokens,
+            "metrics": {f"eval_{name}": value for name, value in metrics.items() if np.isfinite(value)},
+        }

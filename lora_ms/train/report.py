@@ -58,7 +58,8 @@ class Metrics:
 
 def fields_of(record: StepRecord | EvaluationRecord) -> dict:
     """What ``metrics.jsonl`` holds of a record: each term of the loss stands under its own name."""
-    found = asdict(record)
+    idle = ("eval_perplexity", "eval_accuracy")  # of preferences
+    found = {name: value for name, value in asdict(record).items() if value is not None or name not in idle}
     named = [found.pop("terms", {}), found.pop("metrics", {})]
     return {**found, **named[0], **named[1]}
 
@@ -122,13 +123,16 @@ class Progress:
 
     def evaluated(self, e: EvaluationRecord) -> None:
         """Shows an evaluation."""
-        scores = f"eval loss {e.eval_loss:.4f}  perplexity {e.eval_perplexity:.2f}  accuracy {e.eval_accuracy:.1%}"
+        scores = [f"eval loss {e.eval_loss:.4f}"]
+        if e.eval_perplexity is not None and e.eval_accuracy is not None:
+            scores += [f"perplexity {e.eval_perplexity:.2f}", f"accuracy {e.eval_accuracy:.1%}"]
+        scores += [f"{name.removeprefix('eval_')} {value:.2f}" for name, value in e.metrics.items()]
         answers = [
             f"  {sign} {' '.join(text.split())}"
             for sample in e.samples
             for sign, text in ((">", sample["prompt"]), (" ", sample["answer"]))
         ]
-        self.lines(f"{self.step(e.step)}  {scores}{'  (best so far)' if e.best else ''}", *answers)
+        self.lines("  ".join([self.step(e.step), *scores, *(["(best so far)"] if e.best else [])]), *answers)
 
     def close(self) -> None:
         """Leaves the terminal on a new line."""

@@ -165,7 +165,7 @@ class Steps:
                 columns.append(width)
         if self.noise is not None:
             draws.append(self.noise.noisy.draws)
-            columns.append(self.noise.plain.weight.shape[1])
+            columns.append(self.noise.width)
         if not draws:
             return None
         rows = max(max(shape.lines * shape.length, shape.capacity) for shape in self.plan.layout.shapes)

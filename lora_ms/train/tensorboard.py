@@ -32,8 +32,9 @@ class Scalars(TrainerCallback):
 
     def on_evaluate(self, state: RunState, evaluation: EvaluationRecord) -> None:
         if state.is_main:
-            found = {f"eval/{name.removeprefix('eval_')}": getattr(evaluation, name) for name in SCORED}
-            self.take(evaluation.step, found)
+            found = {name: getattr(evaluation, name) for name in SCORED} | evaluation.metrics
+            values = {f"eval/{name.removeprefix('eval_')}": value for name, value in found.items() if value is not None}
+            self.take(evaluation.step, values)
 
     def take(self, step: int, values: dict[str, float]) -> None:
         """Writes or keeps numbers, by tag, of step ``step``."""

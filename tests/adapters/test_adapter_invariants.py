@@ -65,6 +65,8 @@ KINDS = {
     "save_head": config(modules_to_save="lm_head"),
     "save_embed": config(modules_to_save="embed_tokens"),
     "save_norms": config(modules_to_save="norm"),
+    "tokens": config(trainable_token_indices=(20, 3, 7)),
+    "tokens_apart": config(trainable_token_indices={"embed_tokens": (20, 3), "lm_head": (1, 7, 20)}),
 }
 # The weight is divided and multiplied, or taken apart and put together: equal to rounding. All others add zeros.
 ROUNDED = ("dora", "embed_dora", "lm_head_dora", "orthogonal", "pissa", "pissa_niter", "pissa_rslora", "olora")
@@ -156,6 +158,8 @@ def test_fresh_moved_merged_saved(base_logits, tmp_path, kind):
     with eager():
         np.testing.assert_allclose(model(IDS).asnumpy(), moved, rtol=0, atol=1e-4)
     once = weights_of(model)
+    untied = ("lm_head", "lm_head_dora", "miss_head", "vera_head", "ia3_head", "save_head", "tokens_apart")
+    assert ("lm_head.weight" in once) == (kind in untied or kind in ("embed", "embed_dora", "save_embed"))
     assert_same(weights_of(merge(model)), once)
     # loaded into another model and merged there, the weights are the same to rounding
     other = fresh()

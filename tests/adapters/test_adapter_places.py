@@ -166,10 +166,10 @@ def test_two_groups_that_both_want_one_module_overlap(groups):
          "bits 'fp4' of layer_groups 0: give nf4, or leave it out"),
         ({"init_lora_weights": "kaiming"},
          "init_lora_weights 'kaiming' is none of True, gaussian, orthogonal, pissa, olora, loftq, eva, "
-         "pissa_niter_N"),
+         "corda, lora_ga, pissa_niter_N"),
         ({"init_lora_weights": "pissa_niter_0"},
          "init_lora_weights 'pissa_niter_0' is none of True, gaussian, orthogonal, pissa, olora, loftq, eva, "
-         "pissa_niter_N"),
+         "corda, lora_ga, pissa_niter_N"),
         ({"init_lora_weights": "orthogonal", "lora_rank": 3}, "init_lora_weights orthogonal expects even ranks, got 3"),
         ({"init_lora_weights": "orthogonal", "rank_pattern": {"q_proj": 5}},
          "init_lora_weights orthogonal expects even ranks, got 5"),
@@ -177,6 +177,13 @@ def test_two_groups_that_both_want_one_module_overlap(groups):
          "init_lora_weights pissa does not support use_dora or lora_bias: leave them out"),
         ({"layer_groups": (group(0),), "rank_pattern": {"q_proj": 2}},
          "layer_groups replaces rank_pattern, alpha_pattern and layers_to_transform: leave these out, or it"),
+        ({"trainable_token_indices": (1, 2, 1)}, "trainable_token_indices names token 1 twice: give each once"),
+        ({"trainable_token_indices": 5},
+         "trainable_token_indices expects token ids such as [5, 17], or a mapping such as {embed_tokens: [5], "
+         "lm_head: [5, 17]}, got 5"),
+        ({"trainable_token_indices": (-1,)},
+         "trainable_token_indices expects token ids such as [5, 17], or a mapping such as {embed_tokens: [5], "
+         "lm_head: [5, 17]}, got [-1]"),
         ({"layer_groups": (group(0),), "layers_to_transform": 0},
          "layer_groups replaces rank_pattern, alpha_pattern and layers_to_transform: leave these out, or it"),
     ],
@@ -276,6 +283,21 @@ def test_modules_to_save_that_cannot_be(model, wanted, message):
     before = {name: type(cell) for name, cell in model.cells_and_names()}
     assert error_of(inject, model, LoraConfig(2, modules_to_save=wanted)) == message
     assert {name: type(cell) for name, cell in model.cells_and_names()} == before
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"trainable_token_indices": (24,)}, "trainable_token_indices names token 24: the model's vocabulary has 24"),
+        ({"trainable_token_indices": {"q_proj": (1,)}},
+         "trainable_token_indices 'q_proj' is no embedding or head; there are: model.embed_tokens, lm_head"),
+        ({"trainable_token_indices": (1,), "modules_to_save": "embed_tokens"},
+         "trainable_token_indices and target_modules or modules_to_save both train model.embed_tokens: leave one of "
+         "them out"),
+    ],
+)  # fmt: skip
+def test_tokens_that_cannot_train(model, settings, message):
+    assert error_of(inject, model, LoraConfig(2, **settings)) == message
 
 
 def test_the_report_says_what_got_no_adapter(model):

@@ -72,7 +72,6 @@ def test_tensors_without_a_place_and_missing_factors_are_listed(bare, copied):
 # every key that asks for what is not computed here, with a value that asks for it
 REFUSED = {
     "fan_in_fan_out": True,
-    "trainable_token_indices": [1],
     "target_parameters": ["x"],
     "alora_invocation_tokens": [1],
     "layer_replication": [[0, 2]],
@@ -86,9 +85,9 @@ REFUSED = {
 
 
 def test_keys_that_are_not_computed_are_refused_together(bare, copied):
-    assert set(REFUSED) == set(UNSUPPORTED)
+    assert set(REFUSED) == {*UNSUPPORTED} - {"trainable_token_indices"}  # which LoRA has
     path = copied("qwen2", **REFUSED)
-    listed = ", ".join(f"{key}: {REFUSED[key]}" for key in UNSUPPORTED)
+    listed = ", ".join(f"{key}: {REFUSED[key]}" for key in UNSUPPORTED if key in REFUSED)
     assert error_of(load_adapter, bare(), path) == f"{path / 'adapter_config.json'}: not supported: {listed}"
 
 
@@ -98,6 +97,19 @@ def test_each_key_that_is_not_computed_is_refused(bare, copied, key):
     file = path / "adapter_config.json"
     assert error_of(load_adapter, model, path) == f"{file}: not supported: {key}: {REFUSED[key]}"
     assert not adapted_layers(model)
+
+
+def test_tokens_that_are_trained(bare, copied):
+    path = copied("qwen2", trainable_token_indices=[1])
+    assert error_of(load_adapter, bare(), path) == (
+        f"{path}: made for another model: {PREFIX}model.embed_tokens.token_adapter.trainable_tokens_delta is missing"
+    )
+    message = "trainable_token_indices names token 128: the model's vocabulary has 128"
+    assert error_of(load_adapter, bare(), copied("qwen2", trainable_token_indices=[128])) == message
+    path = copied("qwen2", trainable_token_indices=[[1]])
+    assert "trainable_token_indices expects token ids below" in error_of(load_adapter, bare(), path)
+    path = copied("qwen2", trainable_token_indices=[1], peft_type="ADALORA", target_r=2, init_r=4)
+    assert "not supported: trainable_token_indices: [1]" in error_of(load_adapter, bare(), path)
 
 
 @pytest.mark.parametrize("value", [None, False, [], {}])

@@ -50,6 +50,7 @@ SPELLINGS = [
     ("variants/qwen2_dora", r"lora_magnitude_vector$", r"lora_magnitude_vector.weight"),
     ("variants/qwen2_dora", r"lora_magnitude_vector$", r"lora_magnitude_vector.default.weight"),
     ("variants/llama3_embed", r"lora_embedding_([AB])$", r"lora_embedding_\1.default"),
+    ("variants/qwen2_trainable_tokens", r"tokens_delta$", r"tokens_delta.default"),
     ("variants/llama3_adalora", r"lora_([ABE])$", r"lora_\1.default"),
     ("variants/qwen2_lora_bias", r"lora_B\.(weight|bias)$", r"lora_B.default.\1"),
 ]
@@ -170,7 +171,8 @@ def test_loading_says_what_is_missing(reference, tmp_path, capsys, wanted, keys,
     "variant",
     ["qwen2_layers_to_transform", "qwen2_exclude_modules", "qwen2_regex_target", "qwen2_all_linear", "llama3_adalora",
      "qwen2_embed", "qwen2_modules_to_save_head", "qwen2_modules_to_save_norms", "qwen2_bias_all", "llama2_lm_head",
-     "qwen2_lm_head_tying", "qwen2_modules_to_save_tying", "qwen3_embed_dora"],
+     "qwen2_lm_head_tying", "qwen2_modules_to_save_tying", "qwen3_embed_dora", "qwen2_trainable_tokens",
+     "qwen3_trainable_tokens_head"],
 )  # fmt: skip
 def test_nothing_is_missing_of_what_peft_saved(reference, capsys, variant):
     path, base = reference / "variants" / variant, reference / "models" / variant.split("_")[0]

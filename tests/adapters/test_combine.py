@@ -324,6 +324,7 @@ def test_whole_paths_are_written_where_leaf_names_would_say_too_much(tmp_path, n
         ("qwen2_lora_bias", "lora_bias"),
         ("qwen2_bias_all", "bias: all"),
         ("qwen2_modules_to_save_norms", "modules_to_save: norm, input_layernorm"),
+        ("qwen2_trainable_tokens", "trainable_token_indices"),
         ("qwen2_pissa", "init_lora_weights pissa changed the base weights"),
         ("qwen2_olora", "init_lora_weights olora changed the base weights"),
     ],

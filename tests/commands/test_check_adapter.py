@@ -252,6 +252,11 @@ def test_templates(checked, adapter, text_model, monkeypatch):
             "vLLM: kind",
             "vLLM does not serve modules_to_save ['lm_head']; merge it instead: lora-ms merge",
         ),
+        (
+            "qwen2_trainable_tokens",
+            "vLLM: kind",
+            "vLLM does not serve trainable_token_indices; merge it instead: lora-ms merge",
+        ),
         ("qwen2_bias_all", "vLLM: kind", "vLLM does not serve trained biases; merge it instead: lora-ms merge"),
         ("qwen2_lora_bias", "vLLM: kind", "vLLM does not serve trained biases; merge it instead: lora-ms merge"),
         (

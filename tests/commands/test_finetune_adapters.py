@@ -18,6 +18,7 @@ callbacks: [{type: CheckpointMonitor, save_checkpoint_steps: 5}]
 model: {model_config: {seq_length: 16}}
 pet_config: {lora_dropout: 0.0, target_modules: 'q_proj|v_proj|down_proj'}
 """
+EMBEDDING = "base_model.model.model.embed_tokens"
 ADALORA = ("pet_type=adalora", "init_rank=4", "target_rank=2", "delta_t=2")
 
 
@@ -190,15 +191,32 @@ def test_an_impossible_adapter_is_refused_before_the_model_is_read(words, tmp_pa
 
 
 def test_a_run_that_starts_by_eva_resumes(words, tmp_path):
-    """Of ranks that the rows decide; the file is plain LoRA."""
-    keys = ("init_lora_weights=eva", "lora_rank=2", "lora_alpha=2", "eva_rho=2")
+    """Of ranks that the rows decide; the file is plain LoRA, and rows of some tokens beside it."""
+    keys = ("init_lora_weights=eva", "lora_rank=2", "lora_alpha=2", "eva_rho=2", "trainable_token_indices=[5,9]")
     whole = finetune(words, tmp_path / "whole", *keys)
     assert "the adapter starts from what the layers take at label tokens of 8 rows" in (whole / "run.log").read_text()
     first = load_file(whole / "checkpoints" / "step_5" / "adapter_model.safetensors")
     config = adapter_config(whole / "adapter")
+    assert config["trainable_token_indices"] == [5, 9]
+    assert tensors(whole / "adapter")[f"{EMBEDDING}.token_adapter.trainable_tokens_delta"].shape == (2, 64)
     assert config["init_lora_weights"] is True and {len(v) for k, v in first.items() if "lora_A" in k} != {2}
     shutil.copytree(whole, tmp_path / "resumed")
     finetune([*words, "--resume_training", "step_5"], tmp_path / "resumed", *keys)
+    assert losses(tmp_path / "resumed") == losses(whole)
+    for name, value in tensors(whole / "adapter").items():
+        np.testing.assert_array_equal(tensors(tmp_path / "resumed" / "adapter")[name], value, err_msg=name)
+
+
+def test_a_run_that_starts_in_the_weights_resumes(words, tmp_path):
+    """The file is plain LoRA of twice the rank."""
+    keys = ("init_lora_weights=lora_ga", "lora_rank=2", "lora_alpha=2")
+    short = [*words, "--max_steps", "6"]
+    whole = finetune(short, tmp_path / "whole", *keys)
+    assert "the adapter starts from " in (whole / "run.log").read_text()
+    config = adapter_config(whole / "adapter")
+    assert (config["init_lora_weights"], config["r"], config["lora_alpha"]) == (True, 4, 4)
+    shutil.copytree(whole, tmp_path / "resumed")
+    finetune([*short, "--resume_training", "step_5"], tmp_path / "resumed", *keys)
     assert losses(tmp_path / "resumed") == losses(whole)
     for name, value in tensors(whole / "adapter").items():
         np.testing.assert_array_equal(tensors(tmp_path / "resumed" / "adapter")[name], value, err_msg=name)

@@ -127,7 +127,7 @@ def options(*texts: str) -> RunConfig:
         (
             "pet_config.init_lora_weights=pisa",
             "model.model_config.pet_config.init_lora_weights expects True, gaussian, orthogonal, pissa, olora, loftq, "
-            "eva or pissa_niter_N (pissa?), got 'pisa'",
+            "eva, corda, lora_ga or pissa_niter_N (pissa?), got 'pisa'",
         ),
         ("pet_config.bias=some", "model.model_config.pet_config.bias expects 'none', 'all' or 'lora_only', got 'some'"),
         ("pet_config.tfinal=0", "model.model_config.pet_config.tfinal expects 1 or more, got 0"),

@@ -17,6 +17,7 @@ SETTINGS = [
     ("target_modules", [5, {"a": 1}, [5], "(", "x" * 3000, None]),
     ("exclude_modules", [5, [None], "*x"]),
     ("modules_to_save", [5, [1], {}]),
+    ("trainable_token_indices", [5, "5", [1.5], [-1], [2**40], [3, 3], [[3]], {"embed_tokens": 3}, {"x": [3, 3]}]),
     ("layers_to_transform", ["0", [-1], [1001], 0.5, [[0]], {}]),
     ("layers_pattern", [5, [None], "("]),
     ("rank_pattern", [[], "x", {"(": 4}, {"q": "4"}, {"q": -1}, {"q": [1]}, {"q": 10**9}, {"x" * 3000: 4}]),

@@ -165,6 +165,7 @@ def test_no_beginning_is_shared_between_adapters(engine, reference, golden):
         ("variants/qwen2_dora", "q_proj has a magnitude, for which there is no room here"),
         ("variants/qwen2_bias_all", "k_proj has a bias, for which there is no room here"),
         ("variants/qwen2_modules_to_save_norms", "modules_to_save: .* cannot run beside others"),
+        ("variants/qwen2_trainable_tokens", "trainable_token_indices cannot run beside others"),
         ("variants/qwen2_ia3", "cannot run beside others"),
         ("variants/qwen2_pissa", "changed the base weights"),
         ("variants/qwen2_lm_head", "lm_head is no layer that may have one"),

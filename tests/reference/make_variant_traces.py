@@ -23,6 +23,7 @@ A_STD = 0.05
 # "norm" is a suffix for PEFT: it also names the post-attention, q and k norms.
 SAVED = ["lm_head", "embed_tokens", "norm", "input_layernorm"]
 Q, HEAD, EMBED = ["q_proj"], ["lm_head"], ["embed_tokens"]
+TOKENS = list(range(100, 4, -8))
 LORAPLUS_RATIO = 16.0
 ADALORA = {
     "init_r": 4,
@@ -67,6 +68,7 @@ RECIPES = {
     "embed_lora_qwen3": Recipe("qwen3", {"target_modules": Q + EMBED}, 0.5),
     "lora_bias_qwen2": Recipe("qwen2", {"lora_bias": True}, 0.95),
     "bias_all_qwen2": Recipe("qwen2", {"bias": "all"}, 0.76, eps=1e-4),
+    "trainable_tokens_qwen2": Recipe("qwen2", {"trainable_token_indices": TOKENS}, 0.9, eps=1e-6),
     "adalora_qwen2": Recipe("qwen2", ADALORA, 0.18, adalora=True),
     "adalora_llama3": Recipe("llama3", ADALORA, 0.18, adalora=True),
 }

@@ -32,6 +32,7 @@ PATTERNS = {
 }
 HEAD, EMBED = ["lm_head", "q_proj"], ["embed_tokens", "q_proj"]
 NORMS = ["norm", "input_layernorm"]
+TOKENS = list(range(100, 4, -8))
 
 
 class Recipe(NamedTuple):
@@ -90,6 +91,10 @@ RECIPES = {
     "qwen2_bias_all": Recipe("qwen2", {"bias": "all"}),
     "qwen2_bias_lora_only": Recipe("qwen2", {"bias": "lora_only"}),
     "qwen2_gaussian": Recipe("qwen2", {"init_lora_weights": "gaussian"}),
+    "qwen2_trainable_tokens": Recipe("qwen2", {"trainable_token_indices": TOKENS}),
+    "qwen3_trainable_tokens_head": Recipe(
+        "qwen3", {"trainable_token_indices": {"embed_tokens": TOKENS[:5], "lm_head": TOKENS[2:]}}
+    ),
     "qwen2_orthogonal": Recipe("qwen2", {"init_lora_weights": "orthogonal", "r": 4}),
 }
 

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 from mindspore import Tensor, set_seed
 
+from lora_ms.adapters.inject import inject
+from lora_ms.adapters.methods.lora import LoraConfig
 from lora_ms.models.hub import load_directory
 from lora_ms.nn.noise import EmbeddingNoise, NoisyEmbedding
 
@@ -36,6 +38,13 @@ def test_noise_is_uniform_and_as_large_as_the_formula_says(decoder):
         columns, rows = (np.corrcoef(noise, rowvar=by_row) for by_row in (False, True))
         for matrix in (columns, rows):
             assert np.abs(matrix[~np.eye(len(matrix), dtype=bool)]).mean() < 0.15
+
+
+def test_an_adapter_on_the_embedding_gets_noise_too(reference):
+    model = load_directory(reference / "models" / "qwen2")
+    inject(model, LoraConfig(2, target_modules=("embed_tokens",)))
+    first, _ = drawn(model.model, 3)
+    assert 0 < np.abs(first).max() <= 5.00001 / np.sqrt(24 * 64)
 
 
 def test_the_seed_alone_decides(decoder):

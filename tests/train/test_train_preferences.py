@@ -20,7 +20,9 @@ from lora_ms.data.store import TokenStore
 from lora_ms.errors import LoraMsError
 from lora_ms.models.hub import load_directory
 from lora_ms.objectives.base import Answers
-from lora_ms.recipes.data import held_out_plan
+from lora_ms.recipes import data
+from lora_ms.recipes.data import PreparedRows, held_out_plan
+from lora_ms.recipes.evaluate import evaluator_of
 from lora_ms.runtime.device import Runtime
 from lora_ms.train.evaluation import LabelLogProbs
 from lora_ms.train.gradient import MicroStep
@@ -101,7 +103,13 @@ def test_twelve_steps_against_torch(name, z, store, start, native):
     optimizer = FlatAdamW(list(params.values()), weight_decay=0.1, max_grad_norm=1.0, operators=native)
     micro_step = MicroStep(SummedLoss(model, 128, comparison=term.cell), optimizer)
     losses, shown, norms = [], [], []
+    last = PreparedRows(store.take(np.arange(88, 96)), [], [], 2)  # of the last step
+    held_out = held_out_plan(last.store, 2, None, 16, Runtime("CPU"), packing=False, length_buckets=1, unit=2)
+    evaluator = evaluator_of([keys(TERMS[name])], model, held_out, last, Runtime("CPU"), references=references[44:])
     for step in range(12):
+        if step == 11 and name in ("dpo", "kto"):  # a comparison of two answers, and of one with the others
+            record = evaluator.evaluate(11, 1.0, None)
+            assert model.training
         found, label_tokens = step_of(micro_step, plan, step)
         norm, _ = optimizer(Tensor(5e-3, ms.float32), Tensor(label_tokens, ms.float32))
         losses.append(found[0])
@@ -111,6 +119,9 @@ def test_twelve_steps_against_torch(name, z, store, start, native):
     np.testing.assert_allclose(norms, z[f"{name}/grad_norm"], rtol=1e-3)
     rewards = np.array([[one["rewards/chosen"], one["rewards/rejected"]] for one in shown])
     np.testing.assert_allclose(rewards, z[f"{name}/rewards"], rtol=1e-3, atol=1e-4)
+    if name in ("dpo", "kto"):
+        assert record.eval_loss == pytest.approx(z[f"{name}/loss"][11], rel=1e-4)
+        assert record.metrics == {f"eval_{key}": pytest.approx(value, rel=1e-4) for key, value in shown[11].items()}
     np.testing.assert_allclose([one["rewards/margins"] for one in shown], rewards[:, 0] - rewards[:, 1])
     for key, value in z.items():
         if key.startswith(f"{name}/final/"):
@@ -148,6 +159,25 @@ def test_the_other_answers_of_kto():
     assert [row.liked for row in found] == [True, True, False, False, True, True]
 
 
+@pytest.mark.parametrize("kind", ["dpo", "kto"])
+def test_rows_held_out_keep_both_answers(root, tmp_path, kind):
+    """A fifth of ten rows."""
+    file = tmp_path / "rows.jsonl"
+    answers = {"dpo": {"chosen": "Yes.", "rejected": "No."}, "kto": {"output": "Yes.", "label": True}}[kind]
+    file.write_text("".join(json.dumps({"instruction": f"{i}?", **answers}) + "\n" for i in range(10)))
+    flags = {"objectives": [{"type": kind}], "train_dataset.validation_split": 0.2}
+    flags["load_checkpoint"] = str(root / "examples/tiny/model")
+    config = load_config(None, flags=flags)
+    tokenizer = data.tokenizer_for(config, training=True)
+    preparation = data.preparation_of(config, config.train_dataset, 64, 10**6)
+    rows = data.rows_of(config.train_dataset, [str(file)], tokenizer, preparation)
+    kept, held_out = data.split_off(config, rows, tokenizer, preparation)
+    assert (kept.units, held_out.units, len(held_out.store)) == (8, 2, 4)
+    names = [row.where for row in held_out.store]
+    assert names[::2] == names[1::2] and len({*names} | {row.where for row in kept.store}) == 10
+    assert [row.liked for row in held_out.store] == [True, kind == "kto"] * 2
+
+
 def test_kto_needs_rows_to_compare():
     with pytest.raises(LoraMsError, match="a batch_size of 2 or more, not 1"):
         keys(TERMS["kto"]).preference_term(Answers(np.ones((3, 2), int), np.ones(3, bool), 1, np.zeros((3, 2))))
@@ -157,7 +187,6 @@ def test_kto_needs_rows_to_compare():
     ("flags", "said"),
     [
         ({"objectives": [{"type": "dpo"}, {"type": "kl_anchor"}]}, "dpo and kl_anchor exclude each other"),
-        ({"objectives": [{"type": "dpo"}], "do_eval": True}, "dpo has no evaluation of held-out rows"),
         ({"objectives": [{"type": "kto"}], "runner_config.adaptive_batch": True}, "kto compares the rows of a micro"),
     ],
 )
@@ -171,12 +200,16 @@ def test_settings_that_exclude_each_other(flags, said):
 
 @pytest.fixture(scope="module")
 def words(root) -> list[str]:
+    """A run that is evaluated on twenty of its rows, after three of four epochs and at its end."""
     saved = "callbacks=[{type: CheckpointMonitor, save_checkpoint_steps: 39}]"
-    return ["finetune", "--config", str(root / "configs/tiny/dpo_tiny.yaml"), "--epochs", "4", "--options", saved]
+    held_out = ["--do_eval", "True", "--eval_dataset_dir", str(root / "examples/preferences.jsonl")]
+    options = ["eval_step_interval=39", "eval_dataset.num_samples=20"]
+    yaml = str(root / "configs/tiny/dpo_tiny.yaml")
+    return ["finetune", "--config", yaml, "--epochs", "4", *held_out, "--options", saved, *options]
 
 
 def records(folder) -> list[dict]:
-    times = ("tokens_per_second", "step_time_s", "wait_share", "peak_memory_mb")
+    times = ("tokens_per_second", "step_time_s", "wait_share", "peak_memory_mb", "eval_time_s")
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key not in times} for line in lines]
 
@@ -196,12 +229,24 @@ def accuracy(found: list[dict]) -> float:
 
 
 def test_a_hundred_rows_are_learnt(whole):
-    found = records(whole)
+    found = [one for one in records(whole) if "loss" in one]
     assert found[0]["loss"] == pytest.approx(np.log(2), abs=1e-4)  # the policy is the reference
     assert accuracy(found[-13:]) >= 0.9
     assert found[-1]["rewards/margins"] > 1
     log = (whole / "run.log").read_text()
     assert "loss: dpo\n" in log and "the model without an adapter scores 200 answers" in log
+
+
+def test_held_out_pairs_are_evaluated(whole):
+    early, late = (one for one in records(whole) if "eval_loss" in one)
+    assert (early["step"], late["step"]) == (39, 52) and late["best"]
+    assert not {"eval_perplexity", "eval_accuracy"} & late.keys()
+    assert late["eval_loss"] < early["eval_loss"] < np.log(2)
+    assert late["eval_rewards/accuracies"] >= 0.95
+    margin = late["eval_rewards/chosen"] - late["eval_rewards/rejected"]
+    assert late["eval_rewards/margins"] == pytest.approx(margin) and margin > early["eval_rewards/margins"]
+    log = (whole / "run.log").read_text()
+    assert f"eval loss {late['eval_loss']:.4f}  rewards/chosen" in log and (whole / "best").is_dir()
 
 
 def test_a_resumed_run_is_the_same_to_the_bit(whole, words, root, tmp_path, monkeypatch):

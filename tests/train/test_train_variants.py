@@ -44,6 +44,7 @@ CONFIGS = {
     "embed_lora_qwen3": LoraConfig(3, 4, target_modules=(*Q, "embed_tokens")),
     "lora_bias_qwen2": LoraConfig(3, 4, target_modules=SOME, lora_bias=True),
     "bias_all_qwen2": LoraConfig(3, 4, target_modules=SOME, bias="all"),
+    "trainable_tokens_qwen2": LoraConfig(3, 4, target_modules=SOME, trainable_token_indices=tuple(range(100, 4, -8))),
     "adalora_qwen2": AdaLoraConfig(4, 4, target_modules=SOME, **ADALORA),
     "adalora_llama3": AdaLoraConfig(4, 4, target_modules=SOME, **ADALORA),
     "ia3_qwen2": IA3Config(),

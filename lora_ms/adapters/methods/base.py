@@ -132,6 +132,7 @@ class Update:
     by_rows = True  # whether a row of the merged weight depends on the same row of the weight alone
     changes_weight = True
     adds_bias = ""  # the option by which the merged module needs a bias, had it none before
+    reaches_tied_head = False  # whether the update of an embedding is that of a head tied to it, too
 
     def __init__(self, tensors: Mapping[str, storage.Entry]):
         self.tensors = tensors
@@ -173,6 +174,19 @@ class Update:
         return False
 
 
+class SeenRows(NamedTuple):
+    """What the bare model makes of some rows of a run, for adapters that start from that; computed when it is called.
+
+    Modules are named by their paths.
+    """
+
+    # modules and what they all take at label tokens [tokens, in]; some may have no adapter
+    inputs: Callable[[], Iterable[tuple[tuple[str, ...], Array]]]
+    # modules, and the gradient of the mean loss by the weight of each [out, in]
+    gradients: Callable[[Collection[str]], Iterable[tuple[str, Array]]]
+    weight: Callable[[str], Array]  # of a module [out, in]
+
+
 class Cost(NamedTuple):
     """What the adapter on one module costs in training."""
 
@@ -196,6 +210,8 @@ class AdapterConfig(metaclass=ByPeftNames):
     PEFT_TYPE: ClassVar[str]  # name in adapter_config.json
     PEFT_REQUIRED: ClassVar[tuple[str, ...]] = ("target_modules",)  # keys without which it says too little
     TENSORS: ClassVar[tuple[str, ...]]  # of an adapted module, in PEFT's file; one of them makes it adapted
+    # of a module that no adapter is on and that the method trains in another way
+    BESIDE_TENSORS: ClassVar[tuple[str, ...]] = ()
     # tensors that have a row (or a number) for each output of the module: they are split with a fused matrix
     ROW_TENSORS: ClassVar[tuple[str, ...]] = ()
     # which keys for the choice of modules PEFT's settings have
@@ -333,18 +349,18 @@ class AdapterConfig(metaclass=ByPeftNames):
         return f"target_modules {asked} matches no layer{outside}; could match: {leaves}, or {ALL_LINEAR}"
 
     @property
-    def reads_inputs(self) -> bool:
-        """Whether the adapter starts from what the modules take, see ``started``."""
+    def sees_rows(self) -> bool:
+        """Whether the adapter starts from what the model makes of rows, see ``started``."""
         return False
 
-    def started(
-        self, inputs: Iterable[tuple[tuple[str, ...], Array]], names: Collection[str]
-    ) -> "tuple[AdapterConfig, dict[str, dict[str, Array]]]":
-        """The settings of an adapter that starts from data, and its first tensors, by module and name.
+    def started(self, seen: SeenRows, specs: Mapping[str, Any]) -> "tuple[AdapterConfig, dict[str, dict[str, Array]]]":
+        """The settings of an adapter that starts from rows, and its first tensors, by module and name.
 
         Args:
-            inputs: modules and what they all take at some tokens [tokens, in]; some may have no adapter.
-            names: modules that are adapted.
+            specs: of the modules that are adapted.
+
+        Raises:
+            LoraMsError: the modules or rows do not suit the start.
         """
         raise NotImplementedError
 
@@ -419,14 +435,27 @@ class AdapterConfig(metaclass=ByPeftNames):
         """Names and shapes of the tensors that the file must hold for module ``name``.
 
         Args:
-            found: those that it holds; at least one of TENSORS is among them.
+            found: those that it holds; at least one of TENSORS or BESIDE_TENSORS is among them.
             weight: shape of the module's weight, [out, in] or, of the embedding, [vocabulary, h].
             has_bias: whether the module has a bias.
         """
 
     def adapts(self, tensors: Iterable[str]) -> bool:
-        """Whether a module with these tensors has an adapter; else it is saved whole."""
+        """Whether a module with these tensors has an adapter."""
         return any(name in self.TENSORS for name in tensors)
+
+    def knows(self, tensors: Iterable[str]) -> bool:
+        """Whether the method trains a module with these tensors; else it is saved whole."""
+        return any(name in self.TENSORS or name in self.BESIDE_TENSORS for name in tensors)
+
+    def modules_beside(self, names: Iterable[str]) -> Collection[str]:
+        """The modules among ``names`` of a model for which the file holds BESIDE_TENSORS."""
+        return ()
+
+    @property
+    def keys_beside(self) -> list[str]:
+        """Keys of ``pet_config`` by which more trains than adapters."""
+        return ["modules_to_save"] if self.modules_to_save else []
 
     def pack(self, name: str, values: dict[str, Array]) -> dict[str, Array]:
         """The tensors of module ``name`` as they are stored, from those that train."""
@@ -555,7 +584,7 @@ class AdapterConfig(metaclass=ByPeftNames):
 
     def not_split(self, training: bool) -> list[str]:
         """Keys of ``pet_config`` that ask for what is not computed where processes share each layer."""
-        return [f"pet_type {self.PET_TYPE}", *(["modules_to_save"] if self.modules_to_save else [])]
+        return [f"pet_type {self.PET_TYPE}", *self.keys_beside]
 
     @property
     def dropout(self) -> float:

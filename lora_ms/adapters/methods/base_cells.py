@@ -53,6 +53,12 @@ class AdapterCell(nn.Cell):
         """What is trained, by the tensor's name in PEFT's file; of LoRA-FA also the A that is not."""
         raise NotImplementedError
 
+    def begin_with(self, values: Mapping[str, Array]) -> None:
+        """Sets some of ``tensors``, as training begins."""
+        found = self.tensors()
+        for name, value in values.items():
+            found[name].set_data(Tensor(value))
+
     def merge(self) -> nn.Cell:
         """The plain layer that computes the same."""
         raise NotImplementedError

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_ms.adapters.matching import by_pattern, layer_index, matches, ranges
-from lora_ms.adapters.methods import embedding, lowrank
+from lora_ms.adapters.methods import embedding, lowrank, starts, trained_tokens
 from lora_ms.adapters.methods.base import (
     REQUIRED,
     AdapterConfig,
@@ -23,6 +23,7 @@ from lora_ms.adapters.methods.base import (
     Key,
     Pair,
     RowUpdate,
+    SeenRows,
     Shape,
     Target,
     Update,
@@ -36,15 +37,21 @@ from lora_ms.adapters.methods.base import (
     shared_options,
 )
 from lora_ms.errors import LoraMsError
+from lora_ms.folder_schema import TokenIndices
 from lora_ms.storage import Entry
 from lora_ms.values import Bounds, Flag, Layers, Number, Targets, Whole, WholeOrNumber, pattern_of, read_with
 
 if TYPE_CHECKING:
+    from mindspore import nn
+
     from lora_ms.adapters.methods.base_cells import AdapterCell
 
 RANK, ALPHA, DROPOUT = Bounds(ge=1), Bounds(gt=0), Bounds(ge=0, lt=1)
 BIASES = ("none", "all", "lora_only")
-INITS = ("gaussian", "orthogonal", "pissa", "olora", "loftq", "eva")  # and pissa_niter_N; True for the default
+INITS = (  # and pissa_niter_N; True for the default
+    *("gaussian", "orthogonal", "pissa", "olora", "loftq"),
+    *("eva", "corda", "lora_ga"),  # from rows: see ``starts``
+)
 # values of init_lora_weights that leave the weight as it was: the file holds what came of them
 FORGOTTEN_INITS = ("eva", "mica", "gaussian", "orthogonal", "loftq")
 
@@ -123,16 +130,23 @@ class LoraConfig(AdapterConfig, LowRankOptions):
         layer_groups: ranks and alphas by ranges of layers, in place of layers_to_transform, rank_pattern and
             alpha_pattern; ``bits: nf4`` quantises these layers.
         modules_to_save: path suffixes of whole modules to train: norms, embedding, head, dense layers.
+        trainable_token_indices: ids of tokens whose rows of the embedding train, and of a head that is tied to it; or
+            a mapping from ``embed_tokens`` and ``lm_head`` to such lists.
         use_rslora: scale by ``lora_alpha / sqrt(rank)``.
         use_lorafa: LoRA-FA (Zhang et al., 2023): A keeps its start, and only B trains; not on the embedding.
         use_dora: train the length of each row of the weight separately from its direction.
         lora_bias: a bias beside each B.
         bias: which of the base model's biases train: none, all, or lora_only (those of the adapted layers).
         init_lora_weights: True (A Kaiming uniform, B zero), gaussian, orthogonal, pissa, pissa_niter_N, olora,
-            or loftq: for quantised weights, the leading part of the quantisation error (one step, as in PEFT); or eva
-            (Paischer et al., 2024): A from the principal directions of each module's input at label tokens.
+            or loftq: for quantised weights, the leading part of the quantisation error (one step, as in PEFT). From
+            rows of the run: eva (Paischer et al., 2024): A from the principal directions of each module's input at
+            label tokens; corda (Yang et al., 2024): A and B from the weight, as it acts on these inputs; lora_ga (Wang
+            et al., 2024): A and B from the gradient of the weight.
         eva_rho: with eva, a module gets at most this many times ``lora_rank``; ranks go where a direction explains
             most, and their sum stays the same. 1: all modules have ``lora_rank``.
+        corda_method: with corda, ipm trains the part of the weight that acts most on the rows, to learn them fast; kpm
+            the part that acts least on them, to keep what they stand for.
+        begun: whether A and B are found, of a start from rows; a run sets it.
 
     Raises:
         LoraMsError: a value out of range, or two that exclude each other.
@@ -154,7 +168,12 @@ class LoraConfig(AdapterConfig, LowRankOptions):
         "lora_magnitude_vector",
         "base_layer.bias",
     )
-    PARAMETERS: ClassVar[tuple[str, ...]] = ("lora_a", "lora_b", "lora_bias", "lora_magnitude")
+    BESIDE_TENSORS: ClassVar[tuple[str, ...]] = (trained_tokens.TENSOR,)
+    PARAMETERS: ClassVar[tuple[str, ...]] = (
+        *("lora_a", "lora_b", "lora_bias", "lora_magnitude"),
+        trained_tokens.PARAMETER,
+    )
+    PEFT_KEYS: ClassVar[Mapping[str, Any]] = {trained_tokens.OPTION: TokenIndices}
     IDLE: ClassVar[Mapping[str, float]] = {"lora_B.weight": 0.0, "lora_embedding_A": 0.0, "lora_embedding_B": 0.0}
     IDLE_CHECK: ClassVar[tuple[str, str]] = ("B not zero", "every B is zero: LoRA changes nothing")
     YAML_KEYS: ClassVar[Mapping[str, Key]] = {
@@ -163,7 +182,7 @@ class LoraConfig(AdapterConfig, LowRankOptions):
         # and the highest rate of an adapter on the embedding then
         "loraplus_lr_embedding": Key(Number, 1e-6, Bounds(gt=0)),
     }
-    AGREEING: ClassVar[tuple[str, ...]] = ("use_rslora", "use_dora", "lora_bias", "bias")
+    AGREEING: ClassVar[tuple[str, ...]] = ("use_rslora", "use_dora", "lora_bias", "bias", trained_tokens.OPTION)
     SPEC_KEYS: ClassVar[Mapping[str, frozenset[str]]] = {"lora_rank": LORA_KEYS, "lora_alpha": ALPHA_KEYS}
     PLACING: ClassVar[frozenset[str]] = AdapterConfig.PLACING | {"layer_groups"}
     WITH_MINDFORMERS: ClassVar[bool] = True
@@ -171,15 +190,21 @@ class LoraConfig(AdapterConfig, LowRankOptions):
     rank_pattern: Mapping[str, int] = option({}, pattern_of(RANK.on(Whole)))
     alpha_pattern: Mapping[str, float] = option({}, pattern_of(ALPHA.on(WholeOrNumber)))
     layer_groups: tuple[LayerGroup, ...] = option((), list[LayerGroup])  # in YAML, an entry is a section
+    trainable_token_indices: trained_tokens.TokenIndices = option(
+        (), read_with(trained_tokens.read, list[int] | dict[str, list[int]] | None), yaml_default=None
+    )
     use_rslora: bool = option(False, Flag)
     use_dora: bool = option(False, Flag)
     use_lorafa: bool = option(False, Flag)
     lora_bias: bool = option(False, Flag)
     init_lora_weights: bool | str = option(True, read_with(read_init, bool | str))
     eva_rho: float = option(1.0, Number, Bounds(ge=1))
+    corda_method: str = option("ipm", Literal["ipm", "kpm"])
+    begun: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, trained_tokens.OPTION, trained_tokens.checked(self.trainable_token_indices))
         for pattern, rank in self.rank_pattern.items():
             check_number(pattern, rank, RANK)
         for pattern, alpha in self.alpha_pattern.items():
@@ -199,6 +224,8 @@ class LoraConfig(AdapterConfig, LowRankOptions):
 
     def _check_init(self) -> None:
         init = self.init_lora_weights
+        if self.corda_method not in ("ipm", "kpm"):
+            raise LoraMsError(f"corda_method {self.corda_method!r} is none of ipm, kpm")
         if isinstance(init, bool):
             return
         if not is_init(init):
@@ -264,8 +291,7 @@ class LoraConfig(AdapterConfig, LowRankOptions):
 
     def scaling(self, name: str) -> float:
         """The number that multiplies B A of module ``name``."""
-        spec = self.spec(name)
-        return lowrank.scaling_of(spec.lora_rank, spec.lora_alpha, self.use_rslora)
+        return self.scaling_of(self.spec(name))
 
     def patterns(self) -> Mapping[str, Mapping[str, float]]:
         return {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
@@ -307,40 +333,17 @@ class LoraConfig(AdapterConfig, LowRankOptions):
         return [*found, *head_notes(self.lora_dropout, adapted)]
 
     @property
-    def reads_inputs(self) -> bool:
-        return self.init_lora_weights == "eva"
+    def sees_rows(self) -> bool:
+        return self.init_lora_weights in starts.STARTS and not self.begun
 
     def started(
-        self, inputs: Iterable[tuple[tuple[str, ...], Array]], names: Collection[str]
+        self, seen: SeenRows, specs: Mapping[str, LoraSpec]
     ) -> "tuple[LoraConfig, dict[str, dict[str, Array]]]":
-        most = int(self.eva_rho * self.lora_rank)
-        found: dict[str, tuple[Array, Array]] = {}
-        for together, taken in inputs:
-            adapted = [name for name in together if name in names]
-            if adapted:
-                found |= dict.fromkeys(adapted, lowrank.leading_directions(taken, most))
-        left = sorted(set(names) - found.keys())
-        if left:
-            raise LoraMsError(f"init_lora_weights eva is for projections of layers: {left[0]} is none")
-        few = next((name for name, (directions, _) in found.items() if len(directions) < self.lora_rank), None)
-        if few is not None:
-            raise LoraMsError(
-                f"init_lora_weights eva: rank {self.lora_rank} of {few} needs as many tokens: give more rows"
-            )
-        ranks = dict.fromkeys(found, self.lora_rank)
-        if most > self.lora_rank:
-            shares = {name: share for name, (_, share) in found.items()}
-            ranks = lowrank.ranks_by_share(shares, self.lora_rank * len(found))
-        kept = {name: rank for name, rank in ranks.items() if rank}
-        other = {name: rank for name, rank in kept.items() if rank != self.lora_rank}
-        config = replace(
-            self,
-            init_lora_weights=True,
-            target_modules=tuple(kept) if len(kept) < len(ranks) else self.target_modules,
-            rank_pattern=other,
-            alpha_pattern={name: self.lora_alpha * rank / self.lora_rank for name, rank in other.items()},
-        )
-        return config, {name: {"lora_A.weight": found[name][0][:rank]} for name, rank in kept.items()}
+        return starts.STARTS[str(self.init_lora_weights)](self, seen, specs)
+
+    def scaling_of(self, spec: LoraSpec) -> float:
+        """The number that multiplies B A of a module with ``spec``."""
+        return lowrank.scaling_of(spec.lora_rank, spec.lora_alpha, self.use_rslora)
 
     # cells
 
@@ -349,19 +352,32 @@ class LoraConfig(AdapterConfig, LowRankOptions):
 
         return lora_cells.build(self, target, spec)
 
+    def beside(self, cells: "Mapping[str, nn.Cell]", built: "Mapping[str, nn.Cell]") -> "Mapping[str, nn.Cell]":
+        from lora_ms.adapters.methods import trained_tokens_cells
+
+        return trained_tokens_cells.build(self.trainable_token_indices, cells, built)
+
+    def modules_beside(self, names: Iterable[str]) -> Collection[str]:
+        return trained_tokens.stored_modules(self.trainable_token_indices, names)
+
+    @property
+    def keys_beside(self) -> list[str]:
+        return [*super().keys_beside, *([trained_tokens.OPTION] if self.trainable_token_indices else [])]
+
     # PEFT's files
 
     def to_peft(self, specs: Mapping[str, LoraSpec], targets: Sequence[str]) -> dict[str, Any]:
         """``r`` and ``lora_alpha`` are the commonest; those that differ go into the two patterns, by whole path.
 
-        The update that PiSSA and OLoRA subtract from the weight at the start goes into the file: an adapter of twice
-        the rank on the weight as it was. ``alpha / rank`` stays, and so does ``alpha / sqrt(rank)``.
+        The update that PiSSA, OLoRA, CorDA and LoRA-GA subtract from the weight at the start goes into the file: an
+        adapter of twice the rank on the weight as it was. ``alpha / rank`` stays, and so does ``alpha / sqrt(rank)``.
         """
         if self.changed_base:
             wider = 2**0.5 if self.use_rslora else 2.0
             specs = {name: LoraSpec(2 * rank, wider * alpha) for name, (rank, alpha) in specs.items()}
         rank = _commonest([spec.lora_rank for spec in specs.values()])
         alpha = _commonest([spec.lora_alpha for spec in specs.values()])
+        tokens = self.trainable_token_indices
         return {
             "layers_to_transform": None,  # target_modules says it all
             "lora_alpha": plain_number(alpha),
@@ -378,14 +394,16 @@ class LoraConfig(AdapterConfig, LowRankOptions):
             },
             # an older PEFT refuses a key that it does not know
             **({"lora_bias": True} if self.lora_bias else {}),
+            **({trained_tokens.OPTION: trained_tokens.to_peft(tokens)} if tokens else {}),
         }
 
     @classmethod
     def from_peft(cls, peft: Mapping[str, Any]) -> "LoraConfig":
         init = peft.get("init_lora_weights", True)
-        if str(init).startswith("pissa_niter_"):
+        lost = "was random" if str(init).startswith("pissa_niter_") else "came from rows"
+        if lost == "was random" or init in ("corda", "lora_ga"):
             raise LoraMsError(
-                f"what {init} took out of the weights was random and is not in the file; "
+                f"what {init} took out of the weights {lost} and is not in the file; "
                 "save it in PEFT with path_initial_model_for_weight_conversion"
             )
         forgotten = isinstance(init, bool) or init is None or init in FORGOTTEN_INITS
@@ -399,12 +417,15 @@ class LoraConfig(AdapterConfig, LowRankOptions):
             use_rslora=bool(peft.get("use_rslora")),
             use_dora=bool(peft.get("use_dora")),
             lora_bias=bool(peft.get("lora_bias")),
+            trainable_token_indices=peft.get(trained_tokens.OPTION) or (),
             init_lora_weights=True if forgotten else init,
             **shared_options(peft),
         )
 
     def shapes(self, name: str, found: Mapping[str, Shape], weight: Shape, has_bias: bool) -> dict[str, Shape]:
         rank = self.spec(name).lora_rank
+        if trained_tokens.TENSOR in found:
+            return trained_tokens.shapes(trained_tokens.tokens_of(self.trainable_token_indices, name), weight)
         if embedding.is_stored(found):
             return embedding.shapes(rank, weight, self.use_dora)
         outputs, inputs = weight[0], weight[-1]
@@ -418,6 +439,8 @@ class LoraConfig(AdapterConfig, LowRankOptions):
         return wanted
 
     def update(self, name: str, tensors: Mapping[str, Entry]) -> Update:
+        if trained_tokens.TENSOR in tensors:
+            return trained_tokens.RowsUpdate(tensors, trained_tokens.tokens_of(self.trainable_token_indices, name))
         if embedding.is_stored(tensors):
             return embedding.EmbeddingUpdate(tensors, self.scaling(name))
         init = str(self.init_lora_weights) if self.changed_base else ""
@@ -442,7 +465,10 @@ class LoraConfig(AdapterConfig, LowRankOptions):
         return f"{text}, rank {self.lora_rank}, alpha {self.lora_alpha:g}, scaling {scaling:g}"
 
     def vllm_refuses(self) -> list[str]:
-        return ["DoRA"] if self.use_dora else []
+        return [
+            *(["DoRA"] if self.use_dora else []),
+            *([trained_tokens.OPTION] if self.trainable_token_indices else []),
+        ]
 
     def vllm_ignores(self) -> list[str]:
         """vLLM reads ``r`` and ``lora_alpha`` alone."""
@@ -457,6 +483,7 @@ class LoraConfig(AdapterConfig, LowRankOptions):
             "lora_bias": self.lora_bias,
             f"bias: {self.bias}": self.bias != "none",
             f"modules_to_save: {', '.join(self.modules_to_save)}": self.modules_to_save,
+            trained_tokens.OPTION: self.trainable_token_indices,
         }
         return [name for name, present in found.items() if present]
 
@@ -469,7 +496,8 @@ class LoraConfig(AdapterConfig, LowRankOptions):
         return Pair(a, b, self.scaling(name))
 
     def not_in_rows(self) -> list[str]:
-        return [f"modules_to_save: {', '.join(self.modules_to_save)}"] if self.modules_to_save else []
+        saved = [f"modules_to_save: {', '.join(self.modules_to_save)}"] if self.modules_to_save else []
+        return [*saved, *([trained_tokens.OPTION] if self.trainable_token_indices else [])]
 
     def row_update(self, name: str, tensors: Mapping[str, NDArray]) -> RowUpdate:
         if tensors.keys() == {"bias"} and self.trains_all_biases:
@@ -509,10 +537,14 @@ class LoraConfig(AdapterConfig, LowRankOptions):
     def identity(self) -> dict[str, object]:
         names = "lora_alpha lora_dropout use_rslora use_dora bias".split()
         found = {name: getattr(self, name) for name in names} | {"init_lora_weights": str(self.init_lora_weights)}
+        if self.trainable_token_indices:
+            found[trained_tokens.OPTION] = trained_tokens.to_peft(self.trainable_token_indices)
+        if self.init_lora_weights == "corda":
+            found["corda_method"] = self.corda_method
         return found | ({"use_lorafa": True} if self.use_lorafa else {})
 
     def not_split(self, training: bool) -> list[str]:
-        plain, keys = LoraConfig(), ["use_dora", "lora_bias", "bias", "modules_to_save"]
+        plain, keys = LoraConfig(), ["use_dora", "lora_bias", "bias", "modules_to_save", trained_tokens.OPTION]
         keys += ["init_lora_weights"] if training else []
         return [key for key in keys if getattr(self, key) != getattr(plain, key)]
 

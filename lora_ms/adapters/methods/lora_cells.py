@@ -1,7 +1,7 @@
 """LoRA on a dense layer."""
 
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from typing import TYPE_CHECKING
 
 import mindspore as ms
@@ -167,10 +167,6 @@ class LoRADense(AdapterCell):
         if init == "loftq":
             self._begin_with(*lowrank.error_factors(quantisation_error(self.base), self.lora_rank))
             return
-        if lowrank.changes_weight(init) and self.base.quantised:
-            raise LoraMsError(
-                f"init_lora_weights {init} changes the weights, and these are quantised: choose loftq, or True"
-            )
         rng = np.random.default_rng(np.random.randint(2**31))  # NumPy's stream, which mindspore.set_seed sets
         a, b = lowrank.initial_factors(init, self.base.numbers(), self.lora_rank, self.scaling_value(), rng)
         self._begin_with(a, b)
@@ -180,6 +176,16 @@ class LoRADense(AdapterCell):
     def _begin_with(self, a: NDArray, b: NDArray) -> None:
         self.lora_a.set_data(Tensor(a, self.lora_a.dtype))
         self.lora_b.set_data(Tensor(b, self.lora_b.dtype))
+
+    def begin_with(self, values: Mapping[str, NDArray[np.float32]]) -> None:
+        """Of a start that has B, too, the update is subtracted from the weight: the layer computes the same as before.
+
+        Raises:
+            LoraMsError: the weight is quantised, and cannot change.
+        """
+        super().begin_with(values)
+        if "lora_B.weight" in values:
+            self.subtract_initial_update(values["lora_A.weight"], values["lora_B.weight"])
 
     def subtract_initial_update(self, a: NDArray, b: NDArray) -> None:
         """Makes the weight, in a copy of its own, what is left without ``scaling b a``."""
@@ -342,8 +348,12 @@ def build(config: "LoraConfig", target: Target, spec: LoraSpec) -> AdapterCell:
         )
     kind = dora_cells.DoRADense if config.use_dora else LoRADense
     init = config.init_lora_weights
-    if init == "eva":
-        raise LoraMsError("init_lora_weights eva starts from rows, which lora-ms finetune has: set it there")
+    if config.sees_rows:
+        raise LoraMsError(f"init_lora_weights {init} starts from rows, which lora-ms finetune has: set it there")
+    if lowrank.changes_weight(str(init)) and projection_of(target.layer, target.operators).quantised:
+        raise LoraMsError(
+            f"init_lora_weights {init} changes the weights, and these are quantised: choose loftq, or True"
+        )
     if init == "loftq" and not projection_of(target.layer, target.operators).quantised:
         if not config.quantises_some:
             raise LoraMsError(
@@ -355,7 +365,7 @@ def build(config: "LoraConfig", target: Target, spec: LoraSpec) -> AdapterCell:
         spec.lora_rank,
         spec.lora_alpha,
         lora_dropout=config.lora_dropout,
-        init_lora_weights=init,
+        init_lora_weights=True if config.begun else init,  # its tensors come from elsewhere
         train_bias=config.bias != "none",
         use_rslora=config.use_rslora,
         lora_bias=config.lora_bias,

@@ -103,11 +103,51 @@ def error_factors(error: Array, rank: int) -> tuple[Array, Array]:
     return np.ascontiguousarray(root[:, None] * v), np.ascontiguousarray(u * root)
 
 
+DAMPING = 0.01  # added to the diagonal of a second moment, as a share of its mean: PEFT's first try
+
+
+def damped_second_moment(inputs: Array) -> NDArray[np.float64]:
+    """``X^T X`` [in, in] of ``inputs`` [tokens, in], scaled as in PEFT, with ``DAMPING``."""
+    scaled = inputs.astype(np.float64) / max(abs(float(inputs.max())), 1e-30)
+    found = scaled.T @ scaled
+    found[np.diag_indices_from(found)] += DAMPING * np.trace(found) / len(found)
+    return found
+
+
+def oriented_factors(
+    weight: Array, second_moment: NDArray[np.float64], rank: int, scaling: float, least: bool
+) -> tuple[Array, Array]:
+    """A [rank, in] and B [out, rank] of CorDA (Yang et al., 2024): ``scaling B A`` is the part of W [out, in] that acts
+    most, or ``least``, on inputs of this second moment C [in, in]: by the singular values of W C, without C again."""
+    product = weight.astype(np.float64) @ second_moment
+    exact = least or min(product.shape) <= EXACT
+    kept = min(product.shape) if least else rank
+    u, s, v = principal_factors(product, kept, None if exact else 4, np.random.default_rng(0))
+    u, s, v = u[:, -rank:], s[-rank:], v[-rank:]  # all of them, where they are the leading ones
+    without = np.linalg.solve(second_moment, v.T).T  # C is symmetric
+    root = np.sqrt(s / scaling)
+    return (root[:, None] * without).astype(np.float32), (u * root).astype(np.float32)
+
+
+STABLE_GAMMA = 16.0  # PEFT's
+
+
+def gradient_factors(gradient: Array, rank: int) -> tuple[Array, Array]:
+    """A [rank, in] and B [out, rank] of LoRA-GA (Wang et al., 2024), as PEFT has it by default (ArB2r, stable): A are
+    the leading directions of the gradient [out, in], B the next ones by their singular values, times
+    ``out^(1/4) / STABLE_GAMMA^(1/2)``. (The paper has no singular values there, and that factor on A, too.)"""
+    exact = min(gradient.shape) <= EXACT
+    count = 2 * rank if exact else min(4 * rank, *gradient.shape)  # more than are kept, for accuracy
+    u, s, v = principal_factors(gradient, count, None if exact else 4, np.random.default_rng(0))
+    factor = np.float32(len(gradient) ** 0.25 / STABLE_GAMMA**0.5)
+    return np.ascontiguousarray(v[:rank]), np.ascontiguousarray(u[:, rank : 2 * rank] * s[rank : 2 * rank] * factor)
+
+
 def changes_weight(init: str) -> bool:
     """Whether the initial update is subtracted from the weight."""
-    return init.startswith("pissa") or init == "olora"
+    return init.startswith("pissa") or init in ("olora", "corda", "lora_ga")
 
 
 def difference(a: Array, b: Array, initial_a: Array, initial_b: Array) -> tuple[Array, Array]:
-    """``B A - B0 A0`` as one pair of twice the rank: what a trained PiSSA or OLoRA adds to the untouched weight."""
+    """``B A - B0 A0`` as one pair of twice the rank: what a trained PiSSA, say, adds to the untouched weight."""
     return np.concatenate((a, initial_a)), np.concatenate((b, -initial_b), 1)
