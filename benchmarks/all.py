@@ -103,6 +103,11 @@ PROGRAMS = {
         "what is forgotten, by method", "各方法忘掉多少", "--out {results} --seeds 5",
         "--out {results} --seeds 1 --steps 4 --methods lora", peer=False,
     ),
+    "loss_terms": Program(
+        "what terms of the loss cost", "损失项的代价",
+        "--layers 30 --hidden 576 --heads 9 --kv_heads 3 --ffn 1536 --vocab 49152 --tied", f"{SMALL} --steps 2",
+        peer=False,
+    ),
     "long_run": Program(
         "a long run stays as it began", "长时间训练保持不变", "--steps 20000", "--steps 2000 --every 500", peer=False,
     ),

@@ -12,8 +12,8 @@ was published with (its CL_Benchmark, ``[{"sentence", "label"}]``). Domain: righ
 rows a task. General: the loss on pages of DATA/c4_demo.jsonl ({"text"}), and DATA/cl/COPA, the right one of two
 sentences by log-likelihood. Beside it PEFT's own LoRA, by torch, on the same tokens; lora-ms eval scores its adapters.
 
-Each run is a process of its own; what is in ``--out`` already is not run again. Prints the table of docs/forgetting.md,
-and draws the figure beside ``--out``.
+Each run is a process of its own; what is in ``--out`` already is not run again. Prints the tables of docs/forgetting.md
+and draws its figure, or one beside ``--out``.
 """
 
 import argparse
@@ -464,7 +464,7 @@ def main() -> None:
             out.write_text(json.dumps(results, indent=1) + "\n")
             print(f"seed {seed}  {name}: {one}", flush=True)
     print(*tables(results), sep="\n")
-    draw(results, out.with_suffix(".png"))
+    draw(results, out.with_suffix(".png") if args.out else ROOT / "docs" / f"{out.stem}.png")
 
 
 if __name__ == "__main__":
