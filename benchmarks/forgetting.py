@@ -126,9 +126,7 @@ def mix_of(domain: str, general: str) -> dict[str, Any]:
     return {"train_dataset.mix": [{"dataset_dir": name, "weight": share, "role": role} for name, share, role in shares]}
 
 
-def measure_fisher(
-    method: Method, model: str, options: Mapping[str, Any], mix: Mapping[str, Any], folder: Path
-) -> None:
+def measure_fisher(method: Method, model: str, options: Mapping[str, Any], folder: Path) -> None:
     """Writes the file that ``method``'s EWC reads, where it has one."""
     if any(term["type"] == "ewc" for term in method.terms):
         call("fisher", model, options, folder)
@@ -178,24 +176,25 @@ QUESTIONS = {
     "SST-2": "Is the sentiment of this text Good or Bad?",
     "RTE": "Does the first sentence entail the second: entailment or contradiction?",
 }
-LONGEST = {"agnews": 240, "SST-2": 120, "RTE": 240}  # characters: longer rows are left out, two cores being slow
-LEARNT, SCORED, PAGES, PAGE = 160, 60, 40, 500  # rows of a task, its test rows, pages, characters of a page
+LONGEST = {"agnews": 200, "SST-2": 120, "RTE": 200}  # characters: longer rows are left out, two cores being slow
+LEARNT, SCORED, PAGES, PAGE = 120, 60, 40, 500  # rows of a task, its test rows, pages, characters of a page
+MEASURED = 48  # rows of the Fisher information
 REAL_METHODS = {
     "lora": Method(LORA, rate=1e-3),
     "lora + replay": Method(LORA, replays=True, rate=1e-3),
     "all": Method(layered(30), replays=True, terms=[EWC, CONTRAST], rate=1e-3),
     "o-lora": Method(LORA, terms=[ORTHOGONAL], rate=1e-3),
 }
-PEFT = "lora by PEFT"
+UNTRAINED, PEFT = "untrained", "lora by PEFT"
 REAL_COLUMNS = [
     Column("domain accuracy", lambda run: 100 * run["domain after"]),
     Column("backward transfer", lambda run: 100 * run["backward transfer"]),
     Column("rise of general loss", lambda run: run["c4 after"] - run["c4 before"]),
-    Column("COPA after", lambda run: 100 * run["copa after"]),
+    Column("COPA", lambda run: 100 * run["copa after"]),
     Column("minutes", lambda run: run["seconds"] / 60),
 ]
 REAL_STEPS = 20  # of a task
-REAL_BATCH = 8
+REAL_BATCH = 6
 
 
 class Task(NamedTuple):
@@ -233,89 +232,105 @@ def read_copa(data: Path) -> list[dict[str, Any]]:
     return found
 
 
-def write_real(data: Path, folder: Path) -> dict[str, Any]:
-    """Writes the rows to ``folder``: the options ``sequence.tasks`` and ``evaluation.sets``, and the rows to replay."""
-    tasks = []
-    for task in (read_task(data, name) for name in QUESTIONS):
-        learnt = [conversation(row["question"], row["answer"]) for row in task.learnt]
-        files = {"dataset_dir": write_lines(folder / f"{task.name}.jsonl", learnt)}
-        files["eval_dir"] = write_lines(folder / f"{task.name}_test.jsonl", task.asked)
-        tasks.append({"name": task.name, "metric": "choice", **files})
-    lines = (data / "c4_demo.jsonl").read_text(encoding="utf-8").splitlines()
-    pages = [{"text": json.loads(line)["text"][:PAGE]} for line in lines]
-    sets = {
-        "c4": {"dataset_dir": write_lines(folder / "c4.jsonl", pages[:PAGES]), "metric": "loss"},
-        "copa": {"dataset_dir": write_lines(folder / "copa.jsonl", read_copa(data)), "metric": "choice"},
-    }
-    replayed = write_lines(folder / "general.jsonl", pages[PAGES : PAGES + LEARNT])
-    return {"tasks": tasks, "sets": sets, "replayed": replayed}
+class RealRows(NamedTuple):
+    """What is written of DATA, as the configuration takes it."""
+
+    tasks: list[dict[str, Any]]  # sequence.tasks
+    sets: dict[str, Any]  # evaluation.sets of what is general
+    tests: dict[str, Any]  # evaluation.sets of the tasks
+    replayed: str  # general rows
+
+    @classmethod
+    def write(cls, data: Path, folder: Path) -> "RealRows":
+        tasks, tests = [], {}
+        for task in (read_task(data, name) for name in QUESTIONS):
+            learnt = [conversation(row["question"], row["answer"]) for row in task.learnt]
+            rows = write_lines(folder / f"{task.name}.jsonl", learnt)
+            # a sequence scores all tasks before and after each: here on one question, and apart from it where it counts
+            asked = write_lines(folder / f"{task.name}_one.jsonl", task.asked[:1])
+            tasks.append({"name": task.name, "metric": "choice", "dataset_dir": rows, "eval_dir": asked})
+            test = write_lines(folder / f"{task.name}_test.jsonl", task.asked)
+            tests[task.name] = {"dataset_dir": test, "metric": "choice"}
+        lines = (data / "c4_demo.jsonl").read_text(encoding="utf-8").splitlines()
+        pages = [{"text": json.loads(line)["text"][:PAGE]} for line in lines]
+        sets = {
+            "c4": {"dataset_dir": write_lines(folder / "c4.jsonl", pages[:PAGES]), "metric": "loss"},
+            "copa": {"dataset_dir": write_lines(folder / "copa.jsonl", read_copa(data)), "metric": "choice"},
+        }
+        return cls(tasks, sets, tests, write_lines(folder / "general.jsonl", pages[PAGES : PAGES + LEARNT]))
 
 
-def real_options(batch: int) -> dict[str, Any]:
-    return {
-        "runner_config.batch_size": batch,
-        "processor.tokenizer.chat_template": "chatml",  # the model's own without its system message
-        "optimizer.weight_decay": 0.0,
-        "lr_schedule.warmup_ratio": 0.1,
-    }
+REAL = {
+    "runner_config.batch_size": REAL_BATCH,
+    "processor.tokenizer.chat_template": "chatml",  # the model's own without its system message
+    "optimizer.weight_decay": 0.0,
+    "lr_schedule.warmup_ratio": 0.1,
+}
+
+
+def score(model: str, adapter: Path | None, sets: Mapping[str, Any], folder: Path) -> dict[str, float]:
+    """The loss or the accuracy of each set, by ``lora-ms eval``."""
+    options = REAL | {"evaluation.sets": sets, "load_adapter": "" if adapter is None else str(adapter)}
+    said = call("eval", model, options, folder)
+    lines = re.findall(r"^(\S+): loss ([\d.]+)  accuracy ([\d.]+)%  \((\w+)\)$", said, re.M)
+    return {name: float(loss) if metric == "loss" else float(right) / 100 for name, loss, right, metric in lines}
+
+
+def scores_of(learnt: Sequence[tuple[str, Path | None]], rows: RealRows, folder: Path) -> dict[str, float]:
+    """learnt: model and adapter after each task. Each task is scored after it was learnt, and at the end with all."""
+    names = list(rows.tests)
+    then = [
+        score(*pair, {name: rows.tests[name]}, folder)[name] for name, pair in zip(names, learnt[:-1], strict=False)
+    ]
+    last = score(*learnt[-1], rows.sets | rows.tests, folder)
+    found = {f"{name} after": value for name, value in last.items()}
+    found["domain after"] = mean(last[name] for name in names)
+    found["backward transfer"] = mean([last[name] - own for name, own in zip(names, then, strict=False)] or [0.0])
+    return found
 
 
 def run_real(method: Method, seed: int, steps: int, folder: Path, model: str, data: Path) -> dict[str, float]:
     """Three tasks in turn."""
-    given = write_real(data, folder)
-    options = real_options(REAL_BATCH) | settings_of(method, seed, steps)
-    mix = mix_of(given["tasks"][0]["dataset_dir"], given["replayed"])
-    measure_fisher(method, model, options | mix, folder)
-    if method.replays:
-        options |= mix  # a sequence puts each of its tasks in the domain rows' place
-    call("sequence", model, options | {"sequence.tasks": given["tasks"], "evaluation.sets": given["sets"]}, folder)
-    found = json.loads((folder / "run/sequence.json").read_text())
-    ends = []
-    for number, task in ((0, given["tasks"][0]), (len(given["tasks"]) - 1, given["tasks"][-1])):
-        report = json.loads((folder / f"run/task_{number + 1}_{task['name']}/forgetting.json").read_text())
-        ends.append(report["sets"])
-    scores = {"domain before": mean(found["before"]), "domain after": found["mean"]}
-    scores["backward transfer"] = found["backward_transfer"]
-    for name in given["sets"]:
-        scores |= {f"{name} before": ends[0][name]["before"], f"{name} after": ends[1][name]["after"]}
-    return scores
+    rows = RealRows.write(data, folder)
+    options = REAL | settings_of(method, seed, steps)
+    mix = mix_of(rows.tasks[0]["dataset_dir"], rows.replayed)
+    measure_fisher(method, model, options | mix | {"train_dataset.num_samples": MEASURED}, folder)
+    # a sequence puts each of its tasks in the place of the mix's domain rows
+    call("sequence", model, options | (mix if method.replays else {}) | {"sequence.tasks": rows.tasks}, folder)
+    folders = [folder / f"run/task_{number}_{name}" for number, name in enumerate(rows.tests, 1)]
+    models = [model] * len(folders)
+    if any(term is ORTHOGONAL for term in method.terms):
+        models[1:] = [str(earlier / "merged") for earlier in folders[:-1]]
+    return scores_of([(name, one / "adapter") for name, one in zip(models, folders, strict=True)], rows, folder)
 
 
 def run_peft(seed: int, steps: int, folder: Path, model: str, data: Path, torch_python: str) -> dict[str, float]:
-    """The same tasks by torch and PEFT; its adapters scored by ``lora-ms eval``."""
+    """The same tasks by torch and PEFT."""
     from lora_ms.data.choices import ChoiceRow, tokens_of
     from lora_ms.data.template import set_template
     from lora_ms.data.tokenizer import load_tokenizer
 
-    given = write_real(data, folder)
+    rows = RealRows.write(data, folder)
     tokenizer = load_tokenizer(model)
-    set_template(tokenizer, "chatml")
+    set_template(tokenizer, REAL["processor.tokenizer.chat_template"])
     job: dict[str, Any] = {"model": model, "seed": seed, "steps": steps, "batch": REAL_BATCH, "tasks": {}}
-    job |= {"rate": REAL_METHODS["lora"].rate, "warmup": 0.1, "rank": LORA["lora_rank"], "alpha": LORA["lora_alpha"]}
-    for task in (read_task(data, name) for name in QUESTIONS):
-        rows = [ChoiceRow("", row["question"], (row["answer"],), 0) for row in task.learnt]
-        tokens = tokens_of(tokenizer, rows, 128)[0]
-        job["tasks"][task.name] = [[row.input_ids.tolist(), row.labels.tolist()] for row in tokens]
+    job |= {"rate": REAL_METHODS["lora"].rate, "warmup": REAL["lr_schedule.warmup_ratio"]}
+    job |= {"rank": LORA["lora_rank"], "alpha": LORA["lora_alpha"]}
+    for name in rows.tests:
+        asked = [ChoiceRow("", row["question"], (row["answer"],), 0) for row in read_task(data, name).learnt]
+        tokens = tokens_of(tokenizer, asked, 128)[0]
+        job["tasks"][name] = [[row.input_ids.tolist(), row.labels.tolist()] for row in tokens]
     (folder / "job.json").write_text(json.dumps(job))
-    argv = [torch_python, str(Path(__file__).resolve()), "--out", "-", "--torch_job", "job.json"]
+    argv = [torch_python, str(Path(__file__).resolve()), "--torch_job", "job.json"]
     ran = subprocess.run(argv, cwd=folder, capture_output=True, text=True, check=False)
     if ran.returncode:
         raise SystemExit(f"torch: {ran.stderr}")
-    tests = {task["name"]: {"dataset_dir": task["eval_dir"], "metric": "choice"} for task in given["tasks"]}
+    return scores_of([(model, folder / name) for name in rows.tests], rows, folder)
 
-    def scores(sets: Mapping[str, Any], adapter: str) -> dict[str, float]:
-        options = real_options(REAL_BATCH) | {"evaluation.sets": sets, "load_adapter": adapter}
-        said = call("eval", model, options, folder)
-        lines = re.findall(r"^(\S+): loss ([\d.]+)  accuracy ([\d.]+)%  \((\w+)\)$", said, re.M)
-        return {name: float(loss) if metric == "loss" else float(right) / 100 for name, loss, right, metric in lines}
 
-    names = list(tests)
-    before = scores(given["sets"] | tests, "")
-    learnt = [scores({name: tests[name]}, name)[name] for name in names[:-1]]
-    after = scores(given["sets"] | tests, names[-1])
-    found = {"domain before": mean(before[name] for name in names), "domain after": mean(after[name] for name in names)}
-    found["backward transfer"] = mean(after[name] - one for name, one in zip(names, learnt, strict=False))
-    return found | {f"{n} {when}": s[n] for n in given["sets"] for when, s in (("before", before), ("after", after))}
+def run_untrained(folder: Path, model: str, data: Path) -> dict[str, float]:
+    rows = RealRows.write(data, folder)
+    return scores_of([(model, None)], rows, folder)
 
 
 def train_by_torch(job: Mapping[str, Any]) -> None:
@@ -422,7 +437,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="results; by default those that are kept beside this program")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--steps", type=int, help="optimiser steps of a run, of 16 rows: 80; of a task, of 8: 20")
+    parser.add_argument("--steps", type=int, help="optimiser steps of a run, of 16 rows: 80; of a task, of 6: 20")
     parser.add_argument("--methods", nargs="+", metavar="NAME")
     parser.add_argument("--folder", help="a real model's, to learn tasks in turn")
     parser.add_argument("--data", type=Path, help="folder with cl/ and c4_demo.jsonl, for --folder")
@@ -439,6 +454,7 @@ def main() -> None:
     runs: dict[str, Callable[[int, Path], dict[str, float]]] = {}
     if args.folder:
         steps, data = args.steps or REAL_STEPS, args.data.resolve()
+        runs[UNTRAINED] = lambda seed, folder: run_untrained(folder, model, data)
         for name, method in REAL_METHODS.items():
             runs[name] = lambda seed, folder, m=method: run_real(m, seed, steps, folder, model, data)
         runs[PEFT] = lambda seed, folder: run_peft(seed, steps, folder, model, data, args.torch_python)
@@ -453,13 +469,15 @@ def main() -> None:
         parser.error(f"no method {unknown[0]}: choose from {', '.join(runs)}")
     results: Results = json.loads(out.read_text()) if out.exists() else {}
     for seed in range(args.seeds):
-        for name in args.methods or runs:
-            if str(seed) in results.get(name, {}):
+        for name in [name for name in runs if not args.methods or name in (*args.methods, UNTRAINED)]:
+            if str(seed) in results.get(name, {}) or (name == UNTRAINED and seed):
                 continue
             begun = time.time()
             with tempfile.TemporaryDirectory() as folder:
                 one = runs[name](seed, Path(folder)) | {"seconds": round(time.time() - begun)}
             results.setdefault(name, {})[str(seed)] = one
+            if args.folder:
+                one["c4 before"] = results[UNTRAINED]["0"]["c4 after"]
             results = {key: results[key] for key in runs if key in results}
             out.write_text(json.dumps(results, indent=1) + "\n")
             print(f"seed {seed}  {name}: {one}", flush=True)
