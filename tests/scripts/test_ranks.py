@@ -42,11 +42,14 @@ if os.environ.get("MS_NODE_ID") == "1":
     sys.argv += ["--learning_rate", "7e-3", "--do_eval", "False", "--seed", "4"]
 raise SystemExit(run_mindformer())
 """
-# lora-ms, as a file to start
-COMMANDS = """
+# lora-ms fisher, then finetune; several processes measure for the comparison alone, and train with one's file
+MEASURED = """
+import sys
 from lora_ms.cli.main import main
 
-raise SystemExit(main())
+words = sys.argv[1:]
+more = ["--output", "fisher2.safetensors"] if "--use_parallel" in words else []
+raise SystemExit(main(["fisher", *words, *more]) or main(["finetune", *words]))
 """
 # 30 rows of a domain, 15 to be kept in mind
 HYBRID = """
@@ -84,8 +87,15 @@ class Launcher:
         self.words += ["--train_dataset_dir", rows, "--eval_dataset_dir", rows]
 
     def alone(self, name: str, *more: str, program: str = "") -> subprocess.CompletedProcess[str]:
-        words = program.split() or [self.root / "run_mindformer.py"]
-        words += [*self.words, "--output_dir", name, "--batch_size", "8", *more]
+        words = [
+            program or self.root / "run_mindformer.py",
+            *self.words,
+            "--output_dir",
+            name,
+            "--batch_size",
+            "8",
+            *more,
+        ]
         return self.finish(subprocess.Popen([self.python, *map(str, words)], **self.pipes()))
 
     def start(
@@ -321,15 +331,13 @@ def test_terms_of_the_loss_in_two_processes(launch):
     (launch.folder / "domain.jsonl").write_text("".join(rows[:30]))
     (launch.folder / "general.jsonl").write_text("".join(rows[30:]))
     (launch.folder / "hybrid.yaml").write_text(HYBRID)
-    (launch.folder / "commands.py").write_text(COMMANDS)
+    (launch.folder / "measured.py").write_text(MEASURED)
     hybrid = copy.copy(launch)
     hybrid.words = ["--config", "hybrid.yaml", *launch.words[2:4]]
-    fisher = {"program": "commands.py fisher"}
+    in_turn = ["--batch_size", "4", "--gradient_accumulation_steps", "2"]
     for ran in (
-        hybrid.alone("h1", "--output", "fisher.safetensors", **fisher),
-        hybrid.finish(hybrid.start("h2", 2, 1, "--output", "fisher2.safetensors", **fisher)),
-        hybrid.alone("hybrid one", "--batch_size", "4", "--gradient_accumulation_steps", "2"),
-        hybrid.finish(hybrid.start("hybrid two", 2, 1)),
+        hybrid.alone("hybrid one", *in_turn, program="measured.py"),
+        hybrid.finish(hybrid.start("hybrid two", 2, 1, program="measured.py")),
     ):
         assert ran.returncode == 0, ran.stdout + ran.stderr
     one, two = (load_file(launch.folder / name) for name in ("fisher.safetensors", "fisher2.safetensors"))
