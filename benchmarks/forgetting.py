@@ -21,6 +21,7 @@ import json
 import os
 import random
 import re
+import resource
 import subprocess
 import sys
 import tempfile
@@ -188,10 +189,8 @@ REAL_METHODS = {
 UNTRAINED, PEFT = "untrained", "lora by PEFT"
 REAL_COLUMNS = [
     Column("domain accuracy", lambda run: 100 * run["domain after"]),
-    Column("backward transfer", lambda run: 100 * run["backward transfer"]),
     Column("rise of general loss", lambda run: run["c4 after"] - run["c4 before"]),
     Column("COPA", lambda run: 100 * run["copa after"]),
-    Column("minutes", lambda run: run["seconds"] / 60),
 ]
 REAL_STEPS = 20  # of a task
 REAL_BATCH = 6
@@ -268,25 +267,14 @@ REAL = {
 }
 
 
-def score(model: str, adapter: Path | None, sets: Mapping[str, Any], folder: Path) -> dict[str, float]:
-    """The loss or the accuracy of each set, by ``lora-ms eval``."""
+def score(model: str, adapter: Path | None, rows: RealRows, folder: Path) -> dict[str, float]:
+    """The loss or the accuracy of each set, by ``lora-ms eval``, and the mean over the tasks."""
+    sets = rows.sets | rows.tests
     options = REAL | {"evaluation.sets": sets, "load_adapter": "" if adapter is None else str(adapter)}
     said = call("eval", model, options, folder)
     lines = re.findall(r"^(\S+): loss ([\d.]+)  accuracy ([\d.]+)%  \((\w+)\)$", said, re.M)
-    return {name: float(loss) if metric == "loss" else float(right) / 100 for name, loss, right, metric in lines}
-
-
-def scores_of(learnt: Sequence[tuple[str, Path | None]], rows: RealRows, folder: Path) -> dict[str, float]:
-    """learnt: model and adapter after each task. Each task is scored after it was learnt, and at the end with all."""
-    names = list(rows.tests)
-    then = [
-        score(*pair, {name: rows.tests[name]}, folder)[name] for name, pair in zip(names, learnt[:-1], strict=False)
-    ]
-    last = score(*learnt[-1], rows.sets | rows.tests, folder)
-    found = {f"{name} after": value for name, value in last.items()}
-    found["domain after"] = mean(last[name] for name in names)
-    found["backward transfer"] = mean([last[name] - own for name, own in zip(names, then, strict=False)] or [0.0])
-    return found
+    found = {f"{n} after": float(loss) if metric == "loss" else float(right) / 100 for n, loss, right, metric in lines}
+    return found | {"domain after": mean(found[f"{name} after"] for name in rows.tests)}
 
 
 def run_real(method: Method, seed: int, steps: int, folder: Path, model: str, data: Path) -> dict[str, float]:
@@ -297,11 +285,9 @@ def run_real(method: Method, seed: int, steps: int, folder: Path, model: str, da
     measure_fisher(method, model, options | mix | {"train_dataset.num_samples": MEASURED}, folder)
     # a sequence puts each of its tasks in the place of the mix's domain rows
     call("sequence", model, options | (mix if method.replays else {}) | {"sequence.tasks": rows.tasks}, folder)
-    folders = [folder / f"run/task_{number}_{name}" for number, name in enumerate(rows.tests, 1)]
-    models = [model] * len(folders)
-    if any(term is ORTHOGONAL for term in method.terms):
-        models[1:] = [str(earlier / "merged") for earlier in folders[:-1]]
-    return scores_of([(name, one / "adapter") for name, one in zip(models, folders, strict=True)], rows, folder)
+    *_, before, last = (folder / f"run/task_{number}_{name}" for number, name in enumerate(rows.tests, 1))
+    is_apart = ORTHOGONAL in method.terms  # then the last task's adapter belongs to the model with the earlier ones
+    return score(str(before / "merged") if is_apart else model, last / "adapter", rows, folder)
 
 
 def run_peft(seed: int, steps: int, folder: Path, model: str, data: Path, torch_python: str) -> dict[str, float]:
@@ -325,12 +311,7 @@ def run_peft(seed: int, steps: int, folder: Path, model: str, data: Path, torch_
     ran = subprocess.run(argv, cwd=folder, capture_output=True, text=True, check=False)
     if ran.returncode:
         raise SystemExit(f"torch: {ran.stderr}")
-    return scores_of([(model, folder / name) for name in rows.tests], rows, folder)
-
-
-def run_untrained(folder: Path, model: str, data: Path) -> dict[str, float]:
-    rows = RealRows.write(data, folder)
-    return scores_of([(model, None)], rows, folder)
+    return score(model, folder / list(rows.tests)[-1], rows, folder)
 
 
 def train_by_torch(job: Mapping[str, Any]) -> None:
@@ -420,7 +401,7 @@ def draw(results: Results, path: Path) -> None:
 
     rest = {name: runs for name, runs in results.items() if name not in IN_TURN}
     is_real = any("c4 after" in run for runs in rest.values() for run in runs.values())
-    x, y = (REAL_COLUMNS[2], REAL_COLUMNS[0]) if is_real else (TINY_COLUMNS[1], TINY_COLUMNS[2])
+    x, y = (REAL_COLUMNS[1], REAL_COLUMNS[0]) if is_real else (TINY_COLUMNS[1], TINY_COLUMNS[2])
     units = (" (nats per token)", " (%)") if is_real else (" (% of the general questions)", " (%)")
     figure, axis = pyplot.subplots(figsize=(7, 4.5), dpi=110, layout="constrained")
     for name, runs in rest.items():
@@ -431,6 +412,12 @@ def draw(results: Results, path: Path) -> None:
     axis.grid(alpha=0.3)
     axis.legend(frameon=False, fontsize="small")
     figure.savefig(path)
+
+
+def cpu_seconds() -> float:
+    """Of all processes started here that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def main() -> None:
@@ -454,7 +441,7 @@ def main() -> None:
     runs: dict[str, Callable[[int, Path], dict[str, float]]] = {}
     if args.folder:
         steps, data = args.steps or REAL_STEPS, args.data.resolve()
-        runs[UNTRAINED] = lambda seed, folder: run_untrained(folder, model, data)
+        runs[UNTRAINED] = lambda seed, folder: score(model, None, RealRows.write(data, folder), folder)
         for name, method in REAL_METHODS.items():
             runs[name] = lambda seed, folder, m=method: run_real(m, seed, steps, folder, model, data)
         runs[PEFT] = lambda seed, folder: run_peft(seed, steps, folder, model, data, args.torch_python)
@@ -472,9 +459,10 @@ def main() -> None:
         for name in [name for name in runs if not args.methods or name in (*args.methods, UNTRAINED)]:
             if str(seed) in results.get(name, {}) or (name == UNTRAINED and seed):
                 continue
-            begun = time.time()
+            begun, used = time.time(), cpu_seconds()
             with tempfile.TemporaryDirectory() as folder:
-                one = runs[name](seed, Path(folder)) | {"seconds": round(time.time() - begun)}
+                one = runs[name](seed, Path(folder))
+            one |= {"seconds": round(time.time() - begun), "cpu seconds": round(cpu_seconds() - used)}
             results.setdefault(name, {})[str(seed)] = one
             if args.folder:
                 one["c4 before"] = results[UNTRAINED]["0"]["c4 after"]
