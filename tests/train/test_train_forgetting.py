@@ -222,7 +222,7 @@ def softmax(x: np.ndarray) -> np.ndarray:
 
 
 def contrast(hidden: np.ndarray, rows: list[np.ndarray], general: np.ndarray, temperature: float) -> float:
-    """The mean over pairs, in float64; rows: the slots of each."""
+    """The mean over pairs, in float64, of domain rows against general ones; rows: the slots of each."""
     means = np.stack([hidden[slots].mean(0) for slots in rows])
     units = means / np.linalg.norm(means, axis=1, keepdims=True)
     domain, others = units[~general], units[general]
@@ -241,8 +241,11 @@ def numeric(f, x: np.ndarray) -> np.ndarray:
     return found
 
 
-@pytest.mark.parametrize("general", [[0, 1, 0, 1], [0, 0, 1, 0], [1, 0, 1, 1]])
-def test_contrastive(graph_mode, general):
+@pytest.mark.parametrize(
+    ("general", "symmetric"),
+    [([0, 1, 0, 1], False), ([0, 0, 1, 0], False), ([1, 0, 1, 1], False), ([0, 1, 0, 1], True), ([0, 0, 1, 0], True)],
+)
+def test_contrastive(graph_mode, general, symmetric):
     """Four rows of 2, 3, 1 and 2 label tokens in nine slots, of which the last is unused."""
     from mindspore import ops
 
@@ -250,9 +253,8 @@ def test_contrastive(graph_mode, general):
     counts = np.array([2, 3, 1, 2])
     slots = np.split(np.arange(8), np.cumsum(counts)[:-1])
     hidden = drawn(9, 5).astype(np.float64)
-    term = keys({"type": "contrastive", "weight": 0.3, "temperature": 0.5})[0].row_term(
-        GivenRows(general, counts, 8, lambda rows: [], lambda: None)
-    )
+    (given,) = keys({"type": "contrastive", "weight": 0.3, "temperature": 0.5, "symmetric": symmetric})
+    term = given.row_term(GivenRows(general, counts, 8, lambda rows: [], lambda: None))
     assert term.rows.units(np.arange(4)) == min(general.sum(), 4 - general.sum())
     pairs = term.rows.units(np.arange(4))
     arrays = [Tensor(a) for a in term.rows.arrays(np.arange(4), counts, 9, 8 / pairs)]
@@ -260,7 +262,8 @@ def test_contrastive(graph_mode, general):
     value, gradient = ops.value_and_grad(term.cell, 0)(Tensor(hidden.astype(np.float32)), head, targets, *arrays)
 
     def wanted(x):
-        return 0.3 * 8 * contrast(x, slots, general, 0.5)
+        sides = [contrast(x, slots, side, 0.5) for side in ([general, ~general] if symmetric else [general])]
+        return 0.3 * 8 * np.mean(sides)
 
     np.testing.assert_allclose(float(value.asnumpy()), wanted(hidden), rtol=1e-4)
     np.testing.assert_allclose(gradient.asnumpy(), numeric(wanted, hidden), rtol=1e-4, atol=1e-4)
