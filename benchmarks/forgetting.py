@@ -79,9 +79,11 @@ METHODS = {
     "full": Method(None, rate=3e-4),
     "full + ewc": Method(None, terms=[EWC], rate=3e-4),
     "lora": Method(LORA),
+    "lora at 5e-4": Method(LORA, rate=5e-4),
     "layered": Method(layered(4)),
     "lora + replay": Method(LORA, replays=True),
     "lora + ewc": Method(LORA, terms=[EWC]),
+    "lora + 1000 x ewc": Method(LORA, terms=[EWC | {"lambda": 1e6}]),
     "all": Method(layered(4), replays=True, terms=[EWC, CONTRAST]),
 }
 IN_TURN = {"lora in turn": Method(LORA), "o-lora in turn": Method(LORA, terms=[ORTHOGONAL])}
