@@ -27,6 +27,8 @@ ROOT = HERE.parent
 RESULTS = HERE / "results.json"
 SMALL = "--layers 2 --hidden 128 --heads 4 --ffn 256 --vocab 1024"
 DEEP = SMALL.replace("--layers 2", "--layers 16")  # layers that share graphs, whose operators have names of cells
+SMOLLM2 = "--layers 30 --hidden 576 --heads 9 --kv_heads 3 --ffn 1536 --vocab 49152 --tied"  # SmolLM2-135M's shape
+HALF = "--layers 24 --hidden 896 --heads 14 --kv_heads 2 --ffn 4864 --vocab 151936 --tied"  # Qwen2-0.5B's
 LIMIT = 6 * 3600  # seconds for a program
 
 
@@ -46,6 +48,12 @@ PROGRAMS = {
         "训练一步，每个 token 都有标签",
         "--labels dense --rounds 3",
         f"{SMALL} --batch 2 --seq 64 --steps 3 --rounds 1",
+    ),
+    "train_step smollm2": Program(
+        "a training step in SmolLM2-135M's shape, rank 16 on all seven projections",
+        "SmolLM2-135M 的形状，七个投影都用秩 16：训练一步",
+        f"{SMOLLM2} --batch 8 --seq 128 --steps 5 --all_linear --rounds 2",
+        f"{DEEP} --batch 2 --seq 64 --steps 3 --all_linear --rounds 1",
     ),
     "train_step third": Program(
         "a training step, a third of the tokens labels",
@@ -67,6 +75,10 @@ PROGRAMS = {
         "generation, 128 tokens after a prompt of 64", "生成：64 个 token 的提示之后 128 个", "--rounds 3",
         f"{SMALL} --new 16 --repeat 2 --rounds 1",
     ),
+    "generate smollm2": Program(
+        "generation in SmolLM2-135M's shape", "SmolLM2-135M 的形状：生成", f"{SMOLLM2} --rounds 2",
+        f"{DEEP} --new 16 --repeat 2 --rounds 1",
+    ),
     "sft_throughput": Program(
         "fine-tuning on instruction rows, packed", "用指令数据训练（拼接）", "--rounds 2",
         f"{SMALL} --batch 4 --accumulation 2 --seq 256 --steps 2 --rounds 1",
@@ -76,10 +88,18 @@ PROGRAMS = {
         "--layers 2 --hidden 128 --heads 4 --ffn 256 --vocab 1024",
     ),
     "qlora": Program(
-        "QLoRA against PEFT with bitsandbytes", "QLoRA，与 PEFT + bitsandbytes", "--rounds 2", f"{SMALL} --steps 2",
+        "QLoRA against PEFT with bitsandbytes, in SmolLM2-135M's shape",
+        "QLoRA，与 PEFT + bitsandbytes，SmolLM2-135M 的形状",
+        f"{SMOLLM2} --rounds 2", f"{SMALL} --steps 2",
+    ),
+    "qlora half": Program(
+        "QLoRA against PEFT with bitsandbytes, in Qwen2-0.5B's shape",
+        "QLoRA，与 PEFT + bitsandbytes，Qwen2-0.5B 的形状",
+        f"{HALF} --rounds 1", f"{SMALL} --steps 2",
     ),
     "roofline": Program(
-        "where a step's time goes", "一步的时间花在哪里", "--layers 30", f"{DEEP} --batch 2 --seq 64 --steps 2",
+        "where a step's time goes, in SmolLM2-135M's shape", "SmolLM2-135M 的形状：一步的时间花在哪里", SMOLLM2,
+        f"{DEEP} --batch 2 --seq 64 --steps 2",
     ),
     "recompute": Program(
         "recomputation: memory and time", "重计算：内存与时间", "--rounds 3",
@@ -92,8 +112,8 @@ PROGRAMS = {
     ),
     "methods": Program("what each method costs and teaches", "各方法的代价与效果", "", "LoRA", peer=False),
     "serve": Program(
-        "the engine: requests at once", "引擎：同时处理请求", "--layers 12 --hidden 1024 --ffn 2816 --vocab 32000",
-        f"{SMALL} --new 8 --adapters 1 --repeat 1", peer=False,
+        "the engine in SmolLM2-135M's shape: requests at once", "SmolLM2-135M 的形状：引擎同时处理请求",
+        f"{SMOLLM2} --rounds 1 --repeat 2", f"{SMALL} --new 8 --adapters 1 --repeat 1",
     ),
     "serve_http": Program(
         "requests for many adapters over HTTP", "经 HTTP 请求多个适配器", "--adapters 1 4 16 64",

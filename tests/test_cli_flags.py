@@ -289,6 +289,8 @@ def test_the_articles_command(ran):
             ["finetune", "--config", YAML, "--epoch", "3"],
             "unknown flag --epoch; the nearest is --epochs (keys of the YAML: --section.key VALUE)",
         ),
+        (["finetune", "--config", YAML, "--data", "x"], "unknown flag --data; here it is --train_dataset_dir"),
+        (["predict", "--config", YAML, "--model", "x"], "unknown flag --model; here it is --load_checkpoint"),
         (
             ["finetune", "--config", YAML, "--pet_config", "null"],
             "unknown flag --pet_config; write --options pet_config=VALUE",

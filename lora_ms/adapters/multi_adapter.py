@@ -41,11 +41,11 @@ class AdapterRows(nn.Cell):
         self.more = more
         outputs = self.base.out_channels
         self.lora_a = zeros((places, lora_rank, self.base.in_channels), "lora_a")
-        self.lora_b = zeros((places, outputs, lora_rank), "lora_b")
+        self.lora_b = zeros((places, lora_rank, outputs), "lora_b")  # transposed: tokens add up its rows
         if more:
             self.scale_less_one = zeros((places, outputs), "scale_less_one")
             self.shift = zeros((places, outputs), "shift")
-        self.product_t = ops.BatchMatMul(transpose_b=True)
+        self.row_updates = self.base.operators.row_updates()
         self.write = ops.ScatterUpdate()
 
     def fill(self, place: int, update: RowUpdate) -> None:
@@ -53,7 +53,7 @@ class AdapterRows(nn.Cell):
         _, rank, inputs = self.lora_a.shape
         pair = update.pair or no_pair(inputs, self.base.out_channels)
         a, b = pair.padded(rank)
-        numbers = {self.lora_a: a, self.lora_b: b}
+        numbers = {self.lora_a: a, self.lora_b: b.T}
         if self.more:
             numbers |= {self.scale_less_one: self._scale(update) - 1, self.shift: self._shift(update)}
         for parameter, value in numbers.items():
@@ -96,11 +96,7 @@ class AdapterRows(nn.Cell):
         lines = self.choice.shape[0]
         lines = lines if x.shape[0] % lines == 0 else 1
         places = self.choice[:lines]
-        a = ops.gather(self.lora_a, places, 0).astype(x.dtype)  # [lines, rank, in]
-        b = ops.gather(self.lora_b, places, 0).astype(x.dtype)  # [lines, out, rank]
-        low = self.product_t(x.reshape((lines, -1, x.shape[1])), a)  # [lines, s, rank]
-        update = self.product_t(low, b).reshape((x.shape[0], -1))
-        y = self.base.multiply(x) + update
+        y = self.row_updates(self.base.multiply(x), x, self.lora_a, self.lora_b, places)
         if self.more:
             of_tokens = ops.tile(places.reshape((-1, 1)), (1, x.shape[0] // lines)).reshape((-1,))  # [t]
             y = y + y * ops.gather(self.scale_less_one, of_tokens, 0).astype(x.dtype)

@@ -39,6 +39,7 @@ DATASET = (
 # what MindFormers dropped in 1.6: optimisers with their successor (its AdamW keeps its state in float32), callbacks
 DROPPED = {"FP32StateAdamWeightDecay": "AdamW"}
 DROPPED_CALLBACKS = ("ObsMonitor",)
+RENAMED_CALLBACKS = {"CheckpointMointor": "CheckpointMonitor"}
 
 # model_config: key, MindFormers' default, value on a CPU
 OPERATORS = (
@@ -142,7 +143,8 @@ def replace_dropped(settings: dict) -> list[str]:
         lines.append(f"optimizer.type {kind}, which MindFormers has dropped: its {DROPPED[kind]} instead")
     for key in ("callbacks", "eval_callbacks"):
         old = settings.get(key) or []
-        settings[key] = [callback for callback in old if callback.get("type") not in DROPPED_CALLBACKS]
+        old = [{**one, "type": RENAMED_CALLBACKS.get(one.get("type"), one.get("type"))} for one in old]
+        settings[key] = [callback for callback in old if callback["type"] not in DROPPED_CALLBACKS]
         names = ", ".join(callback["type"] for callback in old if callback not in settings[key])
         lines += [f"{key} without {names}, which MindFormers has dropped"] if names else []
     return lines

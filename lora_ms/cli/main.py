@@ -67,7 +67,14 @@ MEANT = {
     "api": "lora-ms serve answers by HTTP",
     "server": "lora-ms serve answers by HTTP",
     "webui": "lora-ms serve has a page to chat with",
-    "quantize": "lora-ms export gguf writes what llama.cpp quantises",
+}
+# other tools' words for flags: what is written here
+OTHER_WORDS = {
+    **dict.fromkeys(("model", "model_name", "model_name_or_path", "model_id", "base_model"), "load_checkpoint"),
+    **dict.fromkeys(("data", "dataset", "train_data", "train_dataset", "train_file"), "train_dataset_dir"),
+    **dict.fromkeys(("eval_data", "eval_dataset", "eval_file", "validation_file"), "eval_dataset_dir"),
+    **dict.fromkeys(("adapter", "adapter_name_or_path", "adapter_path", "lora_path"), "load_adapter"),
+    **dict.fromkeys(("output", "output_path", "save_dir"), "output_dir"),
 }
 TRAINING = ("finetune", "train")  # run modes that mean the same
 STEPPING = ("finetune", "sequence", "fisher")  # whose products read much memory, step after step
@@ -391,6 +398,8 @@ def _nearest(name: str, flags: list[str], with_keys: bool) -> str:
     flag = difflib.get_close_matches(name, flags, 1, 0.0)[0]
     if not with_keys:
         return f"the nearest is --{flag}"
+    if OTHER_WORDS.get(name) in flags:
+        return f"here it is --{OTHER_WORDS[name]}"
     place = key_place(name)
     if not place:
         key = difflib.get_close_matches(name, [*flags, *key_names()], 1, 0.7)

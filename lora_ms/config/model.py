@@ -140,6 +140,10 @@ class ModelSizes(Section):
     softmax_compute_type: NoEffect = "float32"
     rotary_dtype: NoEffect = "float32"
     rotary_pct: NoEffect = 1.0
+    rotary_emb_base: NoEffect = None  # the base is theta; MindFormers' LlamaConfig does not read these four either
+    compute_in_2d: NoEffect = False
+    initializer_range: NoEffect = None
+    kv_channels: NoEffect = None
     param_init_type: NoEffect = "float32"
     embedding_init_type: NoEffect = None
     residual_dtype: NoEffect = None
@@ -181,7 +185,9 @@ class Tokenizer(Section):
     """``processor.tokenizer``."""
 
     vocab_file: Text | None = None  # tokenizer file or folder; None: the one beside the checkpoint
-    chat_template: Text = ""  # a name (see README) or a file of Jinja; "": the tokenizer's own, else alpaca (ours)
+    chat_template: Text = (
+        ""  # a name (docs/data-formats.md lists them) or a file of Jinja; "": the tokenizer's own, else alpaca (ours)
+    )
     type: NoEffect = "LlamaTokenizer"
     unk_token: NoEffect = None
     bos_token: NoEffect = None

@@ -95,6 +95,17 @@ def _fill(value: Any) -> dict[str, str]:
     raise ValueError("expects a mapping of names to texts")
 
 
+def _callbacks(value: Any) -> Any:
+    """Old releases of MindFormers misspelt a type."""
+    if not isinstance(value, list):
+        return [] if value is None else value
+    old = {"type": "CheckpointMointor"}
+    return [
+        {**one, "type": "CheckpointMonitor"} if isinstance(one, dict) and old.items() <= one.items() else one
+        for one in value
+    ]
+
+
 class RunConfig(Section):
     """The whole YAML."""
 
@@ -133,7 +144,7 @@ class RunConfig(Section):
     parallel_config: ParallelConfig = Field(default_factory=ParallelConfig)
     recompute_config: RecomputeConfig = Field(default_factory=RecomputeConfig)
     objectives: Annotated[list[Term], BeforeValidator(lambda value: [] if value is None else value)] = []  # (ours)
-    callbacks: Annotated[list[Callback], BeforeValidator(lambda value: [] if value is None else value)] = []
+    callbacks: Annotated[list[Callback], BeforeValidator(_callbacks)] = []
     context: Context = Field(default_factory=Context)
     model: Model = Field(default_factory=Model)
     processor: Processor = Field(default_factory=Processor)
@@ -161,6 +172,7 @@ class RunConfig(Section):
     init_start_profile: NoEffect = False
     profile_communication: NoEffect = False
     profile_memory: NoEffect = True
+    profiler_level: NoEffect = 1
     layer_scale: NoEffect = False
     layer_decay: NoEffect = 0.65
     lr_scale: NoEffect = False

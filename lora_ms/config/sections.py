@@ -115,6 +115,7 @@ class Dataset(Section):
     autotune_per_step: NoEffect = 10
     profile: NoEffect = False
     dynamic_batch: NoEffect = False
+    construct_args_key: NoEffect = None
 
     @property
     def sources(self) -> list[str]:
@@ -201,6 +202,7 @@ class Parallel(Section):
     strategy_ckpt_config: NoEffect = None
     strategy_ckpt_save_file: NoEffect = "./ckpt_strategy.ckpt"
     parallel_optimizer_config: NoEffect = None
+    pipeline_config: NoEffect = None
 
 
 class ParallelConfig(Section):
@@ -255,6 +257,7 @@ class Context(Section):
     memory_optimize_level: NoEffect = "O0"
     runtime_num_threads: NoEffect = None
     affinity_cpu_list: NoEffect = None
+    mempool_block_size: NoEffect = None
     deterministic: NoEffect = None
 
     @property
@@ -287,6 +290,7 @@ class RunnerWrapper(Section):
     max_grad_norm: Number = Field(1.0, gt=0)  # global L2 norm of the gradient above which it is scaled down
     local_norm: NoEffect = False
     calculate_per_token_loss: NoEffect = True
+    enable_check_overflow: NoEffect = False
     print_separate_loss: NoEffect = False
 
 

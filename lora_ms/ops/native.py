@@ -322,6 +322,17 @@ class _FourBitsAdaptedProduct(nn.Cell):
         return d_x, *frozen, d_a, d_b, ops.zeros_like(scaling), ops.zeros_like(rows), ops.zeros_like(columns)
 
 
+class RowUpdates(nn.Cell):
+    """``y + x A^T B``, with the A and B of each token's line: see ``portable.RowUpdates``. It has no gradient."""
+
+    def __init__(self, library: str):
+        super().__init__()
+        self.forward = operator(library, "row_updates", _like_first)
+
+    def construct(self, y: Tensor, x: Tensor, a: Tensor, b: Tensor, choice: Tensor) -> Tensor:
+        return self.forward(y.astype(ms.float32), x.astype(ms.float32), a, b, choice).astype(y.dtype)
+
+
 class EmbeddingRows(nn.Cell):
     """ids [t] int32 and the weight [v, h] -> its rows [t, h]: of bfloat16, which MindSpore does not gather on the CPU,
     in float32 and without a gradient."""

@@ -65,6 +65,9 @@ class Operators:
     """(x [t, n], order [n], inverse [n]) -> x[:, order], for a permutation and its inverse, int32."""
     low_rank_update: Callable[[], nn.Cell]
     """(x [t, in], A [rank, in], B [out, rank], scaling []) -> scaling x A^T B^T [t, out]."""
+    row_updates: Callable[[], nn.Cell]
+    """(y [t, out], x [t, in], A [places, rank, in] float32, B [places, rank, out] float32, choice [lines] int32) -> y
+    + x A^T B with the A and B of each token's line, of t / lines tokens; without a gradient."""
     column_scale: Callable[[], nn.Cell]
     """(x [t, n], scale [n]) -> x * scale [t, n]."""
     rms_norm: Callable[[float], nn.Cell]
@@ -143,6 +146,7 @@ PORTABLE = Operators(
     int4_adapted_product=portable_int4.Int4AdaptedProduct,
     column_order=portable_int4.ColumnOrder,
     low_rank_update=portable.LowRankUpdate,
+    row_updates=portable.RowUpdates,
     column_scale=portable.ColumnScale,
     rms_norm=portable.RMSNorm,
     gated_silu=portable.GatedSiLU,
@@ -198,6 +202,7 @@ def _native(library: str, rounding: str) -> Operators:
         int4_product=partial(native.FourBitsProduct, library, rounding, "int4"),
         int4_product_back=partial(native.FourBitsBack, library, rounding, "int4"),
         int4_adapted_product=partial(native.Int4AdaptedProduct, library, rounding),
+        row_updates=partial(native.RowUpdates, library),
         rms_norm=partial(native.RMSNorm, library),
         gated_silu=partial(native.GatedSiLU, library),
         visibility=_unsized(native.FirstKeys),

@@ -63,6 +63,24 @@ class EmbeddingRows(nn.Cell):
         return ops.gather(weight, ids, 0)
 
 
+class RowUpdates(nn.Cell):
+    """``y + x A^T B``, with the A and B of each token's line; it has no gradient.
+
+    y [t, out], x [t, in], A [places, rank, in], B [places, rank, out], choice [lines] int32: the places of the lines,
+    which have t / lines tokens each.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.product = ops.BatchMatMul()
+        self.product_t = ops.BatchMatMul(transpose_b=True)
+
+    def construct(self, y: Tensor, x: Tensor, a: Tensor, b: Tensor, choice: Tensor) -> Tensor:
+        lines = x.reshape((choice.shape[0], -1, x.shape[1]))
+        low = self.product_t(lines, ops.gather(a, choice, 0).astype(x.dtype))  # [lines, s, rank]
+        return y + self.product(low, ops.gather(b, choice, 0).astype(x.dtype)).reshape(y.shape)
+
+
 class LowRankUpdate(nn.Cell):
     """``scaling x A^T B^T`` for x [t, in], A [rank, in], B [out, rank]; ``scaling`` [] is not trained."""
 

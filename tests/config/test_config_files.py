@@ -68,7 +68,7 @@ MINDFORMERS = """
  lr_schedule: {type: CosineWithWarmUpLR, learning_rate: 1e-5, lr_end: 0, warmup_ratio: 0.03, total_steps: -1},
  train_dataset: &train {data_loader: {type: MindDataset, dataset_dir: rows.mindrecord, shuffle: True},
   input_columns: [input_ids, labels], num_parallel_workers: 8, python_multiprocessing: False, drop_remainder: True,
-  batch_size: 4, repeat: 1, numa_enable: False, prefetch_size: 1},
+  batch_size: 4, construct_args_key: [input_ids], repeat: 1, numa_enable: False, prefetch_size: 1},
  train_dataset_task: {type: CausalLanguageModelDataset, dataset_config: *train},
  eval_dataset: &eval {data_loader: {type: MindDataset, dataset_dir: '', shuffle: False}, input_columns: [input_ids],
   drop_remainder: False},
@@ -76,16 +76,17 @@ MINDFORMERS = """
  parallel: {parallel_mode: 1, gradients_mean: False, enable_alltoall: False, full_batch: True,
   search_mode: sharding_propagation, enable_parallel_optimizer: True,
   strategy_ckpt_config: {save_file: ./ckpt_strategy.ckpt, only_trainable_params: False},
-  parallel_optimizer_config: {gradient_accumulation_shard: False, parallel_optimizer_threshold: 64}},
+  parallel_optimizer_config: {gradient_accumulation_shard: False, parallel_optimizer_threshold: 64},
+  pipeline_config: {pipeline_interleave: False, pipeline_scheduler: '1f1b'}},
  parallel_config: {data_parallel: 8, model_parallel: 1, pipeline_stage: 1, use_seq_parallel: False,
   micro_batch_num: 64, vocab_emb_dp: True, gradient_aggregation_group: 4},
  micro_batch_interleave_num: 1,
  recompute_config: {recompute: [7, 7], select_recompute: False, parallel_optimizer_comm_recompute: False,
   mp_comm_recompute: True, recompute_slice_activation: True},
- callbacks: [{type: MFLossMonitor}, {type: CheckpointMonitor, prefix: llama_7b_lora, save_checkpoint_steps: 100,
+ callbacks: [{type: MFLossMonitor}, {type: CheckpointMointor, prefix: llama_7b_lora, save_checkpoint_steps: 100,
   integrated_save: False, async_save: False}, {type: ObsMonitor}],
  context: {mode: 0, device_target: Ascend, max_call_depth: 10000, max_device_memory: 59GB, save_graphs: False,
-  save_graphs_path: ./graph, device_id: 0, jit_config: {jit_level: O1}},
+  save_graphs_path: ./graph, device_id: 0, mempool_block_size: 52.5GB, jit_config: {jit_level: O1}},
  model: {model_config: {type: LlamaConfig, batch_size: 1, seq_length: 4096, hidden_size: 4096, num_layers: 32,
   num_heads: 32, n_kv_heads: 32, max_position_embedding: 4096, vocab_size: 32000, multiple_of: 256, rms_norm_eps: 1e-5,
   bos_token_id: 1, eos_token_id: 2, pad_token_id: 0, ignore_token_id: -100, compute_dtype: bfloat16,
@@ -93,25 +94,30 @@ MINDFORMERS = """
   use_past: False, extend_method: None, scaling_factor: 1.0, theta: 10000, use_flash_attention: True, offset: 0,
   fine_grain_interleave: 1, checkpoint_name_or_path: '', repetition_penalty: 1, max_decode_length: 512, top_k: 3,
   top_p: 1, do_sample: False, qkv_concat: false,
+  rotary_emb_base: 1000000, compute_in_2d: True, initializer_range: 0.02, kv_channels: 128,
   pet_config: {pet_type: lora, lora_rank: 16, lora_alpha: 16, lora_dropout: 0.05,
    target_modules: '.*wq|.*wk|.*wv|.*wo', exclude_layers: null, freeze_include: ['*'], freeze_exclude: ['*lora*'],
    lora_a_init: normal}},
   arch: {type: LlamaForCausalLM}},
  processor: {return_tensors: ms, type: LlamaProcessor, tokenizer: {type: LlamaTokenizer, unk_token: <unk>}},
  metric: {type: PerplexityMetric},
- runner_wrapper: {type: MFTrainOneStepCell, use_clip_grad: True, max_grad_norm: 1.0,
+ runner_wrapper: {type: MFTrainOneStepCell, enable_check_overflow: True, use_clip_grad: True, max_grad_norm: 1.0,
   scale_sense: {type: DynamicLossScaleUpdateCell, loss_scale_value: 65536, scale_factor: 2, scale_window: 1000}},
  eval_callbacks: [{type: ObsMonitor}], auto_tune: False, filepath_prefix: ./autotune, autotune_per_step: 10,
  profile: False, profile_start_step: 1, profile_stop_step: 10, init_start_profile: False, profile_communication: False,
- profile_memory: True, layer_scale: False, layer_decay: 0.65, lr_scale_factor: 256, remote_save_url: obs}
+ profile_memory: True, profiler_level: 2, layer_scale: False, layer_decay: 0.65, lr_scale_factor: 256,
+ remote_save_url: obs}
 """
 MINDFORMERS_WITHOUT_EFFECT = (
-    "no effect here: callbacks.CheckpointMonitor.prefix, callbacks.ObsMonitor, context.jit_config, eval_callbacks, "
-    "model.model_config.pet_config.lora_a_init, model.model_config.rotary_dtype, "
-    "parallel.enable_parallel_optimizer, parallel.parallel_optimizer_config, parallel.strategy_ckpt_config, "
-    "parallel_config.micro_batch_num, processor.tokenizer.unk_token, "
-    "recompute_config.recompute_slice_activation, remote_save_url, "
-    "train_dataset.batch_size (runner_config.batch_size 2 is used), trainer.model_name"
+    "no effect here: callbacks.CheckpointMonitor.prefix, callbacks.ObsMonitor, context.jit_config, "
+    "context.mempool_block_size, eval_callbacks, model.model_config.compute_in_2d, "
+    "model.model_config.initializer_range, model.model_config.kv_channels, "
+    "model.model_config.pet_config.lora_a_init, model.model_config.rotary_dtype, model.model_config.rotary_emb_base, "
+    "parallel.enable_parallel_optimizer, parallel.parallel_optimizer_config, parallel.pipeline_config, "
+    "parallel.strategy_ckpt_config, parallel_config.micro_batch_num, processor.tokenizer.unk_token, profiler_level, "
+    "recompute_config.recompute_slice_activation, remote_save_url, runner_wrapper.enable_check_overflow, "
+    "train_dataset.batch_size (runner_config.batch_size 2 is used), train_dataset.construct_args_key, "
+    "trainer.model_name"
 )
 
 

@@ -377,3 +377,15 @@ def test_adamw(call, apart, taken):
         x = x - rate * (decay * x + m * correct[0] / (np.sqrt(v) * correct[1] + eps))
     for one, wanted in zip((new, avg, square), (x, m, v), strict=True):
         close(one, wanted)
+
+
+@pytest.mark.parametrize(
+    "lines, tokens, width, out, rank", [(3, 1, 37, 70, 4), (2, 5, 64, 33, 16), (1, 90, 100, 130, 3)]
+)
+def test_updates_of_rows(call, lines, tokens, width, out, rank):
+    y, x = normal(lines * tokens, out), normal(lines * tokens, width)
+    a, b, choice = normal(4, rank, width), normal(4, rank, out), RNG.integers(0, 4, lines).astype(np.int32)
+    (found,) = call("row_updates", [y, x, a, b, choice], [y.shape])
+    of_tokens = np.repeat(choice, tokens)
+    low = np.einsum("ti,tri->tr", x.astype(float), a[of_tokens])
+    close(found, y + np.einsum("tr,tro->to", low, b[of_tokens]), 3e-4)

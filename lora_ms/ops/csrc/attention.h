@@ -268,8 +268,8 @@ inline void cached_attention(const Attention &a, const int32_t *begins, const st
             a.rotate(a.q + head * a.dim, 0, line, 1, scale, query, 0);
             std::fill_n(scores, count, 0.0f);
             long j = 0;
-            for (; j + 4 <= count; j += 4) add_dots<4>(query, keys + j * a.dim, a.dim, a.dim, scores + j);
-            for (; j < count; j++) add_dots<1>(query, keys + j * a.dim, 0, a.dim, scores + j);
+            for (; j + 4 <= count; j += 4) add_dots<1, 4>(query, 0, keys + j * a.dim, a.dim, a.dim, scores + j, 0);
+            for (; j < count; j++) add_dots<1, 1>(query, 0, keys + j * a.dim, 0, a.dim, scores + j, 0);
             const float inverse = 1.0f / exponentiate(scores, 0, count).total;
             float *to = out + head * a.dim;
             std::fill_n(to, a.dim, 0.0f);

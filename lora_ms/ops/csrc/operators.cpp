@@ -244,6 +244,29 @@ OPERATOR(dropped_input_gradient_bfloat16) { return input_gradient(ARGUMENTS, pro
 OPERATOR(nf4_dropped_input_gradient_bfloat16) { return input_gradient(ARGUMENTS, product_bfloat16, Type::NF4); }
 OPERATOR(int4_dropped_input_gradient_bfloat16) { return input_gradient(ARGUMENTS, product_bfloat16, Type::INT4); }
 
+// y [t, out], x [t, in], A [places, rank, in], B [places, rank, out], choice [lines] int32 -> y + x A^T B with the A and
+// B of each token's line.
+OPERATOR(row_updates) {
+    Arguments arguments = ARGUMENTS;
+    const Tensor y = arguments.next(), x = arguments.next(), a = arguments.next(), b = arguments.next();
+    const Tensor choice = arguments.next(), sum = arguments.next();
+    const long tokens = x.size(0) / choice.size(0), in = x.size(1), out = y.size(1), rank = a.size(1);
+    for (long line = 0; line < choice.size(0); line++)
+        if (choice.ints()[line] < 0 || choice.ints()[line] >= a.size(0)) return 1;
+    const auto add = [&](long line) {
+        const long place = choice.ints()[line], first = line * tokens;
+        const Numbers low(new float[tokens * rank]);
+        const Matrix factor{a.floats() + place * rank * in, in, 1}, other{b.floats() + place * rank * out, out, 1};
+        product({{{x.floats() + first * in, in, 1}, factor.transposed(), in}}, tokens, rank, nullptr, 0, low.get());
+        const float *from = y.floats() + first * out;
+        float *to = sum.floats() + first * out;
+        if (tokens > FEW_ROWS) return product({{{low.get(), rank, 1}, other, rank}}, tokens, out, from, out, to);
+        for (long i = 0; i < tokens; i++) add_rows(from + i * out, low.get() + i * rank, other.floats(), rank, out, to + i * out);
+    };
+    Threads::shared().run(choice.size(0), add);
+    return 0;
+}
+
 // ids [t] int32, weight [v, h] of any type -> its rows in float32 [t, h]
 OPERATOR(embedding) {
     Arguments arguments = ARGUMENTS;

@@ -19,7 +19,10 @@ namespace lora_ms {
 constexpr int ROWS = LANES == 8 ? 6 : 12;  // of a tile: 12 of 16 registers with AVX, 24 of 32 elsewhere
 constexpr int COLUMNS = 2 * LANES;         // of a tile
 constexpr long DEPTH = 512;                // rows of a panel that a tile goes through at a time, about
-constexpr long FEW = 48;          // rows up to which each task packs its own columns of B
+constexpr long FEW_ROWS = 12;     // up to which B is read where it lies,
+constexpr int ROWS_OF_DOTS = LANES == 8 ? 1 : 2;  // at a time, in 16 registers and in 32
+constexpr long FEW = 256;         // rows up to which each task packs its own columns of B,
+constexpr long FEW_WIDTH = 128;   // so many at most
 constexpr long BLOCK = 96;        // rows of a task, at most: they stay in the second-level cache from one to the next
 constexpr long WIDTH = 64;        // columns of a task
 constexpr long SHARED = 1024;     // columns of B that are packed at a time for all threads,
@@ -237,25 +240,31 @@ inline void multiply_columns(const std::vector<Term> &terms, long m, long j, lon
 
 // What add_dots adds, of numbers in four bits whose rows are whole blocks: what a code means is found once for a block,
 // and the codes of later rows are asked for. The same sums in the same order.
-template <int N, class FourBits>
-void add_dots_of_blocks(const float *a, FourBits b, long row, long depth, float *out) {
-    Vec sums[N][2] = {};
+template <int M, int N, class FourBits>
+void add_dots_of_blocks(const float *a, long a_row, FourBits b, long b_row, long depth, float *out, long out_row) {
+    Vec sums[M][N][2] = {};
     for (long p = 0; p < depth; p += b.block())
 #pragma GCC unroll 4
         for (int j = 0; j < N; j++) {
-            const long place = b.place + j * row + p;
+            const long place = b.place + j * b_row + p;
             const Levels levels(b, place);
             const uint8_t *codes = b.codes + place / 2;
-            for (long i = 0; i < b.block(); i += 64) {
-                __builtin_prefetch(codes + (N * row + i) / 2);
+            for (long q = 0; q < b.block(); q += 64) {
+                __builtin_prefetch(codes + (N * b_row + q) / 2);
 #pragma GCC unroll 8
-                for (long q = i; q < i + 64; q += 2 * LANES) {
-                    sums[j][0] += load(a + p + q) * levels.at(codes_at(codes + q / 2));
-                    sums[j][1] += load(a + p + q + LANES) * levels.at(codes_at(codes + (q + LANES) / 2));
+                for (long k = q; k < q + 64; k += 2 * LANES) {
+                    const Vec left = levels.at(codes_at(codes + k / 2));
+                    const Vec right = levels.at(codes_at(codes + (k + LANES) / 2));
+#pragma GCC unroll 4
+                    for (int i = 0; i < M; i++) {
+                        sums[i][j][0] += load(a + i * a_row + p + k) * left;
+                        sums[i][j][1] += load(a + i * a_row + p + k + LANES) * right;
+                    }
                 }
             }
         }
-    for (int j = 0; j < N; j++) out[j] += sum(sums[j][0] + sums[j][1]);
+    for (int i = 0; i < M; i++)
+        for (int j = 0; j < N; j++) out[i * out_row + j] += sum(sums[i][j][0] + sums[i][j][1]);
 }
 template <class FourBits>
 bool whole_blocks(FourBits b, long row, long depth) {
@@ -263,57 +272,67 @@ bool whole_blocks(FourBits b, long row, long depth) {
     return block % 64 == 0 && b.place % block == 0 && row % block == 0 && depth % block == 0;
 }
 
-// Adds to out[j], for j in [0, N), the sum of a[i] * b[j * row + i] for i in [0, depth): in one order, whatever N is.
-template <int N, class Numbers>
-void add_dots(const float *a, Numbers b, long row, long depth, float *out) {
+// Adds to out[i * out_row + j], for i in [0, M) and j in [0, N), the sum of a[i * a_row + p] * b[j * b_row + p] for p in
+// [0, depth): in one order, whatever M and N are.
+template <int M, int N, class Numbers>
+void add_dots(const float *a, long a_row, Numbers b, long b_row, long depth, float *out, long out_row) {
     if constexpr (!std::is_pointer_v<Numbers>)
-        if (whole_blocks(b, row, depth)) return add_dots_of_blocks<N>(a, b, row, depth, out);
-    Vec sums[N][2] = {};
-    long p = 0;
-    for (; p + 2 * LANES <= depth; p += 2 * LANES) {
-        const Vec left = load(a + p), right = load(a + p + LANES);
+        if (whole_blocks(b, b_row, depth)) return add_dots_of_blocks<M, N>(a, a_row, b, b_row, depth, out, out_row);
+    Vec sums[M][N][2] = {};
+    const auto add = [&](int half, long p, const auto &numbers) {
+        Vec left[M];
+#pragma GCC unroll 4
+        for (int i = 0; i < M; i++) left[i] = numbers(a + i * a_row + p);
 #pragma GCC unroll 4
         for (int j = 0; j < N; j++) {
-            sums[j][0] += left * load(b + j * row + p);
-            sums[j][1] += right * load(b + j * row + p + LANES);
+            const Vec right = numbers(b + (j * b_row + p));
+#pragma GCC unroll 4
+            for (int i = 0; i < M; i++) sums[i][j][half] += left[i] * right;
         }
+    };
+    const auto whole = [](auto from) { return load(from); };
+    long p = 0;
+    for (; p + 2 * LANES <= depth; p += 2 * LANES) {
+        add(0, p, whole);
+        add(1, p + LANES, whole);
     }
-    for (; p < depth; p += LANES) {
-        const Vec last = load_up_to(a + p, depth - p);
-        for (int j = 0; j < N; j++) sums[j][0] += last * load_up_to(b + j * row + p, depth - p);
-    }
-    for (int j = 0; j < N; j++) out[j] += sum(sums[j][0] + sums[j][1]);
+    for (; p < depth; p += LANES) add(0, p, [&](auto from) { return load_up_to(from, depth - p); });
+    for (int i = 0; i < M; i++)
+        for (int j = 0; j < N; j++) out[i * out_row + j] += sum(sums[i][j][0] + sums[i][j][1]);
 }
 
 // The sum of a[i] * b[i] for i in [0, depth).
 inline float dot(const float *a, const float *b, long depth) {
     float total = 0;
-    add_dots<1>(a, b, 0, depth, &total);
+    add_dots<1, 1>(a, 0, b, 0, depth, &total, 0);
     return total;
 }
 
-// `product` of a few rows: B is read once, where packing it would cost more than the product. Rows of A and columns of
-// B lie whole.
+// C [m, n] += A B for a few columns of B, which lie whole, as A's rows do.
+template <int N>
+void add_few_rows(const Term &term, long m, float *c, long c_row) {
+    with_numbers(term.b, [&](auto b) {
+        const float *a = term.a.floats();
+        const long a_row = term.a.row, b_row = term.b.column;
+        long i = 0;
+        for (; i + ROWS_OF_DOTS <= m; i += ROWS_OF_DOTS)
+            add_dots<ROWS_OF_DOTS, N>(a + i * a_row, a_row, b, b_row, term.depth, c + i * c_row, c_row);
+        for (; i < m; i++) add_dots<1, N>(a + i * a_row, a_row, b, b_row, term.depth, c + i * c_row, c_row);
+    });
+}
+
+// A product of a few rows: B is read once and in its order, where packing it would cost more than the product.
 inline void multiply_few_rows(const std::vector<Term> &terms, long m, long n, const float *start, long start_row,
                               float *c, long tasks) {
     Threads::shared().run(tasks, [&](long task) {
         const long end = (task + 1) * n / tasks;
         for (long j = task * n / tasks; j < end;) {
             const long columns = j + 4 <= end ? 4 : 1;  // rows of weights at a time, which come from memory
-            for (long i = 0; i < m; i++) {
-                float *to = c + i * n + j;
-                for (long q = 0; q < columns; q++) to[q] = start ? start[i * start_row + j + q] : 0.0f;
-                for (const Term &term : terms) {
-                    const float *a = term.a.from(i, 0).floats();
-                    const Matrix b = term.b.from(0, j);
-                    with_numbers(b, [&](auto weights) {
-                        if (columns == 4) {
-                            add_dots<4>(a, weights, b.column, term.depth, to);
-                        } else {
-                            add_dots<1>(a, weights, b.column, term.depth, to);
-                        }
-                    });
-                }
+            for (long i = 0; i < m; i++)
+                for (long q = j; q < j + columns; q++) c[i * n + q] = start ? start[i * start_row + q] : 0.0f;
+            for (const Term &term : terms) {
+                const Term part{term.a, term.b.from(0, j), term.depth};
+                columns == 4 ? add_few_rows<4>(part, m, c + j, n) : add_few_rows<1>(part, m, c + j, n);
             }
             j += columns;
         }
@@ -335,7 +354,7 @@ inline void product(const std::vector<Term> &terms, long m, long n, const float 
     }
     Threads &threads = Threads::shared();
     const long tasks = threads.count() == 1 ? 1 : 2 * threads.count();  // at least
-    bool few_rows = m <= 3;
+    bool few_rows = m <= FEW_ROWS;
     for (const Term &term : terms) few_rows = few_rows && term.a.column == 1 && term.b.row == 1;
     if (few_rows) return multiply_few_rows(terms, m, n, start, start_row, c, std::min(n, tasks));
     const auto columns = [&](long j, long width, long room) {
@@ -343,7 +362,7 @@ inline void product(const std::vector<Term> &terms, long m, long n, const float 
         multiply_columns(terms, m, j, std::min(width, n - j), from, start_row, c + j, n, room);
     };
     if (m <= FEW) {  // each task packs its own columns, for its own cache
-        const long width = std::min(WIDTH, divided(n, tasks * COLUMNS) * COLUMNS);
+        const long width = std::min(FEW_WIDTH, divided(n, 2 * tasks * COLUMNS) * COLUMNS);
         threads.run(divided(n, width), [&](long task) { columns(task * width, width, 0); });
     } else {
         for (long j = 0; j < n; j += SHARED) columns(j, SHARED, PACKED);

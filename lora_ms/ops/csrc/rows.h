@@ -15,6 +15,15 @@ void over_rows(long count, long per_task, const Work &work) {
     });
 }
 
+// to = from + the sum over `count` rows [n], each times its factor.
+inline void add_rows(const float *from, const float *factors, const float *rows, long count, long n, float *to) {
+    for (long j = 0; j < n; j += LANES) {
+        Vec total = load_up_to(from + j, n - j);
+        for (long r = 0; r < count; r++) total += factors[r] * load_up_to(rows + r * n + j, n - j);
+        store_up_to(to + j, total, n - j);
+    }
+}
+
 // 1 / sqrt(mean(x^2) + eps)
 inline float rms_scale(const float *x, long n, float eps) { return 1.0f / std::sqrt(dot(x, x, n) / n + eps); }
 

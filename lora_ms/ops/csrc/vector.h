@@ -59,10 +59,19 @@ inline void store(float *to, Vec x) { *reinterpret_cast<Unaligned *>(to) = x; }
 inline Vec spread(float x) { return x - Vec{}; }  // x + 0 would be an addition: it turns -0 into 0
 inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 
+// The sum of `COUNT` numbers: of both halves, of both halves of that, …
+template <int COUNT>
+float sum_of(const float *x) {
+    if constexpr (COUNT == 1) return x[0];
+    float halves[COUNT > 1 ? COUNT / 2 : 1];
+    for (int i = 0; i < COUNT / 2; i++) halves[i] = x[i] + x[i + COUNT / 2];
+    return sum_of<COUNT / 2>(halves);
+}
+
 inline float sum(Vec x) {
-    float total = 0;
-    for (int i = 0; i < LANES; i++) total += x[i];
-    return total;
+    float lanes[LANES];
+    store(lanes, x);
+    return sum_of<LANES>(lanes);
 }
 
 inline float largest(Vec x) {
