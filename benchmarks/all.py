@@ -124,9 +124,8 @@ PROGRAMS = {
         "--out {results} --seeds 1 --steps 4 --methods lora", peer=False,
     ),
     "loss_terms": Program(
-        "what terms of the loss cost", "损失项的代价",
-        "--layers 30 --hidden 576 --heads 9 --kv_heads 3 --ffn 1536 --vocab 49152 --tied", f"{SMALL} --steps 2",
-        peer=False,
+        "what terms of the loss cost, in SmolLM2-135M's shape", "SmolLM2-135M 的形状：损失项的代价",
+        f"{SMOLLM2} --steps 8", f"{SMALL} --steps 2", peer=False,
     ),
     "long_run": Program(
         "a long run stays as it began", "长时间训练保持不变", "--steps 20000", "--steps 2000 --every 500", peer=False,
