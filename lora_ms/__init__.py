@@ -1,4 +1,4 @@
-"""LoRA fine-tuning of Llama, Mistral and Qwen models on MindSpore."""
+"""LoRA fine-tuning of Llama, Mistral, Qwen and SmolLM3 models on MindSpore."""
 
 from importlib import import_module
 

@@ -161,6 +161,8 @@ class ConfigJson(FolderFile):
     attention_bias: bool | None = None
     mlp_bias: bool | None = None
     use_sliding_window: bool | None = None
+    no_rope_layers: list[int] | None = None
+    no_rope_layer_interval: int = Field(4, ge=1, le=LAYERS)
 
 
 class GenerationJson(FolderFile):

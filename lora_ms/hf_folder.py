@@ -20,6 +20,7 @@ from lora_ms.storage import Entry
 
 HEAD = "lm_head.weight"
 EMBEDDING = "model.embed_tokens.weight"
+TIED = ("SmolLM3ForCausalLM",)  # architectures whose head is the embedding where config.json does not say
 BARE = ("embed_tokens.", "layers.", "norm.")  # how names begin that were saved from the decoder without its head
 CONFIG = "config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -69,6 +70,12 @@ def base_name(path: Path) -> str:
     return str(path)
 
 
+def says_tied(hf: Mapping[str, Any]) -> bool:
+    """Whether config.json ``hf`` says that the head is the embedding; its family decides where it does not say."""
+    architecture = (hf.get("architectures") or [""])[0]
+    return bool(hf.get("tie_word_embeddings", architecture in TIED))
+
+
 def open_model(path: Path, hf: Mapping[str, Any]) -> ModelFolder:
     """The weights of folder ``path``, whose config.json is ``hf``.
 
@@ -86,8 +93,8 @@ def open_model(path: Path, hf: Mapping[str, Any]) -> ModelFolder:
 
 
 def _with_head(path: Path, hf: Mapping[str, Any], entries: dict[str, Entry]) -> ModelFolder:
-    if not hf.get("tie_word_embeddings", False) or HEAD not in entries:
-        return ModelFolder(entries, bool(hf.get("tie_word_embeddings", False)))
+    if not says_tied(hf) or HEAD not in entries:
+        return ModelFolder(entries, says_tied(hf))
     if EMBEDDING not in entries:
         entries[EMBEDDING] = entries.pop(HEAD)
         return ModelFolder(entries, True)
@@ -124,7 +131,7 @@ def is_tied(path: Path, hf: Mapping[str, Any]) -> bool:
     try:
         return open_model(path, hf).tied
     except LoraMsError:
-        return bool(hf.get("tie_word_embeddings", False))
+        return says_tied(hf)
 
 
 def generation_config(path: Path) -> dict[str, Any]:

@@ -16,11 +16,15 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # transformers 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests that need a hub have a stand-in of their own
 os.environ.setdefault("LORA_MS_GRAPH_CACHE", "False")  # a folder of graphs that tests share is scripts/test.sh's choice
 
-# MindSpore's compiler makes so many objects that the collector of cycles, at its usual pace, takes a tenth of the time.
-gc.set_threshold(50_000, 20, 10)
-
 ROOT = Path(__file__).parent.parent
 REFERENCE = ROOT / "tests" / "reference"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def old_objects_are_not_looked_through() -> None:
+    """MindSpore has all cycles collected before it compiles a graph, which takes long where there are many objects."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -40,6 +40,11 @@ def llama_sizes(sizes: DecoderConfig, seq_length: int) -> dict[str, Any]:
     """
     if sizes.qk_norm:
         raise LoraMsError("backend mindformers: Qwen3 is none of MindFormers' Llama models; leave the backend native")
+    if sizes.unrotated_layers:
+        raise LoraMsError(
+            "backend mindformers: MindFormers' Llama rotates queries and keys in all layers, this model in some; leave "
+            "the backend native"
+        )
     if sizes.head_dim * sizes.num_attention_heads != sizes.hidden_size:
         raise LoraMsError(
             f"backend mindformers: head_dim {sizes.head_dim} times {sizes.num_attention_heads} heads is not "

@@ -9,7 +9,7 @@ from lora_ms import saving, storage
 from lora_ms.adapters import offline_merge, peft_files
 from lora_ms.adapters.offline_merge import Decoded
 from lora_ms.errors import LoraMsError
-from lora_ms.hf_folder import ModelFolder, model_config, open_model
+from lora_ms.hf_folder import ModelFolder, model_config, open_model, says_tied
 from lora_ms.quant.folder import LINEAR, quantised_entry
 from lora_ms.quant.int4_folder import METHODS, GroupSettings, read_groups
 from lora_ms.quant.nf4 import dequantise
@@ -71,7 +71,7 @@ def run(
     planned = offline_merge.plan(entries, updates, storage.STORED.get(dtype), safe_merge, decoded)
     size = sum(tensor.size for tensor in planned.values())
     print(f"merging {len(updates)} modules of {adapter} into {base}: {len(planned)} tensors, {size_text(size)}")
-    unties = hf.get("tie_word_embeddings", False) and not tied
+    unties = says_tied(hf) and not tied
     if unties:
         print("the head and the embedding come apart: tie_word_embeddings becomes false")
     with saving.new_folder(output, size, storage.MODEL_FILES) as folder:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from lora_ms import saving, storage
 from lora_ms.errors import LoraMsError
-from lora_ms.hf_folder import CONFIG, model_config, open_model
+from lora_ms.hf_folder import CONFIG, model_config, open_model, says_tied
 from lora_ms.quant.folder import LINEAR, planned_nf4, quantised_entry
 from lora_ms.quant.settings import Quantisation
 from lora_ms.recipes.model_folder import check_output, copy_texts
@@ -49,7 +49,7 @@ def run(
         for file in storage.write_model(folder, planned, shard_size):
             print(f"  {file.name}  {size_text(file.stat().st_size)}")
         copy_texts(base, base, folder)
-        unties = {} if stored.tied == hf.get("tie_word_embeddings", False) else {"tie_word_embeddings": stored.tied}
+        unties = {} if stored.tied == says_tied(hf) else {"tie_word_embeddings": stored.tied}
         storage.write_json(folder / CONFIG, {**hf, **unties, "quantization_config": settings})
     print(
         f"quantised model: {output}   (transformers loads it with bitsandbytes; train adapters on it as on any model)"

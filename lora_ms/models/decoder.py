@@ -1,4 +1,4 @@
-"""The decoder of Llama, Qwen2 and Qwen3: one body, told apart by numbers. Cells bear Hugging Face's names."""
+"""The decoder of all families: one body, told apart by numbers. Cells bear Hugging Face's names."""
 
 from dataclasses import dataclass
 
@@ -43,6 +43,7 @@ class DecoderConfig:
     max_position_embeddings: int = 2048  # tokens
     sliding_window: int = 0  # tokens that a query of ``sliding_layers`` sees, itself included
     sliding_layers: tuple[int, ...] = ()  # indices; the other layers see all before a query
+    unrotated_layers: tuple[int, ...] = ()  # indices; queries and keys are not rotated there (SmolLM3)
     attention_bias: bool = False  # biases on q, k and v (Qwen2)
     qk_norm: bool = False  # normalised queries and keys (Qwen3)
     tie_word_embeddings: bool = False
@@ -96,9 +97,20 @@ def weight_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
 
 
 class DecoderLayer(nn.Cell):
-    """Attention and feed-forward, each behind a norm and beside a residual; x [t, h]."""
+    """Attention and feed-forward, each behind a norm and beside a residual; x [t, h].
 
-    def __init__(self, config: DecoderConfig, dtype: ms.Type, make: MakeProjection, operators: Operators, shard: Shard):
+    index: of the layer in the model, from 0.
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        index: int,
+        dtype: ms.Type,
+        make: MakeProjection,
+        operators: Operators,
+        shard: Shard,
+    ):
         super().__init__()
         c = config
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype, operators)
@@ -114,6 +126,7 @@ class DecoderLayer(nn.Cell):
             make=inside("self_attn", make),
             operators=operators,
             shard=shard,
+            rotates=index not in c.unrotated_layers,
         )
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype, operators)
         self.mlp = MLP(c.hidden_size, c.intermediate_size, inside("mlp", make), operators, shard)
@@ -178,7 +191,7 @@ class Decoder(nn.Cell):
         else:
             self.embed_tokens = Embedding.zeros(c.vocab_size, c.hidden_size, dtype, operators)
         layers = [
-            DecoderLayer(c, dtype, inside(f"layers.{i}", make), operators, shard) for i in range(c.num_hidden_layers)
+            DecoderLayer(c, i, dtype, inside(f"layers.{i}", make), operators, shard) for i in range(c.num_hidden_layers)
         ]
         self.layers = nn.CellList(layers)
         self.windows = c.windows

@@ -27,6 +27,7 @@ from lora_ms.hf_folder import (
     generation_config,
     model_config,
     open_model,
+    says_tied,
     untied_notice,
 )
 from lora_ms.models.decoder import CausalLM, DecoderConfig, weight_shapes
@@ -34,6 +35,7 @@ from lora_ms.models.llama import REQUIRED, llama_config
 from lora_ms.models.mindformers_names import hugging_face_name
 from lora_ms.models.mistral import mistral_config
 from lora_ms.models.qwen import ATTENTION, qwen2_config, qwen3_config
+from lora_ms.models.smollm3 import smollm3_config
 from lora_ms.nn.int4 import Int4Projection
 from lora_ms.nn.layers import projection
 from lora_ms.nn.nf4 import NF4Projection
@@ -56,6 +58,7 @@ FAMILIES = {
     "MistralForCausalLM": mistral_config,
     "Qwen2ForCausalLM": qwen2_config,
     "Qwen3ForCausalLM": qwen3_config,
+    "SmolLM3ForCausalLM": smollm3_config,
 }
 FREQUENCIES = "rotary_emb.inv_freq"  # end of names in old Llama files: numbers that are computed anew
 NUMPY_DTYPES: dict[ms.Type, DTypeLike] = {
@@ -145,7 +148,7 @@ def load_directory(
     model.hf_config = hf
     if quantisation is not None:
         model.hf_config = {**hf, "quantization_config": quantisation.to_config()}
-    if folder.tied != hf.get("tie_word_embeddings", False):
+    if folder.tied != says_tied(hf):
         model.hf_config = {**model.hf_config, "tie_word_embeddings": folder.tied}
     model.generation_config = generation_config(path)
     model.notices = folder.notices
@@ -322,8 +325,7 @@ def restore(model: CausalLM, path: str | os.PathLike) -> None:
 
 def hf_config(config: DecoderConfig, ms_dtype: ms.Type) -> dict:
     """A config.json for a model that came without one."""
-    architecture = "Qwen3ForCausalLM" if config.qk_norm else "Qwen2ForCausalLM" if config.attention_bias else None
-    architecture = architecture or ("MistralForCausalLM" if config.sliding_layers else "LlamaForCausalLM")
+    architecture = architecture_of(config)
     names = (
         "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
         "head_dim rms_norm_eps rope_theta rope_scaling max_position_embeddings tie_word_embeddings"
@@ -338,14 +340,33 @@ def hf_config(config: DecoderConfig, ms_dtype: ms.Type) -> dict:
         "torch_dtype": np.dtype(NUMPY_DTYPES[ms_dtype]).name,
         **hf,
         **window_keys(config),
+        **rotation_keys(config),
     }
+
+
+def architecture_of(config: DecoderConfig) -> str:
+    """The family that has what ``config`` asks for."""
+    if config.unrotated_layers:
+        return "SmolLM3ForCausalLM"
+    if config.qk_norm:
+        return "Qwen3ForCausalLM"
+    if config.attention_bias:
+        return "Qwen2ForCausalLM"
+    return "MistralForCausalLM" if config.sliding_layers else "LlamaForCausalLM"
+
+
+def rotation_keys(config: DecoderConfig) -> dict:
+    """The key of config.json for layers that do not rotate, if there are any; a 1 rotates, whatever its name says."""
+    if not config.unrotated_layers:
+        return {}
+    return {"no_rope_layers": [int(i not in config.unrotated_layers) for i in range(config.num_hidden_layers)]}
 
 
 def window_keys(config: DecoderConfig) -> dict:
     """The keys of config.json for a sliding window, if there is one; a Mistral has it in all layers."""
     if not config.sliding_layers:
         return {}
-    if not (config.qk_norm or config.attention_bias):
+    if not (config.qk_norm or config.attention_bias or config.unrotated_layers):
         return {"sliding_window": config.sliding_window}
     kinds = [ATTENTION[window > 0] for window in config.layer_windows]
     return {"use_sliding_window": True, "sliding_window": config.sliding_window, "layer_types": kinds}

@@ -1,7 +1,7 @@
 """Llama's config.json as a ``DecoderConfig`` (Llama 2, 3, 3.1, 3.2, and DeepSeek-R1-Distill-Llama)."""
 
 from lora_ms.errors import LoraMsError
-from lora_ms.hf_folder import end_tokens
+from lora_ms.hf_folder import end_tokens, says_tied
 from lora_ms.models.decoder import DecoderConfig
 from lora_ms.models.rope_settings import rope
 
@@ -28,7 +28,7 @@ def common_sizes(hf: dict) -> dict:
         "rope_theta": theta,
         "rope_scaling": scaling,
         "max_position_embeddings": hf.get("max_position_embeddings", 2048),
-        "tie_word_embeddings": hf.get("tie_word_embeddings", False),
+        "tie_word_embeddings": says_tied(hf),
         "eos_token_ids": end_tokens(hf, "config.json"),
     }
 

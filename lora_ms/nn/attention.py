@@ -34,6 +34,7 @@ class Attention(nn.Cell):
         flash_attention: whether to use the device's fused attention, where it has one.
         dtype: of the norms' weights.
         make: makes the projections.
+        rotates: whether queries and keys are rotated by their positions.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Attention(nn.Cell):
         make: MakeProjection,
         operators: Operators,
         shard: Shard = WHOLE,
+        rotates: bool = True,
     ):
         super().__init__()
         num_heads = num_heads // shard.count
@@ -64,6 +66,7 @@ class Attention(nn.Cell):
         if qk_norm_eps is not None:
             self.q_norm = RMSNorm(head_dim, qk_norm_eps, dtype, operators)
             self.k_norm = RMSNorm(head_dim, qk_norm_eps, dtype, operators)
+        self.rotates = rotates
         self.prefix = KeysAndValues()
         sizes = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
         self.attention = operators.attention(**sizes, dtype=dtype, flash=flash_attention)
@@ -92,25 +95,32 @@ class Attention(nn.Cell):
         k, v = self.prefix(k, v, rope[4])
         return q, k, v
 
+    def tables(self, rope: tuple) -> tuple[Tensor, ...]:
+        """The four rotary tables of ``rope``; of a layer that does not rotate, those of the angle 0."""
+        if self.rotates:
+            return rope[:4]
+        q, k = rope[0], rope[2]
+        return ops.full_like(q, self.head_dim**-0.5), ops.zeros_like(q), ops.ones_like(k), ops.zeros_like(k)
+
     def mix(self, q: Tensor, k: Tensor, v: Tensor, rope: tuple, visible: Visibility) -> Tensor:
         """Attention on what ``project`` gives -> [t, n_h * d]."""
         q, k, v = self.prepare(q, k, v, rope)
-        return self.attention(q, k, v, rope[:4], visible)
+        return self.attention(q, k, v, self.tables(rope), visible)
 
     def mix_keeping(self, q: Tensor, k: Tensor, v: Tensor, rope: tuple, visible: Visibility) -> tuple[Tensor, ...]:
         """As ``mix``, and what its gradient needs besides …."""
         q, k, v = self.prepare(q, k, v, rope)
-        return self.attention.keeping(q, k, v, rope[:4], visible)
+        return self.attention.keeping(q, k, v, self.tables(rope), visible)
 
     def mix_known(self, q: Tensor, k: Tensor, v: Tensor, rope: tuple, visible: Visibility, kept: tuple) -> Tensor:
         """What ``mix_keeping`` gave, ``kept``, to be differentiated: [t, n_h * d]."""
         q, k, v = self.prepare(q, k, v, rope)
-        return self.attention.known(q, k, v, rope[:4], visible, kept)
+        return self.attention.known(q, k, v, self.tables(rope), visible, kept)
 
     def mix_cached(self, q: Tensor, k: Tensor, v: Tensor, rope: tuple, visible: Visibility, cache: tuple) -> Tensor:
         """As ``mix``, for new tokens that also look at those in ``cache``, where they are put."""
         q, k, v = self.prepare(q, k, v, rope)
-        return self.cached_attention(q, k, v, rope[:4], visible, cache)
+        return self.cached_attention(q, k, v, self.tables(rope), visible, cache)
 
     def output(self, x: Tensor) -> Tensor:
         """The output projection: [t, n_h * d] -> [t, h]."""

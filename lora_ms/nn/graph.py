@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
-from mindspore import Parameter, nn
+from mindspore import Parameter, Tensor, nn
 
 Compiling = Callable[["Graph", tuple[Any, ...]], AbstractContextManager[None]]
 
@@ -13,7 +13,8 @@ class Graph(nn.Cell):
     """A cell that Python calls many times, with many cells in it.
 
     At every call, MindSpore (2.7 to 2.10) writes the name of the compiled graph into each cell inside, though only a
-    compilation reads it: 10 us a cell, 5 ms a token for 8 layers. Here it is written when one is about to begin.
+    compilation reads it: 10 us a cell, 5 ms a token for 8 layers. Here it is written when one is about to begin. And at
+    every call it finds out anew which compiled graph the inputs want: 0.2 ms. Here that is remembered.
 
     Attributes:
         compiling: what goes around a compilation of any ``Graph`` in this process, given the cell and its inputs.
@@ -33,12 +34,20 @@ class Graph(nn.Cell):
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compiles for inputs like ``args``, unless that was done."""
+        known = self.__dict__.setdefault("_known", {})  # for inputs, MindSpore's key and name of the graph
+        inputs = (self.phase, *((x.shape, x.dtype) if type(x) is Tensor else None for x in args))
+        key, name = known.get(inputs, ("", ""))
+        if name in self.compile_cache:
+            self.arguments_key = key
+            return
         with ExitStack() as stack:
             self.__dict__["_call"] = (stack, args)
             try:
                 super().compile(*args, **kwargs)
             finally:
                 del self.__dict__["_call"]
+        if None not in inputs and not kwargs:
+            known[inputs] = (self.arguments_key, self.current_phase)
 
     def parameters_dict(self, recurse: bool = True) -> dict[str, Parameter]:
         """Its parameters by name; while it is compiled, also those of cells that it holds in functions alone.

@@ -34,11 +34,13 @@ PLAIN = (bool, int, float, complex, str, bytes, type(None), type(...), slice, ra
 OWN_KEYS = ("training", "mixed_precision_type", "_jit_config_dict", "_amp_level", "requires_grad")
 MOST_CONSTANTS = 128 << 20  # bytes
 CHILDREN = ("_params", "_cells", "_buffers", "_params_list", "_primitives")  # where a cell keeps what it is made of
-# of a cell: text with addresses (what it tells are attributes, too), the call that a Graph is in, its last name, what a
-# model of the Python interface generates with, which holds graphs and is in none, seeds of random operators, which are
-# attributes of those where they are used, where an optimiser's parameters lie, and what reads a weight as it was before
-# it was quantised
-IDLE_KEYS = frozenset({"_cell_init_args", "_call", "current_phase", "generator", "_seeds", "held", "flat", "_original"})
+# of a cell: text with addresses (what it tells are attributes, too), the call that a Graph is in, the graphs it has
+# compiled, its last name, what a model of the Python interface generates with, which holds graphs and is in none, seeds
+# of random operators, which are attributes of those where they are used, where an optimiser's parameters lie, and what
+# reads a weight as it was before it was quantised
+IDLE_KEYS = frozenset(
+    {"_cell_init_args", "_call", "_known", "current_phase", "generator", "_seeds", "held", "flat", "_original"}
+)
 IDLE_CLOSURES = frozenset({"hash_obj"})  # the time at which mindspore.jit wrapped a function, as value_and_grad does
 # of a run of msrun, and of this cache: they decide no graph (its rank and their number are given apart)
 IDLE_VARIABLES = ("MS_SCHED_", "MS_ROLE", "MS_NODE_", "MS_COMPILER_CACHE_", "MS_DEV_FORCE_USE_COMPILE_CACHE", "MS_TOPO")

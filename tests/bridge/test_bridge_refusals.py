@@ -120,6 +120,7 @@ def test_models_that_its_llama_cannot_be():
     assert model.llama_sizes(DecoderConfig(**sizes), 32)["num_heads"] == 4
     for change, said in (
         ({"qk_norm": True}, "Qwen3 is none of MindFormers' Llama models"),
+        ({"unrotated_layers": (0,)}, "Llama rotates queries and keys in all layers, this model in some"),
         ({"head_dim": 8}, "head_dim 8 times 4 heads is not hidden_size 16"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_scaling yarn is not supported"),
     ):

@@ -202,7 +202,7 @@ def test_unsupported_architecture(refused, tmp_path, model):
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
     assert refused("--load_checkpoint", "model") == (
         "model: architecture GPT2LMHeadModel is not supported; "
-        "supported: LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM"
+        "supported: LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, SmolLM3ForCausalLM"
     )
 
 

@@ -16,7 +16,7 @@ from lora_ms.nn import sharing
 from lora_ms.ops import PORTABLE
 from lora_ms.recipes.serve import length_of
 
-MODELS = ("llama2", "llama3", "qwen2", "qwen3", "deepseek_r1_qwen")
+MODELS = ("llama2", "llama3", "qwen2", "qwen3", "deepseek_r1_qwen", "smollm3")
 
 
 def prompts_of(golden, prefix: str) -> list[list[int]]:

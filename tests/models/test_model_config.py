@@ -75,6 +75,17 @@ EXPECTED = {
         attention_bias=True,
         eos_token_ids=(2,),
     ),
+    "smollm3": DecoderConfig(
+        **ALL,
+        hidden_size=48,
+        num_key_value_heads=2,
+        head_dim=12,
+        rms_norm_eps=1e-6,
+        rope_theta=5e6,
+        unrotated_layers=(1,),
+        tie_word_embeddings=True,
+        eos_token_ids=(2,),
+    ),
 }
 
 
@@ -124,7 +135,7 @@ def test_an_unknown_architecture_is_refused(edited):
     path = edited("llama2", architectures=["GPT2LMHeadModel"])
     assert error_of(path) == (
         f"{path}: architecture GPT2LMHeadModel is not supported; "
-        "supported: LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM"
+        "supported: LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, SmolLM3ForCausalLM"
     )
 
 
@@ -158,11 +169,35 @@ def test_an_unknown_architecture_is_refused(edited):
         ("qwen3", {"attention_bias": True}, "config.json: attention_bias true is not supported for Qwen3"),
         ("llama2", {"attention_bias": True}, "config.json: attention_bias true is not supported for Llama"),
         ("llama2", {"mlp_bias": True}, "config.json: mlp_bias true is not supported for Llama"),
+        ("smollm3", {"attention_bias": True}, "config.json: attention_bias true is not supported for SmolLM3"),
+        ("smollm3", {"mlp_bias": True}, "config.json: mlp_bias true is not supported for SmolLM3"),
+        ("smollm3", {"no_rope_layers": [0]}, "config.json: no_rope_layers [0] is not 0 or 1 for each of the 2 layers"),
+        ("smollm3", {"no_rope_layers": [1, 2]},
+         "config.json: no_rope_layers [1, 2] is not 0 or 1 for each of the 2 layers"),
         ("llama2", {"hidden_act": "gelu"}, "config.json: hidden_act 'gelu' is not supported; supported: silu"),
     ],
 )  # fmt: skip
 def test_what_is_not_computed_is_refused(edited, name, changes, message):
     assert error_of(edited(name, **changes)) == message
+
+
+@pytest.mark.parametrize(
+    ("changes", "unrotated", "windowed"),
+    [
+        ({}, (3,), ()),
+        ({"no_rope_layer_interval": 2}, (1, 3), ()),
+        ({"no_rope_layers": [0, 1, 1, 1, 0]}, (0,), ()),  # more than there are layers
+        ({"use_sliding_window": True}, (3,), ()),  # of no size
+        ({"use_sliding_window": True, "sliding_window": 8}, (3,), (3,)),
+        ({"use_sliding_window": True, "sliding_window": 8, "layer_types": ["full_attention"] * 4}, (3,), ()),
+    ],
+)  # fmt: skip
+def test_what_smollm3_leaves_out(edited, changes, unrotated, windowed):
+    absent = dict.fromkeys(("no_rope_layers", "no_rope_layer_interval", "layer_types", "rope_theta"))
+    absent |= dict.fromkeys(("num_key_value_heads", "max_position_embeddings"))
+    config, _ = read_config(edited("smollm3", num_hidden_layers=4, **{**absent, **changes}))
+    assert (config.unrotated_layers, config.sliding_layers) == (unrotated, windowed)
+    assert (config.rope_theta, config.num_key_value_heads, config.max_position_embeddings) == (2e6, 4, 32768)
 
 
 @pytest.mark.parametrize("key", ["hidden_size", "vocab_size", "num_attention_heads", "intermediate_size"])

@@ -302,6 +302,8 @@ def test_no_weights_at_all(folder):
     (path / "model.safetensors").unlink()
     assert error_of(path) == f"{path}: holds no model.safetensors and no {storage.INDEX}"
     assert is_tied(path, {"tie_word_embeddings": True})  # what config.json says
+    assert is_tied(path, {"architectures": ["SmolLM3ForCausalLM"]})  # or what its family means by saying nothing
+    assert not is_tied(path, {"architectures": ["LlamaForCausalLM"]})
 
 
 # long lists

@@ -7,7 +7,7 @@ from mindspore import Tensor
 
 from lora_ms.models.hub import load_directory
 
-NAMES = ["llama2", "llama3", "qwen2", "qwen3", "deepseek_r1_qwen"]
+NAMES = ["llama2", "llama3", "qwen2", "qwen3", "deepseek_r1_qwen", "smollm3"]
 pytestmark = pytest.mark.usefixtures("graph_mode")
 
 

@@ -25,7 +25,7 @@ from lora_ms.models.hub import (
     save_directory,
 )
 
-NAMES = ["llama2", "llama3", "qwen2", "qwen3", "deepseek_r1_qwen"]
+NAMES = ["llama2", "llama3", "qwen2", "qwen3", "deepseek_r1_qwen", "smollm3"]
 pytestmark = pytest.mark.usefixtures("graph_mode")
 
 
@@ -296,7 +296,7 @@ def test_saving_in_float16(reference, raw_tensors, tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "float16"
 
 
-@pytest.mark.parametrize("name", ["llama3", "qwen2", "qwen3"])
+@pytest.mark.parametrize("name", ["llama3", "qwen2", "qwen3", "smollm3"])
 def test_a_new_model_is_written_with_a_config_of_its_own(reference, tmp_path, name):
     config, _ = read_config(reference / "models" / name)
     model = new_model(config, ms.float32, seed=3)
@@ -307,6 +307,7 @@ def test_a_new_model_is_written_with_a_config_of_its_own(reference, tmp_path, na
         "llama3": ("LlamaForCausalLM", "llama"),
         "qwen2": ("Qwen2ForCausalLM", "qwen2"),
         "qwen3": ("Qwen3ForCausalLM", "qwen3"),
+        "smollm3": ("SmolLM3ForCausalLM", "smollm3"),
     }[name]
     assert (hf["architectures"], hf["model_type"], hf["torch_dtype"]) == ([architecture], kind, "float32")
     assert_same(weights(load_directory(tmp_path)), weights(model))

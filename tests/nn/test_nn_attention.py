@@ -2,10 +2,13 @@
 
 import mindspore as ms
 import numpy as np
+import pytest
 from mindspore import Tensor
 
+from lora_ms.nn import sharing
 from lora_ms.nn.attention import Attention
 from lora_ms.nn.layers import dense_projections
+from lora_ms.ops import Operators
 
 
 def random(*shape: int, seed: int = 0) -> np.ndarray:
@@ -18,21 +21,28 @@ def attend(q, k, v, visible):
     return probs / probs.sum(-1, keepdims=True) @ v
 
 
-def test_grouped_heads(operators):
-    """Four query heads on two key/value heads: heads 0 and 1 on the first, 2 and 3 on the second."""
-    batch, seq, heads, kv_heads, d, hidden = 2, 3, 4, 2, 4, 5
-    layer = Attention(
-        hidden_size=hidden,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=d,
+def attention(operators: Operators, rotates: bool) -> Attention:
+    """Four query heads of four channels on two key/value heads."""
+    return Attention(
+        hidden_size=5,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=4,
         qkv_bias=False,
         qk_norm_eps=None,
         flash_attention=False,
         dtype=ms.float32,
         make=dense_projections(ms.float32, operators),
         operators=operators,
+        rotates=rotates,
     )
+
+
+@pytest.mark.parametrize("rotates", [True, False])
+def test_grouped_heads(operators, rotates):
+    """Heads 0 and 1 look at the first key/value head, 2 and 3 at the second. Tables matter to what rotates alone."""
+    batch, seq, heads, kv_heads, d, hidden = 2, 3, 4, 2, 4, 5
+    layer = attention(operators, rotates)
     weights = {
         "q": random(heads * d, hidden),
         "k": random(kv_heads * d, hidden),
@@ -44,6 +54,7 @@ def test_grouped_heads(operators):
     x = random(batch * seq, hidden, seed=9)
     # tables that rotate by nothing; the query's carry 1/sqrt(d)
     tables = ((heads, d**-0.5), (heads, 0), (kv_heads, 1), (kv_heads, 0))
+    tables = [(n, number if rotates else 7.0) for n, number in tables]
     rope = tuple(Tensor(np.full((batch * seq * n, d), number, np.float32)) for n, number in tables)
     rope = (*rope, Tensor(np.tile(np.arange(seq, dtype=np.int32), batch)))
     sizes = {"num_heads": heads, "num_kv_heads": kv_heads}
@@ -59,3 +70,8 @@ def test_grouped_heads(operators):
             causal = np.where(np.tri(seq), 0, -1e9)
             wanted[row, :, own] = attend(q[None] / np.sqrt(d), k[None], v[None], causal)[0]
     np.testing.assert_allclose(found, wanted.reshape(-1, heads * d) @ weights["o"].T, rtol=0, atol=1e-5)
+
+
+def test_a_layer_that_does_not_rotate_has_graphs_of_its_own(native):
+    one, same, other = (sharing.kind_of([attention(native, rotates)]) for rotates in (True, True, False))
+    assert one == same != other

@@ -7,6 +7,7 @@ a second run writes the same arrays.
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import transformers
 from peft import PeftModel
 
 REFERENCE_DIR = Path(__file__).resolve().parent
-MODEL_NAMES = ("llama2", "llama3", "qwen2", "qwen3", "deepseek_r1_qwen")
+MODEL_NAMES = ("llama2", "llama3", "qwen2", "qwen3", "deepseek_r1_qwen", "smollm3")
 VOCAB_SIZE = 128
 # Ids below this one are special (pad 0, bos 1, eos 2 and 3): no prompt or training row contains them.
 FIRST_TEXT_ID = 4
@@ -25,6 +26,11 @@ torch.set_num_threads(1)
 torch.use_deterministic_algorithms(True)
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
+
+
+def asked(name: str) -> bool:
+    """Whether the command line asks for `name`: by a word that is in it, or for all, by none."""
+    return any(word in name for word in sys.argv[1:] or [""])
 
 
 def load_model(model_dir: Path | str, dtype: torch.dtype = torch.float32) -> transformers.PreTrainedModel:

@@ -4,13 +4,12 @@ As make_variants.py and make_variant_traces.py, whose checks hold here, too. `ma
 names hold a word.
 """
 
-import sys
 import zlib
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from common import PAD_ID, REFERENCE_DIR, load_reference_model, save_npz, text_ids
+from common import PAD_ID, REFERENCE_DIR, asked, load_reference_model, save_npz, text_ids
 from make_trace import WEIGHT_DECAY, make_rows, print_rounding
 from make_variant_traces import BETAS, STEPS, backward, trained_parameters
 from make_variant_traces import Recipe as TraceRecipe
@@ -207,9 +206,8 @@ def trace(name: str, made: Trace, dtype: torch.dtype = torch.float32) -> dict[st
 
 
 def main() -> None:
-    words = sys.argv[1:] or [""]
     for name, recipe in VARIANTS.items():
-        if any(word in name for word in words):
+        if asked(name):
             rng = np.random.default_rng(zlib.crc32(name.encode()))
             model = adapted(recipe.model, recipe.settings).eval()
             move(model, rng, recipe.std)
@@ -217,7 +215,7 @@ def main() -> None:
             extra = {} if merges else {"generated": greedy(model, ids)}
             write(name, recipe.model, model, ids, merges, extra)
     for name, made in TRACES.items():
-        if not any(word in name for word in words):
+        if not asked(name):
             continue
         arrays = trace(name, made)
         print_rounding(name, arrays, trace(name, made, torch.float64))

@@ -1,4 +1,4 @@
-"""Write models/<name>/: five tiny random causal language models in the layouts that the hub holds.
+"""Write models/<name>/: six tiny random causal language models in the layouts that the hub holds.
 
 config.json is written by hand in the layout before transformers 5 (`rope_theta`, `rope_scaling`, `torch_dtype`)
 or since (`rope_parameters`, `dtype`); weights are drawn in float32 and stored in the config's type.
@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import MODEL_NAMES, REFERENCE_DIR, VOCAB_SIZE, load_model, save_json
+from common import MODEL_NAMES, REFERENCE_DIR, VOCAB_SIZE, asked, load_model, save_json
 from safetensors.torch import save_file
 
 WEIGHT_STD = 0.2
 BIAS_STD = 0.3
 NORM_STD = 0.2
-SEEDS = {"llama2": 11, "llama3": 12, "qwen2": 13, "qwen3": 14, "deepseek_r1_qwen": 15}
+SEEDS = {"llama2": 11, "llama3": 12, "qwen2": 13, "qwen3": 14, "deepseek_r1_qwen": 15, "smollm3": 16}
 
 SIZES = {
     "hidden_act": "silu",
@@ -127,6 +127,30 @@ CONFIGS = {
         "torch_dtype": "float32",
         "transformers_version": "4.44.0",
     },
+    # without tie_word_embeddings, as transformers 4 writes it: tied by default
+    "smollm3": SIZES
+    | {
+        "architectures": ["SmolLM3ForCausalLM"],
+        "model_type": "smollm3",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "hidden_size": 48,
+        "layer_types": ["full_attention", "full_attention"],
+        "mlp_bias": False,
+        "no_rope_layer_interval": 4,
+        "no_rope_layers": [1, 0],
+        "num_key_value_heads": 2,
+        "pad_token_id": 0,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": None,
+        "rope_theta": 5000000.0,
+        "sliding_window": None,
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.54.0",
+        "use_sliding_window": False,
+    },
 }
 
 
@@ -152,7 +176,7 @@ def tensor_shapes(config: dict) -> dict[str, tuple[int, ...]]:
         shapes[prefix + "mlp.up_proj.weight"] = (ffn, hidden)
         shapes[prefix + "mlp.down_proj.weight"] = (hidden, ffn)
     shapes["model.norm.weight"] = (hidden,)
-    if not config["tie_word_embeddings"]:
+    if not config.get("tie_word_embeddings", config["model_type"] == "smollm3"):
         shapes["lm_head.weight"] = (config["vocab_size"], hidden)
     return shapes
 
@@ -211,7 +235,7 @@ def write_tensors(model_dir: Path, tensors: dict[str, torch.Tensor], shards: int
 
 def main() -> None:
     check_rope_bands(CONFIGS["llama3"])
-    for name in MODEL_NAMES:
+    for name in filter(asked, MODEL_NAMES):
         model_dir = REFERENCE_DIR / "models" / name
         model_dir.mkdir(parents=True, exist_ok=True)
         save_json(model_dir / "config.json", CONFIGS[name])

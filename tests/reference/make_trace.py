@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import FIRST_TEXT_ID, PAD_ID, REFERENCE_DIR, VOCAB_SIZE, load_reference_model, ragged_mask, save_npz
+from common import FIRST_TEXT_ID, PAD_ID, REFERENCE_DIR, VOCAB_SIZE, asked, load_reference_model, ragged_mask, save_npz
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from transformers import get_constant_schedule, get_cosine_schedule_with_warmup
 
@@ -38,6 +38,7 @@ class Recipe(NamedTuple):
 RECIPES = {
     "qwen2": Recipe("qwen2", 12, 5e-3, None, 0.5, 0.01, 41),
     "llama3": Recipe("llama3", 12, 5e-3, 3, 0.5, 0.01, 42),
+    "smollm3": Recipe("smollm3", 12, 5e-3, None, 0.5, 0.01, 44),
     "full_qwen2": Recipe("qwen2", 6, 1e-3, None, 8.0, None, 43),
 }
 
@@ -162,7 +163,8 @@ def print_rounding(name: str, arrays: dict[str, np.ndarray], double: dict[str, n
 
 
 def main() -> None:
-    for name, recipe in RECIPES.items():
+    for name in filter(asked, RECIPES):
+        recipe = RECIPES[name]
         arrays = run(recipe)
         print_rounding(name, arrays, run(recipe, torch.float64))
         clipped = int((arrays["grad_norm"] > recipe.max_grad_norm).sum())

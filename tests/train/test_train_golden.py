@@ -1,5 +1,7 @@
 """Training step for step as torch, transformers and PEFT do it."""
 
+from itertools import product
+
 import mindspore as ms
 import numpy as np
 import pytest
@@ -14,7 +16,16 @@ from lora_ms.train.gradient import MicroStep
 from lora_ms.train.optimizer import FlatAdamW
 from lora_ms.train.parts import SummedLoss
 
-pytestmark = pytest.mark.usefixtures("graph_mode")
+KINDS = [("qwen2", False), ("llama3", False), ("full_qwen2", False), ("full_qwen2", True)]  # the trace, and recomputed
+pytestmark = [
+    pytest.mark.usefixtures("graph_mode"),
+    pytest.mark.parametrize(
+        ("operators", "trace"),
+        [*product(("native", "portable"), KINDS), ("native", ("smollm3", False))],
+        indirect=True,
+        ids=lambda value: value if isinstance(value, str) else f"{value[0]}-{'recomputed' if value[1] else 'kept'}",
+    ),
+]
 PREFIX = "base_model.model."
 # torch, which the traces come from, differs from its own float64 by up to 1e-6 here
 RELATIVE = 2e-5
@@ -30,11 +41,7 @@ def gradients(optimizer: FlatAdamW, label_tokens: int) -> list[np.ndarray]:
     return [part.reshape(p.shape) for part, p in zip(parts, optimizer.params, strict=True)]
 
 
-@pytest.fixture(
-    scope="module",
-    params=[("qwen2", False), ("llama3", False), ("full_qwen2", False), ("full_qwen2", True)],
-    ids=lambda param: f"{param[0]}-{'recomputed' if param[1] else 'kept'}",
-)
+@pytest.fixture(scope="module")
 def trace(request, reference, golden, operators):
     """(reference values, our losses, norms, first gradients, final weights), names as torch has them."""
     kind, recompute = request.param
