@@ -123,6 +123,10 @@ PROGRAMS = {
         "what is forgotten, by method", "各方法忘掉多少", "--out {results} --seeds 5",
         "--out {results} --seeds 1 --steps 4 --methods lora", peer=False,
     ),
+    "loss_terms": Program(
+        "what terms of the loss cost, in SmolLM2-135M's shape", "SmolLM2-135M 的形状：损失项的代价",
+        f"{SMOLLM2} --steps 8", f"{SMALL} --steps 2", peer=False,
+    ),
     "long_run": Program(
         "a long run stays as it began", "长时间训练保持不变", "--steps 20000", "--steps 2000 --every 500", peer=False,
     ),

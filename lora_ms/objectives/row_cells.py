@@ -15,13 +15,18 @@ ROWS = 256  # slots whose logits are held at once
 
 
 class Contrast(nn.Cell):
-    """``scale Σ over pairs -log softmax(cos(domain, general) / temperature)``, see ``PairedRows.arrays``."""
+    """``scale Σ over pairs -log softmax(cos(domain, general) / temperature)``, see ``PairedRows.arrays``.
+
+    Args:
+        symmetric: the mean of that softmax, which is over the general rows, and of one over the domain rows.
+    """
 
     name = "contrastive"
     count = 4
 
-    def __init__(self, temperature: float):
+    def __init__(self, temperature: float, symmetric: bool = False):
         super().__init__()
+        self.symmetric = symmetric
         self.factor = 1.0 / temperature
         self.matmul = ops.MatMul()
         self.matmul_t = ops.MatMul(transpose_b=True)
@@ -39,7 +44,12 @@ class Contrast(nn.Cell):
         similar = self.matmul_t(units, units) * self.factor  # [rows, rows]
         chances = self.log_softmax(similar + (1.0 - general.reshape((1, -1))) * FAR)
         paired = ops.equal(partner.reshape((-1, 1)), places).astype(ms.float32)
-        return -(paired * chances).sum() * scale[0]
+        value = (paired * chances).sum()
+        if self.symmetric:
+            is_domain = ops.greater(self.sum(of_row, 0), 0.5).astype(ms.float32) - general.reshape((1, -1))
+            back = self.log_softmax(similar + (1.0 - is_domain) * FAR)  # similar is symmetrical
+            value = 0.5 * (value + (paired * ops.transpose(back, (1, 0))).sum())
+        return -value * scale[0]
 
 
 class Divergence(nn.Cell):

@@ -12,7 +12,7 @@ from pydantic import Field
 from lora_ms.errors import LoraMsError
 from lora_ms.objectives.base import GivenRows, ObjectiveKeys, RowTerm
 from lora_ms.text import size_text
-from lora_ms.values import Number
+from lora_ms.values import Flag, Number
 
 Ints = NDArray[np.int64]
 FEWEST_COMPARED = 3  # rows
@@ -28,13 +28,15 @@ class SilentRows:
 class ContrastiveKeys(ObjectiveKeys):
     """The mean over pairs of ``-log softmax(cos / temperature)``: of each domain row against all general rows of its
     micro-batch, at the general row that it is paired with. The first domain row of a micro-batch is paired with its
-    first general row, the second with the second, and so on while there are both."""
+    first general row, the second with the second, and so on while there are both. Where it is ``symmetric``, the mean
+    of that and of the same with both kinds changed over, which is CLIP's form of InfoNCE (Radford et al., 2021)."""
 
     compares_rows: ClassVar[bool] = True
 
     type: Literal["contrastive"]
     weight: Number = Field(0.1, ge=0)
     temperature: Number = Field(0.07, gt=0)
+    symmetric: Flag = False  # general rows are compared with all domain rows, too
 
     def row_term(self, given: GivenRows) -> RowTerm:
         from lora_ms.objectives.row_cells import Contrast
@@ -50,7 +52,7 @@ class ContrastiveKeys(ObjectiveKeys):
                 f"{FEWEST_COMPARED} or more, not {given.batch_size}"
             )
         note = f"contrastive: rows are not packed, but compared in micro-batches of {given.batch_size}"
-        return RowTerm(Contrast(self.temperature), PairedRows(given.general, self.weight), note)
+        return RowTerm(Contrast(self.temperature, self.symmetric), PairedRows(given.general, self.weight), note)
 
 
 class PairedRows(SilentRows):

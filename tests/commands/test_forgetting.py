@@ -72,7 +72,8 @@ def test_fisher_is_the_mean_over_single_rows(model, files, tmp_path, capsys):
     found, wanted = load_file(file), single_rows(model, files["general"])
     assert sorted(found) == sorted(wanted)
     for name, value in wanted.items():
-        np.testing.assert_allclose(found[name], value, rtol=1e-4, atol=1e-5 * value.max(), err_msg=name)
+        # of the largest: a small gradient is a difference of large numbers, rounded (4e-5 of itself in float32)
+        np.testing.assert_allclose(found[name], value, rtol=0, atol=1e-5 * value.max(), err_msg=name)
     with safe_open(file, "numpy") as opened:
         settings = json.loads(opened.metadata()["lora_ms_fisher"])
     assert settings["rows"] == 3 and settings["loss"] == "mean over the row's label tokens"

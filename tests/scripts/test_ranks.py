@@ -1,5 +1,6 @@
 """Several processes, started by scripts/msrun_launcher.sh: their numbers are one process's; one that dies ends all."""
 
+import copy
 import json
 import os
 import re
@@ -41,6 +42,32 @@ if os.environ.get("MS_NODE_ID") == "1":
     sys.argv += ["--learning_rate", "7e-3", "--do_eval", "False", "--seed", "4"]
 raise SystemExit(run_mindformer())
 """
+# lora-ms fisher, then finetune; several processes measure for the comparison alone, and train with one's file
+MEASURED = """
+import sys
+from lora_ms.cli.main import main
+
+words = sys.argv[1:]
+more = ["--output", "fisher2.safetensors"] if "--use_parallel" in words else []
+raise SystemExit(main(["fisher", *words, *more]) or main(["finetune", *words]))
+"""
+# 30 rows of a domain, 15 to be kept in mind
+HYBRID = """
+runner_config: {max_steps: 6, gradient_accumulation_steps: 1}
+lr_schedule: {learning_rate: 5.e-3}
+train_dataset:
+  mix:
+    - {dataset_dir: domain.jsonl, weight: 5}
+    - {dataset_dir: general.jsonl, weight: 3, role: general}
+objectives:
+  - {type: ewc, weight: 0.2, lambda: 1.e+5, fisher: fisher.safetensors}
+  - {type: contrastive}
+  - {type: kl_anchor}
+model:
+  model_config:
+    seq_length: 16
+    pet_config: {lora_rank: 4, lora_alpha: 8, lora_dropout: 0.0, target_modules: all-linear}
+"""
 # of each: data-parallel and model-parallel ranks, and what else its command says
 LAYOUTS = {
     "dp4": (4, 1, ()),
@@ -59,8 +86,16 @@ class Launcher:
         self.words = ["--config", "run.yaml", "--load_checkpoint", root / "tests/reference/models/qwen2"]
         self.words += ["--train_dataset_dir", rows, "--eval_dataset_dir", rows]
 
-    def alone(self, name: str, *more: str) -> subprocess.CompletedProcess[str]:
-        words = [self.root / "run_mindformer.py", *self.words, "--output_dir", name, "--batch_size", "8", *more]
+    def alone(self, name: str, *more: str, program: str = "") -> subprocess.CompletedProcess[str]:
+        words = [
+            program or self.root / "run_mindformer.py",
+            *self.words,
+            "--output_dir",
+            name,
+            "--batch_size",
+            "8",
+            *more,
+        ]
         return self.finish(subprocess.Popen([self.python, *map(str, words)], **self.pipes()))
 
     def start(
@@ -287,3 +322,33 @@ def test_weights_of_four_bits(launch, data_ranks, shared):
     found, wanted = launch.adapter(several), launch.adapter(one)
     for name, value in wanted.items():
         np.testing.assert_allclose(found[name], value, rtol=0, atol=1e-5, err_msg=name)
+
+
+def test_terms_of_the_loss_in_two_processes(launch):
+    """Fisher information, and a run with EWC, contrast and an anchor: each term is one process's. Contrast compares the
+    rows of a micro-batch: the one process takes those of the two in turn."""
+    rows = (launch.folder / "rows.jsonl").read_text().splitlines(keepends=True)
+    (launch.folder / "domain.jsonl").write_text("".join(rows[:30]))
+    (launch.folder / "general.jsonl").write_text("".join(rows[30:]))
+    (launch.folder / "hybrid.yaml").write_text(HYBRID)
+    (launch.folder / "measured.py").write_text(MEASURED)
+    hybrid = copy.copy(launch)
+    hybrid.words = ["--config", "hybrid.yaml", *launch.words[2:4]]
+    in_turn = ["--batch_size", "4", "--gradient_accumulation_steps", "2"]
+    for ran in (
+        hybrid.alone("hybrid one", *in_turn, program="measured.py"),
+        hybrid.finish(hybrid.start("hybrid two", 2, 1, program="measured.py")),
+    ):
+        assert ran.returncode == 0, ran.stdout + ran.stderr
+    one, two = (load_file(launch.folder / name) for name in ("fisher.safetensors", "fisher2.safetensors"))
+    assert any(value.any() for value in one.values())
+    for name, value in one.items():
+        np.testing.assert_allclose(two[name], value, rtol=1e-5, atol=1e-6 * value.max(), err_msg=name)
+    found, wanted = hybrid.records("hybrid two"), hybrid.records("hybrid one")
+    assert len(found) == len(wanted) == 6
+    for key in ("loss", "cross_entropy", "ewc", "contrastive", "kl_anchor"):
+        values = [[record[key] for record in records] for records in (found, wanted)]
+        np.testing.assert_allclose(*values, rtol=1e-5, atol=1e-6, err_msg=key)
+        assert max(values[1]) > 1e-3, key
+    for name, value in launch.adapter("hybrid one").items():
+        np.testing.assert_allclose(launch.adapter("hybrid two")[name], value, rtol=0, atol=1e-5, err_msg=name)

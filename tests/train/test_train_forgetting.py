@@ -222,7 +222,7 @@ def softmax(x: np.ndarray) -> np.ndarray:
 
 
 def contrast(hidden: np.ndarray, rows: list[np.ndarray], general: np.ndarray, temperature: float) -> float:
-    """The mean over pairs, in float64; rows: the slots of each."""
+    """The mean over pairs, in float64, of domain rows against general ones; rows: the slots of each."""
     means = np.stack([hidden[slots].mean(0) for slots in rows])
     units = means / np.linalg.norm(means, axis=1, keepdims=True)
     domain, others = units[~general], units[general]
@@ -241,8 +241,11 @@ def numeric(f, x: np.ndarray) -> np.ndarray:
     return found
 
 
-@pytest.mark.parametrize("general", [[0, 1, 0, 1], [0, 0, 1, 0], [1, 0, 1, 1]])
-def test_contrastive(graph_mode, general):
+@pytest.mark.parametrize(
+    ("general", "symmetric"),
+    [([0, 1, 0, 1], False), ([0, 0, 1, 0], False), ([1, 0, 1, 1], False), ([0, 1, 0, 1], True), ([0, 0, 1, 0], True)],
+)
+def test_contrastive(graph_mode, general, symmetric):
     """Four rows of 2, 3, 1 and 2 label tokens in nine slots, of which the last is unused."""
     from mindspore import ops
 
@@ -250,9 +253,8 @@ def test_contrastive(graph_mode, general):
     counts = np.array([2, 3, 1, 2])
     slots = np.split(np.arange(8), np.cumsum(counts)[:-1])
     hidden = drawn(9, 5).astype(np.float64)
-    term = keys({"type": "contrastive", "weight": 0.3, "temperature": 0.5})[0].row_term(
-        GivenRows(general, counts, 8, lambda rows: [], lambda: None)
-    )
+    (given,) = keys({"type": "contrastive", "weight": 0.3, "temperature": 0.5, "symmetric": symmetric})
+    term = given.row_term(GivenRows(general, counts, 8, lambda rows: [], lambda: None))
     assert term.rows.units(np.arange(4)) == min(general.sum(), 4 - general.sum())
     pairs = term.rows.units(np.arange(4))
     arrays = [Tensor(a) for a in term.rows.arrays(np.arange(4), counts, 9, 8 / pairs)]
@@ -260,7 +262,8 @@ def test_contrastive(graph_mode, general):
     value, gradient = ops.value_and_grad(term.cell, 0)(Tensor(hidden.astype(np.float32)), head, targets, *arrays)
 
     def wanted(x):
-        return 0.3 * 8 * contrast(x, slots, general, 0.5)
+        sides = [contrast(x, slots, side, 0.5) for side in ([general, ~general] if symmetric else [general])]
+        return 0.3 * 8 * np.mean(sides)
 
     np.testing.assert_allclose(float(value.asnumpy()), wanted(hidden), rtol=1e-4)
     np.testing.assert_allclose(gradient.asnumpy(), numeric(wanted, hidden), rtol=1e-4, atol=1e-4)
@@ -356,6 +359,85 @@ def test_a_hybrid_loss_against_torch(graph_mode, golden):
     np.testing.assert_allclose(d_hidden.asnumpy()[:11], z["d_hidden"], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(d_head.asnumpy(), z["d_head"], rtol=1e-4, atol=1e-5)
     assert not d_hidden.asnumpy()[11].any()
+
+
+def test_twelve_steps_against_torch(graph_mode, golden, reference, native, tmp_path):
+    """Five terms at once, of which each is compared at every step, and the weights at the end."""
+    from lora_ms.adapters.inject import adapted_layers, inject
+    from lora_ms.adapters.methods.lora import LoraConfig
+    from lora_ms.data.collate import collate
+    from lora_ms.data.example import TokenRow
+    from lora_ms.models.hub import load_directory
+    from lora_ms.train.gradient import MicroStep
+    from lora_ms.train.optimizer import FlatAdamW
+    from lora_ms.train.parts import SummedLoss
+
+    z = golden("trace_forgetting_qwen2")
+    prefix = "base_model.model."
+    model = load_directory(reference / "models/qwen2", operators=native)
+    rows = [
+        [TokenRow("", ids[:n], labels[:n]) for ids, labels, n in zip(*step, strict=True)]
+        for step in zip(z["input_ids"], z["labels"], z["lengths"], strict=True)
+    ]
+    general = np.arange(len(rows) * 6) % 2 == 1
+    counts = np.array([len(row.learnt) for step in rows for row in step])
+
+    def states(asked):
+        """Of the model before training, its adapter not yet there."""
+        found = []
+        for row in asked:
+            one = rows[row // 6][row % 6]
+            ids, slots = np.zeros((1, 16), np.int32), np.zeros(16, np.int32)
+            ids[0, : len(one.input_ids)] = one.input_ids
+            slots[: len(one.learnt)] = one.learnt - 1
+            found.append(model.hidden_states(Tensor(ids), None, Tensor(slots)).asnumpy()[: len(one.learnt)])
+        return found
+
+    model.set_train(False)
+    given = GivenRows(general, counts, 6, states, lambda: None)
+    contrast, anchor = (
+        term.row_term(given)
+        for term in keys({"type": "contrastive", "weight": 0.1}, {"type": "kl_anchor", "weight": 0.3})
+    )
+    inject(model, LoraConfig(4, 8.0, 0.0, "all-linear"))
+    for name, layer in adapted_layers(model).items():
+        layer.lora_a.set_data(Tensor(z[f"initial/{prefix}{name}.lora_A.weight"]))
+    params = {name: p for name, p in model.parameters_and_names() if p.requires_grad}
+    named = {
+        prefix + name.replace("lora_a", "lora_A.weight").replace("lora_b", "lora_B.weight"): name for name in params
+    }
+    start = Start(list(params), list(params.values()))
+    fisher = {ours: z[f"fisher/{name}"] for name, ours in named.items()}
+    fisher_file.write(tmp_path / "f", fisher, {"rows": 1, "start": ""})
+    earlier = {ours.removesuffix(".lora_a"): z[f"earlier/{name}"] for name, ours in named.items() if "lora_A" in name}
+    ewc, l2 = keys(
+        {"type": "ewc", "weight": 0.2, "lambda": 2, "fisher": str(tmp_path / "f")},
+        {"type": "l2_anchor", "weight": 0.05},
+    )
+    terms = [ewc.parameter_term(start), l2.parameter_term(start), Overlap.of(start, [earlier], 0.05)]
+    model.set_train()
+    optimizer = FlatAdamW(
+        list(params.values()), weight_decay=0.1, max_grad_norm=1.0, objectives=terms, operators=native
+    )
+    micro_step = MicroStep(SummedLoss(model, 128, terms=[contrast.cell, anchor.cell]), optimizer)
+    names = ("cross_entropy", "contrastive", "kl_anchor", "grad_norm", "ewc", "l2_anchor", "orthogonal")
+    for number, step in enumerate(rows):
+        batch = collate([[row] for row in step], 6, 16, 96, 0)
+        taken = np.arange(6) + 6 * number
+        label_tokens = int(counts[taken].sum())
+        extras = [
+            array
+            for term in (contrast, anchor)
+            for array in term.rows.arrays(taken, counts[taken], 96, label_tokens / term.rows.units(taken))
+        ]
+        parts = micro_step(*map(Tensor, (*batch[:4], *extras))).asnumpy() / label_tokens
+        norm, _, *values = optimizer(Tensor(5e-3, ms.float32), Tensor(label_tokens, ms.float32))
+        found = [*parts, *(float(value.asnumpy()) for value in (norm, *values))]
+        wanted = [z[name][number] for name in names]
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5, err_msg=f"step {number}: {names}")
+    assert min(z[name].max() for name in names) > 0.01
+    for name, ours in named.items():
+        np.testing.assert_allclose(params[ours].asnumpy(), z[f"final/{name}"], rtol=0, atol=1e-4, err_msg=name)
 
 
 def test_rows_that_cannot_be_compared():
