@@ -108,7 +108,8 @@ def test_preview_without_a_model(tmp_path, capsys):
     )
     file.write_text('[{"prompt": "q", "response": "a"}]')
     assert main(["preview", "--train_dataset_dir", str(file)]) == 2
-    assert "set columns: {instruction: prompt, output: response}; " in capsys.readouterr().err
+    advice = 'set --train_dataset.columns "{instruction: prompt, output: response}"; '
+    assert advice in capsys.readouterr().err
 
 
 def test_preview_names_a_token_that_the_model_does_not_have(words, tmp_path, capsys):
