@@ -363,6 +363,10 @@ def test_the_articles_command(ran):
             ["merge", "--load_adapter", "a", "--optimizer.eps", "1"],
             "unknown flag --optimizer.eps; the nearest is --load_adapter",
         ),
+        (
+            ["export", "--load_adapter", "a"],
+            "the command is lora-ms export gguf: write its second word before the flags",
+        ),
         (["merge", "a"], f"unexpected argument 'a': {QUOTE}"),
         (
             ["merge", "--load_adapter", "a", "--output_dir", "o", "--safe_merge", "yes"],

@@ -191,6 +191,7 @@ def _lora_ms(argv: list[str]) -> int:
     if not known or known in (["adapters"], ["export"]):
         known.append("--help")
     _check_command(known[0])
+    _check_action(*known[:2])
     parser, parsers = build_parser()
     if known[:2] == ["adapters", "combine"] and {"-h", "--help"} & {*known}:
         parsers["adapters combine"].epilog = combination_methods()
@@ -216,6 +217,13 @@ def _check_command(word: str) -> None:
     near = difflib.get_close_matches(word, [*known, *MEANT], 1)
     hint = MEANT.get(near[0], f"did you mean {near[0]}?") if near else "lora-ms --help lists them"
     raise LoraMsError(f"there is no command {word!r}: {hint}")
+
+
+def _check_action(command: str, word: str = "") -> None:
+    """Raises LoraMsError where a flag stands in the place of the second word of ``command``."""
+    action = next((name for name in TOOLS if name.startswith(f"{command} ")), None)
+    if action is not None and word.startswith("-") and word not in ("-h", "--help"):
+        raise LoraMsError(f"the command is lora-ms {action}: write its second word before the flags")
 
 
 def _run_mindformer(argv: list[str]) -> int:

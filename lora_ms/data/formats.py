@@ -301,7 +301,10 @@ class _Faults:
         """Raises LoraMsError where there are any."""
         if not self.count:
             return
-        parts = [f"{where}: {fault.text}" for where, fault in self.first]
+        places: dict[str, list[str]] = {}
+        for where, fault in self.first:
+            places.setdefault(fault.text, []).append(where)
+        parts = [f"{', '.join(found)}: {text}" for text, found in places.items()]
         if self.count > len(self.first):
             parts.append(f"and {self.count - len(self.first)} more such rows")
         advice = dict.fromkeys(part for _, fault in self.first for part in fault.advice.split("; "))

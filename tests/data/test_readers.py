@@ -357,8 +357,9 @@ def test_faulty_rows_are_collected_in_one_line(tmp_path):
         f'data.jsonl:2: no answer: "output" is empty; data.jsonl:4: "output" is int, not text; {ANSWER}; '
         "put it in quotation marks"
     )
-    named = "; ".join(f'row {number}: no answer: "output" is empty' for number in range(1, 6))
-    assert fault([empty] * 8) == f"{named}; and 3 more such rows; {ANSWER}"
+    assert fault([empty] * 8) == (
+        f'row 1, row 2, row 3, row 4, row 5: no answer: "output" is empty; and 3 more such rows; {ANSWER}'
+    )
 
 
 def test_one_file_has_one_format(tmp_path):
