@@ -115,9 +115,8 @@ class Report:
             parts.append(f"{self.dropped_too_long:,} dropped (longer than seq_length {self.seq_length})")
         share = round(100 * self.label_tokens / max(self.tokens, 1))
         parts += [f"{self.tokens:,} tokens", f"{share}% of them learnt", f"longest {self.longest:,}"]
-        if self.layout:
-            parts.append(self.layout)
-        return [", ".join(parts), *(f"  {text}" for text in self._remarks())]
+        layout = [self.layout] if self.layout else []
+        return [", ".join(parts), *(f"  {text}" for text in (*layout, *self._remarks()))]
 
     def _remarks(self) -> list[str]:
         remarks = [f"left out: {count:,} rows: {reason}" for reason, count in self.skipped.items()]

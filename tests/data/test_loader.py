@@ -194,7 +194,8 @@ def test_report_in_words():
     )
     assert report.lines() == ["data: 1,200 rows, 30,124 tokens, 41% of them learnt, longest 57"]
     assert replace(report, rows=1, layout="padded into lines of 64 tokens, 2 per micro-batch").lines() == [
-        "data: 1 row, 30,124 tokens, 41% of them learnt, longest 57, padded into lines of 64 tokens, 2 per micro-batch"
+        "data: 1 row, 30,124 tokens, 41% of them learnt, longest 57",
+        "  padded into lines of 64 tokens, 2 per micro-batch",
     ]
 
 
