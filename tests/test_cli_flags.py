@@ -284,7 +284,11 @@ def test_the_articles_command(ran):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["finetune"], "what model? give --config FILE.yaml, or --load_checkpoint with a model's folder"),
+        (
+            ["finetune"],
+            "what model? give --load_checkpoint with a model's folder, --load_adapter with an adapter's, "
+            "or --config FILE.yaml",
+        ),
         (
             ["finetune", "--config", YAML, "--epoch", "3"],
             "unknown flag --epoch; the nearest is --epochs (keys of the YAML: --section.key VALUE)",
@@ -358,6 +362,10 @@ def test_the_articles_command(ran):
         (
             ["merge", "--load_adapter", "a", "--optimizer.eps", "1"],
             "unknown flag --optimizer.eps; the nearest is --load_adapter",
+        ),
+        (
+            ["export", "--load_adapter", "a"],
+            "the command is lora-ms export gguf: write its second word before the flags",
         ),
         (["merge", "a"], f"unexpected argument 'a': {QUOTE}"),
         (

@@ -60,7 +60,7 @@ DATA = "data_loader.dataset_dir"
 
 # group -> (flag, key of the configuration, type, placeholder, help); a flag that is not given keeps the YAML's value
 FLAGS: dict[str, list[tuple[str, str, Any, str, str]]] = {
-    "what to train on": [
+    "model and data": [
         (
             "load_checkpoint",
             "load_checkpoint",
@@ -68,7 +68,7 @@ FLAGS: dict[str, list[tuple[str, str, Any, str, str]]] = {
             "PATH",
             "Hugging Face folder, owner/name, or .ckpt, .safetensors",
         ),
-        ("load_adapter", "load_adapter", str, "DIR", "adapter folder to train further, or to use"),
+        ("load_adapter", "load_adapter", str, "DIR", "adapter folder: to use, or to train further"),
         ("quantize", f"{SIZES}.quantization_config", str, "NAME", "the model's weights in four bits: nf4, nf4-double"),
         ("train_dataset_dir", f"train_dataset.{DATA}", str, "PATH", "training rows: file, folder, glob or owner/name"),
         ("eval_dataset_dir", f"eval_dataset.{DATA}", str, "PATH", "evaluation rows: file, folder, glob or owner/name"),
@@ -238,7 +238,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
 
     text = "replace {{NAME}} in the data with TEXT; repeatable"
-    groups["what to train on"].add_argument(
+    groups["model and data"].add_argument(
         "--fill", type=flag_fill, action="append", default=[], metavar="NAME=TEXT", help=text
     )
     text = "only check settings, data, memory and disk, for N processes (1)"

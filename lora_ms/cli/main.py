@@ -44,6 +44,7 @@ MODULES = {
     "download": "lora_ms.commands.download",
     "export gguf": "lora_ms.commands.export",
 }
+ABOUT = "Fine-tune Llama, Mistral and Qwen models with LoRA on MindSpore."
 DRY_RUN = "lora_ms.commands.dry_run"  # of finetune
 COMMANDS = {
     "finetune": "train an adapter (or, with pet_config: null, the whole model)",
@@ -54,8 +55,16 @@ COMMANDS = {
     "sequence": "learn several tasks in turn, and score all of them after each",
     "fisher": "measure which parameters general rows need, for the loss term ewc",
     "estimate": "estimate how much memory a run takes, and where it fits",
-    "preview": "show rows as the model sees them, labels in colour; without a model, as read",
+    "preview": "show the first rows as the model sees them, what it learns in colour; without a model, as read",
     "preprocess": "tokenise rows once, into MindRecord files; with --report only describe them",
+}
+# the flags that a command needs where there is no YAML
+NEEDED = {
+    "finetune": "--load_checkpoint PATH --train_dataset_dir PATH",
+    "predict": "--load_adapter DIR --predict_data TEXT",
+    "chat": "--load_adapter DIR",
+    "serve": "--load_adapter DIR",
+    "preview": "--load_checkpoint PATH --train_dataset_dir PATH",
 }
 # words that people try, and what there is
 MEANT = {
@@ -152,9 +161,7 @@ def _said_of(fault: BaseException) -> str:
 
 def build_parser() -> tuple[Parser, dict[str, argparse.ArgumentParser]]:
     """The parser of ``lora-ms``, and that of each command by name."""
-    parser = Parser(
-        prog="lora-ms", description="Fine-tune Llama and Qwen models with LoRA on MindSpore.", allow_abbrev=False
-    )
+    parser = Parser(prog="lora-ms", description=ABOUT, allow_abbrev=False)
     parser.add_argument("--version", action=Version, nargs=0, help="print the version and stop")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands", required=True)
     parsers = {}
@@ -165,11 +172,18 @@ def build_parser() -> tuple[Parser, dict[str, argparse.ArgumentParser]]:
             description=f"lora-ms {name}: {summary}.",
             allow_abbrev=False,
             formatter_class=Help,
-            usage=f"lora-ms {name} [--config YAML] [flags]",
+            usage=usage_of(name),
         )
         add_flags(command)
         add_command_flags(name, command)
     return parser, parsers | add_tools(commands)
+
+
+def usage_of(command: str) -> str:
+    """How a command with a configuration is called: with the flags that it needs, or with a YAML."""
+    if command not in NEEDED:
+        return f"lora-ms {command} [--config YAML] [flags]"
+    return f"lora-ms {command} {NEEDED[command]} [flags]\n       lora-ms {command} --config YAML [flags]"
 
 
 def _lora_ms(argv: list[str]) -> int:
@@ -177,6 +191,7 @@ def _lora_ms(argv: list[str]) -> int:
     if not known or known in (["adapters"], ["export"]):
         known.append("--help")
     _check_command(known[0])
+    _check_action(*known[:2])
     parser, parsers = build_parser()
     if known[:2] == ["adapters", "combine"] and {"-h", "--help"} & {*known}:
         parsers["adapters combine"].epilog = combination_methods()
@@ -204,11 +219,18 @@ def _check_command(word: str) -> None:
     raise LoraMsError(f"there is no command {word!r}: {hint}")
 
 
+def _check_action(command: str, word: str = "") -> None:
+    """Raises LoraMsError where a flag stands in the place of the second word of ``command``."""
+    action = next((name for name in TOOLS if name.startswith(f"{command} ")), None)
+    if action is not None and word.startswith("-") and word not in ("-h", "--help"):
+        raise LoraMsError(f"the command is lora-ms {action}: write its second word before the flags")
+
+
 def _run_mindformer(argv: list[str]) -> int:
     known, free_form = split_free_form(argv)
     parser = Parser(
         prog="run_mindformer.py",
-        description="Fine-tune Llama and Qwen models with LoRA on MindSpore.",
+        description=ABOUT,
         allow_abbrev=False,
         formatter_class=Help,
         usage="run_mindformer.py --config YAML [flags]",
@@ -276,7 +298,10 @@ def _fetch_named(given: dict[str, Any]) -> None:
 def _base_of(adapter: str | None) -> str:
     """The model that the adapter names, for a command without a YAML and without ``--load_checkpoint``."""
     if adapter is None:
-        raise LoraMsError("what model? give --config FILE.yaml, or --load_checkpoint with a model's folder")
+        raise LoraMsError(
+            "what model? give --load_checkpoint with a model's folder, --load_adapter with an adapter's, "
+            "or --config FILE.yaml"
+        )
     from lora_ms.recipes.download import local_folder
     from lora_ms.recipes.model_folder import base_of
 

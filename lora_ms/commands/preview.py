@@ -91,7 +91,7 @@ def parts_of(row: Row) -> list[tuple[str, str]]:
     """Names and texts of what a row holds."""
     if isinstance(row, TokenRow):
         labels = int(np.count_nonzero(row.labels != IGNORE_INDEX))
-        return [("tokens", f"{len(row.input_ids):,}, {labels:,} of them labels")]
+        return [("tokens", f"{len(row.input_ids):,}, {labels:,} of them learnt")]
     if isinstance(row, Preference):
         *question, chosen = parts_of(row.chosen)
         return [*question, ("chosen", chosen[1]), ("rejected", parts_of(row.rejected)[-1][1])]
@@ -173,9 +173,8 @@ def show(row: TokenRow, tokenizer, colours: bool) -> str:
     learnt = row.labels != IGNORE_INDEX
     edges = np.flatnonzero(np.diff(learnt.astype(np.int8))) + 1  # where labelled parts begin and end
     labels = int(np.count_nonzero(learnt[1:]))
-    head = f"{row.where}: {counted(len(row.input_ids), 'token')}, {labels:,} of them labels"
-    if not row.liked:
-        head += ", rejected"
+    what = "learnt" if row.liked else "rejected"
+    head = f"{row.where}: {counted(len(row.input_ids), 'token')}, {labels:,} of them {what}"
     parts = []
     for part in np.split(np.arange(len(learnt)), edges):
         text = escaped(tokenizer.decode(row.input_ids[part], clean_up_tokenization_spaces=False))

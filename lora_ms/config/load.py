@@ -70,7 +70,7 @@ def load_config(
         config.taken_back.extend(_taken_back(overrides))
         return config
     except ValidationError as problem:
-        overridden = preset or options or free_form or any(value is not None for value in (flags or {}).values())
+        overridden = preset or options or free_form or any(key != "run_mode" for key, _, _ in named)
         source = f"{path or 'configuration'}{' with the command line' if path and overridden else ''}"
         raise LoraMsError(f"{source}: {describe(problem)}") from problem
 
@@ -296,7 +296,7 @@ def _require_pet_config(data: dict[str, Any], path: str | None) -> None:
             if path is not None:
                 raise LoraMsError(
                     f"{path}: pet_config is missing: add model.model_config.pet_config, "
-                    "or set it to null to train all parameters"
+                    "{} for LoRA as it is by default, or null to train all parameters"
                 )
             here[part] = {}
         here = here[part]

@@ -14,6 +14,8 @@ from lora_ms.config.sections import MAPPING, NUMBER
 from lora_ms.objectives import OBJECTIVES
 from lora_ms.values import Section
 
+# flags that people write into a YAML, where the key has another name
+NAMES_OF_FLAGS = {f"{name}_dataset_dir": f"{name}_dataset.data_loader.dataset_dir" for name in ("train", "eval")}
 LISTED = 10  # errors that are described; looking for the nearest known key takes 10 ms
 LISTS: dict[str, Mapping[str, type[Section]]] = {
     "callbacks": CALLBACKS,
@@ -74,6 +76,8 @@ def _nearest(loc: tuple[Any, ...]) -> str:
         section = _child(section, part) or section
     prefix = "".join(f"{part}." for part in parents if part not in TAGS)
     known = [key_of(name, field) for name, field in section.model_fields.items()]
+    if not parents and (meant := NAMES_OF_FLAGS.get(str(unknown))):
+        return f"; in a YAML it is {meant}"
     if near := difflib.get_close_matches(str(unknown), known, 1):
         return f"; did you mean {prefix}{near[0]}?"
     elsewhere = {path.rsplit(".", 1)[-1]: path for path in reversed(list(known_keys(RunConfig)))}

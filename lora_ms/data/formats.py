@@ -70,8 +70,11 @@ PREFERENCES = (
 )
 BOTH_LEARNT = "objectives: dpo, orpo or simpo learn from both; or"
 # names that are only suggested: what they hold is not sure enough to read it
-LIKE_QUESTION = (*QUESTION, "prompt", "input", "problem", "user", "human", "sentence", "text")
-LIKE_ANSWER = (*ANSWER, "completion", "target", "solution", "assistant", "label", "summary", "translation")
+LIKE_QUESTION = (*QUESTION, "prompt", "input", "problem", "user", "human", "sentence", "text", "问题", "提问")
+LIKE_ANSWER = (
+    *(*ANSWER, "completion", "target", "solution", "assistant", "label", "summary", "translation"),
+    *("答案", "回答"),
+)
 LIKE_TEXT = ("content", "body", "sentence", "document", "article", "passage", "code")
 
 FAULTS_SHOWN = 5
@@ -298,7 +301,10 @@ class _Faults:
         """Raises LoraMsError where there are any."""
         if not self.count:
             return
-        parts = [f"{where}: {fault.text}" for where, fault in self.first]
+        places: dict[str, list[str]] = {}
+        for where, fault in self.first:
+            places.setdefault(fault.text, []).append(where)
+        parts = [f"{', '.join(found)}: {text}" for text, found in places.items()]
         if self.count > len(self.first):
             parts.append(f"and {self.count - len(self.first)} more such rows")
         advice = dict.fromkeys(part for _, fault in self.first for part in fault.advice.split("; "))
@@ -353,17 +359,26 @@ def _suggestion(value: Mapping[str, Any]) -> str:
     for key, item in lists.items():
         if isinstance(item, list) and item and isinstance(item[0], Mapping):
             if item[0].keys() & {"role", "from"}:
-                return f"if {quoted(key)} is the conversation, set columns: {{messages: {key}}}; "
+                return f"if {quoted(key)} is the conversation, set {_columns(messages=key)}; "
             if len(value) == 1:
                 return f"if the rows are the list under {quoted(key)}, write that list as the file; "
     texts = {str(key).lower(): key for key, item in value.items() if isinstance(item, str)}
     question = next((texts[name] for name in LIKE_QUESTION if name in texts), None)
     answer = next((texts[name] for name in LIKE_ANSWER if name in texts and texts[name] != question), None)
     if question is not None and answer is not None:
-        columns = f"{{instruction: {question}, output: {answer}}}"
-        return f"if {quoted(question)} is the question and {quoted(answer)} the answer, set columns: {columns}; "
+        columns = _columns(instruction=question, output=answer)
+        return f"if {quoted(question)} is the question and {quoted(answer)} the answer, set {columns}; "
     text = next((texts[name] for name in LIKE_TEXT if name in texts), None)
-    return "" if text is None else f"if {quoted(text)} is a text to learn as it stands, set columns: {{text: {text}}}; "
+    if text is not None:
+        return f"if {quoted(text)} is a text to learn as it stands, set {_columns(text=text)}; "
+    if len(value) == 1 and ";" in next(iter(map(str, value))):
+        return "if semicolons separate the columns, save the file with commas; "
+    return ""
+
+
+def _columns(**names: str) -> str:
+    """The flag that says which of the file's columns ours are."""
+    return f'--train_dataset.columns "{{{", ".join(f"{ours}: {name}" for ours, name in names.items())}}}"'
 
 
 def _parse_alpaca(where: str, row: Fields) -> Example:

@@ -15,6 +15,8 @@ from lora_ms.data.tables import read_table, without_filled_nulls
 from lora_ms.errors import LoraMsError
 from lora_ms.reading import opened, readable
 
+# what word processors and Chinese input methods write, and JSON's own
+TYPED = {"“": '"', "”": '"', "„": '"', "：": ":", "，": ","}
 SUPPORTED = ".json, .jsonl, .csv, .tsv, .parquet, .mindrecord, or a folder saved by Hugging Face datasets"
 BOM = b"\xef\xbb\xbf"
 
@@ -258,5 +260,9 @@ def _not_utf8(raw: bytes, error: UnicodeDecodeError) -> RowFault:
 
 def _reason(error: ValueError | RecursionError) -> str:
     if isinstance(error, json.JSONDecodeError):
-        return f"{error.msg.removesuffix(' at')} at column {error.colno}"
+        found = error.doc[error.pos : error.pos + 1]
+        if found == "}" and error.msg.startswith("Expecting property name"):
+            return f"the last comma before column {error.colno} is too many"
+        instead = f": {found} instead of {TYPED[found]}" if found in TYPED else ""
+        return f"{error.msg.removesuffix(' at')} at column {error.colno}{instead}"
     return "nested too deeply" if isinstance(error, RecursionError) else "a number of too many digits"

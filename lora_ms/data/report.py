@@ -114,10 +114,9 @@ class Report:
         if self.dropped_too_long:
             parts.append(f"{self.dropped_too_long:,} dropped (longer than seq_length {self.seq_length})")
         share = round(100 * self.label_tokens / max(self.tokens, 1))
-        parts += [f"{self.tokens:,} tokens", f"{share}% of them labels", f"longest {self.longest:,}"]
-        if self.layout:
-            parts.append(self.layout)
-        return [", ".join(parts), *(f"  {text}" for text in self._remarks())]
+        parts += [f"{self.tokens:,} tokens", f"{share}% of them learnt", f"longest {self.longest:,}"]
+        layout = [self.layout] if self.layout else []
+        return [", ".join(parts), *(f"  {text}" for text in (*layout, *self._remarks()))]
 
     def _remarks(self) -> list[str]:
         remarks = [f"left out: {count:,} rows: {reason}" for reason, count in self.skipped.items()]
@@ -152,7 +151,7 @@ class Report:
             ("rows to train on", f"{self.kept:,}"),
             ("  duplicates among them", f"{self.duplicates:,}"),
             ("tokens", f"{self.tokens:,}"),
-            ("  of them labels", f"{self.label_tokens:,} ({share:.1%})"),
+            ("  of them learnt", f"{self.label_tokens:,} ({share:.1%})"),
             ("assistant turns", f"{self.turns:,}"),
             ("answer tokens lost beyond seq_length", f"{self.answer_tokens_lost:,}"),
             ("length in tokens", ", ".join(f"{key} {value:,}" for key, value in self.percentiles.items())),

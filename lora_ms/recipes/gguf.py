@@ -241,7 +241,7 @@ def export(
     if why:
         lines.append(f"no template in {MODELFILE}: {why}")
     if not has_model:
-        lines.append(f"{MODELFILE} expects the model as {MODEL} beside the adapter: --with_base True writes it")
+        return [*lines, f"Ollama needs the model, too, as {target / MODEL}: --with_base True writes it"]
     lines.append(f"try it: cd {target} && ollama create mine -f {MODELFILE} && ollama run mine")
     return lines
 

@@ -34,11 +34,11 @@ def words(tmp_path, text_model, monkeypatch):
 def test_preview(words, capsys):
     assert main(["preview", *words, "--row", "1"]) == 0
     assert capsys.readouterr().out == (
-        "rows.json[1]: 35 tokens, 9 of them labels\n"
+        "rows.json[1]: 35 tokens, 9 of them learnt\n"
         "<|im_start|>user\nsay hi<|im_end|>\n<|im_start|>assistant\n[[hi there<|im_end|>]]\n\n\n"
     )
     assert main(["preview", *words]) == 0
-    assert capsys.readouterr().out.count(" of them labels\n") == 2
+    assert capsys.readouterr().out.count(" of them learnt\n") == 2
     assert main(["preview", *words, "--row", "3"]) == 2
     assert capsys.readouterr().err == "error: --row 3: there is no row of that number\n"
 
@@ -60,7 +60,7 @@ def test_preview_shows_both_answers(words, tmp_path, capsys):
     assert main(["preview", *words, *pairs, "--row", "2"]) == 0
     chosen, rejected, _ = capsys.readouterr().out.split("\n\n\n")
     assert chosen.startswith("pairs.jsonl:2: ") and "q1" in chosen and "[[yes<|im_end|>]]" in chosen
-    assert ", rejected\n" in rejected and "[[no<|im_end|>]]" in rejected
+    assert " of them rejected\n" in rejected and "[[no<|im_end|>]]" in rejected
     assert main(["preview", *words, *pairs]) == 0
     assert capsys.readouterr().out.count("[[") == 6
     assert main(["preview", *pairs]) == 0
@@ -108,7 +108,8 @@ def test_preview_without_a_model(tmp_path, capsys):
     )
     file.write_text('[{"prompt": "q", "response": "a"}]')
     assert main(["preview", "--train_dataset_dir", str(file)]) == 2
-    assert "set columns: {instruction: prompt, output: response}; " in capsys.readouterr().err
+    advice = 'set --train_dataset.columns "{instruction: prompt, output: response}"; '
+    assert advice in capsys.readouterr().err
 
 
 def test_preview_names_a_token_that_the_model_does_not_have(words, tmp_path, capsys):

@@ -143,6 +143,7 @@ def test_log_is_what_was_printed(done, token_rows):
     lines = (done / "run.log").read_text().splitlines()
     tokens = sum(len(row["input_ids"]) for row in token_rows)
     assert lines[0].startswith(f"data: 8 rows, {tokens} tokens, ")
+    assert " into lines of " in lines.pop(1)
     assert lines[1].startswith("  padding: ")
     assert lines[2].startswith("memory: about ") and lines[2].endswith(" free")
     assert lines.pop(3).startswith(

@@ -131,7 +131,8 @@ def test_pet_config_missing_null_or_defaulted(yaml_file):
     assert load_config(None).pet_config == PetConfig()
     path = yaml_file("seed: 1")
     missing = (
-        f"{path}: pet_config is missing: add model.model_config.pet_config, or set it to null to train all parameters"
+        f"{path}: pet_config is missing: add model.model_config.pet_config, {{}} for LoRA as it is by default, or null "
+        "to train all parameters"
     )
     assert error_of(path) == missing
     assert error_of(path, flags={"run_mode": "train"}) == missing

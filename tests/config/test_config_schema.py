@@ -23,6 +23,10 @@ def options(*texts: str) -> RunConfig:
     [
         # unknown keys: beside it, elsewhere, and where nothing is near
         ("runner_config.epoch=2", "unknown key runner_config.epoch; did you mean runner_config.epochs?"),
+        (
+            "train_dataset_dir=rows.jsonl",
+            "unknown key train_dataset_dir; in a YAML it is train_dataset.data_loader.dataset_dir",
+        ),
         ("lora_rank=2", "unknown key lora_rank; did you mean model.model_config.pet_config.lora_rank?"),
         (
             "pet_config.rank=2",

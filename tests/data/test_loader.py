@@ -170,7 +170,7 @@ def test_prepare_rows_encodes_drops_and_counts(chatml):
         scripts={"Latin": 1.0}, turns=2, cut_would_keep=1, cut_would_keep_tokens=13,
     )  # fmt: skip
     assert report.lines() == [
-        "data: 3 rows, 1 dropped (longer than seq_length 32), 29 tokens, 17% of them labels, longest 23",
+        "data: 3 rows, 1 dropped (longer than seq_length 32), 29 tokens, 17% of them learnt, longest 23",
         "  answer tokens lost beyond seq_length: 51",
         "  truncation: cut would keep a part of 1 of the rows dropped, with 13 answer tokens",
     ]
@@ -192,9 +192,10 @@ def test_report_in_words():
     report = Report(
         rows=1200, kept=1200, dropped_too_long=0, seq_length=128, tokens=30124, label_tokens=12351, longest=57
     )
-    assert report.lines() == ["data: 1,200 rows, 30,124 tokens, 41% of them labels, longest 57"]
+    assert report.lines() == ["data: 1,200 rows, 30,124 tokens, 41% of them learnt, longest 57"]
     assert replace(report, rows=1, layout="padded into lines of 64 tokens, 2 per micro-batch").lines() == [
-        "data: 1 row, 30,124 tokens, 41% of them labels, longest 57, padded into lines of 64 tokens, 2 per micro-batch"
+        "data: 1 row, 30,124 tokens, 41% of them learnt, longest 57",
+        "  padded into lines of 64 tokens, 2 per micro-batch",
     ]
 
 

@@ -198,6 +198,17 @@ def test_paths_that_lead_nowhere(tmp_path):
             b'{"instruction": "a", "output": "b"}\n{"instruction": }\n',
             "d.json:2: not valid JSON (Expecting value at column 17); write one object per line",
         ),
+        (
+            "d.jsonl",
+            "{“instruction”：“a”}".encode(),
+            "d.jsonl:1: not valid JSON (Expecting property name enclosed in double quotes at column 2: “ instead of "
+            '"); write one object per line',
+        ),
+        (
+            "d.jsonl",
+            b'{"instruction": "a", "output": "b",}',
+            "d.jsonl:1: not valid JSON (the last comma before column 36 is too many); write one object per line",
+        ),
         ("d.jsonl", b"[" * 100_000, "d.jsonl:1: not valid JSON (nested too deeply); write one object per line"),
         (
             "d.jsonl",
@@ -211,7 +222,17 @@ def test_paths_that_lead_nowhere(tmp_path):
             "d.jsonl:1: the text holds \\ud83d, half of a character; remove it",
         ),
     ],
-    ids=["line", "array", "lines named .json", "nesting", "GBK", "array in one line", "half a surrogate pair"],
+    ids=[
+        "line",
+        "array",
+        "lines named .json",
+        "typographic quotes",
+        "last comma",
+        "nesting",
+        "GBK",
+        "array in one line",
+        "half a surrogate pair",
+    ],
 )
 def test_files_that_cannot_be_read(tmp_path, name, raw, text):
     (tmp_path / name).write_bytes(raw)
@@ -255,11 +276,16 @@ ANSWER = "write the answer or remove the row"
             {"instruction": "a", "output": "b", "history": [["q", ""]]},
             f'no answer: turn 1 of "history" is empty; {ANSWER}',
         ),
-        ({"问题": "a", "answer": "b"}, f'keys "问题", "answer" fit no format; {KNOWN}'),
+        ({"题目": "a", "answer": "b"}, f'keys "题目", "answer" fit no format; {KNOWN}'),
+        (
+            {"instruction;output": "a;b"},
+            'keys "instruction;output" fit no format; if semicolons separate the columns, save the file with commas; '
+            + KNOWN,
+        ),
         (
             {"prompt": "a", "response": "b"},
             'keys "prompt", "response" fit no format; if "prompt" is the question and "response" the answer, set '
-            f"columns: {{instruction: prompt, output: response}}; {KNOWN}",
+            f'--train_dataset.columns "{{instruction: prompt, output: response}}"; {KNOWN}',
         ),
         ({"prompt": "a"}, f'no answer: "completion" is missing; {ANSWER}'),
         ({"input_ids": [1]}, f'keys "input_ids" fit no format; {KNOWN}'),
@@ -331,8 +357,9 @@ def test_faulty_rows_are_collected_in_one_line(tmp_path):
         f'data.jsonl:2: no answer: "output" is empty; data.jsonl:4: "output" is int, not text; {ANSWER}; '
         "put it in quotation marks"
     )
-    named = "; ".join(f'row {number}: no answer: "output" is empty' for number in range(1, 6))
-    assert fault([empty] * 8) == f"{named}; and 3 more such rows; {ANSWER}"
+    assert fault([empty] * 8) == (
+        f'row 1, row 2, row 3, row 4, row 5: no answer: "output" is empty; and 3 more such rows; {ANSWER}'
+    )
 
 
 def test_one_file_has_one_format(tmp_path):

@@ -637,11 +637,12 @@ def test_columns_that_are_read_are_said(tmp_path):
         ({"sentence": "q", "label": "a"}, "{instruction: sentence, output: label}"),
         ({"chat": [{"role": "user", "content": "q"}]}, "{messages: chat}"),
         ({"dialogue": json.dumps([{"from": "human", "value": "q"}])}, "{messages: dialogue}"),
+        ({"问题": "q", "答案": "a"}, "{instruction: 问题, output: 答案}"),
         ({"content": "x"}, "{text: content}"),
     ],
 )
 def test_columns_that_are_suggested_work(row, advice):
-    assert f"set columns: {advice}; known formats: " in fault(row)
+    assert f'set --train_dataset.columns "{advice}"; known formats: ' in fault(row)
     columns = dict(pair.split(": ") for pair in advice.strip("{}").split(", "))
     if "messages" in columns:
         turns = [{"role": "user", "content": "q"}, answer()]
