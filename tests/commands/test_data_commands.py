@@ -336,8 +336,8 @@ def test_held_out_rows_tear_no_conversation(words, tmp_path, text_model):
     preparation = data.preparation_of(config, config.train_dataset, 64, None)
     rows = data.rows_of(config.train_dataset, [str(tmp_path / "rows.jsonl")], tokenizer, preparation)
     kept, held_out = data.split_off(config, rows, tokenizer, preparation)
-    assert (len(rows.store), len(kept.store), len(held_out)) == (40, 28, 12)
-    assert not {row.where for row in kept.store} & {row.where for row in held_out}
+    assert (len(rows.store), len(kept.store), len(held_out.store)) == (40, 28, 12)
+    assert not {row.where for row in kept.store} & {row.where for row in held_out.store}
 
 
 def test_held_out_rows(words, tmp_path, rows_file, capsys, graph_mode):
