@@ -7,6 +7,7 @@
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
+[ $# = 0 ] || die "ascend_report.sh takes no arguments: set DEVICE=CPU, REPORT, QUICK=1 or PYTHON before the command"
 export DEVICE=${DEVICE:-Ascend} GLOG_v=${GLOG_v:-3}
 report=$(realpath -m "${REPORT:-ascend_report.txt}")
 python=${PYTHON:-${LORA_MS_VENV:-$ROOT/.venv}/bin/python}
