@@ -145,6 +145,7 @@ class Engine:
         self._events: list[Event] = []  # of requests that ended between steps
         self._next_id = 0
         self._steps = 0
+        self._has_read = False  # whether the last step read a piece of a prompt
 
     @property
     def idle(self) -> bool:
@@ -219,15 +220,19 @@ class Engine:
             line.stale = True
 
     def step(self) -> list[Event]:
-        """Reads one piece of a prompt, and one token of every row whose prompt has been read."""
+        """Reads one piece of a prompt, or one token of every row whose prompt has been read: in turn, where there are
+        both."""
         events, self._events = self._events, []
         self._steps += 1
         self._admit()
-        row = self._next_to_read()
-        if row is not None:
-            self._take_over(row)
-            events += self._read_piece(row)
-        return events + self._next_tokens()
+        unread = self._next_to_read()
+        read = self._read_rows()
+        if unread is None or (self._has_read and read):
+            self._has_read = False
+            return events + self._next_tokens(read)
+        self._has_read = True
+        self._take_over(unread)
+        return events + self._read_piece(unread)
 
     def run(self) -> Iterator[Event]:
         """Steps until the engine is idle; requests may be submitted and cancelled in between."""
@@ -293,6 +298,10 @@ class Engine:
         different = np.flatnonzero(line.ids[:count] != row.ids[:count])
         return (int(different[0]) if len(different) else count) // self.piece * self.piece
 
+    def _read_rows(self) -> "list[_Row]":
+        """Those whose prompts have been read."""
+        return [row for row in self._rows() if row.line.used >= len(row.ids)]
+
     def _next_to_read(self) -> "_Row | None":
         """The row that has waited longest among those whose prompts have not been read."""
         unread = [row for row in self._rows() if row.line.used < len(row.ids)]
@@ -332,9 +341,8 @@ class Engine:
             line.whole = line.used
         return [] if line.used < len(row.ids) else self._told([row], [0], logits, best)
 
-    def _next_tokens(self) -> list[Event]:
-        """The next token of each row whose prompt has been read."""
-        rows = [row for row in self._rows() if row.line.used >= len(row.ids)]
+    def _next_tokens(self, rows: "list[_Row]") -> list[Event]:
+        """The next token of each of ``rows``."""
         if not rows:
             return []
         ids = np.zeros(self.rows, np.int32)

@@ -21,6 +21,8 @@ constexpr int COLUMNS = 2 * LANES;         // of a tile
 constexpr long DEPTH = 512;                // rows of a panel that a tile goes through at a time, about
 constexpr long FEW_ROWS = 12;     // up to which B is read where it lies,
 constexpr int ROWS_OF_DOTS = LANES == 8 ? 1 : 2;  // at a time, in 16 registers and in 32
+constexpr long ASKED = 4096;      // numbers of some columns of B, up to which the next ones are asked for in one stream:
+                                  // the processor foresees several at once only in long rows
 constexpr long FEW = 256;         // rows up to which each task packs its own columns of B,
 constexpr long FEW_WIDTH = 128;   // so many at most
 constexpr long BLOCK = 96;        // rows of a task, at most: they stay in the second-level cache from one to the next
@@ -122,8 +124,8 @@ void tile(const Piece *pieces, int count, long i, long j, const float *start, lo
 #pragma GCC unroll 16
             for (int r = 0; r < M; r++) {
                 const Vec x = spread(a[r * row]);
-                sums[r][0] += x * left;
-                sums[r][1] += x * right;
+                sums[r][0] = add_product(sums[r][0], x, left);
+                sums[r][1] = add_product(sums[r][1], x, right);
             }
         }
     }
@@ -257,8 +259,9 @@ void add_dots_of_blocks(const float *a, long a_row, FourBits b, long b_row, long
                     const Vec right = levels.at(codes_at(codes + (k + LANES) / 2));
 #pragma GCC unroll 4
                     for (int i = 0; i < M; i++) {
-                        sums[i][j][0] += load(a + i * a_row + p + k) * left;
-                        sums[i][j][1] += load(a + i * a_row + p + k + LANES) * right;
+                        const float *x = a + i * a_row + p + k;
+                        sums[i][j][0] = add_product(sums[i][j][0], load(x), left);
+                        sums[i][j][1] = add_product(sums[i][j][1], load(x + LANES), right);
                     }
                 }
             }
@@ -287,15 +290,23 @@ void add_dots(const float *a, long a_row, Numbers b, long b_row, long depth, flo
         for (int j = 0; j < N; j++) {
             const Vec right = numbers(b + (j * b_row + p));
 #pragma GCC unroll 4
-            for (int i = 0; i < M; i++) sums[i][j][half] += left[i] * right;
+            for (int i = 0; i < M; i++) sums[i][j][half] = add_product(sums[i][j][half], left[i], right);
         }
     };
     const auto whole = [](auto from) { return load(from); };
     long p = 0;
-    for (; p + 2 * LANES <= depth; p += 2 * LANES) {
-        add(0, p, whole);
-        add(1, p + LANES, whole);
+    const auto add_all = [&](auto before) {
+        for (; p + 2 * LANES <= depth; p += 2 * LANES) {
+            before();
+            add(0, p, whole);
+            add(1, p + LANES, whole);
+        }
+    };
+    if constexpr (std::is_pointer_v<Numbers>) {
+        if (N * depth <= ASKED && b_row == depth)
+            add_all([&] { fetch(b + N * (b_row + p), N * 2 * LANES); });
     }
+    add_all([] {});
     for (; p < depth; p += LANES) add(0, p, [&](auto from) { return load_up_to(from, depth - p); });
     for (int i = 0; i < M; i++)
         for (int j = 0; j < N; j++) out[i * out_row + j] += sum(sums[i][j][0] + sums[i][j][1]);

@@ -19,7 +19,7 @@ void over_rows(long count, long per_task, const Work &work) {
 inline void add_rows(const float *from, const float *factors, const float *rows, long count, long n, float *to) {
     for (long j = 0; j < n; j += LANES) {
         Vec total = load_up_to(from + j, n - j);
-        for (long r = 0; r < count; r++) total += factors[r] * load_up_to(rows + r * n + j, n - j);
+        for (long r = 0; r < count; r++) total = add_product(total, spread(factors[r]), load_up_to(rows + r * n + j, n - j));
         store_up_to(to + j, total, n - j);
     }
 }

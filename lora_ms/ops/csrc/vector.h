@@ -59,6 +59,20 @@ inline void store(float *to, Vec x) { *reinterpret_cast<Unaligned *>(to) = x; }
 inline Vec spread(float x) { return x - Vec{}; }  // x + 0 would be an addition: it turns -0 into 0
 inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 
+// sum + a * b, rounded once where the processor can. Said outright: for AMD's processors GCC keeps some such sums in two
+// operations, at one place and not at another, so that equal sums would differ in their last bits.
+inline Vec add_product(Vec sum, Vec a, Vec b) {
+#if LANES == 16 && defined(__AVX512F__)
+    return _mm512_fmadd_ps(a, b, sum);
+#elif LANES == 8 && defined(__FMA__)
+    return _mm256_fmadd_ps(a, b, sum);
+#elif LANES == 4 && defined(__FMA__)
+    return _mm_fmadd_ps(a, b, sum);
+#else
+    return sum + a * b;
+#endif
+}
+
 // The sum of `COUNT` numbers: of both halves, of both halves of that, …
 template <int COUNT>
 float sum_of(const float *x) {
