@@ -1,6 +1,7 @@
 """Text for people: numbers with their nouns, lists that end, tables that fit a terminal, and no codes in it."""
 
 import re
+import shutil
 import textwrap
 from collections.abc import Sequence
 from typing import Any, TextIO
@@ -52,6 +53,14 @@ def listed(items: Sequence[str], most: int = 10, separator: str = "; ") -> str:
     """``a; b; c and 4 more``."""
     more = f" and {len(items) - most:,} more" if len(items) > most else ""
     return separator.join(items[:most]) + more
+
+
+def wrapped(text: str, stream: TextIO) -> str:
+    """``text`` in lines that end between words, where ``stream`` is a terminal; else in one line, for programs."""
+    if not stream.isatty():
+        return text
+    columns = shutil.get_terminal_size((WIDTH, 24)).columns
+    return textwrap.fill(text, columns, break_long_words=False, break_on_hyphens=False)
 
 
 def shortened(text: str, most: int = 3000) -> str:

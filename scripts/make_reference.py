@@ -249,7 +249,8 @@ def anchor(title: str) -> str:
 def cli_page(words: dict[str, str]) -> Iterator[str]:
     parser, leaves = main.build_parser()
     configured = {name: leaves[name] for name in main.COMMANDS}
-    first = next(iter(configured.values()))
+    first = argparse.ArgumentParser()
+    flags.add_flags(first)
     common = {action.dest for action in first._actions}
     head = [words["flag"], words["meaning"]]
     yield f"# {words['cli']}"

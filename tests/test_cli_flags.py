@@ -10,6 +10,7 @@ from types import ModuleType
 import pytest
 
 from lora_ms.cli import main
+from lora_ms.cli.flags import FLAGS as SHARED_FLAGS
 from lora_ms.config import load_config
 from lora_ms.config.schema import RunConfig
 from lora_ms.errors import LoraMsError
@@ -446,13 +447,26 @@ def test_help_imports_nothing_heavy(words):
     assert (done.returncode, done.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("command", ["", "finetune", *main.TOOLS])
+@pytest.mark.parametrize("command", ["", *main.COMMANDS, *main.TOOLS])
 def test_help_fits_80_columns(capsys, command):
     assert main.main([*command.split(), "--help"]) == 0
     text = capsys.readouterr().out
     assert max(len(line) for line in text.splitlines()) <= 80
     for flag in main.TOOLS[command].flags if command in main.TOOLS else ():
         assert f"--{flag.name} " in text
+
+
+def test_help_shows_what_a_command_uses(capsys):
+    """Every flag is in the help of some command, and training's are not in that of chat, which accepts them."""
+    shown = {}
+    for command in main.COMMANDS:
+        assert main.main([command, "--help"]) == 0
+        shown[command] = capsys.readouterr().out
+    flags = [row[0] for rows in SHARED_FLAGS.values() for row in rows]
+    assert all(any(f"--{flag} " in text for text in shown.values()) for flag in flags)
+    assert "--learning_rate " in shown["finetune"] and "--learning_rate " not in shown["chat"]
+    assert "--predict_data " in shown["predict"] and "--predict_data " not in shown["finetune"]
+    assert len(shown["chat"].splitlines()) <= 55
 
 
 def test_help_lists_the_methods_of_combining(capsys):

@@ -123,9 +123,10 @@ FLAGS: dict[str, list[tuple[str, str, Any, str, str]]] = {
         ),
         ("do_eval", "do_eval", flag_bool, "BOOL", "evaluate on eval_dataset while training"),
         ("eval_step_interval", "eval_step_interval", flag_int, "N", "optimiser steps between evaluations (100)"),
-        ("seed", "seed", flag_int, "N", "seed of initialisation, order, dropout, sampling"),
         ("report_to", "report_to", str, "NAME", "tensorboard, wandb, swanlab, mlflow or none"),
         ("profile", "profile", flag_bool, "BOOL", "profile the first steps: where their time goes"),
+    ],
+    "device and seed": [
         ("use_parallel", "use_parallel", flag_bool, "BOOL", "one process per card, started by msrun"),
         ("device_target", "context.device_target", str, "NAME", "auto, Ascend or CPU"),
         (
@@ -136,6 +137,7 @@ FLAGS: dict[str, list[tuple[str, str, Any, str, str]]] = {
             "save memory: float16, one row at a time, recomputation",
         ),
         ("device_id", "context.device_id", flag_int, "N", "which card"),
+        ("seed", "seed", flag_int, "N", "seed of initialisation, order, dropout, sampling"),
     ],
     "generation": [
         ("prompts_file", "evaluation.prompts_file", str, "FILE", "for eval: questions with the answers expected"),
@@ -219,39 +221,70 @@ COMMAND_FLAGS = {
 }
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags that all commands with a configuration share."""
+# What --help shows of the shared flags by command; all take all, as they share the YAML.
+DEVICE = tuple(row[0] for row in FLAGS["device and seed"])
+OF_ROWS = ("train_dataset_dir", "eval_dataset_dir", "num_samples", "fill")
+OF_ANSWERS = tuple(row[0] for row in FLAGS["generation"])
+OF_PREDICT = ("predict_data", "predict_file", "predict_output")
+OF_EVAL = ("prompts_file", "tasks", "num_fewshot", "limit")
+OF_TRAINING = tuple(row[0] for row in FLAGS["training"] if row[0] != "seq_length")
+COMPATIBLE = tuple(row[0] for row in FLAGS["MindFormers compatibility"])
+ANSWERING = {*OF_ROWS, *OF_TRAINING, *OF_EVAL, *COMPATIBLE, "seq_length", "dry_run", "preset"}
+NOT_SHOWN: dict[str, set[str]] = {
+    "finetune": {*OF_PREDICT, "system"},
+    "predict": ANSWERING,
+    "chat": {*ANSWERING, *OF_PREDICT},
+    "serve": {*ANSWERING, *OF_PREDICT, "system"},
+    "eval": {*OF_PREDICT, *OF_TRAINING, *COMPATIBLE, "train_dataset_dir", "dry_run", "preset", "system"},
+    "sequence": {*OF_PREDICT, "system", "dry_run", "train_dataset_dir"},
+    "fisher": {*OF_PREDICT, *OF_EVAL, *OF_ANSWERS, *COMPATIBLE, "eval_dataset_dir", "system", "dry_run"},
+    "estimate": {*OF_PREDICT, *OF_ANSWERS, "system", "dry_run"},
+    "preview": {*OF_PREDICT, *OF_ANSWERS, *OF_TRAINING, *COMPATIBLE, *DEVICE, "system", "dry_run", "preset"},
+    "preprocess": {*OF_PREDICT, *OF_ANSWERS, *OF_TRAINING, *COMPATIBLE, *DEVICE, "system", "dry_run", "preset"},
+}
+
+
+def add_flags(parser: argparse.ArgumentParser, command: str | None = None) -> None:
+    """Adds the flags that all commands with a configuration share; its help shows those of ``command``, or all."""
+    hidden = NOT_SHOWN.get(command or "", set())
+
+    def shown(flag: str, text: str) -> str:
+        return argparse.SUPPRESS if flag in hidden else text
+
     parser.add_argument("--config", metavar="YAML", help="configuration in MindFormers' schema")
     groups = {}
     for title, rows in FLAGS.items():
         group = groups[title] = parser.add_argument_group(title)
         for flag, _, kind, placeholder, text in rows:
             several = "+" if flag in SEVERAL else None
-            group.add_argument(f"--{flag}", type=kind, nargs=several, metavar=placeholder, help=text)
+            group.add_argument(f"--{flag}", type=kind, nargs=several, metavar=placeholder, help=shown(flag, text))
             for alias in (name for name, meant in ALIASES.items() if meant == flag):
                 group.add_argument(f"--{alias}", type=kind, metavar=placeholder, help=argparse.SUPPRESS)
     for flag, _, kind, count in IDLE_FLAGS:
         groups["MindFormers compatibility"].add_argument(f"--{flag}", type=kind, nargs=count, help=argparse.SUPPRESS)
     parser.epilog = (
-        f"Other names: {', '.join(f'--{alias} for --{flag}' for alias, flag in ALIASES.items())}. "
-        f"MindFormers' other flags are accepted and have no effect: {' '.join(row[0] for row in IDLE_FLAGS)}."
+        f"Other names: {', '.join(f'--{alias} for --{flag}' for alias, flag in ALIASES.items() if flag not in hidden)}."
     )
+    if "run_mode" not in hidden:
+        idle = " ".join(row[0] for row in IDLE_FLAGS)
+        parser.epilog += f" MindFormers' other flags are accepted and have no effect: {idle}."
+    if hidden:
+        parser.epilog += " Flags of other commands are accepted, as they set keys of the same YAML."
+
+    def add(title: str, flag: str, text: str, **how: Any) -> None:
+        groups[title].add_argument(f"--{flag}", help=shown(flag, text), **how)
 
     text = "replace {{NAME}} in the data with TEXT; repeatable"
-    groups["model and data"].add_argument(
-        "--fill", type=flag_fill, action="append", default=[], metavar="NAME=TEXT", help=text
-    )
+    add("model and data", "fill", text, type=flag_fill, action="append", default=[], metavar="NAME=TEXT")
     text = "only check settings, data, memory and disk, for N processes (1)"
-    groups["training"].add_argument("--dry_run", type=flag_int, nargs="?", const=1, metavar="N", help=text)
+    add("training", "dry_run", text, type=flag_int, nargs="?", const=1, metavar="N")
     text = "few_rows (tens), small_dataset (hundreds), large_dataset (tens of thousands)"
-    groups["training"].add_argument("--preset", metavar="NAME", help=text)
-    groups["generation"].add_argument("--predict_data", nargs="+", metavar="TEXT", help="prompts")
-    text = "rows with prompts: file, folder or glob"
-    groups["generation"].add_argument("--predict_file", type=flag_path, metavar="PATH", help=text)
+    add("training", "preset", text, metavar="NAME")
+    add("generation", "predict_data", "prompts", nargs="+", metavar="TEXT")
+    add("generation", "predict_file", "rows with prompts: file, folder or glob", type=flag_path, metavar="PATH")
     text = "their answers (answers.jsonl in output_dir); an interrupted file is continued"
-    groups["generation"].add_argument("--predict_output", type=flag_path, metavar="FILE", help=text)
-    text = "system message before the conversation (predict, chat)"
-    groups["generation"].add_argument("--system", metavar="TEXT", help=text)
+    add("generation", "predict_output", text, type=flag_path, metavar="FILE")
+    add("generation", "system", "system message before the conversation (predict, chat)", metavar="TEXT")
     group = parser.add_argument_group("any key of the YAML")
     text = "such as optimizer.eps=1e-6; also as --optimizer.eps 1e-6"
     group.add_argument("--options", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=text)

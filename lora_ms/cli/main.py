@@ -19,7 +19,7 @@ from typing import Any
 from lora_ms.cli.flags import ALIASES, COMMAND_FLAGS, FLAG_KEYS, OTHER_FLAGS, add_command_flags, add_flags
 from lora_ms.cli.parser import TOOLS, Help, Parser, Version, add_tools
 from lora_ms.errors import LoraMsError, lost_connection, out_of_memory
-from lora_ms.text import Escaping, shortened
+from lora_ms.text import Escaping, shortened, wrapped
 
 # Command -> the module whose ``run`` does it. Those of TOOLS get their flags as keyword arguments, the others a
 # configuration and the flags that are theirs alone (COMMAND_FLAGS). check-adapter and doctor return a number of faults.
@@ -143,7 +143,7 @@ def _guarded(command: Callable[[list[str]], int], argv: list[str]) -> int:
     except BaseException as fault:  # a panic of a library in Rust is no Exception
         if "--debug" in argv:
             raise
-        print("error:", shortened(" ".join(_said_of(fault).split())), file=sys.stderr)
+        print(wrapped(f"error: {shortened(' '.join(_said_of(fault).split()))}", streams[1]), file=sys.stderr)
         return 2
     finally:
         sys.stdout, sys.stderr = streams
@@ -174,7 +174,7 @@ def build_parser() -> tuple[Parser, dict[str, argparse.ArgumentParser]]:
             formatter_class=Help,
             usage=usage_of(name),
         )
-        add_flags(command)
+        add_flags(command, name)
         add_command_flags(name, command)
     return parser, parsers | add_tools(commands)
 

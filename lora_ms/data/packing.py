@@ -25,8 +25,8 @@ SLOT_COST = 0.3  # of a target slot, in tokens
 EPOCHS = 3  # that a run is assumed to have
 STEP_COST = 24  # of starting a micro-batch, in tokens
 GAIN = 0.01  # share of padding by which packing is to beat plain batches; of the rows that are tried out
-FEW = 8  # different lengths, in steps of 16 tokens, with which a run compiles MOST_SHAPES at most
 MOST_SHAPES = 2
+MOST_OF_SINGLE_ROWS = 3  # where a micro-batch is one row, which nothing else shortens than a shape of its own
 SMALL_RUN = 5000  # tokens below which padding costs less than the compilation of a second shape
 
 
@@ -166,8 +166,8 @@ def plan_layout(
     prefer_many_lines: as many lines in a micro-batch as it has room for, none longer than the longest row needs.
 
     Padded and bucketed shapes come from all steps and so always suffice. Packed shapes are tried out on some of the
-    rows; what they cannot hold opens another line. Where packing would leave more padding than plain batches, rows are
-    not packed: the result is bucketed.
+    rows; what they cannot hold opens another line. Where packing would leave more padding than plain batches of several
+    rows, rows are not packed: the result is bucketed.
     """
     if kind == "packed":
         sample = _sample(lengths, labels, per_step)
@@ -182,9 +182,9 @@ def plan_layout(
             prefer_many_lines=prefer_many_lines,
         )
         padding = packed.padding(sample)
-        if prefer_many_lines or padding <= plain_padding(sample, batch_size) - GAIN:
+        if prefer_many_lines or batch_size == 1 or padding <= plain_padding(sample, batch_size) - GAIN:
             return packed
-        kind, buckets = "bucketed", min(MOST_SHAPES, _most_shapes(sample, total_steps))
+        kind, buckets = "bucketed", _most_shapes(sample, total_steps, batch_size)
         if padding <= bucketed_padding(sample, batch_size, padded_length(int(lengths.max()), seq_length), buckets):
             return packed
     return _plan_plain(kind, lengths, labels, steps, batch_size=batch_size, buckets=buckets, seq_length=seq_length)
@@ -269,12 +269,12 @@ def plain_padding(sample: Sample, batch_size: int) -> float:
     return 1 - tokens / sum(plain_tokens(lengths, batch_size) for lengths, _ in sample)
 
 
-def _most_shapes(sample: Sample, total_steps: int) -> int:
+def _most_shapes(sample: Sample, total_steps: int, batch_size: int) -> int:
     """How many shapes a run of steps like those of `sample` may compile."""
-    lengths = np.concatenate([lengths for lengths, _ in sample])
-    if lengths.sum() / len(sample) * total_steps < SMALL_RUN:
+    tokens = sum(int(lengths.sum()) for lengths, _ in sample)
+    if tokens / len(sample) * total_steps < SMALL_RUN:
         return 1
-    return MOST_SHAPES if len(np.unique(-(-lengths // 16))) <= FEW else 3
+    return MOST_OF_SINGLE_ROWS if batch_size == 1 else MOST_SHAPES
 
 
 def bucketed_padding(sample: Sample, batch_size: int, top: int, buckets: int) -> float:
@@ -298,17 +298,18 @@ def _plan_packed(
     world: int,
     prefer_many_lines: bool,
 ) -> Layout:
-    """Tries shapes out on some steps, and takes those of the lowest cost that pad no more than plain batches.
+    """Tries shapes out on some steps, and takes those of the lowest cost that pad no more than plain batches of several
+    rows.
 
     Where all pad more, those that pad least.
     """
     shortest_line = padded_length(longest, seq_length)
-    most_shapes = _most_shapes(sample, total_steps)
+    most_shapes = _most_shapes(sample, total_steps, batch_size)
     room = batch_size * shortest_line  # tokens that a padded micro-batch would have
     longest_line = shortest_line if prefer_many_lines else max(min(seq_length, room), shortest_line)
     most_labels = max(int(labels.max()) for _, labels in sample)
     totals = np.array([lengths.sum() for lengths, _ in sample])
-    allowed = 1.0 if prefer_many_lines else plain_padding(sample, batch_size) - GAIN
+    allowed = 1.0 if prefer_many_lines or batch_size == 1 else plain_padding(sample, batch_size) - GAIN
     best: tuple[float, float, Layout] | None = None  # padding beyond what is allowed, cost
     for length in _line_lengths(totals, shortest_line, longest_line):
         packed = [first_fit(*step, length, length) for step in sample]

@@ -265,10 +265,11 @@ def plan_training(
     reports = [dataclasses.replace(report, layout=plan.describe(), padding=padding) for report in rows.reports]
     if runtime.is_main:
         print(*(line for report in reports for line in report.lines()), sep="\n")
-        padded = f" (without packing: {padding['usual']:.1%})"
-        more = padded if plan.layout.kind == "packed" else ""
-        if settings.layout == "packed" and not more:
+        more = ""
+        if settings.layout == "packed" and plan.layout.kind != "packed":
             more = "; rows are not packed, which would pad more"
+        elif plan.layout.kind == "packed" and settings.batch_size > 1:  # single rows are packed in no layout
+            more = f" (without packing: {padding['usual']:.1%})"
         print(f"  padding: {padding[plan.layout.kind]:.1%} of the computed tokens{more}")
     plan.reports.extend(report.as_json() for report in reports)
     return plan
