@@ -9,6 +9,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from numpy.typing import NDArray
 
+from lora_ms.nn.flat_groups import FlatGroups
 from lora_ms.objectives.base import Start
 
 Array = NDArray[np.float32]
@@ -70,16 +71,13 @@ class Overlap(nn.Cell):
         for meeting in meetings:
             groups.setdefault((meeting.rank, *meeting.earlier.shape), []).append(meeting)
         self.weight = weight
-        self.shapes = tuple((len(members), rank, width) for (rank, _, width), members in groups.items())
-        self.ranges = tuple(
-            tuple((m.start, m.start + rank * width) for m in members) for (rank, _, width), members in groups.items()
-        )
+        shapes = [((rank, width), [m.start for m in members]) for (rank, _, width), members in groups.items()]
+        self.groups = FlatGroups(shapes, n)
         # parameters and no constants: a compiled graph does not hold their numbers
         self.earlier = ms.ParameterTuple(
             Parameter(Tensor(np.stack([m.earlier for m in members])), name=f"earlier_{i}", requires_grad=False)
             for i, members in enumerate(groups.values())
         )
-        self.order = self._order(n)
         self.product_t = ops.BatchMatMul(transpose_b=True)
         self.product = ops.BatchMatMul()
 
@@ -96,33 +94,12 @@ class Overlap(nn.Cell):
                     meetings.append(Meeting(begin, param.shape[0], np.concatenate(found)))
         return cls(meetings, begins[-1], weight) if meetings else None
 
-    def _order(self, n: int) -> tuple[tuple[int, int, int], ...]:
-        """The gradient's pieces: (group, start, end) in the group's own vector, or (-1, 0, length) of zeros."""
-        found = []
-        for group, ranges in enumerate(self.ranges):
-            size = ranges[0][1] - ranges[0][0]
-            found += [(first, group, i * size, (i + 1) * size) for i, (first, _) in enumerate(ranges)]
-        pieces = []
-        end = 0
-        for first, group, begin, stop in sorted(found):
-            if first > end:
-                pieces.append((-1, 0, first - end))
-            pieces.append((group, begin, stop))
-            end = first + stop - begin
-        return (*pieces, (-1, 0, n - end)) if n > end else tuple(pieces)
-
     def construct(self, flat: Tensor) -> tuple[Tensor, Tensor]:
         total = Tensor(0.0, ms.float32)
         gradients = []
-        pieces = []
-        for i in range(len(self.ranges)):
-            a = ops.concat([flat[r[0] : r[1]] for r in self.ranges[i]]).reshape(self.shapes[i])
+        for i in range(len(self.groups.shapes)):
+            a = self.groups.tensors(flat, i)
             products = self.product_t(a, self.earlier[i])  # [modules, rank, earlier ranks]
             total = total + ops.square(products).sum()
-            gradients.append((2.0 * self.weight) * self.product(products, self.earlier[i]).reshape((-1,)))
-        for piece in self.order:
-            if piece[0] < 0:
-                pieces.append(ops.zeros(piece[2], ms.float32))
-            else:
-                pieces.append(gradients[piece[0]][piece[1] : piece[2]])
-        return total * self.weight, ops.concat(pieces)
+            gradients.append((2.0 * self.weight) * self.product(products, self.earlier[i]))
+        return total * self.weight, self.groups.whole(gradients)

@@ -6,10 +6,11 @@ import shutil
 import mindspore as ms
 import numpy as np
 import pytest
-from mindspore import Parameter, Tensor
+from mindspore import Parameter, Tensor, nn
 
 from lora_ms.config import load_config
 from lora_ms.errors import LoraMsError
+from lora_ms.nn.flat_groups import FlatGroups
 from lora_ms.objectives import fisher_file
 from lora_ms.objectives.base import GivenRows, Start
 from lora_ms.objectives.parameter_cells import Overlap
@@ -93,6 +94,24 @@ def test_orthogonal(graph_mode, start, elsewhere):
         gradient.append(slope.ravel())
     check(Overlap.of(start, earlier, 0.5), elsewhere, value, np.concatenate(gradient))
     assert Overlap.of(start, [{"model.layers.7.mlp.up_proj": drawn(2, 6)}], 0.5) is None
+
+
+def test_tensors_of_a_deep_model_are_grouped(graph_mode):
+    """As many modules as a model of 30 layers adapts, more than the compiler's functions go deep one in another."""
+    shapes = [((2, 3), range(0, 300 * 10, 10)), ((4, 1), range(6, 300 * 10, 10))]
+    flat = drawn(3001)
+    groups = FlatGroups(shapes, 3001)
+
+    class Twice(nn.Cell):
+        def __init__(self):
+            super().__init__()
+            self.groups = groups
+
+        def construct(self, x):
+            return self.groups.whole([2.0 * self.groups.tensors(x, 0), 3.0 * self.groups.tensors(x, 1)])
+
+    wanted = np.append(flat[:-1].reshape(300, 10) * np.float32([2] * 6 + [3] * 4), np.float32(0))
+    np.testing.assert_array_equal(Twice()(Tensor(flat)).asnumpy(), wanted)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from lora_ms.adapters.methods.base import Pair, Target
 from lora_ms.adapters.methods.lora import LoraSpec
 from lora_ms.adapters.methods.lora_cells import LoRADense
 from lora_ms.errors import LoraMsError
+from lora_ms.nn.flat_groups import FlatGroups
 from lora_ms.nn.graph import Graph
 from lora_ms.nn.layers import Embedding
 
@@ -112,51 +113,28 @@ class Orthogonality(nn.Cell):
                 groups.setdefault((is_a, span.shape), []).append(span.start)
         self.factor = weight / (len(a) + len(b))
         self.is_a = tuple(is_a for is_a, _ in groups)
-        self.shapes = tuple((len(starts), *shape) for (_, shape), starts in groups.items())
-        self.ranges = tuple(
-            tuple((start, start + shape[0] * shape[1]) for start in starts) for (_, shape), starts in groups.items()
-        )
+        self.groups = FlatGroups([(shape, starts) for (_, shape), starts in groups.items()], n)
         ranks = [shape[0] if is_a else shape[1] for is_a, shape in groups]
         self.ones = tuple(
             Tensor(np.tile(np.eye(rank, dtype=np.float32), (len(starts), 1, 1)))
             for rank, starts in zip(ranks, groups.values(), strict=True)
         )
-        self.pieces = self._pieces(n)
         self.product = ops.BatchMatMul()
         self.product_t = ops.BatchMatMul(transpose_b=True)
         self.t_product = ops.BatchMatMul(transpose_a=True)
         self.sum = ops.ReduceSum(keep_dims=True)
 
-    def _pieces(self, n: int) -> tuple[tuple[int, int, int], ...]:
-        """The gradient in order: (group, start, end) in the group's own vector, or (-1, 0, length) of zeros."""
-        found = []
-        for group, ranges in enumerate(self.ranges):
-            size = ranges[0][1] - ranges[0][0]
-            found += [(start, group, i * size, (i + 1) * size) for i, (start, _) in enumerate(ranges)]
-        pieces, end = [], 0
-        for start, group, first, last in sorted(found):
-            if start > end:
-                pieces.append((-1, 0, start - end))
-            pieces.append((group, first, last))
-            end = start + last - first
-        return (*pieces, (-1, 0, n - end)) if n > end else tuple(pieces)
-
     def construct(self, flat: Tensor) -> tuple[Tensor, Tensor]:
-        total, grads, pieces = Tensor(0.0, ms.float32), [], []
-        for i in range(len(self.ranges)):
-            x = ops.concat([flat[r[0] : r[1]] for r in self.ranges[i]]).reshape(self.shapes[i])
+        total, grads = Tensor(0.0, ms.float32), []
+        for i in range(len(self.groups.shapes)):
+            x = self.groups.tensors(flat, i)
             off = (self.product_t(x, x) if self.is_a[i] else self.t_product(x, x)) - self.ones[i]  # [m, rank, rank]
             norms = ops.sqrt(self.sum(ops.square(off), (1, 2)))  # [m, 1, 1]
             total = total + norms.sum()
             off = off / ops.maximum(norms, Tensor(1e-12, ms.float32))
             grad = self.product(off, x) if self.is_a[i] else self.product(x, off)
-            grads.append((2.0 * self.factor) * grad.reshape((-1,)))
-        for piece in self.pieces:
-            if piece[0] < 0:
-                pieces.append(ops.zeros(piece[2], ms.float32))
-            else:
-                pieces.append(grads[piece[0]][piece[1] : piece[2]])
-        return total * self.factor, ops.concat(pieces)
+            grads.append((2.0 * self.factor) * grad)
+        return total * self.factor, self.groups.whole(grads)
 
 
 class Importance(nn.Cell):

@@ -21,7 +21,7 @@ constexpr int COLUMNS = 2 * LANES;         // of a tile
 constexpr long DEPTH = 512;                // rows of a panel that a tile goes through at a time, about
 constexpr long FEW_ROWS = 12;     // up to which B is read where it lies,
 constexpr int ROWS_OF_DOTS = LANES == 8 ? 1 : 2;  // at a time, in 16 registers and in 32
-constexpr long ASKED = 4096;      // numbers of some columns of B, up to which the next ones are asked for in one stream:
+constexpr long ASKED = 1 << 14;   // bytes of some columns of B, up to which the next ones are asked for in one stream:
                                   // the processor foresees several at once only in long rows
 constexpr long FEW = 256;         // rows up to which each task packs its own columns of B,
 constexpr long FEW_WIDTH = 128;   // so many at most
@@ -303,7 +303,7 @@ void add_dots(const float *a, long a_row, Numbers b, long b_row, long depth, flo
         }
     };
     if constexpr (std::is_pointer_v<Numbers>) {
-        if (N * depth <= ASKED && b_row == depth)
+        if (N * depth * static_cast<long>(sizeof *b) <= ASKED && b_row == depth)
             add_all([&] { fetch(b + N * (b_row + p), N * 2 * LANES); });
     }
     add_all([] {});
