@@ -4,8 +4,9 @@
     python benchmarks/all.py --quick --torch_python PYTHON_WITH_TORCH_AND_PEFT   small models: whether all run
     python benchmarks/all.py --pages                                             only the pages, from the results kept
 
-Results are kept after each program; one that is there already is not run again unless --again says so. What the quick
-form measures means nothing, and is kept nowhere. The figures in README.md and docs/ come from these pages.
+Results are kept after each program, one for each processor; one that is there already is not run again unless --again
+says so. What the quick form measures means nothing, and is kept nowhere. The figures in README.md and docs/ come from
+these pages.
 """
 
 import argparse
@@ -137,7 +138,8 @@ TEXTS = {
         "other": "[中文](numbers.zh.md)",
         "made": "Written by `benchmarks/all.py` from `benchmarks/results.json`; do not edit.",
         "none": "Not run yet",
-        "machine": "Machine",
+        "machine": "Machines",
+        "on": "machine {number}, commit {commit}, {date}, {seconds} s",
         "command": "command",
         "ours": "ours",
         "torch": "torch",
@@ -151,6 +153,7 @@ TEXTS = {
         "made": "由 `benchmarks/all.py` 从 `benchmarks/results.json` 写出，请勿手工修改。",
         "none": "尚未运行",
         "machine": "机器",
+        "on": "机器 {number}，提交 {commit}，{date}，{seconds} 秒",
         "command": "命令",
         "ours": "本项目",
         "torch": "torch",
@@ -212,39 +215,51 @@ def run(name: str, program: Program, quick: bool, torch_python: str, folder: Pat
     return result
 
 
-def page(results: dict[str, Any], language: str) -> str:
+Results = dict[str, dict[str, dict[str, Any]]]
+"""Of each program, by processor."""
+
+
+def page(results: Results, language: str) -> str:
     """docs/numbers.md from the results that are kept."""
     words = TEXTS[language]
     parts = [f"# {words['title']}", words["other"], words["made"], words["how"]]
+    machines: list[dict[str, str]] = []
     for name, program in PROGRAMS.items():
-        if name not in results:
-            continue
-        result = results[name]
-        title = program.english if language == "en" else program.chinese
-        parts.append(f"## {title[:1].upper()}{title[1:]}")
-        parts.append(f"`{result['command']}`, {result['date']}, {result['seconds']} s.")
-        if "failed" in result:
-            parts.append(f"{words['failed']}: `{result['failed'][-1][:200] if result['failed'] else ''}`")
-        elif "figures" in result:
-            rows = [f"| | {words['ours']} | {words['torch']} | {words['ratio']} |", "| --- | --- | --- | --- |"]
-            for label, (ours, torch) in result["figures"].items():
-                ratio = f"{ours / torch:.2f}" if torch else ""
-                rows.append(f"| {label} | {ours:.4g} | {torch:.4g} | {ratio} |")
-            parts.append("\n".join(rows))
-        else:
-            parts.append("\n".join(("```text", *result["printed"], "```")))
+        for number, result in enumerate(results.get(name, {}).values()):
+            if number == 0:
+                title = program.english if language == "en" else program.chinese
+                parts.append(f"## {title[:1].upper()}{title[1:]}")
+                parts.append(f"`{result['command']}`")
+            described = {key: value for key, value in result["machine"].items() if key != "lora_ms"}
+            if described not in machines:
+                machines.append(described)
+            where = {"number": machines.index(described) + 1, "commit": result["machine"]["lora_ms"]}
+            parts.append(words["on"].format(**where, date=result["date"], seconds=result["seconds"]) + ":")
+            parts.append(shown(result, words))
     missing = [f"`{name}`" for name in PROGRAMS if name not in results]
     if missing:
         parts += [f"## {words['none']}", ", ".join(missing)]
-    if results:
+    if machines:
         parts.append(f"## {words['machine']}")
-    machines = {json.dumps(result["machine"]): result["machine"] for result in results.values()}
-    for each in machines.values():
-        parts.append("\n".join(f"- {key}: {value}" for key, value in each.items()))
+    for number, each in enumerate(machines, 1):
+        parts.append(f"{number}. " + "; ".join(f"{key}: {value}" for key, value in each.items()))
     return "\n\n".join(parts) + "\n"
 
 
-def write_pages(results: dict[str, Any]) -> None:
+def shown(result: dict[str, Any], words: dict[str, str]) -> str:
+    """The table of a result, or what the program printed."""
+    if "failed" in result:
+        return f"{words['failed']}: `{result['failed'][-1][:200] if result['failed'] else ''}`"
+    if "figures" not in result:
+        return "\n".join(("```text", *result["printed"], "```"))
+    rows = [f"| | {words['ours']} | {words['torch']} | {words['ratio']} |", "| --- | --- | --- | --- |"]
+    for label, (ours, torch) in result["figures"].items():
+        ratio = f"{ours / torch:.2f}" if torch else ""
+        rows.append(f"| {label} | {ours:.4g} | {torch:.4g} | {ratio} |")
+    return "\n".join(rows)
+
+
+def write_pages(results: Results) -> None:
     for language, suffix in (("en", ""), ("zh", ".zh")):
         (ROOT / "docs" / f"numbers{suffix}.md").write_text(page(results, language), encoding="utf-8")
 
@@ -257,10 +272,11 @@ def main() -> int:
     arguments.add_argument("--only", nargs="+", choices=tuple(PROGRAMS), default=list(PROGRAMS), metavar="NAME")
     arguments.add_argument("--torch_python", default=os.environ.get("LORA_MS_TORCH_PYTHON", sys.executable))
     args = arguments.parse_args()
-    results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    results: Results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    here = machine(args.torch_python)["processor"]
     failed = False
     for name in [] if args.pages else args.only:
-        if name in results and "failed" not in results[name] and not args.again and not args.quick:
+        if "failed" not in results.get(name, {}).get(here, {"failed": []}) and not args.again and not args.quick:
             continue
         print(f"{name} …", flush=True)
         with tempfile.TemporaryDirectory() as folder:
@@ -268,7 +284,7 @@ def main() -> int:
         failed = failed or "failed" in result
         print(f"  {result.get('failed', 'done')}, {result['seconds']} s", flush=True)
         if not args.quick:
-            results[name] = result
+            results.setdefault(name, {})[here] = result
             RESULTS.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     write_pages(results)
     return int(failed)
