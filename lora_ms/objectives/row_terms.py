@@ -15,6 +15,7 @@ from lora_ms.text import size_text
 from lora_ms.values import Flag, Number
 
 Ints = NDArray[np.int64]
+FEWEST_GENERAL = 2  # rows: a softmax over one is 1, whatever its cosine
 FEWEST_COMPARED = 3  # rows
 
 
@@ -41,10 +42,10 @@ class ContrastiveKeys(ObjectiveKeys):
     def row_term(self, given: GivenRows) -> RowTerm:
         from lora_ms.objectives.row_cells import Contrast
 
-        if not given.general.any() or given.general.all():
+        if given.general.sum() < FEWEST_GENERAL or given.general.all():
             raise LoraMsError(
-                "objectives: contrastive needs domain and general rows: give both as parts of train_dataset.mix, the "
-                "latter with role: general"
+                f"objectives: contrastive needs domain rows and at least {FEWEST_GENERAL} general ones: give both as "
+                "parts of train_dataset.mix, the latter with role: general"
             )
         if given.batch_size < FEWEST_COMPARED:
             raise LoraMsError(

@@ -265,7 +265,7 @@ def numeric(f, x: np.ndarray) -> np.ndarray:
     [([0, 1, 0, 1], False), ([0, 0, 1, 0], False), ([1, 0, 1, 1], False), ([0, 1, 0, 1], True), ([0, 0, 1, 0], True)],
 )
 def test_contrastive(graph_mode, general, symmetric):
-    """Four rows of 2, 3, 1 and 2 label tokens in nine slots, of which the last is unused."""
+    """Four rows of 2, 3, 1 and 2 label tokens in nine slots, of which the last is unused; a fifth is elsewhere."""
     from mindspore import ops
 
     general = np.array(general, bool)
@@ -273,7 +273,8 @@ def test_contrastive(graph_mode, general, symmetric):
     slots = np.split(np.arange(8), np.cumsum(counts)[:-1])
     hidden = drawn(9, 5).astype(np.float64)
     (given,) = keys({"type": "contrastive", "weight": 0.3, "temperature": 0.5, "symmetric": symmetric})
-    term = given.row_term(GivenRows(general, counts, 8, lambda rows: [], lambda: None))
+    all_rows = GivenRows(np.append(general, True), np.append(counts, 1), 8, lambda rows: [], lambda: None)
+    term = given.row_term(all_rows)
     assert term.rows.units(np.arange(4)) == min(general.sum(), 4 - general.sum())
     pairs = term.rows.units(np.arange(4))
     arrays = [Tensor(a) for a in term.rows.arrays(np.arange(4), counts, 9, 8 / pairs)]
