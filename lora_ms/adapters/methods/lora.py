@@ -330,6 +330,11 @@ class LoraConfig(AdapterConfig, LowRankOptions):
         found = [f"layers without an adapter: {left}"] if left else []
         if self.init_lora_weights == "loftq" and any(self.scaling(name) != 1 for name in adapted):
             found.append("loftq expects lora_alpha equal to lora_rank: the error is added alpha / rank times")
+        if self.changed_base and self.lora_dropout:
+            found.append(
+                f"lora_dropout {self.lora_dropout:g} also drops inputs of what {self.init_lora_weights} takes from the "
+                "weights, so that the loss starts higher: 0 does not"
+            )
         return [*found, *head_notes(self.lora_dropout, adapted)]
 
     @property
