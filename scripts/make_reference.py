@@ -41,7 +41,7 @@ WORDS = {
     "en": {
         "made": "Made from the code by `scripts/make_reference.py`; do not edit.",
         "cli": "Command line",
-        "cli_about": "`lora-ms COMMAND --help` prints the same. A flag overrides the YAML; without "
+        "cli_about": "`lora-ms COMMAND --help` prints those that the command uses. A flag overrides the YAML; without "
         "it, the YAML's value holds. In the tables, a default stands in parentheses at the end of the text.",
         "shared": "Flags of the commands with a configuration",
         "shared_about": "They belong to {commands}, and to `run_mindformer.py`.",
@@ -76,7 +76,7 @@ WORDS = {
     "zh": {
         "made": "由 `scripts/make_reference.py` 从代码生成，请勿手工修改。",
         "cli": "命令行",
-        "cli_about": "`lora-ms 命令 --help` 输出同样的内容（程序的帮助文字是英文）。未给出的参数取 YAML 中的值；"
+        "cli_about": "`lora-ms 命令 --help` 输出该命令用到的参数（程序的帮助文字是英文）。未给出的参数取 YAML 中的值；"
         "命令行参数优先于 YAML。表中括号里的值是默认值。",
         "shared": "带配置的命令共有的参数",
         "shared_about": "适用于 {commands}，以及 `run_mindformer.py`。",

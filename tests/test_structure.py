@@ -30,7 +30,7 @@ DIRECTIONS = {
     "runtime": ("runtime nn.graph nn.parallel ops saving errors", "mindspore numpy google.protobuf"),
     "values": ("", "pydantic"),
     "objectives": (
-        "objectives adapters.peft_files storage saving reading values errors text",
+        "objectives adapters.peft_files nn.flat_groups storage saving reading values errors text",
         "mindspore numpy pydantic",
     ),
     "config": ("config objectives adapters.methods quant bundled saving values reading errors", "yaml pydantic"),

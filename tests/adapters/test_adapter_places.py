@@ -118,8 +118,15 @@ def test_layer_groups():
 def test_layers_in_no_group_are_known():
     config = LoraConfig(layer_groups=(group(0, 1), group(5, 7, 8, 9)))
     assert config.notes(NAMES, ()) == ["layers without an adapter: 2-4, 6, 10-11"]
-    assert LoraConfig().notes(NAMES, ()) == []
+    assert LoraConfig(lora_dropout=0.1).notes(NAMES, ()) == []
     assert (ranges([]), ranges([3]), ranges([4, 3, 1])) == ("", "3", "1, 3-4")
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_dropout_of_a_part_of_the_weights_is_told(init):
+    (note,) = LoraConfig(init_lora_weights=init, lora_dropout=0.1).notes(NAMES, ())
+    assert f"lora_dropout 0.1 also drops inputs of what {init} takes from the weights" in note
+    assert LoraConfig(init_lora_weights=init, lora_dropout=0.0).notes(NAMES, ()) == []
 
 
 @pytest.mark.parametrize(
