@@ -55,8 +55,10 @@ class TextStream:
     def __init__(self, tokenizer, stops: Sequence[str] = (), prompt: Sequence[int] = (), skip_special: bool = True):
         self.tokenizer = tokenizer
         self.skip_special = skip_special
+        added = tokenizer.added_tokens_decoder.items() if skip_special else ()
+        self.skipped = {token for token, how in added if how.special}  # bytes of a character may stand around them
         self.stops = StopStrings(stops)
-        self.tokens = list(prompt[-WINDOW:])
+        self.tokens = [token for token in prompt[-WINDOW:] if token not in self.skipped]
         self.begin = 0  # of the window that is decoded
         self.end = len(self.tokens)  # of its part that has been shown
         self.shown = self._decoded(self.begin, self.end)  # that part
@@ -68,13 +70,17 @@ class TextStream:
 
     def add(self, token: int) -> str:
         """The text that one more token makes certain."""
+        if token in self.skipped:
+            return ""
         self.tokens.append(token)
         text = self._decoded(self.begin, len(self.tokens))
         if not text.endswith(UNKNOWN):
             return self._show(text, len(self.tokens))
         if len(self.tokens) - self.end <= 2 * MOST_BYTES:  # a character is not complete, or these are bytes of none
             return ""
-        end = len(self.tokens) - MOST_BYTES + 1
+        last = len(self.tokens) - MOST_BYTES + 1  # behind the last token that no character to come may need
+        between = (end for end in range(last, self.end, -1) if text.startswith(self._decoded(self.begin, end)))
+        end = next(between, last)  # not inside a character that is there
         return self._show(self._decoded(self.begin, end), end)
 
     def finish(self) -> str:

@@ -95,6 +95,7 @@ class Numbers:
     """A tokenizer of which only the end token and a template matter; text is numbers."""
 
     eos_token_id = 2
+    added_tokens_decoder: dict = {}
 
     def decode(self, tokens, skip_special_tokens):
         return " ".join(map(str, tokens))

@@ -1,7 +1,7 @@
 """Text as it streams is the text of all tokens: no half characters, and nothing of a stop string."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lora_ms.infer.text_stream import StopStrings, TextStream
@@ -48,6 +48,8 @@ def test_the_parts_are_the_text(tokenizer, text):
 
 @settings(max_examples=100, deadline=None)
 @given(tokens=st.lists(st.integers(0, 2047), max_size=40))
+@example(tokens=[129, *[0] * 8, 908])  # a character's bytes around special tokens,
+@example(tokens=[*[97] * 5, 129, 908, 97, 97])  # and among bytes of none
 def test_any_tokens_give_their_text(tokenizer, tokens):
     parts = streamed(TextStream(tokenizer), tokens)
     assert "".join(parts) == tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
