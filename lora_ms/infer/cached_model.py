@@ -166,7 +166,6 @@ class CachedModel:
         self.length = length
         self.piece = piece
         self.num_kv_heads = c.num_key_value_heads
-        self.all_lines = Tensor(np.arange(batch, dtype=np.int32))
         cache = KVCache(
             num_layers=c.num_hidden_layers,
             batch=batch,
@@ -183,10 +182,7 @@ class CachedModel:
         top = layers_in_blocks(len(layers), BLOCK_LAYERS) if shares_graphs else 0  # the first layer that is in no block
         self.inputs = _Inputs(model, cache).set_train(False)
         self.top = _Top(model, _Layers(layers[top:], windows[top:], cache, top)).set_train(False)
-        # MindSpore copies a weight that a graph reads both before and after it writes to a cache, which no operator of
-        # the CPU does in bfloat16: then the embedding and the head that is tied to it are in graphs of their own
-        one_graph = top == 0 and not (c.tie_word_embeddings and model.dtype == ms.bfloat16)
-        self.whole = _Whole(self.inputs, self.top).set_train(False) if one_graph else None
+        self.whole = _Whole(self.inputs, self.top).set_train(False) if top == 0 else None
         self._scores = _Scores(model, piece).set_train(False)
         self._copy = _Copy(cache).set_train(False)
         self.blocks: list[tuple[_Block, Place, list[Parameter]]] = []  # the graph, its place, and who takes it
@@ -219,12 +215,13 @@ class CachedModel:
         places = (np.array([number]) for number in (line, start, 0, length))
         return self._run(ids[None], *places, np.array([last]))
 
-    def next(self, ids: NDArray, start: NDArray, first: NDArray) -> tuple[Tensor, Tensor]:
-        """A token of each line, ids [b], into the slots ``start`` [b]; it sees those from ``first`` [b] on.
+    def next(self, lines: NDArray, ids: NDArray, start: NDArray, first: NDArray) -> tuple[Tensor, Tensor]:
+        """A token of each of ``lines`` [n], ids [n], into the slots ``start`` [n]; it sees those from ``first`` [n] on.
 
-        Returns the logits [b, v] of the next tokens, and the likeliest ids [b].
+        lines: all in their order, or fewer. Every other number of them is another graph.
+        Returns the logits [n, v] of the next tokens, and the likeliest ids [n].
         """
-        return self._run(ids[:, None], self.all_lines, start, first, start + 1, self.all_lines)[:2]
+        return self._run(ids[:, None], lines, start, first, start + 1, np.arange(len(lines)))[:2]
 
     def scores(self, hidden: Tensor) -> NDArray:
         """The logits [piece, v] of what follows each token of the piece for which ``read`` gave ``hidden``."""
@@ -237,9 +234,9 @@ class CachedModel:
         rows = (((line * self.num_kv_heads + heads) * self.length + slots).reshape(-1) for line in (source, target))
         self._copy(*(Tensor(x.astype(np.int32)) for x in rows))
 
-    def _run(self, *inputs: NDArray | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _run(self, *inputs: NDArray) -> tuple[Tensor, Tensor, Tensor]:
         """ids [b, s], lines, start, first, lengths [b], and rows: see ``_Whole``."""
-        tensors = [x if isinstance(x, Tensor) else Tensor(x.astype(np.int32)) for x in inputs]
+        tensors = [Tensor(x.astype(np.int32)) for x in inputs]
         if self.whole is not None:
             return self.whole(*tensors)
         x, *context = self.inputs(*tensors[:-1])

@@ -1,7 +1,8 @@
 """The engine for tokens: requests join and leave a fixed number of rows at any step, each with its own settings.
 
-A step reads one piece of one prompt, and then one token of every row whose prompt has been read; so a long prompt does
-not stall the others. One graph serves pieces of prompts, another tokens, and nothing that is submitted compiles more.
+A step reads one piece of one prompt, or one token of every row whose prompt has been read, in turn; so a long prompt
+does not stall the others. One graph serves pieces of prompts, another tokens, and nothing that is submitted compiles
+more. ``warm`` may compile graphs for fewer rows besides, so that a token takes less time where few requests run.
 
 Every row has a line of the cache of its own, side by side. What a line holds stays there when its row has ended. A row
 whose prompt begins as the tokens of a line do, takes these over: in its place, or by a copy, piece by piece. Only what
@@ -25,6 +26,7 @@ from lora_ms.infer.interrupt import interruptible
 from lora_ms.infer.sampling import Sampling, choose, log_softmax, random_stream
 
 ROWS = 8  # requests that run at once, where nothing else is said
+FEWER = (1, 2, 4, 8)  # rows for which ``warm`` compiles a token, too, where the engine has more
 LEAST = {"max_new_tokens": 0, "logprobs": 0, "prompt_logprobs": 0, "sample": 0, "scored_from": 1}
 Finish = Literal["stop", "length", "cancelled", "error"]
 TopLogprobs = tuple[tuple[int, float], ...]  # token ids with their log-probabilities, the likeliest first
@@ -146,6 +148,7 @@ class Engine:
         self._next_id = 0
         self._steps = 0
         self._has_read = False  # whether the last step read a piece of a prompt
+        self._sizes = [rows]  # numbers of rows for which there is a graph of a token, from the smallest on
 
     @property
     def idle(self) -> bool:
@@ -163,8 +166,16 @@ class Engine:
         return len(self._waiting)
 
     def warm(self) -> None:
-        """Compiles all that is not compiled yet, before the first request does; to be called while idle."""
+        """Compiles all that is not compiled yet, before the first request does; to be called while idle.
+
+        Also what a token of fewer rows than all takes, where a row has the same numbers, to the bit, in each of them.
+        """
         self.answers([Request((0, 0), 2, prompt_logprobs=0)])
+        if self.rows <= self.model.operators.same_rows:
+            self._sizes = [*(size for size in FEWER if size < self.rows), self.rows]
+        for size in self._sizes:
+            with self.graphs.running(), interruptible():
+                self.graphs.next(np.arange(size), *np.zeros((3, size)))
         self.graphs.copy(0, 0, 0)
         self.forget()
 
@@ -345,22 +356,28 @@ class Engine:
         """The next token of each of ``rows``."""
         if not rows:
             return []
-        ids = np.zeros(self.rows, np.int32)
+        size = next(size for size in self._sizes if size >= len(rows))
+        lines = self._lines
+        if size < self.rows:  # those of the rows, and others
+            lines = sorted(lines, key=lambda line: line.row not in rows)[:size]
+        at = {line.number: i for i, line in enumerate(lines)}
+        ids = np.zeros(size, np.int32)
         # of lines without a token, what is written goes behind the tokens there, where nobody sees it
-        start = np.array([min(line.used, self._slots - 1) for line in self._lines])
+        start = np.array([min(line.used, self._slots - 1) for line in lines])
         first = start.copy()
         places = [0] * self.rows
         for row in rows:
-            ids[row.line.number] = row.new[-1]
-            first[row.line.number] = 0
-            places[row.line.number] = row.lease[0]
+            i = at[row.line.number]
+            ids[i] = row.new[-1]
+            first[i] = 0
+            places[i] = row.lease[0]
         self._choose(places)
         with self.graphs.running(), interruptible():
-            logits, best = self.graphs.next(ids, start, first)
+            logits, best = self.graphs.next(np.array(list(at)), ids, start, first)
             best = best.asnumpy()
         for row in rows:
             row.line.write([row.new[-1]])
-        return self._told(rows, [row.line.number for row in rows], logits, best)
+        return self._told(rows, [at[row.line.number] for row in rows], logits, best)
 
     def _choose(self, places: list[int]) -> None:
         if self.adapters is not None:

@@ -21,6 +21,8 @@ from lora_ms.ops import portable
 from lora_ms.ops.dynamic_map import dynamic_map, thresholds
 
 RIGHT_FACTORS = (ms.float32, ms.float16, ms.bfloat16)  # types of right factors that these operators read
+FEW_ROWS = 12  # as in csrc/product.h: products of so many rows at most sum in one order,
+LEAST_ROUNDED = 8  # and, as LEAST_ROWS in csrc/bfloat16.h, round no factor where they have fewer rows than this
 ROUNDED = "_bfloat16"  # end of the names of products that round both factors
 
 
@@ -94,11 +96,6 @@ def _cross_entropy(logits, *_):
 
 def _attention(q, k, v, cos, *_):
     return list(q), [q[0], q[1] // cos[1]]
-
-
-def _cache_rows(k, v, cos, *_):
-    rows = [k[0] * k[1] // cos[1], cos[1]]
-    return rows, list(rows)
 
 
 class Product(nn.Cell):
@@ -481,17 +478,11 @@ class CachedAttention(nn.Cell):
 
     def __init__(self, library: str):
         super().__init__()
-        self.cache_rows = operator(library, "cache_rows", _cache_rows, 2)
         self.attention = operator(library, "cached_attention", _like_first)
 
     def construct(self, q: Tensor, k: Tensor, v: Tensor, rope: tuple, visible: Tensor, cache: tuple) -> Tensor:
         keys, values, rows, begins = cache
-        positions = (rope[2], rope[3], visible)
-        new_keys, new_values = self.cache_rows(k, v, *positions)
-        # as they lie: MindSpore copies what it reshapes, and these are long
-        keys = ops.scatter_update(keys, rows, new_keys)
-        values = ops.scatter_update(values, rows, new_values)
-        return self.attention(q, keys, values, *positions, rows, begins)
+        return self.attention(q, k, v, keys, values, rope[2], rope[3], visible, rows, begins)
 
 
 class HeadProduct(nn.Cell):

@@ -89,10 +89,13 @@ class Operators:
     reads_used_slots: bool
     """Whether ``cached_attention`` leaves alone the slots that are not in use yet, so that a long cache costs nothing
     before it is filled."""
+    same_rows: int
+    """Rows of an input up to which their number changes no bit of what the products give for a row."""
     cached_attention: Callable[..., nn.Cell]
     """As ``attention``, without a gradient, of new tokens to those in a cache, into which they are written: (q, k, v,
     rope, visible, (keys, values [lines * n_kv * length, d] parameters, rows [b * n_kv * new] int32 that the new take,
-    begins [b * n_kv] int32, the rows where their heads begin)), for all lines of the cache in their order, or fewer."""
+    begins [b * n_kv] int32, the rows where their heads begin)), for all lines of the cache in their order, or fewer in
+    any."""
     head_product: Callable[[], nn.Cell]
     """(hidden [c, h], head [v, h]) -> logits [c, v] float32; without a gradient."""
     head_product_back: Callable[[], nn.Cell]
@@ -155,6 +158,7 @@ PORTABLE = Operators(
     cached_visibility=portable.CachedScoreMask,
     lends_memory=True,
     reads_used_slots=False,
+    same_rows=1,
     cached_attention=_no_flash(portable.CachedAttention),
     head_product=portable.HeadProduct,
     head_product_back=portable.HeadProductBack,
@@ -209,6 +213,7 @@ def _native(library: str, rounding: str) -> Operators:
         attention=_unsized(partial(native.Attention, library)),
         cached_visibility=_unsized(native.FirstKeys),
         reads_used_slots=True,
+        same_rows=native.LEAST_ROUNDED - 1 if rounding else native.FEW_ROWS,
         cached_attention=_unsized(partial(native.CachedAttention, library)),
         head_product=partial(native.HeadProduct, library, rounding),
         head_product_back=partial(native.HeadProductBack, library, rounding),

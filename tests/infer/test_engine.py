@@ -72,8 +72,11 @@ def test_the_same_tokens_as_transformers(native, reference, golden, name, own):
 
 @pytest.fixture(scope="module")
 def engine(native, root) -> Engine:
-    """Three rows of the bundled model."""
-    return Engine(load_directory(root / "examples" / "tiny" / "model", operators=native), rows=3, length=256, piece=16)
+    """Three rows of the bundled model, with graphs of a token for one, two and three of them."""
+    model = load_directory(root / "examples" / "tiny" / "model", operators=native)
+    engine = Engine(model, rows=3, length=256, piece=16)
+    engine.warm()
+    return engine
 
 
 def test_random_requests_leave_no_row_and_no_slot(engine):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from lora_ms.models.hub import NUMPY_DTYPES
+from lora_ms.ops.native import FEW_ROWS
 from lora_ms.quant import int4, nf4
 from lora_ms.runtime import native_build
 
@@ -152,6 +153,19 @@ def four_bits(kind: str, n: int, k: int) -> tuple[list[np.ndarray], np.ndarray]:
     zeros = RNG.integers(0, 17, (n, k // group)).astype(np.uint8)
     codes = RNG.integers(0, 256, (n, k // 2)).astype(np.uint8)
     return [codes, scales, zeros], int4.dequantise(int4.Int4(codes, scales, zeros, None))
+
+
+@pytest.mark.parametrize("kind", ["float32", "float16", "nf4", "int4"])
+def test_a_few_rows_are_the_same_however_many_they_are(call, kind):
+    rows, n, k = FEW_ROWS, 90, 576
+    dense = kind.startswith("float")
+    weight = [normal(n, k).astype(kind)] if dense else four_bits(kind, n, k)[0]
+    name = "times_transposed" if dense else f"{kind}_times_transposed"
+    a, low, b = normal(rows, k), normal(rows, 8), normal(n, 8)
+    whole = call(name, [a, *weight, low, b], [(rows, n)])[0]
+    for count in range(1, rows):
+        part = call(name, [a[:count], *weight, low[:count], b], [(count, n)])[0]
+        np.testing.assert_array_equal(part, whole[:count])
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int4"])
@@ -337,20 +351,23 @@ def test_attention_to_a_cache(call, b, length, heads, kv_heads, d, slot, new):
     def by_heads(x):
         return x.reshape(b, n, kv_heads, d).transpose(0, 2, 1, 3).reshape(kv, n, d)
 
-    cos, sin, spread = tables(np.tile(np.arange(n), b), kv_heads)
-    rows = call("cache_rows", [k, v, *spread, np.zeros((b, n), np.int32)], [(k.size // d, d)] * 2)
+    def of_new(x):
+        return x.reshape(b, n, -1)[np.arange(b)[:, None], slots].reshape(b * new, -1)
+
+    cos, sin, _ = tables(np.tile(np.arange(n), b), kv_heads)
     key, value = by_heads(rotated(k, kv_heads, cos, sin)), by_heads(v.astype(float))
-    close(rows[0], key.reshape(-1, d))
-    close(rows[1], value.reshape(-1, d))
-    keys, values = (np.full((kv, length, d), np.nan, np.float32) for _ in range(2))
+    keys, values, wanted_keys, wanted_values = (np.full((kv, length, d), np.nan, np.float32) for _ in range(4))
     for line in range(kv):
-        used = slots[line // kv_heads, -1] + 1
-        keys[line, :used], values[line, :used] = key[line, :used], value[line, :used]
+        begin, end = slots[line // kv_heads, [0, -1]] + [0, 1]
+        keys[line, :begin], values[line, :begin] = key[line, :begin], value[line, :begin]
+        wanted_keys[line, :end], wanted_values[line, :end] = key[line, :end], value[line, :end]
     begins = (np.arange(kv) * length).astype(np.int32)
     places = (begins.reshape(b, kv_heads, 1) + slots[:, None]).astype(np.int32).ravel()
     cos, sin, spread = tables(slots, kv_heads)
     cache = [x.reshape(-1, d) for x in (keys, values)]
-    out = call("cached_attention", [q, *cache, *spread, first, places, begins], [q.shape])[0]
+    (out,) = call("cached_attention", [q, of_new(k), of_new(v), *cache, *spread, first, places, begins], [q.shape])
+    close(keys, wanted_keys)  # they are written
+    close(values, wanted_values)
     query = rotated(q, heads, cos, sin).reshape(b, new, kv_heads, -1, d) / np.sqrt(d)
     scores = np.einsum("bikgd,bkjd->bikgj", query, key.reshape(b, kv_heads, n, d))
     seen = (np.arange(n) >= first[..., None]) & (np.arange(n) <= slots[..., None])  # [b, new, n]

@@ -233,48 +233,47 @@ inline void attention_gradient(const Attention &a, const float *out, const float
     });
 }
 
-// k, rotated, and v of new tokens as a cache keeps them, [b * n_kv * s, d]: a head's tokens side by side.
-inline void cache_rows(const Attention &a, float *keys, float *values) {
-    Threads::shared().run(a.batch * a.kv_heads, [&](long task) {
-        const long line = task / a.kv_heads, head = task % a.kv_heads, token = line * a.seq, to = task * a.seq * a.dim;
-        const long from = token * a.kv_row() + head * a.dim;
-        a.rotate(a.k + from, a.kv_row(), token, a.seq, 1.0f, keys + to, a.dim);
-        for (long i = 0; i < a.seq; i++)
-            std::memcpy(values + to + i * a.dim, a.v + from + i * a.kv_row(), 4 * a.dim);
-    });
-}
-
-// New tokens of each line look at those in a cache, keys and values [rows, d], from `first` [b, s] up to their own slots,
-// which follow one another; q [b * s, n_h * d] -> out like q. begins [b * n_kv]: the rows where the heads of each line
-// begin; slots [b]: of each line's first new token. k and v of `a` are the cache's.
-inline void cached_attention(const Attention &a, const int32_t *begins, const std::vector<long> &slots, float *out) {
+// New tokens of each line, k and v of `a`, are put into a cache, keys (rotated) and values [rows, d], and look at what is
+// there from `first` [b, s] up to their own slots, which follow one another; q [b * s, n_h * d] -> out like q. begins
+// [b * n_kv]: the rows where the heads of each line begin; slots [b]: of each line's first new token.
+inline void cached_attention(const Attention &a, float *keys, float *values, const int32_t *begins,
+                             const std::vector<long> &slots, float *out) {
     const float scale = 1.0f / std::sqrt(static_cast<float>(a.dim));
     const long group = a.heads / a.kv_heads;
+    const auto put = [&](long task) {
+        const long line = task / a.kv_heads, token = line * a.seq;
+        const long from = token * a.kv_row() + task % a.kv_heads * a.dim, to = (begins[task] + slots[line]) * a.dim;
+        a.rotate(a.k + from, a.kv_row(), token, a.seq, 1.0f, keys + to, a.dim);
+        for (long i = 0; i < a.seq; i++)
+            std::memcpy(values + to + i * a.dim, a.v + from + i * a.kv_row(), a.dim * sizeof(float));
+    };
     if (a.seq > 1) {
+        Threads::shared().run(a.batch * a.kv_heads, put);
         Threads::shared().run(a.batch * a.heads, [&](long task) {
             const long line = task / a.heads, head = task % a.heads, count = slots[line] + a.seq;
             const long at = begins[line * a.kv_heads + head / group] * a.dim;
             Scratch scratch(attend_numbers(a, count));
-            attend(a, line, head, a.k + at, a.v + at, a.dim, count, slots[line], scratch, out, nullptr);
+            attend(a, line, head, keys + at, values + at, a.dim, count, slots[line], scratch, out, nullptr);
         });
         return;
     }
     Threads::shared().run(a.batch * a.kv_heads, [&](long task) {
+        put(task);
         const long line = task / a.kv_heads, low = a.first[line], count = slots[line] + 1 - low;
-        const float *keys = a.k + (begins[task] + low) * a.dim, *values = a.v + (begins[task] + low) * a.dim;
+        const float *seen = keys + (begins[task] + low) * a.dim, *mixed = values + (begins[task] + low) * a.dim;
         Scratch scratch(a.dim + count);
         float *query = scratch.take(a.dim), *scores = scratch.take(count);
         for (long head = task * group; head < (task + 1) * group; head++) {  // of all lines
             a.rotate(a.q + head * a.dim, 0, line, 1, scale, query, 0);
             std::fill_n(scores, count, 0.0f);
             long j = 0;
-            for (; j + 4 <= count; j += 4) add_dots<1, 4>(query, 0, keys + j * a.dim, a.dim, a.dim, scores + j, 0);
-            for (; j < count; j++) add_dots<1, 1>(query, 0, keys + j * a.dim, 0, a.dim, scores + j, 0);
+            for (; j + 4 <= count; j += 4) add_dots<1, 4>(query, 0, seen + j * a.dim, a.dim, a.dim, scores + j, 0);
+            for (; j < count; j++) add_dots<1, 1>(query, 0, seen + j * a.dim, 0, a.dim, scores + j, 0);
             const float inverse = 1.0f / exponentiate(scores, 0, count).total;
             float *to = out + head * a.dim;
             std::fill_n(to, a.dim, 0.0f);
             for (j = 0; j < count; j++)
-                for (long p = 0; p < a.dim; p++) to[p] += scores[j] * values[j * a.dim + p];
+                for (long p = 0; p < a.dim; p++) to[p] += scores[j] * mixed[j * a.dim + p];
             for (long p = 0; p < a.dim; p++) to[p] *= inverse;
         }
     });

@@ -386,29 +386,19 @@ OPERATOR(attention_gradient) {
     return 0;
 }
 
-// k, v, cos, sin, first -> keys, values, both [b * n_kv * s, d]
-OPERATOR(cache_rows) {
-    Arguments arguments = ARGUMENTS;
-    const Tensor k = arguments.next(), v = arguments.next();
-    const Tensor cos = arguments.next(), sin = arguments.next(), first = arguments.next();
-    const Tensor keys = arguments.next(), values = arguments.next();
-    const Attention a = attention_of(k, k, v, cos, sin, first);  // no queries: a.q and a.heads are not read
-    lora_ms::cache_rows(a, keys.floats(), values.floats());
-    return 0;
-}
-
-// q [b * s, n_h * d], keys, values [lines * n_kv * length, d], cos, sin [b * s * n_kv, d], first [b, s], rows of the
-// cache [b * n_kv * s] that the new tokens have, and where their heads begin [b * n_kv] -> like q
+// q [b * s, n_h * d], k and v [b * s, n_kv * d] of new tokens, a cache's keys and values [lines * n_kv * length, d], which
+// are written, cos, sin [b * s * n_kv, d], first [b, s], rows of the cache [b * n_kv * s] that the new tokens take, and
+// where their heads begin [b * n_kv] -> like q
 OPERATOR(cached_attention) {
     Arguments arguments = ARGUMENTS;
-    const Tensor q = arguments.next(), keys = arguments.next(), values = arguments.next();
+    const Tensor q = arguments.next(), k = arguments.next(), v = arguments.next();
+    const Tensor keys = arguments.next(), values = arguments.next();
     const Tensor cos = arguments.next(), sin = arguments.next(), first = arguments.next();
     const Tensor rows = arguments.next(), begins = arguments.next(), out = arguments.next();
-    Attention a = attention_of(q, keys, values, cos, sin, first);
-    a.kv_heads = cos.size(0) / q.size(0);  // the cache has them beside the lines
+    const Attention a = attention_of(q, k, v, cos, sin, first);
     std::vector<long> slots(a.batch);
     for (long line = 0; line < a.batch; line++)
         slots[line] = rows.ints()[line * a.kv_heads * a.seq] - begins.ints()[line * a.kv_heads];
-    lora_ms::cached_attention(a, begins.ints(), slots, out.floats());
+    lora_ms::cached_attention(a, keys.floats(), values.floats(), begins.ints(), slots, out.floats());
     return 0;
 }
