@@ -13,8 +13,8 @@ def collate(lines: Sequence[Sequence[TokenRow]], batch_size: int, seq_length: in
     With seq_length 4 and pad_id 0, the lines [ids 5 6 7, labels -100 6 7] and [ids 8 9, labels -100 9; the same] give
 
         input_ids     5 6 0 0 / 8 8 0 0
-        position_ids  0 1 0 1 / 0 0 0 1
-        target_index  0 1 4 5 0             the last slot of capacity 5 is unused
+        position_ids  0 1 -1 -1 / 0 0 -1 -1  padding has no place in a row: nothing is computed of it
+        target_index  0 1 4 5 7              the last slot of capacity 5 is unused, and points to padding
         targets       6 7 9 9 -100
 
     A row's last learnt token is a target alone, so the inputs end before it (``TokenRow.input_length``).
@@ -25,7 +25,7 @@ def collate(lines: Sequence[Sequence[TokenRow]], batch_size: int, seq_length: in
     if len(lines) > batch_size:
         raise ValueError(f"{len(lines)} lines in a batch of {batch_size}")
     input_ids = np.full((batch_size, seq_length), pad_id, np.int32)
-    position_ids = np.zeros((batch_size, seq_length), np.int32)
+    position_ids = np.full((batch_size, seq_length), -1, np.int32)
     index = []
     targets = []
     tokens = 0
@@ -46,11 +46,11 @@ def collate(lines: Sequence[Sequence[TokenRow]], batch_size: int, seq_length: in
             tokens += len(row.input_ids)
             input_tokens += length
             start = end
-        position_ids[number, start:] = np.arange(seq_length - start)
     label_tokens = sum(map(len, targets))
     if label_tokens > capacity:
         raise ValueError(f"{label_tokens} targets in a capacity of {capacity}")
-    target_index = np.zeros(capacity, np.int32)
+    unused = position_ids.size - 1 if position_ids[-1, -1] < 0 else 0
+    target_index = np.full(capacity, unused, np.int32)
     padded_targets = np.full(capacity, IGNORE_INDEX, np.int32)
     if targets:
         target_index[:label_tokens] = np.concatenate(index)

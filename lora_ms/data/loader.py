@@ -181,6 +181,7 @@ class DataPlan:
         buckets: int = 4,
         sources: Sequence[Source] = (),
         prefer_many_lines: bool = False,
+        padding_cost: float = 1.0,
         unit: int = 1,
         virtual_tokens: int = 0,
     ) -> DataPlan:
@@ -195,6 +196,7 @@ class DataPlan:
         sources: datasets to mix by weight, in the order of the rows; none: every row once per epoch.
         prefer_many_lines: packed, micro-batches of many lines rather than of long ones, so that they can be made
             smaller while the run goes on.
+        padding_cost: packed, time of a token of padding, in that of another.
         unit: rows of the store that belong together. All other numbers of rows are numbers of units.
         virtual_tokens: at the beginning of every row of the store; they are not counted as tokens of a step.
 
@@ -236,6 +238,7 @@ class DataPlan:
             per_step=per_step,
             world=world,
             prefer_many_lines=prefer_many_lines,
+            padding_cost=padding_cost,
         )
         return cls(
             rows=store,

@@ -160,10 +160,12 @@ def plan_layout(
     per_step: int,
     world: int,
     prefer_many_lines: bool = False,
+    padding_cost: float = 1.0,
 ) -> Layout:
     """The shapes of a run of which `steps` are the rows, `per_step` each, in the order of the steps.
 
     prefer_many_lines: as many lines in a micro-batch as it has room for, none longer than the longest row needs.
+    padding_cost: time of a token of padding, in that of another; below 1, the fewest shapes matter more than padding.
 
     Padded and bucketed shapes come from all steps and so always suffice. Packed shapes are tried out on some of the
     rows; what they cannot hold opens another line. Where packing would leave more padding than plain batches of several
@@ -180,9 +182,15 @@ def plan_layout(
             seq_length=seq_length,
             world=world,
             prefer_many_lines=prefer_many_lines,
+            padding_cost=padding_cost,
         )
         padding = packed.padding(sample)
-        if prefer_many_lines or batch_size == 1 or padding <= plain_padding(sample, batch_size) - GAIN:
+        if (
+            prefer_many_lines
+            or padding_cost < 1
+            or batch_size == 1
+            or padding <= plain_padding(sample, batch_size) - GAIN
+        ):
             return packed
         kind, buckets = "bucketed", _most_shapes(sample, total_steps, batch_size)
         if padding <= bucketed_padding(sample, batch_size, padded_length(int(lengths.max()), seq_length), buckets):
@@ -297,6 +305,7 @@ def _plan_packed(
     seq_length: int,
     world: int,
     prefer_many_lines: bool,
+    padding_cost: float,
 ) -> Layout:
     """Tries shapes out on some steps, and takes those of the lowest cost that pad no more than plain batches of several
     rows.
@@ -309,7 +318,8 @@ def _plan_packed(
     longest_line = shortest_line if prefer_many_lines else max(min(seq_length, room), shortest_line)
     most_labels = max(int(labels.max()) for _, labels in sample)
     totals = np.array([lengths.sum() for lengths, _ in sample])
-    allowed = 1.0 if prefer_many_lines or batch_size == 1 else plain_padding(sample, batch_size) - GAIN
+    any_padding = prefer_many_lines or padding_cost < 1 or batch_size == 1
+    allowed = 1.0 if any_padding else plain_padding(sample, batch_size) - GAIN
     best: tuple[float, float, Layout] | None = None  # padding beyond what is allowed, cost
     for length in _line_lengths(totals, shortest_line, longest_line):
         packed = [first_fit(*step, length, length) for step in sample]
@@ -323,7 +333,7 @@ def _plan_packed(
                     continue
                 arranged = [layout._grouped(lines_of, *step) for lines_of, step in zip(packed, sample, strict=True)]
                 beyond = max(padding_of(totals, arranged) - allowed, 0.0)
-                cost = _run_cost([step[::world] for step in arranged], total_steps)
+                cost = _run_cost([step[::world] for step in arranged], total_steps, padding_cost)
                 if best is None or (beyond, cost) < (best[0], (1.0 if beyond < best[0] else 0.995) * best[1]):
                     best = (beyond, cost, layout)
             lines *= 2
@@ -371,8 +381,9 @@ def _shapes(lines: int, length: int, slots: tuple[int, ...], parts: tuple[int, .
     return tuple(sorted(shapes, key=lambda shape: shape.cost))
 
 
-def _run_cost(steps: list[list[MicroBatch]], total_steps: int) -> float:
-    """Rough time of a run of such steps, in tokens, its compilations included."""
+def _run_cost(steps: list[list[MicroBatch]], total_steps: int, padding_cost: float) -> float:
+    """Rough time of a run of such steps, in tokens, its compilations included; without what it takes in any layout."""
     used = {batch.shape for step in steps for batch in step}
-    a_step = sum(batch.shape.cost for step in steps for batch in step) / len(steps)
+    a_step = sum(STEP_COST + padding_cost * (batch.shape.cost - STEP_COST) for step in steps for batch in step)
+    a_step /= len(steps)
     return a_step * total_steps + COMPILE_TOKENS * len(used)

@@ -13,7 +13,8 @@ from lora_ms.nn.graph import Graph
 from lora_ms.nn.kv_cache import KVCache
 from lora_ms.nn.sharing import Place, kind_of, layers_in_blocks, parameters_of
 
-PIECE = 64  # tokens of a prompt that are read at a time
+PIECE = 64  # tokens of a prompt that are read at a time while others wait
+PIECES = 4  # that may be read at once, where padding costs little
 SHORTEST_CACHE = 512  # tokens; a cache that is read whole at every token has this times a power of two
 LEAST_LENGTH = 2048  # for which there is room in any case, where texts are not known
 CACHE_BYTES = 2 << 30  # of a cache that costs nothing before it is filled; more where the answers need it
@@ -46,7 +47,7 @@ def default_length(model: nn.Cell, batch: int, longest: int) -> int:
 
 
 class _Inputs(Graph):
-    """ids [b, s], lines [b], start [b], first [b], lengths [b] -> what the layers take …; see
+    """ids [b, s], lines [b], start [b], lengths [b] -> what the layers take …; see
     ``Decoder.cached_inputs``."""
 
     def __init__(self, model: nn.Cell, cache: KVCache):
@@ -54,10 +55,8 @@ class _Inputs(Graph):
         self.decoder = model.model
         self.cache = cache
 
-    def construct(
-        self, input_ids: Tensor, lines: Tensor, start: Tensor, first: Tensor, lengths: Tensor
-    ) -> tuple[Tensor, ...]:
-        return self.decoder.cached_inputs(input_ids, self.cache, lines, start, first, lengths)
+    def construct(self, input_ids: Tensor, lines: Tensor, start: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
+        return self.decoder.cached_inputs(input_ids, self.cache, lines, start, lengths)
 
 
 class _Layers(nn.Cell):
@@ -121,9 +120,9 @@ class _Whole(Graph):
         self.top = top
 
     def construct(
-        self, input_ids: Tensor, lines: Tensor, start: Tensor, first: Tensor, lengths: Tensor, rows: Tensor
+        self, input_ids: Tensor, lines: Tensor, start: Tensor, lengths: Tensor, rows: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return self.top(*self.inputs(input_ids, lines, start, first, lengths), rows)
+        return self.top(*self.inputs(input_ids, lines, start, lengths), rows)
 
 
 class _Scores(Graph):
@@ -158,13 +157,21 @@ class CachedModel:
 
     ``read`` and ``next`` stand inside ``running``, and ``copy`` outside. Many layers run in blocks of a few, which
     share their graphs, so that compilation does not grow with the depth.
+
+    Attributes:
+        most: tokens that ``read`` takes at once.
     """
 
     def __init__(self, model: nn.Cell, batch: int, length: int, piece: int = PIECE):
         c = model.config
         self.batch = batch
+        self.all_lines = Tensor(np.arange(batch, dtype=np.int32))
         self.length = length
         self.piece = piece
+        # a rotation that grows with the text is told its whole length, which then does not tell where padding begins
+        self.grows = model.model.rotary_tables.grows
+        several = model.operators.padding_cost < 1 and not self.grows
+        self.most = piece * PIECES if several else piece
         self.num_kv_heads = c.num_key_value_heads
         cache = KVCache(
             num_layers=c.num_hidden_layers,
@@ -183,7 +190,7 @@ class CachedModel:
         self.inputs = _Inputs(model, cache).set_train(False)
         self.top = _Top(model, _Layers(layers[top:], windows[top:], cache, top)).set_train(False)
         self.whole = _Whole(self.inputs, self.top).set_train(False) if top == 0 else None
-        self._scores = _Scores(model, piece).set_train(False)
+        self._scores = _Scores(model, self.most).set_train(False)
         self._copy = _Copy(cache).set_train(False)
         self.blocks: list[tuple[_Block, Place, list[Parameter]]] = []  # the graph, its place, and who takes it
         kinds: dict[tuple, tuple[_Block, Place]] = {}
@@ -206,25 +213,29 @@ class CachedModel:
         with sharing.sharing(self.places):
             yield
 
-    def read(self, line: int, ids: NDArray, start: int, length: int, last: int) -> tuple[Tensor, Tensor, Tensor]:
-        """A piece of a prompt, ids [piece], into the slots of ``line`` from ``start`` on.
+    def read(self, line: int, part: NDArray, start: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
+        """A part of a prompt, at most ``most`` ids, into the slots of ``line`` from ``start`` on.
 
-        length: see ``Decoder.cached_inputs``. last: the index of the piece's token after which the next is wanted.
-        Returns its logits [1, v], the likeliest id [1], and what ``scores`` takes.
+        length: of the prompt, which matters to a rotation that grows with the text.
+        Returns the logits [1, v] of what follows it, the likeliest id [1], and what ``scores`` takes.
         """
-        places = (np.array([number]) for number in (line, start, 0, length))
-        return self._run(ids[None], *places, np.array([last]))
+        ids = np.zeros(self.most, np.int32)
+        ids[: len(part)] = part
+        if not self.grows:
+            length = start + len(part)
+        places = (np.array([number]) for number in (line, start, length))
+        return self._run(ids[None], *places, np.array([len(part) - 1]))
 
-    def next(self, lines: NDArray, ids: NDArray, start: NDArray, first: NDArray) -> tuple[Tensor, Tensor]:
-        """A token of each of ``lines`` [n], ids [n], into the slots ``start`` [n]; it sees those from ``first`` [n] on.
+    def next(self, ids: NDArray, start: NDArray, lengths: NDArray) -> tuple[Tensor, Tensor]:
+        """A token of each line, ids [b], into the slots ``start`` [b]; nothing is computed of a line that has no more
+        than ``start`` tokens, by ``lengths`` [b].
 
-        lines: all in their order, or fewer. Every other number of them is another graph.
-        Returns the logits [n, v] of the next tokens, and the likeliest ids [n].
+        Returns the logits [b, v] of the next tokens, and the likeliest ids [b].
         """
-        return self._run(ids[:, None], lines, start, first, start + 1, np.arange(len(lines)))[:2]
+        return self._run(ids[:, None], self.all_lines, start, lengths, self.all_lines)[:2]
 
     def scores(self, hidden: Tensor) -> NDArray:
-        """The logits [piece, v] of what follows each token of the piece for which ``read`` gave ``hidden``."""
+        """The logits [most, v] of what follows each token of the part for which ``read`` gave ``hidden``."""
         return self._scores(hidden).asnumpy()
 
     def copy(self, source: int, target: int, start: int) -> None:
@@ -234,9 +245,9 @@ class CachedModel:
         rows = (((line * self.num_kv_heads + heads) * self.length + slots).reshape(-1) for line in (source, target))
         self._copy(*(Tensor(x.astype(np.int32)) for x in rows))
 
-    def _run(self, *inputs: NDArray) -> tuple[Tensor, Tensor, Tensor]:
-        """ids [b, s], lines, start, first, lengths [b], and rows: see ``_Whole``."""
-        tensors = [Tensor(x.astype(np.int32)) for x in inputs]
+    def _run(self, *inputs: NDArray | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """ids [b, s], lines, start, lengths [b], and rows: see ``_Whole``."""
+        tensors = [x if isinstance(x, Tensor) else Tensor(x.astype(np.int32)) for x in inputs]
         if self.whole is not None:
             return self.whole(*tensors)
         x, *context = self.inputs(*tensors[:-1])

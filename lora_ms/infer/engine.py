@@ -2,7 +2,7 @@
 
 A step reads one piece of one prompt, or one token of every row whose prompt has been read, in turn; so a long prompt
 does not stall the others. One graph serves pieces of prompts, another tokens, and nothing that is submitted compiles
-more. ``warm`` may compile graphs for fewer rows besides, so that a token takes less time where few requests run.
+more.
 
 Every row has a line of the cache of its own, side by side. What a line holds stays there when its row has ended. A row
 whose prompt begins as the tokens of a line do, takes these over: in its place, or by a copy, piece by piece. Only what
@@ -26,7 +26,6 @@ from lora_ms.infer.interrupt import interruptible
 from lora_ms.infer.sampling import Sampling, choose, log_softmax, random_stream
 
 ROWS = 8  # requests that run at once, where nothing else is said
-FEWER = (1, 2, 4, 8)  # rows for which ``warm`` compiles a token, too, where the engine has more
 LEAST = {"max_new_tokens": 0, "logprobs": 0, "prompt_logprobs": 0, "sample": 0, "scored_from": 1}
 Finish = Literal["stop", "length", "cancelled", "error"]
 TopLogprobs = tuple[tuple[int, float], ...]  # token ids with their log-probabilities, the likeliest first
@@ -121,7 +120,7 @@ class Engine:
         rows: requests that run at once; others wait.
         length: most tokens of a prompt and its answer together; None for what ``cache_length`` gives.
         adapters: of the model; None: none.
-        piece: tokens of a prompt that are read at a time, and shared.
+        piece: tokens of a prompt that are read at a time while others wait, and shared.
     """
 
     def __init__(
@@ -148,7 +147,6 @@ class Engine:
         self._next_id = 0
         self._steps = 0
         self._has_read = False  # whether the last step read a piece of a prompt
-        self._sizes = [rows]  # numbers of rows for which there is a graph of a token, from the smallest on
 
     @property
     def idle(self) -> bool:
@@ -166,16 +164,8 @@ class Engine:
         return len(self._waiting)
 
     def warm(self) -> None:
-        """Compiles all that is not compiled yet, before the first request does; to be called while idle.
-
-        Also what a token of fewer rows than all takes, where a row has the same numbers, to the bit, in each of them.
-        """
+        """Compiles all that is not compiled yet, before the first request does; to be called while idle."""
         self.answers([Request((0, 0), 2, prompt_logprobs=0)])
-        if self.rows <= self.model.operators.same_rows:
-            self._sizes = [*(size for size in FEWER if size < self.rows), self.rows]
-        for size in self._sizes:
-            with self.graphs.running(), interruptible():
-                self.graphs.next(np.arange(size), *np.zeros((3, size)))
         self.graphs.copy(0, 0, 0)
         self.forget()
 
@@ -330,25 +320,29 @@ class Engine:
             line.write(row.ids[line.used : shared])
             line.whole = row.shared = shared
 
+    def _tokens_to_read(self, row: "_Row") -> int:
+        """Whole pieces, several where nobody waits for a token meanwhile; or what is left behind them."""
+        left = len(row.ids) - row.line.used
+        most = self.piece if self._read_rows() else self.graphs.most
+        return min(left // self.piece * self.piece, most) or left
+
     def _read_piece(self, row: "_Row") -> list[Event]:
-        """Reads one piece of the prompt."""
+        """Reads one piece of the prompt, or several."""
         line = row.line
         begin = line.used
-        part = row.ids[begin : begin + self.piece]
-        ids = np.zeros(self.piece, np.int32)
-        ids[: len(part)] = part
+        part = row.ids[begin : begin + self._tokens_to_read(row)]
         self._choose([row.lease[0]])
         with self.graphs.running(), interruptible():
-            logits, best, hidden = self.graphs.read(line.number, ids, begin, len(row.ids), len(part) - 1)
+            logits, best, hidden = self.graphs.read(line.number, part, begin, len(row.ids))
             best = best.asnumpy()
         top = row.request.prompt_logprobs
         first = max(begin, row.first_told) + 1
-        following = row.ids[first : begin + self.piece + 1].tolist()
+        following = row.ids[first : begin + len(part) + 1].tolist()
         if top is not None and following:
             scores = log_softmax(self.graphs.scores(hidden)[first - begin - 1 :][: len(following)])
             row.prompt_logprobs += [token_logprob(t, s, top) for t, s in zip(following, scores, strict=True)]
         line.write(part)
-        if len(part) == self.piece:
+        if len(part) % self.piece == 0:
             line.whole = line.used
         return [] if line.used < len(row.ids) else self._told([row], [0], logits, best)
 
@@ -356,28 +350,22 @@ class Engine:
         """The next token of each of ``rows``."""
         if not rows:
             return []
-        size = next(size for size in self._sizes if size >= len(rows))
-        lines = self._lines
-        if size < self.rows:  # those of the rows, and others
-            lines = sorted(lines, key=lambda line: line.row not in rows)[:size]
-        at = {line.number: i for i, line in enumerate(lines)}
-        ids = np.zeros(size, np.int32)
-        # of lines without a token, what is written goes behind the tokens there, where nobody sees it
-        start = np.array([min(line.used, self._slots - 1) for line in lines])
-        first = start.copy()
+        ids = np.zeros(self.rows, np.int32)
+        # of lines without a token, nothing is computed, and what is written goes behind the tokens there
+        start = np.array([min(line.used, self._slots - 1) for line in self._lines])
+        lengths = start.copy()
         places = [0] * self.rows
         for row in rows:
-            i = at[row.line.number]
-            ids[i] = row.new[-1]
-            first[i] = 0
-            places[i] = row.lease[0]
+            ids[row.line.number] = row.new[-1]
+            lengths[row.line.number] += 1
+            places[row.line.number] = row.lease[0]
         self._choose(places)
         with self.graphs.running(), interruptible():
-            logits, best = self.graphs.next(np.array(list(at)), ids, start, first)
+            logits, best = self.graphs.next(ids, start, lengths)
             best = best.asnumpy()
         for row in rows:
             row.line.write([row.new[-1]])
-        return self._told(rows, [at[row.line.number] for row in rows], logits, best)
+        return self._told(rows, [row.line.number for row in rows], logits, best)
 
     def _choose(self, places: list[int]) -> None:
         if self.adapters is not None:

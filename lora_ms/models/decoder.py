@@ -176,7 +176,8 @@ class Decoder(nn.Cell):
     """input_ids [b, s] -> normalised hidden states [t, h], or those of the tokens ``rows`` [c] alone.
 
     position_ids [b, s]: where a line holds several rows, each from 0; a token sees its own row, up to itself; in a
-    layer with a sliding window, the last tokens of these.
+    layer with a sliding window, the last tokens of these. -1 for padding, which no token sees: its embedding is zero,
+    and where it sees nothing either it stays so, and native operators leave it out.
     """
 
     def __init__(self, config: DecoderConfig, dtype: ms.Type, make: MakeProjection, operators: Operators, shard: Shard):
@@ -197,6 +198,7 @@ class Decoder(nn.Cell):
         self.windows = c.windows
         self.window_indices = c.window_indices
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype, operators)
+        self.spread = ops.MatMul()
         rotation = rotation_of(c.head_dim, c.rope_theta, c.rope_scaling, c.max_position_embeddings)
         self.rotary_tables = RotaryTables(c.head_dim, heads, kv_heads, rotation, self.stream)
         self.make_visible = operators.visibility(
@@ -204,9 +206,15 @@ class Decoder(nn.Cell):
         )
 
     def rope(self, position_ids: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, ...]:
-        """The four of ``rotary_tables``, and the positions themselves: position_ids [t]."""
-        tables = self.rotary_tables(position_ids, lengths, self.embed_tokens.unrotated)
-        return tables + (position_ids.astype(ms.int32),)
+        """The four of ``rotary_tables``, and the positions themselves: position_ids [t], that of padding as 0."""
+        positions = ops.maximum(position_ids.astype(ms.int32), 0)
+        return self.rotary_tables(positions, lengths, self.embed_tokens.unrotated) + (positions,)
+
+    def embed(self, input_ids: Tensor, real: Tensor) -> Tensor:
+        """input_ids [b, s] -> x [t, h], zero where ``real`` [t] is false."""
+        x = self.embed_tokens(input_ids.reshape((-1,))).astype(self.stream)
+        spread = self.spread(real.astype(x.dtype).reshape((-1, 1)), ops.ones((1, x.shape[1]), x.dtype))
+        return x * spread
 
     def visibility(self, position_ids: Tensor) -> tuple[Visibility, ...]:
         """What every token sees through each of ``windows``: position_ids [b, s], from 0 in each row."""
@@ -228,7 +236,7 @@ class Decoder(nn.Cell):
     def construct(self, input_ids: Tensor, position_ids: Tensor, rows: Tensor | None = None) -> Tensor:
         rope = self.rope(position_ids.reshape((-1,)))
         visible = self.of_layers(self.visibility(position_ids))
-        x = self.embed_tokens(input_ids.reshape((-1,))).astype(self.stream)  # [t, h]
+        x = self.embed(input_ids, position_ids.reshape((-1,)) >= 0)  # [t, h]
         for i in range(len(self.layers) - 1):
             x = self.layers[i](x, rope, visible[i])
         return self.norm(self.layers[-1](x, rope, visible[-1], rows))
@@ -236,20 +244,20 @@ class Decoder(nn.Cell):
     # generation: what stands before the layers, which are called one by one (``DecoderLayer.cached``)
 
     def cached_inputs(
-        self, input_ids: Tensor, cache: KVCache, lines: Tensor, start: Tensor, first: Tensor, lengths: Tensor
+        self, input_ids: Tensor, cache: KVCache, lines: Tensor, start: Tensor, lengths: Tensor
     ) -> tuple[Tensor, ...]:
         """New tokens input_ids [b, s] of the lines ``lines`` [b] of ``cache``, from slot ``start`` [b] on -> what the
         layers take.
 
-        first [b]: see ``KVCache``. lengths [b]: tokens of each line, as far as they are known; see ``RotaryTables``.
+        lengths [b]: tokens of each line, as far as they are known; new tokens beyond them are padding. See also
+        ``RotaryTables``.
         Returns x [b * s, h], what ``rope`` gives (5), the rows of the cache where they are put, where
         their heads begin in it, and what each token sees through each of ``windows`` ….
         """
         new = input_ids.shape[1]
-        positions, rows, begins, visible = cache(new, lines, start, first)
-        rope = self.rope(positions, ops.tile(lengths.reshape((-1, 1)), (1, new)).reshape((-1,)))
-        x = self.embed_tokens(input_ids.reshape((-1,))).astype(self.stream)
-        return (x,) + rope + (rows, begins) + visible
+        lengths = ops.tile(lengths.reshape((-1, 1)), (1, new)).reshape((-1,))
+        positions, real, rows, begins, visible = cache(new, lines, start, lengths)
+        return (self.embed(input_ids, real),) + self.rope(positions, lengths) + (rows, begins) + visible
 
 
 class CausalLM(Graph):
@@ -344,11 +352,11 @@ class CausalLM(Graph):
 
 def left_positions(attention_mask: Tensor) -> Tensor:
     """Positions [b, s] of the tokens where ``left_places`` puts them: the real tokens of a line are a row, the masked
-    ones behind them another."""
+    ones behind them padding."""
     batch, seq = attention_mask.shape
     places = ops.tile(Tensor(np.arange(seq, dtype=np.int32)[None]), (batch, 1))
     real = ops.tile(attention_mask.astype(ms.int32).sum(1).reshape((batch, 1)), (1, seq))
-    return ops.select(places < real, places, places - real)
+    return ops.select(places < real, places, ops.full_like(places, -1))
 
 
 def left_places(attention_mask: Tensor) -> Tensor:

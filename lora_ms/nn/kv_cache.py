@@ -44,24 +44,26 @@ class KVCache(nn.Cell):
         self.visibility = operators.cached_visibility(num_heads=num_heads, num_kv_heads=num_kv_heads, length=length)
 
     def construct(
-        self, new: int, lines: Tensor, start: Tensor, first: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, tuple[Visibility, ...]]:
+        self, new: int, lines: Tensor, start: Tensor, lengths: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[Visibility, ...]]:
         """Where ``new`` tokens of each of the lines ``lines`` [n] from slot ``start`` [n] on go.
 
-        lines: all in their order, or fewer. first [n]: the first slot that the line's new tokens see.
+        lines: all in their order, or fewer. lengths [n * new]: of the tokens' lines; tokens beyond them are padding,
+        and see nothing.
 
-        Returns positions [n * new], buffer rows [n * n_kv * new], the rows where each head of each line begins
-        [n * n_kv], and what each new token sees through each window.
+        Returns positions [n * new], which tokens are real [n * new], buffer rows [n * n_kv * new], the rows where each
+        head of each line begins [n * n_kv], and what each new token sees through each window.
         """
         slots = start.reshape((-1, 1)) + ops.arange(new).reshape((1, new)).astype(ms.int32)  # [n, new]
         heads = ops.arange(self.num_kv_heads).reshape((1, -1)).astype(ms.int32)
         begins = (lines.reshape((-1, 1)) * self.num_kv_heads + heads) * self.length  # [n, n_kv]
         rows = begins.expand_dims(2) + slots.expand_dims(1)
-        low = ops.tile(first.reshape((-1, 1)), (1, new))
+        real = slots < lengths.reshape(slots.shape)
+        low = ops.select(real, ops.zeros_like(slots), slots + 1)
         visible: tuple[Visibility, ...] = ()
         for window in self.windows:
             visible = visible + (self.visibility(first_in_window(low, slots, window), start),)
-        return slots.reshape((-1,)), rows.reshape((-1,)), begins.reshape((-1,)), visible
+        return slots.reshape((-1,)), real.reshape((-1,)), rows.reshape((-1,)), begins.reshape((-1,)), visible
 
     def of_layer(self, i: int) -> list[Parameter]:
         """Keys and values of layer i."""

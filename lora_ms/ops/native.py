@@ -21,8 +21,6 @@ from lora_ms.ops import portable
 from lora_ms.ops.dynamic_map import dynamic_map, thresholds
 
 RIGHT_FACTORS = (ms.float32, ms.float16, ms.bfloat16)  # types of right factors that these operators read
-FEW_ROWS = 12  # as in csrc/product.h: products of so many rows at most sum in one order,
-LEAST_ROUNDED = 8  # and, as LEAST_ROWS in csrc/bfloat16.h, round no factor where they have fewer rows than this
 ROUNDED = "_bfloat16"  # end of the names of products that round both factors
 
 
@@ -482,7 +480,8 @@ class CachedAttention(nn.Cell):
 
     def construct(self, q: Tensor, k: Tensor, v: Tensor, rope: tuple, visible: Tensor, cache: tuple) -> Tensor:
         keys, values, rows, begins = cache
-        return self.attention(q, k, v, keys, values, rope[2], rope[3], visible, rows, begins)
+        inputs = (q, k, v, keys, values)
+        return self.attention(*inputs, rope[2], rope[3], visible, rows, begins)
 
 
 class HeadProduct(nn.Cell):

@@ -84,13 +84,13 @@ class Operators:
     cached_visibility: Callable[..., nn.Cell]
     """num_heads, num_kv_heads, length -> cell: (first [b, new] int32, start [b]) -> what ``cached_attention`` reads,
     for new tokens in the slots from ``start`` on of a cache of ``length`` slots a line."""
+    padding_cost: float
+    """What a token of padding takes in training, as a share of another token's time."""
     lends_memory: bool
     """Whether a compiled graph computes with what memory its parameters have been given since (``nn/sharing.py``)."""
     reads_used_slots: bool
     """Whether ``cached_attention`` leaves alone the slots that are not in use yet, so that a long cache costs nothing
     before it is filled."""
-    same_rows: int
-    """Rows of an input up to which their number changes no bit of what the products give for a row."""
     cached_attention: Callable[..., nn.Cell]
     """As ``attention``, without a gradient, of new tokens to those in a cache, into which they are written: (q, k, v,
     rope, visible, (keys, values [lines * n_kv * length, d] parameters, rows [b * n_kv * new] int32 that the new take,
@@ -156,9 +156,9 @@ PORTABLE = Operators(
     visibility=_no_flash(portable.ScoreMask),
     attention=_no_flash(portable.Attention),
     cached_visibility=portable.CachedScoreMask,
+    padding_cost=1.0,
     lends_memory=True,
     reads_used_slots=False,
-    same_rows=1,
     cached_attention=_no_flash(portable.CachedAttention),
     head_product=portable.HeadProduct,
     head_product_back=portable.HeadProductBack,
@@ -212,8 +212,8 @@ def _native(library: str, rounding: str) -> Operators:
         visibility=_unsized(native.FirstKeys),
         attention=_unsized(partial(native.Attention, library)),
         cached_visibility=_unsized(native.FirstKeys),
+        padding_cost=0.2,  # rows of zeros are left out of products
         reads_used_slots=True,
-        same_rows=native.LEAST_ROUNDED - 1 if rounding else native.FEW_ROWS,
         cached_attention=_unsized(partial(native.CachedAttention, library)),
         head_product=partial(native.HeadProduct, library, rounding),
         head_product_back=partial(native.HeadProductBack, library, rounding),

@@ -258,7 +258,10 @@ class _GatedSiLU(nn.Cell):
 
 
 class ScoreMask(nn.Cell):
-    """first [b, s] -> 0 where a query may look at a key and -1e9 where not, float32 [b * n_kv, g * s, s]."""
+    """first [b, s] -> 0 where a query may look at a key and -1e9 where not, float32 [b * n_kv, g * s, s].
+
+    A query that sees no key sees itself here, as a softmax wants one.
+    """
 
     def __init__(self, num_heads: int, num_kv_heads: int):
         super().__init__()
@@ -271,6 +274,7 @@ class ScoreMask(nn.Cell):
         places = np.arange(seq, dtype=np.int32)
         keys = ops.tile(Tensor(np.tile(places, (seq, 1))[None], ms.int32), (batch, 1, 1))  # j
         future = ops.tile(Tensor((places[None] > places[:, None])[None]), (batch, 1, 1))  # j > i
+        first = ops.minimum(first, ops.tile(Tensor(places[None]), (batch, 1)))
         return ops.logical_or(keys < ops.tile(first.reshape((batch, seq, 1)), (1, 1, seq)), future)
 
     def construct(self, first: Tensor) -> Tensor:
@@ -293,7 +297,7 @@ class CachedScoreMask(nn.Cell):
         batch, new = first.shape
         keys = ops.arange(self.length).reshape((1, 1, -1))
         slots = start.reshape((batch, 1, 1)) + ops.arange(new).reshape((1, new, 1))
-        seen = ops.logical_and(keys <= slots, keys >= first.reshape((batch, new, 1)))
+        seen = ops.logical_and(keys <= slots, keys >= ops.minimum(first.reshape((batch, new, 1)), slots))
         scores = ops.tile((1.0 - seen.astype(ms.float32)) * MASKED, (1, self.num_heads, 1))
         return scores.reshape((batch * self.num_kv_heads, -1, self.length))
 

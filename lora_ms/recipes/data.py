@@ -258,6 +258,7 @@ def plan_training(
         buckets=settings.length_buckets,
         sources=rows.shares,
         prefer_many_lines=settings.adaptive_batch,
+        padding_cost=runtime.operators.padding_cost,
         unit=rows.unit,
         virtual_tokens=len(lead),
     )
@@ -265,12 +266,14 @@ def plan_training(
     reports = [dataclasses.replace(report, layout=plan.describe(), padding=padding) for report in rows.reports]
     if runtime.is_main:
         print(*(line for report in reports for line in report.lines()), sep="\n")
-        more = ""
-        if settings.layout == "packed" and plan.layout.kind != "packed":
+        of_what, more = "computed tokens", ""
+        if runtime.operators.padding_cost < 1:
+            of_what = "slots, which the operators leave out"
+        elif settings.layout == "packed" and plan.layout.kind != "packed":
             more = "; rows are not packed, which would pad more"
         elif plan.layout.kind == "packed" and settings.batch_size > 1:  # single rows are packed in no layout
             more = f" (without packing: {padding['usual']:.1%})"
-        print(f"  padding: {padding[plan.layout.kind]:.1%} of the computed tokens{more}")
+        print(f"  padding: {padding[plan.layout.kind]:.1%} of the {of_what}{more}")
     plan.reports.extend(report.as_json() for report in reports)
     return plan
 
@@ -305,5 +308,6 @@ def held_out_plan(
         seq_length=(seq_length + len(lead)) * unit,
         kind="packed" if packing else "bucketed",
         buckets=length_buckets,
+        padding_cost=runtime.operators.padding_cost,
         unit=unit,
     )

@@ -92,28 +92,17 @@ class SummedLoss(nn.Cell):
 # --- forward
 
 
-class Embed(nn.Cell):
-    """ids [b, s] -> [t, h]."""
-
-    def __init__(self, decoder: nn.Cell):
-        super().__init__(auto_prefix=False)
-        self.decoder = decoder
-
-    def construct(self, input_ids: Tensor) -> Tensor:
-        return self.decoder.embed_tokens(input_ids.reshape((-1,))).astype(self.decoder.stream)
-
-
 class LayerInputs(Graph):
     """What the layers take: ids, positions [b, s] -> (x [t, h], rope …, what a query sees through each window …)."""
 
     def __init__(self, decoder: nn.Cell):
         super().__init__(auto_prefix=False)
         self.decoder = decoder
-        self.embed = Embed(decoder)
 
     def construct(self, input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, ...]:
-        tables = self.decoder.rope(position_ids.reshape((-1,)))
-        return (self.embed(input_ids),) + tables + self.decoder.visibility(position_ids)
+        positions = position_ids.reshape((-1,))
+        x = self.decoder.embed(input_ids, positions >= 0)
+        return (x,) + self.decoder.rope(positions) + self.decoder.visibility(position_ids)
 
     def by_layer(self, found: tuple[Tensor, ...]) -> tuple[Tensor, tuple, tuple]:
         """What ``construct`` returned, as x, rope and visible of each layer."""
@@ -467,6 +456,17 @@ class TopGradients(Graph):
         finished = self.finish(outputs[-1], *last[1:])
         found = self.backward(finished[1], rope, visible, rows, (x,) + outputs[:-1])
         return (finished[0],) + found + finished[2:]
+
+
+class Embed(nn.Cell):
+    """ids [b, s] -> [t, h], that of padding too."""
+
+    def __init__(self, decoder: nn.Cell):
+        super().__init__(auto_prefix=False)
+        self.decoder = decoder
+
+    def construct(self, input_ids: Tensor) -> Tensor:
+        return self.decoder.embed_tokens(input_ids.reshape((-1,))).astype(self.decoder.stream)
 
 
 class EmbeddingGradients(Graph):

@@ -16,8 +16,8 @@ def test_the_docstrings_table():
     lines = [[token_row([5, 6, 7], [-100, 6, 7])], [short, short]]
     batch = collate(lines, batch_size=2, seq_length=4, capacity=5, pad_id=0)
     assert batch.input_ids.tolist() == [[5, 6, 0, 0], [8, 8, 0, 0]]
-    assert batch.position_ids.tolist() == [[0, 1, 0, 1], [0, 0, 0, 1]]
-    assert batch.target_index.tolist() == [0, 1, 4, 5, 0]
+    assert batch.position_ids.tolist() == [[0, 1, -1, -1], [0, 0, -1, -1]]
+    assert batch.target_index.tolist() == [0, 1, 4, 5, 7]
     assert batch.targets.tolist() == [6, 7, 9, 9, -100]
     assert (batch.tokens, batch.input_tokens, batch.label_tokens) == (7, 4, 4)
     assert {array.dtype for array in batch[:4]} == {np.dtype(np.int32)}
@@ -35,8 +35,8 @@ def test_padding_goes_by_length_not_by_id():
     # pad = eos = 9: the 9 that ends the row is real and learnt.
     batch = collate([[token_row([1, 9, 9], [-100, 9, 9])]], batch_size=1, seq_length=5, capacity=3, pad_id=9)
     assert batch.input_ids.tolist() == [[1, 9, 9, 9, 9]]
-    assert batch.position_ids.tolist() == [[0, 1, 0, 1, 2]]
-    assert batch.target_index.tolist() == [0, 1, 0]
+    assert batch.position_ids.tolist() == [[0, 1, -1, -1, -1]]
+    assert batch.target_index.tolist() == [0, 1, 4]
     assert batch.targets.tolist() == [9, 9, -100]
     assert (batch.tokens, batch.input_tokens, batch.label_tokens) == (3, 2, 2)
 
@@ -44,7 +44,7 @@ def test_padding_goes_by_length_not_by_id():
 def test_missing_lines_are_padding():
     batch = collate([], batch_size=2, seq_length=3, capacity=2, pad_id=7)
     assert batch.input_ids.tolist() == [[7, 7, 7], [7, 7, 7]]
-    assert (batch.target_index.tolist(), batch.targets.tolist()) == ([0, 0], [-100, -100])
+    assert (batch.target_index.tolist(), batch.targets.tolist()) == ([5, 5], [-100, -100])
     assert (batch.tokens, batch.input_tokens, batch.label_tokens) == (0, 0, 0)
 
 
@@ -67,7 +67,7 @@ def test_equals_a_naive_loop(seed):
     batch_size, seq_length = int(rng.integers(1, 5)), int(rng.integers(2, 12))
     lines = [[] for _ in range(rng.integers(1, batch_size + 1))]
     expected = np.full((batch_size, seq_length), 3)
-    positions = [[None] * seq_length for _ in range(batch_size)]
+    positions = [[-1] * seq_length for _ in range(batch_size)]
     pairs, tokens = [], 0
     for r, line in enumerate(lines):
         place = 0
@@ -84,12 +84,9 @@ def test_equals_a_naive_loop(seed):
                 if labels[t + 1] != -100:
                     pairs.append((r * seq_length + place + t, ids[t + 1]))
             place += fed
-    for line in positions:
-        empty = [place for place, position in enumerate(line) if position is None]
-        for number, place in enumerate(empty):
-            line[place] = number
     batch = collate(lines, batch_size, seq_length, capacity=batch_size * seq_length, pad_id=3)
-    unused = [(0, -100)] * (batch_size * seq_length - len(pairs))
+    last = batch_size * seq_length - 1
+    unused = [(last if positions[-1][-1] < 0 else 0, -100)] * (batch_size * seq_length - len(pairs))
     assert batch.input_ids.tolist() == expected.tolist()
     assert batch.position_ids.tolist() == positions
     assert list(zip(batch.target_index.tolist(), batch.targets.tolist(), strict=True)) == pairs + unused

@@ -48,7 +48,7 @@ def test_steps_of_a_small_plan_as_a_table():
     assert (plan.steps_per_epoch, plan.total_steps, plan.layout.shapes) == (2, 4, ((2, 16, 16),))
     (batch,), label_tokens = plan.step(0)
     assert batch.input_ids.tolist() == [[1, 1] + [0] * 14, [2] + [0] * 15]
-    assert batch.target_index.tolist() == [0, 1, 16] + [0] * 13
+    assert batch.target_index.tolist() == [0, 1, 16] + [31] * 13  # padding
     assert batch.targets.tolist() == [1, 1, 2] + [-100] * 13
     assert (batch.tokens, batch.label_tokens, label_tokens) == (5, 3, 3)
     (batch,), label_tokens = plan.step(3)

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from lora_ms.models.hub import NUMPY_DTYPES
-from lora_ms.ops.native import FEW_ROWS
 from lora_ms.quant import int4, nf4
 from lora_ms.runtime import native_build
 
@@ -155,9 +154,33 @@ def four_bits(kind: str, n: int, k: int) -> tuple[list[np.ndarray], np.ndarray]:
     return [codes, scales, zeros], int4.dequantise(int4.Int4(codes, scales, zeros, None))
 
 
+@pytest.mark.parametrize("rows", [4, 12, 40, 300])
+@pytest.mark.parametrize("zero", ["some", "the last", "all"])
+def test_rows_of_zeros_change_nothing(call, rows, zero):
+    """They give zeros, or what is added, and the others what they give without them."""
+    n, k = 90, 300
+    a, b, c, d, start = normal(rows, k), normal(n, k), normal(rows, 8), normal(n, 8), normal(rows, n)
+    left = np.sort(RNG.choice(rows, rows // 3, replace=False))  # blocks of rows among them, at the end and elsewhere
+    left = {"some": left[(left < rows // 4) | (left > rows // 3)], "the last": np.arange(rows // 3), "all": left[:0]}[
+        zero
+    ]
+    others = np.setdiff1d(np.arange(rows), left)
+    a[others], c[others] = 0, 0
+    for name, terms in (("times_transposed", [a, b, c, d]), ("times", [a, b.T, c, d.T])):
+        for more in ([], [start], [start[0]]):
+            found = call(name, [*terms, *more], [(rows, n)])[0]
+            added = np.broadcast_to(more[0] if more else np.float32(0), (rows, n))
+            np.testing.assert_array_equal(found[others], added[others])
+            close(found, a.astype(float) @ b.T + c.astype(float) @ d.T + added, 1e-4)
+    if 0 < len(left) <= 12:  # few rows, or few that are left of many
+        whole = call("times_transposed", [a, b, c, d], [(rows, n)])[0]
+        few = call("times_transposed", [a[left], b, c[left], d], [(len(left), n)])[0]
+        close(whole[left], few, 1e-4)
+
+
 @pytest.mark.parametrize("kind", ["float32", "float16", "nf4", "int4"])
 def test_a_few_rows_are_the_same_however_many_they_are(call, kind):
-    rows, n, k = FEW_ROWS, 90, 576
+    rows, n, k = 12, 90, 576
     dense = kind.startswith("float")
     weight = [normal(n, k).astype(kind)] if dense else four_bits(kind, n, k)[0]
     name = "times_transposed" if dense else f"{kind}_times_transposed"
@@ -289,11 +312,17 @@ def test_a_logit_that_is_not_finite_makes_the_loss_so(call):
     "b, s, heads, kv_heads, d, rows",
     [(2, 75, 4, 2, 24, [75]), (1, 200, 2, 2, 64, [66, 40, 94]), (1, 33, 6, 2, 10, [1, 32]), (2, 130, 4, 1, 32, [130])],
 )
-def test_attention(call, b, s, heads, kv_heads, d, rows):
+@pytest.mark.parametrize("padding", [0, 23], ids=["no padding", "padding"])
+def test_attention(call, b, s, heads, kv_heads, d, rows, padding):
+    """Padding at the end of the last line sees no key, and one token within it neither."""
     q, k, v = normal(b * s, heads * d), normal(b * s, kv_heads * d), normal(b * s, kv_heads * d)
     d_out = normal(b * s, heads * d)
     positions = np.tile(np.concatenate([np.arange(n) for n in rows]), (b, 1))
     first = (np.arange(s) - positions).astype(np.int32)
+    blind = np.zeros((b, s), bool)
+    if padding:
+        blind[-1, [5, *range(s - padding, s)]] = True
+        first[blind] = np.nonzero(blind)[1] + 1
     angles = positions.reshape(-1, 1) * 1e4 ** (-np.arange(0, d, 2) / d)
     cos, sin = np.cos(np.tile(angles, 2)), np.sin(np.tile(angles, 2)) * np.repeat([-1, 1], d // 2)
     inputs = [q, k, v, *(np.repeat(x, kv_heads, 0).astype(np.float32) for x in (cos, sin)), first]
@@ -315,11 +344,11 @@ def test_attention(call, b, s, heads, kv_heads, d, rows):
     query, key = rotated(q, heads) / np.sqrt(d), np.repeat(rotated(k, kv_heads), group, 2)
     value = np.repeat(v.astype(float).reshape(b, s, kv_heads, d), group, 2)
     places = np.arange(s)
-    seen = (places <= places[:, None]) & (places >= first[:, :, None])
+    seen = (places <= places[:, None]) & (places >= first[:, :, None]) | blind[:, :, None]
     scores = np.where(seen[:, None], np.einsum("bihd,bjhd->bhij", query, key), -np.inf)
     probs = np.exp(scores - scores.max(-1, keepdims=True))
-    wanted_sum = np.log(probs.sum(-1)) + scores.max(-1)
-    probs /= probs.sum(-1, keepdims=True)
+    wanted_sum = (np.log(probs.sum(-1)) + scores.max(-1)) * ~blind[:, None]
+    probs *= ~blind[:, None, :, None] / probs.sum(-1, keepdims=True)
     grad = d_out.astype(float).reshape(b, s, heads, d)
     d_probs = np.einsum("bihd,bjhd->bhij", grad, value)
     d_scores = probs * (d_probs - (d_probs * probs).sum(-1, keepdims=True))
@@ -337,6 +366,9 @@ def test_attention_to_a_cache(call, b, length, heads, kv_heads, d, slot, new):
     n, kv = slot + b + new, b * kv_heads  # slots in use, and lines of the cache
     slots = slot + np.arange(b)[:, None] + np.arange(new)[None]  # [b, new]
     first = np.minimum(np.arange(b)[:, None] + np.arange(new)[None], slots).astype(np.int32)
+    blind = np.zeros((b, new), bool)
+    blind[-1, new // 2 :] = True  # padding; of one token it is all
+    first[blind] = slots[blind] + 1
     q, k, v = normal(b * new, heads * d), normal(b * n, kv_heads * d), normal(b * n, kv_heads * d)
 
     def tables(positions, repeats):
@@ -358,7 +390,8 @@ def test_attention_to_a_cache(call, b, length, heads, kv_heads, d, slot, new):
     key, value = by_heads(rotated(k, kv_heads, cos, sin)), by_heads(v.astype(float))
     keys, values, wanted_keys, wanted_values = (np.full((kv, length, d), np.nan, np.float32) for _ in range(4))
     for line in range(kv):
-        begin, end = slots[line // kv_heads, [0, -1]] + [0, 1]
+        begin = slots[line // kv_heads, 0]
+        end = begin + np.count_nonzero(~blind[line // kv_heads])
         keys[line, :begin], values[line, :begin] = key[line, :begin], value[line, :begin]
         wanted_keys[line, :end], wanted_values[line, :end] = key[line, :end], value[line, :end]
     begins = (np.arange(kv) * length).astype(np.int32)
@@ -372,7 +405,7 @@ def test_attention_to_a_cache(call, b, length, heads, kv_heads, d, slot, new):
     scores = np.einsum("bikgd,bkjd->bikgj", query, key.reshape(b, kv_heads, n, d))
     seen = (np.arange(n) >= first[..., None]) & (np.arange(n) <= slots[..., None])  # [b, new, n]
     probs = np.exp(np.where(seen[:, :, None, None], scores, -np.inf))
-    probs /= probs.sum(-1, keepdims=True)
+    probs /= np.maximum(probs.sum(-1, keepdims=True), 1e-30)  # 0 of padding
     wanted = np.einsum("bikgj,bkjd->bikgd", probs, value.reshape(b, kv_heads, n, d))
     close(out, wanted.reshape(b * new, -1))
 

@@ -2,7 +2,8 @@
 //
 // q [b * s, n_h * d], k and v [b * s, n_kv * d] as the projections give them, not yet rotated; cos and sin a row of d
 // for each token, table_row apart, the minus sign of the rotation in the first half of sin; first [b, s]: the earliest
-// key that a query sees, which sees those from there up to itself. Scores are scaled by 1 / sqrt(d).
+// key that a query sees, which sees those from there up to itself: none, where that one is behind it, as of padding, for
+// which there are zeros. Scores are scaled by 1 / sqrt(d).
 #pragma once
 
 #include <cmath>
@@ -48,6 +49,13 @@ struct Attention {
                 out[half + p] = (from[half + p] * c[half + p] + from[p] * high[p]) * scale;
             }
         }
+    }
+
+    // How many of a line's queries there are without those at its end that see no key; the first one is key `offset`.
+    long seeing(long line, long offset) const {
+        long count = seq;
+        while (count > 0 && first[line * seq + count - 1] > offset + count - 1) count--;
+        return count;
     }
 
     // Where the panel of the earliest key begins that any of the queries [i, end) of a line sees.
@@ -111,10 +119,11 @@ inline long attend_numbers(const Attention &a, long keys) {
 }
 
 // The queries of one head of a line look at keys and values [count, d], the keys rotated; values are value_row apart.
-// The line's tokens are the keys from `offset` on, of which each sees those from `first` up to itself. log_sum [b * s,
-// n_h], where there is one: of each query's exponentiated scores.
+// The line's tokens, of which the first `rows` are computed, are the keys from `offset` on, of which each sees those from
+// `first` up to itself. log_sum [b * s, n_h], where there is one: of each query's exponentiated scores.
 inline void attend(const Attention &a, long line, long head, const float *keys, const float *values, long value_row,
-                   long count, long offset, Scratch &scratch, float *out, float *log_sum) {
+                   long rows, long offset, Scratch &scratch, float *out, float *log_sum) {
+    const long count = offset + rows;
     const float scale = 1.0f / std::sqrt(static_cast<float>(a.dim));
     const long token = line * a.seq, score_row = padded(count) + 16;  // rows 2^n apart would share sets of the cache
     const int32_t *start = a.first + token;
@@ -122,8 +131,8 @@ inline void attend(const Attention &a, long line, long head, const float *keys, 
     float *queries = scratch.take(QUERIES * a.dim), *scores = scratch.take(QUERIES * score_row);
     pack({keys, 1, a.dim}, a.dim, count, key_panels);
     pack({values, value_row, 1}, count, a.dim, value_panels);
-    for (long i = 0; i < a.seq; i += QUERIES) {
-        const long end = std::min(a.seq, i + QUERIES), low = a.first_panel(start, i, end), seen = offset + end - low;
+    for (long i = 0; i < rows; i += QUERIES) {
+        const long end = std::min(rows, i + QUERIES), low = a.first_panel(start, i, end), seen = offset + end - low;
         const long q_at = (token + i) * a.q_row() + head * a.dim;
         a.rotate(a.q + q_at, a.q_row(), token + i, end - i, scale, queries, a.dim);
         const Piece product = {{queries, a.dim, 1}, key_panels + low * a.dim, a.dim, a.dim};
@@ -132,10 +141,11 @@ inline void attend(const Attention &a, long line, long head, const float *keys, 
         for (long r = 0; r < end - i; r++) {
             float *row = scores + r * score_row;
             const long from = start[i + r] - low, to = offset + i + r + 1 - low;
-            const Exponentials found = exponentiate(row, from, to);
+            const bool sees = from < to;
+            const Exponentials found = sees ? exponentiate(row, from, to) : Exponentials{0, 1};
             std::fill(row, row + from, 0.0f);
             std::fill(row + to, row + seen, 0.0f);
-            inverse[r] = 1.0f / found.total;
+            inverse[r] = sees ? 1.0f / found.total : 0.0f;
             if (log_sum) log_sum[(token + i + r) * a.heads + head] = found.top + std::log(found.total);
         }
         const Piece mix = {{scores, score_row, 1}, value_panels + low * COLUMNS, seen, count};
@@ -143,18 +153,22 @@ inline void attend(const Attention &a, long line, long head, const float *keys, 
         for (long r = 0; r < end - i; r++)
             for (long p = 0; p < a.dim; p++) out[q_at + r * a.q_row() + p] *= inverse[r];
     }
+    for (long i = rows; i < a.seq; i++) {
+        std::fill_n(out + (token + i) * a.q_row() + head * a.dim, a.dim, 0.0f);
+        if (log_sum) log_sum[(token + i) * a.heads + head] = 0.0f;
+    }
 }
 
 // out [b * s, n_h * d]; log_sum [b * s, n_h]: of each query's exponentiated scores, for the gradient.
 inline void attention(const Attention &a, float *out, float *log_sum) {
     const long group = a.heads / a.kv_heads;
     Threads::shared().run(a.batch * a.heads, [&](long task) {
-        const long line = task / a.heads, head = task % a.heads, token = line * a.seq;
-        Scratch scratch(a.seq * a.dim + attend_numbers(a, a.seq));
-        float *keys = scratch.take(a.seq * a.dim);
+        const long line = task / a.heads, head = task % a.heads, token = line * a.seq, rows = a.seeing(line, 0);
+        Scratch scratch(rows * a.dim + attend_numbers(a, rows));
+        float *keys = scratch.take(rows * a.dim);
         const long kv_at = token * a.kv_row() + head / group * a.dim;
-        a.rotate(a.k + kv_at, a.kv_row(), token, a.seq, 1.0f, keys, a.dim);
-        attend(a, line, head, keys, a.v + kv_at, a.kv_row(), a.seq, 0, scratch, out, log_sum);
+        a.rotate(a.k + kv_at, a.kv_row(), token, rows, 1.0f, keys, a.dim);
+        attend(a, line, head, keys, a.v + kv_at, a.kv_row(), rows, 0, scratch, out, log_sum);
     });
 }
 
@@ -163,30 +177,35 @@ inline void attention(const Attention &a, float *out, float *log_sum) {
 inline void attention_gradient(const Attention &a, const float *out, const float *log_sum, const float *d_out,
                                float *d_q, float *d_k, float *d_v) {
     const float scale = 1.0f / std::sqrt(static_cast<float>(a.dim));
-    const long padded_seq = padded(a.seq), padded_dim = padded(a.dim), group = a.heads / a.kv_heads;
-    const long score_row = padded_seq + 16;  // of scores: rows 2^n apart would share a few sets of the cache
+    const long padded_dim = padded(a.dim), group = a.heads / a.kv_heads;
     Threads::shared().run(a.batch * a.kv_heads, [&](long task) {
         const long line = task / a.kv_heads, kv_head = task % a.kv_heads, token = line * a.seq;
+        const long seq = a.seeing(line, 0), padded_seq = padded(seq);
+        const long score_row = padded_seq + 16;  // of scores: rows 2^n apart would share a few sets of the cache
         const int32_t *start = a.first + token;
-        Scratch scratch(2 * a.seq * a.dim + 2 * padded_seq * a.dim + a.seq * padded_dim +
+        Scratch scratch(2 * seq * a.dim + 2 * padded_seq * a.dim + seq * padded_dim +
                         QUERIES * (2 * a.dim + 2 * padded_dim + 2 * score_row));
-        float *keys = scratch.take(a.seq * a.dim), *d_keys = scratch.take(a.seq * a.dim);
+        float *keys = scratch.take(seq * a.dim), *d_keys = scratch.take(seq * a.dim);
         float *key_panels = scratch.take(padded_seq * a.dim);    // transposed
         float *value_panels = scratch.take(padded_seq * a.dim);  // transposed
-        float *key_rows = scratch.take(a.seq * padded_dim);
+        float *key_rows = scratch.take(seq * padded_dim);
         float *queries = scratch.take(QUERIES * a.dim), *d_queries = scratch.take(QUERIES * a.dim);
         float *query_rows = scratch.take(QUERIES * padded_dim), *d_out_rows = scratch.take(QUERIES * padded_dim);
         float *probs = scratch.take(QUERIES * score_row), *d_scores = scratch.take(QUERIES * score_row);
         const long kv_at = token * a.kv_row() + kv_head * a.dim;
-        a.rotate(a.k + kv_at, a.kv_row(), token, a.seq, 1.0f, keys, a.dim);
-        pack({keys, 1, a.dim}, a.dim, a.seq, key_panels);
-        pack({keys, a.dim, 1}, a.seq, a.dim, key_rows);
-        pack({a.v + kv_at, 1, a.kv_row()}, a.dim, a.seq, value_panels);
-        std::fill(d_keys, d_keys + a.seq * a.dim, 0.0f);
+        a.rotate(a.k + kv_at, a.kv_row(), token, seq, 1.0f, keys, a.dim);
+        pack({keys, 1, a.dim}, a.dim, seq, key_panels);
+        pack({keys, a.dim, 1}, seq, a.dim, key_rows);
+        pack({a.v + kv_at, 1, a.kv_row()}, a.dim, seq, value_panels);
+        std::fill(d_keys, d_keys + seq * a.dim, 0.0f);
         for (long r = 0; r < a.seq; r++) std::fill_n(d_v + kv_at + r * a.kv_row(), a.dim, 0.0f);
+        for (long r = seq; r < a.seq; r++) {
+            std::fill_n(d_k + kv_at + r * a.kv_row(), a.dim, 0.0f);
+            std::fill_n(d_q + (token + r) * a.q_row() + kv_head * group * a.dim, group * a.dim, 0.0f);
+        }
         for (long head = kv_head * group; head < (kv_head + 1) * group; head++) {
-            for (long i = 0; i < a.seq; i += QUERIES) {
-                const long end = std::min(a.seq, i + QUERIES), low = a.first_panel(start, i, end), count = end - low;
+            for (long i = 0; i < seq; i += QUERIES) {
+                const long end = std::min(seq, i + QUERIES), low = a.first_panel(start, i, end), count = end - low;
                 const long rows = end - i, q_at = (token + i) * a.q_row() + head * a.dim;
                 a.rotate(a.q + q_at, a.q_row(), token + i, rows, scale, queries, a.dim);
                 const Piece score = {{queries, a.dim, 1}, key_panels + low * a.dim, a.dim, a.dim};
@@ -217,7 +236,7 @@ inline void attention_gradient(const Attention &a, const float *out, const float
                     std::fill(p + to, p + count, 0.0f);
                     std::fill(d + to, d + count, 0.0f);
                 }
-                const Piece query = {{d_scores, score_row, 1}, key_rows + low * COLUMNS, count, a.seq};
+                const Piece query = {{d_scores, score_row, 1}, key_rows + low * COLUMNS, count, seq};
                 multiply(&query, 1, rows, a.dim, nullptr, 0, d_queries, a.dim);
                 a.rotate(d_queries, a.dim, token + i, rows, scale, d_q + q_at, a.q_row(), true);
                 pack({queries, a.dim, 1}, rows, a.dim, query_rows);
@@ -229,7 +248,7 @@ inline void attention_gradient(const Attention &a, const float *out, const float
                 multiply(&value, 1, count, a.dim, to, a.kv_row(), to, a.kv_row());
             }
         }
-        a.rotate(d_keys, a.dim, token, a.seq, 1.0f, d_k + kv_at, a.kv_row(), true);
+        a.rotate(d_keys, a.dim, token, seq, 1.0f, d_k + kv_at, a.kv_row(), true);
     });
 }
 
@@ -243,23 +262,25 @@ inline void cached_attention(const Attention &a, float *keys, float *values, con
     const auto put = [&](long task) {
         const long line = task / a.kv_heads, token = line * a.seq;
         const long from = token * a.kv_row() + task % a.kv_heads * a.dim, to = (begins[task] + slots[line]) * a.dim;
-        a.rotate(a.k + from, a.kv_row(), token, a.seq, 1.0f, keys + to, a.dim);
-        for (long i = 0; i < a.seq; i++)
+        const long rows = a.seeing(line, slots[line]);
+        a.rotate(a.k + from, a.kv_row(), token, rows, 1.0f, keys + to, a.dim);
+        for (long i = 0; i < rows; i++)
             std::memcpy(values + to + i * a.dim, a.v + from + i * a.kv_row(), a.dim * sizeof(float));
     };
     if (a.seq > 1) {
         Threads::shared().run(a.batch * a.kv_heads, put);
         Threads::shared().run(a.batch * a.heads, [&](long task) {
-            const long line = task / a.heads, head = task % a.heads, count = slots[line] + a.seq;
+            const long line = task / a.heads, head = task % a.heads, rows = a.seeing(line, slots[line]);
             const long at = begins[line * a.kv_heads + head / group] * a.dim;
-            Scratch scratch(attend_numbers(a, count));
-            attend(a, line, head, keys + at, values + at, a.dim, count, slots[line], scratch, out, nullptr);
+            Scratch scratch(attend_numbers(a, slots[line] + rows));
+            attend(a, line, head, keys + at, values + at, a.dim, rows, slots[line], scratch, out, nullptr);
         });
         return;
     }
     Threads::shared().run(a.batch * a.kv_heads, [&](long task) {
-        put(task);
         const long line = task / a.kv_heads, low = a.first[line], count = slots[line] + 1 - low;
+        if (count <= 0) return void(std::fill_n(out + task * group * a.dim, group * a.dim, 0.0f));
+        put(task);
         const float *seen = keys + (begins[task] + low) * a.dim, *mixed = values + (begins[task] + low) * a.dim;
         Scratch scratch(a.dim + count);
         float *query = scratch.take(a.dim), *scores = scratch.take(count);

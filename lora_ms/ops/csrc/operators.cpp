@@ -112,6 +112,14 @@ int products(Kind kind, Arguments arguments, Multiply multiply = product, Type t
     return 0;
 }
 
+// How many rows of x [t, n] there are without those at the end that are zero, as of padding.
+long real_rows(const Tensor &x) { return without_zero_end({{x.matrix(), {}, x.size(1)}}, x.size(0)); }
+
+// The rows of y [t, n] from `rows` on are zero.
+void end_with_zeros(const Tensor &y, long rows) {
+    std::fill_n(y.floats() + rows * y.size(1), (y.size(0) - rows) * y.size(1), 0.0f);
+}
+
 // A thin product [t, rank], times `scaling`.
 void low_product(Matrix x, Matrix factor, long tokens, long depth, long rank, float scaling, float *low) {
     product({{x, factor, depth}}, tokens, rank, nullptr, 0, low);
@@ -212,8 +220,9 @@ OPERATOR(adapted_product_gradient) {
     const Tensor scaling = arguments.next();
     const std::optional<Dropout> dropout = arguments.optional_dropout(3);
     const Tensor d_low = arguments.next(), d_a = arguments.next(), d_b = arguments.next();
-    const long tokens = d_y.size(0), out = d_y.size(1), in = x.size(1), rank = low.size(1);
-    low_product(d_y.matrix(), b.matrix(), tokens, out, rank, scaling.number(), d_low.floats());
+    const long out = d_y.size(1), in = x.size(1), rank = low.size(1);
+    low_product(d_y.matrix(), b.matrix(), d_y.size(0), out, rank, scaling.number(), d_low.floats());
+    const long tokens = real_rows(d_y);  // padding adds nothing to a sum
     Numbers memory;
     const Matrix seen = dropped(dropout, x.matrix(), tokens, in, memory);
     product({{d_low.matrix().transposed(), seen, tokens}}, rank, in, nullptr, 0, d_a.floats());
@@ -286,7 +295,9 @@ OPERATOR(embedding) {
 OPERATOR(rms_norm) {
     Arguments arguments = ARGUMENTS;
     const Tensor x = arguments.next(), weight = arguments.next(), eps = arguments.next(), y = arguments.next();
-    lora_ms::rms_norm(x.floats(), weight.floats(), eps.number(), x.size(0), x.size(1), y.floats());
+    const long rows = real_rows(x);
+    lora_ms::rms_norm(x.floats(), weight.floats(), eps.number(), rows, x.size(1), y.floats());
+    end_with_zeros(y, rows);
     return 0;
 }
 
@@ -295,8 +306,9 @@ OPERATOR(rms_norm_gradient) {
     Arguments arguments = ARGUMENTS;
     const Tensor x = arguments.next(), weight = arguments.next(), eps = arguments.next(), d_y = arguments.next();
     const Tensor d_x = arguments.next();
-    lora_ms::rms_norm_gradient(x.floats(), weight.floats(), eps.number(), d_y.floats(), x.size(0), x.size(1),
-                               d_x.floats());
+    const long rows = real_rows(d_y);
+    lora_ms::rms_norm_gradient(x.floats(), weight.floats(), eps.number(), d_y.floats(), rows, x.size(1), d_x.floats());
+    end_with_zeros(d_x, rows);
     return 0;
 }
 
@@ -308,21 +320,26 @@ OPERATOR(rms_norm_weight_gradient) {
     return 0;
 }
 
-// gate, up -> y, all of one shape
+// gate, up -> y, all [t, n]
 OPERATOR(gated_silu) {
     Arguments arguments = ARGUMENTS;
     const Tensor gate = arguments.next(), up = arguments.next(), y = arguments.next();
-    lora_ms::gated_silu(gate.floats(), up.floats(), gate.numbers(), y.floats());
+    const long rows = real_rows(gate);
+    lora_ms::gated_silu(gate.floats(), up.floats(), rows * gate.size(1), y.floats());
+    end_with_zeros(y, rows);
     return 0;
 }
 
-// gate, up, d_y -> d_gate, d_up, all of one shape
+// gate, up, d_y -> d_gate, d_up, all [t, n]
 OPERATOR(gated_silu_gradient) {
     Arguments arguments = ARGUMENTS;
     const Tensor gate = arguments.next(), up = arguments.next(), d_y = arguments.next();
     const Tensor d_gate = arguments.next(), d_up = arguments.next();
-    lora_ms::gated_silu_gradient(gate.floats(), up.floats(), d_y.floats(), gate.numbers(), d_gate.floats(),
+    const long rows = real_rows(d_y);
+    lora_ms::gated_silu_gradient(gate.floats(), up.floats(), d_y.floats(), rows * gate.size(1), d_gate.floats(),
                                  d_up.floats());
+    end_with_zeros(d_gate, rows);
+    end_with_zeros(d_up, rows);
     return 0;
 }
 

@@ -2,8 +2,8 @@
 // used.
 //
 // Columns of B are packed into panels of 2 * LANES, once for all threads; a tile of ROWS x 2 LANES of C is held in
-// registers while it goes through some 512 rows of a panel (Goto and van de Geijn, 2008). A is read where it lies.
-// Tasks are small, some 30 us, as a thread may lose its core to another program. A number of C is summed in one order,
+// registers while it goes through some 512 rows of a panel (Goto and van de Geijn, 2008). A is read where it lies, and
+// its rows of zeros, which padding has, are left out: what they give is known. Tasks are small, some 30 us, as a thread may lose its core to another program. A number of C is summed in one order,
 // whatever the threads do.
 #pragma once
 
@@ -152,15 +152,75 @@ void tile_of(int rows, const Piece *pieces, int count, long i, long j, const flo
     if constexpr (M > 1) tile_of<M - 1>(rows, pieces, count, i, j, start, start_row, c, c_row, width);
 }
 
+// C [m, n] = start, or 0 where there is none.
+inline void begin_rows(long m, long n, const float *start, long start_row, float *c, long c_row) {
+    for (long i = 0; i < m; i++)
+        if (start)
+            std::copy_n(start + i * start_row, n, c + i * c_row);
+        else
+            std::fill_n(c + i * c_row, n, 0.0f);
+}
+
 // C [m, n] = start (nothing: 0) + the pieces' products; C and start by their first number and the distance of rows.
+// zero: of each ROWS rows of A, whether they are all zero; nothing: none are.
 inline void multiply(const Piece *pieces, int count, long m, long n, const float *start, long start_row, float *c,
-                     long c_row) {
+                     long c_row, const char *zero = nullptr) {
     for (long block = 0; block < m; block += BLOCK)
         for (long j = 0; j < n; j += COLUMNS)
-            for (long i = block; i < std::min(m, block + BLOCK); i += ROWS)
-                tile_of<ROWS>(static_cast<int>(std::min<long>(ROWS, std::min(m, block + BLOCK) - i)), pieces, count, i,
-                              j, start ? start + i * start_row + j : nullptr, start_row, c + i * c_row + j, c_row,
-                              std::min<long>(COLUMNS, n - j));
+            for (long i = block; i < std::min(m, block + BLOCK); i += ROWS) {
+                const long rows = std::min<long>(ROWS, std::min(m, block + BLOCK) - i);
+                const long width = std::min<long>(COLUMNS, n - j);
+                const float *from = start ? start + i * start_row + j : nullptr;
+                float *to = c + i * c_row + j;
+                if (zero && zero[i / ROWS])
+                    begin_rows(rows, width, from, start_row, to, c_row);
+                else
+                    tile_of<ROWS>(static_cast<int>(rows), pieces, count, i, j, from, start_row, to, c_row, width);
+            }
+}
+
+// Whether row i of all A is zero. A's rows lie whole.
+inline bool zero_row(const std::vector<Term> &terms, long i) {
+    constexpr long SOME = 64;  // numbers that are looked at without a branch
+    for (const Term &term : terms) {
+        const float *a = term.a.floats() + i * term.a.row;
+        for (long p = 0; p < term.depth; p += SOME) {
+            const long count = std::min(SOME, term.depth - p);
+            int others = 0;
+            if (count == SOME)
+                for (long q = 0; q < SOME; q++) others |= a[p + q] != 0;
+            else
+                for (long q = 0; q < count; q++) others |= a[p + q] != 0;
+            if (others) return false;
+        }
+    }
+    return true;
+}
+
+// How many rows of all A there are without those at the end that are zero.
+inline long without_zero_end(const std::vector<Term> &terms, long m) {
+    while (m > 0 && zero_row(terms, m - 1)) m--;
+    return m;
+}
+
+// Ends C [m, n] for those rows, and returns the others' number.
+inline long end_zero_rows(const std::vector<Term> &terms, long m, long n, const float *start, long start_row, float *c) {
+    const long rows = without_zero_end(terms, m);
+    begin_rows(m - rows, n, start ? start + rows * start_row : nullptr, start_row, c + rows * n, n);
+    return rows;
+}
+
+// Of each ROWS rows of all A, whether they are zero: empty where none are.
+inline std::vector<char> zero_rows(const std::vector<Term> &terms, long m) {
+    std::vector<char> zero(divided(m, ROWS));
+    bool any = false;
+    for (long block = 0; block < static_cast<long>(zero.size()); block++) {
+        bool all = true;
+        for (long i = std::min(m, (block + 1) * ROWS); all && i-- > block * ROWS;) all = zero_row(terms, i);
+        zero[block] = all;
+        any = any || all;
+    }
+    return any ? zero : std::vector<char>();
 }
 
 // Rows [0, m) and columns [j, j + n) of a product: columns of B are packed, then rows of A go through them, both
@@ -168,9 +228,9 @@ inline void multiply(const Piece *pieces, int count, long m, long n, const float
 //
 // The inner dimension is gone through in passes: for one pass a tile of C stays in registers. As many passes are packed
 // at a time as `room` numbers of B hold, at least one. How many that are changes no sum: a pass begins at the same
-// place whatever was packed before it.
+// place whatever was packed before it. zero: what `zero_rows` gives.
 inline void multiply_columns(const std::vector<Term> &terms, long m, long j, long n, const float *start, long start_row,
-                             float *c, long c_row, long room) {
+                             float *c, long c_row, long room, const std::vector<char> &zero) {
     static thread_local std::vector<float> packed;
     Threads &threads = Threads::shared();
     const long padded = divided(n, COLUMNS) * COLUMNS, groups = divided(n, WIDTH);
@@ -206,7 +266,8 @@ inline void multiply_columns(const std::vector<Term> &terms, long m, long j, lon
             }
             for (size_t i = 0; i + 1 < passes.size(); i++) {
                 const int count = static_cast<int>(passes[i + 1] - passes[i]);
-                multiply(&shifted[passes[i]], count, height, width, from, from_row, to, c_row);
+                multiply(&shifted[passes[i]], count, height, width, from, from_row, to, c_row,
+                         zero.empty() ? nullptr : &zero[y / ROWS]);
                 from = to;  // the next pass adds to what this one has found
                 from_row = c_row;
             }
@@ -350,6 +411,32 @@ inline void multiply_few_rows(const std::vector<Term> &terms, long m, long n, co
     });
 }
 
+// The same, of the rows that are not all zero.
+inline void multiply_few_of_rows(const std::vector<Term> &terms, long m, long n, const float *start, long start_row,
+                                 float *c, long tasks) {
+    std::vector<long> rows;
+    for (long i = 0; i < m; i++)
+        if (!zero_row(terms, i)) rows.push_back(i);
+    const long count = static_cast<long>(rows.size());
+    if (count == m) return multiply_few_rows(terms, m, n, start, start_row, c, tasks);
+    begin_rows(m, n, start, start_row, c, n);
+    if (count == 0) return;
+    std::vector<Term> fewer(terms);
+    long depth = 0;
+    for (const Term &term : terms) depth += term.depth;
+    std::vector<float> a(count * depth), found(count * n);
+    float *to = a.data();
+    for (Term &term : fewer) {
+        const float *from = term.a.floats();
+        for (long i = 0; i < count; i++) std::copy_n(from + rows[i] * term.a.row, term.depth, to + i * term.depth);
+        term.a = {to, term.depth, 1};
+        to += count * term.depth;
+    }
+    for (long i = 0; start && i < count; i++) std::copy_n(c + rows[i] * n, n, found.data() + i * n);
+    multiply_few_rows(fewer, count, n, start ? found.data() : nullptr, n, found.data(), tasks);
+    for (long i = 0; i < count; i++) std::copy_n(found.data() + i * n, n, c + rows[i] * n);
+}
+
 // C [m, n] = start (nothing: 0) + the terms; rows of start are start_row apart, so that 0 adds one row to all.
 inline void product(const std::vector<Term> &terms, long m, long n, const float *start, long start_row, float *c) {
     bool narrow = !start && n <= 2 * COLUMNS && n < m;
@@ -365,12 +452,17 @@ inline void product(const std::vector<Term> &terms, long m, long n, const float 
     }
     Threads &threads = Threads::shared();
     const long tasks = threads.count() == 1 ? 1 : 2 * threads.count();  // at least
-    bool few_rows = m <= FEW_ROWS;
-    for (const Term &term : terms) few_rows = few_rows && term.a.column == 1 && term.b.row == 1;
-    if (few_rows) return multiply_few_rows(terms, m, n, start, start_row, c, std::min(n, tasks));
+    bool whole_rows = true;
+    for (const Term &term : terms) whole_rows = whole_rows && term.a.column == 1;
+    if (whole_rows) m = end_zero_rows(terms, m, n, start, start_row, c);
+    if (m == 0) return;
+    bool few_rows = m <= FEW_ROWS && whole_rows;
+    for (const Term &term : terms) few_rows = few_rows && term.b.row == 1;
+    if (few_rows) return multiply_few_of_rows(terms, m, n, start, start_row, c, std::min(n, tasks));
+    const std::vector<char> zero = whole_rows ? zero_rows(terms, m) : std::vector<char>();
     const auto columns = [&](long j, long width, long room) {
         const float *from = start ? start + j : nullptr;
-        multiply_columns(terms, m, j, std::min(width, n - j), from, start_row, c + j, n, room);
+        multiply_columns(terms, m, j, std::min(width, n - j), from, start_row, c + j, n, room, zero);
     };
     if (m <= FEW) {  // each task packs its own columns, for its own cache
         const long width = std::min(FEW_WIDTH, divided(n, 2 * tasks * COLUMNS) * COLUMNS);
