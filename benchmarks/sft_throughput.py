@@ -1,16 +1,19 @@
 """Fine-tuning on instruction rows, ours against torch + PEFT with the usual collator: same weights, rows and steps.
 
 10,000 made-up rows with the lengths of real instruction data (half have fewer than 90 tokens, the longest 2,000; the
-rows beyond --seq are dropped on both sides), a step of --batch x --accumulation rows, --steps steps of one epoch. The
-other side pads each micro-batch to its longest row and computes all logits, as transformers' Trainer does.
+rows beyond --seq are dropped on both sides), or those of --data, in the chat template of --folder; a step of --batch x
+--accumulation rows, --steps steps of one epoch. The other side pads each micro-batch to its longest row and computes all
+logits, as transformers' Trainer does; with --sort it takes the rows of a step by their lengths.
 
-python benchmarks/sft_throughput.py --torch_python PYTHON_WITH_TORCH_AND_PEFT
+    python benchmarks/sft_throughput.py --torch_python PYTHON_WITH_TORCH_AND_PEFT
+    python benchmarks/sft_throughput.py --torch_python … --folder MODEL --data ALPACA.json --batch 8 --accumulation 2 --sort
 """
 
 import json
 import os
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 from common import parser, peak_rss_mb, run_sides, table
@@ -19,7 +22,7 @@ from lora_ms.runtime.host import start_with_huge_pages
 
 FIGURES = {
     "label_tokens_per_second": "label tokens per second",
-    "padding": "padding, share of computed",
+    "padding": "padding, share of the slots",
     "seconds": "seconds for the steps",
     "label_tokens": "label tokens",
     "first_step_s": "process start to first step, s",
@@ -31,7 +34,9 @@ ROWS = 10_000
 
 
 def rows(args) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Ids and labels of the rows that fit; the first fifth to three fifths of a row is its prompt."""
+    """Ids and labels of the rows that fit; the first fifth to three fifths of a made-up row is its prompt."""
+    if args.data:
+        return real_rows(args)
     rng = np.random.default_rng(0)
     lengths = np.clip(np.exp(rng.normal(np.log(90), 0.85, ROWS)), 12, 2000).astype(int)
     prompts = np.maximum(1, (lengths * rng.uniform(0.2, 0.6, ROWS)).astype(int))
@@ -41,6 +46,26 @@ def rows(args) -> list[tuple[np.ndarray, np.ndarray]]:
         labels = ids.copy()
         labels[:prompt] = -100
         if length <= args.seq:
+            made.append((ids, labels))
+    return made
+
+
+def real_rows(args) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Ids and labels of the rows of an Alpaca file; the answers are learnt."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    made = []
+    for row in json.loads(Path(args.data).read_text()):
+        question = [{"role": "user", "content": "\n".join(filter(None, (row["instruction"], row.get("input"))))}]
+        texts = (
+            tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True),
+            tokenizer.apply_chat_template([*question, {"role": "assistant", "content": row["output"]}], tokenize=False),
+        )
+        prompt, ids = (np.array(tokenizer(text, add_special_tokens=False).input_ids, np.int32) for text in texts)
+        labels = ids.copy()
+        labels[: len(prompt)] = -100
+        if len(ids) <= args.seq:
             made.append((ids, labels))
     return made
 
@@ -88,6 +113,7 @@ def ours(args):
         seq_length=args.seq,
         max_steps=args.steps,
         kind=args.layout,
+        padding_cost=runtime.operators.padding_cost,
     )
     print(plan.describe(), file=sys.stderr)
     for shape in plan.layout.shapes:  # every shape is compiled before the clock starts
@@ -97,7 +123,7 @@ def ours(args):
     optimizer(Tensor(0.0, ms.float32), Tensor(1.0, ms.float32))[0].asnumpy()
     yield None
     for batches, _, count in device_steps(plan, 0):
-        losses = [micro(*batch) for batch in batches]
+        losses = [micro(*batch[:4]) for batch in batches]
         optimizer(Tensor(1e-4, ms.float32), Tensor(count, ms.float32))[0].asnumpy()
         computed = sum(batch[0].size for batch in batches)
         yield sum(float(loss.asnumpy()) for loss in losses) / count, count, computed
@@ -123,6 +149,8 @@ def torch(args):
     def run(step):
         count = sum(int((labels[1:] != -100).sum()) for _, labels in step)
         total, computed = 0.0, 0
+        if args.sort:
+            step = sorted(step, key=lambda row: len(row[0]))
         for start in range(0, len(step), args.batch):
             chunk = step[start : start + args.batch]
             longest = max(len(ids) for ids, _ in chunk)
@@ -152,6 +180,10 @@ def main() -> None:
     arguments.add_argument("--seq", type=int, default=1024)
     arguments.add_argument("--steps", type=int, default=6)
     arguments.add_argument("--layout", choices=("packed", "bucketed", "padded"), default="packed")
+    arguments.add_argument(
+        "--data", type=os.path.abspath, help="rows with instruction, input and output, in place of made-up ones"
+    )
+    arguments.add_argument("--sort", action="store_true", help="torch takes the rows of a step by their lengths")
     args = arguments.parse_args()
     if not args.side:
         table(run_sides(os.path.abspath(__file__), args, sys.argv[1:]), FIGURES)

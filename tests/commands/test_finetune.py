@@ -153,7 +153,7 @@ def test_log_is_what_was_printed(done, token_rows):
     assert lines[1:4] == [
         "LoRA on 4 modules: 3,584 of 73,792 parameters train (4.86%)",
         "training: 4 steps, 2 rows each, 4 per epoch",
-        "1 batch shape, compiled when first used: 1 x 16 tokens",
+        "1 batch shape, compiled when first used: 2 x 16 tokens",
     ]
     lines = [line for line in lines[4:] if not line.startswith(("compiling ", "loading ", "about "))]
     assert [line.split("  ")[0] for line in lines[:4]] == [f"step {step}/4" for step in (1, 2, 3, 4)]

@@ -279,6 +279,39 @@ def test_an_adapted_product(call, tokens, width, out, rank):
         close(one, other, 5e-4)
 
 
+@pytest.mark.parametrize("real", [60, 20, 1, 0])
+def test_the_gradient_of_an_adapted_product_with_padding(call, real):
+    """Rows without a gradient add nothing, and may be all."""
+    x, low, b, grad, scaling = normal(60, 50), normal(60, 4), normal(70, 4), normal(60, 70), np.array(1.5, np.float32)
+    grad[real:] = 0
+    d_low, d_a, d_b = call("adapted_product_gradient", [grad, x, low, b, scaling], [(60, 4), (4, 50), (70, 4)])
+    wanted = 1.5 * grad.astype(float) @ b
+    close(d_low, wanted, 1e-4)
+    close(d_a, wanted.T @ x, 1e-4)
+    close(d_b, grad.T.astype(float) @ low, 1e-4)
+
+
+def test_norms_and_gates_of_padding(call):
+    x, weight, eps, grad = normal(30, 40), normal(40), np.array([1e-6], np.float32), normal(30, 40)
+    whole = {
+        "rms_norm": call("rms_norm", [x, weight, eps], [x.shape]),
+        "rms_norm_gradient": call("rms_norm_gradient", [x, weight, eps, grad], [x.shape]),
+        "gated_silu": call("gated_silu", [x, grad], [x.shape]),
+        "gated_silu_gradient": call("gated_silu_gradient", [x, grad, x], [x.shape] * 2),
+    }
+    x[20:], grad[20:] = 0, 0
+    padded = {
+        "rms_norm": call("rms_norm", [x, weight, eps], [x.shape]),
+        "rms_norm_gradient": call("rms_norm_gradient", [x, weight, eps, grad], [x.shape]),
+        "gated_silu": call("gated_silu", [x, grad], [x.shape]),
+        "gated_silu_gradient": call("gated_silu_gradient", [x, grad, x], [x.shape] * 2),
+    }
+    for name, outputs in padded.items():
+        for found, other in zip(outputs, whole[name], strict=True):
+            np.testing.assert_array_equal(found[:20], other[:20])
+            assert not found[20:].any()
+
+
 @pytest.mark.parametrize("tokens, width, out, rank", [(37, 50, 70, 4), (200, 130, 96, 16), (1, 33, 20, 3)])
 def test_an_adapted_product_with_dropout(call, tokens, width, out, rank):
     x, w, a, b = normal(tokens, width), normal(out, width), normal(rank, width), normal(out, rank)

@@ -281,6 +281,7 @@ inline void multiply_columns(const std::vector<Term> &terms, long m, long j, lon
     };
 
     for (const Term &term : terms) {
+        if (term.depth == 0) continue;
         const long parts = divided(term.depth, DEPTH), part_depth = divided(term.depth, parts);
         for (long p = 0; p < term.depth; p += part_depth) {
             const long depth = std::min(part_depth, term.depth - p);
