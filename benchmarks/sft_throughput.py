@@ -2,11 +2,11 @@
 
 10,000 made-up rows with the lengths of real instruction data (half have fewer than 90 tokens, the longest 2,000; the
 rows beyond --seq are dropped on both sides), or those of --data, in the chat template of --folder; a step of --batch x
---accumulation rows, --steps steps of one epoch. The other side pads each micro-batch to its longest row and computes all
-logits, as transformers' Trainer does; with --sort it takes the rows of a step by their lengths.
+--accumulation rows, --steps steps of one epoch. The other side pads each micro-batch to its longest row and computes
+all logits, as transformers' Trainer does; with --sort it takes the rows of a step by their lengths.
 
     python benchmarks/sft_throughput.py --torch_python PYTHON_WITH_TORCH_AND_PEFT
-    python benchmarks/sft_throughput.py --torch_python … --folder MODEL --data ALPACA.json --batch 8 --accumulation 2 --sort
+    python benchmarks/sft_throughput.py --torch_python … --folder MODEL --data ALPACA.json --batch 8 --accumulation 2
 """
 
 import json
