@@ -92,9 +92,8 @@ class AdapterRows(nn.Cell):
         return shift if update.added_bias is None else shift + update.added_bias
 
     def construct(self, x: Tensor) -> Tensor:
-        """x [t, in] -> [t, out]: a token of each of the first lines, or as many of all; or tokens of one line, and then
-        all have chosen the same."""
-        lines = min(self.choice.shape[0], x.shape[0])
+        """x [t, in] -> [t, out]: tokens of all lines, as many of each; or of one, and then all have chosen the same."""
+        lines = self.choice.shape[0]
         lines = lines if x.shape[0] % lines == 0 else 1
         places = self.choice[:lines]
         y = self.row_updates(self.base.multiply(x), x, self.lora_a, self.lora_b, places)

@@ -26,7 +26,7 @@ EPOCHS = 3  # that a run is assumed to have
 STEP_COST = 24  # of starting a micro-batch, in tokens
 GAIN = 0.01  # share of padding by which packing is to beat plain batches; of the rows that are tried out
 MOST_SHAPES = 2
-MOST_OF_SINGLE_ROWS = 3  # where a micro-batch is one row, which nothing else shortens than a shape of its own
+MOST_OF_SINGLE_ROWS = 3  # where a micro-batch is one row, whose padding only a shape of its own makes less
 SMALL_RUN = 5000  # tokens below which padding costs less than the compilation of a second shape
 
 
@@ -192,7 +192,7 @@ def plan_layout(
             or padding <= plain_padding(sample, batch_size) - GAIN
         ):
             return packed
-        kind, buckets = "bucketed", _most_shapes(sample, total_steps, batch_size)
+        kind, buckets = "bucketed", _most_shapes(sample, total_steps, batch_size, padding_cost)
         if padding <= bucketed_padding(sample, batch_size, padded_length(int(lengths.max()), seq_length), buckets):
             return packed
     return _plan_plain(kind, lengths, labels, steps, batch_size=batch_size, buckets=buckets, seq_length=seq_length)
@@ -277,12 +277,12 @@ def plain_padding(sample: Sample, batch_size: int) -> float:
     return 1 - tokens / sum(plain_tokens(lengths, batch_size) for lengths, _ in sample)
 
 
-def _most_shapes(sample: Sample, total_steps: int, batch_size: int) -> int:
+def _most_shapes(sample: Sample, total_steps: int, batch_size: int, padding_cost: float) -> int:
     """How many shapes a run of steps like those of `sample` may compile."""
     tokens = sum(int(lengths.sum()) for lengths, _ in sample)
     if tokens / len(sample) * total_steps < SMALL_RUN:
         return 1
-    return MOST_OF_SINGLE_ROWS if batch_size == 1 else MOST_SHAPES
+    return MOST_OF_SINGLE_ROWS if batch_size == 1 and padding_cost == 1 else MOST_SHAPES
 
 
 def bucketed_padding(sample: Sample, batch_size: int, top: int, buckets: int) -> float:
@@ -313,7 +313,7 @@ def _plan_packed(
     Where all pad more, those that pad least.
     """
     shortest_line = padded_length(longest, seq_length)
-    most_shapes = _most_shapes(sample, total_steps, batch_size)
+    most_shapes = _most_shapes(sample, total_steps, batch_size, padding_cost)
     room = batch_size * shortest_line  # tokens that a padded micro-batch would have
     longest_line = shortest_line if prefer_many_lines else max(min(seq_length, room), shortest_line)
     most_labels = max(int(labels.max()) for _, labels in sample)

@@ -47,8 +47,7 @@ def default_length(model: nn.Cell, batch: int, longest: int) -> int:
 
 
 class _Inputs(Graph):
-    """ids [b, s], lines [b], start [b], lengths [b] -> what the layers take …; see
-    ``Decoder.cached_inputs``."""
+    """ids [b, s], lines [b], start [b], lengths [b] -> what the layers take …; see ``Decoder.cached_inputs``."""
 
     def __init__(self, model: nn.Cell, cache: KVCache):
         super().__init__(auto_prefix=False)

@@ -3,8 +3,8 @@
 //
 // Columns of B are packed into panels of 2 * LANES, once for all threads; a tile of ROWS x 2 LANES of C is held in
 // registers while it goes through some 512 rows of a panel (Goto and van de Geijn, 2008). A is read where it lies, and
-// its rows of zeros, which padding has, are left out: what they give is known. Tasks are small, some 30 us, as a thread may lose its core to another program. A number of C is summed in one order,
-// whatever the threads do.
+// its rows of zeros, which padding has, are left out: what they give is known. Tasks are small, some 30 us, as a thread
+// may lose its core to another program. A number of C is summed in one order, whatever the threads do.
 #pragma once
 
 #include <algorithm>
