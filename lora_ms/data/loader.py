@@ -360,7 +360,7 @@ class DataPlan:
         return max(shape.lines for shape in self.layout.shapes).bit_length() - 1
 
     def padding(self) -> dict[str, float]:
-        """Share of padding in the computed tokens: as laid out, and ("usual") with each batch as long as its longest
+        """Share of padding in the slots: as laid out, and ("usual") with each batch as long as its longest
         row. Of some dozen steps."""
         input_tokens = 0
         computed = 0

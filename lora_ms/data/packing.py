@@ -169,7 +169,7 @@ def plan_layout(
 
     Padded and bucketed shapes come from all steps and so always suffice. Packed shapes are tried out on some of the
     rows; what they cannot hold opens another line. Where packing would leave more padding than plain batches of several
-    rows, rows are not packed: the result is bucketed.
+    rows, rows are not packed, unless padding costs little: the result is bucketed.
     """
     if kind == "packed":
         sample = _sample(lengths, labels, per_step)

@@ -105,7 +105,7 @@ class Report:
     read_as: dict[str, dict[str, str]] = field(default_factory=dict)  # file -> its name of a column -> ours
     unused: dict[str, dict[str, int]] = field(default_factory=dict)  # file -> key without effect -> rows or messages
     placeholders: dict[str, int] = field(default_factory=dict)  # without a value, left as they are -> times
-    padding: dict[str, float] = field(default_factory=dict)  # layout -> share of the computed tokens
+    padding: dict[str, float] = field(default_factory=dict)  # layout -> share of the slots
     layout: str = ""  # how rows share lines, once the plan has fixed it
 
     def lines(self) -> list[str]:
@@ -156,7 +156,7 @@ class Report:
             ("answer tokens lost beyond seq_length", f"{self.answer_tokens_lost:,}"),
             ("length in tokens", ", ".join(f"{key} {value:,}" for key, value in self.percentiles.items())),
             ("letters by script", ", ".join(f"{key} {value:.1%}" for key, value in self.scripts.items()) or "-"),
-            *((f"padding, {kind}", f"{value:.1%} of computed tokens") for kind, value in self.padding.items()),
+            *((f"padding, {kind}", f"{value:.1%} of the slots") for kind, value in self.padding.items()),
         ]
         width = max(len(name) for name, _ in rows)
         return [*(f"{name:{width}}  {value}" for name, value in rows), *notes_of(self)]

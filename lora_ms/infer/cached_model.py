@@ -188,7 +188,10 @@ class CachedModel:
         top = layers_in_blocks(len(layers), BLOCK_LAYERS) if shares_graphs else 0  # the first layer that is in no block
         self.inputs = _Inputs(model, cache).set_train(False)
         self.top = _Top(model, _Layers(layers[top:], windows[top:], cache, top)).set_train(False)
-        self.whole = _Whole(self.inputs, self.top).set_train(False) if top == 0 else None
+        # where MindSpore's own operators write to the cache, a weight that is read before and behind it is copied;
+        # in bfloat16 the embedding and the head that is tied to it are in graphs of their own there
+        copies = not model.operators.reads_used_slots and c.tie_word_embeddings and model.dtype == ms.bfloat16
+        self.whole = _Whole(self.inputs, self.top).set_train(False) if top == 0 and not copies else None
         self._scores = _Scores(model, self.most).set_train(False)
         self._copy = _Copy(cache).set_train(False)
         self.blocks: list[tuple[_Block, Place, list[Parameter]]] = []  # the graph, its place, and who takes it

@@ -1,8 +1,8 @@
 """The engine for tokens: requests join and leave a fixed number of rows at any step, each with its own settings.
 
-A step reads one piece of one prompt, or one token of every row whose prompt has been read, in turn; so a long prompt
-does not stall the others. One graph serves pieces of prompts, another tokens, and nothing that is submitted compiles
-more.
+A step reads one piece of one prompt (several where nobody waits), or one token of every row whose prompt has been read,
+in turn; so a long prompt does not stall the others. One graph serves pieces of prompts, another tokens, and nothing
+that is submitted compiles more.
 
 Every row has a line of the cache of its own, side by side. What a line holds stays there when its row has ended. A row
 whose prompt begins as the tokens of a line do, takes these over: in its place, or by a copy, piece by piece. Only what
@@ -351,7 +351,7 @@ class Engine:
         if not rows:
             return []
         ids = np.zeros(self.rows, np.int32)
-        # of lines without a token, nothing is computed, and what is written goes behind the tokens there
+        # of lines without a token native operators compute nothing, and what others write goes behind the tokens there
         start = np.array([min(line.used, self._slots - 1) for line in self._lines])
         lengths = start.copy()
         places = [0] * self.rows

@@ -10,6 +10,7 @@ from lora_ms.infer.engine import Engine, Event, Request
 from lora_ms.infer.sampling import Sampling
 from lora_ms.models.hub import load_directory
 from lora_ms.ops import PORTABLE
+from lora_ms.runtime.device import setup
 
 MODELS = ("llama3", "qwen2", "qwen3")
 PIECE = 4  # of prompts of 6 tokens
@@ -72,7 +73,7 @@ def test_the_same_tokens_as_transformers(native, reference, golden, name, own):
 
 @pytest.fixture(scope="module")
 def engine(native, root) -> Engine:
-    """Three rows of the bundled model, with graphs of a token for one, two and three of them."""
+    """Three rows of the bundled model."""
     model = load_directory(root / "examples" / "tiny" / "model", operators=native)
     engine = Engine(model, rows=3, length=256, piece=16)
     engine.warm()
@@ -110,6 +111,26 @@ def test_random_requests_leave_no_row_and_no_slot(engine):
             assert found[:-1] == expected[: len(found) - 1]
         else:
             assert found == expected
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_many_rows_have_the_numbers_of_one(root, bfloat16):
+    """More rows than are multiplied where they lie, and, rounded, as many as are rounded."""
+    runtime, _ = setup("CPU", bfloat16=bfloat16)
+    model = load_directory(root / "examples" / "tiny" / "model", operators=runtime.operators)
+    rows = 8 if bfloat16 else 16
+    engine = Engine(model, rows, length=64, piece=16)
+    requests = [Request(tuple(range(3 + n, 9 + n)), 4 + n % 3, logprobs=1) for n in range(rows)]
+
+    def told(chosen: list[Request]) -> list[list]:
+        engine.forget()
+        ids = [engine.submit(request) for request in chosen]
+        events = list(engine.run())
+        return [[(event.token, event.logprob) for event in events if event.id == id] for id in ids]
+
+    together = told(requests)
+    assert together == [told([request])[0] for request in requests]
+    assert told(requests[::-1])[::-1] == together
 
 
 def test_a_long_prompt_stalls_nobody(engine):

@@ -220,8 +220,9 @@ inline void multiply_rounded(const Term &term, const std::vector<Piece> &pieces,
 // As `product`, with the factors of the first term rounded to bfloat16; A's rows lie whole, and B's rows or columns.
 inline void product_bfloat16(const std::vector<Term> &terms, long m, long n, const float *start, long start_row,
                              float *c) {
-    m = end_zero_rows(terms, m, n, start, start_row, c);
     if (m < LEAST_ROWS) return product(terms, m, n, start, start_row, c);
+    m = end_zero_rows(terms, m, n, start, start_row, c);
+    if (m == 0) return;
     const Term &first = terms[0];
     for (long p = 0; p < first.depth; p += PACKED_DEPTH) {
         const long depth = std::min(PACKED_DEPTH, first.depth - p);

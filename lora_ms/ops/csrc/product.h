@@ -266,7 +266,7 @@ inline void multiply_columns(const std::vector<Term> &terms, long m, long j, lon
             }
             for (size_t i = 0; i + 1 < passes.size(); i++) {
                 const int count = static_cast<int>(passes[i + 1] - passes[i]);
-                multiply(&shifted[passes[i]], count, height, width, from, from_row, to, c_row,
+                multiply(shifted.data() + passes[i], count, height, width, from, from_row, to, c_row,
                          zero.empty() ? nullptr : &zero[y / ROWS]);
                 from = to;  // the next pass adds to what this one has found
                 from_row = c_row;
@@ -453,12 +453,13 @@ inline void product(const std::vector<Term> &terms, long m, long n, const float 
     }
     Threads &threads = Threads::shared();
     const long tasks = threads.count() == 1 ? 1 : 2 * threads.count();  // at least
-    bool whole_rows = true;
-    for (const Term &term : terms) whole_rows = whole_rows && term.a.column == 1;
+    bool whole_rows = true, few_rows = m <= FEW_ROWS;  // by the shape alone: rows sum alike whichever others are zero
+    for (const Term &term : terms) {
+        whole_rows = whole_rows && term.a.column == 1;
+        few_rows = few_rows && term.a.column == 1 && term.b.row == 1;
+    }
     if (whole_rows) m = end_zero_rows(terms, m, n, start, start_row, c);
     if (m == 0) return;
-    bool few_rows = m <= FEW_ROWS && whole_rows;
-    for (const Term &term : terms) few_rows = few_rows && term.b.row == 1;
     if (few_rows) return multiply_few_of_rows(terms, m, n, start, start_row, c, std::min(n, tasks));
     const std::vector<char> zero = whole_rows ? zero_rows(terms, m) : std::vector<char>();
     const auto columns = [&](long j, long width, long room) {
