@@ -94,8 +94,7 @@ class Operators:
     cached_attention: Callable[..., nn.Cell]
     """As ``attention``, without a gradient, of new tokens to those in a cache, into which they are written: (q, k, v,
     rope, visible, (keys, values [lines * n_kv * length, d] parameters, rows [b * n_kv * new] int32 that the new take,
-    begins [b * n_kv] int32, the rows where their heads begin)), for all lines of the cache in their order, or fewer in
-    any."""
+    begins [b * n_kv] int32, the rows where their heads begin)), for all lines of the cache in their order, or fewer."""
     head_product: Callable[[], nn.Cell]
     """(hidden [c, h], head [v, h]) -> logits [c, v] float32; without a gradient."""
     head_product_back: Callable[[], nn.Cell]
