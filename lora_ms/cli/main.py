@@ -44,7 +44,7 @@ MODULES = {
     "download": "lora_ms.commands.download",
     "export gguf": "lora_ms.commands.export",
 }
-ABOUT = "Fine-tune Llama, Mistral and Qwen models with LoRA on MindSpore."
+ABOUT = "Fine-tune Llama, Mistral, Qwen and SmolLM3 models with LoRA on MindSpore."
 DRY_RUN = "lora_ms.commands.dry_run"  # of finetune
 COMMANDS = {
     "finetune": "train an adapter (or, with pet_config: null, the whole model)",

@@ -174,10 +174,13 @@ def plan_layout(
     if kind == "packed":
         sample = _sample(lengths, labels, per_step)
         total_steps = EPOCHS * -(-len(lengths) // per_step)
+        any_padding = prefer_many_lines or padding_cost < 1 or batch_size == 1
+        allowed = 1.0 if any_padding else plain_padding(sample, batch_size) - GAIN
         packed = _plan_packed(
             sample,
             total_steps,
             int(lengths.max()),
+            allowed,
             batch_size=batch_size,
             seq_length=seq_length,
             world=world,
@@ -185,12 +188,7 @@ def plan_layout(
             padding_cost=padding_cost,
         )
         padding = packed.padding(sample)
-        if (
-            prefer_many_lines
-            or padding_cost < 1
-            or batch_size == 1
-            or padding <= plain_padding(sample, batch_size) - GAIN
-        ):
+        if padding <= allowed:
             return packed
         kind, buckets = "bucketed", _most_shapes(sample, total_steps, batch_size, padding_cost)
         if padding <= bucketed_padding(sample, batch_size, padded_length(int(lengths.max()), seq_length), buckets):
@@ -300,6 +298,7 @@ def _plan_packed(
     sample: Sample,
     total_steps: int,
     longest: int,
+    allowed: float,
     *,
     batch_size: int,
     seq_length: int,
@@ -307,8 +306,7 @@ def _plan_packed(
     prefer_many_lines: bool,
     padding_cost: float,
 ) -> Layout:
-    """Tries shapes out on some steps, and takes those of the lowest cost that pad no more than plain batches of several
-    rows.
+    """Tries shapes out on some steps, and takes those of the lowest cost whose share of padding is at most `allowed`.
 
     Where all pad more, those that pad least.
     """
@@ -318,8 +316,6 @@ def _plan_packed(
     longest_line = shortest_line if prefer_many_lines else max(min(seq_length, room), shortest_line)
     most_labels = max(int(labels.max()) for _, labels in sample)
     totals = np.array([lengths.sum() for lengths, _ in sample])
-    any_padding = prefer_many_lines or padding_cost < 1 or batch_size == 1
-    allowed = 1.0 if any_padding else plain_padding(sample, batch_size) - GAIN
     best: tuple[float, float, Layout] | None = None  # padding beyond what is allowed, cost
     for length in _line_lengths(totals, shortest_line, longest_line):
         packed = [first_fit(*step, length, length) for step in sample]

@@ -139,8 +139,6 @@ class Engine:
         self.lead = tuple(model.leading_ids)  # of virtual tokens, which stand before every prompt
         self._slots = -(-self.length // piece) * piece  # pieces are written whole
         self.graphs = CachedModel(self.model, rows, self._slots, piece)
-        # a rotation that grows with the text makes of equal beginnings unequal keys
-        self._shares = not model.model.rotary_tables.grows
         self._lines = [_Line(number, self._slots) for number in range(rows)]
         self._waiting: deque[_Row] = deque()
         self._events: list[Event] = []  # of requests that ended between steps
@@ -293,7 +291,7 @@ class Engine:
     def _shared(self, line: "_Line", row: "_Row") -> int:
         """Tokens of the prompt, in whole pieces, that the line holds; those are never among them after which
         something is to be told."""
-        if not self._shares or line.stale or line.lease != row.lease:
+        if self.graphs.grows or line.stale or line.lease != row.lease:
             return 0
         count = min(line.whole, row.first_told)
         different = np.flatnonzero(line.ids[:count] != row.ids[:count])
