@@ -354,17 +354,20 @@ def train_by_torch(job: Mapping[str, Any]) -> None:
 
 
 def interval(values: Sequence[float]) -> float | None:
-    """Half of the 95% interval of the mean, by Student's t; None of one value."""
+    """Half of the 95% interval of the mean, by Student's t; None of fewer than three values."""
     from scipy.stats import t
 
-    return t.ppf(0.975, len(values) - 1) * stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+    return t.ppf(0.975, len(values) - 1) * stdev(values) / len(values) ** 0.5 if len(values) > 2 else None
 
 
 def cell(values: Sequence[float], sign: str = "") -> str:
-    """``77.0 ± 2.1``; small ones with three decimals."""
-    digits = 1 if max(map(abs, values)) >= 1.5 else 3
+    """``77.0 ± 2.1``, or of two values ``77.0 (76.1, 77.9)``; small ones with three decimals."""
+    number = f"{sign}.{1 if max(map(abs, values)) >= 1.5 else 3}f"
     half = interval(values)
-    return f"{mean(values):{sign}.{digits}f}" + ("" if half is None else f" ± {half:.{digits}f}")
+    if half is not None:
+        return f"{mean(values):{number}} ± {half:{number.removeprefix('+')}}"
+    both = ", ".join(f"{value:{number}}" for value in values)
+    return f"{mean(values):{number}}" + (f" ({both})" if len(values) > 1 else "")
 
 
 def table(results: Results, columns: Sequence[Column]) -> list[str]:
@@ -395,7 +398,8 @@ def tables(results: Results) -> list[str]:
 
 
 def draw(results: Results, path: Path) -> None:
-    """Learning against forgetting: a point for each method, with its 95% interval."""
+    """Learning against forgetting: a point for each method, with its 95% interval, or with all runs where they are
+    fewer than three."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -409,7 +413,9 @@ def draw(results: Results, path: Path) -> None:
     for name, runs in rest.items():
         values = [[column.value(run) for run in runs.values()] for column in (x, y)]
         (across, dx), (up, dy) = ((mean(v), interval(v)) for v in values)
-        axis.errorbar(across, up, xerr=dx, yerr=dy, fmt="o", capsize=3, label=name)
+        drawn = axis.errorbar(across, up, xerr=dx, yerr=dy, fmt="o", capsize=3, label=name)
+        if dx is None and len(runs) > 1:
+            axis.scatter(*values, s=12, alpha=0.5, color=drawn.lines[0].get_color())
     axis.set(xlabel=x.title + units[0], ylabel=y.title + units[1])
     axis.grid(alpha=0.3)
     axis.legend(frameon=False, fontsize="small")
