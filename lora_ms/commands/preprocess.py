@@ -39,6 +39,11 @@ def run(config: RunConfig, report: bool, layout: str) -> None:
         raise LoraMsError(
             "preprocess writes rows of one answer: rows of preferences are made tokens as a run starts, and kept then"
         )
+    if config.train_dataset.mix:
+        raise LoraMsError(
+            "preprocess writes the rows of one dataset, and train_dataset.mix has weights: preprocess each of its "
+            "parts, and mix the files that it writes"
+        )
     sources = data.sources_of(config.train_dataset, "train")
     tokenizer = data.tokenizer_for(config, training=True)
     longest = data.NO_LIMIT

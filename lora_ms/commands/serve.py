@@ -42,7 +42,7 @@ def run(
     bounds = {
         "--port": (port, 0, 65535),
         "--max-num-seqs": (max_num_seqs, 1, 1024),
-        "--max-model-len": (max_model_len, 2, 2**30),
+        "--max-model-len": (max_model_len, 4, 2**30),
         "--max-loras": (max_loras, 1, 4096),
         "--max-lora-rank": (max_lora_rank, 1, 4096),
         "--max-waiting": (max_waiting, 0, 10**6),

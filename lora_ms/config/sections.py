@@ -63,6 +63,7 @@ class Part(Section):
     dataset_dir: Text  # file, folder or glob
     weight: Number = Field(gt=0)  # at the first step, in proportion to the others'
     weight_end: Number | None = Field(None, ge=0)  # at the last step; None: the same
+    num_samples: Whole | None = Field(None, ge=1)  # only its first rows; None: as many as train_dataset.num_samples
     role: Literal["domain", "general"] = "domain"  # what is learnt, or what is not to be forgotten
 
 

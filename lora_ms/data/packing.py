@@ -180,6 +180,7 @@ def plan_layout(
             sample,
             total_steps,
             int(lengths.max()),
+            int(labels.max()),
             allowed,
             batch_size=batch_size,
             seq_length=seq_length,
@@ -298,6 +299,7 @@ def _plan_packed(
     sample: Sample,
     total_steps: int,
     longest: int,
+    most_labels: int,
     allowed: float,
     *,
     batch_size: int,
@@ -308,13 +310,12 @@ def _plan_packed(
 ) -> Layout:
     """Tries shapes out on some steps, and takes those of the lowest cost whose share of padding is at most `allowed`.
 
-    Where all pad more, those that pad least.
+    Where all pad more, those that pad least. longest, most_labels: of all rows, which must fit in the largest shape.
     """
     shortest_line = padded_length(longest, seq_length)
     most_shapes = _most_shapes(sample, total_steps, batch_size, padding_cost)
     room = batch_size * shortest_line  # tokens that a padded micro-batch would have
     longest_line = shortest_line if prefer_many_lines else max(min(seq_length, room), shortest_line)
-    most_labels = max(int(labels.max()) for _, labels in sample)
     totals = np.array([lengths.sum() for lengths, _ in sample])
     best: tuple[float, float, Layout] | None = None  # padding beyond what is allowed, cost
     for length in _line_lengths(totals, shortest_line, longest_line):

@@ -18,6 +18,7 @@ class PromptRow(NamedTuple):
     shown: Any  # the text, or the list of messages, as the row has it
     messages: tuple[Message, ...]
     input: str = ""  # see ``Example``
+    system: str = ""  # where it stands beside the text
 
 
 def read_prompts(source: str) -> list[PromptRow]:
@@ -53,7 +54,7 @@ def _prompt_row(where: str, row: Any) -> PromptRow:
             raise RowFault("input or system is no text", "correct the row")
         text = f"{value}\n{more}" if more else value
         turns = (Message("system", system), Message("user", text)) if system else (Message("user", text),)
-        return PromptRow(where, text, turns, more)
+        return PromptRow(where, text, turns, more, system)
     found = value if isinstance(value, list) else []
     if not found or not all(isinstance(turn, Mapping) for turn in found):
         raise RowFault("messages is no list of objects with role and content", "correct the row")

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from lora_ms.nn import sharing
 from lora_ms.nn.graph import Graph
 from lora_ms.nn.kv_cache import KVCache
-from lora_ms.nn.sharing import Place, kind_of, layers_in_blocks, parameters_of
+from lora_ms.nn.sharing import Place, kind_of, parameters_of
 
 PIECE = 64  # tokens of a prompt that are read at a time while others wait
 PIECES = 4  # that may be read at once, where padding costs little
@@ -185,7 +185,8 @@ class CachedModel:
         )
         layers, windows = list(model.model.layers), c.window_indices
         shares_graphs = model.operators.lends_memory and len(layers) >= sharing.SHARED_FROM
-        top = layers_in_blocks(len(layers), BLOCK_LAYERS) if shares_graphs else 0  # the first layer that is in no block
+        # the first layer that is in no block: none, where it can be, as each that is compiled besides takes its time
+        top = len(layers) // BLOCK_LAYERS * BLOCK_LAYERS if shares_graphs else 0
         self.inputs = _Inputs(model, cache).set_train(False)
         self.top = _Top(model, _Layers(layers[top:], windows[top:], cache, top)).set_train(False)
         # where MindSpore's own operators write to the cache, a weight that is read before and behind it is copied;

@@ -8,8 +8,9 @@ import numpy as np
 from mindspore import nn
 from numpy.typing import NDArray
 
+from lora_ms.errors import LoraMsError
 from lora_ms.infer.cached_model import PIECE, cache_length
-from lora_ms.infer.engine import Adapters, Engine, Request, check_prompts
+from lora_ms.infer.engine import Adapters, Engine, Request, check_prompts, prompt_name
 from lora_ms.infer.sampling import Sampling
 
 
@@ -58,7 +59,7 @@ class Generator:
             on_token: called with (row, token) as soon as a token is known.
 
         Raises:
-            LoraMsError: an empty prompt, or an id that the model's vocabulary does not have.
+            LoraMsError: an empty prompt, or an id that the model's vocabulary does not have; no token can be drawn.
         """
         check_prompts(prompts, self.model.config.vocab_size)
         limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
@@ -70,6 +71,8 @@ class Generator:
         try:
             rows = {engine.submit(request): row for row, request in enumerate(requests) if request.max_new_tokens > 0}
             for event in engine.run():
+                if event.error:
+                    raise LoraMsError(f"{prompt_name(rows[event.id] + 1, len(prompts))}: {event.error}")
                 if event.token is not None:
                     answers[rows[event.id]].append(event.token)
                     if on_token is not None:

@@ -36,7 +36,7 @@ class Graph(nn.Cell):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         name = self.__dict__.get("_known", {}).get(self._key_of(args)) if not kwargs else None
-        if name is None:
+        if name not in self.compile_cache:  # where other cells have been put into it
             return super().__call__(*args, **kwargs)
         return _cell_graph_executor._exec_pip(self, *args, phase=name)
 

@@ -66,6 +66,7 @@ class ObjectiveKeys(Section):
     compares_rows: ClassVar[bool] = False  # with others of their micro-batch, which is then batch_size of them
     preferences: ClassVar[Preferences] = "none"  # rows that it learns from, where not any
     has_reference: ClassVar[bool] = False  # whether it needs ``Answers.references``
+    has_start: ClassVar[bool] = False  # whether it compares with the model that the run starts from
 
     type: str
     weight: Number = Field(1.0, ge=0)  # what the term is multiplied by

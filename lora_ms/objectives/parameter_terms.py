@@ -1,7 +1,7 @@
 """Terms that keep the trained parameters near, or away from, others: ``ewc``, ``l2_anchor`` and ``orthogonal``."""
 
 from pathlib import Path as File
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -23,6 +23,8 @@ class EwcKeys(ObjectiveKeys):
     adapter both are of the adapter's own parameters, not of the weight that they amount to: so it suits every method
     and weights of four bits, and takes the memory of the adapter rather than of the model.
     """
+
+    has_start: ClassVar[bool] = True
 
     type: Literal["ewc"]
     strength: Number = Field(1000.0, ge=0, alias="lambda")
@@ -71,6 +73,8 @@ class EwcKeys(ObjectiveKeys):
 
 class L2AnchorKeys(ObjectiveKeys):
     """``Σ (w - w0)²`` over the trained parameters; w0 are those that the run starts from (Li et al., 2018)."""
+
+    has_start: ClassVar[bool] = True
 
     type: Literal["l2_anchor"]
 

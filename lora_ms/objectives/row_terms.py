@@ -91,6 +91,8 @@ class KlAnchorKeys(ObjectiveKeys):
     the model that the run starts from. Of the general rows alone, where parts of ``train_dataset.mix`` have that role.
     """
 
+    has_start: ClassVar[bool] = True
+
     type: Literal["kl_anchor"]
 
     def row_term(self, given: GivenRows) -> RowTerm:

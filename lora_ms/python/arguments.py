@@ -86,13 +86,13 @@ class _Settings:
     neftune_noise_alpha: float | None = 0.0  # noise on the embedding while training, 5 to 15; 0: none
     lr_scheduler_type: str = "linear"  # constant, linear or cosine
     warmup_ratio: float = 0.0
-    warmup_steps: int = 0  # overrides the ratio where above 0
+    warmup_steps: float = 0  # overrides the ratio where above 0; below 1, a share of the steps
     optim: str = "adamw_torch"  # AdamW; 8bit: its state in eight bits; paged: its state in a file
     logging_steps: int = 1
     logging_dir: str | os.PathLike | None = None  # folder of TensorBoard's files; None: output_dir/tensorboard
     save_strategy: str = "steps"  # no, steps, epoch or best
     save_steps: int = 0  # optimiser steps; 0: no checkpoint before the end
-    save_total_limit: int | None = None  # newest checkpoints that are kept; None: all
+    save_total_limit: int | None = None  # newest checkpoints that are kept; None or 0: all
     load_best_model_at_end: bool = False  # the model then has the weights of the lowest evaluation loss
     metric_for_best_model: str | None = None  # only loss
     greater_is_better: bool | None = None  # only False
@@ -176,6 +176,7 @@ class TrainingArguments(_Settings):
         """
         self._check()
         terms = self.terms()
+        compares_rows = any(term.compares_rows for term in terms)
         own = {field.name for field in fields(TrainSettings)}
         named = {field.name: SETTINGS.get(field.name, field.name) for field in fields(self)}
         copied = {setting: getattr(self, name) for name, setting in named.items() if setting in own}
@@ -189,18 +190,29 @@ class TrainingArguments(_Settings):
             "max_grad_norm": self.max_grad_norm or None,
             "neftune_noise_alpha": self.neftune_noise_alpha or 0.0,
             "lr_kind": SCHEDULES[self.lr_scheduler_type],
+            **self._warmup(),
             "resume": self.resume_from_checkpoint or False,
             "save_steps": {"no": 0, "best": 0, "steps": self.save_steps, "epoch": -1}[self.save_strategy],
-            "keep_checkpoint_max": sys.maxsize if self.save_total_limit is None else self.save_total_limit,
+            "keep_checkpoint_max": self.save_total_limit or sys.maxsize,
             "eval_steps": (self.eval_steps or self.logging_steps) if "steps" in self._evaluations else 0,
             "eval_epochs": int("epoch" in self._evaluations),
             "report_to": tuple(name for name in self._reports if name != "none"),
             "run_name": self.run_name or "",
             "objectives": tuple(term.identity() for term in terms),
-            "packing": self.packing and not any(term.compares_rows for term in terms),
+            "packing": self.packing and not compares_rows,
+            "compares_rows": compares_rows,
             "logging_dir": "" if self.logging_dir is None else str(self.logging_dir),
         }
         return TrainSettings(**{**copied, **computed})
+
+    def _warmup(self) -> dict[str, Any]:
+        """As transformers reads the two: warmup_steps below 1 are a share, and ``constant`` has none."""
+        if self.lr_scheduler_type == "constant":
+            return {"warmup_steps": 0, "warmup_ratio": 0.0}
+        steps, ratio = self.warmup_steps, self.warmup_ratio
+        if 0 < steps < 1:
+            steps, ratio = 0, steps
+        return {"warmup_steps": int(steps), "warmup_ratio": ratio, "warmup_rounds_up": True}
 
     def _check(self) -> None:
         for name, value, supported in (
@@ -222,8 +234,14 @@ class TrainingArguments(_Settings):
                 raise LoraMsError(f"{name} expects a whole number from 1 on, got {value}")
         for name in ("eval_steps", "per_device_train_batch_size", "per_device_eval_batch_size"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise LoraMsError(f"{name} expects 1 or more, got {value}")
+            if value is not None and (value < 1 or value != int(value)):
+                raise LoraMsError(f"{name} expects a whole number from 1 on, got {value}")
+        for name in ("save_steps", "save_total_limit", "max_steps"):
+            value = getattr(self, name)
+            if value is not None and value != int(value):
+                raise LoraMsError(f"{name} expects a whole number, got {value}")
+        if self.warmup_steps < 0 or (self.warmup_steps > 1 and self.warmup_steps != int(self.warmup_steps)):
+            raise LoraMsError(f"warmup_steps expects a whole number, or a share below 1, got {self.warmup_steps}")
         if len(self._evaluations) > 1:
             raise LoraMsError("eval_strategy and evaluation_strategy differ: give one of them")
         for name in ("early_stopping_patience", "load_best_model_at_end"):

@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from lora_ms.errors import LoraMsError
 
 KEPT = ("input_ids", "labels", "prompt_len", "attention_mask")  # transformers leaves other columns out as well
@@ -40,4 +42,4 @@ def _tokens(dataset: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
 
 def _masked(values: Any, mask: Sequence[int]) -> Any:
     # prompt_len, a number, counts from the first token, so that such rows are padded on the right
-    return [value for value, seen in zip(values, mask, strict=True) if seen] if isinstance(values, list) else values
+    return values if np.ndim(values) == 0 else [value for value, seen in zip(values, mask, strict=True) if seen]

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from lora_ms import saving
 from lora_ms.data.pipeline import Preparation, prepare_rows, read
 from lora_ms.data.report import Tally
-from lora_ms.data.tokenizer import save_tokenizer
 from lora_ms.errors import LoraMsError
 from lora_ms.infer.interrupt import interruptible
 from lora_ms.models.hub import quantised_layers
@@ -36,6 +36,7 @@ from lora_ms.train.log import locked_output
 from lora_ms.train.loop import Outcome
 from lora_ms.train.notebook import show_picture
 from lora_ms.train.report import fields_of
+from lora_ms.train.settings import TrainSettings
 
 # of transformers' Trainer; None there is none here either
 NO_EFFECT = ("compute_metrics", "preprocess_logits_for_metrics", "model_init", "optimizer_cls_and_kwargs")
@@ -160,7 +161,8 @@ class Trainer:
         self.general_dataset = local_rows(general_dataset) if isinstance(general_dataset, str) else general_dataset
         self.callbacks = list(callbacks or ())
         self.state = TrainerState(num_train_epochs=args.num_train_epochs)
-        self._evaluators: list[tuple[Any, Evaluator]] = []  # of a dataset: its graphs are compiled once
+        # of a dataset and the cells that were in the model: its graphs are compiled once
+        self._evaluators: list[tuple[Any, Any, Evaluator]] = []
 
     def __repr__(self) -> str:
         return f"Trainer({self.peft or self.model!r}, {self.args!r})"
@@ -191,6 +193,7 @@ class Trainer:
         trackers.check(settings.report_to)
         self.state.log_history.clear()
         terms = args.terms()
+        self._check_start(settings, terms)
         parts = [self.train_dataset, *([] if self.general_dataset is None else [self.general_dataset])]
         prepared_parts = [self._rows(part, settings.seq_length, terms) for part in parts]
         rows = data.joined_rows(prepared_parts)
@@ -198,7 +201,7 @@ class Trainer:
         if self.peft:
             self.peft.unmerge_adapter()
             config = self.peft.active_peft_config
-        if args.per_device_train_batch_size is None:
+        if args.per_device_train_batch_size is None and not any(term.compares_rows for term in terms):
             settings = fitting(settings, self.model, config, runtime, rows.longest)
         lead = self.model.leading_ids
         plan = data.plan_training(rows, self.tokenizer, settings, runtime, lead)
@@ -232,7 +235,7 @@ class Trainer:
         )
         with interruptible(), locked_output(settings.output_dir) if runtime.is_main else nullcontext():
             outcome = train(run)
-        if self.peft and hook is not None:
+        if self.peft and hook is not None and not outcome.stopped:
             self.peft.peft_config[str(self.peft.active_adapter)] = hook.config()
         if args.load_best_model_at_end and self.state.best_model_checkpoint is not None and not outcome.stopped:
             run.weights().read(Path(self.state.best_model_checkpoint))
@@ -242,6 +245,15 @@ class Trainer:
                 print(*closing_lines(run, outcome)[:1], "to go on: train(resume_from_checkpoint=True)", sep="\n")
             show_picture(settings.output_dir / "loss.png")
         return TrainOutput(**vars(outcome), metrics=self._metrics(outcome))
+
+    def _check_start(self, settings: TrainSettings, terms: Terms) -> None:
+        """Raises LoraMsError where a run is to go on in this process, and a term needs the model that it began with."""
+        wants = [term.type for term in terms if term.has_start or (term.has_reference and self.peft is None)]
+        if settings.resume and self.state.global_step and wants:
+            raise LoraMsError(
+                f"{wants[0]} compares with the model before training, which is gone: load the model again, and give it "
+                "to a new Trainer that resumes"
+            )
 
     def _metrics(self, outcome: Outcome) -> dict[str, float]:
         loss = sum(outcome.losses) / max(len(outcome.losses), 1)
@@ -259,8 +271,6 @@ class Trainer:
         if rows is None:
             raise LoraMsError("there are no rows to evaluate: give eval_dataset")
         runtime, _ = device.setup(seed=self.args.seed, use_parallel=self.args.use_parallel)
-        if self.peft:
-            self.peft.unmerge_adapter()
         with interruptible():
             record = self._evaluator(rows, runtime).evaluate(self.state.global_step, self.state.epoch, None)
         found = fields_of(record)
@@ -270,12 +280,14 @@ class Trainer:
 
     def save_model(self, output_dir: str | os.PathLike | None = None) -> None:
         """Writes the adapter (without one, the model) and the tokenizer; None: where ``train`` wrote them."""
-        trained = self.model if self.peft is None else self.peft
-        folder = "model" if self.peft is None else "adapter"
-        path = Path(self.args.output_dir) / folder if output_dir is None else Path(output_dir)
-        trained.save_pretrained(path)
-        if self.tokenizer is not None:
-            save_tokenizer(self.tokenizer, path)
+        config = None
+        if self.peft:
+            self.peft.unmerge_adapter()
+            config = self.peft.active_peft_config
+        weights = weights_of(self.model, config, self.tokenizer)
+        path = Path(self.args.output_dir) / weights.folder if output_dir is None else Path(output_dir)
+        with saving.new_folder(path) as part:
+            weights.write(part)
 
     def _rows(self, dataset: Any, seq_length: int, terms: Terms) -> data.PreparedRows:
         # whoever gives rows from Python fills their texts there: braces are text
@@ -296,9 +308,10 @@ class Trainer:
             return reference_log_probs(terms, self.model, rows, batch_size, self.tokenizer, runtime)
 
     def _evaluator(self, dataset: Any, runtime: Runtime) -> Evaluator:
-        known = next((evaluator for rows, evaluator in self._evaluators if rows is dataset), None)
-        if known is not None:
-            return known
+        cells = None if self.peft is None else self.peft.adapters.installed
+        known = (one for rows, there, one in self._evaluators if rows is dataset and there == cells)
+        if (found := next(known, None)) is not None:
+            return found
         settings, terms, size = self.args.settings(), self.args.terms(), self.args.per_device_eval_batch_size
         rows = self._rows(dataset, settings.seq_length, terms)
         if self.peft is None and self.state.global_step and any(term.has_reference for term in terms):
@@ -318,7 +331,7 @@ class Trainer:
             unit=rows.unit,
         )
         evaluator = evaluator_of(terms, self.model, plan, rows, runtime, references=references)
-        self._evaluators.append((dataset, evaluator))
+        self._evaluators.append((dataset, cells, evaluator))
         return evaluator
 
 

@@ -155,12 +155,16 @@ def rows_of(
 ) -> PreparedRows:
     """The rows of ``sources`` as tokens; the parts of ``dataset.mix`` one after another."""
 
-    def prepared(names: list[str]) -> PreparedRows:
-        return with_partners(*prepare(names, tokenizer, preparation), preparation)
+    def prepared(names: list[str], most: int | None) -> PreparedRows:
+        asked = dataclasses.replace(preparation, num_samples=most)
+        return with_partners(*prepare(names, tokenizer, asked), asked)
 
     if not dataset.mix:
-        return prepared(sources)
-    parts = [prepared([source]) for source in sources]
+        return prepared(sources, preparation.num_samples)
+    parts = [
+        prepared([source], part.num_samples or preparation.num_samples)
+        for source, part in zip(sources, dataset.mix, strict=True)
+    ]
     shares = [
         Source(rows.units, part.weight, part.weight if part.weight_end is None else part.weight_end)
         for rows, part in zip(parts, dataset.mix, strict=True)

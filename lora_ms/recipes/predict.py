@@ -60,10 +60,11 @@ class PromptFile:
         advice = "give another --predict_output, or remove the file"
         try:
             before: Any = json.loads(line)
-            found = before["prompt"], before["settings"]
+            found = before["prompt"], before["settings"], before.get("system", "")
         except (ValueError, KeyError, TypeError, RecursionError):
             raise LoraMsError(f"{self.output}:{number} is no answer of lora-ms predict: {advice}") from None
-        if number > len(self.rows) or found[0] != self.rows[number - 1].shown:
+        row = self.rows[number - 1] if number <= len(self.rows) else None
+        if row is None or found[0] != row.shown or found[2] != row.system:
             raise LoraMsError(f"{self.output}:{number} answers another prompt than the file has there: {advice}")
         if found[1] != self.settings:
             other = "another model, adapter or system message, or other settings"
@@ -99,6 +100,7 @@ class PromptFile:
                 with tqdm(total=len(tokens), initial=done, unit=" answers") as bar:
                     for row, answer in zip(self.rows[done:], speaker.in_turn(tokens, done), strict=True):
                         line = {"row": row.where, "prompt": row.shown, "answer": answer.text, "finish": answer.finish}
+                        line |= {"system": row.system} if row.system else {}
                         line |= {"settings": self.settings}
                         saving.append(self.output, json.dumps(line, ensure_ascii=False) + "\n")
                         bar.update()

@@ -89,8 +89,9 @@ def config_of(config: RunConfig, number: int) -> RunConfig:
     general = [part for part in dataset.mix if part.role == "general"]
     weight = sum(part.weight for part in dataset.mix if part.role == "domain") or 1.0
     dataset.data_loader.dataset_dir = "" if general else task.dataset_dir
-    dataset.mix = [Part(dataset_dir=task.dataset_dir, weight=weight), *general] if general else []
-    if task.num_samples is not None:
+    own = Part(dataset_dir=task.dataset_dir, weight=weight, num_samples=task.num_samples)
+    dataset.mix = [own, *general] if general else []
+    if task.num_samples is not None and not general:
         dataset.num_samples = task.num_samples
     found.evaluation.sets = {
         **{one.name: EvaluationSet(dataset_dir=one.eval_dir, metric=one.metric) for one in tasks},

@@ -26,10 +26,12 @@ def settings_of(config: RunConfig, longest: int) -> TrainSettings:
     eval_steps, eval_epochs = config.eval_intervals
     summary = config.summary
     profiling = config.profiling
+    compares_rows = any(keys.compares_rows for keys in config.objectives)
     computed = {
         "output_dir": Path(config.output_dir),
         "seq_length": seq_length(config, longest),
-        "packing": config.train_dataset.packing and not any(keys.compares_rows for keys in config.objectives),
+        "packing": config.train_dataset.packing and not compares_rows,
+        "compares_rows": compares_rows,
         "warmup_ratio": schedule.warmup_ratio or 0.0,
         "warmup_steps": schedule.warmup_steps or 0,
         "groups": tuple(Group(g.params, g.learning_rate, g.weight_decay) for g in config.optimizer.groups),

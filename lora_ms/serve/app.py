@@ -6,6 +6,7 @@ import secrets
 import sys
 import time
 import traceback
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
@@ -227,6 +228,7 @@ class Application:
             raise ApiError(400, f"{len(body.prompts)} prompts with n {body.n}: at most {MOST_ANSWERS} answers", "n")
         common = self.engine_request(body, named, body.logprobs)
         prompts, requests, streams = [], [], []
+        before: Counter[tuple[int, ...]] = Counter()  # answers to each prompt, as equal ones draw other numbers
         for each in body.prompts:
             tokens = self.catalog.text_tokens(named, each, special=True) if isinstance(each, str) else each
             most = self.catalog.new_tokens(tokens, body.max_tokens, ("prompt", "max_tokens"))
@@ -237,12 +239,12 @@ class Application:
             echo = (each if isinstance(each, str) else named.tokenizer.decode(tokens)) if body.echo else ""
             prompts.append(Prompted(tokens, echo))
             scores = body.logprobs if body.echo else None
-            for sample in range(body.n):
+            ids = tuple(tokens)
+            for _ in range(body.n):
                 requests.append(
-                    EngineRequest(
-                        prompt=tuple(tokens), max_new_tokens=most, sample=sample, prompt_logprobs=scores, **common
-                    )
+                    EngineRequest(prompt=ids, max_new_tokens=most, sample=before[ids], prompt_logprobs=scores, **common)
                 )
+                before[ids] += 1
                 streams.append(self.text_stream(body, named, tokens))
         reply = CompletionReply(named, prompts, body.n, body.logprobs is not None, body.return_token_ids)
         return await self.answer(request, body, reply, requests, streams)
@@ -458,7 +460,7 @@ class Application:
             for index in range(len(generation.requests)):
                 metrics.answers.labels(name, finishes.get(index, "cancelled")).inc()
             metrics.generated_tokens.labels(name).inc(sum(generation.tokens))
-            metrics.cached_tokens.labels(name).inc(generation.cached)
+            metrics.cached_tokens.labels(name).inc(sum(generation.cached))
             metrics.seconds.labels(name).observe(time.monotonic() - began)
 
     def usage(self, reply: Reply, generation: Generation) -> dict[str, Any]:

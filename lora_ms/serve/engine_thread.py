@@ -55,7 +55,7 @@ class EngineThread:
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._told: dict[int, asyncio.Queue[Event]] = {}  # who is told of a request; the event loop's
         self._calls: set[asyncio.Future] = set()
-        self._submitting = 0
+        self._reserved = 0  # for requests that have no number yet
         self._dead = False
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
 
@@ -70,13 +70,22 @@ class EngineThread:
             self._inbox.put(None)
             self._thread.join()
 
-    def check_room(self, requests: int) -> None:
-        """Raises ApiError where so many more cannot wait."""
-        if len(self._told) + self._submitting + requests > self.most:
+    def reserve(self, requests: int) -> None:
+        """Keeps places for so many more, which ``submit`` takes, or ``release`` gives back.
+
+        Raises:
+            ApiError: so many more cannot wait.
+        """
+        if len(self._told) + self._reserved + requests > self.most:
             raise ApiError(429, "too many requests wait: try again in a moment", headers={"retry-after": "1"})
+        self._reserved += requests
+
+    def release(self, requests: int) -> None:
+        """Gives back places that were reserved."""
+        self._reserved -= requests
 
     async def submit(self, request: Request, events: "asyncio.Queue[Event]") -> int:
-        """Hands over a request, whose events go into ``events``; returns its number.
+        """Hands over a request that has a place, whose events go into ``events``; returns its number.
 
         Raises:
             ApiError: the engine refuses it.
@@ -85,13 +94,12 @@ class EngineThread:
         def told(id: int) -> None:
             self._told[id] = events
 
-        self._submitting += 1
         try:
             return await self.call(lambda: self.engine.submit(request), told, self.cancel)
         except LoraMsError as error:
             raise ApiError(400, str(error)) from None
         finally:
-            self._submitting -= 1
+            self.release(1)
 
     def cancel(self, id: int) -> None:
         """Ends a request; nobody is told of it any more. One that has ended stays so."""
@@ -133,7 +141,13 @@ class EngineThread:
         self._calls.add(future)
         future.add_done_callback(self._calls.discard)
         self._inbox.put(run)
-        return await future
+        try:
+            return await future
+        except asyncio.CancelledError:
+            # the caller left after `resolve` and before it was woken
+            if future.done() and not future.cancelled() and future.exception() is None:
+                abandoned(future.result())
+            raise
 
     def _main(self) -> None:
         try:

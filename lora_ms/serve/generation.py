@@ -40,16 +40,19 @@ class Generation:
         self.requests = requests
         self.streams = streams
         self.tokens = [0] * len(requests)  # of each answer
-        self.cached = 0  # tokens of prompts that were not computed again
+        self.cached = [0] * len(requests)  # tokens of each answer's prompt that were not computed again
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._running: dict[int, int] = {}  # the engine's number -> index
 
     async def __aenter__(self) -> "Generation":
-        self.engine.check_room(len(self.requests))
+        reserved = len(self.requests)
+        self.engine.reserve(reserved)
         try:
             for index, request in enumerate(self.requests):
+                reserved -= 1
                 self._running[await self.engine.submit(request, self._events)] = index
         except BaseException:
+            self.engine.release(reserved)
             self.close()
             raise
         return self
@@ -74,7 +77,7 @@ class Generation:
             index = self._running.get(event.id)
             if index is None:  # a stop string has ended it
                 continue
-            self.cached += event.cached_tokens
+            self.cached[index] += event.cached_tokens
             yield self._piece(index, event)
 
     def _piece(self, index: int, event: Event) -> Piece:

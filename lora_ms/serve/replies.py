@@ -34,7 +34,8 @@ class _Choice:
         self.tokens += piece.tokens
         self.scores += piece.scores
         self.finish = piece.finish or self.finish
-        self.prompt_scores = piece.prompt_scores or self.prompt_scores
+        if piece.prompt_scores is not None:  # () for a prompt of one token
+            self.prompt_scores = piece.prompt_scores
 
 
 class Reply(Protocol):
@@ -227,12 +228,17 @@ def finite(logprob: float) -> float:
     return max(logprob, -9999.0)
 
 
-def usage_of(prompts: Sequence[Prompted], answers: Sequence[int], cached: int) -> dict[str, Any]:
-    """``usage``: a prompt counts once, however many answers it has."""
+def usage_of(prompts: Sequence[Prompted], answers: Sequence[int], cached: Sequence[int]) -> dict[str, Any]:
+    """``usage``: a prompt counts once, however many answers it has.
+
+    answers, cached: of each answer, its tokens and those of its prompt that were not computed again.
+    """
     read, written = sum(len(prompt.tokens) for prompt in prompts), sum(answers)
+    each = len(cached) // len(prompts)  # answers of a prompt: what one of them had computed, the others take over
+    known = sum(min(cached[first : first + each]) for first in range(0, len(cached), each))
     return {
         "prompt_tokens": read,
         "completion_tokens": written,
         "total_tokens": read + written,
-        "prompt_tokens_details": {"cached_tokens": cached},
+        "prompt_tokens_details": {"cached_tokens": known},
     }

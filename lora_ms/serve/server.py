@@ -62,8 +62,15 @@ class Server(uvicorn.Server):
     on_ready: Callable[[], None] = staticmethod(lambda: None)  # called once it listens
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Begins to listen."""
-        await super().startup(sockets)
+        """Begins to listen.
+
+        Raises:
+            LoraMsError: another server has begun to listen at the same place since ``bound``.
+        """
+        try:
+            await super().startup(sockets)
+        except OSError as error:
+            raise cannot_listen(self.config.host, self.config.port, error) from None
         self.on_ready()
 
     @contextmanager
@@ -130,6 +137,11 @@ def bound(settings: ServeSettings) -> socket.socket:
     except (OSError, UnicodeError) as error:
         if found is not None:
             found.close()
-        said = getattr(error, "strerror", None) or error
-        raise LoraMsError(f"--host {settings.host} --port {settings.port}: {said}: give another") from None
+        raise cannot_listen(settings.host, settings.port, error) from None
     return found
+
+
+def cannot_listen(host: str, port: int, error: OSError | UnicodeError) -> LoraMsError:
+    """What is told where no socket can be had."""
+    said = getattr(error, "strerror", None) or error
+    return LoraMsError(f"--host {host} --port {port}: {said}: give another")

@@ -208,7 +208,7 @@ class Evaluator:
             **shown,
             eval_time_s=round(time.perf_counter() - begun, 3),
             samples=samples,
-            best=best_loss is None or shown["eval_loss"] < best_loss,
+            best=math.isfinite(shown["eval_loss"]) and (best_loss is None or shown["eval_loss"] < best_loss),
         )
 
 

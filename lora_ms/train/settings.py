@@ -51,6 +51,9 @@ class TrainSettings:
     lr_end: float = setting(0.0, "lr_schedule.lr_end", decides=True)  # the last
     warmup_ratio: float = 0.0  # share of the schedule's steps
     warmup_steps: int = 0  # optimiser steps; overrides the ratio where above 0
+    warmup_rounds_up: bool = (
+        False  # what the ratio makes is rounded up, as transformers does; else down, as MindFormers
+    )
     schedule_steps: int = setting(-1, "lr_schedule.total_steps")  # optimiser steps of the schedule; -1: of the run
 
     # the optimiser
@@ -64,6 +67,7 @@ class TrainSettings:
     # the highest learning rate of an adapter on the embedding, where that ratio is not 1
     loraplus_lr_embedding: float = setting(1e-6, "pet_config.loraplus_lr_embedding", decides=True)
     objectives: tuple[dict, ...] = setting((), decides=True)  # further terms of the loss: what decides their numbers
+    compares_rows: bool = False  # whether one of them compares the rows of a micro-batch with each other
     # noise on the embedding's output; 0: none
     neftune_noise_alpha: float = setting(0.0, "pet_config.neftune_noise_alpha", decides=True)
     loss_scale: float = setting(65536.0, decides=True)  # first loss scale; used in float16 only

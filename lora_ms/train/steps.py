@@ -1,5 +1,6 @@
 """The optimiser steps of a run: feeds batches to the device, and reads its numbers."""
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -191,7 +192,8 @@ class Steps:
     @property
     def _warmup_steps(self) -> int:
         s = self.settings
-        return s.warmup_steps or int(self._schedule_steps * s.warmup_ratio)
+        steps = self._schedule_steps * s.warmup_ratio
+        return s.warmup_steps or (math.ceil(steps) if s.warmup_rounds_up else int(steps))
 
     @cached_property  # every checkpoint asks, and it reads all tokens
     def identity(self) -> dict:
@@ -208,6 +210,7 @@ class Steps:
             "schedule_steps": None if s.lr_kind == "constant" else self._schedule_steps,
             "float16": self.loss_scaling is not None,
             "trainable": self.trainable,
+            **({"rows_compared": p.usual_lines} if s.compares_rows else {}),
         }
 
     def begin(self, step: int, level: int = 0) -> None:

@@ -319,6 +319,9 @@ def test_a_mixture_and_an_eval_file(words, tmp_path, text_model, rows_file, caps
     assert [report["rows"] for report in reports] == [8, 2]
     assert main([*arguments, "--options", "train_dataset.validation_split=0.5"]) == 2
     assert "validation_split and mix are both given" in capsys.readouterr().err
+    arguments = ["preprocess", *words, "--output_dir", str(tmp_path / "rows")]
+    assert main([*arguments, "--options", f"train_dataset.mix={json.dumps(mix)}"]) == 2
+    assert "preprocess writes the rows of one dataset, and train_dataset.mix has weights" in capsys.readouterr().err
 
 
 def test_held_out_rows_tear_no_conversation(words, tmp_path, text_model):

@@ -335,6 +335,21 @@ def test_numbers_of_a_matrix():
     assert TaskMatrix(names, shown, np.zeros(3), scores[:1]).backward_transfer is None
 
 
+def test_the_first_rows_of_a_task_are_not_the_first_of_those_that_are_replayed(files, tmp_path):
+    from lora_ms.config import load_config
+    from lora_ms.recipes.sequence import config_of
+
+    tasks = [{"name": "a", "dataset_dir": files["domain"], "eval_dir": files["domain"], "num_samples": 3}]
+    general = {"dataset_dir": files["general"], "weight": 1, "role": "general"}
+    for mix in ([], [general]):
+        config = load_config(
+            None, flags={"output_dir": str(tmp_path), "sequence.tasks": tasks, "train_dataset.mix": mix}
+        )
+        dataset = config_of(config, 0).train_dataset
+        found = [part.num_samples or dataset.num_samples for part in dataset.mix] or [dataset.num_samples]
+        assert found == [3, None][: len(mix) + 1]
+
+
 @pytest.mark.parametrize("orthogonal", [False, True])
 def test_tasks_in_turn(model, files, tmp_path, capsys, monkeypatch, orthogonal):
     """Stopped in the second task, and gone on with: the first is not learnt again."""

@@ -1,5 +1,7 @@
 """The life of adapters: several on one base, switched, mixed in a batch, merged and taken out again."""
 
+import os
+import signal
 from contextlib import contextmanager
 
 import numpy as np
@@ -298,8 +300,19 @@ def test_a_model_called_before_does_not_go_on_with_its_old_cells(reference, valu
 def test_adalora_from_python_shares_its_ranks_out(reference, values, token_rows, tmp_path):
     config = lora_ms.AdaLoraConfig(4, 8.0, target_modules=["q_proj", "v_proj"], target_rank=2, bias="lora_only")
     peft = lora_ms.get_peft_model(base_of(reference, "qwen2"), config)
-    args = lora_ms.TrainingArguments(tmp_path, 2e-2, max_steps=6, per_device_train_batch_size=2, max_seq_length=16)
-    lora_ms.Trainer(peft, args, token_rows).train()
+    args = lora_ms.TrainingArguments(
+        tmp_path, 2e-2, max_steps=6, save_steps=1, per_device_train_batch_size=2, max_seq_length=16
+    )
+
+    class Stop(lora_ms.TrainerCallback):
+        def on_step_end(self, state, record):
+            if record.step == 4:  # some ranks have been cut by then
+                os.kill(os.getpid(), signal.SIGINT)
+
+    trainer = lora_ms.Trainer(peft, args, token_rows, callbacks=[Stop()])
+    assert trainer.train().stopped
+    trainer.callbacks.clear()
+    trainer.train(resume_from_checkpoint=True)
     assert sum(map(sum, peft.active_peft_config.kept.values())) == 4 * 2  # modules, average rank
     trained = logits(peft, values["input_ids"])
     for folder in ("adapter", "adapter_lora"):

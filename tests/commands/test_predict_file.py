@@ -158,3 +158,13 @@ def test_an_output_that_is_none_of_ours(text_model, file, tmp_path, capsys):
     assert "--predict_output is for the answers to --predict_file" in capsys.readouterr().err
     assert main(["chat", "--load_checkpoint", str(text_model), "--predict_file", str(file)]) == 2
     assert "--predict_file is for predict, not chat" in capsys.readouterr().err
+
+
+def test_an_answer_under_another_system_message_is_another(text_model, tmp_path, capsys):
+    output = tmp_path / "answers.jsonl"
+    file = write(tmp_path / "prompts.jsonl", [{"prompt": "Hi", "system": "You are a pirate."}])
+    assert run(text_model, file, output) == 0 == run(text_model, file, output)
+    assert lines(output)[0]["system"] == "You are a pirate."
+    write(file, [{"prompt": "Hi", "system": "You are a poet."}])
+    assert run(text_model, file, output) == 2
+    assert "answers.jsonl:1 answers another prompt" in capsys.readouterr().err

@@ -133,3 +133,22 @@ def test_a_small_run_compiles_one_shape():
     lengths = np.array([58, 31, 44, 40, 37, 38, 57, 41, 44, 30])
     for batch_size in (1, 2, 5, 8):
         assert len(plan_of(lengths, batch_size).layout.shapes) == 1
+
+
+@pytest.mark.parametrize("padding_cost", [0.2, 1.0])
+def test_rows_beyond_those_that_are_tried_out_have_a_place(padding_cost):
+    """Shapes are tried out on a few thousand rows; one of the others has more labels than any of these."""
+    lengths, labels = np.full(20_000, 900), np.full(20_000, 10)
+    rows = np.arange(len(lengths))
+    tried = set(np.random.default_rng(0).permutation(len(rows))[:2048].tolist())
+    long = next(row for row in rows if row not in tried)
+    labels[long] = 400
+    layout = plan_layout(
+        "packed", lengths, labels, rows.reshape(-1, 4), batch_size=4, buckets=4, seq_length=1024, per_step=4, world=1,
+        padding_cost=padding_cost,
+    )  # fmt: skip
+    step = np.array([long, 0, 1, 2] if long > 2 else [long, 5, 6, 7])
+    laid = layout.arrange(lengths[step], labels[step])
+    assert sorted(row for batch in laid for row in batch.rows) == [0, 1, 2, 3]
+    for batch in laid:
+        assert labels[step[batch.rows]].sum() <= batch.shape.capacity

@@ -64,6 +64,11 @@ def test_sampling_repeats_with_its_seed_and_varies_without(qwen2, golden):
     assert narrow == qwen2.generate(prompts, 24)  # the likeliest of one
 
 
+def test_an_answer_that_cannot_be_drawn_is_no_short_one(qwen2):
+    with pytest.raises(LoraMsError, match="prompt 1: no token can be drawn"):
+        qwen2.generate([[1, 2], [3]], 4, Sampling(do_sample=True, temperature=1e-40))
+
+
 def test_an_empty_prompt_is_refused(qwen2):
     with pytest.raises(LoraMsError, match="empty"):
         qwen2.generate([[1, 2], []], 4)

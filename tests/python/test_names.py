@@ -1,5 +1,6 @@
 """Names of transformers and PEFT: what they do here, those without an effect, and unknown ones."""
 
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -57,7 +58,9 @@ def test_names_without_an_effect_are_said_once_in_a_line(capsys):
         ({"optim": "adafactor"}, "optim 'adafactor' is not supported; supported: adamw_torch"),
         ({"metric_for_best_model": "f1"}, "metric_for_best_model 'f1' is not supported; supported: loss"),
         ({"load_best_model_at_end": True}, "load_best_model_at_end needs evaluations"),
-        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size expects 1 or more, got 0"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size expects a whole number from 1 on, got 0"),
+        ({"save_steps": 0.25}, "save_steps expects a whole number, got 0.25"),
+        ({"warmup_steps": 2.5}, "warmup_steps expects a whole number, or a share below 1, got 2.5"),
     ],
 )
 def test_arguments_that_are_refused(given, reason):
@@ -74,7 +77,35 @@ def test_what_other_names_become():
     assert (s.lr_kind, s.logging_dir, s.run_name, s.neftune_noise_alpha) == ("constant", "logs", "mine", 0.0)
     assert (s.max_grad_norm, s.resume, s.save_steps, s.report_to, s.batch_size) == (None, False, 0, (), 8)
     assert (s.eight_bits, s.paged) == (True, True)
+    for limit in (None, 0):
+        assert lora_ms.TrainingArguments(save_total_limit=limit).settings().keep_checkpoint_max == sys.maxsize
     assert str(s.output_dir) == "trainer_output"
+
+
+@pytest.mark.parametrize(
+    ("given", "rates"),
+    [
+        # transformers.get_scheduler: the first three of 20 steps, as shares of the highest rate
+        ({"lr_scheduler_type": "constant", "warmup_steps": 10}, [1, 1, 1]),
+        ({"lr_scheduler_type": "constant_with_warmup", "warmup_ratio": 0.03}, [0, 1, 1]),
+        ({"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 0.1}, [0, 0.5, 1]),
+        ({"lr_scheduler_type": "linear", "warmup_steps": 2}, [0, 0.5, 1]),
+    ],
+)
+def test_the_warmup_is_that_of_transformers(graph_mode, reference, tmp_path, given, rates):
+    net = lora_ms.AutoModelForCausalLM.from_pretrained(reference / "models" / "qwen2")
+    peft = lora_ms.get_peft_model(net, lora_ms.LoraConfig(r=2, target_modules=["q_proj"]))
+    seen = []
+
+    class Rates(lora_ms.TrainerCallback):
+        def on_step_end(self, state, record):
+            seen.append(record.learning_rate)
+            if len(seen) == 3:
+                state.stop("enough")
+
+    args = lora_ms.TrainingArguments(tmp_path, 1e-3, max_steps=20, per_device_train_batch_size=1, **given)
+    lora_ms.Trainer(peft, args, [{"input_ids": list(range(5, 17))}], callbacks=[Rates()]).train()
+    assert seen == pytest.approx([1e-3 * rate for rate in rates], abs=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -140,6 +171,8 @@ def test_rows_of_a_dataset_as_a_table(capsys):
     ]
     kept = [{"input_ids": [5, 6], "labels": [-100, 6]}, {"input_ids": [7, 8], "labels": [7, 8]}]
     assert prepared(given) == prepared(Dataset.from_list(given)) == kept
+    assert prepared(Dataset.from_list(given).with_format("numpy")) == kept
+    assert prepared([{name: tuple(value) for name, value in row.items()} for row in given]) == kept
     assert capsys.readouterr().out == ""
     assert prepared(Dataset.from_list(given).remove_columns("labels"))[0] == {"input_ids": [5, 6], "labels": [5, 6]}
     assert capsys.readouterr().out == "rows without labels: every token is learnt\n"
@@ -175,8 +208,23 @@ def test_a_trainer_as_transformers_has_it(graph_mode, reference, tokenizer, tmp_
     assert [record["step"] for record in state.log_history if "loss" in record] == [2, 4]
     found = trainer.evaluate()
     assert found["eval_loss"] == pytest.approx(state.best_metric, rel=1e-6) and found["eval_label_tokens"] > 0
+    with peft.disable_adapter():
+        base = trainer.evaluate()["eval_loss"]
+    assert base > found["eval_loss"] == trainer.evaluate()["eval_loss"]
     trainer.save_model(tmp_path / "saved")
     assert {"adapter_model.safetensors", "tokenizer.json"} <= {file.name for file in (tmp_path / "saved").iterdir()}
     assert repr(trainer).startswith("Trainer(PeftModel(ModelForCausalLM(") and len(repr(trainer)) < 600
     logits = peft(np.array([tokens[0]["input_ids"]]))
     assert logits.shape == (1, 12, 128)
+
+
+def test_a_saved_model_is_known_to_the_next_run(graph_mode, reference, tokenizer, tmp_path):
+    rows = [{"input_ids": list(range(first, first + 12))} for first in (5, 30)]
+    args = lora_ms.TrainingArguments(tmp_path, max_steps=1, per_device_train_batch_size=1)
+    for _ in range(2):
+        net = lora_ms.AutoModelForCausalLM.from_pretrained(reference / "models" / "qwen2")
+        peft = lora_ms.get_peft_model(net, lora_ms.LoraConfig(r=2, target_modules=["q_proj"]))
+        trainer = lora_ms.Trainer(peft, args, rows, tokenizer)
+        trainer.train()
+        trainer.save_model()
+        assert (tmp_path / "adapter" / "tokenizer.json").is_file()

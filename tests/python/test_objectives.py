@@ -66,3 +66,48 @@ def test_terms_beside_the_cross_entropy(train, reference):
 def test_objectives_that_are_wrong(objectives, said):
     with pytest.raises(lora_ms.LoraMsError, match=said):
         lora_ms.TrainingArguments("out", objectives=objectives).settings()
+
+
+class Stop(lora_ms.TrainerCallback):
+    def on_step_end(self, state, record):
+        if record.step == 2:
+            state.stop("enough")
+
+
+@pytest.mark.parametrize(("objective", "with_adapter"), [("l2_anchor", True), ("kl_anchor", True), ("dpo", False)])
+def test_what_the_run_began_with_is_not_taken_from_a_trained_model(
+    graph_mode, tiny, tokenizer, tmp_path, objective, with_adapter
+):
+    net = lora_ms.AutoModelForCausalLM.from_pretrained(tiny)
+    if with_adapter:
+        net = lora_ms.get_peft_model(net, lora_ms.LoraConfig(r=2, target_modules=["q_proj"]))
+    args = lora_ms.TrainingArguments(
+        tmp_path, 1e-3, per_device_train_batch_size=2, max_steps=4, save_steps=1, objectives=[{"type": objective}]
+    )
+    trainer = lora_ms.Trainer(net, args, CHOICES if objective == "dpo" else TOKENS, tokenizer, callbacks=[Stop()])
+    trainer.train()
+    with pytest.raises(lora_ms.LoraMsError, match=f"{objective} compares with the model before training, which is gon"):
+        trainer.train(resume_from_checkpoint=True)
+
+
+def test_rows_that_are_compared_are_not_halved_for_memory(graph_mode, tiny, tokenizer, tmp_path, monkeypatch):
+    """KTO's z is the mean over a micro-batch: another size is another loss, here and where the run is resumed."""
+    from lora_ms.recipes import estimate
+    from lora_ms.runtime import host
+
+    monkeypatch.setattr(host, "available", lambda: estimate.memory_estimate.LIBRARIES + 60.0)
+    rows = [{"prompt": row["instruction"], "completion": row["chosen"], "label": True} for row in CHOICES]
+
+    def run(**given):
+        net = lora_ms.AutoModelForCausalLM.from_pretrained(tiny)
+        peft = lora_ms.get_peft_model(net, lora_ms.LoraConfig(r=2, target_modules=["q_proj"]))
+        args = lora_ms.TrainingArguments(
+            tmp_path, 1e-3, max_steps=2, save_steps=1, objectives=[{"type": "kto"}], **given
+        )
+        trainer = lora_ms.Trainer(peft, args, rows, tokenizer)
+        trainer.train()
+        return trainer
+
+    assert run().state.global_step == 2
+    with pytest.raises(lora_ms.LoraMsError, match="rows_compared"):
+        run(per_device_train_batch_size=4, gradient_accumulation_steps=2, resume_from_checkpoint=True)

@@ -121,6 +121,59 @@ def test_a_full_queue_is_said_at_once(tokenizer):
     assert run(tokenizer, engine, work) == [200] * 4 + [429] * 5
 
 
+def test_all_answers_of_a_request_have_a_place_from_its_beginning(tokenizer):
+    """Requests that come while an earlier one hands its answers over find its places taken."""
+    engine = MadeUp()
+    engine.pause = 0.02
+
+    async def work(ask):
+        body = {"prompt": "a", "max_tokens": 3, "n": 3}
+        found = await asyncio.gather(*(ask(body) for _ in range(5)))
+        assert (await ask({**body, "n": 4}))[0] == 200
+        return sorted(status for status, _ in found)
+
+    assert run(tokenizer, engine, work) == [200] + [429] * 4
+    assert engine.count == 3 + 4
+
+
+def test_a_request_that_is_left_as_it_gets_its_number_is_cancelled():
+    engine = MadeUp()
+
+    class Calls(set):
+        def add(self, future):
+            super().add(future)
+            future.add_done_callback(lambda _: task.cancel())  # the result is there, and the task has not been woken
+
+    async def work():
+        nonlocal task
+        thread = EngineThread(engine, 4)
+        thread._calls = Calls()
+        thread.start()
+        thread.reserve(1)
+        task = asyncio.ensure_future(thread.submit(Request((1,), 50), asyncio.Queue()))
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert not thread._told and thread._reserved == 0
+        await asyncio.to_thread(thread.stop)
+
+    task: asyncio.Task
+    asyncio.run(work())
+    assert engine.cancelled == [1]
+
+
+def test_equal_prompts_draw_other_numbers(tokenizer):
+    engine = MadeUp()
+    asked = []
+    submit = engine.submit
+    engine.submit = lambda request: asked.append(request) or submit(request)
+
+    async def work(ask):
+        return await ask({"prompt": ["a", "b", "a"], "n": 1, "max_tokens": 1, "temperature": 1})
+
+    assert run(tokenizer, engine, work)[0] == 200
+    assert [request.sample for request in asked] == [0, 0, 1]
+
+
 def test_a_request_that_takes_too_long_is_stopped(tokenizer):
     engine = MadeUp()
     engine.pause = 0.05

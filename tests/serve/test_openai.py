@@ -117,6 +117,8 @@ def test_a_completion_scores_its_prompt(client):
         assert scores.text_offset[:2] == [0, len(scores.tokens[0])]
         best = [max(top.values()) for top in scores.top_logprobs[1:]]
         assert all(value <= most for value, most in zip(scores.token_logprobs[1:], best, strict=True))
+    one = client.completions.create(model="tiny", prompt=ids[:1], max_tokens=1, logprobs=1, echo=True, temperature=0)
+    assert len(one.choices[0].logprobs.tokens) == 2 and one.choices[0].logprobs.token_logprobs[0] is None
     alone = client.completions.create(model="tiny", prompt="The capital of", max_tokens=0, logprobs=1, echo=True)
     assert alone.choices[0].logprobs.token_logprobs[1:] == pytest.approx(scores.token_logprobs[1:-1], abs=1e-4)
     assert alone.choices[0].text == "The capital of"

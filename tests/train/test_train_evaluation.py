@@ -1,6 +1,8 @@
 """Evaluation while training: its numbers, what it keeps, what it stops, and that it changes nothing."""
 
 import shutil
+from math import inf, nan
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from lora_ms.adapters.peft_format import load_adapter
 from lora_ms.data.example import IGNORE_INDEX, TokenRow
 from lora_ms.models.hub import load_directory
 from lora_ms.train.callbacks import TrainerCallback
+from lora_ms.train.evaluation import Evaluator
 
 ADAPTER = "adapter_model.safetensors"
 
@@ -96,6 +99,21 @@ def test_the_best_weights_are_kept(evaluated, worsened):
         assert [e["best"] for e in run.evaluations] == [
             loss == min(list(losses.values())[: i + 1]) for i, loss in enumerate(losses.values())
         ]
+
+
+def test_a_loss_that_is_not_finite_is_never_the_best():
+    class Made(Evaluator):
+        sample = None
+        model = SimpleNamespace(training=False, set_train=lambda training: None)
+
+        def __init__(self, loss):
+            self.loss = loss
+
+        def shown(self):
+            return {"eval_loss": self.loss, "eval_perplexity": None, "eval_accuracy": None, "eval_label_tokens": 1}
+
+    for loss, before, best in ((nan, None, False), (nan, 2.0, False), (inf, None, False), (1.0, None, True)):
+        assert Made(loss).evaluate(1, 1.0, before).best == best
 
 
 def test_a_resumed_run_has_the_same_evaluations(train, evaluated, held_out, tmp_path):
