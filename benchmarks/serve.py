@@ -17,14 +17,22 @@ from common import parser, peak_rss_mb, run_sides, table, write_adapter
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def median_rate(call, tokens: int, repeat: int) -> float:
-    """Tokens a second, the median of several calls after one that warms up."""
+def median_rates(calls, tokens: int, repeat: int) -> list[float]:
+    """Tokens a second of each call, the median of several after one that warms up; the calls take turns, so that a
+    machine which others use meanwhile slows all of them."""
     times = []
     for _ in range(repeat + 1):
-        begun = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - begun)
-    return tokens / float(np.median(times[1:]))
+        times.append([])
+        for call in calls:
+            begun = time.perf_counter()
+            call()
+            times[-1].append(time.perf_counter() - begun)
+    return [tokens / float(seconds) for seconds in np.median(times[1:], axis=0)]
+
+
+def median_rate(call, tokens: int, repeat: int) -> float:
+    """Tokens a second of one call; see ``median_rates``."""
+    return median_rates([call], tokens, repeat)[0]
 
 
 def ours(args, prompts: list[list[int]], adapters: list[Path]) -> dict[str, float]:
@@ -35,12 +43,14 @@ def ours(args, prompts: list[list[int]], adapters: list[Path]) -> dict[str, floa
 
     runtime, _ = setup("CPU")
 
-    def rate(engine, names) -> float:
+    def answering(engine, count: int = 0):
+        names = [str(i % count) if count else None for i in range(args.rows)]
+
         def call():
             engine.forget()
             engine.answers([Request(tuple(p), args.new, adapter=n) for p, n in zip(prompts, names, strict=False)])
 
-        return median_rate(call, len(names) * args.new, args.repeat)
+        return call
 
     def engine_of(rows: int, count: int = 0) -> Engine:
         model = load_directory(Path(args.model), operators=runtime.operators)
@@ -51,11 +61,15 @@ def ours(args, prompts: list[list[int]], adapters: list[Path]) -> dict[str, floa
             pool.load(str(number), folder)
         return engine
 
-    result = {"one_after_another": rate(engine_of(1), [None] * args.rows)}
-    result["at_once"] = rate(engine_of(args.rows), [None] * args.rows)
+    tokens = args.rows * args.new
+    rates = median_rates([answering(engine_of(rows)) for rows in (1, args.rows)], tokens, args.repeat)
+    result = dict(zip(("one_after_another", "at_once"), rates, strict=True))
     result["gain"] = result["at_once"] / result["one_after_another"]
-    for count in args.adapters:
-        result[f"adapters_{count}"] = rate(engine_of(args.rows, count), [str(i % count) for i in range(args.rows)])
+    answering(engine_of(args.rows, max(args.adapters)), max(args.adapters))()
+    result["peak_mb"] = peak_rss_mb()
+    calls = [answering(engine_of(args.rows, count), count) for count in args.adapters]
+    for count, found in zip(args.adapters, median_rates(calls, tokens, args.repeat), strict=True):
+        result[f"adapters_{count}"] = found
     for count in args.adapters[1:]:
         result[f"over_one_{count}"] = result[f"adapters_{count}"] / result[f"adapters_{args.adapters[0]}"]
     return result
@@ -124,7 +138,7 @@ def main() -> None:
         for number, folder in enumerate(adapters):
             write_adapter(Path(args.model), folder, args.rank, number, PROJECTIONS)
         result = {"ours": ours, "torch": torch}[args.side](args, prompts, adapters)
-    print(json.dumps({key: round(float(value), 3) for key, value in {**result, "peak_mb": peak_rss_mb()}.items()}))
+    print(json.dumps({key: round(float(value), 3) for key, value in {"peak_mb": peak_rss_mb(), **result}.items()}))
 
 
 if __name__ == "__main__":
