@@ -314,7 +314,7 @@ class CausalLM(Graph):
         """
         batch, seq = input_ids.shape
         if position_ids is None:
-            position_ids = ops.tile(ops.arange(seq).reshape((1, seq)), (batch, 1))
+            position_ids = ops.tile(Tensor(np.arange(seq, dtype=np.int32)[None]), (batch, 1))
         return self.model(input_ids, position_ids, rows)
 
     def logits_of(self, x: Tensor, rows: Tensor) -> Tensor:
@@ -368,5 +368,5 @@ def left_places(attention_mask: Tensor) -> Tensor:
     masked_before = ops.cumsum(1 - real, 1) - 1
     behind = ops.tile(real.sum(1).reshape((batch, 1)), (1, seq)) + masked_before
     place = real * before + (1 - real) * behind
-    lines = ops.tile((ops.arange(batch) * seq).reshape((batch, 1)), (1, seq))
+    lines = ops.tile(Tensor(np.arange(0, batch * seq, seq, dtype=np.int32)[:, None]), (1, seq))
     return (lines + place).reshape((-1,)).astype(ms.int32)

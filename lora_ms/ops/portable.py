@@ -295,8 +295,8 @@ class CachedScoreMask(nn.Cell):
 
     def construct(self, first: Tensor, start: Tensor) -> Tensor:
         batch, new = first.shape
-        keys = ops.arange(self.length).reshape((1, 1, -1))
-        slots = start.reshape((batch, 1, 1)) + ops.arange(new).reshape((1, new, 1))
+        keys = Tensor(np.arange(self.length, dtype=np.int32)[None, None])
+        slots = start.reshape((batch, 1, 1)) + Tensor(np.arange(new, dtype=np.int32)[None, :, None])
         seen = ops.logical_and(keys <= slots, keys >= ops.minimum(first.reshape((batch, new, 1)), slots))
         scores = ops.tile((1.0 - seen.astype(ms.float32)) * MASKED, (1, self.num_heads, 1))
         return scores.reshape((batch * self.num_kv_heads, -1, self.length))
