@@ -323,6 +323,8 @@ def new_folder(folder: Path, size: int = 0, replaced: re.Pattern | None = None) 
         folder = folder.absolute()
     except OSError as error:
         raise WriteError(f"cannot write {folder}: the current folder is gone ({error.strerror})") from None
+    if folder.is_symlink() and folder.exists():
+        folder = folder.resolve()  # written where the link leads, and by its disk's room
     part = folder.with_name(PART + folder.name)
     made = [parent for parent in folder.parents if not parent.exists()]
     unfinished = False

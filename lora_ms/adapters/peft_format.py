@@ -69,8 +69,12 @@ def adapted(model: nn.Cell) -> Adapted:
     return Adapted(
         specs={name: cell.spec for name, cell in adapted_layers(model).items()},
         saved=tuple(name for name, cell in cells.items() if cell.spec is None and "weight" in cell.tensors()),
-        plain=tuple(target_layers(model)),
+        plain=(*target_layers(model), *(name for name, cell in cells.items() if _trains_bias_alone(cell))),
     )
+
+
+def _trains_bias_alone(cell: AdapterCell) -> bool:
+    return cell.spec is None and set(cell.tensors()) == {"bias"}
 
 
 def save_adapter(
@@ -237,7 +241,8 @@ def fit_module(
     faults += [f"{prefix}{tensor} {values[tensor].shape} has no place" for tensor in values if tensor not in parameters]
     for tensor, parameter in parameters.items():
         if tensor in values and values[tensor].shape != tuple(parameter.shape):
-            faults.append(f"{prefix}{tensor} is {stored[tensor].shape}, should be {tuple(parameter.shape)}")
+            shape = stored.get(tensor, values[tensor]).shape
+            faults.append(f"{prefix}{tensor} is {shape}, should be {tuple(parameter.shape)}")
         elif tensor in values:
             numbers.append((parameter, values[tensor]))
     return faults, numbers

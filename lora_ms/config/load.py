@@ -49,6 +49,8 @@ def load_config(
     if preset is not None:
         if preset not in PRESETS:
             raise LoraMsError(f"unknown preset {preset!r}: choose one of {', '.join(PRESETS)}")
+        if _trains_all(data):
+            raise LoraMsError(f"--preset {preset} is for adapters, and pet_config is null: leave one of them out")
         for section, values in PRESETS[preset].items():
             for key, value in values.items():
                 _set(data, f"{section}.{key}", value)
@@ -73,6 +75,14 @@ def load_config(
         overridden = preset or options or free_form or any(key != "run_mode" for key, _, _ in named)
         source = f"{path or 'configuration'}{' with the command line' if path and overridden else ''}"
         raise LoraMsError(f"{source}: {describe(problem)}") from problem
+
+
+def _trains_all(data: Mapping[str, Any]) -> bool:
+    """Whether a YAML says ``pet_config: null``."""
+    here: Any = data
+    for part in PET_CONFIG[:-1]:
+        here = _section(here, part)
+    return PET_CONFIG[-1] in here and here[PET_CONFIG[-1]] is None
 
 
 def lower_memory(data: dict[str, Any]) -> None:

@@ -22,7 +22,6 @@ LISTS: dict[str, Mapping[str, type[Section]]] = {
     "objectives": OBJECTIVES,
 }  # lists of sections by type
 KINDS: dict[str, type[Section]] = {**CALLBACKS, **OBJECTIVES}
-TAGS = {*KINDS, NUMBER, MAPPING}  # pydantic puts these into an error's place; they are no keys
 
 
 def describe(problem: ValidationError) -> str:
@@ -33,7 +32,7 @@ def describe(problem: ValidationError) -> str:
 
 
 def _describe_one(error: Mapping[str, Any]) -> str:
-    place = tuple(part for part in error["loc"] if part not in TAGS)
+    place = _place(error["loc"])
     key, value = ".".join(str(part) for part in place), error["input"]
     shown = reprlib.repr(value) if isinstance(value, dict | list) else repr(value)
     shown = shown if len(shown) <= 60 else shown[:57] + "..."
@@ -68,16 +67,29 @@ def _describe_one(error: Mapping[str, Any]) -> str:
     return f"{key} {text}, got {shown}"
 
 
+def _place(loc: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Without what pydantic puts into an error's place and is no key: the type of an entry of a list, behind its
+    index, and of a value."""
+    return tuple(
+        part
+        for i, part in enumerate(loc)
+        if part not in (NUMBER, MAPPING) and not (i == 2 and loc[0] in LISTS and part in LISTS[loc[0]])
+    )
+
+
 def _nearest(loc: tuple[Any, ...]) -> str:
     """The known key that was probably meant: in the same section, else one of the same name anywhere."""
     *parents, unknown = loc
     section: type[Section] = RunConfig
     for part in parents:
         section = _child(section, part) or section
-    prefix = "".join(f"{part}." for part in parents if part not in TAGS)
+    prefix = "".join(f"{part}." for part in _place(tuple(parents)))
     known = [key_of(name, field) for name, field in section.model_fields.items()]
     if not parents and (meant := NAMES_OF_FLAGS.get(str(unknown))):
         return f"; in a YAML it is {meant}"
+    for name, kinds in LISTS.items():
+        if unknown in kinds:
+            return f"; it is the type of an entry of {name}: [{{type: {unknown}, …}}]"
     if near := difflib.get_close_matches(str(unknown), known, 1):
         return f"; did you mean {prefix}{near[0]}?"
     elsewhere = {path.rsplit(".", 1)[-1]: path for path in reversed(list(known_keys(RunConfig)))}

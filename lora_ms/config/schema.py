@@ -226,6 +226,11 @@ class RunConfig(Section):
                 f"objectives: {sized[0]} compares the rows of a micro-batch, and runner_config.adaptive_batch changes "
                 "their number: leave one of them out"
             )
+        if sized and self.context.low_memory:
+            raise ValueError(
+                f"objectives: {sized[0]} compares the rows of a micro-batch, and context.low_memory makes these of one "
+                "row: leave one of them out"
+            )
         first, last = self.profile_start_step, self.profile_stop_step
         if first > last:
             raise ValueError(f"profile_start_step {first} is after profile_stop_step {last}: swap them")
@@ -292,12 +297,16 @@ class RunConfig(Section):
     @property
     def eval_intervals(self) -> tuple[int, int]:
         """Optimiser steps and epochs between evaluations, 0 for none: ``EvalCallBack``'s, else the top level's."""
-        found = self._callback(EvalCallBack)
-        if found is not None:
-            steps, epochs, given = found.step_interval, found.epoch_interval, "step_interval" in found.model_fields_set
-        else:
-            steps, epochs = self.eval_step_interval, self.eval_epoch_interval
-            given = "eval_step_interval" in self.model_fields_set
+        found = self._callback(EvalCallBack) or EvalCallBack()
+        of_callback, own = found.model_fields_set, self.model_fields_set
+        has_callback = self._callback(EvalCallBack) is not None
+
+        def interval(name: str) -> int:
+            is_own = not has_callback or (name not in of_callback and f"eval_{name}" in own)
+            return int(getattr(self, f"eval_{name}") if is_own else getattr(found, name))
+
+        steps, epochs = interval("step_interval"), interval("epoch_interval")
+        given = "step_interval" in of_callback or "eval_step_interval" in own
         return (0 if epochs > 0 and not given else max(steps, 0)), max(epochs, 0)
 
     @property
@@ -325,7 +334,9 @@ class RunConfig(Section):
 
     def notices(self) -> list[str]:
         """One line with all given keys that change nothing here, sorted; no line where there are none."""
-        keys = sorted([*_changed_without_effect(self, ""), *self._overridden()])
+        # of keys without an effect here, many have one with MindFormers
+        idle = [] if self.backend == "mindformers" else _changed_without_effect(self, "")
+        keys = sorted([*idle, *self._overridden()])
         return [*self.taken_back, *([f"no effect here: {', '.join(keys)}"] if keys else [])]
 
     def _overridden(self) -> Iterator[str]:
@@ -341,6 +352,14 @@ class RunConfig(Section):
                 yield f"{name}.data_loader.dataset_dir ({name}.mix is used)"
         if self.sequence.tasks:
             yield "sequence (of lora-ms sequence)"
+        for kind, keys in ((EvalCallBack, "eval_{}_interval"), (ProfileMonitor, "profile_{}_step")):
+            found = self._callback(kind)
+            for field in () if found is None else found.model_fields_set & {*kind.model_fields} - {"type"}:
+                key = keys.format(field.split("_")[0])
+                if key in self.model_fields_set and getattr(self, key) != getattr(found, field):
+                    yield f"{key} ({kind.__name__}'s {field} {getattr(found, field)} is used)"
+        if "do_eval" in self.model_fields_set and self.evaluates and not self.do_eval:
+            yield "do_eval (there is an EvalCallBack, or a validation_split)"
         if self.run_mode in ("finetune", "train") and not self.evaluates:
             if self.eval_dataset.sources:
                 yield "eval_dataset (do_eval is False)"

@@ -23,6 +23,7 @@ IGNORE_INDEX = -100
 """Label of a token that is not learnt; the value that Hugging Face and MindFormers use."""
 
 
+THINK, END_THINK = "<think>", "</think>"  # around it in a text
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Keys under which datasets and chat templates have what an assistant thought before its answer."""
 

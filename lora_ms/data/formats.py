@@ -14,9 +14,11 @@ from numpy.typing import NDArray
 
 from lora_ms.data.columns import QUESTION, as_flag, from_json, quoted, turns_of
 from lora_ms.data.example import (
+    END_THINK,
     IGNORE_INDEX,
     MOST_BYTES,
     REASONING,
+    THINK,
     Completion,
     Example,
     Message,
@@ -528,8 +530,11 @@ def _message(turn: Fields, number: int, names: TurnNames) -> Message:
         return Message(role, content, name=name, tool_call_id=call_id)
     calls = _tool_calls(turn)
     if calls is None and str(role_name).lower() in CALL_ROLES:
-        calls = _as_calls(content)
-        content = content if calls is None else ""
+        thought, end, after = content.rpartition(END_THINK)
+        calls = _as_calls(after)
+        if calls is not None:
+            content = ""
+            reasoning = reasoning or thought.replace(THINK, "", 1).strip() if end else reasoning
     if not content.strip() and calls is None:
         raise RowFault(f"no answer: the {names.text} of message {number} is empty", NO_ANSWER_ADVICE)
     reasoning = reasoning or _reasoning(turn, content)

@@ -94,6 +94,8 @@ def _texts(rest: Mapping[str, Any], answer: str) -> Mapping[str, Any]:
     if rest.get("prompt") is None:
         if all(rest.get(name) is None for name in (*QUESTION, "input")):
             raise RowFault("there is no question beside chosen and rejected", BOTH)
+        if all(rest.get(name) is None for name in QUESTION):
+            rest = {**{name: value for name, value in rest.items() if name != "input"}, "instruction": rest["input"]}
         return {**rest, "output": answer}
     turns = turns_of(rest["prompt"])
     if turns is None:

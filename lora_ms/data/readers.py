@@ -3,6 +3,7 @@
 import glob
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
@@ -17,6 +18,7 @@ from lora_ms.reading import opened, readable
 
 # what word processors and Chinese input methods write, and JSON's own
 TYPED = {"“": '"', "”": '"', "„": '"', "：": ":", "，": ","}
+SPLITS = ("train", "test", "validation", "valid", "val", "dev")  # words in the names of files
 SUPPORTED = ".json, .jsonl, .csv, .tsv, .parquet, .mindrecord, or a folder saved by Hugging Face datasets"
 BOM = b"\xef\xbb\xbf"
 
@@ -82,8 +84,29 @@ def _rows_of(source: RowSource, split: str) -> Iterator[RawRow]:
         yield from read_file(file, split)
 
 
+def is_of_split(name: str, split: str) -> bool:
+    """Whether a file's name says that it is of the split: ``train.jsonl``, ``data/train-00000-of-00002.parquet``."""
+    return re.search(rf"(^|[-_./]){re.escape(split)}([-_./]|$)", name) is not None
+
+
+def _of_split(source: str, files: list[Path], split: str) -> list[Path]:
+    """Those of a folder's files that are of the split, or, where it is ``train``, of no other one.
+
+    Where no name tells a split, all; where all are of others, too, unless another split than ``train`` is asked for.
+    """
+    others = {other for other in SPLITS if other != split and any(is_of_split(file.name, other) for file in files)}
+    found = [file for file in files if is_of_split(file.name, split)]
+    if split == "train":
+        found += [file for file in files if not any(is_of_split(file.name, other) for other in SPLITS)]
+        return sorted(found) or files
+    if not found and others:
+        there = ", ".join(sorted(others))
+        raise LoraMsError(f"{source} has no split {split}; there are {there}: set data_loader.split")
+    return found or files
+
+
 def find_files(source: str, split: str = "train") -> list[Path]:
-    """The supported files that `source` (a file, a folder or a glob) names, sorted."""
+    """The supported files that `source` (a file, a folder or a glob) names, sorted; of a folder, those of `split`."""
     if not source.strip():
         raise LoraMsError("the path of the dataset is empty; name a file, a folder or a glob")
     path = Path(source).expanduser()
@@ -93,10 +116,9 @@ def find_files(source: str, split: str = "train") -> list[Path]:
         found = [entry for entry in sorted(path.iterdir()) if kind_of(entry)]
         # as Hugging Face's repositories have it: data/train-00000-of-00002.parquet
         found = found or [entry for entry in sorted(path.glob("data/*")) if kind_of(entry)]
-        found = [entry for entry in found if entry.name.startswith(f"{split}-")] or found
         if not found:
             raise LoraMsError(f"{source}: no supported file in this folder; supported are {SUPPORTED}")
-        return found
+        return _of_split(source, found, split)
     if path.is_file():
         if not kind_of(path):
             raise LoraMsError(f"{source}: file type not supported; supported are {SUPPORTED}")

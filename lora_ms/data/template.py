@@ -23,8 +23,10 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 
 from lora_ms.data.example import (
+    END_THINK,
     IGNORE_INDEX,
     REASONING,
+    THINK,
     Completion,
     Example,
     Message,
@@ -48,7 +50,6 @@ NOT_MARKED = "assistant turns not learnt: they are outside the {% generation %} 
 NO_REASONING = "assistant turns learnt without their reasoning, which the chat template does not show"
 IN_PART = "assistant turns learnt in part: the chat template leaves some of them out of its {% generation %} marks"
 
-THINK, END_THINK = "<think>", "</think>"
 GENERATION = re.compile(r"\{%(-?)\s*(end)?generation\s*(-?)%\}")
 MARKS = ("\ue0f5<generation>\ue0f5", "\ue0f5</generation>\ue0f5")  # no text of a user holds these
 MARK = re.compile(f"{MARKS[0]}|{MARKS[1]}")

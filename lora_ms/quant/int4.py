@@ -61,7 +61,8 @@ def from_gptq(
     """
     outputs = qweight.shape[1]
     numbers = np.ascontiguousarray(nibbles(qweight).transpose(1, 0, 2).reshape(outputs, -1))
-    zeros = nibbles(qzeros).reshape(len(qzeros), -1).T + np.uint8(zero_offset)
+    # four bits again after the addition: a stored 15 means 0 in the first version
+    zeros = (nibbles(qzeros).reshape(len(qzeros), -1).T + np.uint8(zero_offset)) & np.uint8(15)
     order = None
     if groups is not None:
         size = numbers.shape[1] // len(scales)

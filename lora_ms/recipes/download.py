@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 from lora_ms import saving, storage
 from lora_ms.config import RunConfig
 from lora_ms.config.sections import Dataset
+from lora_ms.data.readers import SPLITS, is_of_split
 from lora_ms.errors import LoraMsError
 from lora_ms.recipes.model_folder import TOKENIZER_FILES
 from lora_ms.runtime.host import cache_folder
@@ -42,7 +43,6 @@ PATTERNS = {
 NEEDED = {"model": "config.json", "adapter": "adapter_config.json"}  # no folder of the kind is without it
 OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".ckpt")
 DESCRIPTIONS = re.compile(r"(.*/)?(dataset_infos?|dataset_dict|state|config)\.json")  # no rows are in these
-SPLITS = ("train", "test", "validation", "valid", "val", "dev")
 HUBS = ("hf", "modelscope")
 ANSWER_SECONDS = 10.0  # until a hub that does not answer is given up
 ATTEMPTS = 5  # at a download whose connection is cut
@@ -323,7 +323,7 @@ def _files_of_split(wanted: Wanted, names: list[str]) -> list[str]:
     """The files of the split: by their names, where these tell; else all."""
 
     def of(split: str) -> list[str]:
-        return [name for name in names if re.search(rf"(^|[-_./]){re.escape(split)}([-_./]|$)", name)]
+        return [name for name in names if is_of_split(name, split)]
 
     if wanted.split is None:
         return names

@@ -80,11 +80,12 @@ def start(config: RunConfig) -> Runtime:
     """The device; on Ascend MindFormers prepares it later, by its own context keys."""
     context = config.context
     later = Runtime(device.chosen(context.device_target))
+    if config.use_parallel and not later.uses_host_memory:  # msrun tells each process its number
+        later = replace(later, rank=int(os.environ.get("RANK_ID", 0)), world=int(os.environ.get("MS_WORKER_NUM", 1)))
+    if later.is_main:
+        print(*config.notices(), sep="\n", end="\n" if config.notices() else "")
     if not later.uses_host_memory:
-        if not config.use_parallel:
-            return later
-        # msrun tells each process its number
-        return replace(later, rank=int(os.environ.get("RANK_ID", 0)), world=int(os.environ.get("MS_WORKER_NUM", 1)))
+        return later
     runtime, notices = device.setup(
         context.device_target, context.device_id, config.seed, graph_cache=context.graph_cache
     )
@@ -107,7 +108,7 @@ def rows_of(config: RunConfig, name: str, sizes: DecoderConfig, tokenizer: Any, 
     section = config.train_dataset if name == "train" else config.eval_dataset
     sources = data.sources_of(section, name)
     width = data.seq_length(config, sizes.max_position_embeddings) + (name == "train")
-    count = fixed_width(Path(sources[0]), width) if len(sources) == 1 else 0
+    count = fixed_width(Path(sources[0]), width) if len(sources) == 1 and section.num_samples is None else 0
     if count:
         return MindRecordRows(Path(sources[0]), count)
     preparation = data.preparation_of(config, section, sizes.max_position_embeddings, sizes.vocab_size)

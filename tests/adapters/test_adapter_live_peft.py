@@ -57,6 +57,7 @@ KINDS = {
     "dora_rslora": made("qwen3", use_dora=True, use_rslora=True),
     "lora_bias": made("qwen2", lora_bias=True),
     "bias_all": made("qwen2", bias="all"),
+    "bias_all_of_a_layer": made("qwen2", bias="all", layers_to_transform=(0,)),
     "bias_lora_only": made("qwen2", bias="lora_only"),
     "gaussian": made("qwen2", init_lora_weights="gaussian"),
     "orthogonal": made("qwen2", init_lora_weights="orthogonal", lora_rank=4),

@@ -60,6 +60,9 @@ def model() -> CausalLM:
         (r"model\.layers\.1\.self_attn\.(q|k)_proj", paths("qk", "1")),
         (r".*\.mlp\..*", paths("gud")),
         (r"model\.layers\.1", set()),
+        # one that looks around is about the whole path: the bare name passes by what it forbids
+        (r"^(?!.*layers\.0\.).*[qv]_proj$", paths("qv", "1")),
+        (r".*(?<!self_attn\.v)_proj", paths("qkogud")),
         ("lm_head", {"lm_head"}),
         (".*", paths("qkvogud") | {"lm_head", "model.embed_tokens"}),
         (r"model\.(embed_tokens|layers\.0\.mlp\..*)", paths("gud", "0") | {"model.embed_tokens"}),

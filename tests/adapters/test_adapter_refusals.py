@@ -117,6 +117,16 @@ def test_keys_left_empty_ask_for_nothing(bare, copied, value):
     load_adapter(bare(), copied("qwen2", **dict.fromkeys(REFUSED, value)))
 
 
+def test_weights_that_loftq_changed_are_not_in_the_file(bare, copied):
+    message = error_of(load_adapter, bare(), copied("qwen2", init_lora_weights="loftq"))
+    assert "loftq put the weights themselves into four bits, and these are not in the file" in message
+
+
+def test_no_layers_are_all_layers(bare, copied):
+    """As PEFT reads an empty list."""
+    assert read_adapter_config(copied("qwen2", layers_to_transform=[])).layers_to_transform is None
+
+
 def test_a_key_that_is_computed_wants_its_tensors(bare, copied):
     """An adapter that says it is DoRA, or has a bias beside B, but holds neither."""
     assert f"{PREFIX}{Q0}.lora_magnitude_vector is missing" in error_of(

@@ -62,7 +62,7 @@ def test_arguments_by_transformers_names(tmp_path):
     given = {
         "learning_rate": 0.5, "per_device_train_batch_size": 3, "gradient_accumulation_steps": 4, "max_steps": 5,
         "max_seq_length": 6, "weight_decay": 0.7, "adam_epsilon": 0.8, "max_grad_norm": 0.9, "loraplus_lr_ratio": 10.0,
-        "neftune_noise_alpha": 11.0, "lr_scheduler_type": "constant", "warmup_ratio": 0.2, "warmup_steps": 13,
+        "neftune_noise_alpha": 11.0, "lr_scheduler_type": "cosine", "warmup_ratio": 0.2, "warmup_steps": 13,
         "logging_steps": 14, "seed": 15, "packing": False, "gradient_checkpointing": True,
         "resume_from_checkpoint": "step_16",
     }  # fmt: skip

@@ -33,6 +33,17 @@ def options(*texts: str) -> RunConfig:
             "unknown key model.model_config.pet_config.rank; did you mean model.model_config.pet_config.lora_rank?",
         ),
         ("model.sizes.seq_length=2", "unknown key model.sizes; nearest here: model.model_config"),
+        # names of types that stand where a key should
+        ("dpo={beta: 0.1}", "unknown key dpo; it is the type of an entry of objectives: [{type: dpo, …}]"),
+        (
+            "EvalCallBack=1",
+            "unknown key EvalCallBack; it is the type of an entry of callbacks: [{type: EvalCallBack, …}]",
+        ),
+        (
+            "evaluation.sets.kto={dataset_dir: a, metric: b}",
+            "evaluation.sets.kto.metric expects 'loss', 'exact' or 'choice', got 'b'",
+        ),
+        ("objectives=[{type: kto, beat: 1}]", "unknown key objectives.0.beat; did you mean objectives.0.beta?"),
         (
             "callbacks=[{type: CheckpointMonitor, prefx: a}]",
             "unknown key callbacks.0.prefx; did you mean callbacks.0.prefix?",
@@ -421,3 +432,28 @@ def test_wrong_reports_profiles_and_groups(option, reason):
     with pytest.raises(LoraMsError) as caught:
         options(option)
     assert reason in str(caught.value)
+
+
+def test_a_callback_takes_what_it_says_and_no_more():
+    """EvalCallBack's default interval is no wish of the user's; one that it has stands before the top level's, told."""
+    found = options("callbacks=[{type: EvalCallBack}]", "eval_step_interval=20")
+    assert found.eval_intervals == (20, 0) and found.notices() == []
+    found = options("callbacks=[{type: EvalCallBack, step_interval: 30}]", "eval_step_interval=20", "do_eval=False")
+    assert found.eval_intervals == (30, 0)
+    assert found.notices() == [
+        "no effect here: do_eval (there is an EvalCallBack, or a validation_split), "
+        "eval_step_interval (EvalCallBack's step_interval 30 is used)"
+    ]
+    assert options("callbacks=[{type: EvalCallBack}]").eval_intervals == (100, 0)
+
+
+def test_rows_that_are_compared_need_more_than_one():
+    with pytest.raises(LoraMsError, match="kto compares the rows of a micro-batch, and context.low_memory makes these"):
+        options("objectives=[{type: kto}]", "context.low_memory=True", "runner_config.batch_size=4")
+
+
+def test_a_preset_does_not_make_an_adapter_of_none(tmp_path):
+    file = tmp_path / "full.yaml"
+    file.write_text("model: {model_config: {pet_config: null}}\n")
+    with pytest.raises(LoraMsError, match="--preset few_rows is for adapters, and pet_config is null"):
+        load_config(str(file), preset="few_rows")

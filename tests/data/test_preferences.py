@@ -36,6 +36,7 @@ def one(row: dict, preparation: Preparation = PAIRS):
     "row",
     [
         {"instruction": "q", "input": "", "chosen": "a", "rejected": "b"},
+        {"input": "q", "chosen": "a", "rejected": "b"},
         {"conversations": [{"from": "human", "value": "q"}], "chosen": gpt("a"), "rejected": gpt("b")},
         {"messages": [user("q")], "chosen": said("a"), "rejected": said("b")},
         {"messages": [user("q")], "chosen": "a", "rejected": "b"},

@@ -12,6 +12,7 @@ from lora_ms.data.example import Example, Message, TokenRow
 from lora_ms.data.mindrecord import trim_padding
 from lora_ms.data.pipeline import read_rows
 from lora_ms.data.readers import SUPPORTED as KINDS
+from lora_ms.data.readers import find_files
 from lora_ms.errors import LoraMsError
 
 HI = {"instruction": "hi", "output": "yes"}
@@ -132,6 +133,21 @@ def test_a_folder_and_a_glob_read_the_supported_files_in_order(tmp_path):
     assert [row.where for row in read_rows(f"{tmp_path}/*")] == ["a.json:1", "a.json:2", "b.jsonl:1"]
     assert [row.where for row in read_rows(tmp_path, num_samples=2)] == ["a.json:1", "a.json:2"]
     assert [row.where for row in read_rows(tmp_path, num_samples=3)] == ["a.json:1", "a.json:2", "b.jsonl:1"]
+
+
+def test_a_folder_has_splits_where_its_names_say_so(tmp_path):
+    for name in ("train.jsonl", "test.jsonl", "more.jsonl"):
+        write_lines(tmp_path / name, {"text": name})
+
+    def found(split):
+        return [file.name for file in find_files(str(tmp_path), split)]
+
+    assert found("train") == ["more.jsonl", "train.jsonl"] and found("test") == ["test.jsonl"]
+    with pytest.raises(LoraMsError, match="has no split validation; there are test, train: set data_loader.split"):
+        found("validation")
+    (tmp_path / "train.jsonl").unlink()
+    (tmp_path / "more.jsonl").unlink()
+    assert found("train") == ["test.jsonl"]  # a folder of test rows that is named as it is
 
 
 def test_a_name_with_glob_characters_is_first_of_all_a_name(tmp_path):

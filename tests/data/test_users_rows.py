@@ -329,9 +329,18 @@ def test_calls_are_written_once_where_the_template_takes_none(chatml):
         (answer("a", tool_calls=None, function_call="null"), "a"),
         ({"role": "function_call", "content": '{"name":"f"}'}, '{"name":"f"}'),
         ({"role": "function_call", "content": "f(1)"}, "f(1)"),
+        ({"role": "function_call", "content": "<think>\na\n</think>\nf(1)"}, "<think>\na\n</think>\nf(1)"),
     ):
         ((_, labelled),) = texts(chatml, chat(Q, turn))
         assert labelled == [f"{text}<|im_end|>"]
+
+
+def test_a_thought_before_a_call():
+    """As LLaMA-Factory has it in a function_call turn."""
+    turn = {"from": "function_call", "value": f"<think>\nLet me see.\n</think>\n\n{json.dumps(CALL)}"}
+    found = one({"conversations": [{"from": "human", "value": "q"}, turn]}).messages[1]
+    assert (found.reasoning, found.content) == ("Let me see.", "")
+    assert [call["name"] for call in found.tool_calls.items] == [CALL["name"]]
 
 
 def test_parallel_calls_in_turns_of_their_own_are_one_turn():

@@ -31,7 +31,8 @@ def gptq_numbers(q, z, scales, groups, plus: int) -> np.ndarray:
     for o in range(OUT):
         for i in range(IN):
             g = groups[i]
-            found[o, i] = float(scales[g, o]) * (number(q[i // 8, o], i % 8) - number(z[g, o // 8], o % 8) - plus)
+            zero = (number(z[g, o // 8], o % 8) + plus) % 16  # of four bits
+            found[o, i] = float(scales[g, o]) * (number(q[i // 8, o], i % 8) - zero)
     return found
 
 

@@ -138,6 +138,18 @@ def test_files_of_others_stay(tmp_path):
     assert contents(tmp_path / "old_model") == {"model.safetensors": "y", "notes.txt": "n"}
 
 
+def test_a_link_to_a_folder_is_written_through(tmp_path):
+    there, link = tmp_path / "disk" / "out", tmp_path / "out"
+    there.mkdir(parents=True)
+    (there / "note.txt").write_text("mine")
+    link.symlink_to(there)
+    for text in ("a", "b"):
+        with saving.new_folder(link) as part:
+            assert part.parent == there.parent
+            (part / "x").write_text(text)
+    assert link.is_symlink() and (there / "x").read_text() == "b" and (there / "note.txt").read_text() == "mine"
+
+
 def test_a_folder_of_ours_goes_whole(tmp_path):
     saving.remove(make(tmp_path / "f", a="1"))
     assert os.listdir(tmp_path) == []

@@ -636,7 +636,7 @@ def shared_options(peft: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "target_modules": peft["target_modules"] or (),
         "exclude_modules": peft.get("exclude_modules") or (),
-        "layers_to_transform": peft.get("layers_to_transform"),
+        "layers_to_transform": None if peft.get("layers_to_transform") == [] else peft.get("layers_to_transform"),
         "layers_pattern": peft.get("layers_pattern") or (),
         "modules_to_save": peft.get("modules_to_save") or (),
     }

@@ -53,7 +53,7 @@ INITS = (  # and pissa_niter_N; True for the default
     *("eva", "corda", "lora_ga"),  # from rows: see ``starts``
 )
 # values of init_lora_weights that leave the weight as it was: the file holds what came of them
-FORGOTTEN_INITS = ("eva", "mica", "gaussian", "orthogonal", "loftq")
+FORGOTTEN_INITS = ("eva", "mica", "gaussian", "orthogonal")
 
 
 def is_init(value: Any) -> bool:
@@ -410,6 +410,11 @@ class LoraConfig(AdapterConfig, LowRankOptions):
             raise LoraMsError(
                 f"what {init} took out of the weights {lost} and is not in the file; "
                 "save it in PEFT with path_initial_model_for_weight_conversion"
+            )
+        if init == "loftq":
+            raise LoraMsError(
+                "loftq put the weights themselves into four bits, and these are not in the file: save PEFT's base "
+                "model beside it, load that, and set init_lora_weights to true in adapter_config.json"
             )
         forgotten = isinstance(init, bool) or init is None or init in FORGOTTEN_INITS
         return cls(
