@@ -39,8 +39,8 @@ def matches(name: str, target_modules: str | Iterable[str]) -> bool:
     if target_modules == ALL_LINEAR:
         return leaf not in (*HEADS, *EMBEDDINGS)
     if isinstance(target_modules, str):
-        # a look ahead or behind is about the path: the bare name would pass by it
-        looks_around = re.search(r"\(\?<?[!=]", target_modules)
+        # a look ahead or behind at a path: the bare name would pass by what it forbids
+        looks_around = re.search(r"\(\?<?[!=]", target_modules) and re.search(r"\\\.|\.\*", target_modules)
         leaf_names = () if looks_around else (leaf, ALIASES.get(leaf, leaf))
         return any(match(target_modules, n) for n in leaf_names) or bool(fullmatch(target_modules, name))
     return ends_with(name, target_modules)

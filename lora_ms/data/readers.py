@@ -27,12 +27,13 @@ RowSource = str | os.PathLike[str] | Sequence[Mapping[str, Any]]
 
 
 def read_sources(
-    sources: Sequence[RowSource], split: str = "train", num_samples: int | None = None
+    sources: Sequence[RowSource], split: str | None = None, num_samples: int | None = None
 ) -> Iterator[RawRow]:
     """The first `num_samples` rows (None: all) of all sources, one file after another.
 
     sources: each a file, a folder (its supported files, sorted by name), a glob, or a sequence of dicts.
-    split: which part of a Hugging Face dataset that has several.
+    split: which part of a folder, or of a saved dataset, that has several; None: files named ``train-…`` where there
+        are such, else all, and ``train`` of a dataset.
 
     Raises LoraMsError, naming the file, for a path that leads nowhere, an unreadable file and a source without rows.
     """
@@ -57,7 +58,7 @@ def read_as(source: str, make: Callable[[str, Any], Thing], num_samples: int | N
     return found
 
 
-def _rows_of_all(sources: Sequence[RowSource], split: str) -> Iterator[RawRow]:
+def _rows_of_all(sources: Sequence[RowSource], split: str | None) -> Iterator[RawRow]:
     for source in sources:
         row = None
         for row in _rows_of(source, split):
@@ -67,7 +68,7 @@ def _rows_of_all(sources: Sequence[RowSource], split: str) -> Iterator[RawRow]:
             raise LoraMsError(f"{name}: there are no rows; give at least one")
 
 
-def _rows_of(source: RowSource, split: str) -> Iterator[RawRow]:
+def _rows_of(source: RowSource, split: str | None) -> Iterator[RawRow]:
     if not isinstance(source, str | os.PathLike):
         datasets = sys.modules.get("datasets")  # loaded by whoever has made one of its datasets
         of_arrow = datasets is not None and isinstance(source, datasets.Dataset)
@@ -81,32 +82,36 @@ def _rows_of(source: RowSource, split: str) -> Iterator[RawRow]:
         reason = error.strerror if isinstance(error, OSError) else str(error).rstrip(".")
         raise LoraMsError(f"{name:.80}: {reason}; check the path of the dataset") from error
     for file in files:
-        yield from read_file(file, split)
+        yield from read_file(file, split or "train")
 
 
 def is_of_split(name: str, split: str) -> bool:
-    """Whether a file's name says that it is of the split: ``train.jsonl``, ``data/train-00000-of-00002.parquet``."""
+    """Whether a hub's file says in its path that it is of the split: ``data/train-00000-of-00002.parquet``."""
     return re.search(rf"(^|[-_./]){re.escape(split)}([-_./]|$)", name) is not None
 
 
+def _named(file: Path, split: str) -> bool:
+    """Whether a file is named as the split alone, perhaps with a number: ``train.jsonl``, ``train-00000-of-2.csv``."""
+    return re.fullmatch(rf"{re.escape(split)}([-_.]?\d[-\w]*)?(\.\w+)+", file.name) is not None
+
+
 def _of_split(source: str, files: list[Path], split: str) -> list[Path]:
-    """Those of a folder's files that are of the split, or, where it is ``train``, of no other one.
+    """Those of a folder's files that are of the split: that are named so, or, where it is ``train``, as no other one.
 
     Where no name tells a split, all; where all are of others, too, unless another split than ``train`` is asked for.
     """
-    others = {other for other in SPLITS if other != split and any(is_of_split(file.name, other) for file in files)}
-    found = [file for file in files if is_of_split(file.name, split)]
+    others = {other for other in SPLITS if other != split and any(_named(file, other) for file in files)}
+    found = [file for file in files if _named(file, split)]
     if split == "train":
-        found += [file for file in files if not any(is_of_split(file.name, other) for other in SPLITS)]
-        return sorted(found) or files
+        return [file for file in files if not any(_named(file, other) for other in others)] or files
     if not found and others:
         there = ", ".join(sorted(others))
         raise LoraMsError(f"{source} has no split {split}; there are {there}: set data_loader.split")
     return found or files
 
 
-def find_files(source: str, split: str = "train") -> list[Path]:
-    """The supported files that `source` (a file, a folder or a glob) names, sorted; of a folder, those of `split`."""
+def find_files(source: str, split: str | None = None) -> list[Path]:
+    """The supported files that `source` (a file, a folder or a glob) names, sorted; of a folder those of `split`."""
     if not source.strip():
         raise LoraMsError("the path of the dataset is empty; name a file, a folder or a glob")
     path = Path(source).expanduser()
@@ -118,7 +123,10 @@ def find_files(source: str, split: str = "train") -> list[Path]:
         found = found or [entry for entry in sorted(path.glob("data/*")) if kind_of(entry)]
         if not found:
             raise LoraMsError(f"{source}: no supported file in this folder; supported are {SUPPORTED}")
-        return _of_split(source, found, split)
+        if split is not None:
+            return _of_split(source, found, split)
+        # what lora-ms preprocess writes stands beside its report
+        return [file for file in found if file.name.startswith("train-")] or found
     if path.is_file():
         if not kind_of(path):
             raise LoraMsError(f"{source}: file type not supported; supported are {SUPPORTED}")

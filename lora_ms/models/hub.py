@@ -437,10 +437,15 @@ def write_directory(
 
 
 def save_directory(
-    model: CausalLM, path: str | os.PathLike, dtype: DTypeLike = np.float32, shard_size: int = storage.SHARD_SIZE
+    model: CausalLM,
+    path: str | os.PathLike,
+    dtype: DTypeLike = np.float32,
+    shard_size: int = storage.SHARD_SIZE,
+    add: Callable[[Path], None] = lambda folder: None,
 ) -> None:
-    """``write_directory`` into a folder that is written whole or not at all."""
+    """``write_directory`` into a folder that is written whole or not at all; ``add`` writes what stands beside it."""
     check_plain(model)
     size = sum(p.size for _, p in model.parameters_and_names()) * np.dtype(dtype).itemsize
     with saving.new_folder(Path(path), size, storage.MODEL_FILES) as folder:
         write_directory(model, folder, dtype, shard_size)
+        add(folder)

@@ -13,9 +13,10 @@ import numpy as np
 from lora_ms import saving
 from lora_ms.data.pipeline import Preparation, prepare_rows, read
 from lora_ms.data.report import Tally
+from lora_ms.data.tokenizer import save_tokenizer
 from lora_ms.errors import LoraMsError
 from lora_ms.infer.interrupt import interruptible
-from lora_ms.models.hub import quantised_layers
+from lora_ms.models.hub import NUMPY_DTYPES, quantised_layers, save_directory
 from lora_ms.python.arguments import TrainingArguments
 from lora_ms.python.model import ModelForCausalLM
 from lora_ms.python.peft_model import PeftModel
@@ -242,18 +243,24 @@ class Trainer:
             print(f"the model has the weights of step {self.state.best_global_step}, the best evaluation")
         if runtime.is_main:
             if outcome.stopped:
-                print(*closing_lines(run, outcome)[:1], "to go on: train(resume_from_checkpoint=True)", sep="\n")
+                again = "load the model again, and then " if self._wants_start(terms) else ""
+                print(*closing_lines(run, outcome)[:1], sep="\n")
+                print(f"to go on: {again}train(resume_from_checkpoint=True)")
             show_picture(settings.output_dir / "loss.png")
         return TrainOutput(**vars(outcome), metrics=self._metrics(outcome))
 
     def _check_start(self, settings: TrainSettings, terms: Terms) -> None:
         """Raises LoraMsError where a run is to go on in this process, and a term needs the model that it began with."""
-        wants = [term.type for term in terms if term.has_start or (term.has_reference and self.peft is None)]
+        wants = self._wants_start(terms)
         if settings.resume and self.state.global_step and wants:
             raise LoraMsError(
                 f"{wants[0]} compares with the model before training, which is gone: load the model again, and give it "
                 "to a new Trainer that resumes"
             )
+
+    def _wants_start(self, terms: Terms) -> list[str]:
+        """The terms that compare with the model before training, which only a model that is loaded again still is."""
+        return [term.type for term in terms if term.has_start or (term.has_reference and self.peft is None)]
 
     def _metrics(self, outcome: Outcome) -> dict[str, float]:
         loss = sum(outcome.losses) / max(len(outcome.losses), 1)
@@ -280,14 +287,17 @@ class Trainer:
 
     def save_model(self, output_dir: str | os.PathLike | None = None) -> None:
         """Writes the adapter (without one, the model) and the tokenizer; None: where ``train`` wrote them."""
-        config = None
-        if self.peft:
-            self.peft.unmerge_adapter()
-            config = self.peft.active_peft_config
-        weights = weights_of(self.model, config, self.tokenizer)
-        path = Path(self.args.output_dir) / weights.folder if output_dir is None else Path(output_dir)
-        with saving.new_folder(path) as part:
-            weights.write(part)
+        path = Path(self.args.output_dir) / ("adapter" if self.peft else "model") if output_dir is None else output_dir
+        if self.peft is None:
+            save_directory(self.model, path, NUMPY_DTYPES[self.model.dtype], add=self._add_tokenizer)
+            return
+        self.peft.unmerge_adapter()
+        with saving.new_folder(Path(path)) as part:
+            weights_of(self.model, self.peft.active_peft_config, self.tokenizer).write(part)
+
+    def _add_tokenizer(self, folder: Path) -> None:
+        if self.tokenizer is not None:
+            save_tokenizer(self.tokenizer, folder)
 
     def _rows(self, dataset: Any, seq_length: int, terms: Terms) -> data.PreparedRows:
         # whoever gives rows from Python fills their texts there: braces are text

@@ -134,7 +134,7 @@ def preparation_of(
         columns=dataset.columns,
         fill=config.data_fill,
         keep_placeholders=not dataset.fill,
-        split=dataset.data_loader.split or "train",
+        split=dataset.data_loader.split or ("train" if dataset is config.train_dataset else None),
         num_samples=dataset.num_samples,
         turns=dataset.label_turns,
         truncation=dataset.truncation,

@@ -60,11 +60,11 @@ class PromptFile:
         advice = "give another --predict_output, or remove the file"
         try:
             before: Any = json.loads(line)
-            found = before["prompt"], before["settings"], before.get("system", "")
+            found = before["prompt"], before["settings"], before.get("system")
         except (ValueError, KeyError, TypeError, RecursionError):
             raise LoraMsError(f"{self.output}:{number} is no answer of lora-ms predict: {advice}") from None
         row = self.rows[number - 1] if number <= len(self.rows) else None
-        if row is None or found[0] != row.shown or found[2] != row.system:
+        if row is None or found[0] != row.shown or found[2] not in (None, row.system):
             raise LoraMsError(f"{self.output}:{number} answers another prompt than the file has there: {advice}")
         if found[1] != self.settings:
             other = "another model, adapter or system message, or other settings"

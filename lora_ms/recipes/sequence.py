@@ -64,6 +64,9 @@ def mark_done(config: RunConfig, number: int) -> None:
 def digest_of(config: RunConfig) -> str:
     """Tells whether two sequences have the same settings, wherever they write."""
     plain = config.model_dump(mode="json", by_alias=True, exclude={"output_dir", "resume_training"})
+    for part in plain["train_dataset"]["mix"]:
+        if part["num_samples"] is None:  # as before there was such a key
+            del part["num_samples"]
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 

@@ -63,6 +63,7 @@ def model() -> CausalLM:
         # one that looks around is about the whole path: the bare name passes by what it forbids
         (r"^(?!.*layers\.0\.).*[qv]_proj$", paths("qv", "1")),
         (r".*(?<!self_attn\.v)_proj", paths("qkogud")),
+        (r"(?!o_)\w_proj", paths("qkv")),
         ("lm_head", {"lm_head"}),
         (".*", paths("qkvogud") | {"lm_head", "model.embed_tokens"}),
         (r"model\.(embed_tokens|layers\.0\.mlp\..*)", paths("gud", "0") | {"model.embed_tokens"}),
