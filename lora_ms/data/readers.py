@@ -123,10 +123,9 @@ def find_files(source: str, split: str | None = None) -> list[Path]:
         found = found or [entry for entry in sorted(path.glob("data/*")) if kind_of(entry)]
         if not found:
             raise LoraMsError(f"{source}: no supported file in this folder; supported are {SUPPORTED}")
-        if split is not None:
-            return _of_split(source, found, split)
-        # what lora-ms preprocess writes stands beside its report
-        return [file for file in found if file.name.startswith("train-")] or found
+        # as hubs and lora-ms preprocess, whose report stands beside them, number files
+        numbered = [file for file in found if file.name.startswith(f"{split or 'train'}-")]
+        return numbered or (found if split is None else _of_split(source, found, split))
     if path.is_file():
         if not kind_of(path):
             raise LoraMsError(f"{source}: file type not supported; supported are {SUPPORTED}")

@@ -154,7 +154,7 @@ def test_arguments_of_evaluation(given, found, tmp_path):
         ({"eval_strategy": "daily"}, "eval_strategy 'daily' is not supported; supported: no, steps, epoch"),
         ({"eval_strategy": "steps", "evaluation_strategy": "epoch"}, "eval_strategy and evaluation_strategy differ"),
         ({"early_stopping_patience": 1}, "early_stopping_patience needs evaluations: set eval_strategy"),
-        ({"eval_strategy": "steps", "eval_steps": 0}, "eval_steps expects 1 or more, got 0"),
+        ({"eval_strategy": "steps", "eval_steps": 0}, "eval_steps expects a whole number from 1 on, got 0"),
         (
             {"report_to": ["tensorboard", "comet"]},
             "report_to 'comet' is not supported; supported: none, tensorboard, wandb",

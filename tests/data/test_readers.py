@@ -145,8 +145,10 @@ def test_a_folder_has_splits_where_its_names_say_so(tmp_path):
     assert found("train") == ["more.jsonl", "train.jsonl"] and found("test") == ["test.jsonl"]
     with pytest.raises(LoraMsError, match="has no split validation; there are test, train: set data_loader.split"):
         found("validation")
-    (tmp_path / "train.jsonl").unlink()
-    (tmp_path / "more.jsonl").unlink()
+    write_lines(tmp_path / "train-00000.jsonl", {"text": "numbered"})
+    assert found("train") == found(None) == ["train-00000.jsonl"]
+    for name in ("train.jsonl", "train-00000.jsonl", "more.jsonl"):
+        (tmp_path / name).unlink()
     assert found("train") == ["test.jsonl"]  # a folder of test rows that is named as it is
 
 
