@@ -91,7 +91,12 @@ class EngineThread:
             ApiError: the engine refuses it.
         """
 
-        def told(id: int) -> None:
+        reserved = True
+
+        def told(id: int) -> None:  # its number holds the place from here on: until we are woken both would count
+            nonlocal reserved
+            reserved = False
+            self.release(1)
             self._told[id] = events
 
         try:
@@ -99,7 +104,8 @@ class EngineThread:
         except LoraMsError as error:
             raise ApiError(400, str(error)) from None
         finally:
-            self.release(1)
+            if reserved:
+                self.release(1)
 
     def cancel(self, id: int) -> None:
         """Ends a request; nobody is told of it any more. One that has ended stays so."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 import time
 from collections import deque
 
@@ -159,6 +160,35 @@ def test_a_request_that_is_left_as_it_gets_its_number_is_cancelled():
     task: asyncio.Task
     asyncio.run(work())
     assert engine.cancelled == [1]
+
+
+def test_a_request_counts_once_as_it_gets_its_number():
+    """Two results that reach the event loop together: the first one's place is free to be counted before it wakes."""
+    engine, found = MadeUp(), []
+    both = threading.Event()
+
+    async def work():
+        thread, loop = EngineThread(engine, 3), asyncio.get_running_loop()
+
+        def submit(request):
+            id = MadeUp.submit(engine, request)
+            if id == 2:
+                loop.call_soon_threadsafe(lambda: found.append((len(thread._told), thread._reserved)))
+                both.set()
+            return id
+
+        engine.submit = submit
+        thread.start()
+        thread.reserve(2)
+        asked = [asyncio.ensure_future(thread.submit(Request((1,), 5), asyncio.Queue())) for _ in range(2)]
+        await asyncio.sleep(0)
+        both.wait(10)  # the loop stands still
+        await asyncio.gather(*asked)
+        assert thread._reserved == 0
+        await asyncio.to_thread(thread.stop)
+
+    asyncio.run(work())
+    assert found == [(1, 1)]
 
 
 def test_equal_prompts_draw_other_numbers(tokenizer):
