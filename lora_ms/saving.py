@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from lora_ms.text import size_text
 MARKER = "lora-ms.sha256"
 PART, OLD = ".lora_ms-part.", ".lora_ms-old."  # before the name of what is being written, and of what it replaces
 SET = ".lora_ms-set."  # before the name of the list of files that are placed together
+WEIGHTS = (".safetensors", ".bin", ".ckpt", ".gguf")  # ends of the names of files that nobody may lose
 DIGEST_LENGTH = 66  # characters, with two spaces
 MOST_LISTED = 1 << 24  # bytes of a list
 LINES = re.compile(r"(?:[0-9a-f]{64}  [^\n]+\n)*")
@@ -192,13 +193,19 @@ def listed(folder: Path, marker: str = MARKER) -> dict[str, str] | None:
     return {name: line[: DIGEST_LENGTH - 2] for name, line in zip(names, lines, strict=True)}
 
 
-def seal(folder: Path, names: Sequence[str] | None = None, marker: str = MARKER) -> None:
+def seal(
+    folder: Path,
+    names: Sequence[str] | None = None,
+    marker: str = MARKER,
+    digests: Mapping[str, str] | None = None,
+) -> None:
     """Brings files of ``folder`` to disk, and then the list of their digests.
 
-    names: the files that are ours; None: all.
+    names: the files that are ours; None: all. digests: of further ones that are ours and known to be on disk.
     """
     names = [name for name in (files_of(folder) if names is None else names) if name != marker]
-    lines = [f"{digest_of(folder / name, sync=True)}  {name}\n" for name in names]
+    found = {**(digests or {}), **{name: digest_of(folder / name, sync=True) for name in names}}
+    lines = [f"{digest}  {name}\n" for name, digest in sorted(found.items())]
     for below in {os.path.dirname(name) for name in names} - {""}:
         _sync_folder(folder / below)
     with new_file(folder / marker) as part:
@@ -275,10 +282,20 @@ def _swap(part: Path, folder: Path) -> None:
     delete(old)
 
 
-def _keep_foreign(folder: Path, part: Path, replaced: re.Pattern | None) -> None:
-    """Links into ``part`` what ``folder`` holds besides our files and those whose names match ``replaced``."""
-    for name in foreign(folder) if folder.is_dir() else []:
-        if os.path.lexists(part / name) or (replaced is not None and replaced.fullmatch(name)):
+def _ours(folder: Path) -> dict[str, str]:
+    """``listed`` of a folder that may be nobody's, or not be there."""
+    try:
+        return listed(folder) or {}
+    except LoraMsError:
+        return {}
+
+
+def _keep(names: Iterable[str], folder: Path, part: Path, replaced: re.Pattern | None) -> None:
+    """Links into ``part`` those files ``names`` of ``folder`` that have no name of a new one and do not match
+    ``replaced``."""
+    for name in names:
+        there = os.path.lexists(part / name) or not os.path.lexists(folder / name)
+        if there or (replaced is not None and replaced.fullmatch(name)):
             continue
         (part / name).parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -308,16 +325,33 @@ def recover_all(parent: Path) -> None:
         recover(parent / name)
 
 
+def _check_weights(folder: Path, replaced: re.Pattern | None) -> None:
+    """Raises WriteError where weights that we wrote into ``folder`` would be gone after ``new_folder``."""
+    lost = [
+        name
+        for name in sorted(_ours(folder))
+        if name.endswith(WEIGHTS) and (replaced is None or not replaced.fullmatch(name)) and (folder / name).exists()
+    ]
+    if lost:
+        raise WriteError(f"cannot write {folder}: it holds {lost[0]}, which would be gone: give another folder")
+
+
 @contextmanager
-def new_folder(folder: Path, size: int = 0, replaced: re.Pattern | None = None) -> Iterator[Path]:
+def new_folder(
+    folder: Path, size: int = 0, replaced: re.Pattern | None = None, beside: bool = False, own: bool = False
+) -> Iterator[Path]:
     """A folder to fill in place of ``folder``: it takes its name at the end of the block, with all its files on disk.
 
-    Files of others in ``folder`` stay, but for those that have a name of a new one or match ``replaced``.
+    Files of others in ``folder`` stay, but for those that have a name of a new one or match ``replaced``. What we wrote
+    there earlier goes, but never weights that do not match ``replaced``.
 
     size: bytes that will be written, or 0 where that is not known.
+    beside: what we wrote there earlier stays as files of others do.
+    own: of a run, whose earlier weights there may go.
 
     Raises:
-        WriteError: too little room, another process at it, or the folder cannot be written; it is as it was then.
+        WriteError: too little room, another process at it, weights that would go, or the folder cannot be written; it
+            is as it was then.
     """
     try:
         folder = folder.absolute()
@@ -343,13 +377,16 @@ def new_folder(folder: Path, size: int = 0, replaced: re.Pattern | None = None) 
                 recover(folder)
         else:
             recover(folder)
+        if not (beside or own):
+            _check_weights(folder, replaced)
         part.mkdir()
         unfinished = True
         with locked(part):
             yield part
             ours = files_of(part)
-            _keep_foreign(folder, part, replaced)
-            seal(part, ours)
+            earlier = _ours(folder) if beside else {}
+            _keep([*foreign(folder), *earlier] if folder.is_dir() else [], folder, part, replaced)
+            seal(part, ours, digests={name: digest for name, digest in earlier.items() if os.path.lexists(part / name)})
             unfinished = False
             _swap(part, folder)
     except OSError as error:

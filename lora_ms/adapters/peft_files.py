@@ -22,6 +22,7 @@ Stored = TypeVar("Stored")
 ROOT = "base_model."  # before the name of a tensor that all modules share
 PREFIX = "base_model.model."  # PEFT wraps the model twice, and keeps both attributes in the tensors' names
 WEIGHTS = "adapter_model.safetensors"
+ADAPTER_FILES = re.compile(r"adapter_(model\.safetensors|config\.json)")  # what another adapter in the folder replaces
 CONFIG = "adapter_config.json"
 BASE_QUANTIZATION = "base_quantization.json"  # ours: how the weights were quantised that the adapter was trained on
 

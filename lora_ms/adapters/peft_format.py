@@ -27,6 +27,7 @@ from lora_ms.adapters.methods.base import AdapterConfig
 from lora_ms.adapters.methods.base_cells import AdapterCell
 from lora_ms.adapters.peft_config import Adapted, to_peft
 from lora_ms.adapters.peft_files import (
+    ADAPTER_FILES,
     BASE_QUANTIZATION,
     CONFIG,
     PREFIX,
@@ -121,7 +122,7 @@ def save_as_lora(
     lora, specs, tensors = form
     left_out = tuple(name for name in found.specs if name not in specs)
     written = Adapted(specs, found.saved, (*found.plain, *left_out))
-    with saving.new_folder(path) as part:
+    with saving.new_folder(path, replaced=ADAPTER_FILES) as part:
         storage.write_tensors(part / WEIGHTS, by_key({**modules, **tensors}))
         storage.write_json(part / CONFIG, to_peft(lora, written, base_model))
         add(part)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from lora_ms import saving
 from lora_ms.adapters.combine import COMBINATIONS, combine, read_adapter, write_adapter
-from lora_ms.adapters.peft_files import base_name
+from lora_ms.adapters.peft_files import ADAPTER_FILES, base_name
 from lora_ms.data.tokenizer import load_tokenizer, save_tokenizer
 from lora_ms.errors import LoraMsError
 
@@ -36,7 +36,7 @@ def run(
         named = "; ".join(f"{path}: {base}" for path, base in bases.items())
         print(f"warning: the adapters name different base models, and fit together only on one: {named}")
     tokenizers = [load_tokenizer(path) for path in adapters if (Path(path) / "tokenizer_config.json").is_file()]
-    with saving.new_folder(Path(output_dir)) as part:
+    with saving.new_folder(Path(output_dir), replaced=ADAPTER_FILES) as part:
         write_adapter(combined, part, next(iter(bases.values()), None))
         if tokenizers:
             save_tokenizer(tokenizers[0], part)

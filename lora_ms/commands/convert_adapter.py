@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from lora_ms import saving, storage
-from lora_ms.adapters.peft_files import CONFIG, WEIGHTS, base_name, read_settings
+from lora_ms.adapters.peft_files import ADAPTER_FILES, CONFIG, WEIGHTS, base_name, read_settings
 from lora_ms.bridge import adapters
 from lora_ms.bridge.files import SUFFIXES, read_file, write_file
 from lora_ms.bridge.layout import Heads, heads_of
@@ -75,7 +75,7 @@ def to_peft(source: Path, target: Path, lora_alpha: float | None, heads: Heads |
     if alpha <= 0:
         raise LoraMsError(f"lora_alpha expects more than 0, got {alpha:g}")
     factors = adapters.read_factors(read_file(source), heads, source)
-    with saving.new_folder(target) as part:
+    with saving.new_folder(target, replaced=ADAPTER_FILES) as part:
         storage.write_blocks(part / WEIGHTS, adapters.peft_tensors(factors))
         storage.write_json(part / CONFIG, adapters.peft_config(factors, alpha, base))
     print(f"{len(factors)} modules: {target}")

@@ -15,6 +15,10 @@ ROLES = ("system", "user", "assistant")
 SYSTEM, USER, USER_2, ANSWER, ANSWER_2 = "sysA", "useB", "useC", "ansD", "ansE"
 
 
+class TemplateFault(Exception):
+    """A template refuses a conversation; the text says why."""
+
+
 class Turns(NamedTuple):
     """A template. opening: before all, where no system message begins. around: role -> text before and after it.
     prompt: what asks for an answer."""
@@ -35,9 +39,10 @@ def conversation(*texts: str) -> list[dict[str, str]]:
 
 
 def turns_of(render: Render) -> Turns | None:
-    """The turns of a template; None where it is not made of such.
+    """The turns of a template; None where it is not made of such. One that refuses a system message has no such turn.
 
-    Raises what the template raises.
+    Raises:
+        TemplateFault: ``render``'s, of a conversation without a system message.
     """
     alone = render(conversation(USER), False)
     two = render(conversation(USER, ANSWER, USER_2, ANSWER_2), False)
@@ -57,7 +62,10 @@ def turns_of(render: Render) -> Turns | None:
     opening = beginning[: len(beginning) - len(before_user)]
     prompt = render(conversation(USER), True)[len(alone) :]
     around = {"user": (before_user, after_user), "assistant": (before_answer, after_answer)}
-    with_system = render(conversation(SYSTEM, USER), False)
+    try:
+        with_system = render(conversation(SYSTEM, USER), False)
+    except TemplateFault:
+        with_system = ""
     if with_system.count(SYSTEM) == 1:
         rest = with_system[with_system.index(SYSTEM) + len(SYSTEM) :]
         end = before_user + USER + after_user

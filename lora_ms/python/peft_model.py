@@ -14,6 +14,7 @@ from lora_ms.adapters.combine import Adapter, combine
 from lora_ms.adapters.inject import build, report, select, target_layers, weight_shape
 from lora_ms.adapters.methods.base import AdapterConfig
 from lora_ms.adapters.methods.lora import LoraConfig
+from lora_ms.adapters.peft_files import ADAPTER_FILES
 from lora_ms.adapters.peft_format import incomplete, read_adapter_config, read_cells, save_adapter
 from lora_ms.errors import LoraMsError
 from lora_ms.infer.generate import Generator
@@ -288,7 +289,7 @@ class PeftModel:
         for name in selected_adapters or (active,):
             self.adapters.activate(name)
             folder = Path(path) if selected_adapters is None or name == DEFAULT else Path(path) / name
-            with saving.new_folder(folder) as part:
+            with saving.new_folder(folder, replaced=ADAPTER_FILES) as part:
                 quantization = base_quantization(self.model)
                 config = self.peft_config[name]
                 save_adapter(self.model, part, config, self.model.source, base_quantization=quantization)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from lora_ms import saving
+from lora_ms.adapters.peft_files import ADAPTER_FILES
 from lora_ms.data.pipeline import Preparation, prepare_rows, read
 from lora_ms.data.report import Tally
 from lora_ms.data.tokenizer import save_tokenizer
@@ -292,7 +293,7 @@ class Trainer:
             save_directory(self.model, path, NUMPY_DTYPES[self.model.dtype], add=self._add_tokenizer)
             return
         self.peft.unmerge_adapter()
-        with saving.new_folder(Path(path)) as part:
+        with saving.new_folder(Path(path), replaced=ADAPTER_FILES) as part:
             weights_of(self.model, self.peft.active_peft_config, self.tokenizer).write(part)
 
     def _add_tokenizer(self, folder: Path) -> None:

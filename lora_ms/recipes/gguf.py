@@ -213,10 +213,11 @@ def export(
     if name not in files.FAMILIES:
         raise LoraMsError(f"{base}: {name} has no GGUF here; {', '.join(files.FAMILIES)} have")
     architecture = files.FAMILIES[name]
-    there = [file for file in (MODEL, ADAPTER, MODELFILE) if (target / file).exists()]
+    has_model = adapter is None or with_base
+    written = [*([MODEL] if has_model else []), *([ADAPTER] if adapter is not None else []), MODELFILE]
+    there = [file for file in written if (target / file).exists()]
     if there and not overwrite:
         raise LoraMsError(f"output_dir {target} holds {there[0]}: give another folder, or --overwrite True")
-    has_model = adapter is None or with_base
     tokenizer = _tokenizer_at(base, adapter)
     metadata: dict[str, Any] = {}
     tensors: dict[str, Output] = {}
@@ -228,7 +229,7 @@ def export(
     if adapter is not None:
         factors, alpha = _adapter_parts(adapter, base, sizes, architecture)
     size = sum(tensor.size for tensor in (*tensors.values(), *factors.values()))
-    with saving.new_folder(target, size) as folder:
+    with saving.new_folder(target, size, beside=True) as folder:
         if has_model:
             files.write(folder / MODEL, architecture, metadata, tensors)
             lines.append(f"{target / MODEL}: {counted(len(tensors), 'tensor')}")
@@ -240,7 +241,7 @@ def export(
         (folder / MODELFILE).write_text(text, "utf-8")
     if why:
         lines.append(f"no template in {MODELFILE}: {why}")
-    if not has_model:
+    if not (has_model or (target / MODEL).exists()):
         return [*lines, f"Ollama needs the model, too, as {target / MODEL}: --with_base True writes it"]
     lines.append(f"try it: cd {target} && ollama create mine -f {MODELFILE} && ollama run mine")
     return lines
@@ -395,20 +396,29 @@ def _adapter_parts(
 
 def _modelfile(tokenizer: "PreTrainedTokenizerBase", adapter: str | None) -> tuple[str, str]:
     """The text of the Modelfile, and why it holds no template ("" where it does)."""
-    template, why = None, ""
+    from jinja2 import TemplateError
+
+    template, why = None, "its text is more than one turn after another, which Ollama's templates do not have"
     jinja = template_of(tokenizer)
 
     def render(messages: Any, prompt: bool) -> str:
-        return str(
-            tokenizer.apply_chat_template(messages, chat_template=jinja, tokenize=False, add_generation_prompt=prompt)
-        )
+        try:
+            return str(
+                tokenizer.apply_chat_template(
+                    messages, chat_template=jinja, tokenize=False, add_generation_prompt=prompt
+                )
+            )
+        except TemplateError as fault:
+            raise modelfile.TemplateFault(" ".join(str(fault).split())) from None
 
     stops = [str(tokenizer.eos_token)] if tokenizer.eos_token else []
     with readable("the chat template", "a template"), limited("the chat template", memory=MEMORY):
-        turns = modelfile.turns_of(render)
-    if turns is None:
-        why = "its text is more than one turn after another, which Ollama's templates do not have"
-    else:
+        try:
+            turns = modelfile.turns_of(render)
+        except modelfile.TemplateFault as fault:
+            turns, why = None, f"it refuses a plain conversation ({fault})"
+    if turns is not None:
+        why = ""
         bos = str(tokenizer.bos_token) if begins_with_bos(tokenizer) else ""
         try:
             template = modelfile.go_template(turns, bos)

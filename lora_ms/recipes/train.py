@@ -92,14 +92,14 @@ def write_results(folder: Path, fill: Callable[[Path], None]) -> WriteError | No
     """
     with StopSignal():  # nothing is lost to a signal now
         try:
-            with saving.new_folder(folder) as part:
+            with saving.new_folder(folder, own=True) as part:
                 fill(part)
             return None
         except WriteError as error:
             failed = error
         name = f"lora_ms_{folder.name}_{time.strftime('%Y%m%d_%H%M%S')}"
         for parent in (Path(), Path.home(), Path(tempfile.gettempdir())):
-            with suppress(WriteError), saving.new_folder(parent / name) as part:
+            with suppress(WriteError), saving.new_folder(parent / name, own=True) as part:
                 fill(part)
             if (parent / name).is_dir():
                 return WriteError(f"{failed}; what was trained is in {(parent / name).absolute()} instead")

@@ -106,7 +106,7 @@ def save(
         WriteError: it cannot be written; the earlier ones are as they were.
     """
     final = folder_of(output_dir) / f"step_{step}"
-    with saving.new_folder(final) as part:
+    with saving.new_folder(final, own=True) as part:
         write_weights(part)
         storage.write_tensors(part / OPTIMIZER, {name: value.reshape(-1) for name, value in optimizer.items()})
         storage.write_json(part / STATE, {"step": step, **state})

@@ -190,7 +190,7 @@ class TrainingLoop:
 
     def _keep_best(self) -> None:
         try:
-            with saving.new_folder(self.settings.output_dir / checkpoint.BEST) as part:
+            with saving.new_folder(self.settings.output_dir / checkpoint.BEST, own=True) as part:
                 self.weights.write(part)
         except WriteError as error:
             self.tell("on_notice", f"warning: {error}; the run goes on")

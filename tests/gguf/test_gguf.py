@@ -13,6 +13,7 @@ import pytest
 from mindspore import Tensor
 from safetensors.numpy import load_file, save_file
 
+from lora_ms import saving
 from lora_ms.cli.main import main
 from lora_ms.data.tokenizer import load_tokenizer
 from lora_ms.gguf.files import halved, interleaved
@@ -265,7 +266,39 @@ def test_a_template_that_go_cannot_say(folder_of, tmp_path, capsys):
     assert "TEMPLATE" not in (tmp_path / "out" / "Modelfile").read_text().replace("no TEMPLATE", "")
 
 
+@pytest.mark.parametrize("refuses", ["messages[0].role == 'system'", "true"])
+def test_a_template_that_refuses(folder_of, tmp_path, capsys, refuses):
+    """Mistral's, for one, take no system message: the rest is a template all the same."""
+    folder = folder_of("qwen2")
+    save_tokenizer(folder, "{% if " + refuses + " %}{{ raise_exception('roles must alternate') }}{% endif %}" + CHATML)
+    assert main(["export", "gguf", "--load_checkpoint", str(folder), "--output_dir", str(tmp_path / "out")]) == 0
+    text, out = (tmp_path / "out" / "Modelfile").read_text(), capsys.readouterr().out
+    if refuses == "true":
+        assert "no template in Modelfile: it refuses a plain conversation (roles must alternate)" in out
+        assert 'TEMPLATE "' not in text
+    else:
+        assert 'TEMPLATE """{{ range .Messages }}{{ if eq .Role "user" }}<|im_start|>user' in text
+
+
 # --- refusals
+
+
+def test_an_export_beside_what_it_is_made_of(folder_of, reference, tmp_path, capsys):
+    """The folder of an adapter, or of a model, that we wrote keeps all that it holds."""
+    adapter, base = tmp_path / "adapter", folder_of("qwen2")
+    with saving.new_folder(adapter) as part:
+        shutil.copytree(reference / "adapters" / "qwen2", part, dirs_exist_ok=True)
+    with saving.new_folder(base) as part:
+        shutil.copytree(base, part, dirs_exist_ok=True)
+    before = {folder: set(saving.files_of(folder)) for folder in (adapter, base)}
+    of_adapter = ["--load_adapter", str(adapter), "--load_checkpoint", str(base)]
+    for folder, source in ((adapter, of_adapter), (base, ["--load_checkpoint", str(base)])):
+        assert main(["export", "gguf", *source, "--output_dir", str(folder)]) == 0
+        assert set(saving.files_of(folder)) > before[folder] and saving.is_intact(folder)
+    line = refused(capsys, "convert", base / "model.gguf", "--output_dir", base, "--overwrite", "True")
+    assert "model.gguf, which would be gone" in line
+    assert main(["export", "gguf", *of_adapter, "--output_dir", str(base), "--overwrite", "True"]) == 0
+    assert (base / "model.gguf").is_file() and "Ollama needs the model" not in capsys.readouterr().out
 
 
 def test_a_file_that_is_cut(exported, tmp_path, capsys):

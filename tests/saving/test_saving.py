@@ -113,6 +113,22 @@ def test_a_folder_is_replaced_or_as_it_was(tmp_path):
     assert os.listdir(tmp_path) == ["f"]
 
 
+def test_weights_that_we_wrote_are_never_lost(tmp_path):
+    folder = make(tmp_path / "f", **{"model.safetensors": "1", "config.json": "1"})
+    with pytest.raises(WriteError, match="it holds model.safetensors, which would be gone: give another folder"):
+        make(folder, **{"adapter_model.safetensors": "2"})
+    assert contents(folder) == {"model.safetensors": "1", "config.json": "1"} and os.listdir(tmp_path) == ["f"]
+    with saving.new_folder(folder, beside=True) as part:
+        fill(part, **{"model.gguf": "3"})
+    assert contents(folder) == {"model.safetensors": "1", "config.json": "1", "model.gguf": "3"}
+    assert saving.foreign(folder) == [] and saving.is_intact(folder)
+    with pytest.raises(WriteError, match="model.gguf"), saving.new_folder(folder, replaced=storage.MODEL_FILES):
+        pass
+    with saving.new_folder(folder, own=True) as part:
+        fill(part, **{"adapter_model.safetensors": "4"})
+    assert contents(folder) == {"adapter_model.safetensors": "4"}
+
+
 def test_sha256sum_takes_the_list(tmp_path):
     folder = make(tmp_path / "f", a="1", **{"with space": "2"})
     done = subprocess.run(["sha256sum", "-c", saving.MARKER], cwd=folder, capture_output=True, text=True)
