@@ -75,7 +75,7 @@ class DataLoader(Section):
     path: Path = ""  # the same, in CommonDataLoader's and HFDataLoader's words; a format name where data_files is given
     data_files: Texts = []  # files
     shuffle: Flag = True  # a new order each epoch, from the seed
-    split: Text | None = None  # of a Hugging Face dataset that has several; None: train
+    split: Text | None = None  # of a dataset that has several; None: train, and test to evaluate
     handler: Annotated[list[dict[str, Any]], BeforeValidator(_handlers)] = []  # MindFormers' word for the format
     load_func: NoEffect = None
 

@@ -50,7 +50,7 @@ class Preparation:
     columns: Mapping[str, str] = field(default_factory=dict)  # our name of a column -> the file's
     fill: Mapping[str, str] = field(default_factory=dict)  # what stands for {{KEY}} in every text
     keep_placeholders: bool = False  # leave a {{KEY}} that `fill` does not have as it is; False: it is an error
-    split: str | None = None  # of a folder or a saved dataset that has several; see ``readers.read_sources``
+    split: str | None = "train"  # of a folder or a saved dataset that has several; see ``readers.read_sources``
     num_samples: int | None = None  # only the first rows
     turns: Literal["all", "last"] = "all"  # assistant turns that carry labels
     truncation: Literal["error", "drop", "cut"] = "drop"  # what is done with rows longer than seq_length

@@ -12,13 +12,12 @@ from typing import Any, BinaryIO, TypeVar
 
 from lora_ms.data.example import MOST_BYTES, RawRow, RowFault, shown_name, too_long
 from lora_ms.data.mindrecord import read_mindrecord
-from lora_ms.data.tables import read_table, without_filled_nulls
+from lora_ms.data.tables import HELD_OUT, SPLITS, read_table, without_filled_nulls
 from lora_ms.errors import LoraMsError
 from lora_ms.reading import opened, readable
 
 # what word processors and Chinese input methods write, and JSON's own
 TYPED = {"“": '"', "”": '"', "„": '"', "：": ":", "，": ","}
-SPLITS = ("train", "test", "validation", "valid", "val", "dev")  # words in the names of files
 SUPPORTED = ".json, .jsonl, .csv, .tsv, .parquet, .mindrecord, or a folder saved by Hugging Face datasets"
 BOM = b"\xef\xbb\xbf"
 
@@ -27,13 +26,13 @@ RowSource = str | os.PathLike[str] | Sequence[Mapping[str, Any]]
 
 
 def read_sources(
-    sources: Sequence[RowSource], split: str | None = None, num_samples: int | None = None
+    sources: Sequence[RowSource], split: str | None = "train", num_samples: int | None = None
 ) -> Iterator[RawRow]:
     """The first `num_samples` rows (None: all) of all sources, one file after another.
 
     sources: each a file, a folder (its supported files, sorted by name), a glob, or a sequence of dicts.
-    split: which part of a folder, or of a saved dataset, that has several; None: files named ``train-…`` where there
-        are such, else all, and ``train`` of a dataset.
+    split: which part of a folder, or of a saved dataset, that has several; None: rows that are not to be learnt, that
+        is, the first of ``HELD_OUT`` that it has, else all.
 
     Raises LoraMsError, naming the file, for a path that leads nowhere, an unreadable file and a source without rows.
     """
@@ -48,7 +47,7 @@ def read_as(source: str, make: Callable[[str, Any], Thing], num_samples: int | N
     Raises LoraMsError, with file and line, for the first row that is unreadable or for which ``make`` raises RowFault.
     """
     found = []
-    for row in read_sources([source], num_samples=num_samples):
+    for row in read_sources([source], None, num_samples):
         try:
             if isinstance(row.value, RowFault):
                 raise row.value
@@ -82,7 +81,7 @@ def _rows_of(source: RowSource, split: str | None) -> Iterator[RawRow]:
         reason = error.strerror if isinstance(error, OSError) else str(error).rstrip(".")
         raise LoraMsError(f"{name:.80}: {reason}; check the path of the dataset") from error
     for file in files:
-        yield from read_file(file, split or "train")
+        yield from read_file(file, split)
 
 
 def is_of_split(name: str, split: str) -> bool:
@@ -110,8 +109,9 @@ def _of_split(source: str, files: list[Path], split: str) -> list[Path]:
     return found or files
 
 
-def find_files(source: str, split: str | None = None) -> list[Path]:
-    """The supported files that `source` (a file, a folder or a glob) names, sorted; of a folder those of `split`."""
+def find_files(source: str, split: str | None = "train") -> list[Path]:
+    """The supported files that `source` (a file, a folder or a glob) names, sorted; of a folder those of `split`, as in
+    `read_sources`."""
     if not source.strip():
         raise LoraMsError("the path of the dataset is empty; name a file, a folder or a glob")
     path = Path(source).expanduser()
@@ -123,6 +123,9 @@ def find_files(source: str, split: str | None = None) -> list[Path]:
         found = found or [entry for entry in sorted(path.glob("data/*")) if kind_of(entry)]
         if not found:
             raise LoraMsError(f"{source}: no supported file in this folder; supported are {SUPPORTED}")
+        for other in HELD_OUT if split is None else ():
+            if named := [file for file in found if _named(file, other)]:
+                return named
         # as hubs and lora-ms preprocess, whose report stands beside them, number files
         numbered = [file for file in found if file.name.startswith(f"{split or 'train'}-")]
         return numbered or (found if split is None else _of_split(source, found, split))
@@ -162,7 +165,7 @@ def _has_mindrecord_header(path: Path) -> bool:
     return head[8:10] == b'{"' and b'"header_size"' in head
 
 
-def read_file(path: Path, split: str) -> Iterator[RawRow]:
+def read_file(path: Path, split: str | None) -> Iterator[RawRow]:
     """The rows of one file."""
     kind = kind_of(path)
     if kind == ".mindrecord":

@@ -14,11 +14,13 @@ if TYPE_CHECKING:
     import pyarrow
 
 ROWS_AT_A_TIME = 512
+SPLITS = ("train", "test", "validation", "valid", "val", "dev")  # words in the names of files
+HELD_OUT = SPLITS[1:]
 QUOTES = "put fields with commas or quotes in quotes"
 
 
-def read_table(path: Path, kind: str, split: str) -> Iterator[RawRow]:
-    """The rows of one file or folder."""
+def read_table(path: Path, kind: str, split: str | None) -> Iterator[RawRow]:
+    """The rows of one file or folder; split: as in ``readers.read_sources``."""
     if kind == ".parquet":
         return _parquet(path)
     if kind == "datasets":
@@ -86,7 +88,7 @@ def _rows(table: "pyarrow.Table | pyarrow.RecordBatch") -> Iterator[dict[str, An
     yield from map(without_filled_nulls, table.to_pylist())
 
 
-def _saved_dataset(path: Path, split: str) -> Iterator[RawRow]:
+def _saved_dataset(path: Path, split: str | None) -> Iterator[RawRow]:
     from datasets import DatasetDict, load_from_disk
 
     _check_saved_files(path)
@@ -95,6 +97,8 @@ def _saved_dataset(path: Path, split: str) -> Iterator[RawRow]:
     with readable(path, "a saved dataset", "save it anew"):
         dataset = load_from_disk(str(path))
         if isinstance(dataset, DatasetDict):
+            if split is None:
+                split = next((name for name in HELD_OUT if name in dataset), "train")
             if split not in dataset:
                 raise LoraMsError(f"{path}: there is no split {split!r}; there are {', '.join(sorted(dataset))}")
             dataset = dataset[split]

@@ -50,7 +50,7 @@ def evaluate_custom(
     function = judge if callable(judge) else JUDGES.get(judge)
     if function is None and judge != CHRF:
         raise LoraMsError(f"judge {judge!r} is none of {', '.join((*JUDGES, CHRF))}, and no function")
-    preparation = Preparation(seq_length=NO_LIMIT, num_samples=num_samples)
+    preparation = Preparation(seq_length=NO_LIMIT, split=None, num_samples=num_samples)
     questions = read_questions(os.fspath(test_file), tokenizer, preparation, "test_file")
     if not questions:
         raise LoraMsError(f"test_file {os.fspath(test_file)}: all rows are left out, so there is no question")

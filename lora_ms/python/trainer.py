@@ -300,12 +300,13 @@ class Trainer:
         if self.tokenizer is not None:
             save_tokenizer(self.tokenizer, folder)
 
-    def _rows(self, dataset: Any, seq_length: int, terms: Terms) -> data.PreparedRows:
+    def _rows(self, dataset: Any, seq_length: int, terms: Terms, split: str | None = "train") -> data.PreparedRows:
         # whoever gives rows from Python fills their texts there: braces are text
         preparation = Preparation(
             seq_length=seq_length,
             vocab_size=self.model.config.vocab_size,
             keep_placeholders=True,
+            split=split,
             preferences=preferences_of(terms),
         )
         tally = Tally()
@@ -324,7 +325,7 @@ class Trainer:
         if (found := next(known, None)) is not None:
             return found
         settings, terms, size = self.args.settings(), self.args.terms(), self.args.per_device_eval_batch_size
-        rows = self._rows(dataset, settings.seq_length, terms)
+        rows = self._rows(dataset, settings.seq_length, terms, split=None)
         if self.peft is None and self.state.global_step and any(term.has_reference for term in terms):
             raise LoraMsError(
                 "the model before training, which these objectives compare with, is gone: give Trainer the rows as "

@@ -138,14 +138,15 @@ def fetch_named(config: RunConfig, command: str) -> None:
     if config.load_adapter:
         config.load_adapter = str(local_folder(config.load_adapter, "adapter", hub, None, "load_adapter: "))
     if command in ("finetune", "fisher", "estimate", "preview", "preprocess"):
-        _fetch_rows(config.train_dataset, "train_dataset", hub)
+        _fetch_rows(config.train_dataset, "train_dataset", hub, "train")
     if command == "eval" or (command == "finetune" and config.evaluates):
-        _fetch_rows(config.eval_dataset, "eval_dataset", hub)
+        _fetch_rows(config.eval_dataset, "eval_dataset", hub, "test")
 
 
-def _fetch_rows(dataset: Dataset, name: str, hub: str) -> None:
+def _fetch_rows(dataset: Dataset, name: str, hub: str, split: str) -> None:
+    """split: where ``data_loader`` names none."""
     loader = dataset.data_loader
-    split = loader.split or "train"
+    split = loader.split or split
     if dataset.mix:
         for part in dataset.mix:
             part.dataset_dir = local_rows(part.dataset_dir, split, hub, said=f"{name}.mix: ")

@@ -151,6 +151,7 @@ class Quiz:
             columns=dataset.columns,
             fill=config.data_fill,
             keep_placeholders=not dataset.fill,
+            split=dataset.data_loader.split,
             num_samples=dataset.num_samples,
         )
         self.questions = read_questions(file, tokenizer, preparation, "prompts_file")

@@ -142,14 +142,18 @@ def test_a_folder_has_splits_where_its_names_say_so(tmp_path):
     def found(split):
         return [file.name for file in find_files(str(tmp_path), split)]
 
-    assert found("train") == ["more.jsonl", "train.jsonl"] and found("test") == ["test.jsonl"]
+    assert found("train") == ["more.jsonl", "train.jsonl"] and found("test") == found(None) == ["test.jsonl"]
     with pytest.raises(LoraMsError, match="has no split validation; there are test, train: set data_loader.split"):
         found("validation")
     write_lines(tmp_path / "train-00000.jsonl", {"text": "numbered"})
-    assert found("train") == found(None) == ["train-00000.jsonl"]
-    for name in ("train.jsonl", "train-00000.jsonl", "more.jsonl"):
+    assert found("train") == ["train-00000.jsonl"] and found(None) == ["test.jsonl"]
+    for name in ("train.jsonl", "more.jsonl"):
         (tmp_path / name).unlink()
+    assert found("train") == ["train-00000.jsonl"]
+    (tmp_path / "train-00000.jsonl").unlink()
     assert found("train") == ["test.jsonl"]  # a folder of test rows that is named as it is
+    (tmp_path / "test.jsonl").rename(tmp_path / "train-00000.jsonl")
+    assert found(None) == ["train-00000.jsonl"]  # held-out rows that lora-ms preprocess has written
 
 
 def test_a_name_with_glob_characters_is_first_of_all_a_name(tmp_path):

@@ -162,8 +162,9 @@ def test_parquet_and_saved_datasets(tmp_path):
     assert read_rows(tmp_path / "saved")[0].messages == (Message("user", "a"), Message("assistant", "b"))
     DatasetDict({"test": rows}).save_to_disk(str(tmp_path / "splits"))
     assert fault(tmp_path / "splits") == f"{tmp_path}/splits: there is no split 'train'; there are test"
-    (found,) = read([str(tmp_path / "splits")], Preparation(seq_length=16, split="test"), Tally())
-    assert found.where == "splits[1]"
+    for split in ("test", None):
+        (found,) = read([str(tmp_path / "splits")], Preparation(seq_length=16, split=split), Tally())
+        assert found.where == "splits[1]"
 
 
 def test_a_repository_of_hugging_face(tmp_path):
