@@ -98,13 +98,23 @@ def for_mindformers(given: dict, sections: dict, train_file: str, eval_file: str
     settings["do_eval"] = eval_file is not None
     settings.setdefault("trainer", {"type": "CausalLanguageModelingTrainer", "model_name": "llama"})
     settings.setdefault("metric", {"type": "PerplexityMetric"})
-    settings.setdefault("optimizer", {"type": "AdamW", "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0})
-    settings.setdefault("runner_wrapper", {"type": "MFTrainOneStepCell", "scale_sense": 1.0, "use_clip_grad": True})
+    has_rate = "learning_rate" in settings.get("optimizer", {})
+    complete(settings, "optimizer", {"type": "AdamW", "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0})
+    complete(settings, "runner_wrapper", {"type": "MFTrainOneStepCell", "scale_sense": 1.0, "use_clip_grad": True})
     settings.setdefault("callbacks", [{"type": "MFLossMonitor"}])
-    schedule = settings.setdefault("lr_schedule", {"type": "CosineWithWarmUpLR", "learning_rate": 1e-4})
-    if max_steps > 0 and schedule.get("total_steps") in (None, -1):
+    # a schedule would replace the optimiser's own rate
+    if "lr_schedule" in settings or not (has_rate or "grouped_lr_schedule" in settings):
+        complete(settings, "lr_schedule", {"type": "CosineWithWarmUpLR", "learning_rate": 1e-4})
+    schedule = settings.get("lr_schedule")
+    if schedule and max_steps > 0 and schedule.get("total_steps") in (None, -1):
         schedule["total_steps"] = max_steps
     return settings
+
+
+def complete(settings: dict, name: str, default: dict) -> None:
+    """Puts ``default`` under a section that says no ``type``, as one of flags alone does, or is not there."""
+    if not settings.get(name, {}).get("type"):
+        settings[name] = {**default, **settings.get(name, {})}
 
 
 def write_settings(file: Path, asked: dict) -> None:

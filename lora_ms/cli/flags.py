@@ -74,7 +74,7 @@ FLAGS: dict[str, list[tuple[str, str, Any, str, str]]] = {
         ("eval_dataset_dir", f"eval_dataset.{DATA}", str, "PATH", "evaluation rows: file, folder, glob or owner/name"),
         ("hub", "hub", str, "NAME", "hub for models and data given as owner/name: hf or modelscope"),
         ("revision", "revision", str, "NAME", "branch, tag or commit of such a model"),
-        ("num_samples", "train_dataset.num_samples", flag_int, "N", "train on the first N rows only"),
+        ("num_samples", "train_dataset.num_samples", flag_int, "N", "read the first N rows only"),
         (
             "chat_template",
             "processor.tokenizer.chat_template",

@@ -200,7 +200,7 @@ def _lora_ms(argv: list[str]) -> int:
         return _run_tool(args)
     without_model = args.command == "preview" and args.load_adapter is None  # rows as they were read
     if args.config is None and args.load_checkpoint is None and not without_model:
-        args.load_checkpoint = _base_of(args.load_adapter or _first_of(getattr(args, "lora_modules", ())))
+        args.load_checkpoint = _base_of(args.load_adapter or _first_of(getattr(args, "lora_modules", ())), args.hub)
     allowed = RUN_MODES[args.command]
     if args.run_mode is None:
         args.run_mode = allowed[0]
@@ -262,9 +262,14 @@ def _run_command(command: str | None, args: argparse.Namespace, free_form: list[
         from lora_ms.recipes import session
 
         return session.serve_scheduler()
+    workers = os.environ.get("MS_WORKER_NUM", "")
+    if not config.use_parallel and workers.isdigit() and int(workers) > 1:
+        raise LoraMsError(f"msrun has started {workers} processes, and use_parallel is False: add --use_parallel True")
     if config.context.low_memory:
         _few_compilers()
     command = command or {"train": "finetune"}.get(config.run_mode, config.run_mode)
+    if command == "eval" and args.num_samples is not None:
+        config.eval_dataset.num_samples = args.num_samples
     if command == "predict" and not args.predict_data and args.predict_file is None:
         raise LoraMsError('nothing to predict: give --predict_data "a prompt" "another", or --predict_file FILE')
     if args.dry_run is not None and command != "finetune":
@@ -295,7 +300,7 @@ def _fetch_named(given: dict[str, Any]) -> None:
             given[name] = str(local_folder(given[name], kind, said=f"{name}: "))
 
 
-def _base_of(adapter: str | None) -> str:
+def _base_of(adapter: str | None, hub: str | None) -> str:
     """The model that the adapter names, for a command without a YAML and without ``--load_checkpoint``."""
     if adapter is None:
         raise LoraMsError(
@@ -305,7 +310,8 @@ def _base_of(adapter: str | None) -> str:
     from lora_ms.recipes.download import local_folder
     from lora_ms.recipes.model_folder import base_of
 
-    return str(base_of(local_folder(adapter, "adapter", said="load_adapter: "), None))
+    hub = hub or "hf"
+    return str(base_of(local_folder(adapter, "adapter", hub, said="load_adapter: "), None, hub))
 
 
 def _first_of(modules: Sequence[str]) -> str | None:

@@ -20,4 +20,7 @@ def run(name: str, kind: str = "model", hub: str = "hf", revision: str | None = 
         raise LoraMsError(f"{name!r} is no name of a hub: they have the form owner/name")
     folder = fetch(Wanted(name, kind, hub, revision), Path(output_dir) if output_dir else None, refresh=True)
     flag = {"model": "load_checkpoint", "adapter": "load_adapter", "dataset": "train_dataset_dir"}[kind]
-    print(f"{folder}\nuse it: --{flag} {output_dir or name}")
+    found_by = (f" --hub {hub}" if hub != "hf" else "") + (
+        f" --revision {revision}" if revision and kind == "model" else ""
+    )
+    print(f"{folder}\nuse it: --{flag} {output_dir or name + found_by}")

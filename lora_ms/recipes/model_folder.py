@@ -37,8 +37,8 @@ def check_adapter_folder(adapter: Path) -> None:
         raise LoraMsError(f"load_adapter: {adapter} is not a folder; give the one that holds {peft_files.CONFIG}")
 
 
-def base_of(adapter: Path, load_checkpoint: str | None) -> Path:
-    """The folder of the adapter's model: ``load_checkpoint``, else the one that the adapter names.
+def base_of(adapter: Path, load_checkpoint: str | None, hub: str = "hf") -> Path:
+    """The folder of the adapter's model: ``load_checkpoint``, else the one that the adapter names, here or on ``hub``.
 
     Raises:
         LoraMsError: there is none.
@@ -49,7 +49,7 @@ def base_of(adapter: Path, load_checkpoint: str | None) -> Path:
         from lora_ms.recipes.download import is_name, local_folder
 
         if named is not None and is_name(named):
-            return local_folder(named, said="which model? give --load_checkpoint with the adapter's own; ")
+            return local_folder(named, hub=hub, said="which model? give --load_checkpoint with the adapter's own; ")
         if named is None or not Path(named).is_dir():
             what = f"the adapter's own, {named}, is no directory here" if named else "the adapter names none"
             raise LoraMsError(f"which model? {what}: give --load_checkpoint with its Hugging Face directory")

@@ -141,10 +141,28 @@ def test_sections_reach_mindformers_as_they_stand(tmp_path):
     assert found["lr_schedule"] == {"type": "CosineWithRestartsAndWarmUpLR", "learning_rate": 0.5, "own": 3}
     assert found["callbacks"] == [{"type": "TrainingStateMonitor", "step_interval": 2}]
     assert found["parallel"] == {"dataset_strategy": [[2, 1]]}
-    assert found["optimizer"] == {"eps": 1e-6}
+    assert found["optimizer"] == {"type": "AdamW", "betas": [0.9, 0.999], "eps": 1e-6, "weight_decay": 0.0}
     assert found["train_dataset"]["data_loader"]["dataset_dir"] == "t.mindrecord"
     with pytest.raises(LoraMsError, match="CosineWithRestartsAndWarmUpLR"):  # as native has it
         load_config(str(file), flags={"backend": "native"})
+
+
+@pytest.mark.parametrize(
+    ("sections", "schedule", "rate"),
+    [
+        ({}, {"type": "CosineWithWarmUpLR", "learning_rate": 1e-4, "total_steps": 4}, None),
+        (
+            {"lr_schedule": {"learning_rate": 2e-5}},
+            {"type": "CosineWithWarmUpLR", "learning_rate": 2e-5, "total_steps": 4},
+            None,
+        ),
+        ({"optimizer": {"type": "AdamW", "learning_rate": 2e-5}}, None, 2e-5),
+    ],
+)
+def test_the_rate_is_the_users(sections, schedule, rate):
+    """MindFormers lets a schedule replace the optimiser's rate; a section of flags alone has no type."""
+    found = settings.for_mindformers({}, sections, "t.mindrecord", None, 4)
+    assert found.get("lr_schedule") == schedule and found["optimizer"].get("learning_rate") == rate
 
 
 def asked(**given) -> dict:

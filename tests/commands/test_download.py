@@ -225,6 +225,8 @@ def test_into_a_folder_of_the_users(hub, command, text_model, tmp_path):
     assert status == 0, text
     assert (tmp_path / "here" / "config.json").read_bytes() == (text_model / "config.json").read_bytes()
     assert text.splitlines()[-1] == "use it: --load_checkpoint here"
+    text = command(hub, "download", QWEN, "--revision", "main")[1]
+    assert text.splitlines()[-1] == f"use it: --load_checkpoint {QWEN} --revision main"
     assert command(hub, "preview", "--load_checkpoint", "here", "--train_dataset_dir", "x.jsonl")[0] == 2
 
 

@@ -224,6 +224,9 @@ def test_eval(done, text_model, rows_file, capsys):
     assert float(perplexity) == pytest.approx(np.exp(float(loss)), rel=1e-4)
     seen = sum(record["loss"] * record["label_tokens"] for record in records(done)) / int(tokens)
     assert 0 < seen - float(loss) < 0.1  # lower than while it was trained
+    lora_ms("eval", *words, "--load_adapter", done / "adapter", "--batch_size", "8", "--num_samples", "2")
+    first = capsys.readouterr().out.splitlines()[-1]
+    assert 0 < int(re.fullmatch(form, first)[4]) < int(tokens)
 
 
 def test_predict(done, text_model, capsys):

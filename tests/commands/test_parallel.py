@@ -50,6 +50,22 @@ def test_refused(model, rows_file, tmp_path, capsys, words, line):
     assert not (tmp_path / "o").exists()
 
 
+def test_processes_that_would_each_train_alone(model, rows_file, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("MS_WORKER_NUM", "8")
+    words = [
+        "--load_checkpoint",
+        str(model),
+        "--train_dataset_dir",
+        str(rows_file),
+        "--output_dir",
+        str(tmp_path / "o"),
+    ]
+    assert main(["finetune", *words]) == 2
+    said = capsys.readouterr().err
+    assert said == "error: msrun has started 8 processes, and use_parallel is False: add --use_parallel True\n"
+    assert not (tmp_path / "o").exists()
+
+
 def test_an_adapter_to_go_on_from_is_looked_at_too(model, rows_file, tmp_path, capsys):
     base, config = load_directory(model), LoraConfig(4, 8.0, target_modules="q_proj", use_dora=True)
     inject(base, config)
