@@ -5,6 +5,7 @@ from pathlib import Path
 from lora_ms.adapters import peft_files
 from lora_ms.adapters.check import FAULT, WARNING, Check, check_files
 from lora_ms.errors import LoraMsError
+from lora_ms.recipes import download
 from lora_ms.recipes.compare_logits import check_logits
 from lora_ms.recipes.model_folder import check_adapter_folder
 from lora_ms.text import counted, status_lines
@@ -32,7 +33,7 @@ def run(load_adapter: str, load_checkpoint: str | None = None) -> int:
 
 
 def model_of(adapter: Path, load_checkpoint: str | None) -> Path | None:
-    """The model's folder, if there is one.
+    """The model's folder, if there is one here: what the adapter names by a hub's name may lie in a cache.
 
     Raises:
         LoraMsError: ``load_checkpoint`` is given and is not a folder.
@@ -45,6 +46,8 @@ def model_of(adapter: Path, load_checkpoint: str | None) -> Path | None:
         named = load_checkpoint or peft_files.base_name(adapter)
     except LoraMsError:
         return None  # the table says what is wrong with the settings
+    if named and download.is_name(named):
+        return download.cached_folder(named)
     return Path(named) if named and Path(named).is_dir() else None
 
 

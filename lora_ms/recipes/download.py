@@ -104,6 +104,12 @@ def local_folder(
     return fetch(Wanted(os.fspath(path), kind, hub, revision, None, said))
 
 
+def cached_folder(name: str) -> Path | None:
+    """The folder of the model ``name`` in a cache of this machine; None where it is not there. Asks no hub."""
+    wanted = Wanted(name)
+    return _fetched_before(wanted) or _cached_by_others(wanted)
+
+
 def local_rows(path: str, split: str = "train", hub: str = "hf", revision: str | None = None, said: str = "") -> str:
     """``path`` itself, or, where it is a name, the file of a dataset's ``split``, or a glob for its files."""
     if not is_name(path):

@@ -10,6 +10,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from lora_ms.cli.main import main
+from lora_ms.recipes import download
 from lora_ms.runtime import host
 from lora_ms.text import counted, status_lines
 
@@ -328,3 +329,22 @@ def test_without_the_model_mindspore_is_not_imported(reference, root):
     words = ["check-adapter", "--load_adapter", str(reference / "adapters" / "qwen2")]
     done = subprocess.run([sys.executable, "-c", script, *words], cwd=root, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_model_is_found_in_the_hubs_cache(graph_mode, checked, adapter, model, tmp_path, monkeypatch):
+    """Where transformers, say, has put it; no hub is asked."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(download, "fetch", lambda *args: pytest.fail("asked"))
+    commit, stored = 40 * "1", tmp_path / "hub" / "models--org--model-7B"
+    shutil.copytree(model, stored / "snapshots" / commit)
+    (stored / "refs").mkdir()
+    (stored / "refs" / "main").write_text(commit)
+    change(adapter, base_model_name_or_path="org/model-7B")
+    table = checked(adapter)
+    assert table["base model"] == ("ok", "org/model-7B, by its name on the hub")
+    assert table["shapes"][0] == "ok" and table["shapes"][1].replace(" ", "").endswith(f"/snapshots/{commit}")
+    assert table["logits"][0] == "ok"
+    change(adapter, base_model_name_or_path="org/other-7B")
+    assert checked(adapter)["shapes"][0] == "warning"
