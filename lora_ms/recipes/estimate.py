@@ -117,11 +117,27 @@ def adapter_parts(adapter: AdapterConfig | None, sizes: DecoderConfig) -> dict[s
         return {"costs": None}
     modules = memory_estimate.modules(sizes)
     adapter = adapter.fitted({name: (outputs, inputs) for name, (inputs, outputs) in modules.items()})
+    costs = {name: adapter.cost(spec, *modules[name]) for name, spec in adapter.specs(modules).items()}
     return {
-        "costs": {name: adapter.cost(spec, *modules[name]) for name, spec in adapter.specs(modules).items()},
+        "costs": costs,
+        "saved": {name: n for name, n in saved_numbers(adapter, sizes).items() if name not in costs},
         "dropout": adapter.dropout,
         "separate_dropout": adapter.separate_dropout,
     }
+
+
+def saved_numbers(adapter: AdapterConfig, sizes: DecoderConfig) -> dict[str, int]:
+    """The numbers of each module that ``modules_to_save`` names, by path; a tied head comes apart and counts alone."""
+    numbers = {"model.norm": sizes.hidden_size}
+    for name, (inputs, outputs) in memory_estimate.modules(sizes).items():
+        biased = sizes.attention_bias and name.endswith(("q_proj", "k_proj", "v_proj"))
+        numbers[name] = inputs * outputs + outputs * biased
+    for i in range(sizes.num_hidden_layers):
+        layer = f"model.layers.{i}"
+        numbers |= {f"{layer}.{name}_layernorm": sizes.hidden_size for name in ("input", "post_attention")}
+        if sizes.qk_norm:
+            numbers |= {f"{layer}.self_attn.{name}_norm": sizes.head_dim for name in "qk"}
+    return {name: n for name, n in numbers.items() if name.endswith(adapter.modules_to_save)}
 
 
 def moment_bytes(optimizer: Optimizer | TrainSettings) -> float:

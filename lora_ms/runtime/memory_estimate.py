@@ -81,6 +81,8 @@ class Job:
     length: int  # tokens of a line
     # of the adapter on each adapted module, by path; None: all parameters train
     costs: Mapping[str, AdapterCost] | None
+    # numbers of each module that trains whole beside the adapter, by path
+    saved: Mapping[str, int] = field(default_factory=dict)
     dropout: float = 0.0  # on the inputs of adapters
     separate_dropout: bool = False  # by an operator of its own, even with native ones
     dtype: str = "float32"  # of weights and, on a card, of activations
@@ -187,7 +189,7 @@ def trainable(job: Job) -> int:
     """Numbers that train."""
     if job.costs is None:
         return parameters(job.sizes)
-    return sum(cost.trained for cost in job.costs.values())
+    return sum(cost.trained for cost in job.costs.values()) + sum(job.saved.values())
 
 
 def kept(job: Job, layer: int) -> tuple[float, float]:
@@ -214,12 +216,14 @@ def kept(job: Job, layer: int) -> tuple[float, float]:
 def _adapter_inputs(job: Job, dense: Mapping[str, tuple[int, int]], prefix: str) -> int:
     # numbers per token that the gradients of adapters need: their inputs, and what they keep besides
     adapted = [name for name in dense if name.startswith(prefix) and (job.costs is None or name in job.costs)]
+    saved = {name for name in job.saved if name in dense and name.startswith(prefix)}
     kept_besides = 0 if job.costs is None else sum(job.costs[name].kept for name in adapted)
     if job.dropout and (
         not job.native or job.separate_dropout
     ):  # then each adapter has its own dropped input and its mask
-        return kept_besides + 2 * sum(dense[name][0] for name in adapted)
-    shared = {name.replace("k_proj", "q_proj").replace("v_proj", "q_proj").replace("up_", "gate_") for name in adapted}
+        return kept_besides + 2 * sum(dense[name][0] for name in adapted) + sum(dense[name][0] for name in saved)
+    needed = saved.union(adapted)
+    shared = {name.replace("k_proj", "q_proj").replace("v_proj", "q_proj").replace("up_", "gate_") for name in needed}
     return kept_besides + sum(dense[name][0] for name in shared)
 
 

@@ -303,3 +303,27 @@ def test_the_command(model, capsys):
     out = capsys.readouterr().out
     assert "all, at the peak" in out and "not measured on hardware" in out and "Orange Pi 8 GB" in out
     assert max(map(len, out.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    "saved",
+    [(), ("embed_tokens",), ("lm_head",), ("embed_tokens", "lm_head"), ("norm",), ("k_proj",), ("0.mlp.up_proj",)],
+)
+def test_modules_that_train_whole(model, saved):
+    """As many numbers as in the model itself, at the cost of any that trains."""
+    from lora_ms.adapters.inject import inject
+    from lora_ms.adapters.methods.lora import LoraConfig
+    from lora_ms.models.hub import load_directory
+    from lora_ms.recipes.estimate import adapter_parts
+
+    whole = load_directory(model)
+    config = LoraConfig(8, 16, target_modules=("q_proj", "v_proj"), modules_to_save=saved)
+    found, plain = (
+        memory_estimate.Job(whole.config, 1, 64, **adapter_parts(each, whole.config))
+        for each in (config, LoraConfig(8, 16, target_modules=config.target_modules))
+    )
+    assert memory_estimate.trainable(found) == inject(whole, config).trainable
+    more = memory_estimate.trainable(found) - memory_estimate.trainable(plain)
+    with_saved, without = memory_estimate.estimate(found), memory_estimate.estimate(plain)
+    assert with_saved.training - without.training == pytest.approx((8 + 8) * more / memory_estimate.MB)
+    assert with_saved.graphs == without.graphs and with_saved.total >= without.total
