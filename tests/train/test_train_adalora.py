@@ -1,5 +1,8 @@
 """AdaLoRA's schedule, its choice of triplets, and the plain LoRA made of what it reached."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from mindspore import Tensor
@@ -144,4 +147,35 @@ def test_a_frozen_factor_is_refused(graph_mode, reference):
         RankAllocator(model, config).objectives(model.trainable_params())
     assert str(caught.value) == (
         "AdaLoRA trains A, B and E of every module, and model.layers.1.self_attn.q_proj is frozen in part"
+    )
+
+
+@pytest.mark.parametrize(
+    ("init_r", "given", "found"), [(6, {}, 6), (6, {"target_r": 8}, 6), (12, {}, 8), (6, {"target_r": 2}, 2)]
+)
+def test_the_target_of_pefts_settings(init_r, given, found):
+    """PEFT writes its default of 8 beside a smaller rank, too."""
+    config = AdaLoraConfig.from_peft({"init_r": init_r, "lora_alpha": 6, "target_modules": ["q_proj"], **given})
+    assert config.target_rank == found
+
+
+SCHEDULE = {"target_rank": 1, "delta_t": 5, "beta1": 0.5, "beta2": 0.6, "orth_reg_weight": 0.1}
+KEYS = SimpleNamespace(**SCHEDULE, tinit=1, tfinal=2, lora_dropout=0.0)
+
+
+def test_a_schedule_given_anew():
+    found = TRACE.continued(KEYS, SCHEDULE.keys())
+    assert {name: getattr(found, name) for name in SCHEDULE} == SCHEDULE and (found.tinit, found.tfinal) == (1, 2)
+    assert TRACE.continued(KEYS, ()) == replace(TRACE, tinit=1, tfinal=2)
+
+
+def test_a_schedule_that_is_over():
+    over = replace(TRACE, kept={"model.layers.0.self_attn.q_proj": (True, False, True, False)})
+    assert over.continued(KEYS, ()) == over
+    assert over.continued(SimpleNamespace(target_rank=2, lora_dropout=0.0), ("target_rank",)) == over
+    with pytest.raises(LoraMsError) as caught:
+        over.continued(KEYS, ("target_rank", "beta1"))
+    assert str(caught.value) == (
+        "target_rank: 1 in pet_config, 2 in the adapter; beta1: 0.5 in pet_config, 0.85 in the adapter, whose ranks "
+        "are shared out"
     )

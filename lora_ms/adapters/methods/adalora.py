@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 
 Mask = NDArray[np.bool_]
 PREFIX = "base_model.model."  # of module paths in older files of PEFT's
+SCHEDULE = ("target_rank", "delta_t", "beta1", "beta2", "orth_reg_weight")  # a run that goes on may give them anew
 GUARD = 1e-5  # PEFT adds it to the rank that alpha is divided by, against modules without a rank
 
 
@@ -172,7 +173,7 @@ class AdaLoraConfig(AdapterConfig, LowRankOptions):
             lora_alpha=peft["lora_alpha"],
             lora_dropout=peft.get("lora_dropout") or 0.0,
             bias=peft.get("bias") or "none",
-            target_rank=peft.get("target_r", 8),
+            target_rank=min(peft.get("target_r", 8), peft["init_r"]),  # PEFT's default stands beside smaller ones
             tinit=peft.get("tinit") or None,
             tfinal=peft.get("tfinal") or None,
             delta_t=peft.get("deltaT") or 1,
@@ -262,11 +263,21 @@ class AdaLoraConfig(AdapterConfig, LowRankOptions):
     # training
 
     def continued(self, keys: Any, given: Collection[str]) -> "AdaLoraConfig":
-        """With the schedule of this run, where ranks were not shared out before."""
+        """With the schedule of this run, where ranks were not shared out before.
+
+        Raises:
+            LoraMsError: they were, and a key of the schedule is another.
+        """
         dropout = keys.lora_dropout if "lora_dropout" in given else self.lora_dropout
-        if self.kept:
-            return replace(self, lora_dropout=dropout)
-        return replace(self, lora_dropout=dropout, tinit=keys.tinit, tfinal=keys.tfinal)
+        asked = {name: getattr(keys, name) for name in SCHEDULE if name in given}
+        asked = {name: value for name, value in asked.items() if value is not None}
+        if not self.kept:
+            return replace(self, lora_dropout=dropout, tinit=keys.tinit, tfinal=keys.tfinal, **asked)
+        odd = [name for name, value in asked.items() if value != getattr(self, name)]
+        if odd:
+            faults = (f"{name}: {asked[name]} in pet_config, {getattr(self, name)} in the adapter" for name in odd)
+            raise LoraMsError(f"{'; '.join(faults)}, whose ranks are shared out")
+        return replace(self, lora_dropout=dropout)
 
     def for_run(self, total_steps: int) -> "AdaLoraConfig":
         """A tenth of the run before ranks fall and three tenths after, unless given; ranks that were shared out before
