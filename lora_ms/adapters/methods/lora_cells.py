@@ -16,7 +16,7 @@ from lora_ms.adapters.methods.base_cells import AdapterCell, State, dense_of, fr
 from lora_ms.adapters.methods.lora import LoraSpec
 from lora_ms.errors import LoraMsError
 from lora_ms.nn.dropout import DropoutKernel
-from lora_ms.nn.layers import Embedding
+from lora_ms.nn.layers import Embedding, Head
 from lora_ms.nn.parallel import split_axis
 from lora_ms.nn.projection import Projection, projection_of
 from lora_ms.ops import PORTABLE, Operators
@@ -341,6 +341,8 @@ def build(config: "LoraConfig", target: Target, spec: LoraSpec) -> AdapterCell:
         raise LoraMsError("use_lorafa does not support an adapter on the embedding: leave one of them out")
     if type(target.layer) is Embedding:
         return embedding_cells.build(config, target, spec)
+    if type(target.layer) is Head and config.lora_bias:
+        raise LoraMsError("lora_bias does not support an adapter on the head: leave one of them out")
     if config.wants_bits(target.name) and not projection_of(target.layer, target.operators).quantised:
         raise LoraMsError(
             f"layer_groups: {target.name} should have four bits, but the model is already loaded: load it with "

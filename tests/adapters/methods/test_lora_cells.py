@@ -5,9 +5,15 @@ import numpy as np
 import pytest
 from mindspore import Tensor, nn
 
+from lora_ms.adapters.methods.base import Target
+from lora_ms.adapters.methods.lora import LoraConfig
 from lora_ms.adapters.methods.lora_cells import LoRADense
+from lora_ms.errors import LoraMsError
 from lora_ms.nn.dropout import DrawTable
+from lora_ms.nn.layers import Head
+from lora_ms.nn.parallel import WHOLE
 from lora_ms.nn.projection import projection_of
+from lora_ms.ops import PORTABLE
 
 pytestmark = pytest.mark.usefixtures("graph_mode")
 RNG = np.random.default_rng(5)
@@ -161,3 +167,12 @@ def test_gradients_with_dropout(gradients, squares, operators):
     np.testing.assert_allclose(d_a.asnumpy(), 2 * ALPHA / RANK * (y @ B).T @ (x * kept), rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(d_b.asnumpy(), 2 * ALPHA / RANK * y.T @ (x * kept @ A.T), rtol=1e-4, atol=1e-4)
     table.close()
+
+
+def test_a_bias_of_the_head_is_refused():
+    """The loss takes the head's weight alone."""
+    head = Head.zeros(IN, OUT, has_bias=False, dtype=ms.float32, operators=PORTABLE)
+    config = LoraConfig(RANK, ALPHA, target_modules=("lm_head",), lora_bias=True)
+    with pytest.raises(LoraMsError) as caught:
+        config.build(Target("lm_head", head, WHOLE, PORTABLE), config.spec("lm_head"))
+    assert str(caught.value) == "lora_bias does not support an adapter on the head: leave one of them out"
