@@ -21,6 +21,7 @@ from lora_ms.storage import Entry
 HEAD = "lm_head.weight"
 EMBEDDING = "model.embed_tokens.weight"
 TIED = ("SmolLM3ForCausalLM",)  # architectures whose head is the embedding where config.json does not say
+BIASED = {"Qwen2ForCausalLM": ("q_proj", "k_proj", "v_proj")}  # layers that have a bias, by architecture
 BARE = ("embed_tokens.", "layers.", "norm.")  # how names begin that were saved from the decoder without its head
 CONFIG = "config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -84,7 +85,8 @@ def open_model(path: Path, hf: Mapping[str, Any]) -> ModelFolder:
     Raises:
         LoraMsError: no weights, or files that contradict each other.
     """
-    entries, in_groups = split_groups(full_names(storage.open_dir(path)), hf.get("quantization_config"))
+    biased = BIASED.get((hf.get("architectures") or [""])[0], ())
+    entries, in_groups = split_groups(full_names(storage.open_dir(path)), hf.get("quantization_config"), biased)
     entries, in_nf4 = split(entries)
     quantised: dict[str, StoredNF4 | StoredInt4] = {**in_groups, **in_nf4}
     entries |= {name: weight.entry for name, weight in quantised.items()}

@@ -107,11 +107,14 @@ class StoredInt4(NamedTuple):
         return np.array(storage.read_raw(entry)).view(np.int32).reshape(entry.shape)
 
 
-def split_groups(entries: Mapping[str, Entry], value: Any) -> tuple[dict[str, Entry], dict[str, StoredInt4]]:
+def split_groups(
+    entries: Mapping[str, Entry], value: Any, biased: tuple[str, ...] = ()
+) -> tuple[dict[str, Entry], dict[str, StoredInt4]]:
     """The tensors that are stored whole, and the weights in groups, by the name that they have whole.
 
-    value: ``quantization_config`` of the folder. A bias of zeros beside such a weight is left out: AutoGPTQ puts one
-    beside every layer.
+    Args:
+        value: ``quantization_config`` of the folder.
+        biased: names of layers that have a bias. Beside others one of zeros is left out: AutoGPTQ puts one everywhere.
 
     Raises:
         LoraMsError: parts that are missing or do not fit, or settings that are not read.
@@ -131,7 +134,11 @@ def split_groups(entries: Mapping[str, Entry], value: Any) -> tuple[dict[str, En
         parts = {part: plain.pop(module + part) for part in PARTS if module + part in plain}
         found[f"{module}.weight"] = _stored(module, parts, settings)
         bias = plain.get(f"{module}.bias")
-        if bias is not None and not any(block.any() for block in storage.read_blocks(bias)):
+        if (
+            bias is not None
+            and not module.endswith(biased)
+            and not any(block.any() for block in storage.read_blocks(bias))
+        ):
             del plain[f"{module}.bias"]
     return plain, found
 

@@ -9,7 +9,7 @@ import mindspore as ms
 import numpy as np
 import pytest
 from mindspore import Tensor
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 import lora_ms
 from lora_ms import storage
@@ -137,3 +137,17 @@ def test_not_saved_as_it_is(made, tmp_path):
     assert tokens.shape == (1, 6)
     with pytest.raises(lora_ms.LoraMsError, match="is in four bits that are read only"):
         model.save_pretrained(tmp_path / "x")
+
+
+def test_biases_of_zeros_that_the_architecture_has(made, operators, tmp_path):
+    """They are read; those that AutoGPTQ puts beside all other layers are not."""
+    source = made("gptq")[0]
+    tensors = load_file(source / "model.safetensors")
+    for name in [name for name in tensors if name.endswith(".qweight")]:
+        tensors[name.replace("qweight", "bias")] = np.zeros(tensors[name].shape[1], np.float16)
+    (tmp_path / "config.json").write_bytes((source / "config.json").read_bytes())
+    save_file(tensors, tmp_path / "model.safetensors")
+    model = load_directory(tmp_path, operators=operators)
+    biases = {name: p.asnumpy() for name, p in model.parameters_and_names() if name.endswith(".bias")}
+    assert {name.split(".")[-2] for name in biases} == {"q_proj", "k_proj", "v_proj"}
+    assert not any(value.any() for value in biases.values())
