@@ -398,6 +398,24 @@ def stored_blocks(parameter: Parameter, dtype: str) -> Iterator[np.ndarray]:
     yield storage.encoded(parameter.asnumpy(), dtype)
 
 
+def planned_tensors(model: CausalLM, dtype: DTypeLike) -> dict[str, storage.Planned]:
+    """What ``write_directory`` writes, by name."""
+    stored = storage.STORED[np.dtype(dtype).name]
+    quantised = quantised_layers(model)
+    packed = {parameter for cell in quantised.values() for parameter in cell.weights()}
+    planned = {
+        name: storage.Planned(stored, tuple(p.shape), partial(stored_blocks, p, stored))
+        for name, p in model.parameters_and_names()
+        if p not in packed
+    }
+    for name, cell in quantised.items():
+        if not isinstance(cell, NF4Projection):
+            raise LoraMsError(f"the model cannot be saved as it is: {name} is in four bits that are read only")
+        shape = (cell.out_channels, cell.in_channels)
+        planned |= planned_nf4(f"{name}.weight", shape, np.dtype(dtype).name, cell.double, cell.stored)
+    return planned
+
+
 def write_directory(
     model: CausalLM, folder: Path, dtype: DTypeLike = np.float32, shard_size: int = storage.SHARD_SIZE
 ) -> None:
@@ -410,19 +428,7 @@ def write_directory(
     """
     check_plain(model)
     name_of_type = np.dtype(dtype).name
-    stored = storage.STORED[name_of_type]
-    quantised = quantised_layers(model)
-    packed = {parameter for cell in quantised.values() for parameter in cell.weights()}
-    planned = {
-        name: storage.Planned(stored, tuple(p.shape), partial(stored_blocks, p, stored))
-        for name, p in model.parameters_and_names()
-        if p not in packed
-    }
-    for name, cell in quantised.items():
-        if not isinstance(cell, NF4Projection):
-            raise LoraMsError(f"the model cannot be saved as it is: {name} is in four bits that are read only")
-        shape = (cell.out_channels, cell.in_channels)
-        planned |= planned_nf4(f"{name}.weight", shape, name_of_type, cell.double, cell.stored)
+    planned, quantised = planned_tensors(model, dtype), quantised_layers(model)
     hf = {k: v for k, v in model.hf_config.items() if k not in ("torch_dtype", "dtype", "quantization_config")}
     if quantised:
         hf["quantization_config"] = quantisation_of(model, quantised).to_config()
@@ -445,7 +451,7 @@ def save_directory(
 ) -> None:
     """``write_directory`` into a folder that is written whole or not at all; ``add`` writes what stands beside it."""
     check_plain(model)
-    size = sum(p.size for _, p in model.parameters_and_names()) * np.dtype(dtype).itemsize
+    size = sum(tensor.size for tensor in planned_tensors(model, dtype).values())
     with saving.new_folder(Path(path), size, storage.MODEL_FILES) as folder:
         write_directory(model, folder, dtype, shard_size)
         add(folder)

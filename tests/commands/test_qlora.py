@@ -11,6 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import lora_ms
+from lora_ms import saving
 from lora_ms.cli.main import main
 from lora_ms.models.hub import load_directory, new_model, quantised_layers, read_config, save_directory
 from lora_ms.quant.settings import Quantisation, read_quantisation
@@ -256,3 +257,17 @@ def test_layered(deep, root, rows_file, tmp_path, capsys):
     assert types == {layer: layer >= 11 for layer in range(32)}
     model = load_directory(deep, quantisation=settings)
     assert {int(name.split(".")[2]) for name in quantised_layers(model)} == set(range(11, 32))
+
+
+def test_the_room_for_a_saved_model_is_what_is_written(model, tmp_path, monkeypatch):
+    asked, new_folder = [], saving.new_folder
+
+    def noted(folder, size, replaced):
+        asked.append(size)
+        return new_folder(folder, size, replaced)
+
+    monkeypatch.setattr(saving, "new_folder", noted)
+    for quantisation in (None, Quantisation(double=True)):
+        save_directory(load_directory(model, quantisation=quantisation), tmp_path / "m")
+        written = sum(entry.nbytes for entry in load_file(tmp_path / "m" / "model.safetensors").values())
+        assert asked.pop() == written
