@@ -10,8 +10,8 @@ import numpy as np
 
 from lora_ms import storage
 from lora_ms.config import RunConfig
+from lora_ms.config.sections import Dataset
 from lora_ms.data.loader import DataPlan
-from lora_ms.data.store import TokenStore
 from lora_ms.data.tokenizer import pad_id
 from lora_ms.errors import LoraMsError
 from lora_ms.objectives import fisher_file
@@ -29,10 +29,10 @@ PART = ".part"  # end of the name of the file from which a run that was stopped 
 TOTAL = "total"
 
 
-def general_sources(config: RunConfig) -> list[str]:
-    """The parts of ``train_dataset.mix`` whose role is general; all of ``train_dataset`` where none has it."""
-    general = [part.dataset_dir for part in config.train_dataset.mix if part.role == "general"]
-    return general or data.sources_of(config.train_dataset, "train")
+def general_part(dataset: Dataset) -> Dataset:
+    """``train_dataset`` with the parts of ``mix`` whose role is general; as it is where none has it."""
+    general = [part for part in dataset.mix if part.role == "general"]
+    return dataset.model_copy(update={"mix": general or dataset.mix})
 
 
 def output_of(config: RunConfig, output: str | None) -> Path:
@@ -62,12 +62,12 @@ def measure(config: RunConfig, output: str | None = None, params: str | None = N
     sizes = read_sizes(config)
     tokenizer = data.tokenizer_for(config, training=True)
     preparation = data.preparation_of(config, config.train_dataset, sizes.max_position_embeddings, sizes.vocab_size)
-    dataset = config.train_dataset.model_copy(update={"mix": []})
-    parts = [data.rows_of(dataset, [source], tokenizer, preparation) for source in general_sources(config)]
-    store = TokenStore.join([rows.store for rows in parts])
+    dataset = general_part(config.train_dataset)
+    rows = data.rows_of(dataset, data.sources_of(dataset, "train"), tokenizer, preparation)
+    store = rows.store
     runtime = session.start(config)
     if runtime.is_main:
-        print(*(line for rows in parts for report in rows.reports for line in report.lines()), sep="\n")
+        print(*(line for report in rows.reports for line in report.lines()), sep="\n")
     model = build_model(config, sizes, compute_dtype(config, runtime), runtime)
     adapter.attach(config, model, 10**6)
     trained = {name: p for name, p in model.parameters_and_names() if p.requires_grad}

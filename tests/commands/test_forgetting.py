@@ -80,6 +80,25 @@ def test_fisher_is_the_mean_over_single_rows(model, files, tmp_path, capsys):
     assert not (tmp_path / "o").exists() and not list(tmp_path.glob("*.part"))
 
 
+def test_fisher_of_the_first_rows_of_a_part(model, files, tmp_path):
+    """As of a file that has no others."""
+    words = ["fisher", *flags(model, files, tmp_path / "o"), *LORA, "--params", ".*lora_b"]
+    rows = Path(files["general"]).read_text().splitlines(keepends=True)
+    (tmp_path / "two.jsonl").write_text("".join(rows[:2]))
+    whole, first, two = (tmp_path / name for name in ("whole", "first", "two"))
+    assert main([*words, "--output", str(whole)]) == 0
+    assert main([*words, "--train_dataset.mix.1.num_samples", "2", "--output", str(first)]) == 0
+    assert main([*words, "--train_dataset.mix.1.dataset_dir", str(tmp_path / "two.jsonl"), "--output", str(two)]) == 0
+    settings = []
+    for file in (first, two):
+        with safe_open(file, "numpy") as opened:
+            settings.append(json.loads(opened.metadata()["lora_ms_fisher"]))
+    assert settings[0] == settings[1] and settings[0]["rows"] == 2
+    for name, value in load_file(two).items():
+        np.testing.assert_array_equal(load_file(first)[name], value, err_msg=name)
+        assert np.any(load_file(whole)[name] != value)
+
+
 def test_fisher_goes_on_where_it_was_stopped(model, files, tmp_path, monkeypatch, capsys):
     """After two of three rows, as after a kill: the same numbers to the bit. Chosen parameters alone."""
     from lora_ms.recipes import fisher
