@@ -14,6 +14,8 @@ from lora_ms.config import RunConfig
 from lora_ms.config.sections import EvaluationSet, Part
 from lora_ms.errors import LoraMsError
 from lora_ms.objectives.parameter_terms import OrthogonalKeys
+from lora_ms.recipes.adapter import adapter_config
+from lora_ms.recipes.model import quantisation_of_run
 from lora_ms.train import checkpoint
 from lora_ms.train.forgetting import read_points
 from lora_ms.train.sequence import TaskMatrix
@@ -37,6 +39,20 @@ def check(config: RunConfig) -> None:
         raise LoraMsError(f"evaluation.sets.{both[0]} has the name of a task, which is a set as well: give it another")
     if config.backend != "native":
         raise LoraMsError("sequence needs backend native")
+    if is_orthogonal(config):
+        _check_merging(config)
+
+
+def _check_merging(config: RunConfig) -> None:
+    """Raises LoraMsError where a task's adapter could not be merged into the model before the next one."""
+    pet, base = config.pet_config, config.load_checkpoint
+    need = "orthogonal merges every task's adapter into the model"
+    if pet is None or not adapter_config(pet).merges:
+        raise LoraMsError(f"{need}: give a pet_config whose adapter merges, such as lora")
+    if not Path(base).is_dir():
+        raise LoraMsError(f"{need}: load_checkpoint {base!r} is no folder: give a Hugging Face directory")
+    if quantisation_of_run(config, 0) is not None:
+        raise LoraMsError(f"{need}, whose weights must be whole: train without four bits, or leave orthogonal out")
 
 
 def folder_of(config: RunConfig, number: int) -> Path:

@@ -408,3 +408,25 @@ def test_tasks_in_turn(model, files, tmp_path, capsys, monkeypatch, orthogonal):
     assert "orthogonal" not in records(tmp_path / "task_1_domain")[0]
     assert main([*words, "seed=4"]) == 2
     assert "was learnt with other settings" in capsys.readouterr().err
+
+
+def test_orthogonal_tasks_that_could_not_be_merged(model, files, tmp_path, capsys):
+    """They are refused before anything is trained."""
+    tasks = [{"name": name, "dataset_dir": files[name], "eval_dir": files[name]} for name in ("domain", "general")]
+    words = ["sequence", *flags(model, files, tmp_path / "o")[:-2], *LORA]
+    more = ["--options", f"sequence.tasks={json.dumps(tasks)}", "objectives=[{type: orthogonal}]"]
+    (tmp_path / "w.ckpt").touch()
+    assert main(["quantize", "--load_checkpoint", str(model), "--output_dir", str(tmp_path / "nf4")]) == 0
+    pet = "model.model_config.pet_config"
+    for option, said in [
+        ("model.model_config.quantization_config=nf4", "whose weights must be whole"),
+        (pet + "={layer_groups: [{layers: [0], lora_rank: 2, bits: nf4}]}", "whose weights must be whole"),
+        (f"load_checkpoint={tmp_path / 'nf4'}", "whose weights must be whole"),
+        (f"load_checkpoint={tmp_path / 'w.ckpt'}", "w.ckpt' is no folder"),
+        ("pet_config=null", "give a pet_config whose adapter merges"),
+        ("pet_config={pet_type: prompt, num_virtual_tokens: 2}", "give a pet_config whose adapter merges"),
+    ]:
+        given = words[: -len(LORA)] if "pet_config" in option else words
+        assert main([*given, *more, option]) == 2, option
+        assert said in capsys.readouterr().err, option
+    assert not (tmp_path / "o").exists()
