@@ -106,9 +106,12 @@ def config_of(config: RunConfig, number: int) -> RunConfig:
     found.output_dir = str(folder_of(config, number))
     dataset = found.train_dataset
     general = [part for part in dataset.mix if part.role == "general"]
-    weight = sum(part.weight for part in dataset.mix if part.role == "domain") or 1.0
+    domain = [part for part in dataset.mix if part.role == "domain"]
+    weight = sum(part.weight for part in domain) or 1.0
+    ends = [part.weight if part.weight_end is None else part.weight_end for part in domain]
+    weight_end = None if all(part.weight_end is None for part in domain) else sum(ends)
     dataset.data_loader.dataset_dir = "" if general else task.dataset_dir
-    own = Part(dataset_dir=task.dataset_dir, weight=weight, num_samples=task.num_samples)
+    own = Part(dataset_dir=task.dataset_dir, weight=weight, weight_end=weight_end, num_samples=task.num_samples)
     dataset.mix = [own, *general] if general else []
     if task.num_samples is not None and not general:
         dataset.num_samples = task.num_samples

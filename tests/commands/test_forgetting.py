@@ -369,6 +369,22 @@ def test_the_first_rows_of_a_task_are_not_the_first_of_those_that_are_replayed(f
         assert found == [3, None][: len(mix) + 1]
 
 
+def test_a_task_has_the_weights_of_the_domain_parts(files, tmp_path):
+    from lora_ms.config import load_config
+    from lora_ms.recipes.sequence import config_of
+
+    tasks = [{"name": "a", "dataset_dir": files["domain"], "eval_dir": files["domain"]}]
+    general = {"dataset_dir": files["general"], "weight": 1, "weight_end": 4, "role": "general"}
+    plain, falling = {"dataset_dir": "x", "weight": 3}, {"dataset_dir": "y", "weight": 2, "weight_end": 0.5}
+    for domain, wanted in (([], (1, None)), ([plain], (3, None)), ([plain, falling], (5, 3.5))):
+        mix = [*domain, general]
+        config = load_config(
+            None, flags={"output_dir": str(tmp_path), "sequence.tasks": tasks, "train_dataset.mix": mix}
+        )
+        own, replayed = config_of(config, 0).train_dataset.mix
+        assert (own.weight, own.weight_end, replayed.weight_end) == (*wanted, 4)
+
+
 @pytest.mark.parametrize("orthogonal", [False, True])
 def test_tasks_in_turn(model, files, tmp_path, capsys, monkeypatch, orthogonal):
     """Stopped in the second task, and gone on with: the first is not learnt again."""
