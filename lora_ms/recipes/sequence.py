@@ -128,6 +128,7 @@ def config_of(config: RunConfig, number: int) -> RunConfig:
                 term.adapters = [*term.adapters, *(str(folder / "adapter") for folder in earlier)]
         if earlier:
             found.load_checkpoint = str(earlier[-1] / MERGED)
+            found.load_adapter = ""  # the first task has gone on from it
     elif earlier and config.pet_config is None:
         found.load_checkpoint = str(earlier[-1] / "model")
     elif earlier:

@@ -426,6 +426,26 @@ def test_tasks_in_turn(model, files, tmp_path, capsys, monkeypatch, orthogonal):
     assert "was learnt with other settings" in capsys.readouterr().err
 
 
+def test_orthogonal_tasks_start_from_an_adapter_once(model, files, tmp_path):
+    """The first task goes on with it; the model of the second has it in it, and the second's own begins at nothing."""
+    words = [*flags(model, files, tmp_path / "o")[:-2], *LORA]
+    given = ["--train_dataset_dir", files["domain"], "--output_dir", str(tmp_path / "given")]
+    assert main(["finetune", *words, *given]) == 0
+    tasks = [
+        {"name": name, "dataset_dir": files[name], "eval_dir": files[name], "metric": "loss"}
+        for name in ("domain", "general")
+    ]
+    more = ["--load_adapter", str(tmp_path / "given" / "adapter")]
+    more += ["--options", f"sequence.tasks={json.dumps(tasks)}", "objectives=[{type: orthogonal}]"]
+    assert main(["sequence", *words, *more]) == 0
+    first, second = (
+        [point["scores"]["domain"]["loss"] for point in json.loads((folder / "forgetting.json").read_text())["points"]]
+        for folder in (tmp_path / "o/task_1_domain", tmp_path / "o/task_2_general")
+    )
+    assert first[0] < records(tmp_path / "given")[0]["loss"] - 0.01
+    assert second[0] == pytest.approx(first[-1], rel=1e-5)
+
+
 def test_orthogonal_tasks_that_could_not_be_merged(model, files, tmp_path, capsys):
     """They are refused before anything is trained."""
     tasks = [{"name": name, "dataset_dir": files[name], "eval_dir": files[name]} for name in ("domain", "general")]
