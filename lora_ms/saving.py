@@ -248,15 +248,20 @@ def is_intact(folder: Path, marker: str = MARKER) -> bool:
         return False
 
 
+def _ours(folder: Path) -> dict[str, str]:
+    """``listed`` of a folder that may be nobody's, or not be there."""
+    try:
+        return listed(folder) or {}
+    except LoraMsError:
+        return {}
+
+
 def foreign(folder: Path) -> list[str]:
     """Files in ``folder`` that we did not write, the folder itself where it is a file or link; empty where it is not
     there. Those of an unfinished ``PART`` or ``OLD`` are not among them."""
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         return [folder.name]
-    try:
-        ours = listed(folder) or {}
-    except LoraMsError:
-        ours = {}
+    ours = _ours(folder)
     return [name for name in files_of(folder) if name not in ours and name != MARKER and not is_unfinished(Path(name))]
 
 
@@ -280,14 +285,6 @@ def _swap(part: Path, folder: Path) -> None:
         os.rename(part, folder)
     _sync_folder(folder.parent)
     delete(old)
-
-
-def _ours(folder: Path) -> dict[str, str]:
-    """``listed`` of a folder that may be nobody's, or not be there."""
-    try:
-        return listed(folder) or {}
-    except LoraMsError:
-        return {}
 
 
 def _keep(names: Iterable[str], folder: Path, part: Path, replaced: re.Pattern | None) -> None:
