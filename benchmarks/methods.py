@@ -69,8 +69,7 @@ def measure(name: str) -> dict:
     from lora_ms import AutoModelForCausalLM, AutoTokenizer, PeftModel
     from lora_ms.cli.main import main as lora_ms_command
     from lora_ms.data.example import Message
-    from lora_ms.infer.chat import Speaker
-    from lora_ms.infer.generate import Generator
+    from lora_ms.infer.generate import Generator, Speaker
     from lora_ms.infer.sampling import Sampling
 
     pet, rate = METHODS[name]

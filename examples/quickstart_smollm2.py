@@ -16,8 +16,7 @@ os.environ.setdefault("GLOG_v", "3")  # MindSpore's log: errors only
 from lora_ms import AutoModelForCausalLM, AutoTokenizer, PeftModel
 from lora_ms.cli.main import main as lora_ms_command
 from lora_ms.data.example import Message
-from lora_ms.infer.chat import Speaker
-from lora_ms.infer.generate import Generator
+from lora_ms.infer.generate import Generator, Speaker
 from lora_ms.infer.sampling import Sampling
 from lora_ms.runtime.host import cache_folder
 

@@ -9,8 +9,7 @@ os.environ.setdefault("GLOG_v", "3")
 
 from lora_ms import AutoModelForCausalLM, AutoTokenizer, PeftModel
 from lora_ms.data.example import Message
-from lora_ms.infer.chat import Speaker
-from lora_ms.infer.generate import Generator
+from lora_ms.infer.generate import Generator, Speaker
 from lora_ms.infer.sampling import Sampling
 
 

@@ -7,7 +7,7 @@ from contextlib import suppress
 from lora_ms.config import RunConfig
 from lora_ms.data.example import Message
 from lora_ms.errors import LoraMsError
-from lora_ms.infer.chat import Speaker
+from lora_ms.infer.generate import Speaker
 from lora_ms.recipes import session
 from lora_ms.recipes.generate import model_for_use, sampling_of, speaker_for, suggested_sampling
 

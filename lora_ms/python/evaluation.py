@@ -8,8 +8,7 @@ from mindspore import nn
 
 from lora_ms.data.pipeline import Preparation
 from lora_ms.errors import LoraMsError
-from lora_ms.infer.chat import Speaker
-from lora_ms.infer.generate import Generator
+from lora_ms.infer.generate import Generator, Speaker
 from lora_ms.infer.questions import chrf, is_match
 from lora_ms.infer.sampling import Sampling
 from lora_ms.python.peft_model import PeftModel

@@ -17,9 +17,8 @@ from lora_ms.data.report import Tally
 from lora_ms.data.store import TokenStore
 from lora_ms.data.template import encode_prompt
 from lora_ms.errors import LoraMsError
-from lora_ms.infer.chat import Speaker
 from lora_ms.infer.engine import check_prompts
-from lora_ms.infer.generate import Generator
+from lora_ms.infer.generate import Generator, Speaker
 from lora_ms.infer.questions import Question, chrf, is_match, question_of
 from lora_ms.infer.sampling import Sampling
 from lora_ms.models.decoder import CausalLM

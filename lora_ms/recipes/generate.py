@@ -6,8 +6,7 @@ from lora_ms.adapters.peft_format import load_adapter
 from lora_ms.config import RunConfig
 from lora_ms.errors import LoraMsError
 from lora_ms.hf_folder import GENERATION, SAMPLING, sampling_defaults
-from lora_ms.infer.chat import Speaker
-from lora_ms.infer.generate import Generator
+from lora_ms.infer.generate import Generator, Speaker
 from lora_ms.infer.sampling import Sampling
 from lora_ms.models.decoder import CausalLM
 from lora_ms.recipes.adapter import quantisation_notes

@@ -15,7 +15,7 @@ from lora_ms.data.example import Message
 from lora_ms.data.prompts import PromptRow, read_prompts
 from lora_ms.data.template import encode_prompt
 from lora_ms.errors import LoraMsError
-from lora_ms.infer.chat import Speaker
+from lora_ms.infer.generate import Speaker
 from lora_ms.recipes.session import check_output
 from lora_ms.text import counted
 

@@ -14,8 +14,8 @@ from lora_ms.config import RunConfig
 from lora_ms.config.load import read_yaml
 from lora_ms.errors import LoraMsError
 from lora_ms.infer.cached_model import default_length
-from lora_ms.infer.chat import Speaker
 from lora_ms.infer.engine import ROWS, Engine
+from lora_ms.infer.generate import Speaker
 
 RESULTS, SAMPLES = "tasks.json", "tasks.jsonl"
 # keys of a task that may name code, or a file of it

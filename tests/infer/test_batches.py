@@ -7,9 +7,8 @@ import pytest
 
 from lora_ms.data.tokenizer import load_tokenizer
 from lora_ms.errors import LoraMsError
-from lora_ms.infer.chat import Speaker
 from lora_ms.infer.engine import check_prompts
-from lora_ms.infer.generate import Generator
+from lora_ms.infer.generate import Generator, Speaker
 from lora_ms.infer.sampling import Sampling, random_stream
 from lora_ms.models.hub import load_directory
 

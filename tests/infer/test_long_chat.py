@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lora_ms.cli.main import main
-from lora_ms.infer.chat import Speaker
+from lora_ms.infer.generate import Speaker
 from lora_ms.nn.graph import Graph
 
 TURNS = 10
