@@ -191,7 +191,7 @@ class QuantisedWeights:
             return np.ascontiguousarray(part.astype(dtype))
         if self.shard.count > 1 and split_axis(name) is not None:
             return storage.read_part(entry, self.shard.slices(name, entry.shape), dtype)
-        return storage.read(entry, dtype)
+        return storage.mapped(entry, dtype)
 
     def make(self, path: str, in_channels: int, out_channels: int, has_bias: bool) -> Projection:
         """The projection at ``path``, of these sizes on this rank: with its weight where that has four bits, else to
