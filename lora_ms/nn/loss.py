@@ -17,8 +17,9 @@ class SummedCrossEntropy(nn.Cell):
     whose largest logit is the target's [] float32).
 
     The gradient is formed with the value, chunk by chunk, so that one chunk of logits [chunk_rows, v] is held at a
-    time. The gradient of ``head`` costs the logits again, in backward; where the head is frozen, and where no
-    gradient is asked for, the graph compiler prunes what nobody uses.
+    time. The gradient of ``head`` costs the logits again, in backward, and is float32 whatever the head's type: times a
+    loss scale it leaves float16. Where the head is frozen, and where no gradient is asked for, the graph compiler
+    prunes what nobody uses.
     """
 
     def __init__(self, chunk_rows: int, operators: Operators = PORTABLE):
@@ -43,13 +44,12 @@ class SummedCrossEntropy(nn.Cell):
 
     def bprop(self, hidden, head, targets, out, dout):
         d_loss = dout[0]
-        d_head = ops.zeros_like(head)
+        d_head = ops.zeros(head.shape, ms.float32)
         for start in range(0, hidden.shape[0], self.chunk_rows):
             end = start + self.chunk_rows
             chunk = ops.depend(hidden[start:end], d_head)
             d_head = d_head + self.cross_entropy.head_gradient(chunk, head, targets[start:end])
-        d_hidden = (out[1] * d_loss).astype(hidden.dtype)
-        return d_hidden, d_head * d_loss.astype(head.dtype), ops.zeros_like(targets)
+        return (out[1] * d_loss).astype(hidden.dtype), d_head * d_loss, ops.zeros_like(targets)
 
 
 class TokenLogProbs(nn.Cell):
@@ -87,7 +87,7 @@ class TokenLogProbs(nn.Cell):
 
     def bprop(self, hidden, head, targets, out, dout):
         d_log_probs = dout[0].reshape((-1, 1))
-        d_head = ops.zeros_like(head)
+        d_head = ops.zeros(head.shape, ms.float32)
         for start in range(0, hidden.shape[0], self.chunk_rows):
             end = start + self.chunk_rows
             chunk = ops.depend(hidden[start:end], d_head)
@@ -95,7 +95,7 @@ class TokenLogProbs(nn.Cell):
             weighted = chunk.astype(ms.float32) * weights
             probs = ops.exp(self.log_softmax(self.head_product(chunk, head)))
             taken = ops.unsorted_segment_sum(weighted, ops.maximum(targets[start:end], 0), head.shape[0])
-            d_head = d_head + (taken - self.t_matmul(probs, weighted)).astype(head.dtype)
+            d_head = d_head + (taken - self.t_matmul(probs, weighted))
         return (out[1] * d_log_probs).astype(hidden.dtype), d_head, ops.zeros_like(targets)
 
 

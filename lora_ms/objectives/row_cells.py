@@ -72,13 +72,16 @@ class Divergence(nn.Cell):
         self.by_hand = _Divergence()
 
     def construct(self, hidden: Tensor, head: Tensor, targets: Tensor, states: Tensor, factor: Tensor) -> Tensor:
-        now = head.astype(ms.float32)
-        first = self.head if self.has_head else now
-        return self.by_hand(hidden, now, states, ops.stop_gradient(first), factor)[0]
+        first = self.head if self.has_head else head.astype(ms.float32)
+        return self.by_hand(hidden, head, states, ops.stop_gradient(first), factor)[0]
 
 
 class _Divergence(nn.Cell):
-    """hidden, now [v, h], states, first [v, h], factor [c] -> (value [], d value / d hidden [c, h])."""
+    """hidden, now [v, h], states, first [v, h], factor [c] -> (value [], d value / d hidden [c, h]).
+
+    All float32 but ``now``, which has the model's type; its gradient is float32, as a loss scale may take it out of
+    float16.
+    """
 
     def __init__(self):
         super().__init__()
@@ -100,6 +103,7 @@ class _Divergence(nn.Cell):
     ) -> tuple[Tensor, Tensor]:
         values: list[Tensor] = []
         gradients: list[Tensor] = []
+        now = now.astype(ms.float32)
         for start in range(0, hidden.shape[0], ROWS):
             end = start + ROWS
             value, moved = self.moved(hidden[start:end], now, states[start:end], first, factor[start:end])
@@ -108,6 +112,7 @@ class _Divergence(nn.Cell):
         return ops.addn(values), ops.concat(gradients, 0)
 
     def bprop(self, hidden, now, states, first, factor, out, dout):
+        now = now.astype(ms.float32)
         d_now = ops.zeros_like(now)
         for start in range(0, hidden.shape[0], ROWS):
             end = start + ROWS

@@ -111,7 +111,7 @@ class Product(nn.Cell):
     def bprop(self, x, weight, out, dout):
         grad = dout.astype(ms.float32)
         d_x = self.input_gradient(grad, right_factor(weight)).astype(x.dtype)
-        return d_x, self.weight_gradient(grad, x.astype(ms.float32)).astype(weight.dtype)
+        return d_x, self.weight_gradient(grad, x.astype(ms.float32))
 
 
 class ProductBack(nn.Cell):
@@ -521,10 +521,9 @@ class CrossEntropy(nn.Cell):
         return loss.sum(), self.head_product_back(d_logits, head), right.sum()
 
     def head_gradient(self, hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
-        """d loss / d head [v, h]; the logits are computed again."""
-        x = hidden.astype(ms.float32)
-        d_logits = self.cross_entropy(self.head_product(x, head.astype(ms.float32)), targets)[2]
-        return self.transposed_times(d_logits, x).astype(head.dtype)
+        """d loss / d head [v, h] float32, whatever the head's type; the logits are computed again."""
+        d_logits = self.cross_entropy(self.head_product(hidden, head), targets)[2]
+        return self.transposed_times(d_logits, hidden.astype(ms.float32))
 
 
 class AdamW(portable.AdamW):

@@ -41,7 +41,7 @@ class MatMul(nn.Cell):
 
 
 class Product(nn.Cell):
-    """``x W^T`` for x [t, in] and W [out, in], in the type of x."""
+    """``x W^T`` for x [t, in] and W [out, in], in the type of x; the gradient of W is float32."""
 
     def __init__(self):
         super().__init__()
@@ -53,7 +53,7 @@ class Product(nn.Cell):
         return self.forward(x, weight)
 
     def bprop(self, x, weight, out, dout):
-        return self.input_gradient(dout, weight), self.weight_gradient(dout, x).astype(weight.dtype)
+        return self.input_gradient(dout, weight), self.weight_gradient(dout, x).astype(ms.float32)
 
 
 class EmbeddingRows(nn.Cell):
@@ -477,7 +477,7 @@ class HeadProduct(nn.Cell):
         x = hidden.astype(ms.float32)
         if head.dtype == ms.float32:
             return self.product(x, head)
-        rows = max(1, PART_NUMBERS // head.shape[1])
+        rows = PART_NUMBERS // head.shape[1] or 1
         parts: list[Tensor] = []
         for start in range(0, head.shape[0], rows):
             ready = parts[-1] if parts else x
@@ -495,7 +495,7 @@ class HeadProductBack(nn.Cell):
     def construct(self, probs: Tensor, head: Tensor) -> Tensor:
         if head.dtype == ms.float32:
             return self.product(probs, head)
-        rows = max(1, PART_NUMBERS // head.shape[1])
+        rows = PART_NUMBERS // head.shape[1] or 1
         total = self.product(probs[:, :rows], head_part(head, 0, rows, probs))
         for start in range(rows, head.shape[0], rows):
             total = total + self.product(probs[:, start : start + rows], head_part(head, start, rows, total))
@@ -504,8 +504,9 @@ class HeadProductBack(nn.Cell):
 
 def head_part(head: Tensor, start: int, rows: int, ready: Tensor) -> Tensor:
     """Rows [start, start + rows) of the head in float32, widened only once ``ready`` is computed."""
-    # a gather, as slices are taken in float32 alone
-    index = np.arange(start, min(start + rows, head.shape[0]), dtype=np.int32)
+    # a gather, as slices are taken in float32 alone; no min(), which MindSpore does not read where a gradient is formed
+    end = start + rows if start + rows < head.shape[0] else head.shape[0]
+    index = np.arange(start, end, dtype=np.int32)
     # no number is above infinity, so this adds 0: an index that depends on `ready` is what makes the part wait for it
     # (ops.depend on a parameter is optimised away)
     nothing = (ready.reshape((-1,))[:1] > np.inf).astype(ms.int32)
@@ -523,7 +524,6 @@ class CrossEntropy(nn.Cell):
         super().__init__()
         self.head_product: nn.Cell = HeadProduct()
         self.head_product_back: nn.Cell = HeadProductBack()
-        self.matmul_t = MatMul(transpose_b=True)
         self.t_matmul = MatMul(transpose_a=True)
         self.softmax = ops.Softmax(-1)
         self.max = ops.ArgMaxWithValue(axis=-1, keep_dims=True)
@@ -544,12 +544,12 @@ class CrossEntropy(nn.Cell):
         return loss.sum(), grad.astype(ms.float32) * valid, right.sum()
 
     def head_gradient(self, hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
-        """d loss / d head [v, h]; the logits are computed again."""
-        valid = (targets >= 0).astype(hidden.dtype).reshape((-1, 1))
-        probs = self.softmax(self.matmul_t(hidden, head).astype(ms.float32)).astype(head.dtype)
-        weighted = hidden * valid
+        """d loss / d head [v, h] float32, whatever the head's type; the logits are computed again."""
+        valid = (targets >= 0).astype(ms.float32).reshape((-1, 1))
+        probs = self.softmax(self.head_product(hidden, head))
+        weighted = hidden.astype(ms.float32) * valid
         taken = ops.unsorted_segment_sum(weighted, ops.maximum(targets, 0), head.shape[0])
-        return (self.t_matmul(probs, weighted) - taken).astype(head.dtype)
+        return self.t_matmul(probs, weighted) - taken
 
 
 class AdamW(nn.Cell):

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from mindspore import Tensor, nn
 
-from lora_ms.nn.loss import SummedCrossEntropy
+from lora_ms.nn.loss import SummedCrossEntropy, TokenLogProbs
+from lora_ms.objectives.row_cells import Divergence
 
 pytestmark = pytest.mark.usefixtures("graph_mode")
 SLOTS, HIDDEN, VOCABULARY = 7, 4, 9
@@ -86,3 +87,52 @@ def test_right_answers_are_counted(operators):
     targets[3] = -100
     right = SummedCrossEntropy(3, operators)(*map(Tensor, (hidden, head, targets)))[2]
     assert float(right.asnumpy()) == 2  # slots 0 and 6; 3 is ignored
+
+
+SCALE = 65536.0  # infinite in float16, as are most gradients times it
+
+
+class Scaled(nn.Cell):
+    """A loss scale times what ``cell`` gives first, summed."""
+
+    def __init__(self, cell: nn.Cell):
+        super().__init__()
+        self.cell = cell
+
+    def construct(self, *inputs):
+        return self.cell(*inputs)[0].sum() * SCALE
+
+
+def in_float16() -> tuple[np.ndarray, np.ndarray]:
+    hidden, head = inputs()
+    return hidden.astype(np.float16).astype(np.float32), head.astype(np.float16)
+
+
+def check(d_head: np.ndarray, wanted: np.ndarray) -> None:
+    assert d_head.dtype == np.float32 and np.abs(wanted).max() > 65504
+    np.testing.assert_allclose(d_head, wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("make, sign", [(SummedCrossEntropy, 1), (TokenLogProbs, -1)])
+def test_the_loss_scale_meets_the_gradients_of_a_float16_head_in_float32(gradients, operators, make, sign):
+    hidden, head = in_float16()
+    _, (d_hidden, d_head) = gradients(Scaled(make(3, operators)), (0, 1), hidden, head, TARGETS)
+    _, want_hidden, want_head = formula(hidden, head, TARGETS)
+    check(d_hidden, sign * SCALE * want_hidden)
+    check(d_head, sign * SCALE * want_head)
+
+
+def test_the_loss_scale_meets_the_divergence_s_gradient_of_a_float16_head_in_float32(gradients):
+    """A first head of zeros: the model gave all tokens the same chance."""
+    hidden, head = in_float16()
+    cell = Divergence(np.zeros((VOCABULARY, HIDDEN), np.float32))
+
+    class Value(nn.Cell):
+        def construct(self, hidden, head, targets, factor):
+            return cell(hidden, head, targets, hidden, factor) * SCALE
+
+    _, (d_head,) = gradients(Value(), (1,), hidden, head, TARGETS, np.ones(SLOTS, np.float32))
+    wide = head.astype(np.float64)
+    chances = np.exp(hidden @ wide.T)
+    chances /= chances.sum(1, keepdims=True)
+    check(d_head, SCALE * (chances - 1 / VOCABULARY).T @ hidden)

@@ -81,13 +81,13 @@ def train(graph_mode, reference, rows, settings) -> Callable[..., Finished]:
 
     def run(
         path, dropout=0.0, plan=None, prepare=None, name="qwen2", dtype=ms.float32, data=rows, callbacks=(),
-        held_out=None, sample=None, hooks=(), **changes,
+        held_out=None, sample=None, hooks=(), config=None, **changes,
     ):  # fmt: skip
         path.mkdir(parents=True, exist_ok=True)
         chosen = settings(path, **changes)
         here, _ = device.setup("CPU", seed=chosen.seed, bfloat16=dtype == ms.bfloat16)
         model = load_directory(reference / "models" / name, dtype, operators=here.operators)
-        config = LoraConfig(4, 8.0, dropout, "all-linear")
+        config = LoraConfig(4, 8.0, dropout, "all-linear") if config is None else config
         inject(model, config)
         if prepare is not None:
             prepare(model)

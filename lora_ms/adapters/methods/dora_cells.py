@@ -77,6 +77,6 @@ class DoRADense(LoRADense):
 
     def whole_weight(self) -> Tensor:
         weight = super().whole_weight()
-        scale = self.row_scale().reshape((-1, 1)).astype(weight.dtype)
+        scale = self.row_scale().reshape((-1, 1))
         # the outer product with ones spreads the column over the row without a broadcast, which keeps indices
         return weight * ops.matmul(scale, ops.ones((1, self.base.in_channels), weight.dtype))

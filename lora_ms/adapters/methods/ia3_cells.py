@@ -59,9 +59,9 @@ class IA3Dense(AdapterCell):
         return dense_of(merged) if self.was_dense else merged
 
     def whole_weight(self) -> Tensor:
-        """The scaled weight [out, in] in the graph: for the head, whose product the loss forms in chunks."""
-        weight = self.base.whole_weight()
-        scale = self.ia3_l.astype(weight.dtype)
+        """The scaled weight [out, in] float32 in the graph: for the head, whose product the loss forms in chunks."""
+        weight = self.base.whole_weight().astype(ms.float32)
+        scale = self.ia3_l
         # the outer product with ones spreads the vector over the matrix without a broadcast, which keeps indices
         if self.feedforward:
             return weight * ops.matmul(ops.ones((weight.shape[0], 1), weight.dtype), scale)

@@ -301,10 +301,9 @@ class LoRADense(AdapterCell):
         return self.base.multiply_adapted(self.adapted_product, x, a, b, scaling, draws)
 
     def whole_weight(self) -> Tensor:
-        """``W + scaling B A`` [out, in] in the graph: for the head, whose product the loss forms in chunks."""
+        """``W + scaling B A`` [out, in] float32 in the graph: for the head, whose product the loss forms in chunks."""
         a, b = self.factors()
-        weight = self.base.whole_weight()
-        return weight + (ops.matmul(b, a) * self.scaling).astype(weight.dtype)
+        return self.base.whole_weight().astype(ms.float32) + ops.matmul(b, a) * self.scaling
 
     def construct(self, x: Tensor) -> Tensor:
         in_shape, in_dtype = x.shape, x.dtype

@@ -1,5 +1,6 @@
 """What methods share whose update of a weight is a product of two matrices, of which something else trains."""
 
+import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 from numpy.typing import NDArray
@@ -58,10 +59,9 @@ class PairDense(AdapterCell):
         return dense_of(merged) if self.was_dense else merged
 
     def whole_weight(self) -> Tensor:
-        """``W + B A`` [out, in] in the graph: for the head, whose product the loss forms in chunks."""
+        """``W + B A`` [out, in] float32 in the graph: for the head, whose product the loss forms in chunks."""
         a, b = self.factors()
-        weight = self.base.whole_weight()
-        return weight + ops.matmul(b, a).astype(weight.dtype)
+        return self.base.whole_weight().astype(ms.float32) + ops.matmul(b, a)
 
     def construct(self, x: Tensor) -> Tensor:
         shape = x.shape

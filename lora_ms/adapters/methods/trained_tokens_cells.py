@@ -19,7 +19,6 @@ from lora_ms.adapters.methods.trained_tokens import (
 )
 from lora_ms.errors import LoraMsError
 from lora_ms.nn.layers import Embedding, Head
-from lora_ms.nn.projection import vector_dtype
 
 
 class TokenRows(AdapterCell):
@@ -90,17 +89,13 @@ class HeadTokenRows(TokenRows):
         super().__init__(base, tokens, trained)
         self.ids = Tensor(np.array(tokens, np.int32).reshape(-1, 1))
         self.replace = ops.TensorScatterUpdate()
-        self.written_as = vector_dtype(base.weight.dtype, base.operators)
 
     def merge(self) -> Head:
         return Head(self.merged(), None, self.base.operators)
 
     def whole_weight(self) -> Tensor:
-        """[v, h] in the graph: the loss forms the product in chunks."""
-        weight = self.base.whole_weight()
-        rows = self.trained_tokens.astype(weight.dtype)  # as the weight would hold them
-        replaced = self.replace(weight.astype(self.written_as), self.ids, rows.astype(self.written_as))
-        return replaced.astype(weight.dtype)
+        """[v, h] float32 in the graph: the loss forms the product in chunks."""
+        return self.replace(self.base.whole_weight().astype(ms.float32), self.ids, self.trained_tokens)
 
 
 def build(indices: TokenIndices, cells: Mapping[str, nn.Cell], taken: Mapping[str, nn.Cell]) -> dict[str, nn.Cell]:
