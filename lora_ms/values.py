@@ -6,7 +6,7 @@ which are Python arguments and keys of ``pet_config`` at once.
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -20,6 +20,11 @@ class Section(BaseModel):
 
     # protected_namespaces: pydantic reserves names that begin with model_; MindFormers has model_name, model_parallel.
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+    @classmethod
+    def given_counts(cls) -> Container[str]:
+        """Fields of which it makes a difference whether they were given, even where their value is the default."""
+        return ()
 
     @model_validator(mode="before")
     @classmethod

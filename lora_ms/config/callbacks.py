@@ -1,5 +1,6 @@
 """``callbacks``: a list of mappings, told apart by ``type``."""
 
+from collections.abc import Container
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -61,6 +62,10 @@ class EvalCallBack(Section):
     epoch_interval: Whole = Field(-1, ge=-1)  # epochs, -1 or 0: none
     eval_func: NoEffect = None
 
+    @classmethod
+    def given_counts(cls) -> Container[str]:
+        return ("step_interval", "epoch_interval")
+
 
 class SummaryMonitor(Section):
     """MindSpore's summary file: loss, evaluation, rate, norm, speed and memory; written as the run ends."""
@@ -93,6 +98,10 @@ class ProfileMonitor(Section):
     data_simplification: NoEffect = True
     mstx: NoEffect = False
     config: NoEffect = None
+
+    @classmethod
+    def given_counts(cls) -> Container[str]:
+        return ("start_step", "stop_step")
 
     @model_validator(mode="after")
     def _some_steps(self) -> "ProfileMonitor":

@@ -113,12 +113,15 @@ def _section(data: dict[str, Any], key: str) -> dict[str, Any]:
 
 def dump_config(config: RunConfig, path: str) -> None:
     """Write the resolved YAML; load_config reads an equal RunConfig from it. Keys without effect are left out where
-    they have their default value.
+    they have their default value, and those that were not given where that counts: with backend mindformers, all.
 
     Raises:
         WriteError: the file cannot be written.
     """
-    text = yaml.safe_dump({**_plain(config), **config.mindformers_sections}, sort_keys=False, allow_unicode=True)
+    ours = _plain(config)
+    if config.backend == "mindformers":  # it is told what was given
+        ours = config.model_dump(mode="json", by_alias=True, exclude_unset=True)
+    text = yaml.safe_dump({**ours, **config.mindformers_sections}, sort_keys=False, allow_unicode=True)
     with saving.new_file(Path(path)) as part:
         part.write_text(text, encoding="utf-8")
 
@@ -317,9 +320,12 @@ def _plain(section: Section) -> dict[str, Any]:
     plain = section.model_dump(mode="json", by_alias=True)
     for name, field in type(section).model_fields.items():
         key, value = key_of(name, field), getattr(section, name)
-        if isinstance(value, Section):
+        if name in section.given_counts():
+            if name not in section.model_fields_set:
+                del plain[key]
+        elif isinstance(value, Section):
             plain[key] = _plain(value)
-            if not plain[key]:
+            if not plain[key] and name != "pet_config":  # an empty one is LoRA, none is an error
                 del plain[key]
         elif name == "callbacks":
             plain[key] = [_plain(callback) for callback in value]

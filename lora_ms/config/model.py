@@ -1,6 +1,7 @@
 """``model`` and, inside it, ``pet_config``: what is trained, and the adapter that is put on it."""
 
 import dataclasses
+from collections.abc import Container
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field, create_model, model_validator
@@ -25,6 +26,10 @@ class PetKeys(Section):
     lora_b_init: NoEffect = None
     param_init_type: NoEffect = "float32"  # type of the adapter's parameters
     compute_dtype: NoEffect = None
+
+    @classmethod
+    def given_counts(cls) -> Container[str]:
+        return cls.model_fields  # an adapter to go on from agrees with what is given; a method has its own defaults
 
     @model_validator(mode="after")
     def _keys_of_one_method(self) -> "PetKeys":
@@ -140,6 +145,10 @@ class ModelSizes(Section):
     use_flash_attention: Flag = True  # Ascend's fused attention, where the device has it
     quantization_config: Annotated[dict[str, Any] | None, BeforeValidator(_quantization)] = None  # of 4-bit weights
     pet_config: PetConfig | None = None
+
+    @classmethod
+    def given_counts(cls) -> Container[str]:
+        return ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "max_new_tokens")
 
     do_sample: Flag = False  # False: always the likeliest token
     temperature: Number = Field(1.0, ge=0)  # 0: the likeliest token

@@ -4,7 +4,7 @@ Read single keys by their YAML path (``config.runner_config.epochs``; ``model.mo
 and what several keys decide through the properties below.
 """
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BeforeValidator, Field, PrivateAttr, model_validator
@@ -288,6 +288,10 @@ class RunConfig(Section):
     def max_grad_norm(self) -> float | None:
         """Global L2 norm to which the gradient is clipped, None for no clipping."""
         return self.runner_wrapper.max_grad_norm if self.runner_wrapper.use_clip_grad else None
+
+    @classmethod
+    def given_counts(cls) -> Container[str]:
+        return ("do_eval", "eval_step_interval", "eval_epoch_interval", "profile_start_step", "profile_stop_step")
 
     @property
     def evaluates(self) -> bool:

@@ -1,9 +1,14 @@
 """Reading, overriding and writing a configuration."""
 
+from pathlib import Path
+
 import pytest
 
 from lora_ms.config import PRESETS, PetConfig, RunConfig, dump_config, load_config
 from lora_ms.errors import LoraMsError
+from lora_ms.values import Section
+
+ROOT = Path(__file__).parents[2]
 
 LORA = "model: {model_config: {pet_config: {lora_rank: 4}}}\n"
 
@@ -174,3 +179,54 @@ def test_dump_writes_beside_and_says_where_it_cannot(tmp_path):
     with pytest.raises(LoraMsError) as caught:
         dump_config(config, nowhere)
     assert str(caught.value) == f"cannot write {nowhere}: File exists"
+
+
+def given(section) -> object:
+    """What a configuration holds, with the keys that were given where that counts."""
+    if isinstance(section, list):
+        return [given(entry) for entry in section]
+    if not isinstance(section, Section):
+        return section
+    said = {name for name in section.model_fields_set if name in section.given_counts()}
+    return said, {name: given(value) for name, value in section}
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_configs_are_the_same_once_written_and_read(file, tmp_path):
+    config = load_config(str(file))
+    dump_config(config, str(tmp_path / "config.yaml"))
+    found = load_config(str(tmp_path / "config.yaml"))
+    assert given(found) == given(config) and found.notices() == config.notices()
+    assert found.eval_intervals == config.eval_intervals
+
+
+OPTIONS = [
+    (["eval_epoch_interval=1"], (0, 1)),
+    (["eval_step_interval=7"], (7, 0)),
+    (["callbacks=[{type: EvalCallBack, epoch_interval: 2}]"], (0, 2)),
+    (["callbacks=[{type: EvalCallBack, step_interval: 3}]"], (3, 0)),
+    (["callbacks=[{type: EvalCallBack}]", "eval_step_interval=20"], (20, 0)),
+    (["callbacks=[{type: ProfileMonitor, start_step: 3}]"], (100, 0)),
+    (["train_dataset.validation_split=0.1"], (100, 0)),
+    (["pet_config.pet_type=adalora", "pet_config.lora_dropout=0.0"], (100, 0)),
+    (["model.model_config.max_new_tokens=128"], (100, 0)),
+]
+
+
+@pytest.mark.parametrize(("options", "intervals"), OPTIONS)
+def test_what_was_not_given_is_not_given_once_written_and_read(options, intervals, tmp_path):
+    config = load_config(None, options=["pet_config={}", *options])
+    dump_config(config, str(tmp_path / "config.yaml"))
+    found = load_config(str(tmp_path / "config.yaml"))
+    assert given(found) == given(config) and found.notices() == config.notices()
+    assert found.eval_intervals == config.eval_intervals == intervals
+    assert found.pet_config is not None and config.pet_config is not None
+
+
+def test_mindformers_is_told_the_same_once_its_configuration_is_written_and_read(yaml_file, tmp_path):
+    text = LORA + "backend: mindformers\nseed: 3\noptimizer: {type: AdamW, eps: 1.e-6}\n"
+    config = load_config(yaml_file(text))
+    dump_config(config, str(tmp_path / "config.yaml"))
+    found = load_config(str(tmp_path / "config.yaml"))
+    assert found.model_dump(exclude_unset=True) == config.model_dump(exclude_unset=True)
+    assert found == config and found.mindformers_sections == config.mindformers_sections
