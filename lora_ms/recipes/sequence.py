@@ -44,11 +44,17 @@ def check(config: RunConfig) -> None:
 
 
 def _check_merging(config: RunConfig) -> None:
-    """Raises LoraMsError where a task's adapter could not be merged into the model before the next one."""
+    """Raises LoraMsError where a task's adapter could not be merged into the model before the next one, or trains no A
+    that could be orthogonal to the earlier ones."""
     pet, base = config.pet_config, config.load_checkpoint
     need = "orthogonal merges every task's adapter into the model"
     if pet is None or not adapter_config(pet).merges:
         raise LoraMsError(f"{need}: give a pet_config whose adapter merges, such as lora")
+    apart = "orthogonal keeps the A of every task apart, and"
+    if not any(name.startswith("lora_A") for name in adapter_config(pet).TENSORS):
+        raise LoraMsError(f"{apart} pet_type {pet.pet_type} has none: give lora or adalora")
+    if pet.use_lorafa:
+        raise LoraMsError(f"{apart} use_lorafa does not train it: leave it out")
     if not Path(base).is_dir():
         raise LoraMsError(f"{need}: load_checkpoint {base!r} is no folder: give a Hugging Face directory")
     if quantisation_of_run(config, 0) is not None:

@@ -446,7 +446,7 @@ def test_orthogonal_tasks_start_from_an_adapter_once(model, files, tmp_path):
     assert second[0] == pytest.approx(first[-1], rel=1e-5)
 
 
-def test_orthogonal_tasks_that_could_not_be_merged(model, files, tmp_path, capsys):
+def test_orthogonal_tasks_that_could_not_be_learnt_in_turn(model, files, tmp_path, capsys):
     """They are refused before anything is trained."""
     tasks = [{"name": name, "dataset_dir": files[name], "eval_dir": files[name]} for name in ("domain", "general")]
     words = ["sequence", *flags(model, files, tmp_path / "o")[:-2], *LORA]
@@ -461,6 +461,10 @@ def test_orthogonal_tasks_that_could_not_be_merged(model, files, tmp_path, capsy
         (f"load_checkpoint={tmp_path / 'w.ckpt'}", "w.ckpt' is no folder"),
         ("pet_config=null", "give a pet_config whose adapter merges"),
         ("pet_config={pet_type: prompt, num_virtual_tokens: 2}", "give a pet_config whose adapter merges"),
+        ("pet_config={pet_type: ia3}", "A of every task apart, and pet_type ia3 has none: give lora or adalora"),
+        ("pet_config={pet_type: vera, lora_rank: 2}", "pet_type vera has none"),
+        ("pet_config={pet_type: miss, lora_rank: 2}", "pet_type miss has none"),
+        ("pet_config={use_lorafa: True}", "use_lorafa does not train it: leave it out"),
     ]:
         given = words[: -len(LORA)] if "pet_config" in option else words
         assert main([*given, *more, option]) == 2, option
