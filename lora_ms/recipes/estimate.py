@@ -1,11 +1,12 @@
 """What a configuration needs in memory, before any weight is read: for ``lora-ms estimate``, and one line of a run."""
 
+from collections.abc import Container
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lora_ms.adapters.matching import ranges
-from lora_ms.adapters.methods.base import AdapterConfig
+from lora_ms.adapters.methods.base import AdapterConfig, Cost
 from lora_ms.config import RunConfig
 from lora_ms.config.optimizer import Optimizer
 from lora_ms.data.packing import Shape
@@ -118,9 +119,11 @@ def adapter_parts(adapter: AdapterConfig | None, sizes: DecoderConfig) -> dict[s
     modules = memory_estimate.modules(sizes)
     adapter = adapter.fitted({name: (outputs, inputs) for name, (inputs, outputs) in modules.items()})
     costs = {name: adapter.cost(spec, *modules[name]) for name, spec in adapter.specs(modules).items()}
+    saved = {name: n for name, n in saved_numbers(adapter, sizes).items() if name not in costs}
+    rows = adapter.trained_rows(modules, sizes.tie_word_embeddings)
     return {
-        "costs": costs,
-        "saved": {name: n for name, n in saved_numbers(adapter, sizes).items() if name not in costs},
+        "costs": costs | {f"{name}.trained_tokens": Cost(n * sizes.hidden_size, kept=0) for name, n in rows.items()},
+        "saved": saved | trained_biases(adapter, sizes, costs, saved),
         "dropout": adapter.dropout,
         "separate_dropout": adapter.separate_dropout,
     }
@@ -129,15 +132,32 @@ def adapter_parts(adapter: AdapterConfig | None, sizes: DecoderConfig) -> dict[s
 def saved_numbers(adapter: AdapterConfig, sizes: DecoderConfig) -> dict[str, int]:
     """The numbers of each module that ``modules_to_save`` names, by path; a tied head comes apart and counts alone."""
     numbers = {"model.norm": sizes.hidden_size}
+    biases = bias_numbers(sizes)
     for name, (inputs, outputs) in memory_estimate.modules(sizes).items():
-        biased = sizes.attention_bias and name.endswith(("q_proj", "k_proj", "v_proj"))
-        numbers[name] = inputs * outputs + outputs * biased
+        numbers[name] = inputs * outputs + biases.get(name, 0)
     for i in range(sizes.num_hidden_layers):
         layer = f"model.layers.{i}"
         numbers |= {f"{layer}.{name}_layernorm": sizes.hidden_size for name in ("input", "post_attention")}
         if sizes.qk_norm:
             numbers |= {f"{layer}.self_attn.{name}_norm": sizes.head_dim for name in "qk"}
     return {name: n for name, n in numbers.items() if name.endswith(adapter.modules_to_save)}
+
+
+def trained_biases(
+    adapter: AdapterConfig, sizes: DecoderConfig, adapted: Container[str], saved: Container[str]
+) -> dict[str, int]:
+    """The numbers of each bias of the model that trains beside the adapter, by path."""
+    return {
+        f"{name}.bias": n
+        for name, n in bias_numbers(sizes).items()
+        if name not in saved and (adapter.trains_all_biases or (adapter.trains_biases and name in adapted))
+    }
+
+
+def bias_numbers(sizes: DecoderConfig) -> dict[str, int]:
+    """The numbers of the bias of each module that has one, by the module's path."""
+    biased = ("q_proj", "k_proj", "v_proj") if sizes.attention_bias else ()
+    return {name: outputs for name, (_, outputs) in memory_estimate.modules(sizes).items() if name.endswith(biased)}
 
 
 def moment_bytes(optimizer: Optimizer | TrainSettings) -> float:

@@ -81,7 +81,7 @@ class Job:
     length: int  # tokens of a line
     # of the adapter on each adapted module, by path; None: all parameters train
     costs: Mapping[str, AdapterCost] | None
-    # numbers of each module that trains whole beside the adapter, by path
+    # numbers of each module that trains whole beside the adapter, by path, and of biases that do, by theirs
     saved: Mapping[str, int] = field(default_factory=dict)
     dropout: float = 0.0  # on the inputs of adapters
     separate_dropout: bool = False  # by an operator of its own, even with native ones
@@ -170,10 +170,17 @@ def parameters(sizes: Sizes) -> int:
 
 
 def weights_mb(job: Job) -> float:
-    """MB of the model's weights."""
+    """MB of the model's weights, without those that copies of their own, which train, take the place of."""
     dense = modules(job.sizes)
     numbers = sum(dense[name][0] * dense[name][1] for name in job.quantised)
-    return (numbers * job.quantised_width + (parameters(job.sizes) - numbers) * job.weight_width) / MB
+    # the matrix that the head shares with the embedding stays for the other one, and goes when both have copies
+    shared = ("model.embed_tokens", "lm_head") if job.sizes.tie_word_embeddings else ()
+    staying = [name for name in shared if name in job.saved][:1]
+    replaced = [name for name in job.saved if name not in staying]
+    quantised = sum(job.saved[name] for name in replaced if name in job.quantised)
+    whole = sum(job.saved[name] for name in replaced) - quantised
+    rest = parameters(job.sizes) - numbers - whole
+    return ((numbers - quantised) * job.quantised_width + rest * job.weight_width) / MB
 
 
 def decoded_mb(job: Job) -> float:

@@ -327,3 +327,70 @@ def test_modules_that_train_whole(model, saved):
     with_saved, without = memory_estimate.estimate(found), memory_estimate.estimate(plain)
     assert with_saved.training - without.training == pytest.approx((8 + 8) * more / memory_estimate.MB)
     assert with_saved.graphs == without.graphs and with_saved.total >= without.total
+
+
+TRAINED = {
+    "plain": {},
+    "biases": {"bias": "all"},
+    "biases_of_adapted": {"bias": "lora_only"},
+    "biases_and_whole": {"bias": "all", "modules_to_save": ("v_proj",)},
+    "dora": {"use_dora": True},
+    "dora_of_embedding": {"use_dora": True, "target_modules": ("q_proj", "embed_tokens")},
+    "lora_bias": {"lora_bias": True},
+    "tokens": {"trainable_token_indices": (3, 5)},
+    "tokens_apart": {"trainable_token_indices": {"embed_tokens": (3, 5), "lm_head": (2,)}},
+    "fa": {"use_lorafa": True},
+}
+
+
+@pytest.mark.parametrize("kind", TRAINED)
+def test_all_that_trains_is_counted(reference, kind):
+    """Of a tied model with biases."""
+    from lora_ms.adapters.inject import inject
+    from lora_ms.adapters.methods.lora import LoraConfig
+    from lora_ms.models.hub import load_directory
+    from lora_ms.recipes.estimate import adapter_parts
+
+    whole = load_directory(reference / "models" / "qwen2")
+    config = LoraConfig(2, 4.0, **{"target_modules": ("q_proj", "o_proj"), **TRAINED[kind]})
+    job = memory_estimate.Job(whole.config, 1, 64, **adapter_parts(config, whole.config))
+    assert memory_estimate.trainable(job) == inject(whole, config).trainable
+
+
+def test_all_that_trains_of_adalora_is_counted(reference):
+    from lora_ms.adapters.inject import inject
+    from lora_ms.adapters.methods.adalora import AdaLoraConfig
+    from lora_ms.models.hub import load_directory
+    from lora_ms.recipes.estimate import adapter_parts
+
+    whole = load_directory(reference / "models" / "qwen2")
+    config = AdaLoraConfig(4, 4.0, target_modules=("q_proj", "o_proj"), target_rank=2, bias="lora_only")
+    job = memory_estimate.Job(whole.config, 1, 64, **adapter_parts(config, whole.config))
+    assert memory_estimate.trainable(job) == inject(whole, config).trainable
+
+
+@pytest.mark.parametrize("name", ["qwen2", "llama2"])  # tied, and not
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"modules_to_save": saved} for saved in (("embed_tokens",), ("lm_head",), ("embed_tokens", "lm_head"))),
+        *({"modules_to_save": ("v_proj", "norm")}, {"bias": "all"}),
+    ],
+    ids=str,
+)
+def test_what_trains_whole_takes_the_place_of_the_model_s(reference, name, changes):
+    """The numbers that do not train are those that the model still holds."""
+    from lora_ms.adapters.inject import inject
+    from lora_ms.adapters.methods.lora import LoraConfig
+    from lora_ms.models.hub import load_directory
+    from lora_ms.recipes.estimate import adapter_parts
+
+    frozen, expected = [], []
+    for settings in ({}, changes):
+        whole = load_directory(reference / "models" / name)
+        config = LoraConfig(2, 4.0, target_modules="q_proj", **settings)
+        job = memory_estimate.Job(whole.config, 1, 64, **adapter_parts(config, whole.config))
+        expected.append(memory_estimate.weights_mb(job) * memory_estimate.MB / 4)
+        inject(whole, config)
+        frozen.append(sum(p.size for p in whole.get_parameters() if not p.requires_grad))
+    assert expected[1] - expected[0] == pytest.approx(frozen[1] - frozen[0], abs=0.1)

@@ -108,6 +108,10 @@ class AdaLoraConfig(AdapterConfig, LowRankOptions):
     def trains_all_biases(self) -> bool:
         return self.bias == "all"
 
+    @property
+    def trains_biases(self) -> bool:
+        return self.bias != "none"
+
     # YAML
 
     @classmethod
@@ -312,7 +316,7 @@ class AdaLoraConfig(AdapterConfig, LowRankOptions):
         return self.lora_dropout
 
     def cost(self, spec: LoraSpec, inputs: int, outputs: int) -> Cost:
-        return Cost(trained=spec.lora_rank * (inputs + outputs), kept=spec.lora_rank)
+        return Cost(trained=spec.lora_rank * (inputs + outputs + 1), kept=spec.lora_rank)
 
     # the schedule
 

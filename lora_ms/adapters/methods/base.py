@@ -410,6 +410,18 @@ class AdapterConfig(metaclass=ByPeftNames):
         """Whether the biases of layers without an adapter train, too."""
         return False
 
+    @property
+    def trains_biases(self) -> bool:
+        """Whether the biases of adapted layers train."""
+        return False
+
+    def trained_rows(self, names: Iterable[str], tied: bool) -> dict[str, int]:
+        """How many rows train beside the adapter of each embedding or head among the modules ``names``.
+
+        tied: whether the head is the embedding, and so shares its rows.
+        """
+        return {}
+
     # PEFT's files
 
     def tells_paths_apart(self, specs: Mapping[str, Any]) -> bool:

@@ -255,6 +255,14 @@ class LoraConfig(AdapterConfig, LowRankOptions):
         return self.bias == "all"
 
     @property
+    def trains_biases(self) -> bool:
+        return self.bias != "none"
+
+    def trained_rows(self, names: Iterable[str], tied: bool) -> dict[str, int]:
+        choose = trained_tokens.stored_modules if tied else trained_tokens.modules
+        return {name: len(tokens) for name, tokens in choose(self.trainable_token_indices, names).items()}
+
+    @property
     def quantises_some(self) -> bool:
         """Whether some of ``layer_groups`` are quantised, and others perhaps not."""
         return any(group.bits is not None for group in self.layer_groups)
@@ -567,8 +575,9 @@ class LoraConfig(AdapterConfig, LowRankOptions):
         return self.lora_bias
 
     def cost(self, spec: LoraSpec, inputs: int, outputs: int) -> Cost:
-        trained = outputs if self.use_lorafa else inputs + outputs
-        return Cost(trained=spec.lora_rank * trained, kept=spec.lora_rank)
+        factors = outputs if self.use_lorafa else inputs + outputs
+        beside = outputs * (self.use_dora + self.lora_bias)  # the magnitudes, or the bias beside B
+        return Cost(trained=spec.lora_rank * factors + beside, kept=spec.lora_rank)
 
 
 DENSE_PAIR = ("lora_A.weight", "lora_B.weight")
