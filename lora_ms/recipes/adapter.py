@@ -92,7 +92,11 @@ def load_agreeing(path: str, pet: PetConfig, wanted: AdapterConfig, model: Causa
     stored = read_adapter_config(path)
     layers = list(target_layers(model))
     saved = set(saved_layers(model, wanted))
-    loaded, found = load_adapter(model, path, stored.continued(pet, given), shard)
+    try:
+        going_on = stored.continued(pet, given)
+    except LoraMsError as problem:
+        raise LoraMsError(f"load_adapter {path}: {problem}") from problem
+    loaded, found = load_adapter(model, path, going_on, shard)
     for line in (*found.notes, *quantisation_notes(path, model)):
         print(line)
     standing = adapted(model)

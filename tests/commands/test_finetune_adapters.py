@@ -173,6 +173,11 @@ def test_loraplus_and_noise_reach_the_run(words, tmp_path):
             ["init_rank=6", "pet_type=adalora"],
             "lora_rank: 6 in pet_config, 4 in the adapter",
         ),
+        (
+            "variants/qwen2_adalora",
+            ["beta1=0.5", "init_rank=4", "target_rank=2", "pet_type=adalora"],
+            "beta1: 0.5 in pet_config, 0.85 in the adapter, whose ranks are shared out",
+        ),
     ],
 )
 def test_an_adapter_that_pet_config_contradicts(words, reference, tmp_path, capsys, adapter, keys, message):
