@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -116,6 +116,18 @@ def usual_key(key: str) -> str:
     return key
 
 
+def usual_keys(keys: Iterable[str]) -> dict[str, str]:
+    """``usual_key`` of each of a file's; of the bias of a layer with LoRA, which PEFT before 0.6 had as the layer's own
+    and not in ``base_layer``, that of today."""
+    usual = {key: usual_key(key) for key in keys}
+    split = {key: split_key(new) for key, new in usual.items()}
+    adapted = {found.module for found in split.values() if found is not None and found.tensor.startswith("lora_")}
+    for key, found in split.items():
+        if found is not None and found.tensor == "bias" and found.module in adapted:
+            usual[key] = key_of(found.module, "base_layer.bias")
+    return usual
+
+
 def read_adapter_config(path: str | os.PathLike) -> AdapterConfig:
     """The settings of the adapter in directory ``path``."""
     path = Path(path)
@@ -138,10 +150,11 @@ def read_entries(path: Path) -> dict[str, storage.Entry]:
     if not (path / WEIGHTS).is_file() and (path / "adapter_model.bin").is_file():
         raise LoraMsError(f"{path}: adapter_model.bin is not read: save the adapter as {WEIGHTS}")
     entries: dict[str, storage.Entry] = {}
-    for key, entry in storage.read_header(member(path, WEIGHTS)).items():
-        if usual_key(key) in entries:
-            raise LoraMsError(f"{path / WEIGHTS}: {usual_key(key)} is there twice, once as {key}")
-        entries[usual_key(key)] = entry
+    header = storage.read_header(member(path, WEIGHTS))
+    for key, usual in usual_keys(header).items():
+        if usual in entries:
+            raise LoraMsError(f"{path / WEIGHTS}: {usual} is there twice, once as {key}")
+        entries[usual] = header[key]
     return entries
 
 

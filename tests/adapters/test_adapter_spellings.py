@@ -53,6 +53,8 @@ SPELLINGS = [
     ("variants/qwen2_trainable_tokens", r"tokens_delta$", r"tokens_delta.default"),
     ("variants/llama3_adalora", r"lora_([ABE])$", r"lora_\1.default"),
     ("variants/qwen2_lora_bias", r"lora_B\.(weight|bias)$", r"lora_B.default.\1"),
+    ("variants/qwen2_bias_lora_only", r"base_layer\.bias$", r"bias"),  # PEFT before 0.6
+    ("variants/qwen2_bias_all", r"base_layer\.bias$", r"bias"),
 ]
 
 
@@ -79,7 +81,7 @@ def test_merging_and_checking_read_them_too(reference, tmp_path, adapter, patter
     base = reference / "models" / path_of_model(adapter)
     entries = open_model(base, read_json(base / "config.json")).entries
     entries.setdefault("lm_head.weight", entries["model.embed_tokens.weight"])
-    if "bias" not in adapter:  # which needs layers with one
+    if "lora_bias" not in adapter:  # which needs layers with one
         assert read_updates(path, entries).keys() == read_updates(reference / adapter, entries).keys()
     table = {check.name: check for check in check_files(path, base)}
     assert all(check.status != "fault" for check in table.values())
@@ -95,6 +97,15 @@ def test_combining_reads_them_too(reference, tmp_path):
     for name, factors in usual.tensors.items():
         for one, two in zip(factors, other.tensors[name], strict=True):
             np.testing.assert_array_equal(one, two)
+
+
+def test_a_bias_in_both_places_is_refused(reference, tmp_path):
+    path = shutil.copytree(reference / "variants" / "qwen2_bias_all", tmp_path / "adapter")
+    tensors = load_file(path / "adapter_model.safetensors")
+    name = next(name for name in tensors if name.endswith("q_proj.base_layer.bias"))
+    save_file({**tensors, name.replace("base_layer.", ""): tensors[name]}, path / "adapter_model.safetensors")
+    with pytest.raises(LoraMsError, match=r"q_proj.base_layer.bias is there twice, once as .*q_proj"):
+        load_adapter(load_directory(reference / "models" / "qwen2"), path)
 
 
 def test_what_we_save_again_has_the_usual_names(reference, tmp_path):
