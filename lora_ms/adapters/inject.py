@@ -8,6 +8,7 @@ from typing import Any
 
 from mindspore import nn
 
+from lora_ms.adapters.matching import nearest_modules
 from lora_ms.adapters.methods import modules_to_save_cells
 from lora_ms.adapters.methods.base import AdapterConfig, Target
 from lora_ms.adapters.methods.base_cells import AdapterCell
@@ -78,8 +79,15 @@ def adapted_layers(model: nn.Cell) -> dict[str, AdapterCell]:
 
 
 def select(model: nn.Cell, config: AdapterConfig) -> dict[str, Any]:
-    """Paths of the layers that ``config`` asks for, with their specs; errors as in ``AdapterConfig.specs``."""
-    return config.specs(target_layers(model))
+    """Paths of the layers that ``config``, of a fresh adapter, asks for, with their specs.
+
+    Raises:
+        LoraMsError: as ``AdapterConfig.specs`` and ``check_listed``.
+    """
+    layers = list(target_layers(model))
+    specs = config.specs(layers)
+    config.check_listed(layers)
+    return specs
 
 
 def cell_at(model: nn.Cell, name: str) -> nn.Cell:
@@ -110,13 +118,16 @@ def saved_layers(model: nn.Cell, config: AdapterConfig) -> dict[str, nn.Cell]:
     Raises:
         LoraMsError: a name that matches nothing, or nothing that can be trained whole.
     """
-    cells, found = cells_of(model), dict[str, nn.Cell]()
+    cells, copies, found = cells_of(model), modules_to_save_cells.COPIES, dict[str, nn.Cell]()
     for suffix in config.modules_to_save:
         # by the end of the name, even amid a word, as PEFT has it: norm is every norm
         matching = {name: cell for name, cell in cells.items() if name.endswith(suffix)}
         if not matching:
-            raise LoraMsError(f"modules_to_save {suffix!r} fits no module of the model")
-        wrong = [name for name, cell in matching.items() if type(cell) not in modules_to_save_cells.COPIES]
+            raise LoraMsError(
+                f"modules_to_save {suffix!r} fits no module of the model; "
+                f"{nearest_modules([suffix], [name for name, cell in cells.items() if type(cell) in copies])}"
+            )
+        wrong = [name for name, cell in matching.items() if type(cell) not in copies]
         if wrong:
             raise LoraMsError(f"modules_to_save {suffix!r}: {wrong[0]} is no dense layer, norm, embedding or head")
         found |= matching

@@ -1,8 +1,10 @@
 """How options name modules: by leaf names, path suffixes, regular expressions and indices of layers."""
 
+import difflib
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
+from lora_ms.errors import LoraMsError
 from lora_ms.limits import fullmatch, match
 
 ALL_LINEAR = "all-linear"
@@ -44,6 +46,38 @@ def matches(name: str, target_modules: str | Iterable[str]) -> bool:
         leaf_names = () if looks_around else (leaf, ALIASES.get(leaf, leaf))
         return any(match(target_modules, n) for n in leaf_names) or bool(fullmatch(target_modules, name))
     return ends_with(name, target_modules)
+
+
+def check_listed(
+    key: str, listed: str | Iterable[str], names: Sequence[str], fits: Callable[[str, str], bool] | None = None
+) -> None:
+    """Raises LoraMsError where a list names what is none of the modules ``names``; an expression may match nothing.
+
+    Args:
+        key: the option that the list is of.
+        fits: whether a module's path is one that an entry names; None: by its end, as ``ends_with``.
+    """
+    if isinstance(listed, str):
+        return
+    fits = fits or (lambda name, entry: ends_with(name, (entry,)))
+    unknown = [entry for entry in listed if not any(fits(name, entry) for name in names)]
+    if unknown:
+        raise LoraMsError(
+            f"{key} {', '.join(unknown)}: the model has no such module; {nearest_modules(unknown, names)}"
+        )
+
+
+def nearest_modules(unknown: Sequence[str], names: Iterable[str]) -> str:
+    """What to write in place of names that no module has: for each the nearest that one of ``names`` has."""
+    paths = [name.split(".") for name in names]
+    near: list[str] = []
+    for entry in unknown:
+        ends = dict.fromkeys(".".join(path[-1 - entry.count(".") :]) for path in paths)
+        renamed = [leaf for leaf in ends if ALIASES.get(leaf) == entry]
+        near += renamed or difflib.get_close_matches(entry, ends, 1)
+    if near:
+        return f"the nearest: {', '.join(dict.fromkeys(near))}"
+    return f"there are {', '.join(sorted({path[-1] for path in paths}))}"
 
 
 def layer_index(name: str, layers_pattern: Collection[str] = ()) -> int | None:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from lora_ms import saving, storage
 from lora_ms.adapters.inject import adapted_layers, freeze_all, install
+from lora_ms.adapters.matching import check_listed
 from lora_ms.adapters.methods.base import AdapterConfig, Target
 from lora_ms.adapters.peft_config import Adapted, to_peft
 from lora_ms.adapters.peft_files import CONFIG, WEIGHTS, by_module, read_adapter_config, read_entries
@@ -136,7 +137,9 @@ def inject(package: SimpleNamespace, network: nn.Cell, config: AdapterConfig, op
     if unsupported:
         raise LoraMsError(f"backend mindformers does not support {', '.join(unsupported)}: use backend native")
     layers, cells = linear_layers(package, network), {}
-    for module, spec in config.specs(layers).items():
+    specs = config.specs(layers)
+    check_listed("target_modules", config.target_modules, list(layers))
+    for module, spec in specs.items():
         path, linear = layers[module]
         target = Target(module, linear, WHOLE, operators, compute_dtype=linear.dtype)
         cells[path] = config.build(target, spec)

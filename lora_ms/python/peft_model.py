@@ -205,7 +205,7 @@ class PeftModel:
         there = {name: detached(self.peft_config[name], self.adapters.cells_of(name)) for name in names}
         with self.adapters.disabled():
             layers = target_layers(self.model)
-            chosen = LoraConfig(target_rank, float(target_rank), target_modules=target_modules).specs(layers)
+            chosen = select(self.model, LoraConfig(target_rank, float(target_rank), target_modules=target_modules))
         shapes = {name: weight_shape(layers[name]) for name in chosen}
         wide = {name: padded(adapter, target_rank, shapes) for name, adapter in there.items()}  # all, or none
         active = self.adapters.active
@@ -304,7 +304,8 @@ def get_peft_model(model: nn.Cell, config: AdapterConfig, adapter_name: str = DE
     """The bare ``model`` with a fresh adapter; the model's own parameters are frozen.
 
     Raises:
-        LoraMsError: ``config.target_modules`` matches nothing; what could match is listed.
+        LoraMsError: ``config.target_modules`` matches nothing, or lists a name that no module has; what could match
+            is listed.
     """
     peft = PeftModel(model)
     peft.add_adapter(adapter_name, config)

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_ms.adapters.inject import adapted_layers, freeze, inject, saved_layers, target_layers
+from lora_ms.adapters.inject import adapted_layers, freeze, inject, saved_layers, select, target_layers
 from lora_ms.adapters.methods import METHODS
 from lora_ms.adapters.methods.base import AdapterConfig, SeenRows
 from lora_ms.adapters.peft_files import base_quantisation, read_adapter_config
@@ -72,7 +72,7 @@ def attach(
     elif wanted.sees_rows:
         if seen is None:
             raise LoraMsError("the adapter starts from rows (init_lora_weights), which lora-ms finetune alone has")
-        wanted, tensors = wanted.started(seen, wanted.specs(target_layers(model)))
+        wanted, tensors = wanted.started(seen, select(model, wanted))
         inject(model, wanted, shard=shard)
         for name, cell in adapted_layers(model).items():
             cell.begin_with(tensors[name])
@@ -107,6 +107,7 @@ def load_agreeing(path: str, pet: PetConfig, wanted: AdapterConfig, model: Causa
             faults.append(f"{key}{where}: {here} in pet_config, {there} in the adapter")
 
     compare("pet_type", {"pet_type"}, wanted.PET_TYPE, stored.PET_TYPE)
+    wanted.check_listed(layers)
     free = given.isdisjoint(wanted.PLACING)  # the adapter alone says which modules it is on
     chosen = (replace(wanted, target_modules=tuple(standing.specs)) if free else wanted).specs(layers)
     both = [name for name in chosen if name in standing.specs]

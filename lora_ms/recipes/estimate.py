@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lora_ms.adapters.matching import ranges
+from lora_ms.adapters.matching import check_listed, ranges
 from lora_ms.adapters.methods.base import AdapterConfig, Cost
 from lora_ms.config import RunConfig
 from lora_ms.config.optimizer import Optimizer
@@ -50,6 +50,9 @@ def job_of(config: RunConfig, sizes: DecoderConfig, device: Device) -> Job:
     sizes = replace(sizes, **{name: getattr(sizes, name) // processes for name in session.DIVIDED.values()})
     pet = config.pet_config
     adapter = None if pet is None else adapter_config(pet)
+    if adapter is not None:
+        adapter.check_listed(list(memory_estimate.modules(sizes)))
+        check_listed("modules_to_save", adapter.modules_to_save, list(whole_modules(sizes)), str.endswith)
     virtual = 0 if adapter is None else adapter.virtual_tokens
     answers = 1 if config.preferences == "none" else 2  # to a line
     dtype = config.model.sizes.compute_dtype or default_dtype(device)
@@ -131,6 +134,11 @@ def adapter_parts(adapter: AdapterConfig | None, sizes: DecoderConfig) -> dict[s
 
 def saved_numbers(adapter: AdapterConfig, sizes: DecoderConfig) -> dict[str, int]:
     """The numbers of each module that ``modules_to_save`` names, by path; a tied head comes apart and counts alone."""
+    return {name: n for name, n in whole_modules(sizes).items() if name.endswith(adapter.modules_to_save)}
+
+
+def whole_modules(sizes: DecoderConfig) -> dict[str, int]:
+    """The numbers of each module that can train whole, by path."""
     numbers = {"model.norm": sizes.hidden_size}
     biases = bias_numbers(sizes)
     for name, (inputs, outputs) in memory_estimate.modules(sizes).items():
@@ -140,7 +148,7 @@ def saved_numbers(adapter: AdapterConfig, sizes: DecoderConfig) -> dict[str, int
         numbers |= {f"{layer}.{name}_layernorm": sizes.hidden_size for name in ("input", "post_attention")}
         if sizes.qk_norm:
             numbers |= {f"{layer}.self_attn.{name}_norm": sizes.head_dim for name in "qk"}
-    return {name: n for name, n in numbers.items() if name.endswith(adapter.modules_to_save)}
+    return numbers
 
 
 def trained_biases(

@@ -11,7 +11,7 @@ import mindspore as ms
 from mindspore import nn
 
 from lora_ms.adapters.inject import freeze
-from lora_ms.adapters.matching import leaf_of, matches
+from lora_ms.adapters.matching import check_listed, leaf_of, matches
 from lora_ms.adapters.methods import METHODS
 from lora_ms.bridge import model, package, settings, trainer
 from lora_ms.config import PetConfig, RunConfig
@@ -132,6 +132,7 @@ def pet_settings(pet: PetConfig, layers: list[str], on_cpu: bool) -> dict[str, A
     if not names:
         leaves = ", ".join(sorted({leaf_of(name) for name in layers}))
         raise LoraMsError(f"target_modules {targets!r} matches no layer; could match: {leaves}, or all-linear")
+    check_listed("target_modules", targets, layers)
     theirs = dict.fromkeys(leaf_of(model.legacy_path(name)) for name in names)
     given = {key: getattr(pet, key) for key in ("exclude_layers", "freeze_include", "freeze_exclude")}
     types = {} if on_cpu else {"param_init_type": pet.param_init_type, "compute_dtype": pet.compute_dtype}

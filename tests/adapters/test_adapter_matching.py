@@ -7,7 +7,8 @@ import pytest
 from lora_ms.adapters.inject import adapted_layers, freeze, inject, report, select
 from lora_ms.adapters.matching import matches
 from lora_ms.adapters.merge import merge
-from lora_ms.adapters.methods.lora import LoraConfig
+from lora_ms.adapters.methods.ia3 import IA3Config
+from lora_ms.adapters.methods.lora import LayerGroup, LoraConfig
 from lora_ms.adapters.methods.lora_cells import LoRADense
 from lora_ms.errors import LoraMsError
 from lora_ms.models.decoder import CausalLM, DecoderConfig
@@ -121,6 +122,36 @@ COULD = "down_proj, embed_tokens, gate_proj, k_proj, lm_head, o_proj, q_proj, up
     ],
 )  # fmt: skip
 def test_no_match_says_what_could_match(model, config, message):
+    with pytest.raises(LoraMsError) as caught:
+        inject(model, config)
+    assert str(caught.value) == message
+    assert not adapted_layers(model)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (LoraConfig(target_modules=["q_proj", "v_porj"]),
+         "target_modules v_porj: the model has no such module; the nearest: v_proj"),
+        (LoraConfig(target_modules=["q_proj", "wv", "upproj"]),
+         "target_modules wv, upproj: the model has no such module; the nearest: v_proj, up_proj"),
+        (LoraConfig(target_modules=["q_proj", "layers.7.mlp.up_proj"]),
+         "target_modules layers.7.mlp.up_proj: the model has no such module; the nearest: layers.1.mlp.up_proj"),
+        (LoraConfig(target_modules=["q_proj", "xyz"]),
+         f"target_modules xyz: the model has no such module; there are {COULD.removesuffix(', or all-linear')}"),
+        (LoraConfig(exclude_modules=["k_porj"]),
+         "exclude_modules k_porj: the model has no such module; the nearest: k_proj"),
+        (LoraConfig(exclude_layers="lm_hed"),
+         "exclude_layers lm_hed: the model has no such module; the nearest: lm_head"),
+        (LoraConfig(layers_to_transform=(1, 5)),
+         "layers_to_transform: layers 5 are not there: the model has 0-1"),
+        (LoraConfig(layer_groups=(LayerGroup((0,), 2, 4.0, ("q_proj", "vproj")),)),
+         "layer_groups: target_modules vproj: the model has no such module; the nearest: v_proj"),
+        (IA3Config(target_modules="all-linear", feedforward_modules=["down_proj", "upproj"]),
+         "feedforward_modules upproj: the model has no such module; the nearest: up_proj"),
+    ],
+)  # fmt: skip
+def test_a_misspelt_name_beside_others_is_refused(model, config, message):
     with pytest.raises(LoraMsError) as caught:
         inject(model, config)
     assert str(caught.value) == message

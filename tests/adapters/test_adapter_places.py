@@ -279,7 +279,7 @@ def test_modules_to_save(model, wanted, found):
 @pytest.mark.parametrize(
     ("wanted", "message"),
     [
-        ("head_lm", "modules_to_save 'head_lm' fits no module of the model"),
+        ("lm_heed", "modules_to_save 'lm_heed' fits no module of the model; the nearest: lm_head"),
         (
             "self_attn",
             "modules_to_save 'self_attn': model.layers.0.self_attn is no dense layer, norm, embedding or head",

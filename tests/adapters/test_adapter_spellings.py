@@ -178,6 +178,13 @@ def test_loading_says_what_is_missing(reference, tmp_path, capsys, wanted, keys,
     assert capsys.readouterr().out == f"{line}\n"
 
 
+def test_a_stored_adapter_may_name_modules_that_are_not_there(reference, tmp_path):
+    path = shutil.copytree(reference / "adapters" / "qwen2", tmp_path / "adapter")
+    change(path, target_modules=["q_proj", "v_proj", "down_proj", "Wqkv"], layers_to_transform=[0, 1, 7])
+    _, found = load_adapter(load_directory(reference / "models" / "qwen2"), path)
+    assert len(found.modules) == 6 and not found.notes
+
+
 @pytest.mark.parametrize(
     "variant",
     ["qwen2_layers_to_transform", "qwen2_exclude_modules", "qwen2_regex_target", "qwen2_all_linear", "llama3_adalora",

@@ -25,7 +25,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_ms import storage
-from lora_ms.adapters.matching import ALL_LINEAR, ends_with, fits_end, layer_index, leaf_of, matches, ranges
+from lora_ms.adapters.matching import (
+    ALL_LINEAR,
+    check_listed,
+    ends_with,
+    fits_end,
+    layer_index,
+    leaf_of,
+    matches,
+    ranges,
+)
 from lora_ms.adapters.methods.peft_names import ByPeftNames
 from lora_ms.errors import LoraMsError
 from lora_ms.limits import fullmatch
@@ -318,6 +327,21 @@ class AdapterConfig(metaclass=ByPeftNames):
 
     def check_names(self, names: Sequence[str]) -> None:  # noqa: B027
         """Raises LoraMsError where options do not suit a model of modules ``names``."""
+
+    def check_listed(self, names: Sequence[str]) -> None:
+        """Raises LoraMsError where the lists of a fresh adapter name modules or layers that are not among ``names``.
+
+        The settings of a stored adapter may: PEFT takes them.
+        """
+        check_listed("target_modules", self.target_modules, names)
+        check_listed("exclude_modules", self.exclude_modules, names)
+        check_listed("exclude_layers", self.exclude_layers, names, lambda name, part: part in name)
+        layers = {index for name in names if (index := layer_index(name, self.layers_pattern)) is not None}
+        beyond = sorted({*(self.layers_to_transform or ())} - layers)
+        if beyond:
+            raise LoraMsError(
+                f"layers_to_transform: layers {ranges(beyond)} are not there: the model has {ranges(layers)}"
+            )
 
     def specs(self, names: Iterable[str]) -> dict[str, Any]:
         """The modules among ``names`` that get adapters, each with its ``AdapterSpec``.

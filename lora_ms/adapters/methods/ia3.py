@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from lora_ms.adapters.matching import ends_with, leaf_of, matches
+from lora_ms.adapters.matching import check_listed, ends_with, leaf_of, matches
 from lora_ms.adapters.methods.base import (
     AdapterConfig,
     Array,
@@ -84,6 +84,10 @@ class IA3Config(AdapterConfig):
         if isinstance(inputs, str):
             return IA3Spec(bool(inputs) and matches(name, inputs))
         return IA3Spec(name.endswith(inputs))  # even amid a word, as PEFT has it
+
+    def check_listed(self, names: Sequence[str]) -> None:
+        super().check_listed(names)
+        check_listed("feedforward_modules", self.feedforward_modules, names, str.endswith)
 
     def build(self, target: Target, spec: IA3Spec) -> "AdapterCell":
         from lora_ms.adapters.methods import ia3_cells

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_ms.adapters.matching import by_pattern, layer_index, matches, ranges
+from lora_ms.adapters.matching import by_pattern, check_listed, layer_index, matches, ranges
 from lora_ms.adapters.methods import embedding, lowrank, starts, trained_tokens
 from lora_ms.adapters.methods.base import (
     REQUIRED,
@@ -330,6 +330,11 @@ class LoraConfig(AdapterConfig, LowRankOptions):
         twice = {layer_index(name) or 0 for name in names if len(self._groups_of(name)) > 1}
         if twice:
             raise LoraMsError(f"layer_groups overlap in layers {ranges(twice)}: give each module once")
+
+    def check_listed(self, names: Sequence[str]) -> None:
+        super().check_listed(names)
+        for group in self.layer_groups:
+            check_listed("layer_groups: target_modules", group.target_modules or (), names)
 
     def notes(self, names: Iterable[str], adapted: Iterable[str]) -> list[str]:
         grouped = [layer for group in self.layer_groups for layer in group.layers]
