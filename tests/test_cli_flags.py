@@ -122,6 +122,11 @@ def ran(monkeypatch):
     return calls
 
 
+def test_target_modules_may_have_spaces_between_them(ran):
+    assert main.main(["finetune", "--config", YAML, "--target_modules", "q_proj, v_proj"]) == 0
+    assert ran[0][1].pet_config.target_modules == ["q_proj", "v_proj"]
+
+
 def value_at(config: RunConfig, key: str):
     here = config.model_dump(by_alias=True)
     for part in key.split("."):

@@ -36,7 +36,7 @@ def flag_path(text: str) -> str:
 
 def flag_targets(text: str) -> str | list[str]:
     """Modules: a list of names between commas, else all-linear or a regular expression."""
-    names = text.split(",")
+    names = [name.strip() for name in text.split(",")]
     plain = all(name.replace("_", "").replace(".", "").isalnum() for name in names)
     return names if plain and (len(names) > 1 or "_" in text) else text
 
