@@ -185,7 +185,7 @@ MERGE = {"load_adapter": "a", "load_checkpoint": None, "output_dir": "o", "dtype
 QUANTIZE = {"load_checkpoint": "b", "output_dir": "o", "type": "nf4", "double": False, "max_shard_size": "5GB",
             "overwrite": False}  # fmt: skip
 COMBINE = {"adapters": ["a", "b"], "weights": [0.7, -0.3], "method": "linear", "density": None, "rank": None,
-           "seed": 0, "output_dir": "o"}  # fmt: skip
+           "seed": 0, "output_dir": "o", "overwrite": False}  # fmt: skip
 
 
 @pytest.mark.parametrize(

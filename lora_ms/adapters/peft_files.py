@@ -27,6 +27,12 @@ CONFIG = "adapter_config.json"
 BASE_QUANTIZATION = "base_quantization.json"  # ours: how the weights were quantised that the adapter was trained on
 
 
+def check_output(output: Path, overwrite: bool) -> None:
+    """Raises LoraMsError where an adapter would be written over another in folder ``output``."""
+    if not overwrite and any((output / name).exists() for name in (CONFIG, WEIGHTS)):
+        raise LoraMsError(f"{output} holds an adapter: give another folder, or --overwrite True")
+
+
 # names that PEFT reads as well: a running model's, in which the adapter is called "default"
 OTHER_SPELLINGS = (
     (re.compile(r"\.(lora_[AB])\.default\.(weight|bias)$"), r".\1.\2"),

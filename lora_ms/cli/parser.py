@@ -117,6 +117,7 @@ TOOLS = {
             Flag("rank", flag_int, "N", "rank of the result, for the svd methods"),
             Flag("seed", flag_int, "N", "seed of the values that dare keeps (default 0)", 0),
             Flag("output_dir", flag_path, "DIR", "where the new adapter goes", required=True),
+            Flag("overwrite", flag_bool, "BOOL", "replace an adapter in output_dir (default False)", False),
         ),
     ),
     "convert-adapter": Tool(
@@ -131,6 +132,7 @@ TOOLS = {
             Flag("contiguous", flag_bool, "BOOL", CONTIGUOUS, False),
             Flag("lora_alpha", flag_float, "X", "lora_alpha, which a MindFormers checkpoint lacks"),
             Flag("load_checkpoint", str, "DIR", "the model's Hugging Face folder; needed with concat"),
+            Flag("overwrite", flag_bool, "BOOL", "replace what is at output (default False)", False),
         ),
     ),
     "download": Tool(

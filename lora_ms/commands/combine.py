@@ -4,7 +4,7 @@ from pathlib import Path
 
 from lora_ms import saving
 from lora_ms.adapters.combine import COMBINATIONS, combine, read_adapter, write_adapter
-from lora_ms.adapters.peft_files import ADAPTER_FILES, base_name
+from lora_ms.adapters.peft_files import ADAPTER_FILES, base_name, check_output
 from lora_ms.data.tokenizer import load_tokenizer, save_tokenizer
 from lora_ms.errors import LoraMsError
 
@@ -22,14 +22,16 @@ def run(
     rank: int | None,
     seed: int,
     output_dir: str,
+    overwrite: bool = False,
 ) -> None:
     """Writes the weighted combination of the adapter folders into ``output_dir``, with the first tokenizer found.
 
     Raises:
-        LoraMsError: adapters that cannot be combined so, or ``output_dir`` is one of them.
+        LoraMsError: adapters that cannot be combined so, or ``output_dir`` is one of them, or holds another.
     """
     if any(Path(path).resolve() == Path(output_dir).resolve() for path in adapters):
         raise LoraMsError(f"output_dir {output_dir} is one of the adapters: give another folder")
+    check_output(Path(output_dir), overwrite)
     combined = combine([read_adapter(path) for path in adapters], weights, method, density, rank, seed)
     bases = {path: base for path in adapters if (base := base_name(Path(path)))}
     if len(set(bases.values())) > 1:

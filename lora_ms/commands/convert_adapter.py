@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from lora_ms import saving, storage
-from lora_ms.adapters.peft_files import ADAPTER_FILES, CONFIG, WEIGHTS, base_name, read_settings
+from lora_ms.adapters.peft_files import ADAPTER_FILES, CONFIG, WEIGHTS, base_name, check_output, read_settings
 from lora_ms.bridge import adapters
 from lora_ms.bridge.files import SUFFIXES, read_file, write_file
 from lora_ms.bridge.layout import Heads, heads_of
@@ -20,6 +20,7 @@ def run(
     contiguous: bool = False,
     lora_alpha: float | None = None,
     load_checkpoint: str | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Converts the PEFT folder or MindFormers checkpoint ``input`` into the other, named ``output``.
 
@@ -37,6 +38,9 @@ def run(
     target = Path(output)
     if not source.exists():
         raise LoraMsError(f"input: {source} does not exist; give an adapter's folder, or a .ckpt or .safetensors file")
+    if target.is_file() and not overwrite:
+        raise LoraMsError(f"output {target} is there already: give another name, or --overwrite True")
+    check_output(target, overwrite)
     if (source / WEIGHTS).is_file():
         to_mindformers(source, target, naming, concat, heads_at(load_checkpoint or base_name(source), contiguous))
     else:

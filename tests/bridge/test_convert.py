@@ -204,6 +204,17 @@ def test_refusals_of_adapters(reference, shared_a, model, tmp_path, capsys):
     assert "holds no LoRA tensor" in line
 
 
+def test_adapters_replace_others_only_when_asked_to(reference, tmp_path, capsys):
+    source, file, back = reference / "adapters" / "qwen2", tmp_path / "x.safetensors", tmp_path / "back"
+    convert_adapter.run(str(source), str(file))
+    convert_adapter.run(str(file), str(back), lora_alpha=8)
+    there, folder = ("--input", source, "--output", file), ("--input", file, "--output", back, "--lora_alpha", 8)
+    assert "x.safetensors is there already" in refusal(capsys, "convert-adapter", *there)
+    assert "back holds an adapter" in refusal(capsys, "convert-adapter", *folder)
+    convert_adapter.run(str(source), str(file), overwrite=True)
+    convert_adapter.run(str(file), str(back), lora_alpha=8, overwrite=True)
+
+
 def test_ranks_that_differ_are_refused(reference, tmp_path, capsys):
     source = tmp_path / "adapter"
     shutil.copytree(reference / "adapters" / "qwen2", source)

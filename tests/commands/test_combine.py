@@ -52,7 +52,7 @@ def test_different_base_models_get_a_warning(folders, tmp_path, capsys):
     assert warning.startswith("warning: the adapters name different base models")
     assert f"{folders[0]}: models/qwen2; {folders[1]}: another/model" in warning
     rename_base(folders[0], None)  # one name only: it is taken
-    run(folders, [1, 1], "cat", None, None, 0, str(tmp_path / "out"))
+    run(folders, [1, 1], "cat", None, None, 0, str(tmp_path / "out"), overwrite=True)
     assert "warning" not in capsys.readouterr().out
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "another/model"
@@ -67,6 +67,16 @@ def test_the_first_tokenizer_comes_along(folders, text_model, tmp_path):
     after = load_tokenizer(tmp_path / "out")
     assert after.get_vocab() == before.get_vocab()
     assert after.chat_template == before.chat_template and after.chat_template
+
+
+def test_another_adapter_is_replaced_only_when_asked_to(folders, tmp_path):
+    out = shutil.copytree(folders[0], tmp_path / "out")
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    with pytest.raises(LoraMsError, match="out holds an adapter: give another folder, or --overwrite True"):
+        run(folders, [1, 1], "cat", None, None, 0, str(out))
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+    run(folders, [1, 1], "cat", None, None, 0, str(out), overwrite=True)
+    assert (out / "adapter_model.safetensors").read_bytes() != before["adapter_model.safetensors"]
 
 
 def test_faults_leave_nothing_behind(folders, tmp_path):
