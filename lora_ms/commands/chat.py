@@ -9,7 +9,7 @@ from lora_ms.data.example import Message
 from lora_ms.errors import LoraMsError
 from lora_ms.infer.generate import Speaker
 from lora_ms.recipes import session
-from lora_ms.recipes.generate import model_for_use, sampling_of, speaker_for, suggested_sampling
+from lora_ms.recipes.generate import model_for_use, sampling_notes, sampling_of, speaker_for
 
 HELP = "/reset forgets the conversation, /exit leaves"
 
@@ -46,7 +46,7 @@ def run(config: RunConfig, system: str | None = None) -> None:
     session.check_alone(config, "chat")
     runtime = session.start(config)
     speaker = speaker_for(config, model_for_use(config, runtime), sampling_of(config))
-    for line in (*suggested_sampling(config), f"chat: {HELP}"):
+    for line in (*sampling_notes(config), f"chat: {HELP}"):
         print(line)
     with suppress(ImportError):  # line editing, and earlier lines by the arrow keys; not every Python has it
         import readline  # noqa: F401

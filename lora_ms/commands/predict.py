@@ -4,7 +4,7 @@ from lora_ms.config import RunConfig
 from lora_ms.data.example import Message
 from lora_ms.errors import LoraMsError
 from lora_ms.recipes import session
-from lora_ms.recipes.generate import model_for_use, sampling_of, speaker_for, suggested_sampling
+from lora_ms.recipes.generate import model_for_use, sampling_notes, sampling_of, speaker_for
 from lora_ms.recipes.predict import PromptFile
 
 
@@ -27,7 +27,7 @@ def run(
     prompts = None if predict_file is None else PromptFile(config, predict_file, predict_output or "", system)
     runtime = session.start(config)
     speaker = speaker_for(config, model_for_use(config, runtime), sampling_of(config))
-    for line in suggested_sampling(config) if runtime.is_main else ():
+    for line in sampling_notes(config) if runtime.is_main else ():
         print(line)
     if prompts is not None and runtime.is_main:
         prompts.run(speaker)

@@ -28,8 +28,15 @@ def model_for_use(config: RunConfig, runtime: Runtime) -> CausalLM:
     return model.set_train(False)
 
 
-def suggested_sampling(config: RunConfig) -> list[str]:
-    """A line with the settings that the model's authors suggest, where the user chose none; none is taken unasked."""
+def sampling_notes(config: RunConfig) -> list[str]:
+    """A line with the settings that the model's authors suggest, where the user chose none; none is taken unasked. A
+    line with those of the user's that have no effect, as do_sample is False."""
+    sizes = config.model.sizes
+    neutral = {"temperature": None, "top_k": 0, "top_p": 1.0}
+    given = {name: getattr(sizes, name) for name in neutral if name in sizes.model_fields_set}
+    idle = [f"--{name} {value:g}" for name, value in given.items() if value != neutral[name]]
+    if idle and not sizes.do_sample and sizes.temperature and sizes.top_p:
+        return [f"no effect without --do_sample True: {' '.join(idle)}; an answer is the most likely tokens"]
     if set(SAMPLING) & config.model.sizes.model_fields_set or not Path(config.load_checkpoint).is_dir():
         return []
     suggested = sampling_defaults(Path(config.load_checkpoint))

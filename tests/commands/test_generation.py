@@ -250,6 +250,24 @@ def test_sampling_is_offered(listener, folder, capsys, settings, flags, line):
     assert [text for text in out.splitlines() if "suggests" in text] == ([] if line is None else [line])
 
 
+@pytest.mark.parametrize(
+    ("flags", "idle"),
+    [
+        (["--temperature", "0.7", "--top_k", "5", "--top_p", "0.9"], "--temperature 0.7 --top_k 5 --top_p 0.9"),
+        (["--temperature", "1"], "--temperature 1"),
+        (["--do_sample", "False", "--top_k", "5"], "--top_k 5"),
+        (["--do_sample", "True", "--temperature", "0.7"], None),
+        (["--temperature", "0"], None),
+        (["--top_p", "1", "--top_k", "0"], None),
+    ],
+)
+def test_settings_of_sampling_without_sampling(listener, folder, capsys, flags, idle):
+    assert run("predict", folder, "--predict_data", "Why?", *flags) == 0
+    line = f"no effect without --do_sample True: {idle}; an answer is the most likely tokens"
+    said = [text for text in capsys.readouterr().out.splitlines() if text.startswith("no effect")]
+    assert said == ([] if idle is None else [line])
+
+
 def test_sampling_is_not_taken(said, plain, folder):
     suggest(folder, **SUGGESTED)
     assert said(model=folder) == plain
