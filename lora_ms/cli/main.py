@@ -77,14 +77,6 @@ MEANT = {
     "server": "lora-ms serve answers by HTTP",
     "webui": "lora-ms serve has a page to chat with",
 }
-# other tools' words for flags: what is written here
-OTHER_WORDS = {
-    **dict.fromkeys(("model", "model_name", "model_name_or_path", "model_id", "base_model"), "load_checkpoint"),
-    **dict.fromkeys(("data", "dataset", "train_data", "train_dataset", "train_file"), "train_dataset_dir"),
-    **dict.fromkeys(("eval_data", "eval_dataset", "eval_file", "validation_file"), "eval_dataset_dir"),
-    **dict.fromkeys(("adapter", "adapter_name_or_path", "adapter_path", "lora_path"), "load_adapter"),
-    **dict.fromkeys(("output", "output_path", "save_dir"), "output_dir"),
-}
 TRAINING = ("finetune", "train")  # run modes that mean the same
 STEPPING = ("finetune", "sequence", "fisher")  # whose products read much memory, step after step
 RUN_MODES = {
@@ -424,20 +416,25 @@ def _parse(parser: Parser, argv: list[str], free_form: list[str]) -> argparse.Na
 
 def _nearest(name: str, flags: list[str], with_keys: bool) -> str:
     """What to write in place of a flag that is not known: a flag, or a key of the YAML with its section."""
-    from lora_ms.config.problems import key_names, key_place
+    from lora_ms.config.other_words import OTHER_WORDS
+    from lora_ms.config.problems import NEAR, key_names, key_place
 
-    flag = difflib.get_close_matches(name, flags, 1, 0.0)[0]
+    meant, _, value = OTHER_WORDS.get(name.replace("-", "_"), "").partition("=")
+    flag = next((flag for flag, key in FLAG_KEYS.items() if key == meant and flag in flags), None)
+    if flag is not None:
+        return f"here it is --{flag}{f' {value}' if value else ''}"
+    near = difflib.get_close_matches(name, flags, 1, NEAR)
     if not with_keys:
-        return f"the nearest is --{flag}"
-    if OTHER_WORDS.get(name) in flags:
-        return f"here it is --{OTHER_WORDS[name]}"
-    place = key_place(name)
-    if not place:
-        key = difflib.get_close_matches(name, [*flags, *key_names()], 1, 0.7)
-        place = key_place(key[0]) if key and key[0] not in flags else ""
-    if not place:
-        return f"the nearest is --{flag} (keys of the YAML: --section.key VALUE)"
-    return f"as a key of the YAML it is --{place} VALUE" if "." in place else f"write --options {place}=VALUE"
+        return f"the nearest is --{near[0]}" if near else "--help lists the flags"
+    place = meant or key_place(name)
+    if not place and (keys := difflib.get_close_matches(name, [*flags, *key_names()], 1, NEAR)):
+        place = "" if keys[0] in flags else key_place(keys[0])
+    if place and "." in place:
+        return f"as a key of the YAML it is --{place} {value or 'VALUE'}"
+    if place:
+        return f'write --options "{place}={value}"' if value else f"write --options {place}=VALUE"
+    keys_too = "keys of the YAML: --section.key VALUE"
+    return f"the nearest is --{near[0]} ({keys_too})" if near else f"--help lists the flags ({keys_too})"
 
 
 if __name__ == "__main__":

@@ -9,13 +9,14 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from lora_ms.config.callbacks import CALLBACKS
+from lora_ms.config.other_words import OTHER_WORDS
 from lora_ms.config.schema import RunConfig, key_of
 from lora_ms.config.sections import MAPPING, NUMBER
 from lora_ms.objectives import OBJECTIVES
 from lora_ms.values import Section
 
-# flags that people write into a YAML, where the key has another name
-NAMES_OF_FLAGS = {f"{name}_dataset_dir": f"{name}_dataset.data_loader.dataset_dir" for name in ("train", "eval")}
+NEAR = 0.8  # difflib's ratio from which one name is meant by another, among all; less finds words of another meaning
+NEAR_IN_SECTION = 0.7  # among the few of a section
 LISTED = 10  # errors that are described; looking for the nearest known key takes 10 ms
 LISTS: dict[str, Mapping[str, type[Section]]] = {
     "callbacks": CALLBACKS,
@@ -78,24 +79,30 @@ def _place(loc: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _nearest(loc: tuple[Any, ...]) -> str:
-    """The known key that was probably meant: in the same section, else one of the same name anywhere."""
+    """The known key that was probably meant: in the same section, else anywhere; the keys of a short section."""
     *parents, unknown = loc
     section: type[Section] = RunConfig
     for part in parents:
         section = _child(section, part) or section
     prefix = "".join(f"{part}." for part in _place(tuple(parents)))
     known = [key_of(name, field) for name, field in section.model_fields.items()]
-    if not parents and (meant := NAMES_OF_FLAGS.get(str(unknown))):
-        return f"; in a YAML it is {meant}"
     for name, kinds in LISTS.items():
         if unknown in kinds:
             return f"; it is the type of an entry of {name}: [{{type: {unknown}, …}}]"
-    if near := difflib.get_close_matches(str(unknown), known, 1):
+    if deeper := [path for path in known_keys(section) if path.endswith(f".{unknown}")]:
+        if parents:
+            return f"; did you mean {prefix}{deeper[0]}?"
+    meant, _, value = OTHER_WORDS.get(str(unknown), "").partition("=")
+    leaf = meant.rpartition(".")[2]
+    if meant:
+        place = f"{prefix}{leaf}" if parents and leaf in known else meant
+        return f"; in a YAML it is {place}{f': {value}' if value else ''}"
+    if near := difflib.get_close_matches(str(unknown), known, 1, NEAR_IN_SECTION):
         return f"; did you mean {prefix}{near[0]}?"
     elsewhere = {path.rsplit(".", 1)[-1]: path for path in reversed(list(known_keys(RunConfig)))}
-    if near := difflib.get_close_matches(str(unknown), elsewhere, 1):
+    if near := difflib.get_close_matches(str(unknown), elsewhere, 1, NEAR):
         return f"; did you mean {elsewhere[near[0]]}?"
-    return f"; nearest here: {prefix}{difflib.get_close_matches(str(unknown), known, 1, 0.0)[0]}"
+    return f"; {prefix.rstrip('.')} has {', '.join(known)}" if parents and len(known) <= 10 else ""
 
 
 def key_place(name: str) -> str:

@@ -43,6 +43,16 @@ def test_a_command_that_does_not_exist(capsys, word, line):
     [
         ("--warmup_step", "as a key of the YAML it is --lr_schedule.warmup_steps VALUE"),
         ("--weight_decay", "as a key of the YAML it is --optimizer.weight_decay VALUE"),
+        ("--lr", "here it is --learning_rate"),
+        ("--cutoff_len", "here it is --seq_length"),
+        ("--device", "here it is --device_target"),
+        ("--quantization_bit", "here it is --quantize nf4"),
+        ("--bf16", "as a key of the YAML it is --model.model_config.compute_dtype bfloat16"),
+        ("--fp16", "as a key of the YAML it is --model.model_config.compute_dtype float16"),
+        ("--save_steps", 'write --options "callbacks=[{type: CheckpointMonitor, save_checkpoint_steps: N}]"'),
+        ("--resume", "here it is --resume_training"),
+        ("--num_beams", "--help lists the flags (keys of the YAML: --section.key VALUE)"),
+        ("--deepspeed", "--help lists the flags (keys of the YAML: --section.key VALUE)"),
         ("--lora_ranks", "the nearest is --lora_rank (keys of the YAML: --section.key VALUE)"),
     ],
 )

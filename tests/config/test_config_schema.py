@@ -30,9 +30,20 @@ def options(*texts: str) -> RunConfig:
         ("lora_rank=2", "unknown key lora_rank; did you mean model.model_config.pet_config.lora_rank?"),
         (
             "pet_config.rank=2",
-            "unknown key model.model_config.pet_config.rank; did you mean model.model_config.pet_config.lora_rank?",
+            "unknown key model.model_config.pet_config.rank; in a YAML it is model.model_config.pet_config.lora_rank",
         ),
-        ("model.sizes.seq_length=2", "unknown key model.sizes; nearest here: model.model_config"),
+        ("model.sizes.seq_length=2", "unknown key model.sizes; model has model_config, arch"),
+        # other tools' words, and our own in another section
+        ("model_name_or_path=m", "unknown key model_name_or_path; in a YAML it is load_checkpoint"),
+        ("learning_rate=1e-4", "unknown key learning_rate; in a YAML it is lr_schedule.learning_rate"),
+        ("runner_config.lr=1", "unknown key runner_config.lr; in a YAML it is lr_schedule.learning_rate"),
+        ("optimizer.lr=1", "unknown key optimizer.lr; in a YAML it is optimizer.learning_rate"),
+        ("bf16=True", "unknown key bf16; in a YAML it is model.model_config.compute_dtype: bfloat16"),
+        (
+            "eval_dataset.dataset_dir=x",
+            "unknown key eval_dataset.dataset_dir; did you mean eval_dataset.data_loader.dataset_dir?",
+        ),
+        ("stage=sft", "unknown key stage"),
         # names of types that stand where a key should
         ("dpo={beta: 0.1}", "unknown key dpo; it is the type of an entry of objectives: [{type: dpo, …}]"),
         (
