@@ -1,7 +1,10 @@
 # shellcheck shell=bash
-# Shared by the scripts: finds a Python, makes virtual environments. Source it; it defines functions only.
+# Shared by the scripts: finds a Python, makes virtual environments. Source it; it defines functions, and makes the paths
+# in LORA_MS_VENV and PYTHON absolute, as the scripts change folders.
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+case ${LORA_MS_VENV:-} in '' | /*) ;; *) LORA_MS_VENV=$PWD/$LORA_MS_VENV ;; esac
+case ${PYTHON:-} in /*) ;; */*) PYTHON=$PWD/$PYTHON ;; esac  # a bare name is one on PATH
 
 die() {
     echo "error: $*" >&2
@@ -47,9 +50,6 @@ PY
 make_environment() {  # DIRECTORY SIZE FILE -- PIP_ARGUMENTS...; FILE and pyproject.toml are part of the stamp
     local directory=$1 size=$2 file=$3 python stamp found
     shift 4
-    if [[ "$directory" != /* ]]; then
-        directory=$PWD/$directory
-    fi
     python=$directory/bin/python
     found=$(cat "$directory/lora_ms.stamp" 2>/dev/null || true)
     if [ -n "$found" ] && [ -x "$python" ]; then

@@ -38,7 +38,11 @@ make_swap() {  # MEGABYTES
         return
     fi
     [ "$(id -u)" = 0 ] || usage "--swap needs root: sudo bash $0 …"
-    dd if=/dev/zero of=$file bs=1M count="$1" status=none
+    if ! dd if=/dev/zero of=$file bs=1M count="$1" status=none 2>/dev/null; then
+        rm -f $file
+        echo "error: --swap: $1 MB cannot be written to $file: free space on that disk, or give a smaller SIZE" >&2
+        exit 1
+    fi
     chmod 600 $file
     mkswap $file >/dev/null
     swapon $file

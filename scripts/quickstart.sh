@@ -1,17 +1,23 @@
 #!/usr/bin/env bash
 # From a fresh machine to a fine-tuned model: makes the environment .venv, then runs examples/quickstart.py, or with
-# --model smollm2 examples/quickstart_smollm2.py.
+# --model smollm2 examples/quickstart_smollm2.py. --name, --author and --output_dir are the examples' own.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 VENV=${LORA_MS_VENV:-$ROOT/.venv}
 model=tiny
 arguments=()
+USAGE="usage: bash $0 [--model tiny|smollm2] [--name NAME] [--author NAME] [--output_dir DIR]"
 while [ $# -gt 0 ]; do
     case $1 in
         --model) model=${2:-}; shift $(($# > 1 ? 2 : 1)) ;;
         --model=*) model=${1#--model=}; shift ;;
-        *) arguments+=("$1"); shift ;;
+        --name | --author | --output_dir)
+            [ $# -gt 1 ] || die "$1 has no value: write $1 VALUE"
+            arguments+=("$1" "$2"); shift 2 ;;
+        --name=* | --author=* | --output_dir=*) arguments+=("$1"); shift ;;
+        -h | --help) echo "$USAGE"; exit ;;
+        *) die "unknown argument $1; $USAGE" ;;
     esac
 done
 case $model in

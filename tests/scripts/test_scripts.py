@@ -1,6 +1,7 @@
 """The shell scripts, with programs that stand for msrun, Python and pip: nothing is installed or started."""
 
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -382,10 +383,10 @@ def calls(machine: Machine) -> list[str]:
 
 
 def test_quickstart_installs_once_and_passes_its_arguments(machine, copy):
-    first = machine.run(copy / "scripts/quickstart.sh", "--steps", "2 3")
+    first = machine.run(copy / "scripts/quickstart.sh", "--author", "Li Na", "--name=Ada")
     assert (first.returncode, first.stderr) == (0, "")
     assert first.stdout.splitlines()[3].startswith(f"Making the environment {copy}/.venv with Python 3.11.7: ")
-    assert first.stdout.splitlines()[4:] == [f"ran {copy}/examples/quickstart.py --steps 2 3"]
+    assert first.stdout.splitlines()[4:] == [f"ran {copy}/examples/quickstart.py --author Li Na --name=Ada"]
     assert calls(machine) == [f"{copy}: {LIGHT}"]
 
     second = machine.run(copy / "scripts/quickstart.sh")
@@ -400,6 +401,21 @@ def test_quickstart_with_a_real_model(machine, copy):
     assert result.stdout.splitlines()[-1] == f"ran {copy}/examples/quickstart_smollm2.py --name Ada"
     wrong = machine.run(copy / "scripts/quickstart.sh", "--model", "gpt")
     assert (wrong.returncode, wrong.stderr) == (1, "error: --model gpt is none of tiny, smollm2\n")
+
+
+@pytest.mark.parametrize("arguments", [["--steps", "2"], ["rows.jsonl"], ["--name"]])
+def test_quickstart_refuses_what_its_example_has_not_before_it_installs(machine, copy, arguments):
+    wrong = machine.run(copy / "scripts/quickstart.sh", *arguments)
+    assert (wrong.returncode, wrong.stdout) == (1, "")
+    assert wrong.stderr.startswith("error: ") and arguments[0] in wrong.stderr
+    assert calls(machine) == []
+
+
+@pytest.mark.parametrize("example", ["quickstart.py", "quickstart_smollm2.py"])
+def test_quickstart_knows_the_flags_of_its_examples(example):
+    flags = re.findall(r'add_argument\("(--\w+)"', (ROOT / "examples" / example).read_text())
+    assert flags == ["--name", "--author", "--output_dir"]
+    assert f"{' | '.join(flags)})" in (ROOT / "scripts/quickstart.sh").read_text()
 
 
 @pytest.mark.parametrize("changed", ["pyproject.toml", "requirements/tested.txt"])
@@ -458,6 +474,16 @@ def test_test_script_ends_as_pytest_does(machine, copy):
     result = machine.run(copy / "scripts/test.sh", "--with-torch", "-x")
     assert result.stdout.splitlines()[1:] == [f"{pytest} -x; {copy}/.venv-torch/bin/python"]
     assert calls(machine) == [f"{copy}: install -qq --disable-pip-version-check --requirement requirements/torch.txt"]
+
+
+def test_relative_paths_are_of_the_folder_that_they_were_given_in(machine, copy):
+    machine.program("named", FAKE_PYTHON, machine.folder / "other")
+    (machine.bin / "python3.11").unlink()
+    given = {"LORA_MS_VENV": "env", "PYTHON": "other/named"}
+    result = machine.run(copy / "scripts/test.sh", "-x", **given)
+    assert (result.returncode, result.stderr) == (7, "")
+    shown = machine.run("-c", f'. "{copy}/scripts/common.sh" && echo "$LORA_MS_VENV $PYTHON"', **given)
+    assert shown.stdout == f"{machine.folder}/env {machine.folder}/other/named\n"
 
 
 def test_setup_alone_runs_no_test(machine, copy):
