@@ -14,10 +14,7 @@ from lora_ms.text import WIDTH
 def main(argv: Sequence[str] | None = None) -> int:
     """Becomes the script; returns 2 where there is no bash."""
     words = list(sys.argv[1:] if argv is None else argv)
-    script, program = bundled("scripts/msrun_launcher.sh"), bundled("run_mindformer.py")
-    first, space, rest = words[0].partition(" ") if words else ("", "", "")
-    if first == "run_mindformer.py" and not os.path.exists(first):
-        words[0] = f"{program}{space}{rest}"
+    script = bundled("scripts/msrun_launcher.sh")  # which finds the run_mindformer.py that comes with it
     # the processes start as `python`: the one that has this package
     os.environ["PATH"] = os.pathsep.join((os.path.dirname(sys.executable), os.environ.get("PATH", "")))
     try:

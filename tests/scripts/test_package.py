@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import sys
 import tarfile
 import zipfile
 from pathlib import Path
@@ -86,6 +87,25 @@ def test_an_installed_one_trains_outside_the_repository(installed, tmp_path):
 def test_its_launcher(installed):
     done = installed("lora-ms-launcher", "--help")
     assert done.returncode == 0 and done.stdout.startswith("usage: bash ") and "LOG_DIR" in done.stdout
+
+
+def test_its_launcher_at_a_path_with_a_space(tmp_path):
+    place = tmp_path / "a place"
+    (place / "bin").mkdir(parents=True)
+    for name in ("scripts/msrun_launcher.sh", "scripts/common.sh", "run_mindformer.py"):
+        (place / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, place / name)
+    (place / "bin" / "msrun").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    (place / "bin" / "msrun").chmod(0o755)
+    script = "import sys; from pathlib import Path; import lora_ms.bundled; from lora_ms.cli.launcher import main\n"
+    script += (
+        "lora_ms.bundled.ROOT = Path(sys.argv[1]); sys.executable = f'{sys.argv[1]}/bin/python'; main(sys.argv[2:])"
+    )
+    words = ["run_mindformer.py --config x.yaml", "2", "29431", "logs", "True", "60"]
+    command = [sys.executable, "-c", script, str(place), *words]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-3:] == [f"{place}/run_mindformer.py", "--config", "x.yaml"], done.stderr
 
 
 def test_what_is_bundled():
