@@ -4,9 +4,11 @@ A model, an adapter or a dataset comes from strangers. A file of theirs is a reg
 that its kind can have; and whatever goes wrong as it is read is one line that names it.
 """
 
+import codecs
 import json
 import os
 import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -77,6 +79,27 @@ def opened(file: Path) -> Iterator[BinaryIO]:
         raise LoraMsError(f"{file}: not a regular file")
     with os.fdopen(number, "rb") as stream:
         yield stream
+
+
+@contextmanager
+def opened_text(file: Path) -> Iterator[BinaryIO]:
+    """As ``opened``, for a text: one in UTF-16, which Windows' programs write and begin with its mark, is in UTF-8."""
+    with opened(file) as stream:
+        mark = stream.read(2)
+        stream.seek(0)
+        if mark not in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            yield stream
+            return
+        decoder = codecs.getincrementaldecoder("utf-16")()
+        with tempfile.TemporaryFile() as copy:
+            try:
+                while block := stream.read(2**20):
+                    copy.write(decoder.decode(block).encode())
+                decoder.decode(b"", final=True)
+            except UnicodeError:
+                raise LoraMsError(f"{file}: begins as UTF-16 and is none; save the file as UTF-8") from None
+            copy.seek(0)
+            yield copy
 
 
 def read_bytes(file: Path, most: int) -> bytes:

@@ -32,6 +32,7 @@ from lora_ms.data.example import (
     too_long,
 )
 from lora_ms.data.preferences import Preferences, answers_of, joined
+from lora_ms.data.tables import separator_advice
 from lora_ms.errors import LoraMsError
 from lora_ms.reading import reason as reason_of
 
@@ -373,8 +374,12 @@ def _suggestion(value: Mapping[str, Any]) -> str:
     text = next((texts[name] for name in LIKE_TEXT if name in texts), None)
     if text is not None:
         return f"if {quoted(text)} is a text to learn as it stands, set {_columns(text=text)}; "
-    if len(value) == 1 and ";" in next(iter(map(str, value))):
-        return "if semicolons separate the columns, save the file with commas; "
+    if len(value) == 1:
+        (key, item), *_ = lists.items()
+        if isinstance(item, Mapping) and any(item.keys() >= set(keys) for _, sets in KEYS for keys in sets):
+            return f"if the rows are the objects under {quoted(key)}, write these alone; "
+        if advice := separator_advice(str(key)):
+            return f"{advice}; "
     return ""
 
 

@@ -14,7 +14,7 @@ from lora_ms.data.example import MOST_BYTES, RawRow, RowFault, shown_name, too_l
 from lora_ms.data.mindrecord import read_mindrecord
 from lora_ms.data.tables import HELD_OUT, SPLITS, read_table, without_filled_nulls
 from lora_ms.errors import LoraMsError
-from lora_ms.reading import opened, readable
+from lora_ms.reading import opened_text, readable
 
 # what word processors and Chinese input methods write, and JSON's own
 TYPED = {"“": '"', "”": '"', "„": '"', "：": ":", "，": ","}
@@ -177,8 +177,10 @@ def read_file(path: Path, split: str | None) -> Iterator[RawRow]:
 
 def read_json(path: Path) -> Iterator[RawRow]:
     """The rows of a JSON file: one object a line, read line by line; or a list or an object, read whole."""
-    with opened(path) as file:
-        if path.suffix.lower() == ".jsonl" or _has_one_object_a_line(file):
+    with opened_text(path) as file:
+        first, more = _beginning(file)
+        by_line = not _opens_list(first, more) if path.suffix.lower() == ".jsonl" else more and _is_object(first)
+        if by_line:
             yield from _json_lines(path, file)
         else:
             with readable(path, "JSON"):  # it is in memory as a whole
@@ -186,16 +188,26 @@ def read_json(path: Path) -> Iterator[RawRow]:
             yield from _json_document(path, raw)
 
 
-def _has_one_object_a_line(file: BinaryIO) -> bool:
-    """Whether a file named .json begins with a whole object on a line of its own, and more follows."""
+def _beginning(file: BinaryIO) -> tuple[bytes, bool]:
+    """The first line that is not blank, and whether another one follows."""
     lines = _lines(file)
     first = next((line for line in lines if line.removeprefix(BOM).strip()), b"")
     more = any(line.strip() for line in lines)
     file.seek(0)
+    return first.removeprefix(BOM).strip(), more
+
+
+def _is_object(line: bytes) -> bool:
+    """Whether a line is a whole object."""
     try:
-        return more and len(first) <= MOST_BYTES and isinstance(json.loads(first.removeprefix(BOM)), dict)
+        return len(line) <= MOST_BYTES and isinstance(json.loads(line), dict)
     except (ValueError, RecursionError):
         return False
+
+
+def _opens_list(first: bytes, more: bool) -> bool:
+    """Whether a file whose first line is this one is a list of objects; a line with a whole list may be a row."""
+    return first == b"[" or (first.startswith(b"[{") and not (more and first.endswith(b"]")))
 
 
 def _lines(file: BinaryIO) -> Iterator[bytes]:
@@ -209,21 +221,17 @@ def _lines(file: BinaryIO) -> Iterator[bytes]:
 
 def _json_lines(path: Path, file: BinaryIO) -> Iterator[RawRow]:
     # by bytes: text would also be split at U+2028 and its like, which JSON strings may hold
-    advice = ""
     for number, raw in enumerate(_lines(file), start=1):
         line = (raw.removeprefix(BOM) if number == 1 else raw).rstrip(b"\r\n")
         if not line.strip():
             continue
-        if not advice:
-            is_list = line.strip()[:2] in (b"[", b"[{")
-            advice = "a list of objects needs the name .json" if is_list else "write one object per line"
         value: Any
         try:
             value = _without_repeated_keys(_loads(line.decode())) if len(line) <= MOST_BYTES else too_long()
         except UnicodeDecodeError as error:
             value = _not_utf8(line, error)
         except (ValueError, RecursionError) as error:
-            value = RowFault(f"not valid JSON ({_reason(error)})", advice)
+            value = RowFault(f"not valid JSON ({_reason(error)})", "write one object per line")
         yield RawRow(path, f"{shown_name(path)}:{number}", value)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_ms.data.example import MOST_BYTES, RawRow, RowFault, shown_name
 from lora_ms.errors import LoraMsError
-from lora_ms.reading import member, opened, read_json, readable
+from lora_ms.reading import member, opened, opened_text, read_json, readable
 
 if TYPE_CHECKING:
     import pyarrow
@@ -31,7 +31,7 @@ def read_table(path: Path, kind: str, split: str | None) -> Iterator[RawRow]:
 def _csv(path: Path, delimiter: str) -> Iterator[RawRow]:
     csv.field_size_limit(MOST_BYTES)
     try:
-        with opened(path) as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as file:
+        with opened_text(path) as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, delimiter=delimiter, strict=True)
             try:
                 names = next(reader, [])
@@ -56,9 +56,18 @@ def _csv(path: Path, delimiter: str) -> Iterator[RawRow]:
         ) from error
 
 
+def separator_advice(name: str) -> str:
+    """What to do where all columns of a .csv seem to be one of this name; "" where it is one."""
+    if "\t" in name:
+        return "if tabs separate the columns, name the file .tsv"
+    return "if semicolons separate the columns, save the file with commas" if ";" in name else ""
+
+
 def _by_column(names: list[str], fields: list[str]) -> dict[str, str] | RowFault:
     if len(fields) != len(names):
         text = f"{len(fields)} fields, and the first line names {len(names)} columns"
+        if len(names) == 1 and (advice := separator_advice(names[0])):
+            return RowFault(text, advice)
         return RowFault(text, "put fields with commas in quotation marks")
     return dict(zip(names, fields, strict=True))
 

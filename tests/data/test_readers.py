@@ -237,7 +237,17 @@ def test_paths_that_lead_nowhere(tmp_path):
             b'{"instruction": "a", "output": "b"}\n{"instruction": "\xc4\xe3\xba\xc3"}\n',
             "d.jsonl:2: byte 0xc4 is not UTF-8; save the file as UTF-8 (from GBK: iconv -f GBK -t UTF-8)",
         ),
-        ("d.jsonl", b'[{"instruction": "a"}]', f"d.jsonl:1: {NO_OBJECT}, not list; {KNOWN}"),
+        (
+            "d.jsonl",
+            b'[{"instruction": "a", "output": "b"}]\n' * 2,
+            f"d.jsonl:1, d.jsonl:2: {NO_OBJECT}, not list; {KNOWN}",
+        ),
+        ("d.json", b"\xff\xfe[\x00{", "{folder}/d.json: begins as UTF-16 and is none; save the file as UTF-8"),
+        (
+            "d.csv",
+            b"instruction\toutput\na, b\tc\n",
+            "d.csv:2: 2 fields, and the first line names 1 columns; if tabs separate the columns, name the file .tsv",
+        ),
         (
             "d.jsonl",
             b'{"instruction": "a", "output": "\\ud83d"}',
@@ -252,13 +262,37 @@ def test_paths_that_lead_nowhere(tmp_path):
         "last comma",
         "nesting",
         "GBK",
-        "array in one line",
+        "arrays in lines",
+        "half of UTF-16",
+        "tabs",
         "half a surrogate pair",
     ],
 )
 def test_files_that_cannot_be_read(tmp_path, name, raw, text):
     (tmp_path / name).write_bytes(raw)
-    assert fault(tmp_path / name) == text
+    assert fault(tmp_path / name) == text.replace("{folder}", str(tmp_path))
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be"])
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("d.jsonl", '{"instruction": "你好", "output": "b"}\n{"instruction": "c", "output": "d\u2028"}\n'),
+        ("d.json", '[{"instruction": "你好", "output": "b"},\n {"instruction": "c", "output": "d\u2028"}]'),
+        ("d.csv", "instruction,output\r\n你好,b\r\nc,d\u2028\r\n"),
+    ],
+)
+def test_utf_16_is_read_by_its_mark(tmp_path, name, text, encoding):
+    (tmp_path / name).write_bytes((text if encoding == "utf-16" else "\ufeff" + text).encode(encoding))
+    pairs = [[message.content for message in row.messages] for row in read_rows(tmp_path / name)]
+    assert pairs == [["你好", "b"], ["c", "d\u2028"]]
+
+
+@pytest.mark.parametrize("text", ["[{}, {}]", "[{},\n{}\n]\n", "[\n  {},\n  {}\n]", "\ufeff\n[{}, {}]\n"])
+def test_a_list_in_a_jsonl_is_read_as_one(tmp_path, text):
+    row = '{"instruction": "a", "output": "b"}'
+    (tmp_path / "d.jsonl").write_text(text.replace("{}", row), encoding="utf-8")
+    assert [example.where for example in read_rows(tmp_path / "d.jsonl")] == ["d.jsonl[1]", "d.jsonl[2]"]
 
 
 def test_nothing_to_read(tmp_path):
@@ -303,6 +337,14 @@ ANSWER = "write the answer or remove the row"
             {"instruction;output": "a;b"},
             'keys "instruction;output" fit no format; if semicolons separate the columns, save the file with commas; '
             + KNOWN,
+        ),
+        (
+            {"instruction\toutput": "a\tb"},
+            'keys "instruction\\toutput" fit no format; if tabs separate the columns, name the file .tsv; ' + KNOWN,
+        ),
+        (
+            {"data": {"instruction": "a", "output": "b"}},
+            'keys "data" fit no format; if the rows are the objects under "data", write these alone; ' + KNOWN,
         ),
         (
             {"prompt": "a", "response": "b"},
