@@ -319,7 +319,7 @@ def test_the_articles_command(ran):
         ),
         (
             ["chat", "--load_adapter", "none"],
-            "none: no adapter here: adapter_config.json is missing",
+            "load_adapter: none is not a folder; give the one that holds adapter_config.json",
         ),
         (["finetune", YAML], f"unexpected argument {YAML!r}: {QUOTE}"),
         (

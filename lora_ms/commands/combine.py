@@ -7,6 +7,7 @@ from lora_ms.adapters.combine import COMBINATIONS, combine, read_adapter, write_
 from lora_ms.adapters.peft_files import ADAPTER_FILES, base_name, check_output
 from lora_ms.data.tokenizer import load_tokenizer, save_tokenizer
 from lora_ms.errors import LoraMsError
+from lora_ms.recipes.model_folder import check_adapter_folder
 
 
 def methods() -> dict[str, str]:
@@ -31,6 +32,8 @@ def run(
     """
     if any(Path(path).resolve() == Path(output_dir).resolve() for path in adapters):
         raise LoraMsError(f"output_dir {output_dir} is one of the adapters: give another folder")
+    for path in adapters:
+        check_adapter_folder(Path(path), "adapters")
     check_output(Path(output_dir), overwrite)
     combined = combine([read_adapter(path) for path in adapters], weights, method, density, rank, seed)
     bases = {path: base for path in adapters if (base := base_name(Path(path)))}

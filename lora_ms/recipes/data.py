@@ -1,6 +1,8 @@
 """The data of a run: the tokenizer with its template, the rows of a dataset as tokens, and the plan of the steps."""
 
 import dataclasses
+import glob
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -108,14 +110,23 @@ def sources_of(dataset: Dataset, name: str) -> list[str]:
     """Where the rows of ``train_dataset`` or ``eval_dataset`` are: files, folders or globs.
 
     Raises:
-        LoraMsError: the configuration names none.
+        LoraMsError: the configuration names none, or one that is not there.
     """
     sources = dataset.sources
     if not sources or not sources[0]:
         raise LoraMsError(
             f"no {name} data: give --{name}_dataset_dir FILE, or {name}_dataset.data_loader.dataset_dir in the YAML"
         )
+    given_as = f"{name}_dataset.mix" if dataset.mix else f"{name}_dataset_dir"
+    for source in sources:
+        check_path(source, given_as)
     return sources
+
+
+def check_path(source: str, given_as: str) -> None:
+    """Raises LoraMsError where ``source``, the value of the flag or key ``given_as``, is no glob and leads nowhere."""
+    if not glob.has_magic(source) and not os.path.exists(os.path.expanduser(source)):
+        raise LoraMsError(f"{given_as}: {source}: no such file or folder; check the path of the dataset")
 
 
 def preparation_of(

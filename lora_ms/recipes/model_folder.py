@@ -31,10 +31,10 @@ def check_type(dtype: str) -> None:
         raise LoraMsError(f"dtype {dtype!r} is none of {', '.join(TYPES)}")
 
 
-def check_adapter_folder(adapter: Path) -> None:
-    """Raises LoraMsError where ``adapter`` is not a folder."""
+def check_adapter_folder(adapter: Path, given_as: str = "load_adapter") -> None:
+    """Raises LoraMsError where ``adapter``, the value of the flag ``given_as``, is not a folder."""
     if not adapter.is_dir():
-        raise LoraMsError(f"load_adapter: {adapter} is not a folder; give the one that holds {peft_files.CONFIG}")
+        raise LoraMsError(f"{given_as}: {adapter} is not a folder; give the one that holds {peft_files.CONFIG}")
 
 
 def base_of(adapter: Path, load_checkpoint: str | None, hub: str = "hf") -> Path:
@@ -44,6 +44,7 @@ def base_of(adapter: Path, load_checkpoint: str | None, hub: str = "hf") -> Path
         LoraMsError: there is none.
     """
     if load_checkpoint is None:
+        check_adapter_folder(adapter)
         peft_files.read_adapter_config(adapter)
         named = peft_files.base_name(adapter)
         from lora_ms.recipes.download import is_name, local_folder

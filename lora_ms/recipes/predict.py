@@ -16,6 +16,7 @@ from lora_ms.data.prompts import PromptRow, read_prompts
 from lora_ms.data.template import encode_prompt
 from lora_ms.errors import LoraMsError
 from lora_ms.infer.generate import Speaker
+from lora_ms.recipes.data import check_path
 from lora_ms.recipes.session import check_output
 from lora_ms.text import counted
 
@@ -34,6 +35,7 @@ class PromptFile:
     """
 
     def __init__(self, config: RunConfig, file: str, output: str, system: str | None):
+        check_path(file, "predict_file")
         self.rows = read_prompts(file)
         self.system = system
         self.output = Path(output or Path(config.output_dir) / ANSWERS)

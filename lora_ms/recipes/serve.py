@@ -152,8 +152,8 @@ def _pool(model: CausalLM, rows: int, adapters: Mapping[str, str], more: bool, s
         return None
     found: dict[str, int] = {}  # the layers that have one -> the largest rank
     kinds = more  # DoRA and biases take two more numbers of each output, and two more operations
-    for path in adapters.values():
-        check_adapter_folder(Path(path))
+    for adapter, path in adapters.items():
+        check_adapter_folder(Path(path), f"adapter {adapter}")
         for name, update in read_rows(path).items():
             found[name] = max(found.get(name, 1), 1 if update.pair is None else len(update.pair.a))
             kinds = kinds or any(value is not None for value in update[1:])

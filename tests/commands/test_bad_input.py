@@ -37,7 +37,7 @@ def refused(tmp_path, monkeypatch, capsys, model, rows_file):
 def test_missing_files(refused):
     assert refused("--config", "none.yaml") == "cannot read config none.yaml: No such file or directory"
     assert refused("--train_dataset_dir", "none.jsonl") == (
-        "none.jsonl: no such file or folder; check the path of the dataset"
+        "train_dataset_dir: none.jsonl: no such file or folder; check the path of the dataset"
     )
     assert refused("--load_checkpoint", "none") == (
         "load_checkpoint: none does not exist; give a Hugging Face directory or a .ckpt file"

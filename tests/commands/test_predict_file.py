@@ -40,6 +40,12 @@ def lines(path) -> list[dict]:
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
+def test_a_file_that_is_not_there_is_named_with_its_flag(text_model, tmp_path, capsys):
+    assert run(text_model, tmp_path / "none.jsonl", tmp_path / "answers.jsonl") == 2
+    line = f"predict_file: {tmp_path}/none.jsonl: no such file or folder; check the path of the dataset"
+    assert capsys.readouterr().err == f"error: {line}\n"
+
+
 def test_an_interrupted_file_is_gone_on_with(text_model, file, tmp_path, capsys, monkeypatch):
     whole, part = tmp_path / "whole.jsonl", tmp_path / "part" / "answers.jsonl"
     assert run(text_model, file, whole) == 0
