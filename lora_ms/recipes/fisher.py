@@ -145,15 +145,18 @@ def _take_rows(run: FisherRun, part: Path, settings: dict, done: int, is_main: b
     with StopSignal() as stop:
         for step in run.steps(done):
             progress.show(step)
-            # several processes, whose clocks and signals differ, keep by number
-            stopped = alone and stop.seen
+            stopped = run.any_process(stop.seen)
+            # several processes, whose clocks differ, keep by number
             due = stopped or (time.monotonic() - begun > SAVE_EVERY if alone else step % TOGETHER == 0)
             if due and step < total:
                 keep(part, run, settings, step, is_main)
                 begun = time.monotonic()
                 if stopped:
                     progress.close()
-                    print(f"stopped after {step:,} of {total:,}, and kept in {part}: the same command goes on")
+                    if is_main:
+                        print(f"stopped after {step:,} of {total:,}, and kept in {part}: the same command goes on")
+                    if not alone:
+                        session.wait_for_all()  # until the file is written: one that ends, ends the others
                     sys.exit(130)
     progress.close()
 

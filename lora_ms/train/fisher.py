@@ -107,6 +107,12 @@ class FisherRun:
         total = self.square.total
         return (total if self.sum_over_data is None else self.sum_over_data(Tensor(total))).asnumpy()
 
+    def any_process(self, seen: bool) -> bool:
+        """Whether ``seen`` is True in one of the processes; each must call it."""
+        if self.sum_over_data is None:
+            return seen
+        return bool(self.sum_over_data(Tensor([float(seen)], ms.float32)).asnumpy()[0])
+
     def restore(self, total: NDArray[np.float32]) -> None:
         """Goes on from what ``total`` returned."""
         if self.is_main:  # the others begin with 0

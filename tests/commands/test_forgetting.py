@@ -1,7 +1,9 @@
 """Learning without forgetting from the command line: Fisher information, terms of the loss, the report, tasks."""
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -129,6 +131,33 @@ def test_fisher_goes_on_where_it_was_stopped(model, files, tmp_path, monkeypatch
         np.testing.assert_array_equal(cut[name], value, err_msg=name)
     assert main([*words[:-1], "nothing"]) == 2
     assert "fits none of the parameters that train" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("signalled", [True, False])
+def test_fisher_of_several_processes_stops_in_all_after_the_same_step(
+    model, files, tmp_path, monkeypatch, capsys, signalled
+):
+    """Whether this process or another one got the signal; each waits for the file to be written."""
+    from lora_ms.recipes import session
+    from lora_ms.runtime.device import Runtime
+    from lora_ms.train.fisher import FisherRun
+
+    def steps(self, start):
+        for step in taken(self, start):
+            if signalled:
+                os.kill(os.getpid(), signal.SIGINT)
+            yield step
+
+    def summed(values):  # of the flags, with the other process's
+        return values + (not signalled) if values.size == 1 else values
+
+    taken, waited = FisherRun.steps, []
+    monkeypatch.setattr(FisherRun, "steps", steps)
+    monkeypatch.setattr(Runtime, "data_sum", lambda self: summed)
+    monkeypatch.setattr(session, "wait_for_all", lambda: waited.append((tmp_path / "f.part").is_file()))
+    words = ["fisher", *flags(model, files, tmp_path / "o"), *LORA, "--params", ".*lora_b"]
+    assert main([*words, "--output", str(tmp_path / "f")]) == 130
+    assert waited == [True] and "stopped after 1 of 3, and kept in" in capsys.readouterr().out
 
 
 def test_fisher_of_virtual_tokens(model, files, tmp_path):
