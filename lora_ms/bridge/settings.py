@@ -76,26 +76,26 @@ def plain(value: Any) -> Any:
     return value
 
 
-def for_mindformers(given: dict, sections: dict, train_file: str, eval_file: str | None, max_steps: int) -> dict:
+def for_mindformers(given: dict, sections: dict, train_files: list[str], eval_files: list[str], max_steps: int) -> dict:
     """MindFormers' configuration.
 
     Args:
         given: the keys that the user gave, by the YAML's names.
         sections: those that MindFormers gets unchanged.
-        train_file, eval_file: MindRecord files; eval_file None: no evaluation.
+        train_files, eval_files: MindRecord files; no eval_files: no evaluation.
         max_steps: optimiser steps of the run, where above 0.
     """
     settings = {key: value for key, value in given.items() if key not in OUR_TOP} | plain(sections)
     runner = {key: value for key, value in given.get("runner_config", {}).items() if key not in OUR_RUNNER}
     settings["runner_config"] = {"epochs": 1, "batch_size": 1, "sink_mode": True, **runner}
     settings["context"] = {"mode": 0} | {k: v for k, v in given.get("context", {}).items() if k not in OUR_CONTEXT}
-    settings["train_dataset"] = dataset(given.get("train_dataset", {}), train_file, True)
+    settings["train_dataset"] = dataset(given.get("train_dataset", {}), train_files, True)
     settings["train_dataset_task"] = {"type": "CausalLanguageModelDataset"}
     settings.pop("eval_dataset", None)
-    if eval_file is not None:
-        settings["eval_dataset"] = dataset(given.get("eval_dataset", {}), eval_file, False)
+    if eval_files:
+        settings["eval_dataset"] = dataset(given.get("eval_dataset", {}), eval_files, False)
         settings["eval_dataset_task"] = {"type": "CausalLanguageModelDataset"}
-    settings["do_eval"] = eval_file is not None
+    settings["do_eval"] = bool(eval_files)
     settings.setdefault("trainer", {"type": "CausalLanguageModelingTrainer", "model_name": "llama"})
     settings.setdefault("metric", {"type": "PerplexityMetric"})
     has_rate = "learning_rate" in settings.get("optimizer", {})
@@ -123,11 +123,12 @@ def write_settings(file: Path, asked: dict) -> None:
         part.write_text(yaml.safe_dump(asked, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
-def dataset(given: dict, file: str, train: bool) -> dict:
-    """``train_dataset`` or ``eval_dataset`` of one MindRecord file."""
+def dataset(given: dict, files: list[str], train: bool) -> dict:
+    """``train_dataset`` or ``eval_dataset`` of MindRecord files."""
     kept = {key: given[key] for key in DATASET if key in given}
     shuffle = given.get("data_loader", {}).get("shuffle", train)
-    loader = {"type": "MindDataset", "dataset_dir": file, "shuffle": shuffle}
+    place = {"dataset_dir": files[0]} if len(files) == 1 else {"dataset_files": files}
+    loader = {"type": "MindDataset", **place, "shuffle": shuffle}
     return {"drop_remainder": train, **kept, "data_loader": loader, "input_columns": ["input_ids", "labels"]}
 
 

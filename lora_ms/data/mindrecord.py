@@ -1,7 +1,7 @@
 """MindRecord files: token rows as MindFormers stores them."""
 
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,17 @@ def read_mindrecord(path: Path) -> Iterator[RawRow]:
     Rows are stored at one length, filled up with a pad token whose label is -100: that tail is cut off here.
     Without labels, padding cannot be told from text, and the row stays whole.
     """
+    _check_whole(path)
+    for number, row in enumerate(_mindrecord_rows(path), start=1):
+        ids, labels = trim_padding(row["input_ids"], row.get("labels", row["input_ids"]))
+        yield RawRow(path, f"{shown_name(path)}[{number}]", {"input_ids": ids, "labels": labels})
+
+
+def _check_whole(path: Path) -> None:
     if saving.set_is_unfinished(path.parent, WRITTEN_SET):
         raise LoraMsError(f"{path}: lora-ms preprocess ended before all files were in their place; run it once more")
     if not path.with_name(f"{path.name}.db").is_file():
         raise LoraMsError(f"{path}: its index {path.name}.db is missing; copy it beside the file")
-    for number, row in enumerate(_mindrecord_rows(path), start=1):
-        ids, labels = trim_padding(row["input_ids"], row.get("labels", row["input_ids"]))
-        yield RawRow(path, f"{shown_name(path)}[{number}]", {"input_ids": ids, "labels": labels})
 
 
 def _mindrecord_rows(path: Path) -> Iterator[dict[str, NDArray[Any]]]:
@@ -98,13 +102,42 @@ def _padded(row: TokenRow, width: int | None, pad_id: int) -> dict[str, NDArray[
     return {"input_ids": ids, "labels": labels}
 
 
-def fixed_width(path: Path, width: int) -> int:
-    """How many rows a MindRecord file has, where its first has labels and ``width`` tokens; else 0."""
-    if path.suffix != ".mindrecord" or not path.with_name(f"{path.name}.db").is_file():
+def fixed_width(files: Sequence[Path], width: int) -> int:
+    """How many rows MindRecord files have together, where each has labels and begins with a row of ``width`` tokens;
+    else 0.
+
+    Raises:
+        LoraMsError: they are of different widths, or not readable.
+    """
+    if any(file.suffix != ".mindrecord" for file in files):
         return 0
-    row = next(_mindrecord_rows(path), {})
-    if "labels" not in row or row["input_ids"].shape != (width,):
+    schemas = [_schema(file) for file in files]
+    widths = [schema.get("input_ids", {}).get("shape", [-1])[0] for schema in schemas]  # -1: not said
+    for file, found in zip(files, widths, strict=True):
+        if found != widths[0] and -1 not in (found, widths[0]):
+            raise LoraMsError(
+                f"{file}: rows of {found} tokens, and {files[0].name} has rows of {widths[0]}: preprocess them with "
+                "one seq_length"
+            )
+    if any(schema != schemas[0] for schema in schemas):  # MindDataset reads files of one schema alone
         return 0
+    for file in files:
+        row = next(_mindrecord_rows(file), {})
+        if "labels" not in row or row["input_ids"].shape != (width,):
+            return 0
     import mindspore.dataset as ds
 
-    return ds.MindDataset([str(path)], shuffle=False, num_parallel_workers=1).get_dataset_size()
+    return ds.MindDataset([str(file) for file in files], shuffle=False, num_parallel_workers=1).get_dataset_size()
+
+
+def _schema(file: Path) -> dict[str, dict[str, Any]]:
+    """Type and shape of each column."""
+    _check_whole(file)
+    from mindspore.mindrecord import FileReader
+
+    with readable(file, "MindRecord", "write it anew"):
+        reader = FileReader(str(file), num_consumer=1)
+        try:
+            return reader.schema()
+        finally:
+            reader.close()

@@ -302,7 +302,7 @@ def scores_of(network: nn.Cell, rows: MindRecordRows, batch_size: int) -> Scores
     """Loss and accuracy of the rows' label tokens."""
     import mindspore.dataset as ds
 
-    found = ds.MindDataset(str(rows.path), ["input_ids", "labels"], shuffle=False)
+    found = ds.MindDataset(list(map(str, rows.files)), ["input_ids", "labels"], shuffle=False)
     pairs = [(row["input_ids"], row["labels"]) for row in found.create_dict_iterator(num_epochs=1, output_numpy=True)]
     ids, labels = (np.stack(part).astype(np.int32) for part in zip(*pairs, strict=True))
     return Scores(*trainer.scores(network, ids, labels, min(batch_size, len(ids))))

@@ -17,6 +17,7 @@ from lora_ms.bridge import model, package, settings, trainer
 from lora_ms.config import PetConfig, RunConfig
 from lora_ms.config.model import method_keys
 from lora_ms.data.mindrecord import fixed_width, write_mindrecord
+from lora_ms.data.readers import find_files
 from lora_ms.data.tokenizer import pad_id, save_tokenizer
 from lora_ms.errors import LoraMsError
 from lora_ms.models.decoder import DecoderConfig
@@ -36,9 +37,9 @@ MINDPET_KEYS = ("lora_rank", "lora_alpha", "lora_dropout", "target_modules", "ex
 
 @dataclass(frozen=True)
 class MindRecordRows:
-    """Rows that MindFormers trains or evaluates on: a MindRecord file or folder, and the number of its rows."""
+    """Rows that MindFormers trains or evaluates on: MindRecord files, and the number of their rows."""
 
-    path: Path
+    files: list[Path]
     count: int
 
 
@@ -103,20 +104,22 @@ def sizes_of(config: RunConfig) -> DecoderConfig:
 
 def rows_of(config: RunConfig, name: str, sizes: DecoderConfig, tokenizer: Any, folder: Path) -> MindRecordRows:
     """The rows of ``train`` or ``eval`` as MindFormers reads them: seq_length + 1 tokens in training, seq_length in
-    evaluation. A file that has them so is used where it is; others are written to ``folder``.
+    evaluation. Files that have them so are used where they are; others are written to ``folder``.
     """
     section = config.train_dataset if name == "train" else config.eval_dataset
     sources = data.sources_of(section, name)
     width = data.seq_length(config, sizes.max_position_embeddings) + (name == "train")
-    count = fixed_width(Path(sources[0]), width) if len(sources) == 1 and section.num_samples is None else 0
-    if count:
-        return MindRecordRows(Path(sources[0]), count)
     preparation = data.preparation_of(config, section, sizes.max_position_embeddings, sizes.vocab_size)
+    if section.num_samples is None:
+        files = [file for source in sources for file in find_files(source, preparation.split)]
+        count = fixed_width(files, width)
+        if count:
+            return MindRecordRows(files, count)
     rows = data.rows_of(section, sources, tokenizer, preparation)
     print(*(line for report in rows.reports for line in report.lines()), sep="\n")
     path = folder / f"{name}.mindrecord"
     write_mindrecord(path, rows.store, width, pad_id(tokenizer))
-    return MindRecordRows(path, len(rows.store))
+    return MindRecordRows([path], len(rows.store))
 
 
 def pet_settings(pet: PetConfig, layers: list[str], on_cpu: bool) -> dict[str, Any]:
@@ -192,8 +195,8 @@ class MindFormersModel:
         found = settings.for_mindformers(
             self.given,
             c.mindformers_sections,
-            train_file=str(train.path),
-            eval_file=None if held_out is None else str(held_out.path),
+            train_files=list(map(str, train.files)),
+            eval_files=[] if held_out is None else list(map(str, held_out.files)),
             max_steps=c.runner_config.max_steps,
         )
         hugging_face = (Path(c.load_checkpoint) / "config.json").is_file()

@@ -17,7 +17,7 @@ import numpy as np
 import yaml
 
 from lora_ms.cli.main import main, run_mindformer
-from lora_ms.commands import convert
+from lora_ms.commands import convert, preprocess
 
 HERE = Path(__file__).parent
 REFERENCE = HERE.parent / "reference"
@@ -135,13 +135,19 @@ if __name__ == "__main__":
     tell("preprocess", main, ("preprocess", *rows, "--seq_length", str(SEQ), "--layout", "mindformers"))
     own = ("--train_dataset.data_loader.dataset_dir", "preprocess/train-00000.mindrecord")
     tell("own_file", main, ("finetune", "--config", "run.yaml", *runs()["mindpet_qwen2"], *own))
+    preprocess.ROWS_PER_FILE = 12
+    tell("preprocess_parts", main, ("preprocess", *rows, "--seq_length", str(SEQ), "--layout", "mindformers"))
+    folder = (*own[:1], "preprocess_parts")
+    tell("own_folder", main, ("finetune", "--config", "run.yaml", *runs()["mindpet_qwen2"], *folder))
     convert.run(rows[1], "own.safetensors")
     started = ("finetune", "--config", "run.yaml", *runs()["mindpet_qwen2"], *mindformers_sizes())
     tell("own_weights", main, (*started, "--load_checkpoint", "own.safetensors", *SHORT))
     two = ("--epochs", "2", "--lr_schedule.total_steps", str(2 * STEPS))
     tell("whole", main, ("finetune", "--config", "run.yaml", *runs()["native_qwen2"], *two))
     tell("first", main, (*started, *two, "--max_steps", str(STEPS)))
-    tell("second", main, (*started, *two, "--load_checkpoint", "first/checkpoint", "--resume_training", "True"))
+    again = (*started, *two, "--load_checkpoint", "first/checkpoint", "--resume_training", "True")
+    tell("second", main, again)
+    tell("second_of_folder", main, (*again, *folder))
     tell("published_native", run_mindformer, PUBLISHED)
     tell("published_mindformers", run_mindformer, (*PUBLISHED, *MINDFORMERS))
     evaluated = ("eval", "--load_checkpoint", str(REFERENCE / "models" / "qwen2"), "--seq_length", str(SEQ))

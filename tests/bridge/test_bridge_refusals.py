@@ -137,7 +137,7 @@ def test_sections_reach_mindformers_as_they_stand(tmp_path):
         "pet_config: {lora_rank: 2}\n"
     )
     config = load_config(str(file), flags={"lr_schedule.learning_rate": 0.5}, free_form=["optimizer.eps=1e-6"])
-    found = settings.for_mindformers({}, config.mindformers_sections, "t.mindrecord", None, 0)
+    found = settings.for_mindformers({}, config.mindformers_sections, ["t.mindrecord"], [], 0)
     assert found["lr_schedule"] == {"type": "CosineWithRestartsAndWarmUpLR", "learning_rate": 0.5, "own": 3}
     assert found["callbacks"] == [{"type": "TrainingStateMonitor", "step_interval": 2}]
     assert found["parallel"] == {"dataset_strategy": [[2, 1]]}
@@ -161,12 +161,12 @@ def test_sections_reach_mindformers_as_they_stand(tmp_path):
 )
 def test_the_rate_is_the_users(sections, schedule, rate):
     """MindFormers lets a schedule replace the optimiser's rate; a section of flags alone has no type."""
-    found = settings.for_mindformers({}, sections, "t.mindrecord", None, 4)
+    found = settings.for_mindformers({}, sections, ["t.mindrecord"], [], 4)
     assert found.get("lr_schedule") == schedule and found["optimizer"].get("learning_rate") == rate
 
 
 def asked(**given) -> dict:
-    return settings.for_mindformers(given, {}, "train.mindrecord", None, 0)
+    return settings.for_mindformers(given, {}, ["train.mindrecord"], [], 0)
 
 
 def test_what_is_otherwise_on_a_cpu_is_said():

@@ -64,7 +64,7 @@ def runs(tmp_path_factory, python_env) -> Runs:
 
 
 def test_every_run_ends_well(runs):
-    assert len(runs.status) == 25
+    assert len(runs.status) == 28
     assert {name: runs.printed[name] for name, status in runs.status.items() if status} == {}
 
 
@@ -96,6 +96,14 @@ def test_a_file_in_mindformers_layout_is_read_where_it_is(runs):
     assert not (runs.folder / "own_file" / "mindformers" / "train.mindrecord").exists()
     asked = yaml.safe_load((runs.folder / "own_file" / "mindformers" / "mindformers.yaml").read_text())
     assert asked["train_dataset"]["data_loader"]["dataset_dir"] == "preprocess/train-00000.mindrecord"
+
+
+def test_a_folder_of_files_is_read_whole_and_in_order(runs):
+    assert runs.losses("own_folder") == runs.losses("mindpet_qwen2")
+    assert runs.losses("second_of_folder") == runs.losses("second")
+    asked = yaml.safe_load((runs.folder / "own_folder" / "mindformers" / "mindformers.yaml").read_text())
+    files = [f"preprocess_parts/train-0000{number}.mindrecord" for number in range(4)]
+    assert asked["train_dataset"]["data_loader"]["dataset_files"] == files
 
 
 def test_mindformers_own_weights(runs):

@@ -6,15 +6,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from mindspore.dataset import MindDataset
 
 from lora_ms import saving
+from lora_ms.bridge.settings import dataset
 from lora_ms.commands import preprocess
+from lora_ms.config import load_config
 from lora_ms.data import mindrecord
 from lora_ms.data.example import TokenRow
 from lora_ms.data.mindrecord import WRITTEN_SET
 from lora_ms.data.pipeline import read_rows
 from lora_ms.data.store import TokenStore
 from lora_ms.errors import LoraMsError, WriteError
+from lora_ms.recipes.mindformers_network import MindRecordRows, rows_of
+from lora_ms.recipes.model import read_sizes
 
 FILES = [f"train-0000{number}.mindrecord{end}" for number in range(3) for end in ("", ".db")]
 
@@ -59,8 +64,8 @@ def store(first: int, rows: int) -> TokenStore:
     return TokenStore(made.columns, f"{first} to {first + rows}")
 
 
-def write(folder: Path, first: int, rows: int) -> int:
-    return preprocess.write(store(first, rows), folder, None, 0)
+def write(folder: Path, first: int, rows: int, width: int | None = None) -> int:
+    return preprocess.write(store(first, rows), folder, width, 0)
 
 
 def ids_in(folder: Path) -> list[int]:
@@ -169,3 +174,45 @@ def test_permissions_are_those_of_the_umask(tmp_path):
     finally:
         os.umask(before)
     assert {stat.S_IMODE((tmp_path / name).stat().st_mode) for name in FILES[:2]} == {0o640}
+
+
+@pytest.fixture
+def rows_for_mindformers(reference, tmp_path):
+    """``rows_for_mindformers(source)``: of five tokens, seq_length and one more."""
+
+    def read(source) -> MindRecordRows:
+        options = [f"train_dataset.data_loader.dataset_dir={source}", "model.model_config.seq_length=4"]
+        config = load_config(None, options=[*options, f"load_checkpoint={reference / 'models' / 'qwen2'}"])
+        return rows_of(config, "train", read_sizes(config), None, tmp_path / "mindformers")
+
+    return read
+
+
+@pytest.mark.parametrize("source", ["data", "data/*.mindrecord"])
+def test_mindformers_reads_all_files_where_they_are(tmp_path, rows_for_mindformers, source):
+    (tmp_path / "data").mkdir()
+    write(tmp_path / "data", 10, 5, width=5)
+    rows = rows_for_mindformers(tmp_path / source)
+    assert rows.count == 5 and rows.files == [tmp_path / "data" / name for name in FILES[::2]]
+    loader = dataset({}, list(map(str, rows.files)), train=True)["data_loader"]
+    read = MindDataset(loader["dataset_files"], shuffle=False).create_dict_iterator(1, True)
+    assert [row["input_ids"].tolist() for row in read] == [[first, 0, 0, 0, 0] for first in range(10, 15)]
+    assert not (tmp_path / "mindformers").exists()
+
+
+def test_files_of_two_widths_are_one_line(tmp_path, rows_for_mindformers):
+    write(tmp_path, 10, 3, width=5)
+    mindrecord.write_mindrecord(tmp_path / FILES[4], [store(20, 1)[0]], 7, 0)
+    with pytest.raises(LoraMsError) as caught:
+        rows_for_mindformers(tmp_path)
+    assert str(caught.value) == (
+        f"{tmp_path / FILES[4]}: rows of 7 tokens, and {FILES[0]} has rows of 5: preprocess them with one seq_length"
+    )
+
+
+def test_rows_of_their_own_lengths_are_written_once_more(tmp_path, rows_for_mindformers):
+    row = TokenRow("row", np.arange(3, dtype=np.int32), np.arange(3, dtype=np.int32))
+    for name in ("a", "b"):
+        mindrecord.write_mindrecord(tmp_path / f"{name}.mindrecord", [row], None, 0)
+    rows = rows_for_mindformers(tmp_path)
+    assert rows == MindRecordRows([tmp_path / "mindformers" / "train.mindrecord"], 2)
