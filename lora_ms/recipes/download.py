@@ -147,6 +147,25 @@ def fetch_named(config: RunConfig, command: str) -> None:
         _fetch_rows(config.train_dataset, "train_dataset", hub, "train")
     if command == "eval" or (command == "finetune" and config.evaluates):
         _fetch_rows(config.eval_dataset, "eval_dataset", hub, "test")
+    if command == "sequence":
+        _fetch_tasks(config)
+    if command in ("finetune", "eval", "sequence"):
+        split = config.eval_dataset.data_loader.split or "test"
+        for name, rows in config.evaluation.sets.items():
+            rows.dataset_dir = local_rows(rows.dataset_dir, split, hub, said=f"evaluation.sets.{name}: ")
+
+
+def _fetch_tasks(config: RunConfig) -> None:
+    """The rows of ``sequence.tasks``, and those that are replayed beside them."""
+    learnt = config.train_dataset.data_loader.split or "train"
+    scored = config.eval_dataset.data_loader.split or "test"
+    for task in config.sequence.tasks:
+        said = f"sequence.tasks, {task.name}: "
+        task.dataset_dir = local_rows(task.dataset_dir, learnt, config.hub, said=said)
+        task.eval_dir = local_rows(task.eval_dir, scored, config.hub, said=said)
+    for part in config.train_dataset.mix:
+        if part.role == "general":
+            part.dataset_dir = local_rows(part.dataset_dir, learnt, config.hub, said="train_dataset.mix: ")
 
 
 def _fetch_rows(dataset: Dataset, name: str, hub: str, split: str) -> None:

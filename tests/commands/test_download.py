@@ -21,9 +21,11 @@ from urllib.parse import parse_qs, urlparse
 
 import pytest
 
+from lora_ms.config import load_config
 from lora_ms.errors import LoraMsError
 from lora_ms.hf_folder import base_name
-from lora_ms.recipes.download import Wanted, fetch, is_name
+from lora_ms.recipes import download
+from lora_ms.recipes.download import Wanted, fetch, fetch_named, is_name
 
 QWEN = "someone/qwen2-small"
 ROWS = "datasets/someone/rows"
@@ -240,6 +242,34 @@ def test_names_in_place_of_paths(hub, command, tmp_path):
     again = command(hub, *asked)
     assert again[0] == 0 and hub.requests == []
     assert command("http://127.0.0.1:9", *asked, HF_HUB_OFFLINE="1")[0] == 0
+
+
+def test_rows_of_tasks_and_sets_by_name(monkeypatch, tmp_path):
+    """All are fetched before the first task; those that a sequence does not read are not."""
+    asked = []
+
+    def fetched(wanted):
+        asked.append((wanted.name, wanted.split))
+        folder = tmp_path / wanted.name
+        folder.mkdir(parents=True, exist_ok=True)
+        for split in ("train", "test"):
+            (folder / f"{split}.jsonl").write_text("{}")
+        return folder
+
+    monkeypatch.setattr(download, "fetch", fetched)
+    tasks = [{"name": n, "dataset_dir": f"hub/{n}", "eval_dir": f"hub/{n}"} for n in ("one", "two")]
+    mix = [{"dataset_dir": f"hub/{role}", "weight": 1, "role": role} for role in ("domain", "general")]
+    sets = {"kept": {"dataset_dir": "hub/kept"}}
+    given = {"sequence.tasks": tasks, "train_dataset.mix": mix, "evaluation.sets": sets}
+    config = load_config(None, options=[f"{key}={json.dumps(value)}" for key, value in given.items()])
+    fetch_named(config, "sequence")
+    assert asked == [
+        *(("hub/one", "train"), ("hub/one", "test"), ("hub/two", "train"), ("hub/two", "test")),
+        *(("hub/general", "train"), ("hub/kept", "test")),
+    ]
+    task = config.sequence.tasks[1]
+    assert (task.dataset_dir, task.eval_dir) == tuple(str(tmp_path / f"hub/two/{s}.jsonl") for s in ("train", "test"))
+    assert config.evaluation.sets["kept"].dataset_dir == str(tmp_path / "hub/kept/test.jsonl")
 
 
 def test_a_connection_that_is_cut_is_gone_on_with(hub, command, tmp_path):
