@@ -8,8 +8,9 @@ from numpy.typing import NDArray
 from lora_ms import saving, storage
 from lora_ms.adapters import offline_merge, peft_files
 from lora_ms.adapters.offline_merge import Decoded
+from lora_ms.commands.check_adapter import model_of
 from lora_ms.errors import LoraMsError
-from lora_ms.hf_folder import ModelFolder, model_config, open_model, says_tied
+from lora_ms.hf_folder import CONFIG, ModelFolder, model_config, open_model, says_tied
 from lora_ms.quant.folder import LINEAR, quantised_entry
 from lora_ms.quant.int4_folder import METHODS, GroupSettings, read_groups
 from lora_ms.quant.nf4 import dequantise
@@ -82,14 +83,9 @@ def run(
         storage.write_json(folder / "config.json", config_for(written, dtype, unties))
     print(f"merged model: {output}")
     if trained_on is not None:
-        print(
-            distance_line(
-                base,
-                adapter,
-                output,
-                trained_on if isinstance(trained_on, Quantisation) and not stored.quantised else None,
-            )
-        )
+        asked = model_of(adapter, None) if isinstance(trained_on, GroupSettings) and not stored.quantised else base
+        at_load = trained_on if isinstance(trained_on, Quantisation) and not stored.quantised else None
+        print(distance_line(asked or base, adapter, output, at_load))
     if "tokenizer_config.json" in copied:
         print(f"try it: lora-ms chat --load_checkpoint {output}   (transformers and vLLM load it as it is)")
     else:
@@ -107,7 +103,7 @@ def trained_in_four_bits(
     found = peft_files.base_quantisation(adapter)
     settings = hf.get("quantization_config")
     if settings is None and not stored.quantised:
-        return found
+        return groups_of_own(adapter) if found is None else found
     if stored.quantised and isinstance(settings, dict) and settings.get("quant_method") in METHODS:
         return read_groups(settings)
     try:
@@ -120,6 +116,15 @@ def trained_in_four_bits(
     if found is not None and found.double != here.double:
         raise LoraMsError(f"the adapter was trained on {found.name()}, and {base} is {here.name()}: give its own model")
     return here
+
+
+def groups_of_own(adapter: Path) -> GroupSettings | None:
+    """How the model is packed that the adapter names as its own, where that is here and GPTQ's or AWQ's."""
+    own = model_of(adapter, None)
+    settings = model_config(own).get("quantization_config") if own is not None and (own / CONFIG).is_file() else None
+    if not isinstance(settings, dict) or settings.get("quant_method") not in METHODS:
+        return None
+    return read_groups(settings)
 
 
 def check_onto(
@@ -135,6 +140,11 @@ def check_onto(
         )
     if onto == "original" and stored.quantised:
         raise LoraMsError(f"{base} is quantised: to merge --onto original, give the model that it was made of")
+    if onto == "dequantized" and isinstance(trained_on, GroupSettings) and not stored.quantised:
+        raise LoraMsError(
+            f"--onto dequantized: {base} is whole, and the adapter was trained on {trained_on.name()}: give that "
+            "model, or --onto original"
+        )
     if onto == "dequantized" and trained_on is None:
         raise LoraMsError(f"--onto dequantized: neither {base} nor the adapter says that weights were quantised")
 

@@ -1,6 +1,7 @@
 """Models whose folder is GPTQ's or AWQ's: they compute, train and merge as a model of the same numbers in float32."""
 
 import json
+import shutil
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -123,6 +124,31 @@ def test_trained_and_merged(made, golden, tmp_path, capsys):
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("its logits differ"))
     assert float(line.split(" and ")[1].split()[0]) < 1e-3
     assert "quantization_config" not in json.loads((tmp_path / "m" / "config.json").read_text())
+
+
+def test_merged_into_the_whole_model(made, reference, tmp_path, capsys):
+    """Which is another than the adapter was trained on: that is asked, and said."""
+    own, whole = made("gptq")
+    adapter = tmp_path / "adapter"
+    shutil.copytree(reference / "adapters" / "qwen2", adapter)
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": str(own)}))
+    merge = ["merge", "--load_adapter", str(adapter), "--load_checkpoint", str(whole), "--output_dir"]
+    merge.append(str(tmp_path / "m"))
+    assert main(merge) == 2
+    assert "the adapter was trained on weights of four bits (GPTQ), and merged" in capsys.readouterr().err
+    assert main([*merge, "--onto", "dequantized"]) == 2
+    assert f"{whole} is whole, and the adapter was trained on GPTQ: give that" in capsys.readouterr().err
+    assert not (tmp_path / "m").exists()
+    # as if they were others than those of the training
+    moved = tmp_path / "moved"
+    shutil.copytree(whole, moved)
+    tensors = load_file(whole / "model.safetensors")
+    save_file({name: value * np.float32(1.2) for name, value in tensors.items()}, moved / "model.safetensors")
+    merge[merge.index(str(whole))] = str(moved)
+    assert main([*merge, "--onto", "original"]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("its logits differ"))
+    assert float(line.split(" and ")[1].split()[0]) > 0.01
 
 
 def test_every_layer_is_quantised(made):
