@@ -62,6 +62,10 @@ def run(
         print(line)
     trained_on = trained_in_four_bits(base, hf, stored, adapter)
     check_onto(onto, base, stored, trained_on)
+    if trained_on is not None:
+        from lora_ms.models.hub import read_config
+
+        read_config(base)  # it is run in the end, to compare its logits
     decoded = decoded_weights(stored, trained_on) if trained_on is not None and onto == "dequantized" else {}
     entries = offline_merge.with_head(stored.entries, stored.tied)
     updates = offline_merge.read_updates(adapter, entries)

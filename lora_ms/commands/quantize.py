@@ -5,7 +5,7 @@ from pathlib import Path
 
 from lora_ms import saving, storage
 from lora_ms.errors import LoraMsError
-from lora_ms.hf_folder import CONFIG, model_config, open_model, says_tied
+from lora_ms.hf_folder import CONFIG, open_model, says_tied
 from lora_ms.quant.folder import LINEAR, planned_nf4, quantised_entry
 from lora_ms.quant.settings import Quantisation
 from lora_ms.recipes.model_folder import check_output, copy_texts
@@ -33,7 +33,9 @@ def run(
     base, output = Path(load_checkpoint), Path(output_dir)
     if not base.is_dir():
         raise LoraMsError(f"load_checkpoint: {base} is not a folder; give a Hugging Face directory")
-    hf = model_config(base)
+    from lora_ms.models.hub import read_config
+
+    _, hf = read_config(base)  # of others, such as those with experts, most weights are in other places
     stored = open_model(base, hf)
     if stored.quantised or hf.get("quantization_config"):
         raise LoraMsError(f"{base} is quantised already: give the model that it was made of")

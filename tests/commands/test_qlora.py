@@ -192,6 +192,27 @@ def test_quantising_twice_is_refused(folders, tmp_path, capsys):
         assert line in capsys.readouterr().err and not (tmp_path / "q").exists()
 
 
+@pytest.mark.parametrize("command", ["quantize", "merge"])
+def test_models_that_are_not_run_here_are_refused_before_they_are_read(folders, run, tmp_path, capsys, command):
+    """Mixtures of experts: their experts' weights would stay whole, and their logits are not computed."""
+    base = tmp_path / "experts"
+    base.mkdir()
+    config = json.loads((folders["nf4-double"] / "config.json").read_text()) | {
+        "architectures": ["Qwen3MoeForCausalLM"]
+    }
+    if command == "quantize":
+        del config["quantization_config"]
+    (base / "config.json").write_text(json.dumps(config))
+    shutil.copy(folders["nf4-double"] / "model.safetensors", base)
+    words = [command, "--load_checkpoint", str(base), "--output_dir", str(tmp_path / "o")]
+    if command == "merge":
+        words += ["--load_adapter", str(run / "adapter"), "--onto", "dequantized"]
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert f"{base}: architecture Qwen3MoeForCausalLM is not supported; supported: " in said and said.count("\n") == 1
+    assert not (tmp_path / "o").exists()
+
+
 def test_in_python(model, folders, tmp_path):
     settings = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "llm_int8_skip_modules": ["model.layers.1"]}
     found = lora_ms.AutoModelForCausalLM.from_pretrained(model, quantization_config=settings)
