@@ -88,7 +88,8 @@ def turns_of(render: Render) -> Turns | None:
 def go_template(turns: Turns, bos: str) -> str:
     """``turns`` in Go's language of templates, as Ollama reads it.
 
-    bos: the begin token where llama.cpp puts it before every text itself: it is taken from the beginning.
+    bos: the begin token where llama.cpp puts it before every text itself: it is taken from the beginning. A template
+        that has it before each question, as Mistral's, keeps it before those after the first message.
 
     Raises:
         LoraMsError: a text that cannot be written there.
@@ -102,13 +103,18 @@ def go_template(turns: Turns, bos: str) -> str:
     texts = [opening, turns.prompt, *(text for pair in around.values() for text in pair)]
     if any("{{" in text or "}}" in text or '"""' in text for text in texts):
         raise LoraMsError('it holds {{, }} or """')
+    messages = "range .Messages"
+    before_user, after_user = around["user"]
+    if bos and not turns.opening and before_user.startswith(bos):
+        messages = "range $i, $_ := .Messages"
+        around["user"] = (f"{{{{ if $i }}}}{bos}{{{{ end }}}}{before_user.removeprefix(bos)}", after_user)
     start = [f'{{{{ if ne (index .Messages 0).Role "system" }}}}{opening}{{{{ end }}}}'] if opening else []
     branches = [
         f' if eq .Role "{role}" }}}}{around[role][0]}{{{{ .Content }}}}{around[role][1]}'
         for role in ROLES
         if role in turns.around
     ]
-    return "".join(start) + "{{ range .Messages }}{{" + "{{ else".join(branches) + "{{ end }}{{ end }}" + turns.prompt
+    return "".join(start) + f"{{{{ {messages} }}}}{{{{" + "{{ else".join(branches) + "{{ end }}{{ end }}" + turns.prompt
 
 
 def modelfile(base: str, adapter: str | None, template: str | None, stops: Sequence[str], why_none: str = "") -> str:

@@ -4,10 +4,12 @@ The refusals are lines: a file cut short, wrong counts, an unknown type, what ll
 """
 
 import json
+import re
 import shutil
 import struct
 from pathlib import Path
 
+import jinja2
 import numpy as np
 import pytest
 from mindspore import Tensor
@@ -17,6 +19,7 @@ from lora_ms import saving
 from lora_ms.cli.main import main
 from lora_ms.data.tokenizer import load_tokenizer
 from lora_ms.gguf.files import halved, interleaved
+from lora_ms.gguf.modelfile import TemplateFault, go_template, turns_of
 from lora_ms.gguf.vocabulary import merges_of
 from lora_ms.models import hub
 
@@ -278,6 +281,66 @@ def test_a_template_that_refuses(folder_of, tmp_path, capsys, refuses):
         assert 'TEMPLATE "' not in text
     else:
         assert 'TEMPLATE """{{ range .Messages }}{{ if eq .Role "user" }}<|im_start|>user' in text
+
+
+MISTRAL = (
+    "{{ bos_token }}{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}"
+    "{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %}{{ m.content }}{{ eos_token }}{% endif %}"
+    "{% endfor %}"
+)
+LLAMA2 = (
+    "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}{% if m.role == 'user' %}"
+    "{{ bos_token + '[INST] ' + m.content + ' [/INST]' }}{% else %}{{ ' ' + m.content + ' ' + eos_token }}{% endif %}"
+    "{% endfor %}"
+)
+LLAMA3 = (
+    "{% for m in messages %}{% set text = '<' + m.role + '>' + m.content + '</s>' %}"
+    "{{ bos_token + text if loop.first else text }}{% endfor %}"
+)
+
+
+def written_by_go(template: str, messages: list[dict[str, str]]) -> str:
+    """What Ollama makes of the few forms that we write."""
+    first = messages[0]["role"]
+    template = re.sub(
+        r'{{ if ne \(index .Messages 0\).Role "system" }}(.*?){{ end }}', r"\1" if first != "system" else "", template
+    )
+    start, head, rest = re.split(r"{{ (range .*?) }}", template)
+    loop, _, prompt = rest.rpartition("{{ end }}")
+    assert head in ("range .Messages", "range $i, $_ := .Messages")
+    text = start
+    for number, message in enumerate(messages):
+        turn = re.sub(r"{{ if \$i }}(.*?){{ end }}", r"\1" if number else "", loop)
+        branch = re.search(
+            rf'if eq .Role "{message["role"]}" }}}}(.*?){{{{ (?:else|end)', turn.replace("{{ .Content }}", "\0")
+        )
+        text += branch[1].replace("\0", message["content"])
+    return text + prompt
+
+
+@pytest.mark.parametrize("jinja", [MISTRAL, LLAMA2, LLAMA3])
+@pytest.mark.parametrize("bos", ["<s>", ""])
+def test_the_begin_token_is_there_once(jinja, bos):
+    """llama.cpp puts it at the beginning, where the tokenizer does; before later questions it is the template's."""
+    environment = jinja2.Environment()
+
+    def refuse(text):
+        raise TemplateFault(text)
+
+    def render(messages, prompt):
+        given = {"messages": messages, "bos_token": "<s>", "eos_token": "</s>", "raise_exception": refuse}
+        return environment.from_string(jinja).render(given, add_generation_prompt=prompt)
+
+    template = go_template(turns_of(render), bos)
+    alternating = [
+        {"role": role, "content": role[0] * 3} for role in ("user", "assistant", "user", "assistant", "user")
+    ]
+    trials = [alternating[:n] for n in (1, 3, 5)]
+    trials += [[{"role": "system", "content": "Be kind."}, *trial] for trial in trials if jinja is LLAMA3]
+    for messages in trials:
+        assert bos + written_by_go(template, messages) == render(messages, True)
 
 
 # --- refusals
