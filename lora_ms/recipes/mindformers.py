@@ -277,6 +277,10 @@ def evaluate(config: RunConfig) -> None:
     for key in ("prompts_file", "tasks"):
         if getattr(config.evaluation, key):
             raise LoraMsError(f"backend mindformers has no evaluation.{key}: leave it out, or use backend native")
+    if config.use_parallel:  # all would write the same files
+        raise LoraMsError(
+            "eval with backend mindformers is of one process: give --use_parallel False, or use backend native"
+        )
     sizes = sizes_of(config)
     tokenizer = data.tokenizer_for(config)
     output_dir = Path(config.output_dir)

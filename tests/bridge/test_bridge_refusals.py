@@ -112,6 +112,13 @@ def test_its_evaluation_answers_no_questions(mindformers, command, capsys):
     assert "has no evaluation.prompts_file" in refusal(capsys, "eval", *command[1:], "--prompts_file", "q.jsonl")
 
 
+def test_its_evaluation_is_of_one_process(mindformers, command, capsys, tmp_path):
+    mindformers("1.9.0", *package.NAMES)
+    line = refusal(capsys, "eval", *command[1:], "--use_parallel", "True")
+    assert "eval with backend mindformers is of one process: give --use_parallel False" in line
+    assert not (tmp_path / "out").exists()
+
+
 def test_models_that_its_llama_cannot_be():
     sizes = {"vocab_size": 8, "hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 1, "head_dim": 4}
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "rope_theta": 1e4}
