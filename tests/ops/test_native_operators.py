@@ -5,6 +5,7 @@ The same tests run on aarch64, cross-compiled and emulated, with 4 (NEON's width
 
 import ctypes
 import math
+import subprocess
 from functools import cache
 
 import mindspore as ms
@@ -79,6 +80,51 @@ def test_products(call, m, n, k):
     close(call("times_transposed", [a, b, start[0]], [(m, n)])[0], first + start[0], 1e-4)
     close(call("times", [a, b.T, c, d.T], [(m, n)])[0], both, 1e-4)
     close(call("transposed_times", [a.T, b.T], [(m, n)])[0], first, 1e-4)
+
+
+@pytest.mark.parametrize("m", [5, 20, 300])
+def test_a_product_without_columns(call, m):
+    assert call("times", [normal(m, 7), normal(7, 0)], [(m, 0)])[0].shape == (m, 0)
+
+
+WITHOUT_MEMORY = """
+#include <cstdio>
+#include <vector>
+#include "threads.h"
+
+int main() {
+    lora_ms::Threads &threads = lora_ms::Threads::shared();
+    threads.set_count(3);
+    const auto caller = std::this_thread::get_id();
+    for (bool on_helper : {false, true, false, true}) {
+        std::atomic<bool> thrown{false};
+        try {
+            threads.run(100, [&](long) {
+                if ((std::this_thread::get_id() != caller) == on_helper) {
+                    thrown = true;
+                    throw std::bad_alloc();
+                }
+                while (!thrown) std::this_thread::yield();
+            });
+            return 1;
+        } catch (const std::bad_alloc &) {
+        }
+        std::vector<int> done(300);
+        threads.run(300, [&](long i) { done[i]++; });
+        for (int times : done) if (times != 1) return 2;
+    }
+    puts("caught");
+}
+"""
+
+
+def test_too_little_memory_on_any_thread_reaches_the_caller(tmp_path):
+    """MindSpore catches it there; on a helper it would end the process. What runs next is whole."""
+    (tmp_path / "main.cpp").write_text(WITHOUT_MEMORY)
+    flags = ["-std=c++17", "-O1", "-pthread", f"-I{native_build.SOURCES}"]
+    subprocess.run(["g++", *flags, "-o", str(tmp_path / "main"), str(tmp_path / "main.cpp")], check=True)
+    ran = subprocess.run([tmp_path / "main"], capture_output=True, text=True, timeout=60)
+    assert (ran.returncode, ran.stdout) == (0, "caught\n"), ran.stderr
 
 
 def test_a_product_is_the_same_however_its_rows_and_columns_are_shared_out(call):

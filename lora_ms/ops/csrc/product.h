@@ -440,6 +440,7 @@ inline void multiply_few_of_rows(const std::vector<Term> &terms, long m, long n,
 
 // C [m, n] = start (nothing: 0) + the terms; rows of start are start_row apart, so that 0 adds one row to all.
 inline void product(const std::vector<Term> &terms, long m, long n, const float *start, long start_row, float *c) {
+    if (m == 0 || n == 0) return;
     bool narrow = !start && n <= 2 * COLUMNS && n < m;
     for (const Term &term : terms) narrow = narrow && term.a.column != 1 && term.b.type == Type::FLOAT32;
     if (narrow) {  // C^T = B^T A: rows of a transposed A are read whole where it is the right factor

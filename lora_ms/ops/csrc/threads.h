@@ -6,6 +6,7 @@
 #include <condition_variable>
 #include <functional>
 #include <mutex>
+#include <new>
 #include <thread>
 
 namespace lora_ms {
@@ -23,7 +24,8 @@ class Threads {
     // For all work that begins from now on; helpers are started when they are first wanted.
     void set_count(int count) { count_ = count < 1 ? 1 : count; }
 
-    // Calls work(i) for all i in [0, tasks), in any order and on any thread; returns when all have returned.
+    // Calls work(i) for all i in [0, tasks), in any order and on any thread; returns when all have returned. Throws
+    // bad_alloc where one has, whatever its thread: MindSpore catches it on its own, and on a helper nobody does.
     void run(long tasks, const std::function<void(long)> &work) {
         if (count_ == 1 || tasks < 2 || used_.exchange(true)) {  // used: by another operator, or by what calls this
             for (long i = 0; i < tasks; i++) work(i);
@@ -40,7 +42,9 @@ class Threads {
         take();
         open_ = false;  // a helper that comes now finds nothing to do, and is not waited for
         while (inside_) relax();
+        const bool failed = no_memory_.exchange(false);
         used_ = false;
+        if (failed) throw std::bad_alloc();
     }
 
   private:
@@ -55,7 +59,11 @@ class Threads {
     }
 
     void take() {
-        for (long i; (i = next_.fetch_add(1)) < tasks_;) (*work_)(i);
+        try {
+            for (long i; (i = next_.fetch_add(1)) < tasks_;) (*work_)(i);
+        } catch (const std::bad_alloc &) {
+            no_memory_ = true;
+        }
     }
 
     void help(int number) {
@@ -88,7 +96,7 @@ class Threads {
     std::condition_variable wake_;
     std::atomic<long> round_{0}, next_{0};
     std::atomic<int> inside_{0}, asleep_{0};  // helpers
-    std::atomic<bool> open_{false}, used_{false};
+    std::atomic<bool> open_{false}, used_{false}, no_memory_{false};
     const std::function<void(long)> *work_ = nullptr;
     long tasks_ = 0;
     int count_ = 1, helpers_ = 0, started_ = 0;
