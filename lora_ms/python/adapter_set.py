@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 from mindspore import Tensor, nn
 
@@ -17,6 +19,13 @@ from lora_ms.errors import LoraMsError
 BASE = "__base__"  # in a mixed batch, as in PEFT: a row without an adapter
 HEAD = "lm_head"  # whose weight the loss and the logits multiply themselves: no rows of it can differ
 Cells = Mapping[str, AdapterCell]
+
+
+@dataclass(frozen=True, eq=False)
+class Installation:
+    """Cells that stand in the model together, by path; a key for what was compiled with them, which goes with it."""
+
+    cells: Mapping[str, Any]
 
 
 def shape_of(cells: Cells) -> Hashable:
@@ -39,24 +48,25 @@ class AdapterSet:
         self.base: dict[str, nn.Cell] = {}
         self.configs: dict[str, AdapterConfig] = {}
         self.active: str | None = None
-        self.installed: Hashable = BASE  # what is in the model; a key for compiled graphs
+        self.bare = Installation({})
+        self.installed = self.bare  # what is in the model
         self.merged = False
         self._shapes: dict[str, Hashable] = {}
-        self._cells: dict[Hashable, Cells] = {}
+        self._cells: dict[Hashable, Installation] = {}
         self._holder: dict[Hashable, str] = {}  # the adapter whose numbers the cells of a shape hold
         self._waiting: dict[str, dict[str, State]] = {}
-        self._mixed: dict[Hashable, tuple] = {}
+        self._mixed: dict[Hashable, tuple[FixedAdapters, Installation]] = {}
 
-    def install(self, key: Hashable, cells: Mapping[str, nn.Cell]) -> None:
-        """Puts ``cells`` into the model, and plain layers everywhere else."""
-        if self.installed != key:
-            install(self.model, {**self.base, **cells})
-            self.installed = key
+    def install(self, wanted: Installation) -> None:
+        """Puts its cells into the model, and plain layers everywhere else."""
+        if self.installed is not wanted:
+            install(self.model, {**self.base, **wanted.cells})
+            self.installed = wanted
             self.changed()
 
     def uninstall(self) -> None:
         """Puts plain layers everywhere."""
-        self.install(BASE, {})
+        self.install(self.bare)
         self.merged = False
 
     def add(self, name: str, config: AdapterConfig, cells: Cells) -> None:
@@ -74,7 +84,7 @@ class AdapterSet:
         if shape in self._cells:
             self._waiting[name] = {path: cell.state() for path, cell in cells.items()}
         else:
-            self._cells[shape], self._holder[shape] = cells, name
+            self._cells[shape], self._holder[shape] = Installation(cells), name
         self._mixed.clear()
 
     def cells_of(self, name: str) -> Cells:
@@ -82,7 +92,7 @@ class AdapterSet:
         if name not in self.configs:
             raise LoraMsError(f"no adapter {name!r}; there are: {', '.join(self.configs) or 'none'}")
         shape = self._shapes[name]
-        cells, holder = self._cells[shape], self._holder.get(shape)
+        cells, holder = self._cells[shape].cells, self._holder.get(shape)
         if holder != name:
             if holder is not None:
                 self._waiting[holder] = {path: cell.state() for path, cell in cells.items()}
@@ -91,44 +101,53 @@ class AdapterSet:
             self._holder[shape] = name
         return cells
 
+    @contextmanager
+    def swapping(self) -> Iterator[None]:
+        """Inside, ``cells_of`` may be asked for any adapter; then the cells hold the active one's numbers again."""
+        try:
+            yield
+        finally:
+            if self.active is not None:
+                self.cells_of(self.active)
+
     def activate(self, name: str) -> None:
         """Makes ``name`` the active adapter: no base weight moves, and equal shapes compile nothing."""
-        cells = self.cells_of(name)
-        self.install(self._shapes[name], cells)
+        self.cells_of(name)
+        self.install(self._cells[self._shapes[name]])
         self.active, self.merged = name, False
 
     def remove(self, name: str) -> None:
         """Removes the adapter ``name``; where it was active, the first of the others is then."""
         self.cells_of(name)  # so that the cells hold its numbers and those of others wait
-        shape = self._shapes.pop(name)
-        del self.configs[name], self._holder[shape]
-        self._mixed.clear()
-        if shape not in self._shapes.values():
+        was_active = self.active == name
+        if was_active:
             self.uninstall()
-            del self._cells[shape]
-        if self.active == name:
-            self.uninstall()
-            self.active = next(iter(self.configs), None)
-            if self.active is not None:
-                self.activate(self.active)
+            self.active = next((other for other in self.configs if other != name), None)
+        with self.swapping():
+            shape = self._shapes.pop(name)
+            del self.configs[name], self._holder[shape]
+            self._mixed.clear()
+            if shape not in self._shapes.values():
+                del self._cells[shape]
+        if was_active and self.active is not None:
+            self.activate(self.active)
 
     def merge(self, safe_merge: bool = False) -> None:
         """Installs plain layers with merged weights in place of the adapter; a second time changes nothing."""
         if self.active is not None and not self.merged:
             self.activate(self.active)
-            self.install(("merged", object()), merged_cells(self.model, safe_merge))
+            self.install(Installation(merged_cells(self.model, safe_merge)))
             self.merged = True
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """Inside the block, the model without any adapter."""
         installed, merged = self.installed, self.merged
-        cells = {path: cell_at(self.model, path) for path in self.base}
         self.uninstall()
         try:
             yield
         finally:
-            self.install(installed, cells)
+            self.install(installed)
             self.merged = merged
 
     @contextmanager
@@ -141,8 +160,9 @@ class AdapterSet:
         unknown = sorted(set(names) - {*order, BASE})
         if unknown:
             raise LoraMsError(f"no adapter {', '.join(unknown)}; there are: {', '.join(order)}, {BASE}")
-        active, merged = self.active, self.merged
-        pairs = self._pairs(order)
+        installed = self.installed
+        with self.swapping():
+            pairs = self._pairs(order)
         key = ("mixed", tuple(order), len(names))
         if key not in self._mixed:
             there = FixedAdapters(order, len(names))
@@ -151,20 +171,17 @@ class AdapterSet:
                 path: AdapterRows(self.base[path], len(order) + 1, rank, there.parameter)
                 for path, rank in ranks.items()
             }
-            self._mixed[key] = (object(), there, cells)
-        stamp, there, cells = self._mixed[key]
+            self._mixed[key] = (there, Installation(cells))
+        there, rows = self._mixed[key]
         for path, found in pairs.items():
             for name, pair in found.items():
-                cells[path].fill(there.place(name), RowUpdate(pair))
+                rows.cells[path].fill(there.place(name), RowUpdate(pair))
         there.choose([there.place(name) for name in names])
-        self.install((key, stamp), cells)
+        self.install(rows)
         try:
             yield there
         finally:
-            if active is not None:
-                self.activate(active)
-            if merged:
-                self.merge()
+            self.install(installed)
 
     def _pairs(self, order: Sequence[str]) -> dict[str, dict[str, Pair]]:
         """By path and name of the adapter; raises LoraMsError where one cannot share a batch with others."""

@@ -1,8 +1,9 @@
 """A model with adapters in it, with PEFT's names for what can be done with them."""
 
 import os
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from mindspore import Tensor, nn
@@ -20,7 +21,7 @@ from lora_ms.errors import LoraMsError
 from lora_ms.infer.generate import Generator
 from lora_ms.infer.interrupt import interruptible
 from lora_ms.nn.graph import Graph
-from lora_ms.python.adapter_set import AdapterSet, attached, detached, padded
+from lora_ms.python.adapter_set import AdapterSet, Installation, attached, detached, padded
 from lora_ms.recipes.download import local_folder
 from lora_ms.recipes.outputs import base_quantization
 
@@ -44,13 +45,13 @@ class PeftModel:
     """A model with one or more named adapters, one of them active.
 
     Calling it returns the model's logits; ``model`` is the Cell into which the active adapter is installed.
-    Graphs are compiled once per shape of adapter, and kept.
+    Graphs are compiled once per shape of adapter, and kept as long as an adapter has it.
     """
 
     def __init__(self, model: nn.Cell):
         self.model = model
         self.adapters = AdapterSet(model, model.cells_have_changed)
-        self.graphs: dict[Hashable, tuple[Logits, Generator]] = {}
+        self.graphs: WeakKeyDictionary[Installation, tuple[Logits, Generator]] = WeakKeyDictionary()
         self.hotswap: tuple[int, dict[str, tuple[int, int]]] | None = None  # rank, shapes of modules by path
         for parameter in model.get_parameters():
             parameter.requires_grad = False
@@ -177,7 +178,7 @@ class PeftModel:
         Raises:
             LoraMsError: adapters or arguments that cannot be combined.
         """
-        parts = [detached(self.peft_config[name], self.adapters.cells_of(name)) for name in adapters]
+        parts = self._detached(adapters)
         combined = combine(
             parts,
             weights,
@@ -187,8 +188,6 @@ class PeftModel:
             rng=seed,
             majority_sign_method=majority_sign_method,
         )
-        if self.active_adapter is not None:
-            self.set_adapter(self.active_adapter)
         self._add(adapter_name, combined.config, self._attached(combined))
 
     def prepare_for_hotswap(self, target_rank: int, target_modules: str | tuple[str, ...] = "all-linear") -> None:
@@ -202,7 +201,7 @@ class PeftModel:
             LoraMsError: an adapter of a larger rank, on other modules, or of another kind than LoRA and rsLoRA.
         """
         names = list(self.peft_config)
-        there = {name: detached(self.peft_config[name], self.adapters.cells_of(name)) for name in names}
+        there = dict(zip(names, self._detached(names), strict=True))
         with self.adapters.disabled():
             layers = target_layers(self.model)
             chosen = select(self.model, LoraConfig(target_rank, float(target_rank), target_modules=target_modules))
@@ -222,6 +221,10 @@ class PeftModel:
             wide = padded(detached(config, cells), *self.hotswap)
             config, cells = wide.config, self._attached(wide)
         self._place(name, config, cells)
+
+    def _detached(self, names: Sequence[str]) -> list[Adapter]:
+        with self.adapters.swapping():
+            return [detached(self.peft_config[name], self.adapters.cells_of(name)) for name in names]
 
     def _attached(self, adapter: Adapter) -> Mapping[str, nn.Cell]:
         with self.adapters.disabled():
@@ -267,7 +270,7 @@ class PeftModel:
         return self._release()
 
     def _release(self) -> nn.Cell:
-        model, self.graphs = self.model, {}
+        model = self.model
         self.adapters = AdapterSet(model, model.cells_have_changed)
         return model
 

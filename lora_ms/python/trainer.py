@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -163,8 +164,8 @@ class Trainer:
         self.general_dataset = local_rows(general_dataset) if isinstance(general_dataset, str) else general_dataset
         self.callbacks = list(callbacks or ())
         self.state = TrainerState(num_train_epochs=args.num_train_epochs)
-        # of a dataset and the cells that were in the model: its graphs are compiled once
-        self._evaluators: list[tuple[Any, Any, Evaluator]] = []
+        # with their datasets, by what is in the model: their graphs are compiled once, and go with that
+        self._evaluators: WeakKeyDictionary[Any, list[tuple[Any, Evaluator]]] = WeakKeyDictionary()
 
     def __repr__(self) -> str:
         return f"Trainer({self.peft or self.model!r}, {self.args!r})"
@@ -320,9 +321,8 @@ class Trainer:
             return reference_log_probs(terms, self.model, rows, batch_size, self.tokenizer, runtime)
 
     def _evaluator(self, dataset: Any, runtime: Runtime) -> Evaluator:
-        cells = None if self.peft is None else self.peft.adapters.installed
-        known = (one for rows, there, one in self._evaluators if rows is dataset and there == cells)
-        if (found := next(known, None)) is not None:
+        known = self._evaluators.setdefault(self.model if self.peft is None else self.peft.adapters.installed, [])
+        if (found := next((one for rows, one in known if rows is dataset), None)) is not None:
             return found
         settings, terms, size = self.args.settings(), self.args.terms(), self.args.per_device_eval_batch_size
         rows = self._rows(dataset, settings.seq_length, terms, split=None)
@@ -343,7 +343,7 @@ class Trainer:
             unit=rows.unit,
         )
         evaluator = evaluator_of(terms, self.model, plan, rows, runtime, references=references)
-        self._evaluators.append((dataset, cells, evaluator))
+        known.append((dataset, evaluator))
         return evaluator
 
 

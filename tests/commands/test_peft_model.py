@@ -1,7 +1,9 @@
 """The life of adapters: several on one base, switched, mixed in a batch, merged and taken out again."""
 
+import gc
 import os
 import signal
+import weakref
 from contextlib import contextmanager
 
 import numpy as np
@@ -199,6 +201,63 @@ def test_deleted_adapters(loaded, values):
     assert_near(logits(peft, ids), values["logits/__base__"])
     with pytest.raises(lora_ms.LoraMsError, match="no adapter is active"):
         peft.save_pretrained("nowhere")
+
+
+def test_deleting_another_adapter_leaves_the_active_one(loaded, values):
+    peft, ids = loaded("a", "b", "d"), values["input_ids"]  # b has a's shape, d another
+    on = logits(peft, ids)
+    for name in ("b", "d"):
+        peft.delete_adapter(name)
+        np.testing.assert_array_equal(logits(peft, ids), on)
+
+
+def test_an_adapter_in_the_place_of_a_deleted_one_computes_with_its_own_numbers(loaded, reference, values, token_rows):
+    peft, ids = loaded("d", "a"), values["input_ids"]
+    peft.set_adapter("a")
+    trainer = lora_ms.Trainer(peft, eval_dataset=token_rows)
+    assert_near(logits(peft, ids), values["logits/a"])
+    before = trainer.evaluate()["eval_loss"]
+    peft.delete_adapter("a")
+    peft.load_adapter(reference / "combined/qwen2/b", "b")
+    peft.set_adapter("b")
+    assert_near(logits(peft, ids), values["logits/b"])
+    assert trainer.evaluate()["eval_loss"] != before
+
+
+def test_what_was_compiled_goes_with_its_cells(loaded, values, token_rows):
+    peft, ids = loaded("a", "d"), values["input_ids"]
+    trainer = lora_ms.Trainer(peft, eval_dataset=token_rows)
+    on, before = logits(peft, ids), trainer.evaluate()["eval_loss"]
+    for _ in range(3):
+        peft.merge_adapter()
+        assert_near(logits(peft, ids), on)
+        trainer.evaluate()
+        compiled = [weakref.ref(graph) for graph, _ in peft.graphs.values()][1:]
+        peft.unmerge_adapter()
+        np.testing.assert_array_equal(logits(peft, ids), on)
+        assert trainer.evaluate()["eval_loss"] == before
+        gc.collect()
+        assert len(peft.graphs) == len(trainer._evaluators) == 1
+        assert [graph() for graph in compiled] == [None]
+    peft.set_adapter("d")
+    logits(peft, ids)
+    assert len(peft.graphs) == 2
+    peft.delete_adapter("a")
+    assert len(peft.graphs) == 1 and len(trainer._evaluators) == 0
+
+
+def test_a_mixed_batch_leaves_merged_weights_and_numbers_as_they_were(loaded, values):
+    peft, ids = loaded("a", "b"), values["input_ids"]
+    on = logits(peft, ids)
+    peft.merge_adapter()
+    merged, kept = logits(peft, ids), len(peft.graphs)
+    logits(peft, ids, adapter_names=("b",) * len(ids))
+    np.testing.assert_array_equal(logits(peft, ids), merged)
+    assert len(peft.graphs) == kept + 1
+    peft.unmerge_adapter()
+    with pytest.raises(lora_ms.LoraMsError):
+        peft.add_weighted_adapter(["a", "b"], [1.0], "c")
+    np.testing.assert_array_equal(logits(peft, ids), on)
 
 
 def test_names_that_contain_parts_of_parameter_names(loaded, reference, values, tmp_path):
