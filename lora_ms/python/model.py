@@ -40,7 +40,13 @@ SAMPLING_NAMES = ("do_sample", "temperature", "top_k", "top_p", "repetition_pena
 
 
 class ModelForCausalLM(CausalLM):
-    """A decoder that also generates and saves itself."""
+    """A decoder that also generates and saves itself.
+
+    Attributes:
+        has_trained: whether a ``Trainer`` has changed it, or an adapter in it.
+    """
+
+    has_trained = False
 
     def generate(
         self,

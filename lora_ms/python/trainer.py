@@ -236,8 +236,11 @@ class Trainer:
             evaluator=self._evaluator(self.eval_dataset, runtime) if args.evaluates else None,
             callbacks=[_History(self.state, args.logging_steps), *self.callbacks],
         )
-        with interruptible(), locked_output(settings.output_dir) if runtime.is_main else nullcontext():
-            outcome = train(run)
+        try:
+            with interruptible(), locked_output(settings.output_dir) if runtime.is_main else nullcontext():
+                outcome = train(run)
+        finally:
+            self.model.has_trained |= self.state.global_step > 0
         if self.peft and hook is not None and not outcome.stopped:
             self.peft.peft_config[str(self.peft.active_adapter)] = hook.config()
         if args.load_best_model_at_end and self.state.best_model_checkpoint is not None and not outcome.stopped:
@@ -254,7 +257,7 @@ class Trainer:
     def _check_start(self, settings: TrainSettings, terms: Terms) -> None:
         """Raises LoraMsError where a run is to go on in this process, and a term needs the model that it began with."""
         wants = self._wants_start(terms)
-        if settings.resume and self.state.global_step and wants:
+        if settings.resume and self.model.has_trained and wants:
             raise LoraMsError(
                 f"{wants[0]} compares with the model before training, which is gone: load the model again, and give it "
                 "to a new Trainer that resumes"
