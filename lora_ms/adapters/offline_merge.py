@@ -60,13 +60,13 @@ def same_copy(copy: Entry, base: Entry) -> bool:
     return copy.shape == base.shape and all(np.allclose(x, y, rtol=1e-2, atol=1e-4) for x, y in blocks)
 
 
-def module_faults(name: str, tensors: Tensors, base: Mapping[str, Entry], config: AdapterConfig) -> list[str]:
-    """Why the tensors of one module do not fit the module of ``base``; empty where they do."""
+def module_faults(name: str, tensors: Tensors, base: Mapping[str, Shape], config: AdapterConfig) -> list[str]:
+    """Why the tensors of one module do not fit the module of ``base`` by their shapes; empty where they do."""
     weight, prefix = base[f"{name}.weight"], f"{PREFIX}{name}."
     found = {tensor: entry.shape for tensor, entry in tensors.items()}
-    expected = expected_shapes(name, found, weight.shape, f"{name}.bias" in base, config)
+    expected = expected_shapes(name, found, weight, f"{name}.bias" in base, config)
     if "base_layer.weight" in tensors:
-        expected["base_layer.weight"] = weight.shape
+        expected["base_layer.weight"] = weight
     faults = [f"{prefix}{tensor} is missing" for tensor in expected if tensor not in found]
     faults += [f"{prefix}{tensor} {found[tensor]} has no place" for tensor in found if tensor not in expected]
     faults += [
@@ -74,18 +74,35 @@ def module_faults(name: str, tensors: Tensors, base: Mapping[str, Entry], config
         for tensor, shape in expected.items()
         if tensor in found and found[tensor] != shape
     ]
-    if not faults and "base_layer.weight" in tensors and not same_copy(tensors["base_layer.weight"], weight):
-        faults.append(f"{prefix}base_layer.weight is another than the model's")
     return faults
 
 
-def weight_shapes(base: Mapping[str, Entry]) -> dict[str, Shape]:
+def weight_shapes(base: Mapping[str, Shape]) -> dict[str, Shape]:
     """The shapes of a model's matrices, by module."""
-    return {key.removesuffix(".weight"): entry.shape for key, entry in base.items() if len(entry.shape) == 2}
+    return {key.removesuffix(".weight"): shape for key, shape in base.items() if len(shape) == 2}
+
+
+def shapes(tensors: Mapping[str, Entry]) -> dict[str, Shape]:
+    """By the names of the tensors."""
+    return {key: entry.shape for key, entry in tensors.items()}
 
 
 def fit_faults(entries: Mapping[str, Entry], base: Mapping[str, Entry], config: AdapterConfig) -> list[str]:
-    """Every tensor of the adapter that has no place in ``base`` or another shape than its place."""
+    """Every tensor of the adapter that does not fit ``base``, by its shape, or as a copy of another weight."""
+    return shape_faults(entries, shapes(base), config) or [
+        f"{PREFIX}{name}.base_layer.weight is another than the model's"
+        for name, tensors in by_module(entries).items()
+        if "base_layer.weight" in tensors and not same_copy(tensors["base_layer.weight"], base[f"{name}.weight"])
+    ]
+
+
+def made_for_another(path: Path, faults: list[str], config: AdapterConfig) -> str:
+    """What is said of the adapter in ``path`` that has ``faults``, or nothing of its kind."""
+    return f"{path}: made for another model: {listed(faults, most=3) or f'it holds no {config.title} tensor'}"
+
+
+def shape_faults(entries: Mapping[str, Entry], base: Mapping[str, Shape], config: AdapterConfig) -> list[str]:
+    """Every tensor of the adapter that has no place in a model of these shapes, or another shape than its place."""
     known: dict[str, TensorKey | None] = {key: split_key(key) for key in entries}
     faults = [
         f"{key} {entries[key].shape} has no place in the model"
@@ -114,9 +131,8 @@ def read_updates(path: Path, base: Mapping[str, Entry]) -> dict[str, Update]:
     check_patterns(path, config, adapted)
     faults = fit_faults(entries, base, config)
     if faults or not adapted:
-        what = listed(faults) or f"it holds no {config.title} tensor"
-        raise LoraMsError(f"{path}: made for another model: {what}")
-    config = config.fitted(weight_shapes(base))
+        raise LoraMsError(made_for_another(path, faults, config))
+    config = config.fitted(weight_shapes(shapes(base)))
     updates = {name: update_of(name, tensors, config) for name, tensors in modules.items()}
     shared = updates.get(EMBEDDING)
     if shared is not None and shared.reaches_tied_head and base[EMBEDDING_WEIGHT] == base.get(HEAD_WEIGHT):

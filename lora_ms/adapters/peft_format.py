@@ -25,6 +25,7 @@ from lora_ms.adapters.inject import (
 )
 from lora_ms.adapters.methods.base import AdapterConfig
 from lora_ms.adapters.methods.base_cells import AdapterCell
+from lora_ms.adapters.offline_merge import made_for_another
 from lora_ms.adapters.peft_config import Adapted, to_peft
 from lora_ms.adapters.peft_files import (
     ADAPTER_FILES,
@@ -193,13 +194,12 @@ def read_cells(
     specs = {name: config.spec(name) for name in named if name in targets}
     if not specs:
         faults = [f"{key} {value.shape} has no place in the model" for key, value in tensors.items()]
-        what = listed(faults) or f"it holds no {config.title} tensor"
-        raise LoraMsError(f"{path}: made for another model: {what}")
+        raise LoraMsError(made_for_another(path, faults, config))
     with_saved = replace(config, modules_to_save=(*config.modules_to_save, *saved))
     cells = build(model, with_saved, specs, operators=operators)
     faults = fill(cells, tensors, config, layers)
     if faults:
-        raise LoraMsError(f"{path}: made for another model: {listed(faults)}")
+        raise LoraMsError(made_for_another(path, faults, config))
     return cells
 
 
@@ -259,4 +259,4 @@ def restore_adapter(model: nn.Cell, path: str | os.PathLike, config: AdapterConf
     base = {name: cell.base for name, cell in cells.items()}
     faults = fill(cells, read_tensors(Path(path), shard), config, base)
     if faults:
-        raise LoraMsError(f"{path}: not the adapter of this run: {listed(faults)}")
+        raise LoraMsError(f"{path}: not the adapter of this run: {listed(faults, most=3)}")

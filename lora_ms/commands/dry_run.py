@@ -23,5 +23,6 @@ def run(config: RunConfig, processes: int) -> None:
         return
     print("not ready:")
     for line in found.wrong:
-        print(textwrap.fill(line, WIDTH, initial_indent="  - ", subsequent_indent="    ", break_on_hyphens=False))
+        lines = textwrap.wrap(line, WIDTH - 4, break_long_words=False, break_on_hyphens=False)
+        print("  - " + "\n    ".join(lines))
     sys.exit(2)

@@ -86,6 +86,9 @@ class ObjectiveKeys(Section):
         """
         return None
 
+    def check_rows(self, general: NDArray[np.bool_], batch_size: int) -> None:
+        """Raises LoraMsError for rows such as the term cannot be computed of; arguments as in ``GivenRows``."""
+
     def row_term(self, given: "GivenRows") -> "RowTerm | None":
         """The term as a function of the rows; None for a function of the parameters.
 

@@ -116,9 +116,12 @@ class KtoKeys(PreferenceKeys):
     def importance(self, liked: NDArray[np.bool_]) -> NDArray[np.float32]:
         return np.where(liked, self.desirable_weight, self.undesirable_weight).astype(np.float32)
 
-    def preference_term(self, answers: Answers) -> RowTerm:
-        if answers.batch_size < 2:
+    def check_rows(self, general: NDArray[np.bool_], batch_size: int) -> None:
+        if batch_size < 2:
             raise LoraMsError("objectives: kto compares the rows of a micro-batch: a batch_size of 2 or more, not 1")
+
+    def preference_term(self, answers: Answers) -> RowTerm:
+        self.check_rows(np.zeros(len(answers.liked), bool), answers.batch_size)
         found = super().preference_term(answers)
         return found._replace(note=f"kto: rows are not packed, but compared in micro-batches of {answers.batch_size}")
 

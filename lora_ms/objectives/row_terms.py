@@ -39,19 +39,22 @@ class ContrastiveKeys(ObjectiveKeys):
     temperature: Number = Field(0.07, gt=0)
     symmetric: Flag = False  # general rows are compared with all domain rows, too
 
-    def row_term(self, given: GivenRows) -> RowTerm:
-        from lora_ms.objectives.row_cells import Contrast
-
-        if given.general.sum() < FEWEST_GENERAL or given.general.all():
+    def check_rows(self, general: NDArray[np.bool_], batch_size: int) -> None:
+        if general.sum() < FEWEST_GENERAL or general.all():
             raise LoraMsError(
                 f"objectives: contrastive needs domain rows and at least {FEWEST_GENERAL} general ones: give both as "
                 "parts of train_dataset.mix, the latter with role: general"
             )
-        if given.batch_size < FEWEST_COMPARED:
+        if batch_size < FEWEST_COMPARED:
             raise LoraMsError(
                 f"objectives: contrastive compares a domain row with two general ones at least: a batch_size of "
-                f"{FEWEST_COMPARED} or more, not {given.batch_size}"
+                f"{FEWEST_COMPARED} or more, not {batch_size}"
             )
+
+    def row_term(self, given: GivenRows) -> RowTerm:
+        from lora_ms.objectives.row_cells import Contrast
+
+        self.check_rows(given.general, given.batch_size)
         note = f"contrastive: rows are not packed, but compared in micro-batches of {given.batch_size}"
         return RowTerm(Contrast(self.temperature, self.symmetric), PairedRows(given.general, self.weight), note)
 

@@ -1,14 +1,13 @@
 """The adapter that a configuration asks for: checked, and put into the model, fresh or from a folder."""
 
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from lora_ms.adapters.inject import adapted_layers, freeze, inject, saved_layers, select, target_layers
+from lora_ms.adapters.inject import adapted_layers, freeze, inject, select, target_layers
 from lora_ms.adapters.methods import METHODS
 from lora_ms.adapters.methods.base import AdapterConfig, SeenRows
 from lora_ms.adapters.peft_files import base_quantisation, read_adapter_config
-from lora_ms.adapters.peft_format import adapted, load_adapter
+from lora_ms.adapters.peft_format import load_adapter
 from lora_ms.config import PetConfig, RunConfig
 from lora_ms.errors import LoraMsError
 from lora_ms.models.decoder import CausalLM, DecoderConfig
@@ -59,16 +58,14 @@ def attach(
         seen: what the model makes of the rows, for an adapter that starts from that; None: there are no rows.
 
     Raises:
-        LoraMsError: the two disagree, or match nothing.
+        LoraMsError: they match nothing, or do not fit (``stored_adapter.check_stored`` finds more, and sooner).
     """
     pet = config.pet_config
     if pet is None:
-        if config.load_adapter:
-            raise LoraMsError("load_adapter is given and pet_config is null: remove one of them")
         return None
     wanted = adapter_config(pet)
     if config.load_adapter:
-        wanted = load_agreeing(config.load_adapter, pet, wanted, model, shard)
+        wanted = load_stored(config.load_adapter, pet, model, shard)
     elif wanted.sees_rows:
         if seen is None:
             raise LoraMsError("the adapter starts from rows (init_lora_weights), which lora-ms finetune alone has")
@@ -82,50 +79,16 @@ def attach(
     return wanted.for_run(total_steps)
 
 
-def load_agreeing(path: str, pet: PetConfig, wanted: AdapterConfig, model: CausalLM, shard: Shard) -> AdapterConfig:
+def load_stored(path: str, pet: PetConfig, model: CausalLM, shard: Shard) -> AdapterConfig:
     """Puts the adapter in ``path`` into ``model`` for further training; returns its settings.
 
     Raises:
-        LoraMsError: it is another than ``pet_config`` says, in keys that the user gave; all are listed.
+        LoraMsError: it does not fit.
     """
-    given = pet.model_fields_set
-    stored = read_adapter_config(path)
-    layers = list(target_layers(model))
-    saved = set(saved_layers(model, wanted))
-    try:
-        going_on = stored.continued(pet, given)
-    except LoraMsError as problem:
-        raise LoraMsError(f"load_adapter {path}: {problem}") from problem
-    loaded, found = load_adapter(model, path, going_on, shard)
+    config = read_adapter_config(path).continued(pet, pet.model_fields_set)
+    loaded, found = load_adapter(model, path, config, shard)
     for line in (*found.notes, *quantisation_notes(path, model)):
         print(line)
-    standing = adapted(model)
-    faults = []
-
-    def compare(key: str, deciding: frozenset[str] | set[str], here: object, there: object, where: str = "") -> None:
-        if here != there and not given.isdisjoint(deciding):
-            faults.append(f"{key}{where}: {here} in pet_config, {there} in the adapter")
-
-    compare("pet_type", {"pet_type"}, wanted.PET_TYPE, stored.PET_TYPE)
-    wanted.check_listed(layers)
-    free = given.isdisjoint(wanted.PLACING)  # the adapter alone says which modules it is on
-    chosen = (replace(wanted, target_modules=tuple(standing.specs)) if free else wanted).specs(layers)
-    both = [name for name in chosen if name in standing.specs]
-    for field, deciding in wanted.SPEC_KEYS.items():
-        here = {name: chosen[name]._asdict()[field] for name in both}
-        there = {name: standing.specs[name]._asdict().get(field) for name in both}
-        odd = [name for name in both if here[name] != there[name]]
-        if odd:
-            where = "" if len(odd) == len(both) else f" of {odd[0]}"
-            compare(field, deciding, here[odd[0]], there[odd[0]], where)
-    options: dict[str, Any] = vars(stored)
-    for key in wanted.AGREEING:
-        compare(key, {key}, getattr(wanted, key), options.get(key))
-    if not free and chosen.keys() != standing.specs.keys():
-        faults.append(f"target_modules: {len(chosen)} modules by pet_config, {len(standing.specs)} in the adapter")
-    compare("modules_to_save", {"modules_to_save"}, sorted(saved), sorted(standing.saved))
-    if faults:
-        raise LoraMsError(f"load_adapter {path}: {'; '.join(faults)}")
     return loaded
 
 

@@ -21,11 +21,14 @@ from lora_ms.recipes import adapter, data, session
 from lora_ms.recipes.convert import shapes_of
 from lora_ms.recipes.estimate import DEVICES, job_of, needs, size
 from lora_ms.recipes.model import read_sizes
+from lora_ms.recipes.native import read_rows
+from lora_ms.recipes.objectives import check_rows
 from lora_ms.recipes.settings import settings_of
+from lora_ms.recipes.stored_adapter import check_stored
 from lora_ms.runtime import host, memory_estimate
 from lora_ms.runtime.device import Device, Runtime, chosen
 from lora_ms.text import counted, folded, size_text
-from lora_ms.train import trackers
+from lora_ms.train import checkpoint, trackers
 
 CARD = "Ascend 910B, 64 GB"  # what Ascend means on a machine without one
 STATE = 12  # bytes of a checkpoint for a number that trains: itself and AdamW's two moments, in float32
@@ -44,7 +47,8 @@ class Findings:
         try:
             yield
         except LoraMsError as error:
-            self.wrong.append(str(error))
+            if str(error) not in self.wrong:
+                self.wrong.append(str(error))
 
 
 def dry_run(config: RunConfig, processes: int) -> Findings:
@@ -61,6 +65,12 @@ def dry_run(config: RunConfig, processes: int) -> Findings:
         trackers.check(config.report_to)
     with found.check():
         session.check_run_output(config)
+    if config.resume_training:
+        with found.check():
+            checkpoint.find(Path(config.output_dir), config.resume_training)
+    for term in config.objectives:
+        with found.check():
+            term.check()
     pet = config.pet_config
     if pet is not None and not config.load_checkpoint:
         found.wrong.append("load_checkpoint is missing: give the model to put the adapter on")
@@ -74,13 +84,15 @@ def dry_run(config: RunConfig, processes: int) -> Findings:
             _check_weights(config, sizes)
         with found.check():
             _check_processes(config, sizes, processes)
+        with found.check():
+            check_stored(config, sizes)
     plan = None
     if not found.wrong and sizes is not None:
         with found.check():
             plan = _plan(config, sizes, processes)
     elif sizes is not None:
         with found.check():
-            _rows(config, sizes)
+            read_rows(config, sizes)
     else:
         with found.check():
             data.sources_of(config.train_dataset, "train")
@@ -116,22 +128,12 @@ def _check_processes(config: RunConfig, sizes: DecoderConfig, processes: int) ->
         print(f"processes: {processes // shared} data-parallel x {shared} model-parallel")
 
 
-def _rows(config: RunConfig, sizes: DecoderConfig) -> data.PreparedRows:
-    sources = data.sources_of(config.train_dataset, "train")
-    tokenizer = data.tokenizer_for(config, training=True)
-    longest = sizes.max_position_embeddings
-    preparation = data.preparation_of(config, config.train_dataset, longest, sizes.vocab_size)
-    rows = data.rows_of(config.train_dataset, sources, tokenizer, preparation)
-    return data.split_off(config, rows, tokenizer, preparation)[0]
-
-
 def _plan(config: RunConfig, sizes: DecoderConfig, processes: int) -> DataPlan:
     settings = settings_of(config, sizes.max_position_embeddings)
-    rows = _rows(config, sizes)
+    inputs = read_rows(config, sizes)
     runtime = Runtime(chosen(config.context.device_target), world=processes, shard=Shard(count=session.sharing(config)))
-    plan = data.plan_training(
-        rows, data.tokenizer_for(config, training=True), settings, runtime, adapter.leading_ids(config, sizes)
-    )
+    plan = data.plan_training(inputs.rows, inputs.tokenizer, settings, runtime, adapter.leading_ids(config, sizes))
+    check_rows(config, inputs.rows, plan.usual_lines)
     print(f"training: {counted(plan.total_steps, 'step')}, {counted(plan.per_step, 'row')} each")
     return plan
 

@@ -13,10 +13,11 @@ from lora_ms.recipes import adapter, data, estimate, session
 from lora_ms.recipes.evaluate import evaluator_for
 from lora_ms.recipes.forgetting import ReadSet, read_sets, scorer_of
 from lora_ms.recipes.model import build_model, compute_dtype, four_bits_lines, read_sizes
-from lora_ms.recipes.objectives import add_terms, general_rows, reference_log_probs
+from lora_ms.recipes.objectives import add_terms, check_rows, general_rows, reference_log_probs
 from lora_ms.recipes.outputs import RUN_LOG, earlier_outputs, weights_of
 from lora_ms.recipes.settings import settings_of
 from lora_ms.recipes.starts import seen_rows
+from lora_ms.recipes.stored_adapter import check_stored
 from lora_ms.recipes.train import NativeRun
 from lora_ms.train import checkpoint, trackers
 from lora_ms.train.callbacks import TrainerCallback
@@ -52,7 +53,7 @@ def read_inputs(config: RunConfig) -> NativeInputs:
         LoraMsError: anything that a user can fix.
     """
     trackers.check(config.report_to)
-    sources = data.sources_of(config.train_dataset, "train")
+    data.sources_of(config.train_dataset, "train")
     pet = config.pet_config
     if pet is not None and not config.load_checkpoint:
         raise LoraMsError(
@@ -63,12 +64,24 @@ def read_inputs(config: RunConfig) -> NativeInputs:
     adapter.check_training(config, None if pet is None else adapter.adapter_config(pet))
     sizes = read_sizes(config)
     adapter.check_parallel(config, sizes)
+    check_stored(config, sizes)
+    inputs = read_rows(config, sizes)
+    session.check_run_output(config)
+    return inputs
+
+
+def read_rows(config: RunConfig, sizes: DecoderConfig) -> NativeInputs:
+    """Reads all rows of a run.
+
+    Raises:
+        LoraMsError: files that are not there, or hold none.
+    """
+    sources = data.sources_of(config.train_dataset, "train")
     tokenizer = data.tokenizer_for(config, training=True)
     preparation = data.preparation_of(config, config.train_dataset, sizes.max_position_embeddings, sizes.vocab_size)
     rows = data.rows_of(config.train_dataset, sources, tokenizer, preparation)
     rows, held_out = data.split_off(config, rows, tokenizer, preparation)
     sets = read_sets(config, tokenizer, preparation)
-    session.check_run_output(config)
     return NativeInputs(
         config=config,
         sizes=sizes,
@@ -100,6 +113,7 @@ def prepare(inputs: NativeInputs, log: Tee) -> NativeRun:
         checkpoint.find(output_dir, settings.resume)
     lead = adapter.leading_ids(config, sizes)
     plan = data.plan_training(inputs.rows, tokenizer, settings, runtime, lead)
+    check_rows(config, inputs.rows, plan.usual_lines)
     if runtime.is_main:
         if settings.seq_length > sizes.longest:
             print(

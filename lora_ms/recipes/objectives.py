@@ -171,6 +171,13 @@ def general_rows(config: RunConfig, rows: PreparedRows) -> NDArray[np.bool_]:
     return np.repeat(roles, [share.rows for share in rows.shares])
 
 
+def check_rows(config: RunConfig, rows: PreparedRows, lines: int) -> None:
+    """Raises LoraMsError where a term cannot be computed of ``rows``, so many to a micro-batch."""
+    general = general_rows(config, rows)
+    for keys in config.objectives:
+        keys.check_rows(general, lines)
+
+
 def row_terms(
     terms: Terms, model: CausalLM, plan: DataPlan, general: NDArray[np.bool_], tokenizer: Any, runtime: Runtime
 ) -> list[RowTerm]:

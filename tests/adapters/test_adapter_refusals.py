@@ -25,7 +25,7 @@ def error_of(function, *args) -> str:
     return message
 
 
-def test_an_adapter_for_another_model_lists_every_shape(reference, bare):
+def test_an_adapter_for_another_model_names_three_shapes(reference, bare):
     """qwen2's adapter on llama2, which is 48 wide rather than 64 and has 4 key/value heads of 12."""
     path = reference / "adapters" / "qwen2"
     stored = load_file(path / "adapter_model.safetensors")
@@ -40,7 +40,7 @@ def test_an_adapter_for_another_model_lists_every_shape(reference, bare):
         if stored[key].shape != wanted:
             faults.append(f"{key} is {stored[key].shape}, should be {wanted}")
     assert len(faults) == 10  # all but the A of down_proj, whose input is 96 in both
-    assert error_of(load_adapter, model, path) == f"{path}: made for another model: {'; '.join(faults)}"
+    assert error_of(load_adapter, model, path) == f"{path}: made for another model: {'; '.join(faults[:3])} and 7 more"
     assert not adapted_layers(model)
 
 
@@ -135,7 +135,7 @@ def test_a_key_that_is_computed_wants_its_tensors(bare, copied):
     assert f"{PREFIX}{Q0}.lora_B.bias is missing" in error_of(load_adapter, bare(), copied("qwen2", lora_bias=True))
     message = error_of(load_adapter, bare(), copied("qwen2", lora_bias=False, use_dora=False, bias="all"))
     assert f"{PREFIX}{Q0}.base_layer.bias is missing" in message
-    assert f"{PREFIX}model.layers.0.self_attn.k_proj.bias is missing" in message
+    assert message.endswith(" is missing and 3 more")  # of q_proj, v_proj and k_proj in two layers
 
 
 def test_ranks_of_the_file_are_held_against_its_shapes(bare, copied):
@@ -145,7 +145,8 @@ def test_ranks_of_the_file_are_held_against_its_shapes(bare, copied):
         name = f"{PREFIX}model.layers.{number}.self_attn.q_proj"
         faults += [f"{name}.lora_A.weight is (4, 64), should be (8, 64)"]
         faults += [f"{name}.lora_B.weight is (64, 4), should be (64, 8)"]
-    assert error_of(load_adapter, bare(), path) == f"{path}: made for another model: {'; '.join(faults)}"
+    found = f"{'; '.join(faults[:3])} and 1 more"
+    assert error_of(load_adapter, bare(), path) == f"{path}: made for another model: {found}"
 
 
 @pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern"])

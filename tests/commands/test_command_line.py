@@ -6,6 +6,7 @@ import subprocess
 
 import pytest
 
+import lora_ms
 from lora_ms.cli import main as cli
 from lora_ms.config import load_config
 
@@ -188,3 +189,28 @@ def test_a_dry_run_without_room_on_the_disk(dry, monkeypatch):
     status, lines = dry()
     text = " ".join(" ".join(lines).split())
     assert status == 2 and "lower keep_checkpoint_max, or give another output_dir" in text
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--resume_training", "True"], "checkpoints: no checkpoint to resume from"),
+        (["--load_adapter", "{adapter}", "--lora_rank", "16"], "lora_rank: 16 in pet_config, 4 in the adapter"),
+        (["--load_adapter", "tests/reference/adapters/qwen3"], "made for another model: base_model.model.model."),
+        (["--load_adapter", "nowhere"], "nowhere"),
+        (["--options", "evaluation={sets: {own: {dataset_dir: none}}}"], "evaluation.sets.own: none: no such file"),
+        (
+            ["--options", "objectives=[{type: contrastive}]"],
+            "contrastive needs domain rows and at least 2 general ones",
+        ),
+        (["--options", "objectives=[{type: ewc, fisher: none}]"], "none: no such file: lora-ms fisher writes it"),
+    ],
+)
+def test_a_dry_run_says_what_the_run_would(dry, root, tmp_path, argv, said):
+    if "{adapter}" in argv:
+        net = lora_ms.AutoModelForCausalLM.from_pretrained(root / "examples/tiny/model")
+        lora_ms.get_peft_model(net, lora_ms.LoraConfig(4, 8.0)).save_pretrained(tmp_path / "adapter")
+    status, lines = dry(*(str(tmp_path / "adapter") if word == "{adapter}" else word for word in argv))
+    wrong = lines[lines.index("not ready:") + 1 :]
+    text = " ".join(" ".join(wrong).split())
+    assert status == 2 and said in text and text.count("- ") == 1 and "ready" not in lines
