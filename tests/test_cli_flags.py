@@ -319,7 +319,7 @@ def test_the_articles_command(ran):
         ),
         (
             ["chat", "--load_adapter", "none"],
-            "load_adapter: none is not a folder; give the one that holds adapter_config.json",
+            "load_adapter: none does not exist; give the folder that holds adapter_config.json",
         ),
         (["finetune", YAML], f"unexpected argument {YAML!r}: {QUOTE}"),
         (

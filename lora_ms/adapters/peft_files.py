@@ -137,6 +137,8 @@ def usual_keys(keys: Iterable[str]) -> dict[str, str]:
 def read_adapter_config(path: str | os.PathLike) -> AdapterConfig:
     """The settings of the adapter in directory ``path``."""
     path = Path(path)
+    if not path.exists():
+        raise LoraMsError(f"adapter: {path} does not exist")
     if not (path / CONFIG).is_file():
         raise LoraMsError(f"{path}: no adapter here: {CONFIG} is missing")
     return from_peft(read_settings(path), str(path / CONFIG))

@@ -34,7 +34,8 @@ def check_type(dtype: str) -> None:
 def check_adapter_folder(adapter: Path, given_as: str = "load_adapter") -> None:
     """Raises LoraMsError where ``adapter``, the value of the flag ``given_as``, is not a folder."""
     if not adapter.is_dir():
-        raise LoraMsError(f"{given_as}: {adapter} is not a folder; give the one that holds {peft_files.CONFIG}")
+        fault = "is not a folder" if Path(adapter).exists() else "does not exist"
+        raise LoraMsError(f"{given_as}: {adapter} {fault}; give the folder that holds {peft_files.CONFIG}")
 
 
 def base_of(adapter: Path, load_checkpoint: str | None, hub: str = "hf") -> Path:

@@ -42,7 +42,7 @@ def test_missing_files(refused):
     assert refused("--load_checkpoint", "none") == (
         "load_checkpoint: none does not exist; give a Hugging Face directory or a .ckpt file"
     )
-    assert refused("--load_adapter", "none") == "none: no adapter here: adapter_config.json is missing"
+    assert refused("--load_adapter", "none") == "adapter: none does not exist"
 
 
 def test_a_checkpoint_that_is_no_folder(refused, model, tmp_path):

@@ -84,7 +84,7 @@ def test_faults_leave_nothing_behind(folders, tmp_path):
         run(folders, [1, 1], "cat", None, None, 0, f"{tmp_path}/x/../a")
     with pytest.raises(LoraMsError, match="needs density"):
         run(folders, [1, 1], "ties", None, None, 0, str(tmp_path / "out"))
-    with pytest.raises(LoraMsError, match="^adapters: .*none is not a folder"):
+    with pytest.raises(LoraMsError, match="^adapters: .*none does not exist"):
         run([*folders, str(tmp_path / "none")], [1, 1, 1], "cat", None, None, 0, str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
