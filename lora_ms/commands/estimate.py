@@ -2,7 +2,7 @@
 
 from lora_ms.config import RunConfig
 from lora_ms.recipes import session
-from lora_ms.recipes.estimate import fits, job_of, needs, table
+from lora_ms.recipes.estimate import fits, job_of, needs, size, table
 from lora_ms.recipes.model import read_sizes
 from lora_ms.runtime import host, memory_estimate
 from lora_ms.runtime.device import Runtime, chosen
@@ -26,4 +26,5 @@ def run(config: RunConfig) -> None:
     print("\n".join([*table(job, room), "", *fits(config, sizes, this_machine)]))
     if this_machine and needs(job) > room:
         changes = memory_estimate.remedies(job, room) or ["the model"]
-        print("", "it will not fit; change, until it does:", *(f"  {key}" for key in changes), sep="\n")
+        line = f"it will not fit this machine ({size(room)} free); change, until it does:"
+        print("", line, *(f"  {key}" for key in changes), sep="\n")

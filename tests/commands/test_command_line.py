@@ -197,7 +197,7 @@ def test_a_dry_run_without_room_on_the_disk(dry, monkeypatch):
         (["--resume_training", "True"], "checkpoints: no checkpoint to resume from"),
         (["--load_adapter", "{adapter}", "--lora_rank", "16"], "lora_rank: 16 in pet_config, 4 in the adapter"),
         (["--load_adapter", "tests/reference/adapters/qwen3"], "made for another model: base_model.model.model."),
-        (["--load_adapter", "nowhere"], "nowhere"),
+        (["--load_adapter", "nowhere"], "adapter: nowhere does not exist"),
         (["--options", "evaluation={sets: {own: {dataset_dir: none}}}"], "evaluation.sets.own: none: no such file"),
         (
             ["--options", "objectives=[{type: contrastive}]"],
@@ -214,3 +214,12 @@ def test_a_dry_run_says_what_the_run_would(dry, root, tmp_path, argv, said):
     wrong = lines[lines.index("not ready:") + 1 :]
     text = " ".join(" ".join(wrong).split())
     assert status == 2 and said in text and text.count("- ") == 1 and "ready" not in lines
+
+
+def test_an_estimate_says_which_machine_is_too_small(capsys, root, monkeypatch):
+    from lora_ms.runtime import host
+
+    monkeypatch.setattr(host, "available", lambda: 100.0)
+    monkeypatch.chdir(root)
+    status, lines, _ = said(capsys, "estimate", "--config", "configs/tiny/lora_tiny.yaml")
+    assert status == 0 and "it will not fit this machine (100 MB free); change, until it does:" in lines
