@@ -23,6 +23,10 @@ from lora_ms.values import Section
 PET_CONFIG = ("model", "model_config", "pet_config")
 YAML_SIZE = 10**6  # bytes
 MOST_VALUES = 100_000  # of a YAML; MindFormers' have some 200
+NO_PET_CONFIG = (
+    "pet_config is missing: add model.model_config.pet_config, {} for LoRA as it is by default, or null to train all "
+    "parameters"
+)
 
 
 def load_config(
@@ -60,21 +64,24 @@ def load_config(
     overrides: list[tuple[str, Any, str]] = [*named, *optional, *free]
     for dotted, override, _ in overrides:
         _set(data, dotted, override)
-    if data.get("run_mode", "finetune") in ("finetune", "train"):
-        _require_pet_config(data, path)
+    missing = ""
+    if data.get("run_mode", "finetune") in ("finetune", "train") and _add_pet_config(data) and path is not None:
+        missing = NO_PET_CONFIG
     lower_memory(data)
     theirs = {}
     if data.get("backend") == "mindformers":
         theirs = {key: data.pop(key) for key in MINDFORMERS_SECTIONS if data.get(key) is not None}
     try:
         config = RunConfig.model_validate(data)
+        if missing:
+            raise LoraMsError(f"{path}: {missing}")
         config.mindformers_sections.update(theirs)
         config.taken_back.extend(_taken_back(overrides))
         return config
     except ValidationError as problem:
         overridden = preset or options or free_form or any(key != "run_mode" for key, _, _ in named)
         source = f"{path or 'configuration'}{' with the command line' if path and overridden else ''}"
-        raise LoraMsError(f"{source}: {describe(problem)}") from problem
+        raise LoraMsError(f"{source}: {describe(problem)}{missing and f'; {missing}'}") from problem
 
 
 def _trains_all(data: Mapping[str, Any]) -> bool:
@@ -298,21 +305,19 @@ def _taken_back(overrides: Sequence[tuple[str, Any, str]]) -> list[str]:
     return lines
 
 
-def _require_pet_config(data: dict[str, Any], path: str | None) -> None:
+def _add_pet_config(data: dict[str, Any]) -> bool:
+    """Puts an empty ``pet_config`` where there is none; whether that was so."""
     here: Any = data
     for part in PET_CONFIG:
         if not isinstance(here, dict):
-            return  # the schema says what is wrong with it
+            return False  # the schema says what is wrong with it
         if here.get(part) is None and part != PET_CONFIG[-1]:
             here[part] = {}
         elif part not in here:
-            if path is not None:
-                raise LoraMsError(
-                    f"{path}: pet_config is missing: add model.model_config.pet_config, "
-                    "{} for LoRA as it is by default, or null to train all parameters"
-                )
             here[part] = {}
+            return True
         here = here[part]
+    return False
 
 
 def _plain(section: Section) -> dict[str, Any]:

@@ -230,3 +230,10 @@ def test_mindformers_is_told_the_same_once_its_configuration_is_written_and_read
     found = load_config(str(tmp_path / "config.yaml"))
     assert found.model_dump(exclude_unset=True) == config.model_dump(exclude_unset=True)
     assert found == config and found.mindformers_sections == config.mindformers_sections
+
+
+def test_a_missing_pet_config_hides_no_unknown_key(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("run_mode: finetune\nlearning_rat: 3\n")
+    with pytest.raises(LoraMsError, match="unknown key learning_rat; did you .*; pet_config is missing: add model"):
+        load_config(str(path))
