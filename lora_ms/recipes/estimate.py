@@ -7,6 +7,7 @@ from typing import Any
 
 from lora_ms.adapters.matching import check_listed, ranges
 from lora_ms.adapters.methods.base import AdapterConfig, Cost
+from lora_ms.adapters.peft_files import read_adapter_config
 from lora_ms.config import RunConfig
 from lora_ms.config.optimizer import Optimizer
 from lora_ms.data.packing import Shape
@@ -44,7 +45,7 @@ def job_of(config: RunConfig, sizes: DecoderConfig, device: Device) -> Job:
     """What decides the memory of one process of the run that ``config`` describes.
 
     Raises:
-        LoraMsError: target_modules that match nothing, layers that do not exist.
+        LoraMsError: target_modules that match nothing, layers that do not exist, no adapter in load_adapter.
     """
     processes = session.sharing(config)
     sizes = replace(sizes, **{name: getattr(sizes, name) // processes for name in session.DIVIDED.values()})
@@ -53,6 +54,8 @@ def job_of(config: RunConfig, sizes: DecoderConfig, device: Device) -> Job:
     if adapter is not None:
         adapter.check_listed(list(memory_estimate.modules(sizes)))
         check_listed("modules_to_save", adapter.modules_to_save, list(whole_modules(sizes)), str.endswith)
+    if pet is not None and config.load_adapter:
+        adapter = read_adapter_config(config.load_adapter).continued(pet, pet.model_fields_set)
     virtual = 0 if adapter is None else adapter.virtual_tokens
     answers = 1 if config.preferences == "none" else 2  # to a line
     dtype = config.model.sizes.compute_dtype or default_dtype(device)

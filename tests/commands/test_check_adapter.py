@@ -305,7 +305,7 @@ def test_folders_that_are_not_there(capsys, adapter):
     assert main(["check-adapter", "--load_adapter", str(adapter), "--load_checkpoint", "none"]) == 2
     assert capsys.readouterr() == (
         "",
-        "error: load_adapter: none is not a folder; give the one that holds adapter_config.json\n"
+        "error: load_adapter: none does not exist; give the folder that holds adapter_config.json\n"
         "error: load_checkpoint: none is not a folder; give the model's Hugging Face directory\n",
     )
 

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 
 import pytest
+from safetensors.numpy import load_file
 
 import lora_ms
 from lora_ms.cli import main as cli
@@ -214,6 +215,16 @@ def test_a_dry_run_says_what_the_run_would(dry, root, tmp_path, argv, said):
     wrong = lines[lines.index("not ready:") + 1 :]
     text = " ".join(" ".join(wrong).split())
     assert status == 2 and said in text and text.count("- ") == 1 and "ready" not in lines
+
+
+def test_an_estimate_knows_the_rank_of_a_loaded_adapter(capsys, reference):
+    model, adapter = reference / "models/qwen2", reference / "adapters/qwen2"
+    found = []
+    for argv in (["--load_adapter", str(adapter)], []):
+        status, lines, _ = said(capsys, "estimate", "--load_checkpoint", str(model), *argv)
+        found.append(next(text.split("; ")[1] for text in lines if "numbers train" in text))
+    loaded = sum(entry.size for entry in load_file(adapter / "adapter_model.safetensors").values())
+    assert found[0] == f"{loaded:,} numbers train" != found[1]
 
 
 def test_an_estimate_says_which_machine_is_too_small(capsys, root, monkeypatch):

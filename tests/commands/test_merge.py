@@ -364,7 +364,7 @@ def change(file: str, **keys) -> None:
 
 def test_folders_that_are_not_there(refused):
     assert refused("--load_adapter", "none") == (
-        "load_adapter: none is not a folder; give the one that holds adapter_config.json"
+        "load_adapter: none does not exist; give the folder that holds adapter_config.json"
     )
     assert refused("--load_adapter", "base") == "base: no adapter here: adapter_config.json is missing"
     assert refused("--load_checkpoint", "none") == (
