@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_ms.adapters.inject import adapted_layers, freeze, inject, select, target_layers
+from lora_ms.adapters.inject import adapted_layers, freeze, inject, select
 from lora_ms.adapters.methods import METHODS
 from lora_ms.adapters.methods.base import AdapterConfig, SeenRows
 from lora_ms.adapters.peft_files import base_quantisation, read_adapter_config
