@@ -51,7 +51,7 @@ def job_of(config: RunConfig, sizes: DecoderConfig, device: Device) -> Job:
     sizes = replace(sizes, **{name: getattr(sizes, name) // processes for name in session.DIVIDED.values()})
     pet = config.pet_config
     adapter = None if pet is None else adapter_config(pet)
-    if adapter is not None:
+    if adapter is not None and config.backend == "native":  # MindFormers' modules have other paths
         adapter.check_listed(list(memory_estimate.modules(sizes)))
         check_listed("modules_to_save", adapter.modules_to_save, list(whole_modules(sizes)), str.endswith)
     if pet is not None and config.load_adapter:

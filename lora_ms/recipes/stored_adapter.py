@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lora_ms.adapters.matching import check_listed
 from lora_ms.adapters.methods.base import AdapterConfig
 from lora_ms.adapters.offline_merge import made_for_another, shape_faults
 from lora_ms.adapters.peft_files import by_module, read_adapter_config, read_entries
@@ -13,7 +14,7 @@ from lora_ms.errors import LoraMsError
 from lora_ms.models.decoder import DecoderConfig
 from lora_ms.recipes.adapter import adapter_config
 from lora_ms.recipes.convert import shapes_of
-from lora_ms.recipes.estimate import saved_numbers
+from lora_ms.recipes.estimate import saved_numbers, whole_modules
 from lora_ms.runtime import memory_estimate
 
 
@@ -69,6 +70,7 @@ def disagreements(pet: PetConfig, stored: StoredAdapter, sizes: DecoderConfig) -
     wanted, given = adapter_config(pet), pet.model_fields_set
     layers = list(memory_estimate.modules(sizes))
     wanted.check_listed(layers)
+    check_listed("modules_to_save", wanted.modules_to_save, list(whole_modules(sizes)), str.endswith)
     stored.config.continued(pet, given)
     faults = []
 
@@ -78,10 +80,13 @@ def disagreements(pet: PetConfig, stored: StoredAdapter, sizes: DecoderConfig) -
 
     compare("pet_type", {"pet_type"}, wanted.PET_TYPE, stored.config.PET_TYPE)
     free = given.isdisjoint(wanted.PLACING)  # the adapter alone says which modules it is on
-    chosen = (replace(wanted, target_modules=tuple(stored.specs)) if free else wanted).specs(layers)
+    if free and wanted.virtual_tokens:  # which stand on no module
+        chosen = stored.specs
+    else:
+        chosen = (replace(wanted, target_modules=tuple(stored.specs)) if free else wanted).specs(layers)
     both = [name for name in chosen if name in stored.specs]
     for field, deciding in wanted.SPEC_KEYS.items():
-        here = {name: chosen[name]._asdict()[field] for name in both}
+        here = {name: chosen[name]._asdict().get(field) for name in both}
         there = {name: stored.specs[name]._asdict().get(field) for name in both}
         odd = [name for name in both if here[name] != there[name]]
         if odd:

@@ -36,10 +36,13 @@ MOST_CONSTANTS = 128 << 20  # bytes
 CHILDREN = ("_params", "_cells", "_buffers", "_params_list", "_primitives")  # where a cell keeps what it is made of
 # of a cell: text with addresses (what it tells are attributes, too), the call that a Graph is in, the graphs it has
 # compiled, its last name, what a model of the Python interface generates with, which holds graphs and is in none, seeds
-# of random operators, which are attributes of those where they are used, where an optimiser's parameters lie, and what
-# reads a weight as it was before it was quantised
+# of random operators, which are attributes of those where they are used, where an optimiser's parameters lie, what
+# reads a weight as it was before it was quantised, and whether a model of the Python interface has trained
 IDLE_KEYS = frozenset(
-    {"_cell_init_args", "_call", "_known", "current_phase", "generator", "_seeds", "held", "flat", "_original"}
+    {
+        *("_cell_init_args", "_call", "_known", "current_phase", "generator", "_seeds"),
+        *("held", "flat", "_original", "has_trained"),
+    }
 )
 IDLE_CLOSURES = frozenset({"hash_obj"})  # the time at which mindspore.jit wrapped a function, as value_and_grad does
 # of a run of msrun, and of this cache: they decide no graph (its rank and their number are given apart)

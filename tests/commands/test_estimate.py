@@ -305,6 +305,16 @@ def test_the_command(model, capsys):
     assert max(map(len, out.splitlines())) <= 80
 
 
+def test_modules_of_mindformers_have_paths_of_their_own(reference, capsys):
+    from lora_ms.cli.main import main
+
+    key = "model.model_config.pet_config.exclude_layers=[layers.0.attention.wq]"
+    words = ["estimate", "--load_checkpoint", str(reference / "models" / "llama3"), "--options"]
+    assert main([*words, "backend=mindformers", key]) == 0
+    assert main([*words, key]) == 2
+    assert "exclude_layers layers.0.attention.wq: the model has no such module" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "saved",
     [(), ("embed_tokens",), ("lm_head",), ("embed_tokens", "lm_head"), ("norm",), ("k_proj",), ("0.mlp.up_proj",)],
