@@ -303,11 +303,11 @@ def test_the_articles_command(ran):
         (["predict", "--config", YAML, "--model", "x"], "unknown flag --model; here it is --load_checkpoint"),
         (
             ["finetune", "--config", YAML, "--pet_config", "null"],
-            "unknown flag --pet_config; write --options pet_config=VALUE",
+            "unknown flag --pet_config; write --options pet_config=null",
         ),
         (
             ["finetune", "--config", YAML, "--label_turns", "last"],
-            "unknown flag --label_turns; as a key of the YAML it is --train_dataset.label_turns VALUE",
+            "unknown flag --label_turns; as a key of the YAML it is --train_dataset.label_turns last",
         ),
         (
             ["finetune", "--config", YAML, "--output_dir", ""],

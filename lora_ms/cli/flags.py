@@ -220,6 +220,16 @@ COMMAND_FLAGS = {
     "serve": tuple(row[0].replace("-", "_") for row in SERVE_FLAGS),
 }
 
+# command -> words that people try there, or the keys that they stand for -> the flag; "": there is none
+OWN_WORDS = {
+    "predict": {"prompt": "predict_data", "prompts": "predict_data", f"train_dataset.{DATA}": "predict_file"},
+    "chat": {"prompt": "", "prompts": ""},
+    "serve": {"adapters": "lora-modules"},
+    "eval": {f"train_dataset.{DATA}": "eval_dataset_dir"},
+    "convert": {"output_dir": "output"},
+    "convert-adapter": {"output_dir": "output"},
+}
+
 
 # What --help shows of the shared flags by command; all take all, as they share the YAML.
 DEVICE = tuple(row[0] for row in FLAGS["device and seed"])

@@ -7,16 +7,27 @@ import argparse
 import difflib
 import io
 import os
+import shlex
 import signal
 import sys
 import textwrap
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from typing import Any
 
-from lora_ms.cli.flags import ALIASES, COMMAND_FLAGS, FLAG_KEYS, OTHER_FLAGS, add_command_flags, add_flags
+from lora_ms.cli.flags import (
+    ALIASES,
+    COMMAND_FLAGS,
+    FLAG_KEYS,
+    IDLE_FLAGS,
+    NOT_SHOWN,
+    OTHER_FLAGS,
+    OWN_WORDS,
+    add_command_flags,
+    add_flags,
+)
 from lora_ms.cli.parser import TOOLS, Help, Parser, Version, add_tools
 from lora_ms.errors import LoraMsError, lost_connection, out_of_memory
 from lora_ms.text import Escaping, shortened, wrapped
@@ -77,6 +88,7 @@ MEANT = {
     "server": "lora-ms serve answers by HTTP",
     "webui": "lora-ms serve has a page to chat with",
 }
+NEAR_WORD = 0.85  # difflib's ratio from which another tool's word is meant by one
 TRAINING = ("finetune", "train")  # run modes that mean the same
 STEPPING = ("finetune", "sequence", "fisher")  # whose products read much memory, step after step
 RUN_MODES = {
@@ -393,12 +405,16 @@ def _parse(parser: Parser, argv: list[str], free_form: list[str]) -> argparse.Na
         names = (*(flag.name for flag in TOOLS[args.tool].flags), "debug")
         unknown += [f"--{pair}" for pair in free_form]
     if unknown:
-        flag = unknown[0].partition("=")[0]
+        flag, _, value = unknown[0].partition("=")
         if not flag.startswith("-"):
             raise LoraMsError(
                 f"unexpected argument {flag!r}: a flag begins with --, and a value with spaces or a * needs quotes"
             )
-        raise LoraMsError(f"unknown flag {flag}; {_nearest(flag.removeprefix('--'), [*names], args.tool is None)}")
+        if flag in argv:
+            value = next(iter(argv[argv.index(flag) + 1 :]), "")
+        command = args.tool or getattr(args, "command", None) or args.run_mode or ""
+        hint = _nearest(flag.removeprefix("--"), "" if value.startswith("--") else value, [*names], command)
+        raise LoraMsError(f"unknown flag {flag}; {hint}")
     flags = () if args.tool is None else TOOLS[args.tool].flags
     for first in (each for each in flags if each.first):
         alone, given = getattr(args, f"{first.argument}_alone"), getattr(args, first.argument)
@@ -414,27 +430,66 @@ def _parse(parser: Parser, argv: list[str], free_form: list[str]) -> argparse.Na
     return args
 
 
-def _nearest(name: str, flags: list[str], with_keys: bool) -> str:
+def _nearest(name: str, value: str, flags: Sequence[str], command: str) -> str:
     """What to write in place of a flag that is not known: a flag, or a key of the YAML with its section."""
     from lora_ms.config.other_words import OTHER_WORDS
     from lora_ms.config.problems import NEAR, key_names, key_place
 
-    meant, _, value = OTHER_WORDS.get(name.replace("-", "_"), "").partition("=")
-    flag = next((flag for flag, key in FLAG_KEYS.items() if key == meant and flag in flags), None)
+    name = name.replace("-", "_")
+    keys = () if command in TOOLS else key_names()
+    keys_too = "" if command in TOOLS else " (keys of the YAML: --section.key VALUE)"
+    spelt = {flag.replace("-", "_"): flag for flag in flags if flag not in (row[0] for row in IDLE_FLAGS)}
+    if name in spelt:
+        return f"here it is --{spelt[name]}"
+    own = OWN_WORDS.get(command, {})
+    words = [*own, *(word for word in OTHER_WORDS if keys or _flag_for(word, flags, command))]
+    exact = name in words or bool(keys and key_place(name))
+    if not exact:
+        near = difflib.get_close_matches(name, [*spelt, *keys], 1, NEAR)
+        near = difflib.get_close_matches(name, [*near, *words], 1, NEAR_WORD) or near
+        if near and near[0] in spelt:
+            return f"the nearest is --{spelt[near[0]]}{keys_too}"
+        name = near[0] if near else ""
+    return _place_of(name, value, flags, command, exact) or f"--help lists the flags{keys_too}"
+
+
+def _flag_for(word: str, flags: Sequence[str], command: str) -> str | None:
+    """The flag of ``command`` that another tool's word stands for."""
+    from lora_ms.config.other_words import meaning
+
+    own, key = OWN_WORDS.get(command, {}), meaning(word)[0]
+    flag = own.get(word) or own.get(key) or next((flag for flag, sets in FLAG_KEYS.items() if sets == key), None)
+    return flag if flag in flags else None
+
+
+def _place_of(name: str, value: str, flags: Sequence[str], command: str, exact: bool) -> str:
+    """Where to write what is called ``name`` elsewhere, or the key ``name``; "" where ``command`` has no use for it.
+
+    exact: the user has written ``name``, and not what is near to it.
+    """
+    from lora_ms.config import load_config
+    from lora_ms.config.other_words import meaning
+    from lora_ms.config.problems import key_place
+
+    key, written, it = meaning(name, value)
+    if it and not key:
+        return it
+    it = it or "it is" if exact else "the nearest is"
+    flag = _flag_for(name, flags, command)
     if flag is not None:
-        return f"here it is --{flag}{f' {value}' if value else ''}"
-    near = difflib.get_close_matches(name, flags, 1, NEAR)
-    if not with_keys:
-        return f"the nearest is --{near[0]}" if near else "--help lists the flags"
-    place = meant or key_place(name)
-    if not place and (keys := difflib.get_close_matches(name, [*flags, *key_names()], 1, NEAR)):
-        place = "" if keys[0] in flags else key_place(keys[0])
-    if place and "." in place:
-        return f"as a key of the YAML it is --{place} {value or 'VALUE'}"
-    if place:
-        return f'write --options "{place}={value}"' if value else f"write --options {place}=VALUE"
-    keys_too = "keys of the YAML: --section.key VALUE"
-    return f"the nearest is --{near[0]} ({keys_too})" if near else f"--help lists the flags ({keys_too})"
+        shown = flag not in NOT_SHOWN.get(command, ())
+        return f"here {it} --{flag}{f' {written}' if written else ''}" if shown else ""
+    place = key or key_place(name)
+    if not place or name in OWN_WORDS.get(command, {}):
+        return ""
+    if value and not written:
+        with suppress(LoraMsError):  # a value that does not fit is not repeated
+            load_config(None, options=[f"{place}={value}"])
+            written = shlex.quote(value)
+    if "." in place:
+        return f"as a key of the YAML {it} --{place} {written or 'VALUE'}"
+    start = it.replace("it is", "write")
+    return f"{start} --options " + (f'"{place}={written}"' if key and written else f"{place}={written or 'VALUE'}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,9 @@ _KEYS: dict[str, tuple[str, ...]] = {
         *("model", "model_name", "model_name_or_path", "model_id", "model_path", "model_dir", "base_model"),
         *("base_model_name_or_path", "pretrained_model_name_or_path", "checkpoint", "ckpt"),
     ),
-    "load_adapter": ("adapter", "adapter_name_or_path", "adapter_path", "adapter_dir", "lora_path", "peft_model"),
+    "load_adapter": (
+        *("lora", "adapter", "adapter_name_or_path", "adapter_path", "adapter_dir", "lora_path", "peft_model"),
+    ),
     "train_dataset.data_loader.dataset_dir": (
         *("data", "dataset", "dataset_dir", "dataset_name", "dataset_path", "data_path", "data_dir"),
         *("train_data", "train_dataset", "train_dataset_dir", "train_file", "train_path"),
@@ -21,7 +23,7 @@ _KEYS: dict[str, tuple[str, ...]] = {
     "output_dir": ("output", "output_path", "out", "out_dir", "save_dir", "save_path", "export_dir"),
     "runner_config.epochs": ("num_train_epochs", "num_epochs", "n_epochs", "train_epochs"),
     "runner_config.batch_size": (
-        *("batch_size", "per_device_train_batch_size", "train_batch_size", "micro_batch_size", "bs"),
+        *("batch", "batch_size", "per_device_train_batch_size", "train_batch_size", "micro_batch_size", "bs"),
     ),
     "eval_dataset.batch_size": ("per_device_eval_batch_size", "eval_batch_size"),
     "runner_config.gradient_accumulation_steps": ("gradient_accumulation", "grad_accum", "accumulation_steps"),
@@ -37,7 +39,7 @@ _KEYS: dict[str, tuple[str, ...]] = {
     f"{SIZES}.compute_dtype": ("dtype", "torch_dtype", "precision", "infer_dtype"),
     f"{SIZES}.compute_dtype=bfloat16": ("bf16",),
     f"{SIZES}.compute_dtype=float16": ("fp16",),
-    f"{SIZES}.quantization_config=nf4": ("load_in_4bit", "quantization_bit", "quantization"),
+    f"{SIZES}.quantization_config=nf4": ("load_in_4bit", "load_in_8bit", "quantization_bit", "quantization"),
     f"{SIZES}.max_new_tokens": ("max_tokens",),
     f"{PET}.lora_rank": ("lora_r", "r", "rank"),
     f"{PET}.lora_alpha": ("alpha",),
@@ -63,3 +65,23 @@ _KEYS: dict[str, tuple[str, ...]] = {
     SAVING % "keep_checkpoint_max": ("save_total_limit",),
 }
 OTHER_WORDS = {word: key for key, words in _KEYS.items() for word in words}
+NO = ("false", "no", "none", "off", "0")
+YES = ("", "true", "yes", "on", "1", "steps")  # "": no value is given
+SAME = {"quantization_bit": ("", "4"), "quantization": ("", "4", "nf4"), "load_in_8bit": ()}  # else YES
+
+
+def meaning(word: str, given: str = "") -> tuple[str, str, str]:
+    """What stands for ``word`` with the value ``given``: the key, its value ("": the same), and whether "it is" that or
+    "the nearest is", as the value says something else. All "" for a word that is not known; no key where it is best
+    left out.
+    """
+    key, _, value = OTHER_WORDS.get(word, "").partition("=")
+    given = given.lower()
+    if word == "warmup" and given.isdecimal() and given != "0":
+        return "lr_schedule.warmup_steps", "", "it is"
+    if "N}" in value and given.isdecimal():
+        return key, value.replace("N}", given + "}"), "it is"
+    if value and given in NO:
+        return "", "", "leave it out"
+    same = given in SAME.get(word, YES)
+    return key, value, "it is" if key and (same or not value) else "the nearest is" if key else ""

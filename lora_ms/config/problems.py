@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from lora_ms.config.callbacks import CALLBACKS
-from lora_ms.config.other_words import OTHER_WORDS
+from lora_ms.config.other_words import meaning
 from lora_ms.config.schema import RunConfig, key_of
 from lora_ms.config.sections import MAPPING, NUMBER
 from lora_ms.objectives import OBJECTIVES
@@ -39,7 +39,7 @@ def _describe_one(error: Mapping[str, Any]) -> str:
     shown = shown if len(shown) <= 60 else shown[:57] + "..."
     match error["type"]:
         case "extra_forbidden":
-            return f"unknown key {key}{_nearest(error['loc'])}"
+            return f"unknown key {key}{_nearest(error['loc'], value)}"
         case "union_tag_invalid":
             kinds = LISTS[error["loc"][0]]
             near = difflib.get_close_matches(str(value.get("type")), kinds, 1, 0.0)[0]
@@ -78,7 +78,7 @@ def _place(loc: tuple[Any, ...]) -> tuple[Any, ...]:
     )
 
 
-def _nearest(loc: tuple[Any, ...]) -> str:
+def _nearest(loc: tuple[Any, ...], value: Any) -> str:
     """The known key that was probably meant: in the same section, else anywhere; the keys of a short section."""
     *parents, unknown = loc
     section: type[Section] = RunConfig
@@ -92,11 +92,16 @@ def _nearest(loc: tuple[Any, ...]) -> str:
     if deeper := [path for path in known_keys(section) if path.endswith(f".{unknown}")]:
         if parents:
             return f"; did you mean {prefix}{deeper[0]}?"
-    meant, _, value = OTHER_WORDS.get(str(unknown), "").partition("=")
-    leaf = meant.rpartition(".")[2]
+    word = str(unknown)
+    meant, written, it = meaning(word, "" if isinstance(value, dict | list) else str(value))
     if meant:
-        place = f"{prefix}{leaf}" if parents and leaf in known else meant
-        return f"; in a YAML it is {place}{f': {value}' if value else ''}"
+        leaf = meant.rpartition(".")[2]
+        inner = [leaf] if leaf in known else [path for path in known_keys(section) if path.endswith(f".{leaf}")]
+        # a word of the evaluation's, or a kind's, means its own section wherever it stands
+        here = parents and inner and leaf != "type" and "eval" not in word and "train" not in word
+        return f"; in a YAML {it} {prefix + inner[0] if here else meant}{f': {written}' if written else ''}"
+    if it:
+        return f"; {it}"
     if near := difflib.get_close_matches(str(unknown), known, 1, NEAR_IN_SECTION):
         return f"; did you mean {prefix}{near[0]}?"
     elsewhere = {path.rsplit(".", 1)[-1]: path for path in reversed(list(known_keys(RunConfig)))}

@@ -43,23 +43,68 @@ def test_a_command_that_does_not_exist(capsys, word, line):
 @pytest.mark.parametrize(
     ("flag", "line"),
     [
-        ("--warmup_step", "as a key of the YAML it is --lr_schedule.warmup_steps VALUE"),
-        ("--weight_decay", "as a key of the YAML it is --optimizer.weight_decay VALUE"),
-        ("--lr", "here it is --learning_rate"),
-        ("--cutoff_len", "here it is --seq_length"),
-        ("--device", "here it is --device_target"),
-        ("--quantization_bit", "here it is --quantize nf4"),
-        ("--bf16", "as a key of the YAML it is --model.model_config.compute_dtype bfloat16"),
+        ("--warmup_step 3", "as a key of the YAML the nearest is --lr_schedule.warmup_steps 3"),
+        ("--warmup 100", "as a key of the YAML it is --lr_schedule.warmup_steps 100"),
+        ("--warmup 0.1", "as a key of the YAML it is --lr_schedule.warmup_ratio 0.1"),
+        ("--warmup", "as a key of the YAML it is --lr_schedule.warmup_ratio VALUE"),
+        ("--weight_decay 1", "as a key of the YAML it is --optimizer.weight_decay 1"),
+        ("--gradient_checkpointing True", "as a key of the YAML it is --recompute_config.recompute True"),
+        ("--optim adamw_torch", "as a key of the YAML it is --optimizer.type VALUE"),
+        ("--pet_config null", "write --options pet_config=null"),
+        ("--lr 1", "here it is --learning_rate"),
+        ("--cutoff_len 1", "here it is --seq_length"),
+        ("--device 1", "here it is --device_target"),
+        ("--lora-rank 8", "here it is --lora_rank"),
+        ("--save_model x", "--help lists the flags (keys of the YAML: --section.key VALUE)"),
+        ("--lr_decay 3", "the nearest is --options layer_decay=3"),
+        ("--load_in_8bit True", "here the nearest is --quantize nf4"),
+        ("--adaptor x", "here the nearest is --load_adapter"),
+        ("--batch 8", "here it is --batch_size"),
+        ("--load_in_4bit", "here it is --quantize nf4"),
+        ("--load_in_4bit False", "leave it out"),
+        ("--quantization_bit=4", "here it is --quantize nf4"),
+        ("--quantization_bit 8", "here the nearest is --quantize nf4"),
+        ("--bf16 True", "as a key of the YAML it is --model.model_config.compute_dtype bfloat16"),
+        ("--bf16 False", "leave it out"),
         ("--fp16", "as a key of the YAML it is --model.model_config.compute_dtype float16"),
         ("--save_steps", 'write --options "callbacks=[{type: CheckpointMonitor, save_checkpoint_steps: N}]"'),
-        ("--resume", "here it is --resume_training"),
-        ("--num_beams", "--help lists the flags (keys of the YAML: --section.key VALUE)"),
-        ("--deepspeed", "--help lists the flags (keys of the YAML: --section.key VALUE)"),
-        ("--lora_ranks", "the nearest is --lora_rank (keys of the YAML: --section.key VALUE)"),
+        ("--save_steps 50", 'write --options "callbacks=[{type: CheckpointMonitor, save_checkpoint_steps: 50}]"'),
+        (
+            "--save_strategy epoch",
+            'the nearest is --options "callbacks=[{type: CheckpointMonitor, save_checkpoint_steps: N}]"',
+        ),
+        ("--save_strategy no", "leave it out"),
+        ("--resume 1", "here it is --resume_training"),
+        ("--num_beams 1", "--help lists the flags (keys of the YAML: --section.key VALUE)"),
+        ("--deepspeed 1", "--help lists the flags (keys of the YAML: --section.key VALUE)"),
+        ("--lora_ranks 1", "the nearest is --lora_rank (keys of the YAML: --section.key VALUE)"),
     ],
 )
 def test_a_flag_that_does_not_exist(capsys, flag, line):
-    assert said(capsys, "finetune", flag, "1")[2] == [f"error: unknown flag {flag}; {line}"]
+    words = flag.split()
+    assert said(capsys, "finetune", *words)[2] == [f"error: unknown flag {words[0].partition('=')[0]}; {line}"]
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("eval --dataset x", "here it is --eval_dataset_dir"),
+        ("predict --data x", "here it is --predict_file"),
+        ("chat --dataset x", "--help lists the flags (keys of the YAML: --section.key VALUE)"),
+        ("predict --prompt hi", "here it is --predict_data"),
+        ("predict --prompts hi", "here it is --predict_data"),
+        ("chat --prompt hi", "--help lists the flags (keys of the YAML: --section.key VALUE)"),
+        ("chat --lora x", "here it is --load_adapter"),
+        ("serve --adapters a=x", "here it is --lora-modules"),
+        ("serve --lora_modules a=x", "here it is --lora-modules"),
+        ("convert-adapter --output_dir x", "here it is --output"),
+        ("merge --output x", "here it is --output_dir"),
+        ("merge --adaptor x", "here the nearest is --load_adapter"),
+    ],
+)
+def test_a_flag_of_another_command_or_tool(capsys, words, line):
+    command, flag, *value = words.split()
+    assert said(capsys, command, flag, *value)[2] == [f"error: unknown flag {flag}; {line}"]
 
 
 @pytest.fixture

@@ -39,6 +39,21 @@ def options(*texts: str) -> RunConfig:
         ("runner_config.lr=1", "unknown key runner_config.lr; in a YAML it is lr_schedule.learning_rate"),
         ("optimizer.lr=1", "unknown key optimizer.lr; in a YAML it is optimizer.learning_rate"),
         ("bf16=True", "unknown key bf16; in a YAML it is model.model_config.compute_dtype: bfloat16"),
+        ("bf16=False", "unknown key bf16; leave it out"),
+        (
+            "quantization_bit=8",
+            "unknown key quantization_bit; in a YAML the nearest is model.model_config.quantization_config: nf4",
+        ),
+        ("warmup=100", "unknown key warmup; in a YAML it is lr_schedule.warmup_steps"),
+        ("optimizer.lr_scheduler_type=a", "unknown key optimizer.lr_scheduler_type; in a YAML it is lr_schedule.type"),
+        (
+            "eval_dataset.dataset=x",
+            "unknown key eval_dataset.dataset; in a YAML it is eval_dataset.data_loader.dataset_dir",
+        ),
+        (
+            "runner_config.eval_batch_size=2",
+            "unknown key runner_config.eval_batch_size; in a YAML it is eval_dataset.batch_size",
+        ),
         (
             "eval_dataset.dataset_dir=x",
             "unknown key eval_dataset.dataset_dir; did you mean eval_dataset.data_loader.dataset_dir?",
