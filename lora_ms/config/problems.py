@@ -28,7 +28,8 @@ KINDS: dict[str, type[Section]] = {**CALLBACKS, **OBJECTIVES}
 def describe(problem: ValidationError) -> str:
     """The first errors of ``problem`` in one line."""
     errors = problem.errors(include_url=False)
-    more = f" and {len(errors) - LISTED:,} more" if len(errors) > LISTED else ""
+    left = len(errors) - LISTED
+    more = f"; and {left:,} more fault{'s' if left > 1 else ''}" if left > 0 else ""
     return "; ".join(_describe_one(error) for error in errors[:LISTED]) + more
 
 

@@ -255,6 +255,11 @@ def test_all_problems_in_one_line():
     )
 
 
+def test_problems_that_are_not_listed_are_counted():
+    with pytest.raises(LoraMsError, match="; unknown key bf16; .* bfloat16; and 2 more faults$"):
+        options(*(f"zz{i}=1" for i in range(9)), "bf16=True", "zz9=1", "zz10=1")
+
+
 def test_betas_in_either_spelling():
     assert options().optimizer.betas == (0.9, 0.999)
     assert options("optimizer.beta2=0.95").optimizer.betas == (0.9, 0.95)
