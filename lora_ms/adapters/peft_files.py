@@ -28,7 +28,9 @@ BASE_QUANTIZATION = "base_quantization.json"  # ours: how the weights were quant
 
 
 def check_output(output: Path, overwrite: bool) -> None:
-    """Raises LoraMsError where an adapter would be written over another in folder ``output``."""
+    """Raises LoraMsError where ``output`` is a file, or an adapter would be written over another in this folder."""
+    if output.is_file():
+        raise LoraMsError(f"cannot write {output}: it is a file; give a folder")
     if not overwrite and any((output / name).exists() for name in (CONFIG, WEIGHTS)):
         raise LoraMsError(f"{output} holds an adapter: give another folder, or --overwrite True")
 

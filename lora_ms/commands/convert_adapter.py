@@ -38,12 +38,16 @@ def run(
     target = Path(output)
     if not source.exists():
         raise LoraMsError(f"input: {source} does not exist; give an adapter's folder, or a .ckpt or .safetensors file")
-    if target.is_file() and not overwrite:
-        raise LoraMsError(f"output {target} is there already: give another name, or --overwrite True")
-    check_output(target, overwrite)
     if (source / WEIGHTS).is_file():
+        if target.suffix not in SUFFIXES:
+            raise LoraMsError(f"output: {target} must end in {' or '.join(SUFFIXES)}: {source} is in PEFT's format")
+        if target.is_file() and not overwrite:
+            raise LoraMsError(f"output {target} is there already: give another name, or --overwrite True")
         to_mindformers(source, target, naming, concat, heads_at(load_checkpoint or base_name(source), contiguous))
     else:
+        if target.suffix in SUFFIXES:
+            raise LoraMsError(f"output: {target} must be a folder: {source} is a MindFormers checkpoint")
+        check_output(target, overwrite)
         to_peft(source, target, lora_alpha, heads_at(load_checkpoint, contiguous), load_checkpoint)
 
 
@@ -56,8 +60,6 @@ def heads_at(base: str | None, contiguous: bool) -> Heads | None:
 
 def to_mindformers(source: Path, target: Path, naming: str, concat: bool, heads: Heads | None) -> None:
     """Writes the MindFormers checkpoint, and says what its ``pet_config`` must be."""
-    if target.suffix not in SUFFIXES:
-        raise LoraMsError(f"output: {target} must end in {' or '.join(SUFFIXES)}")
     factors, scale = adapters.read_peft(source)
     tensors = adapters.mindformers_tensors(factors, naming, concat, heads, source)
     write_file(target, tensors)
@@ -73,8 +75,6 @@ def to_mindformers(source: Path, target: Path, naming: str, concat: bool, heads:
 
 def to_peft(source: Path, target: Path, lora_alpha: float | None, heads: Heads | None, base: str | None) -> None:
     """Writes the PEFT folder."""
-    if target.suffix in SUFFIXES:
-        raise LoraMsError(f"output: {target} must be a folder: {source} is a MindFormers checkpoint")
     alpha = alpha_of(source) if lora_alpha is None else lora_alpha
     if alpha <= 0:
         raise LoraMsError(f"lora_alpha expects more than 0, got {alpha:g}")

@@ -211,6 +211,11 @@ def test_adapters_replace_others_only_when_asked_to(reference, tmp_path, capsys)
     there, folder = ("--input", source, "--output", file), ("--input", file, "--output", back, "--lora_alpha", 8)
     assert "x.safetensors is there already" in refusal(capsys, "convert-adapter", *there)
     assert "back holds an adapter" in refusal(capsys, "convert-adapter", *folder)
+    assert "back must end in .ckpt" in refusal(capsys, "convert-adapter", "--input", source, "--output", back)
+    rows = tmp_path / "rows.json"
+    rows.touch()
+    folder = (*folder[:3], rows, *folder[4:], "--overwrite", True)
+    assert "rows.json: it is a file; give a folder" in refusal(capsys, "convert-adapter", *folder)
     convert_adapter.run(str(source), str(file), overwrite=True)
     convert_adapter.run(str(file), str(back), lora_alpha=8, overwrite=True)
 

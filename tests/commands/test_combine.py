@@ -77,6 +77,8 @@ def test_another_adapter_is_replaced_only_when_asked_to(folders, tmp_path):
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before
     run(folders, [1, 1], "cat", None, None, 0, str(out), overwrite=True)
     assert (out / "adapter_model.safetensors").read_bytes() != before["adapter_model.safetensors"]
+    with pytest.raises(LoraMsError, match="adapter_model.safetensors: it is a file; give a folder"):
+        run(folders, [1, 1], "cat", None, None, 0, str(out / "adapter_model.safetensors"), overwrite=True)
 
 
 def test_faults_leave_nothing_behind(folders, tmp_path):
