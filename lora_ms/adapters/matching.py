@@ -62,22 +62,29 @@ def check_listed(
     fits = fits or (lambda name, entry: ends_with(name, (entry,)))
     unknown = [entry for entry in listed if not any(fits(name, entry) for name in names)]
     if unknown:
-        raise LoraMsError(
-            f"{key} {', '.join(unknown)}: the model has no such module; {nearest_modules(unknown, names)}"
-        )
+        hint = nearest_modules(unknown, names)
+        hint += f", or {ALL_LINEAR}" if key == "target_modules" and hint.startswith("could") else ""
+        raise LoraMsError(f"{key} {', '.join(unknown)}: the model has no such module; {hint}")
 
 
 def nearest_modules(unknown: Sequence[str], names: Iterable[str]) -> str:
-    """What to write in place of names that no module has: for each the nearest that one of ``names`` has."""
+    """What to write in place of names that no module has: for each the nearest that one of ``names`` has, or all there
+    are where one has none of its own."""
     paths = [name.split(".") for name in names]
     near: list[str] = []
     for entry in unknown:
         ends = dict.fromkeys(".".join(path[-1 - entry.count(".") :]) for path in paths)
         renamed = [leaf for leaf in ends if ALIASES.get(leaf) == entry]
-        near += renamed or difflib.get_close_matches(entry, ends, 1)
-    if near:
-        return f"the nearest: {', '.join(dict.fromkeys(near))}"
-    return f"there are {', '.join(sorted({path[-1] for path in paths}))}"
+        found = renamed or difflib.get_close_matches(entry, ends, 2)
+        if len(found) == 1 or "." in entry or len({_likeness(entry, end) for end in found}) > 1:
+            near += found[:1]
+    if len({*near}) == len(unknown):
+        return f"the nearest: {', '.join(near)}"
+    return f"could match: {', '.join(sorted({path[-1] for path in paths}))}"
+
+
+def _likeness(one: str, other: str) -> float:
+    return difflib.SequenceMatcher(None, other, one).ratio()
 
 
 def layer_index(name: str, layers_pattern: Collection[str] = ()) -> int | None:

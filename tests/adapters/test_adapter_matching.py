@@ -109,6 +109,8 @@ COULD = "down_proj, embed_tokens, gate_proj, k_proj, lm_head, o_proj, q_proj, up
     [
         (LoraConfig(target_modules="query"), f"target_modules 'query' matches no layer; could match: {COULD}"),
         (LoraConfig(target_modules=["wq"]), f"target_modules wq matches no layer; could match: {COULD}"),
+        (LoraConfig(target_modules="all"),
+         "target_modules 'all' matches no layer: for all dense layers write all-linear"),
         (LoraConfig(target_modules="q_proj", exclude_layers="self_attn"),
          f"target_modules 'q_proj' matches no layer outside self_attn; could match: {COULD}"),
         (LoraConfig(target_modules="q_proj", exclude_modules=r".*\.q_proj"),
@@ -138,7 +140,11 @@ def test_no_match_says_what_could_match(model, config, message):
         (LoraConfig(target_modules=["q_proj", "layers.7.mlp.up_proj"]),
          "target_modules layers.7.mlp.up_proj: the model has no such module; the nearest: layers.1.mlp.up_proj"),
         (LoraConfig(target_modules=["q_proj", "xyz"]),
-         f"target_modules xyz: the model has no such module; there are {COULD.removesuffix(', or all-linear')}"),
+         f"target_modules xyz: the model has no such module; could match: {COULD}"),
+        (LoraConfig(target_modules=["q_proj", "c_attn", "c_proj"]),
+         f"target_modules c_attn, c_proj: the model has no such module; could match: {COULD}"),
+        (LoraConfig(target_modules=["q_proj", "c_proj"]),  # as near to one as to another
+         f"target_modules c_proj: the model has no such module; could match: {COULD}"),
         (LoraConfig(exclude_modules=["k_porj"]),
          "exclude_modules k_porj: the model has no such module; the nearest: k_proj"),
         (LoraConfig(exclude_layers="lm_hed"),

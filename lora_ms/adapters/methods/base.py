@@ -369,6 +369,8 @@ class AdapterConfig(metaclass=ByPeftNames):
             outside += f" in layers {list(self.layers_to_transform)}"
         targets = self.target_modules
         asked = repr(targets) if isinstance(targets, str) else ", ".join(targets)
+        if asked.strip("'") == "all":  # LLaMA-Factory's word
+            return f"target_modules {asked} matches no layer: for all dense layers write {ALL_LINEAR}"
         leaves = ", ".join(sorted({leaf_of(name) for name in names}))
         return f"target_modules {asked} matches no layer{outside}; could match: {leaves}, or {ALL_LINEAR}"
 
