@@ -164,6 +164,12 @@ def test_a_misspelt_name_beside_others_is_refused(model, config, message):
     assert not adapted_layers(model)
 
 
+def test_a_pattern_of_layers_that_fits_no_list(model):
+    config = LoraConfig(layers_to_transform=(1,), layers_pattern=("blocks", "h"))
+    with pytest.raises(LoraMsError, match="^layers_pattern blocks, h fits no list of layers of the model"):
+        config.check_listed([name for name, _ in model.cells_and_names()])
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -338,6 +338,10 @@ class AdapterConfig(metaclass=ByPeftNames):
         check_listed("exclude_layers", self.exclude_layers, names, lambda name, part: part in name)
         layers = {index for name in names if (index := layer_index(name, self.layers_pattern)) is not None}
         beyond = sorted({*(self.layers_to_transform or ())} - layers)
+        if beyond and self.layers_pattern and not layers:
+            raise LoraMsError(
+                f"layers_pattern {', '.join(self.layers_pattern)} fits no list of layers of the model: leave it out"
+            )
         if beyond:
             raise LoraMsError(
                 f"layers_to_transform: layers {ranges(beyond)} are not there: the model has {ranges(layers)}"
