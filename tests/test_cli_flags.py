@@ -122,9 +122,13 @@ def ran(monkeypatch):
     return calls
 
 
-def test_target_modules_may_have_spaces_between_them(ran):
-    assert main.main(["finetune", "--config", YAML, "--target_modules", "q_proj, v_proj"]) == 0
-    assert ran[0][1].pet_config.target_modules == ["q_proj", "v_proj"]
+@pytest.mark.parametrize(
+    ("text", "targets"),
+    [("q_proj, v_proj", ["q_proj", "v_proj"]), ("q_proj, v_proj, ", ["q_proj", "v_proj"]), ("wq,", "wq")],
+)
+def test_target_modules_may_have_spaces_between_them_and_a_comma_behind(ran, text, targets):
+    assert main.main(["finetune", "--config", YAML, "--target_modules", text]) == 0
+    assert ran[0][1].pet_config.target_modules == targets
 
 
 def value_at(config: RunConfig, key: str):
@@ -325,6 +329,19 @@ def test_the_articles_command(ran):
         (
             ["finetune", "--config", YAML, "--epochs", "x"],
             "argument --epochs: expects a whole number, got 'x' (see lora-ms finetune --help)",
+        ),
+        (
+            ["finetune", "--config", YAML, "--dry_run", "True"],
+            "argument --dry_run: takes no value, or a number of processes, got 'True' (see lora-ms finetune --help)",
+        ),
+        (
+            ["finetune", "--config", YAML, "--target_modules", "q_proj", "v_proj", "--epochs", "3"],
+            "unexpected argument 'v_proj': write --target_modules q_proj,v_proj",
+        ),
+        (
+            ["finetune", "--config", YAML, "--target_modules", "q_proj v_proj"],
+            "argument --target_modules: expects commas between names, got 'q_proj v_proj': write q_proj,v_proj "
+            "(see lora-ms finetune --help)",
         ),
         (
             ["finetune", "--config", YAML, "--learning_rate", "x"],

@@ -36,9 +36,20 @@ def flag_path(text: str) -> str:
 
 def flag_targets(text: str) -> str | list[str]:
     """Modules: a list of names between commas, else all-linear or a regular expression."""
-    names = [name.strip() for name in text.split(",")]
-    plain = all(name.replace("_", "").replace(".", "").isalnum() for name in names)
-    return names if plain and (len(names) > 1 or "_" in text) else text
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    words = text.replace(",", " ").split()
+    if not all(word.replace("_", "").replace(".", "").isalnum() for word in words):
+        return text
+    if len(words) > len(names):
+        raise argparse.ArgumentTypeError(f"expects commas between names, got {text!r}: write {','.join(words)}")
+    return names if len(names) > 1 or "_" in text else "".join(names) or text
+
+
+def flag_processes(text: str) -> int:
+    """A number of processes."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"takes no value, or a number of processes, got {text!r}")
+    return int(text)
 
 
 def flag_bool_or_name(text: str) -> bool | str:
@@ -287,7 +298,7 @@ def add_flags(parser: argparse.ArgumentParser, command: str | None = None) -> No
     text = "replace {{NAME}} in the data with TEXT; repeatable"
     add("model and data", "fill", text, type=flag_fill, action="append", default=[], metavar="NAME=TEXT")
     text = "only check settings, data, memory and disk, for N processes (1)"
-    add("training", "dry_run", text, type=flag_int, nargs="?", const=1, metavar="N")
+    add("training", "dry_run", text, type=flag_processes, nargs="?", const=1, metavar="N")
     text = "few_rows (tens), small_dataset (hundreds), large_dataset (tens of thousands)"
     add("training", "preset", text, metavar="NAME")
     add("generation", "predict_data", "prompts", nargs="+", metavar="TEXT")

@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib import import_module
+from itertools import takewhile
 from typing import Any
 
 from lora_ms.cli.flags import (
@@ -407,6 +408,11 @@ def _parse(parser: Parser, argv: list[str], free_form: list[str]) -> argparse.Na
     if unknown:
         flag, _, value = unknown[0].partition("=")
         if not flag.startswith("-"):
+            listed = argv[argv.index("--target_modules") + 1 :] if "--target_modules" in argv else []
+            listed = list(takewhile(lambda word: not word.startswith("-"), listed))
+            if unknown[0] in listed:
+                names = ",".join(word.strip(",") for word in listed)
+                raise LoraMsError(f"unexpected argument {unknown[0]!r}: write --target_modules {names}")
             raise LoraMsError(
                 f"unexpected argument {flag!r}: a flag begins with --, and a value with spaces or a * needs quotes"
             )
