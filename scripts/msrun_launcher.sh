@@ -48,7 +48,7 @@ case $JOIN in
 esac
 
 # xargs splits as a shell does, quotes included, but expands nothing: a glob in CMD is for the program.
-split=$(xargs printf '%s\n' <<<"$1") || usage "CMD has an unmatched quote: $1"
+split=$(xargs printf '%s\n' <<<"$1" 2>/dev/null) || usage "CMD has an unmatched quote: $1"
 mapfile -t command <<<"$split"
 if [[ "${command[0]}" =~ ^python(3(\.[0-9]+)?)?$ ]]; then
     command=("${command[@]:1}")

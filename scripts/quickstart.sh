@@ -8,22 +8,27 @@ VENV=${LORA_MS_VENV:-$ROOT/.venv}
 model=tiny
 arguments=()
 USAGE="usage: bash $0 [--model tiny|smollm2] [--name NAME] [--author NAME] [--output_dir DIR]"
+refuse() {
+    echo "error: $*" >&2
+    exit 2
+}
 while [ $# -gt 0 ]; do
     case $1 in
         --model) model=${2:-}; shift $(($# > 1 ? 2 : 1)) ;;
         --model=*) model=${1#--model=}; shift ;;
         --name | --author | --output_dir)
-            [ $# -gt 1 ] || die "$1 has no value: write $1 VALUE"
+            [ $# -gt 1 ] || refuse "$1 has no value: write $1 VALUE"
             arguments+=("$1" "$2"); shift 2 ;;
         --name=* | --author=* | --output_dir=*) arguments+=("$1"); shift ;;
         -h | --help) echo "$USAGE"; exit ;;
-        *) die "unknown argument $1; $USAGE" ;;
+        *) refuse "unknown argument $1; $USAGE" ;;
     esac
 done
 case $model in
     tiny) example=quickstart.py what="the bundled tiny model" ;;
     smollm2) example=quickstart_smollm2.py what="SmolLM2-135M (93 MB to download, some 3 minutes)" ;;
-    *) die "--model $model is none of tiny, smollm2" ;;
+    '') refuse "--model has no value: write --model tiny" ;;
+    *) refuse "--model $model is none of tiny, smollm2" ;;
 esac
 
 echo "lora_ms quick start"

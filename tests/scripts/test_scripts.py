@@ -201,7 +201,7 @@ def test_launcher_bad_usage(launcher, arguments, problem):
         f'error: {problem}; usage: bash {ROOT}/scripts/msrun_launcher.sh "CMD" [N] | '
         '"CMD" N PORT LOG_DIR JOIN TIMEOUT | "CMD" N LOCAL ADDR PORT NODE_RANK LOG_DIR JOIN TIMEOUT'
     )
-    assert (result.returncode, result.stdout, result.stderr.splitlines()[-1]) == (2, "", usage)
+    assert (result.returncode, result.stdout, result.stderr) == (2, "", f"{usage}\n")
 
 
 def test_launcher_says_how_it_is_used(launcher):
@@ -400,13 +400,15 @@ def test_quickstart_with_a_real_model(machine, copy):
     assert "SmolLM2-135M (93 MB to download, some 3 minutes)" in result.stdout.splitlines()[2]
     assert result.stdout.splitlines()[-1] == f"ran {copy}/examples/quickstart_smollm2.py --name Ada"
     wrong = machine.run(copy / "scripts/quickstart.sh", "--model", "gpt")
-    assert (wrong.returncode, wrong.stderr) == (1, "error: --model gpt is none of tiny, smollm2\n")
+    assert (wrong.returncode, wrong.stderr) == (2, "error: --model gpt is none of tiny, smollm2\n")
+    bare = machine.run(copy / "scripts/quickstart.sh", "--model")
+    assert (bare.returncode, bare.stderr) == (2, "error: --model has no value: write --model tiny\n")
 
 
 @pytest.mark.parametrize("arguments", [["--steps", "2"], ["rows.jsonl"], ["--name"]])
 def test_quickstart_refuses_what_its_example_has_not_before_it_installs(machine, copy, arguments):
     wrong = machine.run(copy / "scripts/quickstart.sh", *arguments)
-    assert (wrong.returncode, wrong.stdout) == (1, "")
+    assert (wrong.returncode, wrong.stdout) == (2, "")
     assert wrong.stderr.startswith("error: ") and arguments[0] in wrong.stderr
     assert calls(machine) == []
 
