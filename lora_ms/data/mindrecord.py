@@ -107,18 +107,11 @@ def fixed_width(files: Sequence[Path], width: int) -> int:
     else 0.
 
     Raises:
-        LoraMsError: they are of different widths, or not readable.
+        LoraMsError: they are not readable.
     """
     if any(file.suffix != ".mindrecord" for file in files):
         return 0
     schemas = [_schema(file) for file in files]
-    widths = [schema.get("input_ids", {}).get("shape", [-1])[0] for schema in schemas]  # -1: not said
-    for file, found in zip(files, widths, strict=True):
-        if found != widths[0] and -1 not in (found, widths[0]):
-            raise LoraMsError(
-                f"{file}: rows of {found} tokens, and {files[0].name} has rows of {widths[0]}: preprocess them with "
-                "one seq_length"
-            )
     if any(schema != schemas[0] for schema in schemas):  # MindDataset reads files of one schema alone
         return 0
     for file in files:

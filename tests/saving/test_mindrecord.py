@@ -200,14 +200,15 @@ def test_mindformers_reads_all_files_where_they_are(tmp_path, rows_for_mindforme
     assert not (tmp_path / "mindformers").exists()
 
 
-def test_files_of_two_widths_are_one_line(tmp_path, rows_for_mindformers):
-    write(tmp_path, 10, 3, width=5)
-    mindrecord.write_mindrecord(tmp_path / FILES[4], [store(20, 1)[0]], 7, 0)
-    with pytest.raises(LoraMsError) as caught:
-        rows_for_mindformers(tmp_path)
-    assert str(caught.value) == (
-        f"{tmp_path / FILES[4]}: rows of 7 tokens, and {FILES[0]} has rows of 5: preprocess them with one seq_length"
-    )
+@pytest.mark.parametrize("source", [".", "*.mindrecord"])
+def test_files_of_two_widths_are_written_once_more(tmp_path, rows_for_mindformers, source):
+    ids = np.arange(1, 4, dtype=np.int32)
+    for name, width in (("a", 5), ("b", 7)):
+        mindrecord.write_mindrecord(tmp_path / f"{name}.mindrecord", [TokenRow("row", ids, ids)], width, 0)
+    rows = rows_for_mindformers(tmp_path / source)
+    assert rows == MindRecordRows([tmp_path / "mindformers" / "train.mindrecord"], 2)
+    read = MindDataset(str(rows.files[0]), shuffle=False).create_dict_iterator(1, True)
+    assert [row["input_ids"].tolist() for row in read] == [[1, 2, 3, 0, 0]] * 2
 
 
 def test_rows_of_their_own_lengths_are_written_once_more(tmp_path, rows_for_mindformers):
