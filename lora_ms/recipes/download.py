@@ -149,23 +149,46 @@ def fetch_named(config: RunConfig, command: str) -> None:
         _fetch_rows(config.eval_dataset, "eval_dataset", hub, "test")
     if command == "sequence":
         _fetch_tasks(config)
-    if command in ("finetune", "eval", "sequence"):
-        split = config.eval_dataset.data_loader.split or "test"
-        for name, rows in config.evaluation.sets.items():
-            rows.dataset_dir = local_rows(rows.dataset_dir, split, hub, said=f"evaluation.sets.{name}: ")
+    elif command in ("finetune", "eval"):
+        _fetch_sets(config)
+
+
+def _fetch_sets(config: RunConfig, needed: bool = True) -> None:
+    split = config.eval_dataset.data_loader.split or "test"
+    for name, rows in config.evaluation.sets.items():
+        rows.dataset_dir = _rows_if(needed, rows.dataset_dir, split, config.hub, f"evaluation.sets.{name}: ")
 
 
 def _fetch_tasks(config: RunConfig) -> None:
-    """The rows of ``sequence.tasks``, and those that are replayed beside them."""
+    """The rows of ``sequence.tasks``, and those that are replayed and scored beside them; what is learnt is not read
+    again."""
+    from lora_ms.recipes.sequence import is_done
+
+    tasks = config.sequence.tasks
+    to_learn = [not is_done(config, number) for number in range(len(tasks))]
     learnt = config.train_dataset.data_loader.split or "train"
     scored = config.eval_dataset.data_loader.split or "test"
-    for task in config.sequence.tasks:
+    for task, needed in zip(tasks, to_learn, strict=True):
         said = f"sequence.tasks, {task.name}: "
-        task.dataset_dir = local_rows(task.dataset_dir, learnt, config.hub, said=said)
-        task.eval_dir = local_rows(task.eval_dir, scored, config.hub, said=said)
+        task.dataset_dir = _rows_if(needed, task.dataset_dir, learnt, config.hub, said)
+        task.eval_dir = _rows_if(any(to_learn), task.eval_dir, scored, config.hub, said)
     for part in config.train_dataset.mix:
         if part.role == "general":
-            part.dataset_dir = local_rows(part.dataset_dir, learnt, config.hub, said="train_dataset.mix: ")
+            part.dataset_dir = _rows_if(any(to_learn), part.dataset_dir, learnt, config.hub, "train_dataset.mix: ")
+    _fetch_sets(config, any(to_learn))
+
+
+def _rows_if(needed: bool, path: str, split: str, hub: str, said: str) -> str:
+    """``local_rows``; where they are not ``needed`` and not to be had, ``path``.
+
+    The settings of a sequence have the path of what was fetched, so that also what is not needed is asked for.
+    """
+    try:
+        return local_rows(path, split, hub, said=said)
+    except LoraMsError:
+        if needed:
+            raise
+        return path
 
 
 def _fetch_rows(dataset: Dataset, name: str, hub: str, split: str) -> None:

@@ -24,7 +24,7 @@ import pytest
 from lora_ms.config import load_config
 from lora_ms.errors import LoraMsError
 from lora_ms.hf_folder import base_name
-from lora_ms.recipes import download
+from lora_ms.recipes import download, sequence
 from lora_ms.recipes.download import Wanted, fetch, fetch_named, is_name
 
 QWEN = "someone/qwen2-small"
@@ -270,6 +270,31 @@ def test_rows_of_tasks_and_sets_by_name(monkeypatch, tmp_path):
     task = config.sequence.tasks[1]
     assert (task.dataset_dir, task.eval_dir) == tuple(str(tmp_path / f"hub/two/{s}.jsonl") for s in ("train", "test"))
     assert config.evaluation.sets["kept"].dataset_dir == str(tmp_path / "hub/kept/test.jsonl")
+
+
+@pytest.mark.parametrize("learnt", [1, 2])
+def test_rows_of_learnt_tasks_may_be_gone(monkeypatch, tmp_path, learnt):
+    """Nor are the rows for scores needed, where all tasks are learnt."""
+
+    def absent(wanted):
+        raise wanted.fault("not there")
+
+    monkeypatch.setattr(download, "_look_hf", absent)
+    monkeypatch.chdir(tmp_path)
+    tasks = [{"name": n, "dataset_dir": f"gone/{n}", "eval_dir": f"gone/{n}_scored"} for n in ("one", "two")]
+    if learnt == 1:
+        tasks[0]["eval_dir"] = tasks[1]["eval_dir"] = "rows.jsonl"
+    config = load_config(None, options=[f"sequence.tasks={json.dumps(tasks)}", "output_dir=output"])
+    for number in range(learnt):
+        (sequence.folder_of(config, number) / "adapter").mkdir(parents=True)
+        sequence.mark_done(config, number)
+    if learnt == 1:
+        with pytest.raises(LoraMsError, match=r"^sequence\.tasks, two: not there$"):
+            fetch_named(config, "sequence")
+        (tmp_path / "gone").mkdir()
+        (tmp_path / "gone" / "two").touch()
+    fetch_named(config, "sequence")
+    sequence.check_same(config)
 
 
 def test_a_connection_that_is_cut_is_gone_on_with(hub, command, tmp_path):
