@@ -5,10 +5,10 @@ that its kind can have; and whatever goes wrong as it is read is one line that n
 """
 
 import codecs
+import io
 import json
 import os
 import stat
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -83,23 +83,39 @@ def opened(file: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def opened_text(file: Path) -> Iterator[BinaryIO]:
-    """As ``opened``, for a text: one in UTF-16, which Windows' programs write and begin with its mark, is in UTF-8."""
+    """As ``opened``, for a text: one in UTF-16, which Windows' programs write and begin with its mark, is in UTF-8, and
+    cannot be sought in."""
     with opened(file) as stream:
         mark = stream.read(2)
         stream.seek(0)
         if mark not in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
             yield stream
             return
-        decoder = codecs.getincrementaldecoder("utf-16")()
-        with tempfile.TemporaryFile() as copy:
+        with io.BufferedReader(_InUtf8(file, stream)) as recoded:
+            yield recoded
+
+
+class _InUtf8(io.RawIOBase):
+    """The bytes in UTF-8 of a text in UTF-16; line ends are as they are."""
+
+    def __init__(self, file: Path, stream: BinaryIO):
+        self._file = file
+        self._text = io.TextIOWrapper(stream, encoding="utf-16", newline="")
+        self._rest = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        if not self._rest:
             try:
-                while block := stream.read(2**20):
-                    copy.write(decoder.decode(block).encode())
-                decoder.decode(b"", final=True)
+                self._rest = self._text.read(2**16).encode()
             except UnicodeError:
-                raise LoraMsError(f"{file}: begins as UTF-16 and is none; save the file as UTF-8") from None
-            copy.seek(0)
-            yield copy
+                raise LoraMsError(f"{self._file}: begins as UTF-16 and is none; save the file as UTF-8") from None
+        size = min(len(buffer), len(self._rest))
+        buffer[:size] = self._rest[:size]
+        self._rest = self._rest[size:]
+        return size
 
 
 def read_bytes(file: Path, most: int) -> bytes:

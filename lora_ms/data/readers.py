@@ -179,6 +179,7 @@ def read_json(path: Path) -> Iterator[RawRow]:
     """The rows of a JSON file: one object a line, read line by line; or a list or an object, read whole."""
     with opened_text(path) as file:
         first, more = _beginning(file)
+    with opened_text(path) as file:
         by_line = not _opens_list(first, more) if path.suffix.lower() == ".jsonl" else more and _is_object(first)
         if by_line:
             yield from _json_lines(path, file)
@@ -193,7 +194,6 @@ def _beginning(file: BinaryIO) -> tuple[bytes, bool]:
     lines = _lines(file)
     first = next((line for line in lines if line.removeprefix(BOM).strip()), b"")
     more = any(line.strip() for line in lines)
-    file.seek(0)
     return first.removeprefix(BOM).strip(), more
 
 

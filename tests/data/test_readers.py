@@ -288,6 +288,17 @@ def test_utf_16_is_read_by_its_mark(tmp_path, name, text, encoding):
     assert pairs == [["你好", "b"], ["c", "d\u2028"]]
 
 
+def test_utf_16_needs_no_other_disk(tmp_path, monkeypatch):
+    """Rows beyond one block of 64 K characters, of one, two, three and four bytes in UTF-8."""
+    monkeypatch.setattr("tempfile.tempdir", "/nowhere")
+    answers = ["aé你😀" * 5000, "b" * 70_000, "c"]
+    lines = [json.dumps({"instruction": "a", "output": text}, ensure_ascii=False) for text in answers]
+    (tmp_path / "d.jsonl").write_bytes("\r\n".join(lines).encode("utf-16"))
+    (tmp_path / "d.json").write_bytes(f"[{','.join(lines)}]".encode("utf-16"))
+    for name in ("d.jsonl", "d.json"):
+        assert [row.messages[1].content for row in read_rows(tmp_path / name)] == answers
+
+
 @pytest.mark.parametrize("text", ["[{}, {}]", "[{},\n{}\n]\n", "[\n  {},\n  {}\n]", "\ufeff\n[{}, {}]\n"])
 def test_a_list_in_a_jsonl_is_read_as_one(tmp_path, text):
     row = '{"instruction": "a", "output": "b"}'
