@@ -22,6 +22,7 @@ from lora_ms.data.template import set_template, template_of
 from lora_ms.data.templates import TEMPLATES
 from lora_ms.data.tokenizer import load_tokenizer, pad_id
 from lora_ms.errors import LoraMsError
+from lora_ms.reading import reason
 from lora_ms.runtime.device import Runtime
 from lora_ms.train.settings import TrainSettings
 
@@ -124,9 +125,16 @@ def sources_of(dataset: Dataset, name: str) -> list[str]:
 
 
 def check_path(source: str, given_as: str) -> None:
-    """Raises LoraMsError where ``source``, the value of the flag or key ``given_as``, is no glob and leads nowhere."""
-    if not glob.has_magic(source) and not os.path.exists(os.path.expanduser(source)):
-        raise LoraMsError(f"{given_as}: {source}: no such file or folder; check the path of the dataset")
+    """Raises LoraMsError where ``source``, the value of the flag or key ``given_as``, is no glob and leads nowhere, or
+    may not be followed."""
+    if glob.has_magic(source):
+        return
+    try:
+        os.stat(os.path.expanduser(source))
+    except (FileNotFoundError, NotADirectoryError):
+        raise LoraMsError(f"{given_as}: {source}: no such file or folder; check the path of the dataset") from None
+    except (OSError, ValueError) as error:  # a folder that may not be entered, a null byte
+        raise LoraMsError(f"{given_as}: {source:.80}: {reason(error)}; check the path of the dataset") from None
 
 
 def preparation_of(

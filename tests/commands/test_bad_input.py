@@ -1,6 +1,8 @@
 """What a user can get wrong: each is one line on the error stream and status 2, and nothing is written."""
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -39,10 +41,27 @@ def test_missing_files(refused):
     assert refused("--train_dataset_dir", "none.jsonl") == (
         "train_dataset_dir: none.jsonl: no such file or folder; check the path of the dataset"
     )
+    assert refused("--train_dataset_dir", "x" * 300) == (
+        f"train_dataset_dir: {'x' * 80}: File name too long; check the path of the dataset"
+    )
     assert refused("--load_checkpoint", "none") == (
         "load_checkpoint: none does not exist; give a Hugging Face directory or a .ckpt file"
     )
     assert refused("--load_adapter", "none") == "adapter: none does not exist"
+
+
+def test_rows_behind_a_folder_that_may_not_be_entered(refused, monkeypatch):
+    real = os.stat
+
+    def stat(path, *more, **keys):
+        if str(path) == "closed/rows.jsonl":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return real(path, *more, **keys)
+
+    monkeypatch.setattr(os, "stat", stat)
+    assert refused("--train_dataset_dir", "closed/rows.jsonl") == (
+        "train_dataset_dir: closed/rows.jsonl: Permission denied; check the path of the dataset"
+    )
 
 
 def test_a_checkpoint_that_is_no_folder(refused, model, tmp_path):
