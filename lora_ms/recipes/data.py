@@ -118,7 +118,12 @@ def sources_of(dataset: Dataset, name: str) -> list[str]:
         raise LoraMsError(
             f"no {name} data: give --{name}_dataset_dir FILE, or {name}_dataset.data_loader.dataset_dir in the YAML"
         )
-    given_as = f"{name}_dataset.mix" if dataset.mix else f"{name}_dataset_dir"
+    loader = dataset.data_loader
+    given_as = f"{name}_dataset_dir"
+    if dataset.mix:
+        given_as = f"{name}_dataset.mix"
+    elif not loader.dataset_dir:
+        given_as = f"{name}_dataset.data_loader.{'data_files' if loader.data_files else 'path'}"
     for source in sources:
         check_path(source, given_as)
     return sources

@@ -50,6 +50,14 @@ def test_missing_files(refused):
     assert refused("--load_adapter", "none") == "adapter: none does not exist"
 
 
+@pytest.mark.parametrize(("key", "value"), [("path", "none.jsonl"), ("data_files", "[none.jsonl]")])
+def test_missing_rows_are_named_by_the_key_that_was_given(refused, key, value):
+    key = f"train_dataset.data_loader.{key}"
+    assert refused("--train_dataset_dir", "", "--options", f"{key}={value}") == (
+        f"{key}: none.jsonl: no such file or folder; check the path of the dataset"
+    )
+
+
 def test_rows_behind_a_folder_that_may_not_be_entered(refused, monkeypatch):
     real = os.stat
 
