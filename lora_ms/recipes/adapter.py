@@ -58,7 +58,7 @@ def attach(
         seen: what the model makes of the rows, for an adapter that starts from that; None: there are no rows.
 
     Raises:
-        LoraMsError: they match nothing, or do not fit (``stored_adapter.check_stored`` finds more, and sooner).
+        LoraMsError: they match nothing, or do not fit (``stored_adapter.check_adapter`` finds more, and sooner).
     """
     pet = config.pet_config
     if pet is None:

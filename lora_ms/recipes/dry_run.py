@@ -24,7 +24,7 @@ from lora_ms.recipes.model import read_sizes
 from lora_ms.recipes.native import read_rows
 from lora_ms.recipes.objectives import check_rows
 from lora_ms.recipes.settings import settings_of
-from lora_ms.recipes.stored_adapter import check_stored
+from lora_ms.recipes.stored_adapter import check_adapter
 from lora_ms.runtime import host, memory_estimate
 from lora_ms.runtime.device import Device, Runtime, chosen
 from lora_ms.text import counted, folded, size_text
@@ -85,7 +85,7 @@ def dry_run(config: RunConfig, processes: int) -> Findings:
         with found.check():
             _check_processes(config, sizes, processes)
         with found.check():
-            check_stored(config, sizes)
+            check_adapter(config, sizes)
     plan = None
     if not found.wrong and sizes is not None:
         with found.check():

@@ -52,8 +52,7 @@ def job_of(config: RunConfig, sizes: DecoderConfig, device: Device) -> Job:
     pet = config.pet_config
     adapter = None if pet is None else adapter_config(pet)
     if adapter is not None and config.backend == "native":  # MindFormers' modules have other paths
-        adapter.check_listed(list(memory_estimate.modules(sizes)))
-        check_listed("modules_to_save", adapter.modules_to_save, list(whole_modules(sizes)), str.endswith)
+        check_modules(adapter, sizes)
     if pet is not None and config.load_adapter:
         adapter = read_adapter_config(config.load_adapter).continued(pet, pet.model_fields_set)
     virtual = 0 if adapter is None else adapter.virtual_tokens
@@ -81,6 +80,12 @@ def job_of(config: RunConfig, sizes: DecoderConfig, device: Device) -> Job:
         and Path(config.load_checkpoint).is_dir()
         and bool(config.load_checkpoint),
     )
+
+
+def check_modules(adapter: AdapterConfig, sizes: DecoderConfig) -> None:
+    """Raises LoraMsError where the lists of a fresh adapter name what a model of these sizes has not."""
+    adapter.check_listed(list(memory_estimate.modules(sizes)))
+    check_listed("modules_to_save", adapter.modules_to_save, list(whole_modules(sizes)), str.endswith)
 
 
 def fitting(

@@ -19,7 +19,7 @@ from lora_ms.objectives.parameter_terms import EwcKeys
 from lora_ms.reading import parse_json
 from lora_ms.recipes import adapter, data, session
 from lora_ms.recipes.model import build_model, compute_dtype, read_sizes
-from lora_ms.recipes.stored_adapter import check_stored
+from lora_ms.recipes.stored_adapter import check_adapter
 from lora_ms.text import counted
 from lora_ms.train.fisher import FisherRun, RowProgress
 from lora_ms.train.signals import StopSignal
@@ -61,7 +61,7 @@ def measure(config: RunConfig, output: str | None = None, params: str | None = N
     pet = config.pet_config
     adapter.check_training(config, None if pet is None else adapter.adapter_config(pet))
     sizes = read_sizes(config)
-    check_stored(config, sizes)
+    check_adapter(config, sizes)
     tokenizer = data.tokenizer_for(config, training=True)
     preparation = data.preparation_of(config, config.train_dataset, sizes.max_position_embeddings, sizes.vocab_size)
     dataset = general_part(config.train_dataset)

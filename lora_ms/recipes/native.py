@@ -17,7 +17,7 @@ from lora_ms.recipes.objectives import add_terms, check_rows, general_rows, refe
 from lora_ms.recipes.outputs import RUN_LOG, earlier_outputs, weights_of
 from lora_ms.recipes.settings import settings_of
 from lora_ms.recipes.starts import seen_rows
-from lora_ms.recipes.stored_adapter import check_stored
+from lora_ms.recipes.stored_adapter import check_adapter
 from lora_ms.recipes.train import NativeRun
 from lora_ms.train import checkpoint, trackers
 from lora_ms.train.callbacks import TrainerCallback
@@ -64,7 +64,7 @@ def read_inputs(config: RunConfig) -> NativeInputs:
     adapter.check_training(config, None if pet is None else adapter.adapter_config(pet))
     sizes = read_sizes(config)
     adapter.check_parallel(config, sizes)
-    check_stored(config, sizes)
+    check_adapter(config, sizes)
     inputs = read_rows(config, sizes)
     session.check_run_output(config)
     return inputs

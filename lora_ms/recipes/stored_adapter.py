@@ -1,11 +1,10 @@
-"""The adapter of ``load_adapter``, held against the configuration and the model's sizes before any weight is read."""
+"""The adapter that is to train, held against the configuration and the model's sizes before any weight is read."""
 
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lora_ms.adapters.matching import check_listed
 from lora_ms.adapters.methods.base import AdapterConfig
 from lora_ms.adapters.offline_merge import made_for_another, shape_faults
 from lora_ms.adapters.peft_files import by_module, read_adapter_config, read_entries
@@ -14,7 +13,7 @@ from lora_ms.errors import LoraMsError
 from lora_ms.models.decoder import DecoderConfig
 from lora_ms.recipes.adapter import adapter_config
 from lora_ms.recipes.convert import shapes_of
-from lora_ms.recipes.estimate import saved_numbers, whole_modules
+from lora_ms.recipes.estimate import check_modules, saved_numbers
 from lora_ms.runtime import memory_estimate
 
 
@@ -45,10 +44,14 @@ def read_stored(path: Path, sizes: DecoderConfig) -> StoredAdapter:
     return StoredAdapter(config, specs, frozenset(name for name, tensors in modules.items() if "weight" in tensors))
 
 
-def check_stored(config: RunConfig, sizes: DecoderConfig) -> None:
-    """Raises LoraMsError where the adapter of ``load_adapter`` cannot train on in a model of these sizes: there is
-    none, it is another model's, or another than ``pet_config`` says."""
+def check_adapter(config: RunConfig, sizes: DecoderConfig) -> None:
+    """Raises LoraMsError where the adapter cannot train in a model of these sizes: a fresh one is on no module of it,
+    or names what it has not; that of ``load_adapter`` is not there, another model's, or not as ``pet_config`` says."""
     if not config.load_adapter:
+        if config.pet_config is not None:
+            fresh = adapter_config(config.pet_config)
+            check_modules(fresh, sizes)
+            fresh.specs(memory_estimate.modules(sizes))
         return
     if config.pet_config is None:
         raise LoraMsError("load_adapter is given and pet_config is null: remove one of them")
@@ -69,8 +72,7 @@ def disagreements(pet: PetConfig, stored: StoredAdapter, sizes: DecoderConfig) -
     """
     wanted, given = adapter_config(pet), pet.model_fields_set
     layers = list(memory_estimate.modules(sizes))
-    wanted.check_listed(layers)
-    check_listed("modules_to_save", wanted.modules_to_save, list(whole_modules(sizes)), str.endswith)
+    check_modules(wanted, sizes)
     stored.config.continued(pet, given)
     faults = []
 

@@ -163,6 +163,21 @@ def test_empty_dataset(refused, tmp_path, name, text):
     assert refused("--train_dataset_dir", name) == f"{name}: there are no rows; give at least one"
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "line"),
+    [
+        ("target_modules", "[v_porj]", "target_modules v_porj: the model has no such module; the nearest: v_proj"),
+        ("target_modules", "none", "target_modules 'none' matches no layer; could match: "),
+        ("modules_to_save", "[lm_hed]", "modules_to_save lm_hed: the model has no such module; the nearest: lm_head"),
+        ("layers_to_transform", "[7]", "layers_to_transform: layers 7 are not there: the model has 0-"),
+    ],
+)
+def test_modules_that_are_not_there_are_found_before_rows_are_read(refused, tmp_path, key, value, line):
+    (tmp_path / "rows.jsonl").write_text("no row")
+    said = refused("--train_dataset_dir", "rows.jsonl", "--options", f"pet_config.{key}={value}")
+    assert said.startswith(line)
+
+
 def test_row_without_an_answer(refused, tmp_path):
     lines = [TEXT, {**TEXT, "output": " "}, TEXT, {"instruction": "And you?"}]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

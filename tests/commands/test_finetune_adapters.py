@@ -13,7 +13,7 @@ from lora_ms.cli.main import main
 from lora_ms.config import load_config
 from lora_ms.errors import LoraMsError
 from lora_ms.models.hub import read_config
-from lora_ms.recipes.stored_adapter import check_stored
+from lora_ms.recipes.stored_adapter import check_adapter
 
 RUN = """
 runner_config: {batch_size: 2, epochs: 3}
@@ -206,7 +206,7 @@ def test_an_adapter_that_pet_config_contradicts(words, reference, tmp_path, caps
 def test_an_adapter_that_pet_config_names_goes_on(reference, name, keys):
     folder = reference / "variants" / name
     config = load_config(None, flags={"load_adapter": str(folder), "model.model_config.pet_config": keys})
-    check_stored(config, read_config(reference / "models" / "qwen2")[0])
+    check_adapter(config, read_config(reference / "models" / "qwen2")[0])
 
 
 def test_a_misspelt_module_beside_an_adapter_to_go_on_with(reference):
@@ -214,7 +214,7 @@ def test_a_misspelt_module_beside_an_adapter_to_go_on_with(reference):
     folder = str(reference / "adapters" / "qwen2")
     config = load_config(None, flags={"load_adapter": folder, "model.model_config.pet_config": keys})
     with pytest.raises(LoraMsError, match="modules_to_save lm_hed: the model has no such module; the nearest: lm_head"):
-        check_stored(config, read_config(reference / "models" / "qwen2")[0])
+        check_adapter(config, read_config(reference / "models" / "qwen2")[0])
 
 
 def test_an_impossible_adapter_is_refused_before_the_model_is_read(words, tmp_path, capsys):
