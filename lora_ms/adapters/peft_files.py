@@ -136,11 +136,17 @@ def usual_keys(keys: Iterable[str]) -> dict[str, str]:
     return usual
 
 
+def check_adapter_folder(path: Path, given_as: str = "load_adapter") -> None:
+    """Raises LoraMsError where ``path``, the value of the flag ``given_as``, is not a folder."""
+    if not path.is_dir():
+        fault = "is not a folder" if path.exists() else "does not exist"
+        raise LoraMsError(f"{given_as}: {path} {fault}; give the folder that holds {CONFIG}")
+
+
 def read_adapter_config(path: str | os.PathLike) -> AdapterConfig:
     """The settings of the adapter in directory ``path``."""
     path = Path(path)
-    if not path.exists():
-        raise LoraMsError(f"adapter: {path} does not exist")
+    check_adapter_folder(path)
     if not (path / CONFIG).is_file():
         raise LoraMsError(f"{path}: no adapter here: {CONFIG} is missing")
     return from_peft(read_settings(path), str(path / CONFIG))

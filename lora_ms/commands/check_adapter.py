@@ -7,7 +7,6 @@ from lora_ms.adapters.check import FAULT, WARNING, Check, check_files
 from lora_ms.errors import LoraMsError
 from lora_ms.recipes import download
 from lora_ms.recipes.compare_logits import check_logits
-from lora_ms.recipes.model_folder import check_adapter_folder
 from lora_ms.text import counted, status_lines
 
 
@@ -18,7 +17,7 @@ def run(load_adapter: str, load_checkpoint: str | None = None) -> int:
         LoraMsError: there is no such folder.
     """
     adapter = Path(load_adapter)
-    check_adapter_folder(adapter)
+    peft_files.check_adapter_folder(adapter)
     base = model_of(adapter, load_checkpoint)
     checks = []
     for found in check_files(adapter, base):

@@ -4,10 +4,9 @@ from pathlib import Path
 
 from lora_ms import saving
 from lora_ms.adapters.combine import COMBINATIONS, combine, read_adapter, write_adapter
-from lora_ms.adapters.peft_files import ADAPTER_FILES, base_name, check_output
+from lora_ms.adapters.peft_files import ADAPTER_FILES, base_name, check_adapter_folder, check_output
 from lora_ms.data.tokenizer import load_tokenizer, save_tokenizer
 from lora_ms.errors import LoraMsError
-from lora_ms.recipes.model_folder import check_adapter_folder
 
 
 def methods() -> dict[str, str]:

@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
+from lora_ms.adapters.peft_files import check_adapter_folder
 from lora_ms.errors import LoraMsError
 from lora_ms.recipes.gguf import export
-from lora_ms.recipes.model_folder import base_of, check_adapter_folder, check_type
+from lora_ms.recipes.model_folder import base_of, check_type
 
 
 def run(

@@ -18,7 +18,6 @@ from lora_ms.quant.settings import Quantisation, read_quantisation
 from lora_ms.recipes.compare_logits import distance_line
 from lora_ms.recipes.model_folder import (
     base_of,
-    check_adapter_folder,
     check_output,
     check_type,
     config_for,
@@ -53,7 +52,7 @@ def run(
     shard_size = storage.parse_size(max_shard_size)
     adapter = Path(load_adapter)
     output = Path(output_dir)
-    check_adapter_folder(adapter)
+    peft_files.check_adapter_folder(adapter)
     base = base_of(adapter, load_checkpoint)
     hf = model_config(base)
     check_output(output, base, adapter, overwrite)

@@ -137,9 +137,9 @@ def check_path(source: str, given_as: str) -> None:
     try:
         os.stat(os.path.expanduser(source))
     except (FileNotFoundError, NotADirectoryError):
-        raise LoraMsError(f"{given_as}: {source}: no such file or folder; check the path of the dataset") from None
+        raise LoraMsError(f"{given_as}: {source}: no such file or folder; check the path") from None
     except (OSError, ValueError) as error:  # a folder that may not be entered, a null byte
-        raise LoraMsError(f"{given_as}: {source:.80}: {reason(error)}; check the path of the dataset") from None
+        raise LoraMsError(f"{given_as}: {source:.80}: {reason(error)}; check the path") from None
 
 
 def preparation_of(

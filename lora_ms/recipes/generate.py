@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from lora_ms.adapters.peft_files import check_adapter_folder
 from lora_ms.adapters.peft_format import load_adapter
 from lora_ms.config import RunConfig
 from lora_ms.errors import LoraMsError
@@ -20,6 +21,8 @@ def model_for_use(config: RunConfig, runtime: Runtime) -> CausalLM:
     sizes = read_sizes(config)
     if not config.load_checkpoint:
         raise LoraMsError("load_checkpoint is missing: give the Hugging Face directory of the model")
+    if config.load_adapter:
+        check_adapter_folder(Path(config.load_adapter))
     model = build_model(config, sizes, compute_dtype(config, runtime), runtime)
     if config.load_adapter:
         _, found = load_adapter(model, config.load_adapter, shard=runtime.shard)

@@ -31,13 +31,6 @@ def check_type(dtype: str) -> None:
         raise LoraMsError(f"dtype {dtype!r} is none of {', '.join(TYPES)}")
 
 
-def check_adapter_folder(adapter: Path, given_as: str = "load_adapter") -> None:
-    """Raises LoraMsError where ``adapter``, the value of the flag ``given_as``, is not a folder."""
-    if not adapter.is_dir():
-        fault = "is not a folder" if Path(adapter).exists() else "does not exist"
-        raise LoraMsError(f"{given_as}: {adapter} {fault}; give the folder that holds {peft_files.CONFIG}")
-
-
 def base_of(adapter: Path, load_checkpoint: str | None, hub: str = "hf") -> Path:
     """The folder of the adapter's model: ``load_checkpoint``, else the one that the adapter names, here or on ``hub``.
 
@@ -45,7 +38,6 @@ def base_of(adapter: Path, load_checkpoint: str | None, hub: str = "hf") -> Path
         LoraMsError: there is none.
     """
     if load_checkpoint is None:
-        check_adapter_folder(adapter)
         peft_files.read_adapter_config(adapter)
         named = peft_files.base_name(adapter)
         from lora_ms.recipes.download import is_name, local_folder

@@ -9,6 +9,7 @@ from lora_ms.adapters.check import template_of
 from lora_ms.adapters.combine import read_rows
 from lora_ms.adapters.matching import ALL_LINEAR
 from lora_ms.adapters.multi_adapter import AdapterPool
+from lora_ms.adapters.peft_files import check_adapter_folder
 from lora_ms.config import RunConfig
 from lora_ms.errors import LoraMsError
 from lora_ms.infer.cached_model import default_length
@@ -17,7 +18,6 @@ from lora_ms.models.decoder import CausalLM
 from lora_ms.recipes import session
 from lora_ms.recipes.adapter import quantisation_notes
 from lora_ms.recipes.generate import model_for_use, sampling_of, speaker_for
-from lora_ms.recipes.model_folder import check_adapter_folder
 from lora_ms.runtime.device import Runtime
 from lora_ms.serve.app import Application
 from lora_ms.serve.catalog import Catalog, check_name

@@ -36,25 +36,31 @@ def refused(tmp_path, monkeypatch, capsys, model, rows_file):
     return run
 
 
-def test_missing_files(refused):
+def test_missing_files(refused, tmp_path):
     assert refused("--config", "none.yaml") == "cannot read config none.yaml: No such file or directory"
     assert refused("--train_dataset_dir", "none.jsonl") == (
-        "train_dataset_dir: none.jsonl: no such file or folder; check the path of the dataset"
+        "train_dataset_dir: none.jsonl: no such file or folder; check the path"
     )
     assert refused("--train_dataset_dir", "x" * 300) == (
-        f"train_dataset_dir: {'x' * 80}: File name too long; check the path of the dataset"
+        f"train_dataset_dir: {'x' * 80}: File name too long; check the path"
     )
     assert refused("--load_checkpoint", "none") == (
         "load_checkpoint: none does not exist; give a Hugging Face directory or a .ckpt file"
     )
-    assert refused("--load_adapter", "none") == "adapter: none does not exist"
+    assert refused("--load_adapter", "none") == (
+        "load_adapter: none does not exist; give the folder that holds adapter_config.json"
+    )
+    (tmp_path / "adapter.txt").touch()
+    assert refused("--load_adapter", "adapter.txt") == (
+        "load_adapter: adapter.txt is not a folder; give the folder that holds adapter_config.json"
+    )
 
 
 @pytest.mark.parametrize(("key", "value"), [("path", "none.jsonl"), ("data_files", "[none.jsonl]")])
 def test_missing_rows_are_named_by_the_key_that_was_given(refused, key, value):
     key = f"train_dataset.data_loader.{key}"
     assert refused("--train_dataset_dir", "", "--options", f"{key}={value}") == (
-        f"{key}: none.jsonl: no such file or folder; check the path of the dataset"
+        f"{key}: none.jsonl: no such file or folder; check the path"
     )
 
 
@@ -68,7 +74,7 @@ def test_rows_behind_a_folder_that_may_not_be_entered(refused, monkeypatch):
 
     monkeypatch.setattr(os, "stat", stat)
     assert refused("--train_dataset_dir", "closed/rows.jsonl") == (
-        "train_dataset_dir: closed/rows.jsonl: Permission denied; check the path of the dataset"
+        "train_dataset_dir: closed/rows.jsonl: Permission denied; check the path"
     )
 
 

@@ -243,7 +243,7 @@ def test_a_dry_run_without_room_on_the_disk(dry, monkeypatch):
         (["--resume_training", "True"], "checkpoints: no checkpoint to resume from"),
         (["--load_adapter", "{adapter}", "--lora_rank", "16"], "lora_rank: 16 in pet_config, 4 in the adapter"),
         (["--load_adapter", "tests/reference/adapters/qwen3"], "made for another model: base_model.model.model."),
-        (["--load_adapter", "nowhere"], "adapter: nowhere does not exist"),
+        (["--load_adapter", "nowhere"], "load_adapter: nowhere does not exist; give the folder"),
         (["--options", "evaluation={sets: {own: {dataset_dir: none}}}"], "evaluation.sets.own: none: no such file"),
         (
             ["--options", "objectives=[{type: contrastive}]"],

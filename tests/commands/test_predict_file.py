@@ -42,7 +42,13 @@ def lines(path) -> list[dict]:
 
 def test_a_file_that_is_not_there_is_named_with_its_flag(text_model, tmp_path, capsys):
     assert run(text_model, tmp_path / "none.jsonl", tmp_path / "answers.jsonl") == 2
-    line = f"predict_file: {tmp_path}/none.jsonl: no such file or folder; check the path of the dataset"
+    line = f"predict_file: {tmp_path}/none.jsonl: no such file or folder; check the path"
+    assert capsys.readouterr().err == f"error: {line}\n"
+
+
+def test_an_adapter_that_is_not_there(text_model, file, tmp_path, capsys):
+    assert run(text_model, file, tmp_path / "answers.jsonl", "--load_adapter", file) == 2
+    line = f"load_adapter: {file} is not a folder; give the folder that holds adapter_config.json"
     assert capsys.readouterr().err == f"error: {line}\n"
 
 
