@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from lora_ms.adapters.peft_files import read_adapter_config
 from lora_ms.config import RunConfig
 from lora_ms.data.loader import DataPlan
 from lora_ms.errors import LoraMsError
@@ -86,6 +87,9 @@ def dry_run(config: RunConfig, processes: int) -> Findings:
             _check_processes(config, sizes, processes)
         with found.check():
             check_adapter(config, sizes)
+    elif config.load_adapter:
+        with found.check():
+            read_adapter_config(config.load_adapter)
     plan = None
     if not found.wrong and sizes is not None:
         with found.check():

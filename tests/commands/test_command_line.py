@@ -218,6 +218,13 @@ def test_a_dry_run_says_all_that_is_wrong(dry, root, tmp_path):
     assert "none.jsonl: no such file or folder" in text
 
 
+def test_a_dry_run_names_a_missing_adapter_beside_a_missing_model(dry):
+    status, lines = dry("--load_checkpoint", "none", "--load_adapter", "nowhere", "--train_dataset_dir", "none.jsonl")
+    text = " ".join(" ".join(lines).split())
+    assert status == 2 and "none.jsonl: no such file or folder" in text
+    assert "load_checkpoint: none does not exist" in text and "load_adapter: nowhere does not exist" in text
+
+
 def test_a_dry_run_that_does_not_fit(dry, monkeypatch):
     from lora_ms.runtime import host
 
