@@ -358,6 +358,9 @@ def _check_preferences(value: Mapping[str, Any]) -> None:
 
 def _suggestion(value: Mapping[str, Any]) -> str:
     """Which `columns` would make a row of another naming fit, ending in "; "; "" where none is to be seen."""
+    for key, names in NAMES.items():
+        if names.role in value and names.text in value:
+            return f'if these are the messages of one row, write {{"{key}": [...]}}; '
     lists = {key: from_json(item) for key, item in value.items()}
     for key, item in lists.items():
         if isinstance(item, list) and item and isinstance(item[0], Mapping):

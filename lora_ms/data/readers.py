@@ -207,7 +207,7 @@ def _is_object(line: bytes) -> bool:
 
 def _opens_list(first: bytes, more: bool) -> bool:
     """Whether a file whose first line is this one is a list of objects; a line with a whole list may be a row."""
-    return first == b"[" or (first.startswith(b"[{") and not (more and first.endswith(b"]")))
+    return first == b"[" or (re.match(rb"\[\s*\{", first) is not None and not (more and first.endswith(b"]")))
 
 
 def _lines(file: BinaryIO) -> Iterator[bytes]:
@@ -248,8 +248,9 @@ def _json_document(path: Path, raw: bytes) -> Iterator[RawRow]:
         document = _loads(text)
     except (ValueError, RecursionError) as error:
         place = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        by_line = ", or one object per line" if path.suffix.lower() == ".jsonl" else ""
         raise LoraMsError(
-            f"{shown_name(path)}{place}: not valid JSON ({_reason(error)}); write a list of objects"
+            f"{shown_name(path)}{place}: not valid JSON ({_reason(error)}); write a list of objects{by_line}"
         ) from error
     rows = document if isinstance(document, list) else [document]
     for number, row in enumerate(rows, start=1):

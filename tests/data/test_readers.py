@@ -216,6 +216,12 @@ def test_paths_that_lead_nowhere(tmp_path):
             "d.json:3: not valid JSON (Expecting ',' delimiter at column 1); write a list of objects",
         ),
         (
+            "d.jsonl",
+            b'[{"instruction": "a", "outp\n{"instruction": "a", "output": "b"}\n',
+            "d.jsonl:1: not valid JSON (Invalid control character at column 28); write a list of objects, or one "
+            "object per line",
+        ),
+        (
             "d.json",
             b'{"instruction": "a", "output": "b"}\n{"instruction": }\n',
             "d.json:2: not valid JSON (Expecting value at column 17); write one object per line",
@@ -257,6 +263,7 @@ def test_paths_that_lead_nowhere(tmp_path):
     ids=[
         "line",
         "array",
+        "array in a .jsonl",
         "lines named .json",
         "typographic quotes",
         "last comma",
@@ -299,7 +306,9 @@ def test_utf_16_needs_no_other_disk(tmp_path, monkeypatch):
         assert [row.messages[1].content for row in read_rows(tmp_path / name)] == answers
 
 
-@pytest.mark.parametrize("text", ["[{}, {}]", "[{},\n{}\n]\n", "[\n  {},\n  {}\n]", "\ufeff\n[{}, {}]\n"])
+@pytest.mark.parametrize(
+    "text", ["[{}, {}]", "[ {}, {} ]", "[ {},\n {}]", "[{},\n{}\n]\n", "[\n  {},\n  {}\n]", "\ufeff\n[{}, {}]\n"]
+)
 def test_a_list_in_a_jsonl_is_read_as_one(tmp_path, text):
     row = '{"instruction": "a", "output": "b"}'
     (tmp_path / "d.jsonl").write_text(text.replace("{}", row), encoding="utf-8")
@@ -342,6 +351,16 @@ ANSWER = "write the answer or remove the row"
         (
             {"instruction": "a", "output": "b", "history": [["q", ""]]},
             f'no answer: turn 1 of "history" is empty; {ANSWER}',
+        ),
+        (
+            {"role": "user", "content": "a"},
+            'keys "role", "content" fit no format; if these are the messages of one row, write {"messages": [...]}; '
+            + KNOWN,
+        ),
+        (
+            {"from": "human", "value": "a"},
+            'keys "from", "value" fit no format; if these are the messages of one row, write {"conversations": [...]}; '
+            + KNOWN,
         ),
         ({"题目": "a", "answer": "b"}, f'keys "题目", "answer" fit no format; {KNOWN}'),
         (
