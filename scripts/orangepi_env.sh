@@ -38,13 +38,15 @@ make_swap() {  # MEGABYTES
         return
     fi
     [ "$(id -u)" = 0 ] || usage "--swap needs root: sudo bash $0 …"
-    if ! dd if=/dev/zero of=$file bs=1M count="$1" status=none 2>/dev/null; then
-        rm -f $file
+    local part=$file.part  # cut short, it is not taken for the file by the next call
+    trap "rm -f $part" EXIT
+    if ! dd if=/dev/zero of=$part bs=1M count="$1" status=none 2>/dev/null; then
         echo "error: --swap: $1 MB cannot be written to $file: free space on that disk, or give a smaller SIZE" >&2
         exit 1
     fi
-    chmod 600 $file
-    mkswap $file >/dev/null
+    chmod 600 $part
+    mkswap $part >/dev/null
+    mv $part $file
     swapon $file
 }
 

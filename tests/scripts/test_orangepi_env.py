@@ -34,16 +34,43 @@ def test_a_limit_is_set_or_a_warning_given(run):
     assert done.stderr == "" or "running without a limit" in done.stderr
 
 
-@pytest.mark.skipif(Path("/swapfile_lora_ms").exists(), reason="the board's swap file is there")
-def test_a_full_disk_is_said(root, tmp_path):
-    for name, text in {"id": "echo 0", "dd": "echo 'dd: No space left on device' >&2; exit 1"}.items():
-        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
-        (tmp_path / name).chmod(0o755)
-    environment = os.environ | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
-    command = ["bash", str(root / "scripts/orangepi_env.sh"), "--swap", "8GB", "true"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+@pytest.fixture
+def swap(root, tmp_path):
+    """``swap(dd)``: what --swap does as root, where dd is this shell script, and the commands that it would call."""
+    if Path("/swapfile_lora_ms").exists():
+        pytest.skip("the board's swap file is there")
+
+    def start(dd):
+        note = f'echo "$(basename $0) $*" >> {tmp_path}/called'
+        noted = dict.fromkeys(("chmod", "mkswap", "mv", "rm", "swapon"), note)
+        for name, text in {"id": "echo 0", "dd": f"{note}; {dd}", **noted}.items():
+            (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+            (tmp_path / name).chmod(0o755)
+        environment = os.environ | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+        command = ["bash", str(root / "scripts/orangepi_env.sh"), "--swap", "8GB", "true"]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        return done, (tmp_path / "called").read_text().splitlines()
+
+    return start
+
+
+def test_a_full_disk_is_said(swap):
+    done, called = swap("echo 'dd: No space left on device' >&2; exit 1")
     line = "error: --swap: 8192 MB cannot be written to /swapfile_lora_ms: free space on that disk, "
     assert (done.returncode, done.stderr) == (1, f"{line}or give a smaller SIZE\n")
+    assert called[1:] == ["rm -f /swapfile_lora_ms.part"]
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_half_a_swap_file_is_not_taken_for_one(swap, cut):
+    done, called = swap("kill -TERM $PPID" if cut else "true")
+    part, file = "/swapfile_lora_ms.part", "/swapfile_lora_ms"
+    assert called.pop(0) == f"dd if=/dev/zero of={part} bs=1M count=8192 status=none"
+    if cut:
+        assert done.returncode != 0 and called == [f"rm -f {part}"]
+    else:
+        assert done.returncode == 0
+        assert called == [f"chmod 600 {part}", f"mkswap {part}", f"mv {part} {file}", f"swapon {file}"]
 
 
 @pytest.mark.parametrize("arguments", [[], ["--limit", "x", "true"], ["--limit"], ["--colour", "true"]])
