@@ -174,8 +174,12 @@ class DenseProjection(Projection):
         return self.product_of_rows(rows, self.weight.astype(ms.float32))
 
     def whole_weight(self) -> Tensor:
-        """The weight [out, in] in the graph: for the head, whose product the loss and the logits form themselves."""
-        return self.weight
+        """The weight [out, in] in the graph: for the head, whose product the loss and the logits form themselves.
+
+        What trains is float32, so that a narrow weight has no gradient: the loss's is float32, which does not add to
+        that of a tied embedding in the weight's type, though nobody asks for either.
+        """
+        return self.weight if self.weight.dtype == ms.float32 else ops.stop_gradient(self.weight)
 
     def adapted_product(self, dropout: float) -> nn.Cell:
         return self.operators.adapted_product(dropout)

@@ -188,8 +188,8 @@ def test_restoring_another_adapter_is_refused(reference, bare):
     path = reference / "adapters" / "qwen2"
     message = error_of(restore_adapter, model, path, config)
     surplus = [f"{PREFIX}model.layers.{n}.mlp.down_proj.lora_{ab}.weight" for n in "01" for ab in "AB"]
-    assert message.startswith(f"{path}: not the adapter of this run: ") and message.count("; ") == 3
-    assert all(f"{key} " in message for key in surplus)
+    assert message.startswith(f"{path}: not the adapter of this run: ") and message.endswith(" and 1 more")
+    assert [f"{key} " in message for key in surplus] == [True, True, True, False]
     for parameter, value in zip(model.get_parameters(), before, strict=True):
         np.testing.assert_array_equal(parameter.asnumpy(), value)
 

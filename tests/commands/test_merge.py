@@ -452,7 +452,9 @@ def test_an_adapter_of_another_model(refused, reference):
         for layer in (0, 1)
         for projection, there, here in (("q_proj", (96, 4), (64, 4)), ("v_proj", (48, 4), (32, 4)))
     ]
-    assert refused("--load_adapter", adapter) == f"{adapter}: made for another model: {'; '.join(faults)}"
+    assert (
+        refused("--load_adapter", adapter) == f"{adapter}: made for another model: {'; '.join(faults[:3])} and 1 more"
+    )
 
 
 def test_tensors_missing_or_without_a_place(refused):
@@ -473,8 +475,8 @@ def test_ranks_that_contradict_the_settings(refused):
     change("adapter/adapter_config.json", r=8)
     message = refused()
     assert message.startswith("adapter: made for another model: base_model.model.model.layers.0.mlp.down_proj.lora_A")
-    assert message.count("should be (8, ") == message.count(", 8)") == 5  # of twelve, the first ten
-    assert message.endswith(" and 2 more")
+    assert message.count("should be (8, ") == 2 and message.count(", 8)") == 1  # of twelve, the first three
+    assert message.endswith(" and 9 more")
 
 
 def test_a_copy_of_the_embedding_that_is_another(refused, reference):

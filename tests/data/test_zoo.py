@@ -139,7 +139,9 @@ def test_csv(tmp_path):
 def test_a_list_named_as_lines(tmp_path):
     path = tmp_path / "d.jsonl"
     path.write_text(json.dumps([GOOD, GOOD], indent=1))
-    assert fault(path).endswith("; a list of objects needs the name .json")
+    rows = read_rows(path)
+    assert [row.where for row in rows] == ["d.jsonl[1]", "d.jsonl[2]"]
+    assert [message.content for row in rows for message in row.messages] == ["a", "b"] * 2
 
 
 def test_parquet_and_saved_datasets(tmp_path):
