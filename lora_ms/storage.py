@@ -196,17 +196,6 @@ def read(entry: Entry, dtype: DTypeLike) -> np.ndarray:
     return np.array(raw, dtype, copy=entry.dtype != "BF16" or raw.dtype != dtype).reshape(entry.shape)
 
 
-def mapped(entry: Entry, dtype: DTypeLike) -> np.ndarray:
-    """The tensor as ``dtype``: where it is stored so, the mapped file itself, of which nothing is copied before it is
-    used; what is written to it stays in this process. Else as ``read`` gives it."""
-    if STORED.get(np.dtype(dtype).name) != entry.dtype or entry.start == entry.end:
-        return read(entry, dtype)
-    stored = np.dtype(DTYPES[entry.dtype])
-    count = (entry.end - entry.start) // stored.itemsize
-    raw = np.memmap(entry.file, stored, "c", entry.start, (count,))
-    return raw.view(np.ndarray).view(dtype).reshape(entry.shape)
-
-
 def read_raw(entry: Entry) -> np.ndarray:
     """The bytes of a tensor of any type, as they lie: uint8 [n], mapped."""
     size = entry.end - entry.start

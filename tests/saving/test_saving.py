@@ -88,28 +88,6 @@ def test_tensors_are_written_as_the_library_writes_them(tmp_path):
     np.testing.assert_array_equal(storage.read(entry, np.float32), view)
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float16])
-def test_a_mapped_tensor_is_the_file_and_is_never_written_to_it(tmp_path, dtype):
-    file = tmp_path / "model.safetensors"
-    values = np.arange(6, dtype=dtype).reshape(2, 3)
-    storage.write_tensors(file, {"a": values, "none": values[:0]})
-    entries = storage.read_header(file)
-    before = file.read_bytes()
-    found = storage.mapped(entries["a"], dtype)
-    np.testing.assert_array_equal(found, values)
-    assert storage.mapped(entries["none"], dtype).shape == (0, 3)
-    other = np.float16 if dtype == np.float32 else np.float32
-    assert storage.mapped(entries["a"], other).dtype == other
-    np.testing.assert_array_equal(storage.mapped(entries["a"], other), values)
-    found += 1
-    np.testing.assert_array_equal(storage.mapped(entries["a"], dtype), values)
-    assert file.read_bytes() == before
-    with file.open("r+b") as stream:  # the pages that were not written to are the file's
-        stream.seek(entries["a"].start)
-        stream.write((values + 5).tobytes())
-    np.testing.assert_array_equal(storage.mapped(entries["a"], dtype), values + 5)
-
-
 def test_a_line_that_does_not_fit_leaves_none(tmp_path, monkeypatch):
     saving.append(tmp_path / "m", "one\n")
     write = os.write
