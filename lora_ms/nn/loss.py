@@ -44,7 +44,8 @@ class SummedCrossEntropy(nn.Cell):
 
     def bprop(self, hidden, head, targets, out, dout):
         d_loss = dout[0]
-        d_head = ops.zeros(head.shape, ms.float32)
+        # ops.zeros(head.shape) stays in the graph as a constant where the head is frozen, too
+        d_head = ops.zeros_like(head).astype(ms.float32)
         for start in range(0, hidden.shape[0], self.chunk_rows):
             end = start + self.chunk_rows
             chunk = ops.depend(hidden[start:end], d_head)
@@ -87,7 +88,7 @@ class TokenLogProbs(nn.Cell):
 
     def bprop(self, hidden, head, targets, out, dout):
         d_log_probs = dout[0].reshape((-1, 1))
-        d_head = ops.zeros(head.shape, ms.float32)
+        d_head = ops.zeros_like(head).astype(ms.float32)
         for start in range(0, hidden.shape[0], self.chunk_rows):
             end = start + self.chunk_rows
             chunk = ops.depend(hidden[start:end], d_head)
