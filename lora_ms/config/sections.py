@@ -38,8 +38,10 @@ class RunnerConfig(Section):
 
 def _handlers(value: Any) -> list[dict[str, Any]]:
     handlers = [value] if isinstance(value, dict) else value or []
-    kinds = [handler.get("type") if isinstance(handler, dict) else handler for handler in handlers]
-    if any(kind != "AlpacaInstructDataHandler" for kind in kinds):
+    fits = isinstance(handlers, list) and all(
+        isinstance(handler, dict) and handler.get("type") == "AlpacaInstructDataHandler" for handler in handlers
+    )
+    if not fits:
         raise ValueError("expects a list of {type: AlpacaInstructDataHandler, …}")
     if any(type(handler.get("seq_length", 2)) is not int for handler in handlers):
         raise ValueError("expects a whole number as seq_length")

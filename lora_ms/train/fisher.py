@@ -14,7 +14,7 @@ from lora_ms.nn.graph import Graph
 from lora_ms.runtime.device import Runtime
 from lora_ms.train.gradient import MicroStep
 from lora_ms.train.optimizer import Flatten
-from lora_ms.train.parts import SummedLoss
+from lora_ms.train.parts import SummedLoss, check_float32
 
 FLOAT16_SCALE = 1024.0  # of the loss of a model in float16, whose small gradients would be 0
 
@@ -77,9 +77,13 @@ class FisherRun:
     Args:
         params: the parameters, in the model's order; they alone have ``requires_grad``.
         plan: one pass over the rows, a row a micro-batch, of which every process has its share.
+
+    Raises:
+        LoraMsError: parameters that are not float32.
     """
 
     def __init__(self, model: nn.Cell, params: dict[str, Parameter], plan: DataPlan, runtime: Runtime, vocab_size: int):
+        check_float32(params.values())
         self.params = params
         self.plan = plan
         self.sum_over_data = runtime.data_sum()

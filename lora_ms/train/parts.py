@@ -9,7 +9,7 @@ layers with and without a window can share a graph. ``rows`` [c] are the tokens 
 on with these alone once its attention has seen all.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
@@ -23,6 +23,13 @@ from lora_ms.train.optimizer import Flatten
 CHUNK_NUMBERS = 1 << 24  # logits held at once in the loss: 64 MB in float32
 
 ROTARY_TABLES = 5  # of ``Decoder.rope``
+
+
+def check_float32(trained: Iterable[Parameter]) -> None:
+    """Raises LoraMsError where one of the parameters is narrower than its gradient, which the loss's scale may take out
+    of float16; a narrow head has none (``DenseProjection.whole_weight``)."""
+    if any(parameter.dtype != ms.float32 for parameter in trained):
+        raise LoraMsError("all parameters train in float32 only: set compute_dtype to float32, or give pet_config")
 
 
 class SummedLoss(nn.Cell):

@@ -24,7 +24,7 @@ from lora_ms.train.gradient import MicroStep
 from lora_ms.train.hooks import StepHook
 from lora_ms.train.objectives import CROSS_ENTROPY, term_names
 from lora_ms.train.optimizer import FlatAdamW, LossScaling
-from lora_ms.train.parts import SummedLoss
+from lora_ms.train.parts import SummedLoss, check_float32
 from lora_ms.train.schedule import learning_rate
 from lora_ms.train.settings import TrainSettings
 
@@ -89,8 +89,7 @@ class Steps:
         self.skipped = 0  # steps in a row, up to the last, that overflowed
         trainable = {name: p for name, p in model.parameters_and_names() if p.requires_grad}
         self.trainable = sorted(trainable)
-        if any(p.dtype != ms.float32 for p in trainable.values()):
-            raise LoraMsError("all parameters train in float32 only: set compute_dtype to float32, or give pet_config")
+        check_float32(trainable.values())
         if not trainable:
             raise LoraMsError("no parameter is trainable: give pet_config, or set it to null to train all parameters")
         self.optimizer = self._optimizer(trainable, rate_factors or {})

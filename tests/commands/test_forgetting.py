@@ -160,6 +160,14 @@ def test_fisher_of_several_processes_stops_in_all_after_the_same_step(
     assert waited == [True] and "stopped after 1 of 3, and kept in" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_fisher_of_all_parameters_is_of_float32(model, files, tmp_path, capsys, dtype):
+    words = ["fisher", *flags(model, files, tmp_path / "o"), "--output", str(tmp_path / "f"), "--options"]
+    assert main([*words, "pet_config=null", f"model.model_config.compute_dtype={dtype}"]) == 2
+    assert "all parameters train in float32 only: set compute_dtype to float32" in capsys.readouterr().err
+    assert not (tmp_path / "f").exists()
+
+
 def test_fisher_of_virtual_tokens(model, files, tmp_path):
     """They stand before the rows."""
     words = [*flags(model, files, tmp_path / "o"), "--options", "pet_config={pet_type: prompt, num_virtual_tokens: 2}"]

@@ -232,6 +232,12 @@ def test_mindformers_is_told_the_same_once_its_configuration_is_written_and_read
     assert found == config and found.mindformers_sections == config.mindformers_sections
 
 
+@pytest.mark.parametrize("handler", ["100", "-1.5", "True", "[AlpacaInstructDataHandler]", "[3]", "{type: Other}"])
+def test_a_handler_that_is_none(handler):
+    with pytest.raises(LoraMsError, match=r"expects a list of \{type: AlpacaInstructDataHandler"):
+        load_config(None, options=["pet_config={}", f"train_dataset.data_loader.handler={handler}"])
+
+
 def test_a_missing_pet_config_hides_no_unknown_key(tmp_path):
     path = tmp_path / "a.yaml"
     path.write_text("run_mode: finetune\nlearning_rat: 3\n")
