@@ -8,7 +8,6 @@ from numpy.typing import NDArray
 from lora_ms import saving, storage
 from lora_ms.adapters import offline_merge, peft_files
 from lora_ms.adapters.offline_merge import Decoded
-from lora_ms.commands.check_adapter import model_of
 from lora_ms.errors import LoraMsError
 from lora_ms.hf_folder import CONFIG, ModelFolder, model_config, open_model, says_tied
 from lora_ms.quant.folder import LINEAR, quantised_entry
@@ -22,6 +21,7 @@ from lora_ms.recipes.model_folder import (
     check_type,
     config_for,
     copy_texts,
+    own_model,
 )
 from lora_ms.text import size_text
 
@@ -86,7 +86,7 @@ def run(
         storage.write_json(folder / "config.json", config_for(written, dtype, unties))
     print(f"merged model: {output}")
     if trained_on is not None:
-        asked = model_of(adapter, None) if isinstance(trained_on, GroupSettings) and not stored.quantised else base
+        asked = own_model(adapter) if isinstance(trained_on, GroupSettings) and not stored.quantised else base
         at_load = trained_on if isinstance(trained_on, Quantisation) and not stored.quantised else None
         print(distance_line(asked or base, adapter, output, at_load))
     if "tokenizer_config.json" in copied:
@@ -123,7 +123,7 @@ def trained_in_four_bits(
 
 def groups_of_own(adapter: Path) -> GroupSettings | None:
     """How the model is packed that the adapter names as its own, where that is here and GPTQ's or AWQ's."""
-    own = model_of(adapter, None)
+    own = own_model(adapter)
     settings = model_config(own).get("quantization_config") if own is not None and (own / CONFIG).is_file() else None
     if not isinstance(settings, dict) or settings.get("quant_method") not in METHODS:
         return None

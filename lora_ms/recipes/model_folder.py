@@ -55,6 +55,27 @@ def base_of(adapter: Path, load_checkpoint: str | None, hub: str = "hf") -> Path
     return base
 
 
+def own_model(adapter: Path, load_checkpoint: str | None = None) -> Path | None:
+    """The model's folder, if there is one here: what the adapter names by a hub's name may lie in a cache.
+
+    Raises:
+        LoraMsError: ``load_checkpoint`` is given and is not a folder.
+    """
+    if load_checkpoint is not None and not Path(load_checkpoint).is_dir():
+        raise LoraMsError(
+            f"load_checkpoint: {load_checkpoint} is not a folder; give the model's Hugging Face directory"
+        )
+    try:
+        named = load_checkpoint or peft_files.base_name(adapter)
+    except LoraMsError:
+        return None  # the table says what is wrong with the settings
+    from lora_ms.recipes.download import cached_folder, is_name
+
+    if named and is_name(named):
+        return cached_folder(named)
+    return Path(named) if named and Path(named).is_dir() else None
+
+
 def check_output(output: Path, base: Path, adapter: Path, overwrite: bool) -> None:
     """Raises LoraMsError where a model may not be written to ``output``: over its source, or over another model."""
     if not output.is_dir():
