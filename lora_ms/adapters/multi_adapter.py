@@ -17,12 +17,13 @@ from lora_ms.adapters.methods.base import RowUpdate, no_pair
 from lora_ms.adapters.methods.lowrank import merged_weight, row_norms
 from lora_ms.errors import LoraMsError
 from lora_ms.nn.layers import Embedding, Head
+from lora_ms.nn.linear import LinearLayer, Operands
 from lora_ms.nn.projection import projection_of
 from lora_ms.ops import PORTABLE
 from lora_ms.text import listed
 
 
-class AdapterRows(nn.Cell):
+class AdapterRows(nn.Cell, LinearLayer):
     """``y = scale (x W^T + x A^T B^T) + b + shift``; A, B, scale and shift are those of each line's chosen adapter.
 
     Args:
@@ -90,6 +91,12 @@ class AdapterRows(nn.Cell):
             if self.base.has_bias:
                 shift -= self.base.bias.asnumpy().astype(np.float32)
         return shift if update.added_bias is None else shift + update.added_bias
+
+    def operands(self) -> Operands | None:
+        found = self.base.operands()
+        if found is None or self.more:
+            return None
+        return found.updated("of lines", self.lora_a, self.lora_b, self.choice)
 
     def construct(self, x: Tensor) -> Tensor:
         """x [t, in] -> [t, out]: tokens of all lines, as many of each; or of one, and then all have chosen the same."""

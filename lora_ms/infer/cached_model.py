@@ -8,6 +8,7 @@ import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 from numpy.typing import NDArray
 
+from lora_ms.infer.whole_layers import WholeLayers, known_layers
 from lora_ms.nn import sharing
 from lora_ms.nn.graph import Graph
 from lora_ms.nn.kv_cache import KVCache
@@ -96,7 +97,7 @@ class _Top(Graph):
 
     title = "generation"
 
-    def __init__(self, model: nn.Cell, layers: _Layers):
+    def __init__(self, model: nn.Cell, layers: nn.Cell):
         super().__init__(auto_prefix=False)
         self.model = model
         self.layers = layers
@@ -154,8 +155,8 @@ class _Copy(Graph):
 class CachedModel:
     """``model`` (a ``CausalLM``) on ``batch`` lines of at most ``length`` tokens; prompts are read in pieces.
 
-    ``read`` and ``next`` stand inside ``running``, and ``copy`` outside. Many layers run in blocks of a few, which
-    share their graphs, so that compilation does not grow with the depth.
+    ``read`` and ``next`` stand inside ``running``, and ``copy`` outside. All layers are one operator, where one knows
+    them; else many run in blocks of a few, which share their graphs, so that compilation does not grow with the depth.
 
     Attributes:
         most: tokens that ``read`` takes at once.
@@ -184,11 +185,15 @@ class CachedModel:
             operators=model.operators,
         )
         layers, windows = list(model.model.layers), c.window_indices
-        shares_graphs = model.operators.lends_memory and len(layers) >= sharing.SHARED_FROM
+        known = known_layers(layers, model.operators)
+        shares_graphs = known is None and model.operators.lends_memory and len(layers) >= sharing.SHARED_FROM
         # the first layer that is in no block: none, where it can be, as each that is compiled besides takes its time
         top = len(layers) // BLOCK_LAYERS * BLOCK_LAYERS if shares_graphs else 0
         self.inputs = _Inputs(model, cache).set_train(False)
-        self.top = _Top(model, _Layers(layers[top:], windows[top:], cache, top)).set_train(False)
+        upper: nn.Cell = _Layers(layers[top:], windows[top:], cache, top)
+        if known is not None:
+            upper = WholeLayers(layers, known, windows, cache, model.operators)
+        self.top = _Top(model, upper).set_train(False)
         # where MindSpore's own operators write to the cache, a weight that is read before and behind it is copied;
         # in bfloat16 the embedding and the head that is tied to it are in graphs of their own there
         copies = not model.operators.reads_used_slots and c.tie_word_embeddings and model.dtype == ms.bfloat16

@@ -20,6 +20,7 @@ from lora_ms.nn.layers import (
     dense_projections,
     inside,
 )
+from lora_ms.nn.linear import UPDATES, LayerOperands, operands_of
 from lora_ms.nn.parallel import WHOLE, Shard
 from lora_ms.nn.rope import RotaryTables, rotation_of
 from lora_ms.ops import PORTABLE, Operators
@@ -165,6 +166,21 @@ class DecoderLayer(nn.Cell):
     def contract(self, x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
         """x [t, h], gate and up -> [t, h]."""
         return x + self.mlp.contract(gate, up)
+
+    def operands(self) -> LayerOperands | None:
+        """What ``Operators.cached_layers`` is told to compute ``cached``; None: adapters have changed more than it
+        knows."""
+        attention, mlp = self.self_attn, self.mlp
+        four, three = attention.operands(), operands_of((mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+        norms = [self.input_layernorm, self.post_attention_layernorm]
+        if four is None or three is None or not all(type(norm) is RMSNorm for norm in norms):
+            return None
+        parts = [int(attention.rotates), int(attention.qk_norm)]
+        parameters = [norm.weight for norm in (*norms, *attention.norms())]
+        for each in four + three:
+            parts += [UPDATES.index(each.update), int(each.has_bias)]
+            parameters += each.parameters
+        return LayerOperands(parts, parameters, self.input_layernorm.eps)
 
     def cached(self, x: Tensor, rope: tuple, visible: Visibility, cache: tuple) -> Tensor:
         """New tokens only; see ``Attention.mix_cached``."""

@@ -4,6 +4,7 @@ import mindspore as ms
 from mindspore import Tensor, nn, ops
 
 from lora_ms.nn.layers import MakeProjection, RMSNorm
+from lora_ms.nn.linear import Operands, operands_of
 from lora_ms.nn.parallel import WHOLE, Shard, sum_gradient, sum_output
 from lora_ms.ops import Operators
 from lora_ms.ops.operators import Visibility
@@ -74,7 +75,17 @@ class Attention(nn.Cell):
 
     def inner(self) -> list[nn.Cell]:
         """What stands between the projections."""
-        return [self.q_norm, self.k_norm, self.prefix] if self.qk_norm else [self.prefix]
+        return [*self.norms(), self.prefix]
+
+    def operands(self) -> list[Operands] | None:
+        """Of q, k, v and o; None: there is more to it than these and the norms."""
+        if type(self.prefix) is not KeysAndValues or not all(type(norm) is RMSNorm for norm in self.norms()):
+            return None
+        return operands_of((self.q_proj, self.k_proj, self.v_proj, self.o_proj))
+
+    def norms(self) -> list[nn.Cell]:
+        """Those of queries and keys."""
+        return [self.q_norm, self.k_norm] if self.qk_norm else []
 
     def normalised(self, x: Tensor, norm: nn.Cell) -> Tensor:
         """x [t, n * d] with each head normalised."""

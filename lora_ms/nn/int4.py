@@ -4,6 +4,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from numpy.typing import NDArray
 
+from lora_ms.nn.linear import Operands
 from lora_ms.nn.quantised import QuantisedProjection, frozen
 from lora_ms.ops import PORTABLE, Operators
 from lora_ms.quant import int4
@@ -37,6 +38,9 @@ class Int4Projection(QuantisedProjection):
         self.product = operators.int4_product()
         self.product_back = operators.int4_product_back()
         self.product_of_rows = PORTABLE.int4_product()
+
+    def operands(self) -> Operands | None:
+        return None if self.reorders else self.operands_of(*self.weights())
 
     def weights(self) -> list[Parameter]:
         found = [self.codes, self.scales, self.zeros]

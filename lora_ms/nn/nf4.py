@@ -6,6 +6,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from numpy.typing import NDArray
 
+from lora_ms.nn.linear import Operands
 from lora_ms.nn.quantised import QuantisedProjection, frozen
 from lora_ms.ops import PORTABLE, Operators
 from lora_ms.quant import nf4
@@ -74,6 +75,9 @@ class NF4Projection(QuantisedProjection):
     ) -> Tensor:
         absmax = self.plain_absmax()
         return product(x, self.codes, absmax, a, b, scaling, rows=draws[0], columns=draws[1])
+
+    def operands(self) -> Operands | None:
+        return self.operands_of(*self.weights())
 
     def weights(self) -> list[Parameter]:
         found = [self.codes, self.absmax]

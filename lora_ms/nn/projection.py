@@ -8,6 +8,7 @@ from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import initializer
 from numpy.typing import NDArray
 
+from lora_ms.nn.linear import LinearLayer, Operands
 from lora_ms.ops import Operators
 
 
@@ -16,7 +17,7 @@ def vector_dtype(dtype: ms.Type, operators: Operators) -> ms.Type:
     return operators.stream_dtype(dtype) if dtype == ms.bfloat16 else dtype
 
 
-class Projection(nn.Cell):
+class Projection(nn.Cell, LinearLayer):
     """A linear layer, ``activation(x W^T + b)`` for x [..., in] -> [..., out].
 
     Args:
@@ -49,6 +50,12 @@ class Projection(nn.Cell):
         orders the two: optimisers and checkpoints of all parameters go by this order."""
         self.bias: Any = bias
         self.has_bias = bias is not None
+
+    def operands_of(self, *weight: Parameter) -> Operands | None:
+        """``operands`` of a weight of these parameters."""
+        if self.has_activation:
+            return None
+        return Operands((*weight, self.bias) if self.has_bias else weight, self.has_bias)
 
     @property
     def weight_dtype(self) -> ms.Type:
@@ -163,6 +170,9 @@ class DenseProjection(Projection):
     @property
     def weight_dtype(self) -> ms.Type:
         return self.weight.dtype
+
+    def operands(self) -> Operands | None:
+        return self.operands_of(self.weight) if type(self) is DenseProjection else None
 
     def multiply(self, x: Tensor) -> Tensor:
         return self.product(x, self.weight)

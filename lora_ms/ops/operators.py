@@ -95,6 +95,15 @@ class Operators:
     """As ``attention``, without a gradient, of new tokens to those in a cache, into which they are written: (q, k, v,
     rope, visible, (keys, values [lines * n_kv * length, d] parameters, rows [b * n_kv * new] int32 that the new take,
     begins [b * n_kv] int32, the rows where their heads begin)), for all lines of the cache in their order, or fewer."""
+    cached_layers: Callable[[float], nn.Cell] | None
+    """None, or eps of all norms -> cell, without a gradient: (x [t, h] of new tokens, parts int32, parameters, rope,
+    ``cached_attention``'s rows and begins, its ``visible`` of each window …) -> layers of a decoder on x [t, h].
+
+    parts: the number of layers; then of each its window's index, whether it rotates, whether it normalises queries and
+    keys, and of q, k, v, o, gate, up and down the update (an index of ``nn.linear.UPDATES``) and whether it has a bias.
+
+    parameters, of each layer: the norms' weights, those of queries and keys after the others; those of these seven
+    (``nn.linear.Operands``); the cache's keys and values."""
     head_product: Callable[[], nn.Cell]
     """(hidden [c, h], head [v, h]) -> logits [c, v] float32; without a gradient."""
     head_product_back: Callable[[], nn.Cell]
@@ -159,6 +168,7 @@ PORTABLE = Operators(
     lends_memory=True,
     reads_used_slots=False,
     cached_attention=_no_flash(portable.CachedAttention),
+    cached_layers=None,
     head_product=portable.HeadProduct,
     head_product_back=portable.HeadProductBack,
     cross_entropy=portable.CrossEntropy,
@@ -214,6 +224,7 @@ def _native(library: str, rounding: str) -> Operators:
         padding_cost=0.2,  # rows of zeros are left out of products
         reads_used_slots=True,
         cached_attention=_unsized(partial(native.CachedAttention, library)),
+        cached_layers=partial(native.CachedLayers, library, rounding),
         head_product=partial(native.HeadProduct, library, rounding),
         head_product_back=partial(native.HeadProductBack, library, rounding),
         cross_entropy=partial(native.CrossEntropy, library, rounding),

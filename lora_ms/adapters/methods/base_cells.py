@@ -8,6 +8,7 @@ from mindspore import Parameter, Tensor, nn
 from numpy.typing import NDArray
 
 from lora_ms.adapters.methods.base import Pair
+from lora_ms.nn.linear import LinearLayer
 
 Array = NDArray[np.float32]
 
@@ -20,7 +21,7 @@ class State(NamedTuple):
     spec: Any  # the method's AdapterSpec
 
 
-class AdapterCell(nn.Cell):
+class AdapterCell(nn.Cell, LinearLayer):
     """An adapter on a layer ``base``, which it holds and freezes; or a trained copy of the layer.
 
     A subclass has a classmethod that makes it from a layer, ``tensors`` and ``merge``; it sets ``base``.

@@ -17,6 +17,7 @@ from lora_ms.adapters.methods.lora import LoraSpec
 from lora_ms.errors import LoraMsError
 from lora_ms.nn.dropout import DropoutKernel
 from lora_ms.nn.layers import Embedding, Head
+from lora_ms.nn.linear import Operands
 from lora_ms.nn.parallel import split_axis
 from lora_ms.nn.projection import Projection, projection_of
 from lora_ms.ops import PORTABLE, Operators
@@ -299,6 +300,12 @@ class LoRADense(AdapterCell):
         if self.training and self.lora_dropout.probability > 0:
             draws = self.lora_dropout.draws.numbers(x)
         return self.base.multiply_adapted(self.adapted_product, x, a, b, scaling, draws)
+
+    def operands(self) -> Operands | None:
+        found = self.base.operands()
+        if found is None or type(self) is not LoRADense or self.has_lora_bias or self.compute_dtype is not None:
+            return None
+        return found.updated("low rank", self.lora_a, self.lora_b, self.scaling)
 
     def whole_weight(self) -> Tensor:
         """``W + scaling B A`` [out, in] float32 in the graph: for the head, whose product the loss forms in chunks."""

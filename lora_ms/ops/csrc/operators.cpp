@@ -9,6 +9,7 @@
 #include "attention.h"
 #include "bfloat16.h"
 #include "dropout.h"
+#include "layer.h"
 #include "optimizer.h"
 
 using namespace lora_ms;
@@ -24,11 +25,12 @@ struct Tensor {
 
     float *floats() const { return static_cast<float *>(data); }
     const int32_t *ints() const { return static_cast<const int32_t *>(data); }
+    const uint8_t *bytes() const { return static_cast<const uint8_t *>(data); }
     float number() const { return *floats(); }  // of a scalar
     long size(int axis) const { return shape[axis]; }
+    bool is(const char *name) const { return std::strcmp(type, name) == 0; }
     Matrix matrix() const {
-        const bool half = std::strcmp(type, "float16") == 0, brain = std::strcmp(type, "bfloat16") == 0;
-        return {data, size(1), 1, half ? Type::FLOAT16 : brain ? Type::BFLOAT16 : Type::FLOAT32};
+        return {data, size(ndim - 1), 1, is("float16") ? Type::FLOAT16 : is("bfloat16") ? Type::BFLOAT16 : Type::FLOAT32};
     }
     long numbers() const {
         long n = 1;
@@ -74,15 +76,13 @@ class Arguments {
 };
 
 enum Kind { TIMES_TRANSPOSED, TIMES, TRANSPOSED_TIMES };
-typedef void (*Multiply)(const std::vector<Term> &, long, long, const float *, long, float *);
-
 // A weight [out, in] as operators take it: a tensor of any type; or of four bits, its codes by rows, two in a byte, with
 // a scale, or with a scale (float16) and a zero, for each group of neighbours.
 Matrix next_weight(Type type, Arguments &arguments, long out) {
     const Tensor weight = arguments.next();
     if (type != Type::NF4 && type != Type::INT4) return weight.matrix();
     const Tensor scales = arguments.next();
-    const uint8_t *zeros = type == Type::INT4 ? static_cast<const uint8_t *>(arguments.next().data) : nullptr;
+    const uint8_t *zeros = type == Type::INT4 ? arguments.next().bytes() : nullptr;
     const long numbers = 2 * weight.numbers();
     const long group = type == Type::NF4 ? Nf4::BLOCK : numbers / scales.numbers();
     return {weight.data, numbers / out, 1, type, scales.data, zeros, group};
@@ -120,15 +120,6 @@ void end_with_zeros(const Tensor &y, long rows) {
     std::fill_n(y.floats() + rows * y.size(1), (y.size(0) - rows) * y.size(1), 0.0f);
 }
 
-// A thin product [t, rank], times `scaling`.
-void low_product(Matrix x, Matrix factor, long tokens, long depth, long rank, float scaling, float *low) {
-    product({{x, factor, depth}}, tokens, rank, nullptr, 0, low);
-    for (long i = 0; i < tokens * rank; i++) low[i] *= scaling;
-}
-
-// Memory for one call: what a thread keeps for the next would be there once for each of MindSpore's threads.
-typedef std::unique_ptr<float[]> Numbers;
-
 // x [tokens, n], dropped out into `memory` where there is a dropout.
 Matrix dropped(const std::optional<Dropout> &dropout, Matrix x, long tokens, long n, Numbers &memory) {
     if (!dropout) return x;
@@ -147,6 +138,115 @@ Attention attention_of(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Ten
     a.heads = q.size(1) / dim, a.kv_heads = k.size(1) / dim, a.dim = dim;
     a.table_row = cos.size(0) / tokens * dim;
     return a;
+}
+
+// A [places, rank, in], B [places, rank, out], choice [lines]
+RowUpdates row_updates_of(const Tensor &a, const Tensor &b, const Tensor &choice) {
+    return {a.floats(), b.floats(), choice.ints(), a.size(0), choice.size(0), a.size(1)};
+}
+
+// Of each line, the slot of the first of its new tokens: `rows` [b * n_kv * s] of the cache are theirs.
+std::vector<long> slots_of(const Attention &a, const Tensor &rows, const Tensor &begins) {
+    std::vector<long> slots(a.batch);
+    for (long line = 0; line < a.batch; line++)
+        slots[line] = rows.ints()[line * a.kv_heads * a.seq] - begins.ints()[line * a.kv_heads];
+    return slots;
+}
+
+// A vector of any type, in float32.
+Numbers floats_of(const Tensor &vector) {
+    const long n = vector.numbers();
+    Numbers found(new float[n]);
+    with_numbers(vector.matrix(), [&](auto from) {
+        for (long i = 0; i < n; i += LANES) store_up_to(found.get() + i, load_up_to(from + i, n - i), n - i);
+    });
+    return found;
+}
+
+// What a linear layer adds to x W^T before its bias: nothing, an update by A, B and scaling, or one for each line.
+enum Update { NO_UPDATE, LOW_RANK, OF_LINES };
+
+// A linear layer for inputs of `in` numbers: the weight [out, in], of any type; what its update consists of; its bias.
+//
+// A weight of four bits is codes with, of NF4, absmax, in float32 or as bytes with their own codes, absmax and offset;
+// and of INT4 scales and zeros.
+Linear next_linear(Arguments &arguments, long in, int update, bool has_bias) {
+    const Tensor weight = arguments.next();
+    Linear linear;
+    linear.in = in;
+    if (weight.is("uint8")) {
+        const Tensor scales = arguments.next();
+        const long numbers = 2 * weight.numbers();
+        linear.out = numbers / in;
+        if (scales.is("float16")) {
+            const uint8_t *zeros = arguments.next().bytes();
+            linear.weight = {weight.data, in, 1, Type::INT4, scales.data, zeros, numbers / scales.numbers()};
+        } else {
+            const void *absmax = scales.data;
+            if (scales.is("uint8")) {
+                const Tensor codes = arguments.next(), outer = arguments.next(), offset = arguments.next();
+                linear.absmax = nested_absmax(scales.bytes(), scales.numbers(), codes.floats(), outer.floats(), offset.number());
+                absmax = linear.absmax.get();
+            }
+            linear.weight = {weight.data, in, 1, Type::NF4, absmax, nullptr, Nf4::BLOCK};
+        }
+    } else {
+        linear.out = weight.size(0);
+        linear.weight = weight.matrix();
+    }
+    if (update == LOW_RANK) {
+        const Tensor a = arguments.next(), b = arguments.next();
+        linear.rank = a.size(0), linear.a = a.matrix(), linear.b = b.matrix();
+        linear.scaling = arguments.next().number();
+    } else if (update == OF_LINES) {
+        const Tensor a = arguments.next(), b = arguments.next();
+        linear.lines = row_updates_of(a, b, arguments.next());
+    }
+    if (has_bias) linear.bias = floats_of(arguments.next());
+    return linear;
+}
+
+// See Operators.cached_layers in operators.py: x, parts, eps, cos, sin, rows, begins, `first` of each window, parameters
+int layers_on_new_tokens(Arguments arguments, Multiply multiply) {
+    const Tensor x = arguments.next(), parts = arguments.next();
+    const float eps = arguments.next().number();
+    const Tensor cos = arguments.next(), sin = arguments.next(), rows = arguments.next(), begins = arguments.next();
+    constexpr long PARTS = 17;  // of a layer
+    const int32_t *part = parts.ints();
+    const long tokens = x.size(0), hidden = x.size(1), real = real_rows(x), count = *part++;
+    int windows = 0;
+    for (long i = 0; i < count; i++) windows = std::max(windows, part[i * PARTS] + 1);
+    std::vector<Tensor> first;
+    while (windows-- > 0) first.push_back(arguments.next());
+    const std::vector<float> ones(cos.size(1), 1.0f), zeros(cos.size(1), 0.0f);  // of a layer that does not rotate
+    const float *from = x.floats();
+    float *to = arguments.last().floats();
+    for (long i = 0; i < count; i++, from = to) {
+        Layer layer;
+        layer.multiply = multiply, layer.eps = eps;
+        Attention attention;
+        attention.first = first[part[0]].ints();
+        attention.batch = first[part[0]].size(0), attention.seq = first[part[0]].size(1);
+        attention.dim = cos.size(1);
+        attention.cos = part[1] ? cos.floats() : ones.data(), attention.sin = part[1] ? sin.floats() : zeros.data();
+        attention.table_row = part[1] ? cos.size(0) / tokens * attention.dim : 0;
+        layer.input_norm = floats_of(arguments.next()), layer.post_norm = floats_of(arguments.next());
+        if (part[2]) layer.q_norm = floats_of(arguments.next()), layer.k_norm = floats_of(arguments.next());
+        part += 3;
+        const auto linear = [&](long in) {
+            part += 2;
+            return next_linear(arguments, in, part[-2], part[-1]);
+        };
+        layer.q = linear(hidden), layer.k = linear(hidden), layer.v = linear(hidden), layer.o = linear(layer.q.out);
+        layer.gate = linear(hidden), layer.up = linear(hidden), layer.down = linear(layer.gate.out);
+        for (const Linear *each : {&layer.q, &layer.k, &layer.v, &layer.o, &layer.gate, &layer.up, &layer.down})
+            if (!each->lines.exist()) return 1;
+        attention.heads = layer.q.out / attention.dim, attention.kv_heads = layer.k.out / attention.dim;
+        const Tensor keys = arguments.next(), values = arguments.next();
+        layer(from, tokens, real, attention, keys.floats(), values.floats(), begins.ints(),
+              slots_of(attention, rows, begins), to);
+    }
+    return 0;
 }
 
 // rate and decay [n] or [], and the numbers of Step [7]
@@ -259,20 +359,9 @@ OPERATOR(row_updates) {
     Arguments arguments = ARGUMENTS;
     const Tensor y = arguments.next(), x = arguments.next(), a = arguments.next(), b = arguments.next();
     const Tensor choice = arguments.next(), sum = arguments.next();
-    const long tokens = x.size(0) / choice.size(0), in = x.size(1), out = y.size(1), rank = a.size(1);
-    for (long line = 0; line < choice.size(0); line++)
-        if (choice.ints()[line] < 0 || choice.ints()[line] >= a.size(0)) return 1;
-    const auto add = [&](long line) {
-        const long place = choice.ints()[line], first = line * tokens;
-        const Numbers low(new float[tokens * rank]);
-        const Matrix factor{a.floats() + place * rank * in, in, 1}, other{b.floats() + place * rank * out, out, 1};
-        product({{{x.floats() + first * in, in, 1}, factor.transposed(), in}}, tokens, rank, nullptr, 0, low.get());
-        const float *from = y.floats() + first * out;
-        float *to = sum.floats() + first * out;
-        if (tokens > FEW_ROWS) return product({{{low.get(), rank, 1}, other, rank}}, tokens, out, from, out, to);
-        for (long i = 0; i < tokens; i++) add_rows(from + i * out, low.get() + i * rank, other.floats(), rank, out, to + i * out);
-    };
-    Threads::shared().run(choice.size(0), add);
+    const RowUpdates updates = row_updates_of(a, b, choice);
+    if (!updates.exist()) return 1;
+    updates(y.floats(), x.floats(), x.size(0), x.size(1), y.size(1), sum.floats());
     return 0;
 }
 
@@ -413,9 +502,10 @@ OPERATOR(cached_attention) {
     const Tensor cos = arguments.next(), sin = arguments.next(), first = arguments.next();
     const Tensor rows = arguments.next(), begins = arguments.next(), out = arguments.next();
     const Attention a = attention_of(q, k, v, cos, sin, first);
-    std::vector<long> slots(a.batch);
-    for (long line = 0; line < a.batch; line++)
-        slots[line] = rows.ints()[line * a.kv_heads * a.seq] - begins.ints()[line * a.kv_heads];
-    lora_ms::cached_attention(a, keys.floats(), values.floats(), begins.ints(), slots, out.floats());
+    lora_ms::cached_attention(a, keys.floats(), values.floats(), begins.ints(), slots_of(a, rows, begins), out.floats());
     return 0;
 }
+
+// Layers of a decoder on new tokens.
+OPERATOR(cached_layers) { return layers_on_new_tokens(ARGUMENTS, product); }
+OPERATOR(cached_layers_bfloat16) { return layers_on_new_tokens(ARGUMENTS, product_bfloat16); }
