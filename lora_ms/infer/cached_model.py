@@ -8,10 +8,11 @@ import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 from numpy.typing import NDArray
 
-from lora_ms.infer.whole_layers import WholeLayers, known_layers
+from lora_ms.infer.whole_layers import WholeLayers
 from lora_ms.nn import sharing
 from lora_ms.nn.graph import Graph
 from lora_ms.nn.kv_cache import KVCache
+from lora_ms.nn.linear import known_layers
 from lora_ms.nn.sharing import Place, kind_of, parameters_of
 
 PIECE = 64  # tokens of a prompt that are read at a time while others wait
@@ -185,7 +186,7 @@ class CachedModel:
             operators=model.operators,
         )
         layers, windows = list(model.model.layers), c.window_indices
-        known = known_layers(layers, model.operators)
+        known = None if model.operators.cached_layers is None else known_layers(layers)
         shares_graphs = known is None and model.operators.lends_memory and len(layers) >= sharing.SHARED_FROM
         # the first layer that is in no block: none, where it can be, as each that is compiled besides takes its time
         top = len(layers) // BLOCK_LAYERS * BLOCK_LAYERS if shares_graphs else 0

@@ -30,8 +30,8 @@ class WholeLayers(nn.Cell):
         parts: list[int] = []
         parameters: list[Parameter] = []
         for i, (known, window) in enumerate(zip(operands, windows, strict=True)):
-            parts += [window, *known.parts]
-            parameters += [*known.parameters, *cache.of_layer(i)]
+            parts += known.parts(window)
+            parameters += [*known.parameters(), *cache.of_layer(i)]
         self.layers = nn.CellList(list(layers), auto_prefix=False)  # have the parameters
         self.parts = Tensor(np.array([len(layers), *parts], np.int32))
         self.parameters = ParameterTuple(parameters)
@@ -39,11 +39,3 @@ class WholeLayers(nn.Cell):
 
     def construct(self, x: Tensor, context: tuple) -> Tensor:
         return self.whole(x, self.parts, self.parameters, context[:5], context[5:7], context[7:])
-
-
-def known_layers(layers: Sequence[nn.Cell], operators: Operators) -> list[LayerOperands] | None:
-    """Those of all layers; None: there is no such operator, or adapters have changed more than it knows."""
-    if operators.cached_layers is None:
-        return None
-    found = [layer.operands() for layer in layers]
-    return None if None in found else found

@@ -20,7 +20,7 @@ from lora_ms.nn.layers import (
     dense_projections,
     inside,
 )
-from lora_ms.nn.linear import UPDATES, LayerOperands, operands_of
+from lora_ms.nn.linear import LayerOperands, operands_of
 from lora_ms.nn.parallel import WHOLE, Shard
 from lora_ms.nn.rope import RotaryTables, rotation_of
 from lora_ms.ops import PORTABLE, Operators
@@ -114,6 +114,7 @@ class DecoderLayer(nn.Cell):
     ):
         super().__init__()
         c = config
+        self.shared = shard.count > 1
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype, operators)
         self.self_attn = Attention(
             hidden_size=c.hidden_size,
@@ -168,19 +169,13 @@ class DecoderLayer(nn.Cell):
         return x + self.mlp.contract(gate, up)
 
     def operands(self) -> LayerOperands | None:
-        """What ``Operators.cached_layers`` is told to compute ``cached``; None: adapters have changed more than it
-        knows."""
+        """What it consists of; None: adapters have changed more than linear layers, or other ranks have parts of it."""
         attention, mlp = self.self_attn, self.mlp
         four, three = attention.operands(), operands_of((mlp.gate_proj, mlp.up_proj, mlp.down_proj))
-        norms = [self.input_layernorm, self.post_attention_layernorm]
-        if four is None or three is None or not all(type(norm) is RMSNorm for norm in norms):
+        norms = [self.input_layernorm, self.post_attention_layernorm, *attention.norms()]
+        if self.shared or four is None or three is None or not all(type(norm) is RMSNorm for norm in norms):
             return None
-        parts = [int(attention.rotates), int(attention.qk_norm)]
-        parameters = [norm.weight for norm in (*norms, *attention.norms())]
-        for each in four + three:
-            parts += [UPDATES.index(each.update), int(each.has_bias)]
-            parameters += each.parameters
-        return LayerOperands(parts, parameters, self.input_layernorm.eps)
+        return LayerOperands(attention.rotates, [norm.weight for norm in norms], four + three, self.input_layernorm.eps)
 
     def cached(self, x: Tensor, rope: tuple, visible: Visibility, cache: tuple) -> Tensor:
         """New tokens only; see ``Attention.mix_cached``."""

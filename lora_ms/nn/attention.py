@@ -79,7 +79,7 @@ class Attention(nn.Cell):
 
     def operands(self) -> list[Operands] | None:
         """Of q, k, v and o; None: there is more to it than these and the norms."""
-        if type(self.prefix) is not KeysAndValues or not all(type(norm) is RMSNorm for norm in self.norms()):
+        if type(self.prefix) is not KeysAndValues:
             return None
         return operands_of((self.q_proj, self.k_proj, self.v_proj, self.o_proj))
 

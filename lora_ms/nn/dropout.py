@@ -49,6 +49,10 @@ class Draws(nn.Cell):
         self.number = Parameter(Tensor([number], ms.int32), f"draws.{number}", requires_grad=False)
         self.table = table
 
+    def place(self) -> tuple[int, int]:
+        """Its row in the table that it follows, and where in it the numbers of the columns begin."""
+        return int(self.number.asnumpy()[0]), self.split + self.first
+
     def unfollow(self) -> None:
         """Stops following the table."""
         if self.followed:

@@ -9,6 +9,7 @@ causal mask that nothing sees, and keep nothing but what they return.
 Every class takes the path of the compiled library first.
 """
 
+import itertools
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -499,6 +500,44 @@ class CachedLayers(nn.Cell):
     ) -> Tensor:
         inputs = (x, parts, self.eps, rope[2], rope[3])
         return self.layers(*inputs, *places, *visible, *parameters)
+
+
+class TrainedLayers(nn.Cell):
+    """Layers of a decoder and their gradient, by ``Operators.trained_layers``: what their cells compute, to the bit.
+
+    What ``keeping`` keeps is in memory of its own, beside MindSpore's, until ``backward`` takes it.
+
+    factors: numbers of all factors' gradients.
+    """
+
+    NUMBERS = itertools.count()
+
+    def __init__(self, library: str, rounding: str, eps: float, factors: int):
+        super().__init__()
+        self.eps = Tensor([eps], ms.float32)
+        self.number = Tensor([next(self.NUMBERS)], ms.int32)  # whose memory it is
+
+        def gradients(x, *_):
+            return list(x), [factors]
+
+        self.forward = operator(library, f"layers{rounding}", _like_first)
+        self.keep = operator(library, f"kept_layers{rounding}", _like_first)
+        self.gradients = ops.Custom(f"{library}:layers_gradient{rounding}", gradients, (ms.float32, ms.float32), "aot")
+
+    def construct(self, x: Tensor, about: tuple, draws: tuple, parameters: tuple) -> Tensor:
+        return self.forward(*self.inputs(x, about, draws), *about[2], *parameters)
+
+    def keeping(self, x: Tensor, about: tuple, draws: tuple, parameters: tuple) -> Tensor:
+        """The same; it keeps what ``backward`` needs."""
+        return self.keep(*self.inputs(x, about, draws), *about[2], *parameters)
+
+    def backward(self, x: Tensor, about: tuple, draws: tuple, parameters: tuple, back: tuple) -> tuple[Tensor, Tensor]:
+        """back: d output and wanted; the gradients of x and of the factors."""
+        return self.gradients(*self.inputs(x, about, draws), *back, *about[2], *parameters)
+
+    def inputs(self, x: Tensor, about: tuple, draws: tuple) -> tuple:
+        """What the three take first."""
+        return (x, about[0], self.eps, about[1][2], about[1][3], draws[0], draws[1], self.number)
 
 
 class HeadProduct(nn.Cell):

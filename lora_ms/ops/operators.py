@@ -97,13 +97,20 @@ class Operators:
     begins [b * n_kv] int32, the rows where their heads begin)), for all lines of the cache in their order, or fewer."""
     cached_layers: Callable[[float], nn.Cell] | None
     """None, or eps of all norms -> cell, without a gradient: (x [t, h] of new tokens, parts int32, parameters, rope,
-    ``cached_attention``'s rows and begins, its ``visible`` of each window …) -> layers of a decoder on x [t, h].
+    ``cached_attention``'s rows and begins, its ``visible`` of each window) -> layers of a decoder on x [t, h].
 
-    parts: the number of layers; then of each its window's index, whether it rotates, whether it normalises queries and
-    keys, and of q, k, v, o, gate, up and down the update (an index of ``nn.linear.UPDATES``) and whether it has a bias.
+    parts: the number of layers; then of each what ``nn.linear.LayerOperands.parts`` has, where nothing is dropped out.
+    parameters, of each layer: its own, and the cache's keys and values."""
+    trained_layers: Callable[[float, int], nn.Cell] | None
+    """None, or eps of all norms, numbers of all factors that train -> cell, without a gradient of its own: (x [t, h],
+    about, draws, parameters) -> layers of a decoder on x [t, h].
 
-    parameters, of each layer: the norms' weights, those of queries and keys after the others; those of these seven
-    (``nn.linear.Operands``); the cache's keys and values."""
+    about: parts as above, rope, ``attention``'s ``visible`` of each window. draws: a table of numbers for dropout
+    and, of each linear layer, its rate and 1 / (1 - rate), float32. parameters: of each layer, its own.
+
+    Its ``keeping`` gives the same, and keeps what its ``backward`` needs, once: (…, (d output, wanted)) -> the
+    gradients of x, zero where it has none, and of the factors that train [factors], A and B of each layer's linear
+    layers in their order. wanted [2] int32: the first half-layer that has a gradient, and whether x has one."""
     head_product: Callable[[], nn.Cell]
     """(hidden [c, h], head [v, h]) -> logits [c, v] float32; without a gradient."""
     head_product_back: Callable[[], nn.Cell]
@@ -169,6 +176,7 @@ PORTABLE = Operators(
     reads_used_slots=False,
     cached_attention=_no_flash(portable.CachedAttention),
     cached_layers=None,
+    trained_layers=None,
     head_product=portable.HeadProduct,
     head_product_back=portable.HeadProductBack,
     cross_entropy=portable.CrossEntropy,
@@ -225,6 +233,7 @@ def _native(library: str, rounding: str) -> Operators:
         reads_used_slots=True,
         cached_attention=_unsized(partial(native.CachedAttention, library)),
         cached_layers=partial(native.CachedLayers, library, rounding),
+        trained_layers=partial(native.TrainedLayers, library, rounding),
         head_product=partial(native.HeadProduct, library, rounding),
         head_product_back=partial(native.HeadProductBack, library, rounding),
         cross_entropy=partial(native.CrossEntropy, library, rounding),

@@ -19,7 +19,7 @@ from typing import Any
 
 import mindspore as ms
 from google.protobuf.message import DecodeError
-from mindspore import Tensor, nn
+from mindspore import Tensor
 from mindspore.nn.cell import _cell_graph_executor
 from mindspore.train import mind_ir_pb2
 
@@ -148,9 +148,9 @@ class GraphCache:
         used = parameters_of(written)
         return used is not None and used <= name.parameters.keys() and not sources_changed()
 
-    def _name(self, cell: nn.Cell, inputs: tuple[Any, ...]) -> GraphName | None:
+    def _name(self, cell: Graph, inputs: tuple[Any, ...]) -> GraphName | None:
         """None: this graph is compiled without the store."""
-        if self.store is None or ENABLE in os.environ or ms.get_context("enable_compile_cache"):
+        if self.store is None or not cell.stored or ENABLE in os.environ or ms.get_context("enable_compile_cache"):
             return None
         if ms.get_context("enable_graph_kernel"):  # fused kernels are in a folder of their own
             return None

@@ -14,6 +14,7 @@ from lora_ms.data.loader import DataPlan
 from lora_ms.nn.graph import Graph
 from lora_ms.runtime.device import Runtime
 from lora_ms.train.callbacks import EvaluationRecord
+from lora_ms.train.joined_layers import joined_layers
 from lora_ms.train.parts import ROTARY_TABLES, HalfLayers, LayerInputs, ModelParts, SummedLoss
 from lora_ms.train.shared_layers import SharedLayers
 
@@ -103,7 +104,8 @@ class LabelScores:
     def __init__(self, loss: SummedLoss):
         parts = ModelParts(loss.model)
         self.inputs = LayerInputs(loss.model.model)
-        self.shared = SharedLayers(parts, [True] * len(parts.half_layers))
+        joined = joined_layers(loss.model, parts, trains=False)
+        self.shared = joined or SharedLayers(parts, [True] * len(parts.half_layers))
         self.top = self.TOP(parts.half_layers[self.shared.top :], loss)
 
     def __call__(

@@ -27,6 +27,7 @@ from mindspore import Parameter, Tensor, ops
 from lora_ms.errors import LoraMsError
 from lora_ms.nn import sharing
 from lora_ms.nn.graph import Graph
+from lora_ms.train.joined_layers import JoinedLayers, joined_layers
 from lora_ms.train.parts import (
     EmbeddingGradients,
     LayerInputs,
@@ -81,7 +82,7 @@ class MicroStep(Graph):
         layers = recomputed_layers(recompute, count)
         shares_graphs = (loss.model.operators.lends_memory and count >= sharing.SHARED_FROM) or len(layers) == count
         self.is_whole = not layers and not shares_graphs
-        self.shared: SharedLayers | None = None
+        self.shared: SharedLayers | JoinedLayers | None = None
         self.prepared: set[tuple] = set()  # shapes of batches
         if self.is_whole:
             self.whole = LossGradients(loss, scale, optimizer.params, of_input=False)
@@ -90,7 +91,8 @@ class MicroStep(Graph):
         parts = ModelParts(loss.model, optimizer.params)
         recomputed = [i // 2 in layers for i in range(2 * count)]
         self.lowest = parts.lowest_half_layer
-        self.shared = SharedLayers(parts, recomputed) if shares_graphs else None
+        joined = None if layers else joined_layers(loss.model, parts, trains=True)
+        self.shared = joined or (SharedLayers(parts, recomputed) if shares_graphs else None)
         first = 0 if self.shared is None else self.shared.top  # the first half-layer that is in no block
         self.inputs = LayerInputs(decoder)
         self.top = TopGradients(
@@ -126,7 +128,12 @@ class MicroStep(Graph):
         return self._in_shared_graphs(self.shared, *batch)
 
     def _in_shared_graphs(
-        self, shared: SharedLayers, input_ids: Tensor, position_ids: Tensor, target_index: Tensor, *ends: Tensor
+        self,
+        shared: SharedLayers | JoinedLayers,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        target_index: Tensor,
+        *ends: Tensor,
     ) -> Tensor:
         """ends: targets, further arrays …"""
         x, rope, visible = self.inputs.by_layer(self.inputs(input_ids, position_ids))

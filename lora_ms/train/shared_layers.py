@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Protocol
 
 from mindspore import Parameter, Tensor, nn, ops
 
@@ -67,6 +67,19 @@ class BlockGraphs:
         self.place = Place(parameters_of(members))
 
 
+class LayerBlock(Protocol):
+    """Some layers, one after another; ``visible`` is of all layers of the model."""
+
+    def forward(self, x: Tensor, rope: Sequence[Tensor], visible: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """What is kept for the gradient …, and the output."""
+
+    def backward(
+        self, grad: Tensor, rope: Sequence[Tensor], visible: Sequence[Tensor], kept: Sequence[Tensor]
+    ) -> tuple[Tensor, ...]:
+        """kept: the input, and what ``forward`` gave besides its output. Returns d x, and the gradients of what trains,
+        if anything does."""
+
+
 class Block:
     """A block: the graphs that it runs in, and the parameters that it runs them with.
 
@@ -105,7 +118,7 @@ class SharedLayers:
     def __init__(self, parts: ModelParts, recomputed: Sequence[bool]):
         size = self.size = 2 * BLOCK_LAYERS  # half-layers of a block
         self.top = 2 * layers_in_blocks(len(parts.half_layers) // 2, BLOCK_LAYERS)
-        self.blocks: list[Block] = []
+        self.blocks: list[LayerBlock] = []
         kinds: dict[Any, BlockGraphs] = {}
         for first in range(0, self.top, size):
             here = slice(first, first + size)

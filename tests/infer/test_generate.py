@@ -112,7 +112,7 @@ def test_prompts_of_several_pieces_and_fewer_rows(qwen2):
 def test_layers_that_share_graphs_answer_as_one_graph_does(native, windows, monkeypatch):
     """Eight layers are two blocks of three, and the top; afterwards every layer has its own weights again."""
     monkeypatch.setattr(sharing, "SHARED_FROM", 8)
-    monkeypatch.setattr(cached_model, "known_layers", lambda *_: None)  # as of layers with adapters of another kind
+    monkeypatch.setattr(cached_model, "known_layers", lambda layers: None)  # as of layers with adapters of another kind
     sizes = DecoderConfig(
         vocab_size=60, hidden_size=16, intermediate_size=24, num_hidden_layers=8, num_attention_heads=4,
         num_key_value_heads=2, head_dim=4, rms_norm_eps=1e-5, rope_theta=1e4, tie_word_embeddings=True,

@@ -109,7 +109,7 @@ def answers(model: CausalLM, rows: int, monkeypatch, plain: bool) -> list[np.nda
     """Logits and hidden states of pieces of prompts in two lines, and logits of tokens of all."""
     with monkeypatch.context() as patched:
         if not plain:
-            patched.setattr(cached_model, "known_layers", lambda *_: None)
+            patched.setattr(cached_model, "known_layers", lambda layers: None)
         graphs = CachedModel(model.set_train(False), rows, 64, 16)
     assert isinstance(graphs.top.layers, WholeLayers) is plain
     rng = np.random.default_rng(1)

@@ -305,7 +305,7 @@ class LoRADense(AdapterCell):
         found = self.base.operands()
         if found is None or type(self) is not LoRADense or self.has_lora_bias or self.compute_dtype is not None:
             return None
-        return found.updated("low rank", self.lora_a, self.lora_b, self.scaling)
+        return found.updated("low rank", self.lora_a, self.lora_b, self.scaling, dropout=self.lora_dropout)
 
     def whole_weight(self) -> Tensor:
         """``W + scaling B A`` [out, in] float32 in the graph: for the head, whose product the loss forms in chunks."""

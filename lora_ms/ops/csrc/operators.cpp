@@ -4,7 +4,9 @@
 // attention.h.
 
 #include <memory>
+#include <mutex>
 #include <optional>
+#include <unordered_map>
 
 #include "attention.h"
 #include "bfloat16.h"
@@ -49,6 +51,9 @@ class Arguments {
 
     // The last output.
     Tensor last() const { return tensor(count_ - 1); }
+
+    // Output i of `outputs`.
+    Tensor output(int outputs, int i) const { return tensor(count_ - outputs + i); }
 
     // How many tensors are left before the last `outputs`.
     int inputs_left(int outputs) const { return count_ - outputs - at_; }
@@ -120,14 +125,6 @@ void end_with_zeros(const Tensor &y, long rows) {
     std::fill_n(y.floats() + rows * y.size(1), (y.size(0) - rows) * y.size(1), 0.0f);
 }
 
-// x [tokens, n], dropped out into `memory` where there is a dropout.
-Matrix dropped(const std::optional<Dropout> &dropout, Matrix x, long tokens, long n, Numbers &memory) {
-    if (!dropout) return x;
-    memory.reset(new float[tokens * n]);
-    (*dropout)(x.floats(), tokens, n, memory.get());
-    return {memory.get(), n, 1};
-}
-
 // q [t, n_h * d]; k, v [t, n_kv * d]; cos, sin [t * n, d], of whose n equal rows for a token one is read; first [b, s]
 Attention attention_of(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor first) {
     const long dim = cos.size(1), tokens = q.size(0);
@@ -166,86 +163,225 @@ Numbers floats_of(const Tensor &vector) {
 // What a linear layer adds to x W^T before its bias: nothing, an update by A, B and scaling, or one for each line.
 enum Update { NO_UPDATE, LOW_RANK, OF_LINES };
 
-// A linear layer for inputs of `in` numbers: the weight [out, in], of any type; what its update consists of; its bias.
-//
-// A weight of four bits is codes with, of NF4, absmax, in float32 or as bytes with their own codes, absmax and offset;
-// and of INT4 scales and zeros.
-Linear next_linear(Arguments &arguments, long in, int update, bool has_bias) {
-    const Tensor weight = arguments.next();
-    Linear linear;
-    linear.in = in;
-    if (weight.is("uint8")) {
-        const Tensor scales = arguments.next();
-        const long numbers = 2 * weight.numbers();
-        linear.out = numbers / in;
-        if (scales.is("float16")) {
-            const uint8_t *zeros = arguments.next().bytes();
-            linear.weight = {weight.data, in, 1, Type::INT4, scales.data, zeros, numbers / scales.numbers()};
-        } else {
-            const void *absmax = scales.data;
-            if (scales.is("uint8")) {
-                const Tensor codes = arguments.next(), outer = arguments.next(), offset = arguments.next();
-                linear.absmax = nested_absmax(scales.bytes(), scales.numbers(), codes.floats(), outer.floats(), offset.number());
-                absmax = linear.absmax.get();
-            }
-            linear.weight = {weight.data, in, 1, Type::NF4, absmax, nullptr, Nf4::BLOCK};
-        }
-    } else {
-        linear.out = weight.size(0);
-        linear.weight = weight.matrix();
+// Layers as operators take them; see Operators.cached_layers in operators.py.
+class Layers {
+  public:
+    // x, parts, eps, cos, sin and, after `others` more tensors, `first` of each window; then the layers' parameters.
+    Layers(const Arguments &arguments, Multiply multiply, int others) : arguments_(arguments), multiply_(multiply) {
+        x_ = next_tensor();
+        const Tensor parts = next_tensor();
+        part_ = parts.ints();
+        count_ = *part_++;
+        int windows = 0;
+        for (long i = 0; i < count_; i++) windows = std::max(windows, part_[i * PARTS] + 1);
+        eps_ = next_tensor().number();
+        cos_ = next_tensor(), sin_ = next_tensor();
+        while (others-- > 0) others_.push_back(next_tensor());
+        while (windows-- > 0) first_.push_back(next_tensor());
+        ones_.assign(cos_.size(1), 1.0f), zeros_.assign(cos_.size(1), 0.0f);
     }
-    if (update == LOW_RANK) {
-        const Tensor a = arguments.next(), b = arguments.next();
-        linear.rank = a.size(0), linear.a = a.matrix(), linear.b = b.matrix();
-        linear.scaling = arguments.next().number();
-    } else if (update == OF_LINES) {
-        const Tensor a = arguments.next(), b = arguments.next();
-        linear.lines = row_updates_of(a, b, arguments.next());
-    }
-    if (has_bias) linear.bias = floats_of(arguments.next());
-    return linear;
-}
 
-// See Operators.cached_layers in operators.py: x, parts, eps, cos, sin, rows, begins, `first` of each window, parameters
-int layers_on_new_tokens(Arguments arguments, Multiply multiply) {
-    const Tensor x = arguments.next(), parts = arguments.next();
-    const float eps = arguments.next().number();
-    const Tensor cos = arguments.next(), sin = arguments.next(), rows = arguments.next(), begins = arguments.next();
-    constexpr long PARTS = 17;  // of a layer
-    const int32_t *part = parts.ints();
-    const long tokens = x.size(0), hidden = x.size(1), real = real_rows(x), count = *part++;
-    int windows = 0;
-    for (long i = 0; i < count; i++) windows = std::max(windows, part[i * PARTS] + 1);
-    std::vector<Tensor> first;
-    while (windows-- > 0) first.push_back(arguments.next());
-    const std::vector<float> ones(cos.size(1), 1.0f), zeros(cos.size(1), 0.0f);  // of a layer that does not rotate
-    const float *from = x.floats();
-    float *to = arguments.last().floats();
-    for (long i = 0; i < count; i++, from = to) {
+    int count() const { return count_; }
+    const Tensor &x() const { return x_; }
+    const Tensor &other(int i) const { return others_[i]; }
+    Tensor next_tensor() { return arguments_.next(); }
+
+    // The next one. Its numbers of dropout are in `draws` [places, n], whose columns begin at the part's last number.
+    Layer next(const Tensor *draws = nullptr, const float *rate = nullptr) {
+        const long hidden = x_.size(1), tokens = x_.size(0);
+        const int32_t *part = part_;
+        part_ += PARTS;
         Layer layer;
-        layer.multiply = multiply, layer.eps = eps;
-        Attention attention;
-        attention.first = first[part[0]].ints();
-        attention.batch = first[part[0]].size(0), attention.seq = first[part[0]].size(1);
-        attention.dim = cos.size(1);
-        attention.cos = part[1] ? cos.floats() : ones.data(), attention.sin = part[1] ? sin.floats() : zeros.data();
-        attention.table_row = part[1] ? cos.size(0) / tokens * attention.dim : 0;
-        layer.input_norm = floats_of(arguments.next()), layer.post_norm = floats_of(arguments.next());
-        if (part[2]) layer.q_norm = floats_of(arguments.next()), layer.k_norm = floats_of(arguments.next());
-        part += 3;
+        layer.multiply = multiply_, layer.eps = eps_;
+        Attention &attention = layer.attention;
+        const Tensor &first = first_[*part++];
+        attention.first = first.ints(), attention.batch = first.size(0), attention.seq = first.size(1);
+        attention.dim = cos_.size(1);
+        const bool rotates = *part++;
+        attention.cos = rotates ? cos_.floats() : ones_.data(), attention.sin = rotates ? sin_.floats() : zeros_.data();
+        attention.table_row = rotates ? cos_.size(0) / tokens * attention.dim : 0;
+        layer.input_norm = floats_of(next_tensor()), layer.post_norm = floats_of(next_tensor());
+        if (*part++) layer.q_norm = floats_of(next_tensor()), layer.k_norm = floats_of(next_tensor());
         const auto linear = [&](long in) {
-            part += 2;
-            return next_linear(arguments, in, part[-2], part[-1]);
+            Linear found = next_linear(in, part[0], part[1]);
+            if (draws && part[2] >= 0) {
+                const float *row = draws->floats() + part[2] * draws->size(1);
+                found.dropout = Dropout{row, row + part[3], rate[0], rate[1]};
+            }
+            part += 4;
+            rate += rate ? 2 : 0;
+            return found;
         };
         layer.q = linear(hidden), layer.k = linear(hidden), layer.v = linear(hidden), layer.o = linear(layer.q.out);
         layer.gate = linear(hidden), layer.up = linear(hidden), layer.down = linear(layer.gate.out);
+        attention.heads = layer.q.out / attention.dim, attention.kv_heads = layer.k.out / attention.dim;
+        return layer;
+    }
+
+  private:
+    static constexpr long PARTS = 3 + 7 * 4;  // numbers of a layer
+
+    // A linear layer for inputs of `in` numbers: the weight [out, in], of any type; what its update consists of; its bias.
+    //
+    // A weight of four bits is codes with, of NF4, absmax, in float32 or as bytes with their own codes, absmax and
+    // offset; and of INT4 scales and zeros.
+    Linear next_linear(long in, int update, bool has_bias) {
+        const Tensor weight = next_tensor();
+        Linear linear;
+        linear.in = in;
+        if (weight.is("uint8")) {
+            const Tensor scales = next_tensor();
+            const long numbers = 2 * weight.numbers();
+            linear.out = numbers / in;
+            if (scales.is("float16")) {
+                const uint8_t *zeros = next_tensor().bytes();
+                linear.weight = {weight.data, in, 1, Type::INT4, scales.data, zeros, numbers / scales.numbers()};
+            } else {
+                const void *absmax = scales.data;
+                if (scales.is("uint8")) {
+                    const Tensor codes = next_tensor(), outer = next_tensor(), offset = next_tensor();
+                    linear.absmax = nested_absmax(scales.bytes(), scales.numbers(), codes.floats(), outer.floats(),
+                                                  offset.number());
+                    absmax = linear.absmax.get();
+                }
+                linear.weight = {weight.data, in, 1, Type::NF4, absmax, nullptr, Nf4::BLOCK};
+            }
+        } else {
+            linear.out = weight.size(0);
+            linear.weight = weight.matrix();
+        }
+        if (update == LOW_RANK) {
+            const Tensor a = next_tensor(), b = next_tensor();
+            linear.rank = a.size(0), linear.a = a.matrix(), linear.b = b.matrix();
+            linear.scaling = next_tensor().number();
+        } else if (update == OF_LINES) {
+            const Tensor a = next_tensor(), b = next_tensor();
+            linear.lines = row_updates_of(a, b, next_tensor());
+        }
+        if (has_bias) linear.bias = floats_of(next_tensor());
+        return linear;
+    }
+
+    Arguments arguments_;
+    Multiply multiply_;
+    Tensor x_, cos_, sin_;
+    std::vector<Tensor> others_, first_;
+    const int32_t *part_;
+    int count_;
+    float eps_;
+    std::vector<float> ones_, zeros_;  // tables of a layer that does not rotate
+};
+
+// x, parts, eps, cos, sin, rows, begins, first …, of each layer its parameters, keys and values -> like x
+int layers_on_new_tokens(Arguments arguments, Multiply multiply) {
+    Layers layers(arguments, multiply, 2);
+    const Tensor &x = layers.x();
+    const long tokens = x.size(0), real = real_rows(x);
+    const float *from = x.floats();
+    float *to = arguments.last().floats();
+    Numbers memory;
+    for (long i = 0; i < layers.count(); i++, from = to) {
+        const Layer layer = layers.next();
         for (const Linear *each : {&layer.q, &layer.k, &layer.v, &layer.o, &layer.gate, &layer.up, &layer.down})
             if (!each->lines.exist()) return 1;
-        attention.heads = layer.q.out / attention.dim, attention.kv_heads = layer.k.out / attention.dim;
-        const Tensor keys = arguments.next(), values = arguments.next();
-        layer(from, tokens, real, attention, keys.floats(), values.floats(), begins.ints(),
-              slots_of(attention, rows, begins), to);
+        const Tensor keys = layers.next_tensor(), values = layers.next_tensor();
+        const long between = layer.between_numbers();
+        if (!memory) memory.reset(new float[tokens * (between + layer.spare_numbers())]);
+        const auto attend = [&](const Attention &attention, float *mixed) {
+            const std::vector<long> slots = slots_of(attention, layers.other(0), layers.other(1));
+            lora_ms::cached_attention(attention, keys.floats(), values.floats(), layers.other(1).ints(), slots, mixed);
+        };
+        layer(from, tokens, real, layer.between(memory.get(), tokens), memory.get() + tokens * between, attend, to);
     }
+    return 0;
+}
+
+constexpr long RATES = 2 * 7;  // of a layer: each one's rate of dropout, and 1 / (1 - rate)
+
+// What layers keep for their gradient, by the number that both operators are given: of each layer its Between and then,
+// but of the last one, its result. Here, and not in MindSpore's tensors, as it holds on to the last outputs of a graph,
+// and to the last inputs, until its next call: all would be there two or three times.
+class KeptLayers {
+  public:
+    static KeptLayers &all() {
+        static KeptLayers *kept = new KeptLayers();
+        return *kept;
+    }
+    void put(int number, std::vector<Numbers> layers) {
+        std::lock_guard<std::mutex> lock(mutex_);
+        layers_[number] = std::move(layers);
+    }
+    std::vector<Numbers> take(int number) {
+        std::lock_guard<std::mutex> lock(mutex_);
+        return std::exchange(layers_[number], {});
+    }
+
+  private:
+    std::mutex mutex_;
+    std::unordered_map<int, std::vector<Numbers>> layers_;
+};
+
+// x, parts, eps, cos, sin, draws, rates, number, first …, parameters -> like x.
+int layers_in_training(const Arguments &arguments, Multiply multiply, bool keeps) {
+    Layers layers(arguments, multiply, 3);
+    const Tensor &x = layers.x();
+    const long tokens = x.size(0), hidden = x.size(1), real = real_rows(x);
+    float *result = arguments.last().floats();
+    const float *from = x.floats();
+    const int number = *layers.other(2).ints();
+    KeptLayers::all().take(number);  // of a call whose gradient was not asked for
+    std::vector<Numbers> kept;
+    Numbers spare;
+    for (int i = 0; i < layers.count(); i++) {
+        const Layer layer = layers.next(&layers.other(0), layers.other(1).floats() + i * RATES);
+        const long between = layer.between_numbers();
+        if (i == 0) spare.reset(new float[tokens * layer.spare_numbers()]);
+        if (i == 0 || keeps) kept.emplace_back(new float[tokens * (between + hidden)]);
+        const Between all = layer.between(kept.back().get(), tokens);
+        float *to = keeps && i + 1 < layers.count() ? kept.back().get() + tokens * between : result;
+        const auto attend = [&](const Attention &attention, float *mixed) {
+            lora_ms::attention(attention, mixed, all.sums);
+        };
+        layer(from, tokens, real, all, spare.get(), attend, to);
+        from = to;
+    }
+    if (keeps) KeptLayers::all().put(number, std::move(kept));
+    return 0;
+}
+
+// x, parts, eps, cos, sin, draws, rates, number, d_y, wanted, first …, parameters -> d_x like x, and the gradients of all
+// factors from the lowest layer on that has one. wanted: the first half-layer that needs a gradient, and whether x does,
+// or d_x is zero.
+int gradient_of_layers(const Arguments &arguments, Multiply multiply) {
+    std::vector<Layers> layers{Layers(arguments, multiply, 5)};  // each stands before the layer of its number
+    const Tensor x = layers[0].x();
+    const int32_t *wanted = layers[0].other(4).ints();
+    const long tokens = x.size(0), hidden = x.size(1);
+    const int count = layers[0].count(), lowest = wanted[0] / 2;
+    std::vector<Numbers> kept = KeptLayers::all().take(*layers[0].other(2).ints());
+    if (static_cast<int>(kept.size()) != count) return 1;
+    float *d_x = arguments.output(2, 0).floats(), *d_factors = arguments.last().floats();
+    std::copy_n(layers[0].other(3).floats(), tokens * hidden, d_x);
+    Numbers spare;
+    long between = 0;
+    for (int i = 0; i < count; i++) {
+        layers.push_back(layers.back());
+        const Layer layer = layers.back().next();
+        between = tokens * layer.between_numbers();
+        if (i == 0) spare.reset(new float[tokens * layer.spare_numbers_back()]);
+        if (i >= lowest) d_factors += layer.factor_numbers();
+    }
+    for (int i = count; i-- > lowest; kept.pop_back()) {
+        const Layer layer = layers[i].next(&layers[i].other(0), layers[i].other(1).floats() + i * RATES);
+        const float *input = i == 0 ? x.floats() : kept[i - 1].get() + between;
+        const Between all = layer.between(kept[i].get(), tokens);
+        const bool last = i == lowest, feed_alone = last && wanted[0] % 2 == 1;
+        d_factors -= layer.factor_numbers();
+        const long real = without_zero_end({{{input, hidden, 1}, {}, hidden}}, tokens);
+        float *to = !last || wanted[1] ? d_x : nullptr;
+        layer.backward(input, all, d_x, tokens, real, feed_alone, spare.get(), to, d_factors);
+    }
+    if (!wanted[1]) std::fill_n(d_x, tokens * hidden, 0.0f);
     return 0;
 }
 
@@ -320,13 +456,8 @@ OPERATOR(adapted_product_gradient) {
     const Tensor scaling = arguments.next();
     const std::optional<Dropout> dropout = arguments.optional_dropout(3);
     const Tensor d_low = arguments.next(), d_a = arguments.next(), d_b = arguments.next();
-    const long out = d_y.size(1), in = x.size(1), rank = low.size(1);
-    low_product(d_y.matrix(), b.matrix(), d_y.size(0), out, rank, scaling.number(), d_low.floats());
-    const long tokens = real_rows(d_y);  // padding adds nothing to a sum
-    Numbers memory;
-    const Matrix seen = dropped(dropout, x.matrix(), tokens, in, memory);
-    product({{d_low.matrix().transposed(), seen, tokens}}, rank, in, nullptr, 0, d_a.floats());
-    product({{d_y.matrix().transposed(), low.matrix(), tokens}}, out, rank, nullptr, 0, d_b.floats());
+    factor_gradients(d_y.matrix(), x.matrix(), low.matrix(), b.matrix(), scaling.number(), dropout, d_y.size(0),
+                     x.size(1), d_y.size(1), low.size(1), d_low.floats(), d_a.floats(), d_b.floats());
     return 0;
 }
 
@@ -338,11 +469,8 @@ int input_gradient(Arguments arguments, Multiply multiply, Type type = Type::FLO
     const Tensor d_low = arguments.next(), a = arguments.next();
     const Dropout dropout = arguments.dropout();
     const Tensor d_x = arguments.next();
-    const long in = d_x.size(1), rank = d_low.size(1);
-    const Numbers update(new float[tokens * in]);
-    product({{d_low.matrix(), a.matrix(), rank}}, tokens, in, nullptr, 0, update.get());
-    dropout(update.get(), tokens, in, update.get());
-    multiply({{d_y.matrix(), weight, out}}, tokens, in, update.get(), in, d_x.floats());
+    dropped_gradient(d_y.matrix(), weight, d_low.matrix(), a.matrix(), dropout, tokens, d_x.size(1), out, d_low.size(1),
+                     multiply, d_x.floats());
     return 0;
 }
 
@@ -506,6 +634,12 @@ OPERATOR(cached_attention) {
     return 0;
 }
 
-// Layers of a decoder on new tokens.
+// Layers of a decoder on new tokens, and in training.
 OPERATOR(cached_layers) { return layers_on_new_tokens(ARGUMENTS, product); }
 OPERATOR(cached_layers_bfloat16) { return layers_on_new_tokens(ARGUMENTS, product_bfloat16); }
+OPERATOR(layers) { return layers_in_training(ARGUMENTS, product, false); }
+OPERATOR(layers_bfloat16) { return layers_in_training(ARGUMENTS, product_bfloat16, false); }
+OPERATOR(kept_layers) { return layers_in_training(ARGUMENTS, product, true); }
+OPERATOR(kept_layers_bfloat16) { return layers_in_training(ARGUMENTS, product_bfloat16, true); }
+OPERATOR(layers_gradient) { return gradient_of_layers(ARGUMENTS, product); }
+OPERATOR(layers_gradient_bfloat16) { return gradient_of_layers(ARGUMENTS, product_bfloat16); }
