@@ -505,7 +505,8 @@ class CachedLayers(nn.Cell):
 class TrainedLayers(nn.Cell):
     """Layers of a decoder and their gradient, by ``Operators.trained_layers``: what their cells compute, to the bit.
 
-    What ``keeping`` keeps is in memory of its own, beside MindSpore's, until ``backward`` takes it.
+    What ``keeping`` keeps for ``backward``, which must follow it, is in memory of its own, beside MindSpore's; all
+    share it, and it stays for the next call.
 
     factors: numbers of all factors' gradients.
     """
@@ -515,7 +516,7 @@ class TrainedLayers(nn.Cell):
     def __init__(self, library: str, rounding: str, eps: float, factors: int):
         super().__init__()
         self.eps = Tensor([eps], ms.float32)
-        self.number = Tensor([next(self.NUMBERS)], ms.int32)  # whose memory it is
+        self.number = Tensor([next(self.NUMBERS)], ms.int32)  # who has kept something
 
         def gradients(x, *_):
             return list(x), [factors]

@@ -4,9 +4,7 @@
 // attention.h.
 
 #include <memory>
-#include <mutex>
 #include <optional>
-#include <unordered_map>
 
 #include "attention.h"
 #include "bfloat16.h"
@@ -298,27 +296,32 @@ int layers_on_new_tokens(Arguments arguments, Multiply multiply) {
 
 constexpr long RATES = 2 * 7;  // of a layer: each one's rate of dropout, and 1 / (1 - rate)
 
-// What layers keep for their gradient, by the number that both operators are given: of each layer its Between and then,
-// but of the last one, its result. Here, and not in MindSpore's tensors, as it holds on to the last outputs of a graph,
-// and to the last inputs, until its next call: all would be there two or three times.
-class KeptLayers {
+// Memory that stays for the next call: to hand it out anew costs the system a thirtieth of a training step.
+class Room {
   public:
-    static KeptLayers &all() {
-        static KeptLayers *kept = new KeptLayers();
-        return *kept;
-    }
-    void put(int number, std::vector<Numbers> layers) {
-        std::lock_guard<std::mutex> lock(mutex_);
-        layers_[number] = std::move(layers);
-    }
-    std::vector<Numbers> take(int number) {
-        std::lock_guard<std::mutex> lock(mutex_);
-        return std::exchange(layers_[number], {});
+    float *of(long numbers) {
+        if (numbers > size_) memory_.reset();  // first: both need not be there at once
+        if (numbers > size_) memory_.reset(new float[size_ = numbers]);
+        return memory_.get();
     }
 
   private:
-    std::mutex mutex_;
-    std::unordered_map<int, std::vector<Numbers>> layers_;
+    Numbers memory_;
+    long size_ = 0;
+};
+
+// What layers keep for their gradient, which follows before other layers keep something: of each its Between and then,
+// but of the last one, its result. Here, and not in MindSpore's tensors, as it holds on to the last outputs of a graph,
+// and to the last inputs, until its next call: all would be there two or three times.
+struct Kept {
+    std::vector<Room> layers;
+    Room spare;
+    int owner = -1;  // the number of whose layers it is; -1 where the gradient has been found
+
+    static Kept &shared() {
+        static Kept *kept = new Kept();
+        return *kept;
+    }
 };
 
 // x, parts, eps, cos, sin, draws, rates, number, first …, parameters -> like x.
@@ -328,24 +331,22 @@ int layers_in_training(const Arguments &arguments, Multiply multiply, bool keeps
     const long tokens = x.size(0), hidden = x.size(1), real = real_rows(x);
     float *result = arguments.last().floats();
     const float *from = x.floats();
-    const int number = *layers.other(2).ints();
-    KeptLayers::all().take(number);  // of a call whose gradient was not asked for
-    std::vector<Numbers> kept;
-    Numbers spare;
+    Kept &kept = Kept::shared();
+    if (keeps) kept.owner = -1, kept.layers.resize(layers.count());
     for (int i = 0; i < layers.count(); i++) {
         const Layer layer = layers.next(&layers.other(0), layers.other(1).floats() + i * RATES);
         const long between = layer.between_numbers();
-        if (i == 0) spare.reset(new float[tokens * layer.spare_numbers()]);
-        if (i == 0 || keeps) kept.emplace_back(new float[tokens * (between + hidden)]);
-        const Between all = layer.between(kept.back().get(), tokens);
-        float *to = keeps && i + 1 < layers.count() ? kept.back().get() + tokens * between : result;
+        float *spare = kept.spare.of(tokens * (layer.spare_numbers() + (keeps ? 0 : between)));
+        float *own = keeps ? kept.layers[i].of(tokens * (between + hidden)) : spare + tokens * layer.spare_numbers();
+        const Between all = layer.between(own, tokens);
+        float *to = keeps && i + 1 < layers.count() ? own + tokens * between : result;
         const auto attend = [&](const Attention &attention, float *mixed) {
             lora_ms::attention(attention, mixed, all.sums);
         };
-        layer(from, tokens, real, all, spare.get(), attend, to);
+        layer(from, tokens, real, all, spare, attend, to);
         from = to;
     }
-    if (keeps) KeptLayers::all().put(number, std::move(kept));
+    if (keeps) kept.owner = *layers.other(2).ints();
     return 0;
 }
 
@@ -358,28 +359,27 @@ int gradient_of_layers(const Arguments &arguments, Multiply multiply) {
     const int32_t *wanted = layers[0].other(4).ints();
     const long tokens = x.size(0), hidden = x.size(1);
     const int count = layers[0].count(), lowest = wanted[0] / 2;
-    std::vector<Numbers> kept = KeptLayers::all().take(*layers[0].other(2).ints());
-    if (static_cast<int>(kept.size()) != count) return 1;
+    Kept &kept = Kept::shared();
+    if (std::exchange(kept.owner, -1) != *layers[0].other(2).ints()) return 1;
     float *d_x = arguments.output(2, 0).floats(), *d_factors = arguments.last().floats();
     std::copy_n(layers[0].other(3).floats(), tokens * hidden, d_x);
-    Numbers spare;
     long between = 0;
     for (int i = 0; i < count; i++) {
         layers.push_back(layers.back());
         const Layer layer = layers.back().next();
         between = tokens * layer.between_numbers();
-        if (i == 0) spare.reset(new float[tokens * layer.spare_numbers_back()]);
         if (i >= lowest) d_factors += layer.factor_numbers();
     }
-    for (int i = count; i-- > lowest; kept.pop_back()) {
+    for (int i = count; i-- > lowest;) {
         const Layer layer = layers[i].next(&layers[i].other(0), layers[i].other(1).floats() + i * RATES);
-        const float *input = i == 0 ? x.floats() : kept[i - 1].get() + between;
-        const Between all = layer.between(kept[i].get(), tokens);
+        const float *input = i == 0 ? x.floats() : kept.layers[i - 1].of(0) + between;
+        const Between all = layer.between(kept.layers[i].of(0), tokens);
         const bool last = i == lowest, feed_alone = last && wanted[0] % 2 == 1;
         d_factors -= layer.factor_numbers();
         const long real = without_zero_end({{{input, hidden, 1}, {}, hidden}}, tokens);
         float *to = !last || wanted[1] ? d_x : nullptr;
-        layer.backward(input, all, d_x, tokens, real, feed_alone, spare.get(), to, d_factors);
+        float *spare = kept.spare.of(tokens * layer.spare_numbers_back());
+        layer.backward(input, all, d_x, tokens, real, feed_alone, spare, to, d_factors);
     }
     if (!wanted[1]) std::fill_n(d_x, tokens * hidden, 0.0f);
     return 0;
