@@ -7,7 +7,7 @@ from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import initializer
 
 from lora_ms.nn.parallel import WHOLE, Shard, sum_gradient, sum_output
-from lora_ms.nn.projection import DenseProjection, Projection, vector_dtype
+from lora_ms.nn.projection import DenseProjection, Projection, unfilled, vector_dtype
 from lora_ms.ops import PORTABLE, Operators
 
 # kinds of weights by the type that a model is loaded in
@@ -77,7 +77,7 @@ class Embedding(nn.Cell):
     @classmethod
     def zeros(cls, vocab_size: int, hidden_size: int, dtype: ms.Type, operators: Operators = PORTABLE) -> "Embedding":
         """An embedding whose numbers are to be loaded."""
-        return cls(Parameter(initializer("zeros", (vocab_size, hidden_size), dtype), name="weight"), operators)
+        return cls(unfilled((vocab_size, hidden_size), dtype), operators)
 
     def construct(self, input_ids: Tensor) -> Tensor:
         return self.rows_of(input_ids, self.weight)

@@ -1,7 +1,9 @@
 """What a run shows and leaves behind: its progress, ``metrics.jsonl`` and ``loss.png``."""
 
+import importlib
 import json
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -159,6 +161,8 @@ class Reporter(TrainerCallback):
         if state.is_main:
             self.metrics = Metrics(state.output_dir / METRICS, state.step)
             self.progress = Progress(state.step, state.total_steps)
+            # a third of a second, which the first steps' operators leave to another thread
+            threading.Thread(target=importlib.import_module, args=("matplotlib.figure",), daemon=True).start()
 
     def on_step_end(self, state: RunState, record: StepRecord) -> None:
         if state.is_main:
@@ -203,10 +207,7 @@ def plot_loss(records: list[dict], path: Path) -> None:
     The loss is that of every logged step, with all its terms, the mean of those around it, and that of the evaluations.
     What overflowed is left out.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure  # without pyplot, whose state is the user's, in a notebook
     from matplotlib.ticker import MaxNLocator
 
     def draw(axes, name: str, **style) -> None:
@@ -217,9 +218,8 @@ def plot_loss(records: list[dict], path: Path) -> None:
         if name == "loss" and len(steps) > 40:
             axes.plot(steps, _mean_around(values), color="#1f4e79", linewidth=2, label="mean of the steps around")
 
-    figure, (loss, rate, norm) = pyplot.subplots(
-        3, sharex=True, figsize=(7, 7), dpi=120, height_ratios=(3, 1, 1), layout="constrained"
-    )
+    figure = Figure(figsize=(7, 7), dpi=120, layout="constrained")
+    loss, rate, norm = figure.subplots(3, sharex=True, height_ratios=(3, 1, 1))
     draw(loss, "loss", color="#9bb8d3", linewidth=1, label="training step")
     if any("eval_loss" in r for r in records):
         draw(loss, "eval_loss", color="#c0504d", linewidth=2, label="evaluation")
@@ -235,4 +235,3 @@ def plot_loss(records: list[dict], path: Path) -> None:
     norm.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     with saving.new_file(path) as part:
         figure.savefig(part, format="png")
-    pyplot.close(figure)
