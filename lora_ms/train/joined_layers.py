@@ -19,7 +19,6 @@ from lora_ms.train.shared_layers import LayerBlock
 class Known(NamedTuple):
     """Layers of a decoder, from its first one on."""
 
-    layers: list[nn.Cell]
     operands: list[LayerOperands]
     windows: list[int]  # of each, the index of its window
     dropouts: list[list[DropoutKernel | None]]  # of each linear layer, what is dropped out before its update
@@ -29,8 +28,9 @@ class Known(NamedTuple):
 class _Joined(Graph):
     """What both directions take.
 
-    Not kept on disk: to read such a graph takes MindSpore as long as to compile it, and memory for all weights, which
-    it makes anew and throws away.
+    Not kept on disk: to read such a graph takes MindSpore as long as to compile it, a third of a second, and memory for
+    all weights, which it makes anew and throws away. The cells of the layers are not in it, which would take as long
+    again.
     """
 
     stored = False
@@ -39,13 +39,12 @@ class _Joined(Graph):
         super().__init__(auto_prefix=False)
         told = zip(known.operands, known.windows, known.dropouts, strict=True)
         parts = [number for operands, window, dropouts in told for number in operands.parts(window, dropouts)]
-        self.parts = Tensor(np.array([len(known.layers), *parts], np.int32))
+        self.parts = Tensor(np.array([len(known.operands), *parts], np.int32))
         all_dropouts = [one for own in known.dropouts for one in own]
         rates = [0.0 if one is None else one.probability for one in all_dropouts]
         self.rates = Tensor(np.array([[rate, 1 / (1 - rate)] for rate in rates], np.float32))
         tables = [one.draws.table for one in all_dropouts if one is not None]
         self.table = tables[0] if tables else Tensor(np.zeros((1, 1), np.float32))
-        self.layers = nn.CellList(known.layers, auto_prefix=False)  # have the parameters
         self.parameters = ParameterTuple([p for operands in known.operands for p in operands.parameters()])
         self.operator = known.operator
 
@@ -60,8 +59,6 @@ class JoinedForward(_Joined):
 
 class JoinedKeeping(JoinedForward):
     """The same; what the gradient needs is kept."""
-
-    title = "the training step"
 
     def construct(self, x: Tensor, *others) -> Tensor:
         about = (self.parts, others[:ROTARY_TABLES], others[ROTARY_TABLES:])
@@ -92,7 +89,7 @@ class JoinedLayers:
     """
 
     def __init__(self, parts: ModelParts, known: Known, trains: bool):
-        self.top = 2 * len(known.layers)
+        self.top = 2 * len(known.operands)
         self.blocks: list[LayerBlock] = [self]
         windows = range(max(known.windows) + 1)
         self.seen = [known.windows.index(i) if i in known.windows else 0 for i in windows]  # a layer with each window
@@ -144,7 +141,7 @@ def joined_layers(model: nn.Cell, parts: ModelParts, trains: bool) -> JoinedLaye
             return None
     operator = make(operands[0].eps, sum(p.size for one in everything for p in one.factors))
     windows = list(model.model.window_indices[: len(layers)])
-    return JoinedLayers(parts, Known(layers, operands, windows, dropouts, operator), trains)
+    return JoinedLayers(parts, Known(operands, windows, dropouts, operator), trains)
 
 
 def dropout_of(dropout: Any) -> DropoutKernel | None:
