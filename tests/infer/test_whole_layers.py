@@ -78,14 +78,14 @@ def adapted(model: CausalLM, config=LORA) -> CausalLM:
     return drawn(model)
 
 
-def with_rows(model: CausalLM) -> CausalLM:
-    """Lines that have chosen other adapters."""
-    pool = AdapterPool(model, 2, adapters=2, lora_rank=3)
+def with_rows(model: CausalLM, chosen: tuple[int, ...] = (2, 1)) -> CausalLM:
+    """Lines that have chosen these of two adapters."""
+    pool = AdapterPool(model, len(chosen), adapters=2, lora_rank=3)
     install(model, pool.cells)
     for cell in pool.cells.values():
         for factor in (cell.lora_a, cell.lora_b):
             factor.set_data(Tensor(RNG.normal(0, 0.2, factor.shape).astype(np.float32)))
-    pool.choose([2, 1])
+    pool.choose(chosen)
     return model
 
 
@@ -110,17 +110,17 @@ def answers(model: CausalLM, rows: int, monkeypatch, plain: bool) -> list[np.nda
     with monkeypatch.context() as patched:
         if not plain:
             patched.setattr(cached_model, "known_layers", lambda layers: None)
-        graphs = CachedModel(model.set_train(False), rows, 64, 16)
+        graphs = CachedModel(model.set_train(False), rows, 128, 16)
     assert isinstance(graphs.top.layers, WholeLayers) is plain
     rng = np.random.default_rng(1)
     found = []
     with graphs.running():
-        for line, length in ((0, 5), (1, 20)):
+        for line, length in ((0, 5), (1, 20), (1, graphs.most)):
             logits, _, hidden = graphs.read(line, rng.integers(1, 50, length), 0, length)
             found += [logits.asnumpy(), hidden.asnumpy()]
         for step in range(3):
-            start = np.array([5 + step, 20 + step] + [0] * (rows - 2))
-            lengths = np.minimum(start + 1, [64, 64] + [0] * (rows - 2))  # the other lines are idle
+            start = np.array([5 + step, 64 + step] + [0] * (rows - 2))
+            lengths = np.minimum(start + 1, [128, 128] + [0] * (rows - 2))  # the other lines are idle
             found.append(graphs.next(rng.integers(1, 50, rows), start, lengths)[0].asnumpy()[:2])
     return found
 
@@ -134,6 +134,14 @@ def test_the_numbers_of_the_cells(native, name, monkeypatch):
         np.testing.assert_array_equal(one, other)
     assert np.ptp(found[-1]) > 0.01
     assert not np.array_equal(found[-1][0], found[-1][1])
+
+
+def test_a_piece_that_all_lines_do_not_share(native, monkeypatch):
+    """Tokens of one line, where their number is none of three times as many: all lines have chosen its adapter."""
+    model = with_rows(new_model(LLAMA, ms.float32, 0, native), (2, 2, 2))
+    wanted, found = (answers(model, 3, monkeypatch, plain) for plain in (False, True))
+    for one, other in zip(found, wanted, strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_many_lines(native, monkeypatch):

@@ -29,7 +29,7 @@ inline void add(const float *x, const float *y, long n, float *sum) {
 }
 
 // y [t, out] + x [t, in] A^T B with the A [rank, in] and B [rank, out] of each token's line, of `lines` ones: those at its
-// `choice` among all. sum may be y.
+// `choice` among all. Tokens of all lines, as many of each; or of one, and then all have chosen the same. sum may be y.
 struct RowUpdates {
     const float *a, *b;
     const int32_t *choice;
@@ -40,8 +40,8 @@ struct RowUpdates {
         return std::all_of(choice, choice + lines, [this](int32_t place) { return place >= 0 && place < places; });
     }
     void operator()(const float *y, const float *x, long all_tokens, long in, long out, float *sum) const {
-        const long tokens = all_tokens / lines;
-        Threads::shared().run(lines, [&](long line) {
+        const long count = all_tokens % lines == 0 ? lines : 1, tokens = all_tokens / count;
+        Threads::shared().run(count, [&](long line) {
             const long place = choice[line], first = line * tokens;
             const Numbers low(new float[tokens * rank]);
             const Matrix factor{a + place * rank * in, in, 1}, other{b + place * rank * out, out, 1};
