@@ -3,8 +3,8 @@
 A LoRA step, float32, every token a label. The arithmetic of each part is counted from the model's sizes; the limit is
 that arithmetic at the rate of torch's own matrix product on this machine, measured in the same call; the time of a part
 is that of its operators in MindSpore's profile, where each layer has its own. What lies between the operators
-(launches, allocations, Python) is the rest of the step, which computes the lower layers of a deep model by one operator.
-Beside it torch + PEFT's step.
+(launches, allocations, Python) is the rest of the step, which computes the lower layers of a deep model by one
+operator. Beside it torch + PEFT's step.
 
 python benchmarks/roofline.py --folder MODEL --torch_python PYTHON_WITH_TORCH_AND_PEFT
 python benchmarks/roofline.py --layers 8 --torch_python PYTHON_WITH_TORCH_AND_PEFT

@@ -5,7 +5,7 @@ import json
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -162,7 +162,7 @@ class Reporter(TrainerCallback):
             self.metrics = Metrics(state.output_dir / METRICS, state.step)
             self.progress = Progress(state.step, state.total_steps)
             # a third of a second, which the first steps' operators leave to another thread
-            threading.Thread(target=importlib.import_module, args=("matplotlib.figure",), daemon=True).start()
+            threading.Thread(target=_import_plotting, daemon=True).start()
 
     def on_step_end(self, state: RunState, record: StepRecord) -> None:
         if state.is_main:
@@ -193,6 +193,11 @@ class Reporter(TrainerCallback):
                     plot_loss(records, state.output_dir / "loss.png")
                 except WriteError as error:
                     print(f"warning: {error}")
+
+
+def _import_plotting() -> None:
+    with suppress(Exception):  # ``plot_loss`` tells
+        importlib.import_module("matplotlib.figure")
 
 
 def _mean_around(values: list[float]) -> list[float]:

@@ -144,6 +144,23 @@ def test_a_piece_that_all_lines_do_not_share(native, monkeypatch):
         np.testing.assert_array_equal(one, other)
 
 
+def test_tokens_whose_embedding_is_zero(native, monkeypatch):
+    """They are no padding: they see others."""
+    model = drawn(new_model(MIXED, ms.float32, 0, native))
+    without_embedding(model, 10)
+    wanted, found = (answers(model, 2, monkeypatch, plain) for plain in (False, True))
+    for one, other in zip(found, wanted, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def without_embedding(model: CausalLM, first: int) -> None:
+    """The embeddings of the ids from ``first`` on are zero."""
+    weight = model.model.embed_tokens.weight
+    numbers = weight.asnumpy().copy()
+    numbers[first:] = 0
+    weight.set_data(Tensor(numbers))
+
+
 def test_many_lines(native, monkeypatch):
     """More than are multiplied where they lie."""
     model = drawn(new_model(MIXED, ms.float32, 0, native))

@@ -120,6 +120,18 @@ def test_loss_and_gradients_of_the_blocks(native, case, monkeypatch):
     assert (values[-1] != 0).mean() > 0.5
 
 
+def test_tokens_whose_embedding_is_zero(native, monkeypatch):
+    """They are no padding: they see others."""
+    model = model_of(native, MIXED)
+    weight = model.model.embed_tokens.weight
+    numbers = weight.asnumpy().copy()
+    numbers[10:] = 0
+    weight.set_data(Tensor(numbers))
+    wanted, values = (found(model, monkeypatch, joined) for joined in (False, True))
+    for one, other in zip(values, wanted, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_products_rounded_to_bfloat16(monkeypatch):
     rounded = select("CPU", library=str(native_build.build()[0]), bfloat16=True)
     model = model_of(rounded, MIXED, ms.bfloat16)

@@ -183,25 +183,26 @@ struct Layer {
         return all;
     }
 
-    // x [t, h] -> result [t, h], which may be x; rows of x from `real` on are zero: padding. attend(a, mixed) is called
-    // with the attention's inputs. spare: of spare_numbers() for each token.
+    // x [t, h] -> result [t, h], which may be x. attend(a, mixed) is called with the attention's inputs. spare: of
+    // spare_numbers() for each token. Rows of zeros at the end, as of padding, are left out where they are found, in each
+    // tensor anew: a token may be zero and see others.
     template <class Attend>
-    void operator()(const float *x, long tokens, long real, const Between &all, float *spare, const Attend &attend,
+    void operator()(const float *x, long tokens, const Between &all, float *spare, const Attend &attend,
                     float *result) const {
         const long h = hidden();
         float *normed = spare, *more = normed + tokens * h, *gated = more + tokens * h;
-        norm(input_norm, x, tokens, real, normed);
+        norm(input_norm, x, tokens, normed);
         q(normed, tokens, multiply, all.q);
         k(normed, tokens, multiply, all.k);
         v(normed, tokens, multiply, all.v);
-        attend(attended(all, tokens, real, gated + tokens * gate.out), all.mixed);
+        attend(attended(all, tokens, gated + tokens * gate.out), all.mixed);
         o(all.mixed, tokens, multiply, more);
         add(x, more, tokens * h, all.middle);
 
-        norm(post_norm, all.middle, tokens, real, normed);
+        norm(post_norm, all.middle, tokens, normed);
         gate(normed, tokens, multiply, all.gate);
         up(normed, tokens, multiply, all.up);
-        gated_product(all, tokens, real, gated);
+        gated_product(all, tokens, gated);
         down(gated, tokens, multiply, more);
         add(all.middle, more, tokens * h, result);
     }
@@ -209,8 +210,8 @@ struct Layer {
     // From d_result [t, h] the gradients of the factors of all seven, one after another, and of x, where it is wanted,
     // which may be d_result. feed_alone: nothing below the feed-forward block has a gradient. spare: of
     // spare_numbers_back() for each token.
-    void backward(const float *x, const Between &all, const float *d_result, long tokens, long real, bool feed_alone,
-                  float *spare, float *d_x, float *d_factors) const {
+    void backward(const float *x, const Between &all, const float *d_result, long tokens, bool feed_alone, float *spare,
+                  float *d_x, float *d_factors) const {
         const long h = hidden(), wide = gate.out;
         const auto take = [&](long n) { return std::exchange(spare, spare + tokens * n); };
         const auto next = [&](const Linear &of) { return std::exchange(d_factors, d_factors + of.factor_numbers()); };
@@ -219,13 +220,13 @@ struct Layer {
         float *normed = take(h), *d_normed = take(h), *more = take(h), *d_middle = take(h);
         float *gated = take(wide), *d_gate = take(wide), *d_up = take(wide);
 
-        gated_product(all, tokens, real, gated);
+        gated_product(all, tokens, gated);
         down.backward(gated, d_result, tokens, multiply, d_gate, of_down);
         const long fed = real_rows(d_gate, tokens, wide);
         lora_ms::gated_silu_gradient(all.gate, all.up, d_gate, fed * wide, d_gate, d_up);  // which may be one
         std::fill_n(d_gate + fed * wide, (tokens - fed) * wide, 0.0f);
         std::fill_n(d_up + fed * wide, (tokens - fed) * wide, 0.0f);
-        norm(post_norm, all.middle, tokens, real_rows(all.middle, tokens, h), normed);
+        norm(post_norm, all.middle, tokens, normed);
         const bool to_middle = d_x || !feed_alone;
         gate.backward(normed, d_gate, tokens, multiply, to_middle ? d_normed : nullptr, of_gate);
         up.backward(normed, d_up, tokens, multiply, to_middle ? more : nullptr, of_up);
@@ -238,13 +239,13 @@ struct Layer {
         float *d_mixed = take(q.out), *d_q = take(q.out), *d_k = take(k.out), *d_v = take(v.out);
         o.backward(all.mixed, d_middle, tokens, multiply, d_mixed, of_o);
         float *norms = take(q_norm ? q.out + k.out : 0);
-        attention_gradient(attended(all, tokens, real, norms), all.mixed, all.sums, d_mixed, d_q, d_k, d_v);
+        attention_gradient(attended(all, tokens, norms), all.mixed, all.sums, d_mixed, d_q, d_k, d_v);
         if (q_norm) {
             norm_gradient(q_norm, all.q, d_q, tokens * q.out / attention.dim, attention.dim, norms);
             norm_gradient(k_norm, all.k, d_k, tokens * k.out / attention.dim, attention.dim, norms + tokens * q.out);
             d_q = norms, d_k = norms + tokens * q.out;
         }
-        norm(input_norm, x, tokens, real, normed);
+        norm(input_norm, x, tokens, normed);
         q.backward(normed, d_q, tokens, multiply, d_x ? d_normed : nullptr, of_q);
         k.backward(normed, d_k, tokens, multiply, d_x ? more : nullptr, of_k);
         if (d_x) add(d_normed, more, tokens * h, d_normed);
@@ -259,29 +260,32 @@ struct Layer {
     static long real_rows(const float *x, long tokens, long n) {
         return without_zero_end({{{x, n, 1}, {}, n}}, tokens);
     }
-    void norm(const Numbers &weight, const float *x, long tokens, long real, float *y) const {
-        rms_norm(x, weight.get(), eps, real, hidden(), y);
-        std::fill_n(y + real * hidden(), (tokens - real) * hidden(), 0.0f);
+    void norm(const Numbers &weight, const float *x, long tokens, float *y) const {
+        norm_rows(weight, x, tokens, hidden(), y);
+    }
+    void norm_rows(const Numbers &weight, const float *x, long rows, long n, float *y) const {
+        const long real = real_rows(x, rows, n);
+        rms_norm(x, weight.get(), eps, real, n, y);
+        std::fill_n(y + real * n, (rows - real) * n, 0.0f);
     }
     void norm_gradient(const Numbers &weight, const float *x, const float *d_y, long rows, long n, float *d_x) const {
         const long real = real_rows(d_y, rows, n);
         rms_norm_gradient(x, weight.get(), eps, d_y, real, n, d_x);
         std::fill_n(d_x + real * n, (rows - real) * n, 0.0f);
     }
-    void gated_product(const Between &all, long tokens, long real, float *gated) const {
+    void gated_product(const Between &all, long tokens, float *gated) const {
+        const long real = real_rows(all.gate, tokens, gate.out);
         gated_silu(all.gate, all.up, real * gate.out, gated);
         std::fill_n(gated + real * gate.out, (tokens - real) * gate.out, 0.0f);
     }
     // The attention's inputs; norms: memory for normalised queries and keys, where they are.
-    Attention attended(const Between &all, long tokens, long real, float *norms) const {
+    Attention attended(const Between &all, long tokens, float *norms) const {
         Attention found = attention;
         found.q = all.q, found.k = all.k, found.v = all.v;
         if (q_norm) {
             float *keys = norms + tokens * q.out;
-            std::copy_n(all.q, tokens * q.out, norms);
-            std::copy_n(all.k, tokens * k.out, keys);
-            rms_norm(all.q, q_norm.get(), eps, real * q.out / attention.dim, attention.dim, norms);
-            rms_norm(all.k, k_norm.get(), eps, real * k.out / attention.dim, attention.dim, keys);
+            norm_rows(q_norm, all.q, tokens * q.out / attention.dim, attention.dim, norms);
+            norm_rows(k_norm, all.k, tokens * k.out / attention.dim, attention.dim, keys);
             found.q = norms, found.k = keys;
         }
         return found;

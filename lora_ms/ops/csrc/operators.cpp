@@ -4,6 +4,7 @@
 // attention.h.
 
 #include <memory>
+#include <mutex>
 #include <optional>
 
 #include "attention.h"
@@ -274,7 +275,7 @@ class Layers {
 int layers_on_new_tokens(Arguments arguments, Multiply multiply) {
     Layers layers(arguments, multiply, 2);
     const Tensor &x = layers.x();
-    const long tokens = x.size(0), real = real_rows(x);
+    const long tokens = x.size(0);
     const float *from = x.floats();
     float *to = arguments.last().floats();
     Numbers memory;
@@ -289,7 +290,7 @@ int layers_on_new_tokens(Arguments arguments, Multiply multiply) {
             const std::vector<long> slots = slots_of(attention, layers.other(0), layers.other(1));
             lora_ms::cached_attention(attention, keys.floats(), values.floats(), layers.other(1).ints(), slots, mixed);
         };
-        layer(from, tokens, real, layer.between(memory.get(), tokens), memory.get() + tokens * between, attend, to);
+        layer(from, tokens, layer.between(memory.get(), tokens), memory.get() + tokens * between, attend, to);
     }
     return 0;
 }
@@ -300,10 +301,15 @@ constexpr long RATES = 2 * 7;  // of a layer: each one's rate of dropout, and 1 
 class Room {
   public:
     float *of(long numbers) {
-        if (numbers > size_) memory_.reset();  // first: both need not be there at once
-        if (numbers > size_) memory_.reset(new float[size_ = numbers]);
+        if (numbers > size_ || numbers < size_ / 2) {
+            memory_.reset();  // first: both need not be there at once
+            size_ = 0;
+            memory_.reset(new float[numbers]);
+            size_ = numbers;
+        }
         return memory_.get();
     }
+    float *get() const { return memory_.get(); }
 
   private:
     Numbers memory_;
@@ -314,9 +320,11 @@ class Room {
 // but of the last one, its result. Here, and not in MindSpore's tensors, as it holds on to the last outputs of a graph,
 // and to the last inputs, until its next call: all would be there two or three times.
 struct Kept {
+    std::mutex mutex;  // of a call
     std::vector<Room> layers;
-    Room spare;
-    int owner = -1;  // the number of whose layers it is; -1 where the gradient has been found
+    Room spare, spare_back;
+    int owner = -1;   // the number of whose layers it is; -1 where the gradient has been found
+    long tokens = 0;  // of that call
 
     static Kept &shared() {
         static Kept *kept = new Kept();
@@ -328,10 +336,11 @@ struct Kept {
 int layers_in_training(const Arguments &arguments, Multiply multiply, bool keeps) {
     Layers layers(arguments, multiply, 3);
     const Tensor &x = layers.x();
-    const long tokens = x.size(0), hidden = x.size(1), real = real_rows(x);
+    const long tokens = x.size(0), hidden = x.size(1);
     float *result = arguments.last().floats();
     const float *from = x.floats();
     Kept &kept = Kept::shared();
+    std::lock_guard<std::mutex> lock(kept.mutex);
     if (keeps) kept.owner = -1, kept.layers.resize(layers.count());
     for (int i = 0; i < layers.count(); i++) {
         const Layer layer = layers.next(&layers.other(0), layers.other(1).floats() + i * RATES);
@@ -343,10 +352,10 @@ int layers_in_training(const Arguments &arguments, Multiply multiply, bool keeps
         const auto attend = [&](const Attention &attention, float *mixed) {
             lora_ms::attention(attention, mixed, all.sums);
         };
-        layer(from, tokens, real, all, spare, attend, to);
+        layer(from, tokens, all, spare, attend, to);
         from = to;
     }
-    if (keeps) kept.owner = *layers.other(2).ints();
+    if (keeps) kept.owner = *layers.other(2).ints(), kept.tokens = tokens;
     return 0;
 }
 
@@ -360,7 +369,8 @@ int gradient_of_layers(const Arguments &arguments, Multiply multiply) {
     const long tokens = x.size(0), hidden = x.size(1);
     const int count = layers[0].count(), lowest = wanted[0] / 2;
     Kept &kept = Kept::shared();
-    if (std::exchange(kept.owner, -1) != *layers[0].other(2).ints()) return 1;
+    std::lock_guard<std::mutex> lock(kept.mutex);
+    if (std::exchange(kept.owner, -1) != *layers[0].other(2).ints() || kept.tokens != tokens) return 1;
     float *d_x = arguments.output(2, 0).floats(), *d_factors = arguments.last().floats();
     std::copy_n(layers[0].other(3).floats(), tokens * hidden, d_x);
     long between = 0;
@@ -372,14 +382,13 @@ int gradient_of_layers(const Arguments &arguments, Multiply multiply) {
     }
     for (int i = count; i-- > lowest;) {
         const Layer layer = layers[i].next(&layers[i].other(0), layers[i].other(1).floats() + i * RATES);
-        const float *input = i == 0 ? x.floats() : kept.layers[i - 1].of(0) + between;
-        const Between all = layer.between(kept.layers[i].of(0), tokens);
+        const float *input = i == 0 ? x.floats() : kept.layers[i - 1].get() + between;
+        const Between all = layer.between(kept.layers[i].get(), tokens);
         const bool last = i == lowest, feed_alone = last && wanted[0] % 2 == 1;
         d_factors -= layer.factor_numbers();
-        const long real = without_zero_end({{{input, hidden, 1}, {}, hidden}}, tokens);
         float *to = !last || wanted[1] ? d_x : nullptr;
-        float *spare = kept.spare.of(tokens * layer.spare_numbers_back());
-        layer.backward(input, all, d_x, tokens, real, feed_alone, spare, to, d_factors);
+        float *spare = kept.spare_back.of(tokens * layer.spare_numbers_back());
+        layer.backward(input, all, d_x, tokens, feed_alone, spare, to, d_factors);
     }
     if (!wanted[1]) std::fill_n(d_x, tokens * hidden, 0.0f);
     return 0;
