@@ -140,9 +140,13 @@ struct Linear {
 
 // Of bytes that are absmax [n] of NF4, quantised in blocks of 256: codes [256] times the block's, plus offset.
 inline Numbers nested_absmax(const uint8_t *bytes, long n, const float *codes, const float *outer, float offset) {
+    constexpr long SOME = 1 << 13;
     Numbers found(new float[n]);
-    for (long i = 0; i < n; i++) found[i] = codes[bytes[i]] * outer[i / 256];
-    for (long i = 0; i < n; i++) found[i] += offset;  // rounded in between, as where MindSpore computes it
+    Threads::shared().run(divided(n, SOME), [&](long task) {
+        const long begin = task * SOME, end = std::min(n, begin + SOME);
+        for (long i = begin; i < end; i++) found[i] = codes[bytes[i]] * outer[i / 256];
+        for (long i = begin; i < end; i++) found[i] += offset;  // rounded in between, as where MindSpore computes it
+    });
     return found;
 }
 
