@@ -1,4 +1,5 @@
-"""Greedy generation, ours against transformers' ``generate``: same weights, prompt and type, on the CPU.
+"""Greedy generation, ours against transformers' ``generate``: same weights, prompt and type, on the CPU; with
+``--dtype nf4`` ours has weights of four bits, and transformers float32.
 
 python benchmarks/generate.py --torch_python PYTHON_WITH_TORCH_AND_TRANSFORMERS
 """
@@ -25,10 +26,13 @@ def ours(args, prompts: list[list[int]]):
 
     from lora_ms.infer.generate import Generator
     from lora_ms.models.hub import load_directory
+    from lora_ms.quant.settings import Quantisation
     from lora_ms.runtime.device import setup
 
     runtime, _ = setup("CPU")
-    generator = Generator(load_directory(args.model, getattr(ms, args.dtype), operators=runtime.operators))
+    four_bits = Quantisation() if args.dtype == "nf4" else None
+    dtype = ms.float32 if four_bits else getattr(ms, args.dtype)
+    generator = Generator(load_directory(args.model, dtype, operators=runtime.operators, quantisation=four_bits))
 
     def run():
         times = []
@@ -44,7 +48,8 @@ def torch(args, prompts: list[list[int]]):
     from transformers import AutoModelForCausalLM, LogitsProcessor, LogitsProcessorList
 
     torch.set_num_threads(os.cpu_count())
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).eval()
+    dtype = torch.float32 if args.dtype == "nf4" else getattr(torch, args.dtype)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).eval()
     ids = torch.tensor(prompts)
 
     class Clock(LogitsProcessor):
@@ -71,7 +76,7 @@ def torch(args, prompts: list[list[int]]):
 
 def main() -> None:
     arguments = parser(__doc__)
-    arguments.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="of the weights")
+    arguments.add_argument("--dtype", choices=("float32", "float16", "nf4"), default="float32", help="of the weights")
     arguments.add_argument("--batch", type=int, default=1)
     arguments.add_argument("--prompt", type=int, default=64)
     arguments.add_argument("--new", type=int, default=128)
