@@ -103,10 +103,16 @@ OVERFLOWN = {"step": 1, "loss": None, "grad_norm": None, "learning_rate": 0.0}
 )
 def test_the_plots_lines(tmp_path, monkeypatch, records, lines, names):
     """Three panels over one x axis, each with as many points as there are numbers."""
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     figures = []
-    monkeypatch.setattr(pyplot, "close", figures.append)
+    write = Figure.savefig
+
+    def noting(figure, *args, **kwargs):
+        figures.append(figure)
+        write(figure, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", noting)
     plot_loss(records, tmp_path / "loss.png")
     monkeypatch.undo()
     (figure,) = figures
@@ -120,4 +126,3 @@ def test_the_plots_lines(tmp_path, monkeypatch, records, lines, names):
     assert list(found[0].get_ydata()) == values
     assert (tmp_path / "loss.png").read_bytes()[:4] == b"\x89PNG"
     assert [p.name for p in tmp_path.iterdir()] == ["loss.png"]
-    pyplot.close(figure)
