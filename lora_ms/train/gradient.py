@@ -7,6 +7,9 @@ More layers: the same in several graphs. Blocks of a few layers run one after an
 (``shared_layers.py``), so that neither compilation nor its memory grows with the depth; the top layers and the finish
 are one graph. A forward graph hands over what the backward graph of its block needs (``HalfLayersBackward``).
 
+Where only LoRA trains below the last layer and nothing is recomputed, these layers are one block of one operator
+(``joined_layers.py``).
+
 Recomputed layers: of a recomputed half-layer its input alone is kept; the backward pass computes the rest again. That
 is less memory and more time.
 

@@ -95,7 +95,8 @@ class JoinedLayers:
         self.seen = [known.windows.index(i) if i in known.windows else 0 for i in windows]  # a layer with each window
         keeps = trains and parts.lowest_half_layer < self.top
         self.keeping = JoinedKeeping(known) if keeps else JoinedForward(known)
-        self.gradient = JoinedBackward(known, parts.lowest_half_layer, parts.trains_embedding)
+        if keeps:
+            self.gradient = JoinedBackward(known, parts.lowest_half_layer, parts.trains_embedding)
 
     def block_of(self, half_layer: int) -> int:
         """0, or 1 of one that is above the block."""
