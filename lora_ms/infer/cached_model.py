@@ -49,15 +49,15 @@ def default_length(model: nn.Cell, batch: int, longest: int) -> int:
 
 
 class _Inputs(Graph):
-    """ids [b, s], lines [b], start [b], lengths [b] -> what the layers take …; see ``Decoder.cached_inputs``."""
+    """ids [b, s], lines [b], start [b], lengths [b] -> what the layers take …; see ``DecoderInputs.cached_inputs``."""
 
     def __init__(self, model: nn.Cell, cache: KVCache):
         super().__init__(auto_prefix=False)
-        self.decoder = model.model
+        self.inputs = model.model.alone()
         self.cache = cache
 
     def construct(self, input_ids: Tensor, lines: Tensor, start: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
-        return self.decoder.cached_inputs(input_ids, self.cache, lines, start, lengths)
+        return self.inputs.cached_inputs(input_ids, self.cache, lines, start, lengths)
 
 
 class _Layers(nn.Cell):
@@ -187,14 +187,13 @@ class CachedModel:
         )
         layers, windows = list(model.model.layers), c.window_indices
         known = None if model.operators.cached_layers is None else known_layers(layers)
+        self.joined = None if known is None else WholeLayers(known, windows, cache, model.operators)
         shares_graphs = known is None and model.operators.lends_memory and len(layers) >= sharing.SHARED_FROM
-        # the first layer that is in no block: none, where it can be, as each that is compiled besides takes its time
-        top = len(layers) // BLOCK_LAYERS * BLOCK_LAYERS if shares_graphs else 0
+        # layers in blocks: all, where it can be, as each that is compiled besides takes its time
+        blocks = len(layers) // BLOCK_LAYERS if shares_graphs else 0
+        top = len(layers) if known is not None else blocks * BLOCK_LAYERS  # the first layer that is in the top's graph
         self.inputs = _Inputs(model, cache).set_train(False)
-        upper: nn.Cell = _Layers(layers[top:], windows[top:], cache, top)
-        if known is not None:
-            upper = WholeLayers(layers, known, windows, cache, model.operators)
-        self.top = _Top(model, upper).set_train(False)
+        self.top = _Top(model, _Layers(layers[top:], windows[top:], cache, top)).set_train(False)
         # where MindSpore's own operators write to the cache, a weight that is read before and behind it is copied;
         # in bfloat16 the embedding and the head that is tied to it are in graphs of their own there
         copies = not model.operators.reads_used_slots and c.tie_word_embeddings and model.dtype == ms.bfloat16
@@ -203,7 +202,7 @@ class CachedModel:
         self._copy = _Copy(cache).set_train(False)
         self.blocks: list[tuple[_Block, Place, list[Parameter]]] = []  # the graph, its place, and who takes it
         kinds: dict[tuple, tuple[_Block, Place]] = {}
-        for first in range(0, top, BLOCK_LAYERS):
+        for first in range(0, blocks * BLOCK_LAYERS, BLOCK_LAYERS):
             here = slice(first, first + BLOCK_LAYERS)
             own = layers[here]
             buffers = [buffer for i in range(first, first + BLOCK_LAYERS) for buffer in cache.of_layer(i)]
@@ -260,6 +259,8 @@ class CachedModel:
         if self.whole is not None:
             return self.whole(*tensors)
         x, *context = self.inputs(*tensors[:-1])
+        if self.joined is not None:
+            x = self.joined(x, context)
         for block, place, parameters in self.blocks:
             place.take(parameters)
             x = block(x, *context)

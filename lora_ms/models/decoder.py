@@ -183,37 +183,36 @@ class DecoderLayer(nn.Cell):
         return self.feed(self.join(x, self.self_attn.mix_cached(q, k, v, rope, visible, cache), None))
 
 
-class Decoder(nn.Cell):
-    """input_ids [b, s] -> normalised hidden states [t, h], or those of the tokens ``rows`` [c] alone.
+class DecoderInputs(nn.Cell):
+    """What stands before the layers of a decoder.
 
-    position_ids [b, s]: where a line holds several rows, each from 0; a token sees its own row, up to itself; in a
-    layer with a sliding window, the last tokens of these. -1 for padding, which no token sees: its embedding is zero,
-    and where it sees nothing either it stays so, and native operators leave it out.
+    Args:
+        windows: the different ones among the layers: tokens that a query sees, itself included; 0: all before it.
+        stream: the type of what flows between layers.
+        auto_prefix: whether the parameters get names of this cell.
     """
 
-    def __init__(self, config: DecoderConfig, dtype: ms.Type, make: MakeProjection, operators: Operators, shard: Shard):
-        super().__init__()
-        c = config
-        heads = c.num_attention_heads // shard.count
-        kv_heads = c.num_key_value_heads // shard.count
-        self.operators = operators
-        self.stream = operators.stream_dtype(dtype)
-        if shard.count > 1:
-            self.embed_tokens: Embedding = SplitEmbedding(c.vocab_size, c.hidden_size, dtype, operators, shard)
-        else:
-            self.embed_tokens = Embedding.zeros(c.vocab_size, c.hidden_size, dtype, operators)
-        layers = [
-            DecoderLayer(c, i, dtype, inside(f"layers.{i}", make), operators, shard) for i in range(c.num_hidden_layers)
-        ]
-        self.layers = nn.CellList(layers)
-        self.windows = c.windows
-        self.window_indices = c.window_indices
-        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype, operators)
+    def __init__(
+        self,
+        embed_tokens: Embedding,
+        rotary_tables: RotaryTables,
+        make_visible: nn.Cell,
+        windows: tuple[int, ...],
+        stream: ms.Type,
+        auto_prefix: bool = True,
+    ):
+        super().__init__(auto_prefix=auto_prefix)
+        self.embed_tokens = embed_tokens
+        self.rotary_tables = rotary_tables
+        self.make_visible = make_visible
+        self.windows = windows
+        self.stream = stream
         self.spread = ops.MatMul()
-        rotation = rotation_of(c.head_dim, c.rope_theta, c.rope_scaling, c.max_position_embeddings)
-        self.rotary_tables = RotaryTables(c.head_dim, heads, kv_heads, rotation, self.stream)
-        self.make_visible = operators.visibility(
-            num_heads=heads, num_kv_heads=kv_heads, dtype=dtype, flash=c.flash_attention
+
+    def alone(self) -> "DecoderInputs":
+        """The same cells, as they are now, without the layers of a decoder: a graph of it compiles nothing else."""
+        return DecoderInputs(
+            self.embed_tokens, self.rotary_tables, self.make_visible, self.windows, self.stream, auto_prefix=False
         )
 
     def rope(self, position_ids: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, ...]:
@@ -237,22 +236,7 @@ class Decoder(nn.Cell):
             visible = visible + (self.make_visible(first_in_window(first, places, window)),)
         return visible
 
-    def of_layers(self, visible: tuple[Visibility, ...]) -> tuple[Visibility, ...]:
-        """What every token sees in each layer, of what it sees through each of ``windows``."""
-        found: tuple[Visibility, ...] = ()
-        for i in self.window_indices:
-            found = found + (visible[i],)
-        return found
-
-    def construct(self, input_ids: Tensor, position_ids: Tensor, rows: Tensor | None = None) -> Tensor:
-        rope = self.rope(position_ids.reshape((-1,)))
-        visible = self.of_layers(self.visibility(position_ids))
-        x = self.embed(input_ids, position_ids.reshape((-1,)) >= 0)  # [t, h]
-        for i in range(len(self.layers) - 1):
-            x = self.layers[i](x, rope, visible[i])
-        return self.norm(self.layers[-1](x, rope, visible[-1], rows))
-
-    # generation: what stands before the layers, which are called one by one (``DecoderLayer.cached``)
+    # generation
 
     def cached_inputs(
         self, input_ids: Tensor, cache: KVCache, lines: Tensor, start: Tensor, lengths: Tensor
@@ -269,6 +253,51 @@ class Decoder(nn.Cell):
         lengths = ops.tile(lengths.reshape((-1, 1)), (1, new)).reshape((-1,))
         positions, real, rows, begins, visible = cache(new, lines, start, lengths)
         return (self.embed(input_ids, real),) + self.rope(positions, lengths) + (rows, begins) + visible
+
+
+class Decoder(DecoderInputs):
+    """input_ids [b, s] -> normalised hidden states [t, h], or those of the tokens ``rows`` [c] alone.
+
+    position_ids [b, s]: where a line holds several rows, each from 0; a token sees its own row, up to itself; in a
+    layer with a sliding window, the last tokens of these. -1 for padding, which no token sees: its embedding is zero,
+    and where it sees nothing either it stays so, and native operators leave it out.
+    """
+
+    def __init__(self, config: DecoderConfig, dtype: ms.Type, make: MakeProjection, operators: Operators, shard: Shard):
+        c = config
+        heads = c.num_attention_heads // shard.count
+        kv_heads = c.num_key_value_heads // shard.count
+        stream = operators.stream_dtype(dtype)
+        if shard.count > 1:
+            embedding: Embedding = SplitEmbedding(c.vocab_size, c.hidden_size, dtype, operators, shard)
+        else:
+            embedding = Embedding.zeros(c.vocab_size, c.hidden_size, dtype, operators)
+        rotation = rotation_of(c.head_dim, c.rope_theta, c.rope_scaling, c.max_position_embeddings)
+        tables = RotaryTables(c.head_dim, heads, kv_heads, rotation, stream)
+        visible = operators.visibility(num_heads=heads, num_kv_heads=kv_heads, dtype=dtype, flash=c.flash_attention)
+        super().__init__(embedding, tables, visible, c.windows, stream)
+        self.operators = operators
+        layers = [
+            DecoderLayer(c, i, dtype, inside(f"layers.{i}", make), operators, shard) for i in range(c.num_hidden_layers)
+        ]
+        self.layers = nn.CellList(layers)
+        self.window_indices = c.window_indices
+        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype, operators)
+
+    def of_layers(self, visible: tuple[Visibility, ...]) -> tuple[Visibility, ...]:
+        """What every token sees in each layer, of what it sees through each of ``windows``."""
+        found: tuple[Visibility, ...] = ()
+        for i in self.window_indices:
+            found = found + (visible[i],)
+        return found
+
+    def construct(self, input_ids: Tensor, position_ids: Tensor, rows: Tensor | None = None) -> Tensor:
+        rope = self.rope(position_ids.reshape((-1,)))
+        visible = self.of_layers(self.visibility(position_ids))
+        x = self.embed(input_ids, position_ids.reshape((-1,)) >= 0)  # [t, h]
+        for i in range(len(self.layers) - 1):
+            x = self.layers[i](x, rope, visible[i])
+        return self.norm(self.layers[-1](x, rope, visible[-1], rows))
 
 
 class CausalLM(Graph):

@@ -9,7 +9,6 @@ causal mask that nothing sees, and keep nothing but what they return.
 Every class takes the path of the compiled library first.
 """
 
-import itertools
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -483,62 +482,6 @@ class CachedAttention(nn.Cell):
         keys, values, rows, begins = cache
         inputs = (q, k, v, keys, values)
         return self.attention(*inputs, rope[2], rope[3], visible, rows, begins)
-
-
-class CachedLayers(nn.Cell):
-    """Whole layers of a decoder in generation, without a gradient: what their cells compute, to the bit; see
-    ``Operators.cached_layers``. MindSpore takes some 20 us to begin an operator, as long as a product of one row with a
-    small weight takes, and some 30 ms to compile it: this is one in the place of thirteen for each layer."""
-
-    def __init__(self, library: str, rounding: str, eps: float):
-        super().__init__()
-        self.eps = Tensor([eps], ms.float32)
-        self.layers = operator(library, f"cached_layers{rounding}", _like_first)
-
-    def construct(
-        self, x: Tensor, parts: Tensor, parameters: tuple, rope: tuple, places: tuple, visible: tuple
-    ) -> Tensor:
-        inputs = (x, parts, self.eps, rope[2], rope[3])
-        return self.layers(*inputs, *places, *visible, *parameters)
-
-
-class TrainedLayers(nn.Cell):
-    """Layers of a decoder and their gradient, by ``Operators.trained_layers``: what their cells compute, to the bit.
-
-    What ``keeping`` keeps for ``backward``, which must follow it, is in memory of its own, beside MindSpore's; all
-    share it, and it stays for the next call.
-
-    factors: numbers of all factors' gradients.
-    """
-
-    NUMBERS = itertools.count()
-
-    def __init__(self, library: str, rounding: str, eps: float, factors: int):
-        super().__init__()
-        self.eps = Tensor([eps], ms.float32)
-        self.number = Tensor([next(self.NUMBERS)], ms.int32)  # who has kept something
-
-        def gradients(x, *_):
-            return list(x), [factors]
-
-        self.forward = operator(library, f"layers{rounding}", _like_first)
-        self.keep = operator(library, f"kept_layers{rounding}", _like_first)
-        self.gradients = ops.Custom(f"{library}:layers_gradient{rounding}", gradients, (ms.float32, ms.float32), "aot")
-
-    def construct(self, x: Tensor, about: tuple, draws: tuple, parameters: tuple) -> Tensor:
-        return self.forward(*self.inputs(x, about, draws), *about[2], *parameters)
-
-    def keeping(self, x: Tensor, about: tuple, draws: tuple, parameters: tuple) -> Tensor:
-        """The same; it keeps what ``backward`` needs."""
-        return self.keep(*self.inputs(x, about, draws), *about[2], *parameters)
-
-    def backward(self, x: Tensor, about: tuple, draws: tuple, parameters: tuple, back: tuple) -> tuple[Tensor, Tensor]:
-        """back: d output and wanted; the gradients of x and of the factors."""
-        return self.gradients(*self.inputs(x, about, draws), *back, *about[2], *parameters)
-
-    def inputs(self, x: Tensor, about: tuple, draws: tuple) -> tuple:
-        """What the three take first."""
-        return (x, about[0], self.eps, about[1][2], about[1][3], draws[0], draws[1], self.number)
 
 
 class HeadProduct(nn.Cell):

@@ -1,19 +1,37 @@
 """The operators that cells compute with, chosen once for a run and passed to every cell, as its dtype is."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from typing import Any
+from typing import Any, Protocol
 
 import mindspore as ms
 from mindspore import Tensor, nn
 
-from lora_ms.ops import ascend, native, portable, portable_int4, portable_nf4
+from lora_ms.ops import ascend, native, native_layers, portable, portable_int4, portable_nf4
 
 Visibility = Tensor
 """What each query may see: ``first`` [b, s] int32, the earliest key of its line that it sees; it sees the keys from
 there to itself. ``Operators.visibility`` makes of it, once in a forward pass, the form that ``Operators.attention`` of
 the same operators reads (``first`` itself, scores to add, or a mask); everybody else only passes it on."""
+
+
+class TrainedLayers(Protocol):
+    """Layers of a decoder in training, which no graph may hold.
+
+    x [t, h]; rope; draws: the table of numbers for dropout; visible: ``attention``'s, of each window.
+    """
+
+    def __call__(self, x: Tensor, rope: Sequence[Tensor], draws: Tensor, visible: Sequence[Tensor]) -> Tensor:
+        """-> the layers on x [t, h]."""
+
+    def keeping(self, x: Tensor, rope: Sequence[Tensor], draws: Tensor, visible: Sequence[Tensor]) -> Tensor:
+        """The same; what ``backward`` needs is kept, once."""
+
+    def backward(
+        self, x: Tensor, grad: Tensor, rope: Sequence[Tensor], draws: Tensor, visible: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """With the gradient of the output -> those of x, zero where it has none, and of the factors that train [n]."""
 
 
 @dataclass(frozen=True)
@@ -95,22 +113,18 @@ class Operators:
     """As ``attention``, without a gradient, of new tokens to those in a cache, into which they are written: (q, k, v,
     rope, visible, (keys, values [lines * n_kv * length, d] parameters, rows [b * n_kv * new] int32 that the new take,
     begins [b * n_kv] int32, the rows where their heads begin)), for all lines of the cache in their order, or fewer."""
-    cached_layers: Callable[[float], nn.Cell] | None
-    """None, or eps of all norms -> cell, without a gradient: (x [t, h] of new tokens, parts int32, parameters, rope,
+    cached_layers: Callable[..., Callable[..., Tensor]] | None
+    """None, or eps, parts, parameters -> a function that no graph may hold: (x [t, h] of new tokens, rope,
     ``cached_attention``'s rows and begins, its ``visible`` of each window) -> layers of a decoder on x [t, h].
 
-    parts: the number of layers; then of each what ``nn.linear.LayerOperands.parts`` has, where nothing is dropped out.
-    parameters, of each layer: its own, and the cache's keys and values."""
-    trained_layers: Callable[[float, int], nn.Cell] | None
-    """None, or eps of all norms, numbers of all factors that train -> cell, without a gradient of its own: (x [t, h],
-    about, draws, parameters) -> layers of a decoder on x [t, h].
+    eps: of all norms. parts: the number of layers; then of each what ``nn.linear.LayerOperands.parts`` has, where
+    nothing is dropped out. parameters, of each layer: its own, and the cache's keys and values, which are written."""
+    trained_layers: Callable[..., TrainedLayers] | None
+    """None, or eps, parts, parameters, rates, wanted, factors -> ``TrainedLayers``.
 
-    about: parts as above, rope, ``attention``'s ``visible`` of each window. draws: a table of numbers for dropout
-    and, of each linear layer, its rate and 1 / (1 - rate), float32. parameters: of each layer, its own.
-
-    Its ``keeping`` gives the same, and keeps what its ``backward`` needs, once: (…, (d output, wanted)) -> the
-    gradients of x, zero where it has none, and of the factors that train [factors], A and B of each layer's linear
-    layers in their order. wanted [2] int32: the first half-layer that has a gradient, and whether x has one."""
+    parts: as above, with dropout. parameters: of each layer, its own. rates: of each linear layer, that of dropout.
+    wanted: the first half-layer that has a gradient, and whether x has one. factors: the number of numbers of the
+    factors that train, A and B of each layer's linear layers in their order."""
     head_product: Callable[[], nn.Cell]
     """(hidden [c, h], head [v, h]) -> logits [c, v] float32; without a gradient."""
     head_product_back: Callable[[], nn.Cell]
@@ -232,8 +246,8 @@ def _native(library: str, rounding: str) -> Operators:
         padding_cost=0.2,  # rows of zeros are left out of products
         reads_used_slots=True,
         cached_attention=_unsized(partial(native.CachedAttention, library)),
-        cached_layers=partial(native.CachedLayers, library, rounding),
-        trained_layers=partial(native.TrainedLayers, library, rounding),
+        cached_layers=partial(native_layers.CachedLayers, library, rounding),
+        trained_layers=partial(native_layers.TrainedLayers, library, rounding),
         head_product=partial(native.HeadProduct, library, rounding),
         head_product_back=partial(native.HeadProductBack, library, rounding),
         cross_entropy=partial(native.CrossEntropy, library, rounding),

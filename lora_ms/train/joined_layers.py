@@ -1,102 +1,57 @@
 """The lower layers of a model as one operator, and their gradient as another: where only LoRA's factors train, and the
-operator knows all that the layers compute. The compiler sees a few nodes, however deep the model is."""
+operator knows all that the layers compute. There is nothing to compile of them, however deep the
+model is."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import mindspore as ms
 import numpy as np
-from mindspore import ParameterTuple, Tensor, nn
+from mindspore import Tensor, nn
 
 from lora_ms.nn.dropout import DropoutKernel
-from lora_ms.nn.graph import Graph
 from lora_ms.nn.linear import LayerOperands, known_layers
-from lora_ms.train.parts import ROTARY_TABLES, ModelParts
+from lora_ms.ops.operators import TrainedLayers
+from lora_ms.train.parts import ModelParts
 from lora_ms.train.shared_layers import LayerBlock
-
-
-class Known(NamedTuple):
-    """Layers of a decoder, from its first one on."""
-
-    operands: list[LayerOperands]
-    windows: list[int]  # of each, the index of its window
-    dropouts: list[list[DropoutKernel | None]]  # of each linear layer, what is dropped out before its update
-    operator: nn.Cell  # ``Operators.trained_layers``
-
-
-class _Joined(Graph):
-    """What both directions take.
-
-    Not kept on disk: to read such a graph takes MindSpore as long as to compile it, a third of a second, and memory for
-    all weights, which it makes anew and throws away. The cells of the layers are not in it, which would take as long
-    again.
-    """
-
-    stored = False
-
-    def __init__(self, known: Known):
-        super().__init__(auto_prefix=False)
-        told = zip(known.operands, known.windows, known.dropouts, strict=True)
-        parts = [number for operands, window, dropouts in told for number in operands.parts(window, dropouts)]
-        self.parts = Tensor(np.array([len(known.operands), *parts], np.int32))
-        all_dropouts = [one for own in known.dropouts for one in own]
-        rates = [0.0 if one is None else one.probability for one in all_dropouts]
-        self.rates = Tensor(np.array([[rate, 1 / (1 - rate)] for rate in rates], np.float32))
-        tables = [one.draws.table for one in all_dropouts if one is not None]
-        self.table = tables[0] if tables else Tensor(np.zeros((1, 1), np.float32))
-        self.parameters = ParameterTuple([p for operands in known.operands for p in operands.parameters()])
-        self.operator = known.operator
-
-
-class JoinedForward(_Joined):
-    """(x [t, h], rope …, visible of each window …) -> [t, h]."""
-
-    def construct(self, x: Tensor, *others) -> Tensor:
-        about = (self.parts, others[:ROTARY_TABLES], others[ROTARY_TABLES:])
-        return self.operator(x, about, (self.table, self.rates), self.parameters)
-
-
-class JoinedKeeping(JoinedForward):
-    """The same; what the gradient needs is kept."""
-
-    def construct(self, x: Tensor, *others) -> Tensor:
-        about = (self.parts, others[:ROTARY_TABLES], others[ROTARY_TABLES:])
-        return self.operator.keeping(x, about, (self.table, self.rates), self.parameters)
-
-
-class JoinedBackward(_Joined):
-    """(x [t, h], d output, rope …, visible of each window …) -> d x, and the gradient of the factors [n].
-
-    lowest: the first half-layer that has a gradient. of_input: whether x has one.
-    """
-
-    def __init__(self, known: Known, lowest: int, of_input: bool):
-        super().__init__(known)
-        self.wanted = Tensor(np.array([lowest, of_input], np.int32))
-
-    def construct(self, x: Tensor, grad: Tensor, *others) -> tuple[Tensor, Tensor]:
-        about = (self.parts, others[:ROTARY_TABLES], others[ROTARY_TABLES:])
-        back = (grad, self.wanted)
-        return self.operator.backward(x, about, (self.table, self.rates), self.parameters, back)
 
 
 class JoinedLayers:
     """As ``SharedLayers``, with all layers but the last in one block, which is itself.
 
     Args:
+        operands: of the layers.
+        windows: of each layer, the index of its window.
+        dropouts: of each layer's linear layers, what is dropped out before its update.
         trains: whether what the gradient needs is kept.
     """
 
-    def __init__(self, parts: ModelParts, known: Known, trains: bool):
-        self.top = 2 * len(known.operands)
+    def __init__(
+        self,
+        parts: ModelParts,
+        operands: Sequence[LayerOperands],
+        windows: Sequence[int],
+        dropouts: Sequence[Sequence[DropoutKernel | None]],
+        make: Callable[..., TrainedLayers],
+        trains: bool,
+    ):
+        self.top = 2 * len(operands)
         self.blocks: list[LayerBlock] = [self]
-        windows = range(max(known.windows) + 1)
-        self.seen = [known.windows.index(i) if i in known.windows else 0 for i in windows]  # a layer with each window
-        keeps = trains and parts.lowest_half_layer < self.top
-        self.keeping = JoinedKeeping(known) if keeps else JoinedForward(known)
-        if keeps:
-            self.gradient = JoinedBackward(known, parts.lowest_half_layer, parts.trains_embedding)
+        self.seen = [windows.index(i) if i in windows else 0 for i in range(max(windows) + 1)]  # a layer with each
+        self.keeps = trains and parts.lowest_half_layer < self.top
+        all_dropouts = [one for own in dropouts for one in own]
+        tables = [one.draws.table for one in all_dropouts if one is not None]
+        self.draws = tables[0] if tables else Tensor(np.zeros((1, 1), np.float32))
+        told = [one.parts(window, own) for one, window, own in zip(operands, windows, dropouts, strict=True)]
+        self.layers = make(
+            eps=operands[0].eps,
+            parts=[len(operands), *(number for own in told for number in own)],
+            parameters=[p for one in operands for p in one.parameters()],
+            rates=[0.0 if one is None else one.probability for one in all_dropouts],
+            wanted=(parts.lowest_half_layer, parts.trains_embedding),
+            factors=sum(p.size for one in operands for linear in one.linear for p in linear.factors),
+        )
 
     def block_of(self, half_layer: int) -> int:
         """0, or 1 of one that is above the block."""
@@ -108,13 +63,14 @@ class JoinedLayers:
 
     def forward(self, x: Tensor, rope: Sequence[Tensor], visible: Sequence[Tensor]) -> tuple[Tensor]:
         """The output."""
-        return (self.keeping(x, *rope, *(visible[i] for i in self.seen)),)
+        compute = self.layers.keeping if self.keeps else self.layers
+        return (compute(x, rope, self.draws, [visible[i] for i in self.seen]),)
 
     def backward(
         self, grad: Tensor, rope: Sequence[Tensor], visible: Sequence[Tensor], kept: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor]:
         """kept: the input of ``forward``, whose last call this is the gradient of."""
-        return self.gradient(kept[0], grad, *rope, *(visible[i] for i in self.seen))
+        return self.layers.backward(kept[0], grad, rope, self.draws, [visible[i] for i in self.seen])
 
 
 def joined_layers(model: nn.Cell, parts: ModelParts, trains: bool) -> JoinedLayers | None:
@@ -140,9 +96,7 @@ def joined_layers(model: nn.Cell, parts: ModelParts, trains: bool) -> JoinedLaye
             return None
         if not any(factors) and parts.lowest_half_layer < 2 * len(layers):  # what is below alone
             return None
-    operator = make(operands[0].eps, sum(p.size for one in everything for p in one.factors))
-    windows = list(model.model.window_indices[: len(layers)])
-    return JoinedLayers(parts, Known(operands, windows, dropouts, operator), trains)
+    return JoinedLayers(parts, operands, model.model.window_indices[: len(layers)], dropouts, make, trains)
 
 
 def dropout_of(dropout: Any) -> DropoutKernel | None:

@@ -100,20 +100,27 @@ class SummedLoss(nn.Cell):
 
 
 class LayerInputs(Graph):
-    """What the layers take: ids, positions [b, s] -> (x [t, h], rope …, what a query sees through each window …)."""
+    """What the layers take: ids, positions [b, s] -> (x [t, h], rope …, what a query sees through each window …).
+
+    It keeps the embedding that ``decoder`` has when it is made.
+    """
 
     def __init__(self, decoder: nn.Cell):
         super().__init__(auto_prefix=False)
-        self.decoder = decoder
+        self.inputs = decoder.alone()
+        self.window_indices = decoder.window_indices
 
     def construct(self, input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, ...]:
         positions = position_ids.reshape((-1,))
-        x = self.decoder.embed(input_ids, positions >= 0)
-        return (x,) + self.decoder.rope(positions) + self.decoder.visibility(position_ids)
+        x = self.inputs.embed(input_ids, positions >= 0)
+        return (x,) + self.inputs.rope(positions) + self.inputs.visibility(position_ids)
 
     def by_layer(self, found: tuple[Tensor, ...]) -> tuple[Tensor, tuple, tuple]:
         """What ``construct`` returned, as x, rope and visible of each layer."""
-        return found[0], found[1 : 1 + ROTARY_TABLES], self.decoder.of_layers(found[1 + ROTARY_TABLES :])
+        visible: tuple[Tensor, ...] = ()
+        for i in self.window_indices:
+            visible = visible + (found[1 + ROTARY_TABLES + i],)
+        return found[0], found[1 : 1 + ROTARY_TABLES], visible
 
 
 class AttentionHalf(nn.Cell):
@@ -470,10 +477,11 @@ class Embed(nn.Cell):
 
     def __init__(self, decoder: nn.Cell):
         super().__init__(auto_prefix=False)
-        self.decoder = decoder
+        self.embed_tokens = decoder.embed_tokens
+        self.stream = decoder.stream
 
     def construct(self, input_ids: Tensor) -> Tensor:
-        return self.decoder.embed_tokens(input_ids.reshape((-1,))).astype(self.decoder.stream)
+        return self.embed_tokens(input_ids.reshape((-1,))).astype(self.stream)
 
 
 class EmbeddingGradients(Graph):

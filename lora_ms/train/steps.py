@@ -99,7 +99,8 @@ class Steps:
         self.table = self._draw_table()
         model.set_train(True)
         loss = SummedLoss(model, vocab_size, runtime.shard, row_terms, comparison)
-        self.micro_step = MicroStep(loss, self.optimizer, settings.recompute)
+        with nullcontext() if self.noise is None else self.noise.on(1):  # it keeps the embedding that it finds
+            self.micro_step = MicroStep(loss, self.optimizer, settings.recompute)
         self.pending: list[_Pending] = []
         self.clock = 0.0  # when the steps that are pending began
         self.waited = 0.0  # seconds since then, for data

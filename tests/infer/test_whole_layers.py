@@ -11,7 +11,6 @@ from lora_ms.adapters.methods.lora import LoraConfig
 from lora_ms.adapters.multi_adapter import AdapterPool
 from lora_ms.infer import cached_model
 from lora_ms.infer.cached_model import CachedModel
-from lora_ms.infer.whole_layers import WholeLayers
 from lora_ms.models.decoder import CausalLM, DecoderConfig
 from lora_ms.models.hub import new_model
 from lora_ms.nn.int4 import Int4Projection
@@ -111,7 +110,7 @@ def answers(model: CausalLM, rows: int, monkeypatch, plain: bool) -> list[np.nda
         if not plain:
             patched.setattr(cached_model, "known_layers", lambda layers: None)
         graphs = CachedModel(model.set_train(False), rows, 128, 16)
-    assert isinstance(graphs.top.layers, WholeLayers) is plain
+    assert (graphs.joined is not None) is plain
     rng = np.random.default_rng(1)
     found = []
     with graphs.running():
@@ -192,4 +191,4 @@ def test_what_the_operator_does_not_know_stays_cells(native, config):
     model = new_model(LLAMA, ms.float32, 0, native)
     inject(model, config, operators=native)
     assert adapted_layers(model)
-    assert not isinstance(CachedModel(model.set_train(False), 1, 64, 16).top.layers, WholeLayers)
+    assert CachedModel(model.set_train(False), 1, 64, 16).joined is None

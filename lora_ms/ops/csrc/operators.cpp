@@ -5,6 +5,7 @@
 
 #include <memory>
 #include <mutex>
+#include <new>
 #include <optional>
 
 #include "attention.h"
@@ -643,12 +644,39 @@ OPERATOR(cached_attention) {
     return 0;
 }
 
-// Layers of a decoder on new tokens, and in training.
-OPERATOR(cached_layers) { return layers_on_new_tokens(ARGUMENTS, product); }
-OPERATOR(cached_layers_bfloat16) { return layers_on_new_tokens(ARGUMENTS, product_bfloat16); }
-OPERATOR(layers) { return layers_in_training(ARGUMENTS, product, false); }
-OPERATOR(layers_bfloat16) { return layers_in_training(ARGUMENTS, product_bfloat16, false); }
-OPERATOR(kept_layers) { return layers_in_training(ARGUMENTS, product, true); }
-OPERATOR(kept_layers_bfloat16) { return layers_in_training(ARGUMENTS, product_bfloat16, true); }
-OPERATOR(layers_gradient) { return gradient_of_layers(ARGUMENTS, product); }
-OPERATOR(layers_gradient_bfloat16) { return gradient_of_layers(ARGUMENTS, product_bfloat16); }
+// Layers of a decoder on new tokens, and in training. Python calls these itself, and no exception may reach it.
+constexpr int OUT_OF_MEMORY = 2;  // of a call's result; 1: the inputs do not fit together
+
+template <class Compute>
+int guarded(Compute compute) {
+    try {
+        return compute();
+    } catch (const std::bad_alloc &) {
+        return OUT_OF_MEMORY;
+    }
+}
+
+OPERATOR(cached_layers) {
+    return guarded([&] { return layers_on_new_tokens(ARGUMENTS, product); });
+}
+OPERATOR(cached_layers_bfloat16) {
+    return guarded([&] { return layers_on_new_tokens(ARGUMENTS, product_bfloat16); });
+}
+OPERATOR(layers) {
+    return guarded([&] { return layers_in_training(ARGUMENTS, product, false); });
+}
+OPERATOR(layers_bfloat16) {
+    return guarded([&] { return layers_in_training(ARGUMENTS, product_bfloat16, false); });
+}
+OPERATOR(kept_layers) {
+    return guarded([&] { return layers_in_training(ARGUMENTS, product, true); });
+}
+OPERATOR(kept_layers_bfloat16) {
+    return guarded([&] { return layers_in_training(ARGUMENTS, product_bfloat16, true); });
+}
+OPERATOR(layers_gradient) {
+    return guarded([&] { return gradient_of_layers(ARGUMENTS, product); });
+}
+OPERATOR(layers_gradient_bfloat16) {
+    return guarded([&] { return gradient_of_layers(ARGUMENTS, product_bfloat16); });
+}
