@@ -182,18 +182,27 @@ def check_type(entry: Entry) -> None:
 
 def read(entry: Entry, dtype: DTypeLike) -> np.ndarray:
     """The tensor as ``dtype``, which may be the bfloat16 of a library; at most one copy of it is in memory besides the
-    mapped file."""
+    mapped file, or two where bfloat16 becomes float16."""
+    return fill(np.empty(entry.shape, dtype), entry)
+
+
+def fill(out: np.ndarray, entry: Entry) -> np.ndarray:
+    """Reads the tensor into ``out``, of its shape and of any type; see ``read``. Returns ``out``."""
     check_type(entry)
     stored = np.dtype(DTYPES[entry.dtype])
-    count = (entry.end - entry.start) // stored.itemsize
-    raw = np.memmap(entry.file, stored, "r", entry.start, (count,)) if count else np.empty(0, stored)
-    if entry.dtype == "BF16":
-        if np.dtype(dtype).name == "bfloat16":
-            return np.array(raw).view(dtype).reshape(entry.shape)
-        wide = raw.astype(np.uint32)
-        wide <<= 16
-        raw = wide.view(np.float32)
-    return np.array(raw, dtype, copy=entry.dtype != "BF16" or raw.dtype != dtype).reshape(entry.shape)
+    if not out.size:
+        return out
+    raw = np.memmap(entry.file, stored, "r", entry.start, entry.shape or (1,))
+    if entry.dtype != "BF16":
+        np.copyto(out, raw.reshape(entry.shape), casting="unsafe")
+    elif out.dtype.name == "bfloat16":
+        out.view(stored)[...] = raw.reshape(entry.shape)
+    else:
+        wide = out if out.dtype == np.float32 else np.empty(entry.shape, np.float32)
+        np.left_shift(raw.reshape(entry.shape), 16, out=wide.view(np.uint32), dtype=np.uint32)
+        if wide is not out:
+            np.copyto(out, wide, casting="unsafe")
+    return out
 
 
 def read_raw(entry: Entry) -> np.ndarray:
@@ -211,12 +220,17 @@ def rows_of(entry: Entry, start: int, stop: int) -> Entry:
 
 def read_part(entry: Entry, place: tuple[slice, ...], dtype: DTypeLike) -> np.ndarray:
     """The rows and columns ``place`` of a tensor, of which little else is in memory at a time."""
+    shape = [len(range(n)[each]) for each, n in zip(place, entry.shape, strict=True)]
+    return fill_part(np.empty(shape, dtype), entry, place)
+
+
+def fill_part(out: np.ndarray, entry: Entry, place: tuple[slice, ...]) -> np.ndarray:
+    """``read_part`` into ``out``, which it returns."""
     rows, *columns = (slice(*each.indices(n)) for each, n in zip(place, entry.shape, strict=True))
     entry = rows_of(entry, rows.start, rows.stop)
-    part = np.empty([each.stop - each.start for each in (rows, *columns)], dtype)
     for block in row_blocks(entry.shape):
-        part[block] = read(rows_of(entry, block.start, block.stop), dtype)[(slice(None), *columns)]
-    return part
+        out[block] = read(rows_of(entry, block.start, block.stop), out.dtype)[(slice(None), *columns)]
+    return out
 
 
 def row_blocks(shape: tuple[int, ...]) -> Iterator[slice]:

@@ -100,13 +100,13 @@ class _Top(Graph):
 
     def __init__(self, model: nn.Cell, layers: nn.Cell):
         super().__init__(auto_prefix=False)
-        self.model = model
         self.layers = layers
+        self.outputs = model.outputs()
         self.argmax = ops.Argmax(-1, ms.int32)
 
     def construct(self, x: Tensor, *others) -> tuple[Tensor, Tensor, Tensor]:
         x = self.layers(x, others[:-1])
-        logits = self.model.logits_of(x, others[-1])
+        logits = self.outputs(x, others[-1])
         return logits, self.argmax(logits), x
 
 
@@ -133,11 +133,11 @@ class _Scores(Graph):
 
     def __init__(self, model: nn.Cell, tokens: int):
         super().__init__(auto_prefix=False)
-        self.model = model
+        self.outputs = model.outputs()
         self.rows = Tensor(np.arange(tokens, dtype=np.int32))
 
     def construct(self, x: Tensor) -> Tensor:
-        return self.model.logits_of(x, self.rows)
+        return self.outputs(x, self.rows)
 
 
 class _Copy(Graph):

@@ -300,6 +300,25 @@ class Decoder(DecoderInputs):
         return self.norm(self.layers[-1](x, rope, visible[-1], rows))
 
 
+class DecoderOutputs(nn.Cell):
+    """What stands behind the layers of a decoder: the last norm and the head. x [t, h] of the last layer, rows [c] ->
+    logits [c, v] float32 of what follows these tokens."""
+
+    def __init__(self, norm: nn.Cell, lm_head: Head, dtype: ms.Type, operators: Operators):
+        super().__init__(auto_prefix=False)
+        self.norm = norm
+        self.lm_head = lm_head
+        self.dtype = dtype
+        self.project = operators.product()
+
+    def head_weight(self) -> Tensor:
+        """[v, h] in the model's type; of a shared model, this rank's rows."""
+        return self.lm_head.whole_weight().astype(self.dtype)
+
+    def construct(self, x: Tensor, rows: Tensor) -> Tensor:
+        return self.project(self.norm(ops.gather(x, rows, 0)), self.head_weight()).astype(ms.float32)
+
+
 class CausalLM(Graph):
     """A decoder with its head: ``logits = model(input_ids, attention_mask)``.
 
@@ -357,9 +376,9 @@ class CausalLM(Graph):
             position_ids = ops.tile(Tensor(np.arange(seq, dtype=np.int32)[None]), (batch, 1))
         return self.model(input_ids, position_ids, rows)
 
-    def logits_of(self, x: Tensor, rows: Tensor) -> Tensor:
-        """The last layer's output x [t, h] -> logits [c, v] float32 of what follows the tokens ``rows`` [c]."""
-        return self.project(self.model.norm(ops.gather(x, rows, 0)), self.head_weight()).astype(ms.float32)
+    def outputs(self) -> DecoderOutputs:
+        """What stands behind the layers, as it is now: a graph of it compiles nothing else."""
+        return DecoderOutputs(self.model.norm, self.lm_head, self.dtype, self.operators)
 
     def construct(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """input_ids [b, s], attention_mask [b, s] of 0 and 1 -> logits [b, s, v] float32.

@@ -43,6 +43,7 @@ from lora_ms.nn.nf4 import NF4Projection
 from lora_ms.nn.parallel import WHOLE, Shard, split_axis
 from lora_ms.nn.projection import DenseProjection, Projection, vector_dtype
 from lora_ms.nn.quantised import QuantisedProjection
+from lora_ms.nn.weight_memory import WeightMemory
 from lora_ms.ops import PORTABLE, Operators
 from lora_ms.quant import int4, nf4
 from lora_ms.quant.folder import StoredNF4, planned_nf4, quantised_entry
@@ -141,15 +142,19 @@ def load_directory(
     weights = QuantisedWeights(entries, folder.quantised, quantisation, ms_dtype, operators, shard)
     config = replace(config, flash_attention=flash_attention)
     model = model_class(config, ms_dtype, operators, shard, weights.make)
+    memory = WeightMemory()
     quantised = {parameter for cell in quantised_layers(model).values() for parameter in cell.weights()}
     whole: list[Parameter] = []
     for name, parameter in model.parameters_and_names():
         parameter.name = name
-        if parameter not in quantised:
+        if parameter in quantised:
+            memory.put(parameter, (values := parameter.asnumpy()), values.dtype)
+        else:
             whole.append(parameter)
+    arrays = [memory.take(tuple(parameter.shape), NUMPY_DTYPES[parameter.dtype]) for parameter in whole]
     with ThreadPoolExecutor(READERS) as readers:
-        arrays = readers.map(lambda parameter: weights.read(parameter.name, NUMPY_DTYPES[parameter.dtype]), whole)
-        for parameter, array in zip(whole, arrays, strict=True):
+        names = [parameter.name for parameter in whole]
+        for parameter, array in zip(whole, readers.map(weights.read, names, arrays), strict=True):
             parameter.set_data(Tensor.from_numpy(array))
     model.source = base_name(path)
     model.hf_config = hf
@@ -190,15 +195,17 @@ class QuantisedWeights:
         self.operators = operators
         self.shard = shard
 
-    def read(self, name: str, dtype: DTypeLike) -> np.ndarray:
-        """This rank's part of a tensor; one in four bits where the model has it whole is decoded."""
+    def read(self, name: str, out: np.ndarray) -> np.ndarray:
+        """This rank's part of a tensor, into ``out``, which it returns; one in four bits where the model has it whole
+        is decoded."""
         entry = self.entries[name]
         if name in self.stored:
-            part = self.shard.part(name, self.stored[name].numbers())
-            return np.ascontiguousarray(part.astype(dtype))
-        if self.shard.count > 1 and split_axis(name) is not None:
-            return storage.read_part(entry, self.shard.slices(name, entry.shape), dtype)
-        return storage.read(entry, dtype)
+            out[...] = self.shard.part(name, self.stored[name].numbers())
+        elif self.shard.count > 1 and split_axis(name) is not None:
+            storage.fill_part(out, entry, self.shard.slices(name, entry.shape))
+        else:
+            storage.fill(out, entry)
+        return out
 
     def make(self, path: str, in_channels: int, out_channels: int, has_bias: bool) -> Projection:
         """The projection at ``path``, of these sizes on this rank: with its weight where that has four bits, else to
@@ -230,8 +237,9 @@ class QuantisedWeights:
             return self.stored[name].read(), None
         if self.quantisation is None or not self.quantisation.quantises(path):
             return None, None
-        original = partial(self.read, name, np.float32)
         entry = self.entries[name]
+        place = self.shard.slices(name, entry.shape)
+        original = partial(storage.read_part, entry, place, np.float32)
         if np.prod(entry.shape) % 2:
             raise LoraMsError(f"{name} {list(entry.shape)} has an odd number of numbers: NF4 stores them in pairs")
         return quantised_entry(name, entry, self.quantisation.double), original
@@ -294,10 +302,10 @@ def load_checkpoint(
             notices = (untied_notice(path),)
     check_names(weight_shapes(config), {n: tuple(w.shape) for n, w in weights.items()}, str(path))
     model = CausalLM(config, ms_dtype, operators, shard)
+    memory = WeightMemory()
     for name, parameter in model.parameters_and_names():
         parameter.name = name
-        part = shard.part(name, weights.pop(name).asnumpy())
-        parameter.set_data(Tensor.from_numpy(np.array(part, NUMPY_DTYPES[parameter.dtype], order="C")))
+        memory.put(parameter, shard.part(name, weights.pop(name).asnumpy()), NUMPY_DTYPES[parameter.dtype])
     model.source = str(path)
     model.hf_config = hf_config(config, ms_dtype)
     model.generation_config = {}
@@ -309,11 +317,12 @@ def new_model(config: DecoderConfig, ms_dtype: ms.Type, seed: int, operators: Op
     """A model to train from nothing: matrices normal with variance 1 / hidden_size, norms one, biases zero."""
     model = CausalLM(config, ms_dtype, operators)
     rng = np.random.default_rng(seed)
+    memory = WeightMemory()
     for name, parameter in model.parameters_and_names():
         parameter.name = name
         if parameter.ndim == 2:
             value = rng.standard_normal(parameter.shape, np.float32) * config.hidden_size**-0.5
-            parameter.set_data(Tensor.from_numpy(value.astype(NUMPY_DTYPES[parameter.dtype])))
+            memory.put(parameter, value, NUMPY_DTYPES[parameter.dtype])
     model.source = None
     model.hf_config = hf_config(config, ms_dtype)
     model.generation_config = {}

@@ -18,6 +18,7 @@ import numpy as np
 from mindspore import Parameter, Tensor
 from numpy.typing import NDArray
 
+POINTER = ctypes.POINTER(ctypes.c_int64)
 OUT_OF_MEMORY = 2  # of a call's result; see csrc/operators.cpp
 
 
@@ -58,7 +59,8 @@ def _told(tensors: Sequence[tuple[tuple[int, ...], str]]) -> tuple[Any, ...]:
     """The ranks, shapes and types of tensors, as C takes them."""
     count = len(tensors)
     ranks = (ctypes.c_int * count)(*(len(shape) for shape, _ in tensors))
-    shapes = (ctypes.POINTER(ctypes.c_int64) * count)(*((ctypes.c_int64 * len(shape))(*shape) for shape, _ in tensors))
+    sizes = [(ctypes.c_int64 * len(shape))(*shape) for shape, _ in tensors]
+    shapes = (POINTER * count)(*(ctypes.cast(own, POINTER) for own in sizes))
     return ranks, shapes, (ctypes.c_char_p * count)(*(name.encode() for _, name in tensors))
 
 

@@ -157,10 +157,10 @@ class _HeadWeight(Graph):
 
     def __init__(self, model: nn.Cell):
         super().__init__(auto_prefix=False)
-        self.model = model
+        self.outputs = model.outputs()
 
     def construct(self):
-        return self.model.head_weight()
+        return self.outputs.head_weight()
 
 
 def general_rows(config: RunConfig, rows: PreparedRows) -> NDArray[np.bool_]:

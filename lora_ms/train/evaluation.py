@@ -15,7 +15,7 @@ from lora_ms.nn.graph import Graph
 from lora_ms.runtime.device import Runtime
 from lora_ms.train.callbacks import EvaluationRecord
 from lora_ms.train.joined_layers import joined_layers
-from lora_ms.train.parts import ROTARY_TABLES, HalfLayers, LayerInputs, ModelParts, SummedLoss
+from lora_ms.train.parts import ROTARY_TABLES, Finish, HalfLayers, LayerInputs, ModelParts, SummedLoss
 from lora_ms.train.shared_layers import SharedLayers
 
 HIGHEST_LOG = 700.0  # its exponential is still a float
@@ -46,16 +46,16 @@ class _TopScores(Graph):
 
     title = "the evaluation"
 
-    def __init__(self, half_layers: Sequence[nn.Cell], loss: SummedLoss):
+    def __init__(self, half_layers: Sequence[nn.Cell], finish: Finish):
         super().__init__(auto_prefix=False)
         self.half_layers = HalfLayers(half_layers, [True] * len(half_layers))
-        self.loss = loss
+        self.finish = finish
 
     def construct(self, x: Tensor, *others) -> tuple[Tensor, Tensor]:
         rope, visible = others[:ROTARY_TABLES], others[ROTARY_TABLES:-2]
         rows, targets = others[-2], others[-1]
         outputs = self.half_layers(x, rope, visible, rows)
-        loss, _, right = self.loss.of_output(outputs[-1], targets)
+        loss, _, right = self.finish.counts(outputs[-1], targets)
         return loss, right
 
 
@@ -65,7 +65,7 @@ class _TopStates(_TopScores):
     def construct(self, x: Tensor, *others) -> Tensor:
         rope, visible = others[:ROTARY_TABLES], others[ROTARY_TABLES:-2]
         outputs = self.half_layers(x, rope, visible, others[-2])
-        return self.loss.model.model.norm(outputs[-1]).astype(ms.float32)
+        return self.finish.states(outputs[-1]).astype(ms.float32)
 
 
 class _TopLogProbs(_TopScores):
@@ -74,23 +74,22 @@ class _TopLogProbs(_TopScores):
     def construct(self, x: Tensor, *others) -> Tensor:
         rope, visible = others[:ROTARY_TABLES], others[ROTARY_TABLES:-2]
         outputs = self.half_layers(x, rope, visible, others[-2])
-        hidden = self.loss.model.model.norm(outputs[-1])
-        return self.loss.log_probs(hidden, self.loss.model.head_weight(), others[-1])[0]
+        return self.finish.label_log_probs(outputs[-1], others[-1])
 
 
 class _TopComparison(_TopScores):
     """The last layers and a comparison of answers: (x, rope …, visible of each …, rows [c], targets [c], the
     comparison's arrays …) -> what it returns."""
 
-    def __init__(self, half_layers: Sequence[nn.Cell], loss: SummedLoss):
-        super().__init__(half_layers, loss)
-        self.tail = 2 + loss.extra_inputs  # inputs from rows on
+    def __init__(self, half_layers: Sequence[nn.Cell], finish: Finish):
+        super().__init__(half_layers, finish)
+        self.tail = 2 + finish.extra_inputs  # inputs from rows on
 
     def construct(self, x: Tensor, *others) -> Tensor:
         rope, visible = others[:ROTARY_TABLES], others[ROTARY_TABLES : -self.tail]
         last = others[-self.tail :]
         outputs = self.half_layers(x, rope, visible, last[0])
-        return self.loss.losses(self.loss.model.model.norm(outputs[-1]), last[1], last[2:])
+        return self.finish(outputs[-1], last[1], *last[2:])
 
 
 class LabelScores:
@@ -102,11 +101,12 @@ class LabelScores:
     TOP: type[Graph] = _TopScores
 
     def __init__(self, loss: SummedLoss):
+        self.model = loss.model
         parts = ModelParts(loss.model)
         self.inputs = LayerInputs(loss.model.model)
         joined = joined_layers(loss.model, parts, trains=False)
         self.shared = joined or SharedLayers(parts, [True] * len(parts.half_layers))
-        self.top = self.TOP(parts.half_layers[self.shared.top :], loss)
+        self.top = self.TOP(parts.half_layers[self.shared.top :], loss.finish)
 
     def __call__(
         self, input_ids: Tensor, position_ids: Tensor, target_index: Tensor, targets: Tensor, *extras: Tensor
@@ -125,7 +125,7 @@ class LabelStates(LabelScores):
 
     def of_rows(self, plan: DataPlan) -> list[np.ndarray]:
         """Of each row of a plan of one pass, [its label tokens, …]; the model is left as ``set_train(False)``."""
-        self.top.loss.model.set_train(False)
+        self.model.set_train(False)
         found: list[np.ndarray] = [np.empty(0)] * len(plan.rows)
         for step in range(plan.steps_per_epoch):
             for rows, batch in plan.placed(step):

@@ -99,7 +99,7 @@ class MicroStep(Graph):
         first = 0 if self.shared is None else self.shared.top  # the first half-layer that is in no block
         self.inputs = LayerInputs(decoder)
         self.top = TopGradients(
-            loss,
+            loss.finish,
             scale,
             parts.finish_weights,
             half_layers=parts.half_layers[first:],

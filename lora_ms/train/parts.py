@@ -32,6 +32,60 @@ def check_float32(trained: Iterable[Parameter]) -> None:
         raise LoraMsError("all parameters train in float32 only: set compute_dtype to float32, or give pet_config")
 
 
+class Finish(nn.Cell):
+    """Norm, head and loss: the last layer's output [c, h], targets [c], further arrays … -> as ``SummedLoss``, whose
+    arguments these are. It keeps the norm and the head that ``model`` has when it is made."""
+
+    def __init__(
+        self, model: nn.Cell, vocab_size: int, shard: Shard, terms: Sequence[nn.Cell], comparison: nn.Cell | None
+    ):
+        super().__init__(auto_prefix=False)
+        self.outputs = model.outputs()
+        self.terms = nn.CellList(list(terms))
+        self.has_terms = len(terms) > 0
+        self.compares = comparison is not None
+        self.comparison: nn.Cell = nn.Identity() if comparison is None else comparison
+        self.log_probs = token_log_probs(vocab_size, CHUNK_NUMBERS, model.operators)
+        self.ends = tuple(sum(term.count for term in terms[: i + 1]) for i in range(len(terms)))
+        self.starts = (0,) + self.ends[:-1]
+        self.extra_inputs = self.ends[-1] if terms else 0
+        if comparison is not None:
+            self.extra_inputs = comparison.count
+        # numbers in the result, where it is several, whose sum is the loss; 0: the result is the loss
+        self.summed = 1 if self.compares else (1 + len(terms)) * self.has_terms
+        self.cross_entropy = summed_cross_entropy(vocab_size, CHUNK_NUMBERS, model.operators, shard)
+
+    def states(self, x: Tensor) -> Tensor:
+        """From the last layer's output [c, h], the normalised hidden states."""
+        return self.outputs.norm(x)
+
+    def counts(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """From the last layer's output [c, h]; returns what ``SummedCrossEntropy`` returns."""
+        return self.cross_entropy(self.states(x), self.outputs.head_weight(), targets)
+
+    def label_log_probs(self, x: Tensor, targets: Tensor) -> Tensor:
+        """From the last layer's output [c, h]: the log-probabilities of the targets [c] float32."""
+        return self.log_probs(self.states(x), self.outputs.head_weight(), targets)[0]
+
+    def construct(self, x: Tensor, targets: Tensor, *extras: Tensor) -> Tensor:
+        return self.losses(self.states(x), targets, extras)
+
+    def losses(self, hidden: Tensor, targets: Tensor, extras: tuple[Tensor, ...]) -> Tensor:
+        """From the normalised hidden states [c, h]."""
+        head = self.outputs.head_weight()
+        if self.compares:
+            return self.comparison(self.log_probs(hidden, head, targets)[0], *extras)
+        found = self.cross_entropy(hidden, head, targets)[0]
+        if not self.has_terms:
+            return found
+        values: tuple[Tensor, ...] = (found,)
+        wide = hidden.astype(ms.float32)
+        for i in range(len(self.terms)):
+            own = extras[self.starts[i] : self.ends[i]]
+            values = values + (self.terms[i](wide, head, targets, *own),)
+        return ops.stack(values)
+
+
 class SummedLoss(nn.Cell):
     """Summed cross-entropy of a batch's label tokens; head and logits are computed for these alone.
 
@@ -55,45 +109,14 @@ class SummedLoss(nn.Cell):
     ):
         super().__init__()
         self.model = model
-        self.terms = nn.CellList(list(terms))
-        self.has_terms = len(terms) > 0
-        self.compares = comparison is not None
-        self.comparison: nn.Cell = nn.Identity() if comparison is None else comparison
-        self.log_probs = token_log_probs(vocab_size, CHUNK_NUMBERS, model.operators)
-        self.ends = tuple(sum(term.count for term in terms[: i + 1]) for i in range(len(terms)))
-        self.starts = (0,) + self.ends[:-1]
-        self.extra_inputs = self.ends[-1] if terms else 0
-        if comparison is not None:
-            self.extra_inputs = comparison.count
-        # numbers in the result, where it is several, whose sum is the loss; 0: the result is the loss
-        self.summed = 1 if self.compares else (1 + len(terms)) * self.has_terms
-        self.cross_entropy = summed_cross_entropy(vocab_size, CHUNK_NUMBERS, model.operators, shard)
-
-    def of_output(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """From the last layer's output [c, h]; returns what ``SummedCrossEntropy`` returns."""
-        hidden = self.model.model.norm(x)
-        return self.cross_entropy(hidden, self.model.head_weight(), targets)
-
-    def losses(self, hidden: Tensor, targets: Tensor, extras: tuple[Tensor, ...]) -> Tensor:
-        """From the normalised hidden states [c, h]."""
-        head = self.model.head_weight()
-        if self.compares:
-            return self.comparison(self.log_probs(hidden, head, targets)[0], *extras)
-        found = self.cross_entropy(hidden, head, targets)[0]
-        if not self.has_terms:
-            return found
-        values: tuple[Tensor, ...] = (found,)
-        wide = hidden.astype(ms.float32)
-        for i in range(len(self.terms)):
-            own = extras[self.starts[i] : self.ends[i]]
-            values = values + (self.terms[i](wide, head, targets, *own),)
-        return ops.stack(values)
+        self.finish = Finish(model, vocab_size, shard, terms, comparison)
+        self.summed = self.finish.summed
 
     def construct(
         self, input_ids: Tensor, position_ids: Tensor, target_index: Tensor, targets: Tensor, *extras: Tensor
     ) -> Tensor:
         hidden = self.model.hidden_states(input_ids, position_ids, target_index)  # [c, h]
-        return self.losses(hidden, targets, extras)
+        return self.finish.losses(hidden, targets, extras)
 
 
 # --- forward
@@ -191,18 +214,6 @@ class HalfLayers(nn.Cell):
                 x = found[0]
                 outputs = outputs + found[1:] + (x,)
         return outputs
-
-
-class Finish(nn.Cell):
-    """Norm, head and loss: the last layer's output [c, h], targets [c], further arrays … -> as ``SummedLoss``."""
-
-    def __init__(self, loss: SummedLoss):
-        super().__init__(auto_prefix=False)
-        self.loss = loss
-        self.summed = loss.summed
-
-    def construct(self, x: Tensor, targets: Tensor, *extras: Tensor) -> Tensor:
-        return self.loss.losses(self.loss.model.model.norm(x), targets, extras)
 
 
 # --- backward
@@ -448,7 +459,7 @@ class TopGradients(Graph):
 
     def __init__(
         self,
-        loss: SummedLoss,
+        finish: Finish,
         loss_scale: Parameter,
         finish_weights: Sequence[Parameter],
         half_layers: Sequence[nn.Cell],
@@ -459,8 +470,8 @@ class TopGradients(Graph):
         super().__init__(auto_prefix=False)
         self.forward = HalfLayers(half_layers, recomputed)
         self.backward = HalfLayersBackward(half_layers, weights, recomputed, lowest)
-        self.finish = LossGradients(Finish(loss), loss_scale, finish_weights, of_input=True)
-        self.tail = 2 + loss.extra_inputs  # inputs from rows on
+        self.finish = LossGradients(finish, loss_scale, finish_weights, of_input=True)
+        self.tail = 2 + finish.extra_inputs  # inputs from rows on
 
     def construct(self, x: Tensor, *others) -> tuple[Tensor, ...]:
         rope, visible = others[:ROTARY_TABLES], others[ROTARY_TABLES : -self.tail]

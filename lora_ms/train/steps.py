@@ -49,8 +49,7 @@ class Steps:
     """The optimiser steps of ``model`` on ``plan``.
 
     Args:
-        model: a Cell with ``hidden_states(input_ids, position_ids, rows)``, ``head_weight()`` and ``operators``, to be
-            trained.
+        model: as ``models.decoder.CausalLM``, to be trained.
         vocab_size: rows of the head.
         loss_scaling: None for a model that computes in float32.
         hooks: parts of the run that take part in every step.

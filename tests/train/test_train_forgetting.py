@@ -338,7 +338,7 @@ def test_a_hybrid_loss_against_torch(graph_mode, golden):
     from mindspore import nn, ops
 
     from lora_ms.ops import PORTABLE
-    from lora_ms.train.parts import Finish, ScaledLoss, SummedLoss
+    from lora_ms.train.parts import ScaledLoss, SummedLoss
 
     z = golden("forgetting")
     wide = {key: z[key].astype(np.float32) for key in ("hidden", "head", "before", "first_head")}
@@ -357,17 +357,19 @@ def test_a_hybrid_loss_against_torch(graph_mode, golden):
         def __init__(self):
             super().__init__()
             self.operators = PORTABLE
-            self.model = nn.Cell()
-            self.model.norm = nn.Identity()
+            self.norm = nn.Identity()
             self.weight = Parameter(Tensor(wide["head"]), name="head")
 
         def head_weight(self):
             return self.weight
 
+        def outputs(self):
+            return self
+
     rows = np.arange(4)
     extras = [a for t in terms for a in t.rows.arrays(rows, counts, 12, 11 / t.rows.units(rows))]
     model = Model()
-    loss = Finish(SummedLoss(model, 9, terms=[term.cell for term in terms]))
+    loss = SummedLoss(model, 9, terms=[term.cell for term in terms]).finish
     scale = Parameter(Tensor(1.0 / 11), name="scale", requires_grad=False)
     hidden = np.concatenate([wide["hidden"], np.ones((1, 5), np.float32)])  # the last slot is unused
     targets = np.concatenate([z["targets"], [-100]]).astype(np.int32)
