@@ -220,17 +220,12 @@ def rows_of(entry: Entry, start: int, stop: int) -> Entry:
 
 def read_part(entry: Entry, place: tuple[slice, ...], dtype: DTypeLike) -> np.ndarray:
     """The rows and columns ``place`` of a tensor, of which little else is in memory at a time."""
-    shape = [len(range(n)[each]) for each, n in zip(place, entry.shape, strict=True)]
-    return fill_part(np.empty(shape, dtype), entry, place)
-
-
-def fill_part(out: np.ndarray, entry: Entry, place: tuple[slice, ...]) -> np.ndarray:
-    """``read_part`` into ``out``, which it returns."""
     rows, *columns = (slice(*each.indices(n)) for each, n in zip(place, entry.shape, strict=True))
     entry = rows_of(entry, rows.start, rows.stop)
+    part = np.empty([each.stop - each.start for each in (rows, *columns)], dtype)
     for block in row_blocks(entry.shape):
-        out[block] = read(rows_of(entry, block.start, block.stop), out.dtype)[(slice(None), *columns)]
-    return out
+        part[block] = read(rows_of(entry, block.start, block.stop), dtype)[(slice(None), *columns)]
+    return part
 
 
 def row_blocks(shape: tuple[int, ...]) -> Iterator[slice]:

@@ -271,7 +271,7 @@ def main() -> int:
     if given.one is None:
         return 1 if report(QUICK if given.quick else TRIES, given.device) else 0
     if given.device == "Ascend":
-        from lora_ms.runtime.device import ascend_is_present
+        from lora_ms.runtime.choice import ascend_is_present
 
         if not ascend_is_present():
             print("there is no Ascend card here")

@@ -24,6 +24,7 @@ DIRECTIONS = {
     "saving": ("errors text", ""),
     "storage": ("folder_schema reading saving errors", "numpy safetensors"),
     "hf_folder": ("quant storage folder_schema reading errors", "numpy"),
+    "weights": ("storage", "numpy"),
     "quant": ("quant storage reading limits errors", "numpy"),
     "ops": ("ops quant.nf4 quant.int4", "mindspore numpy"),
     "nn": ("nn ops quant", "mindspore numpy"),
@@ -38,7 +39,7 @@ DIRECTIONS = {
         "data runtime.host hf_folder saving storage reading limits errors text",
         "numpy transformers mindspore.dataset mindspore.mindrecord datasets pyarrow",
     ),
-    "models": ("models quant nn ops hf_folder saving storage reading errors text", "mindspore numpy"),
+    "models": ("models quant nn ops weights hf_folder saving storage reading errors text", "mindspore numpy"),
     "adapters": (
         "adapters quant nn ops hf_folder saving storage folder_schema reading limits values errors text",
         "mindspore numpy",
@@ -61,8 +62,8 @@ DIRECTIONS = {
         "pydantic starlette uvicorn anyio h11 prometheus_client",
     ),
     "recipes": (
-        "recipes config objectives gguf bridge adapters models quant train infer serve data nn ops runtime hf_folder "
-        "folder_schema saving storage reading limits errors text",
+        "recipes config objectives gguf bridge adapters models quant train infer serve data nn ops runtime weights "
+        "hf_folder folder_schema saving storage reading limits errors text",
         "mindspore numpy transformers tqdm huggingface_hub modelscope_hub lm_eval jinja2",
     ),
     "commands": (

@@ -4,6 +4,7 @@ Nothing heavy is imported before the flags are read, so that ``--help`` answers 
 """
 
 import argparse
+import atexit
 import difflib
 import gc
 import io
@@ -109,32 +110,41 @@ RUN_MODES = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """``lora-ms``. Returns the exit status: 0, 2 for an error of the user's, 130 when interrupted."""
-    if argv is None and {*sys.argv[1:2]} & {*STEPPING}:
-        _start_with_huge_pages()
-    if argv is None:
-        _collect_garbage_rarely()
-    return _guarded(_lora_ms, sys.argv[1:] if argv is None else list(argv))
+    if argv is not None:
+        return _guarded(_lora_ms, list(argv))
+    return _alone(_lora_ms, steps=bool({*sys.argv[1:2]} & {*STEPPING}))
 
 
 def run_mindformer(argv: Sequence[str] | None = None) -> int:
     """``run_mindformer.py``: the command is ``--run_mode``, else the YAML's ``run_mode``. Returns the exit status."""
-    if argv is None and not {"predict", "eval"} & {*sys.argv}:
-        _start_with_huge_pages()
-    if argv is None:
-        _collect_garbage_rarely()
-    return _guarded(_run_mindformer, sys.argv[1:] if argv is None else list(argv))
+    if argv is not None:
+        return _guarded(_run_mindformer, list(argv))
+    return _alone(_run_mindformer, steps=not {"predict", "eval"} & {*sys.argv})
 
 
-def _collect_garbage_rarely() -> None:
-    """The libraries make half a million objects that stay: Python, which looks through them again and again, takes a
-    tenth of the time of their import for that."""
+def _alone(command: Callable[[list[str]], int], steps: bool) -> int:
+    """Runs ``command`` with the arguments of this process, which does nothing else.
+
+    The libraries make half a million objects that stay. Python, which looks through them again and again, takes a tenth
+    of the time of their import for that; and as a process ends, it takes all of them apart, and MindSpore its memory:
+    a fifth of a second. Here it ends as soon as what was registered for its end (``atexit``) has run.
+    """
+    if steps:
+        from lora_ms.runtime.host import start_with_huge_pages
+
+        start_with_huge_pages()
     gc.set_threshold(50_000, 20, 20)
+    status = [1]  # as Python's, where an exception ends it
+    atexit.register(_leave, status)  # what is registered first runs last
+    status[0] = _guarded(command, sys.argv[1:])
+    return status[0]
 
 
-def _start_with_huge_pages() -> None:
-    from lora_ms.runtime.host import start_with_huge_pages
-
-    start_with_huge_pages()
+def _leave(status: list[int]) -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # closed
+            stream.flush()
+    os._exit(status[0])
 
 
 def _guarded(command: Callable[[list[str]], int], argv: list[str]) -> int:
@@ -302,6 +312,9 @@ def _run_command(command: str | None, args: argparse.Namespace, free_form: list[
         import_module(DRY_RUN).run(config, args.dry_run)
         return 0
     with _ended_by_ctrl_c():
+        from lora_ms.recipes.reading_ahead import begin
+
+        begin(config, command)
         module = import_module(MODULES[command])
     module.run(config, **{flag: getattr(args, flag) for flag in COMMAND_FLAGS.get(command, ())})
     return 0

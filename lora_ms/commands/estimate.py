@@ -5,7 +5,8 @@ from lora_ms.recipes import session
 from lora_ms.recipes.estimate import fits, job_of, needs, size, table
 from lora_ms.recipes.model import read_sizes
 from lora_ms.runtime import host, memory_estimate
-from lora_ms.runtime.device import Runtime, chosen
+from lora_ms.runtime.choice import chosen
+from lora_ms.runtime.device import Runtime
 
 
 def run(config: RunConfig) -> None:

@@ -15,7 +15,7 @@ from mindspore.common import np_dtype
 from mindspore.common.initializer import initializer
 from numpy.typing import DTypeLike
 
-from lora_ms import saving, storage
+from lora_ms import saving, storage, weights
 from lora_ms.errors import LoraMsError
 from lora_ms.hf_folder import (
     CONFIG,
@@ -43,7 +43,6 @@ from lora_ms.nn.nf4 import NF4Projection
 from lora_ms.nn.parallel import WHOLE, Shard, split_axis
 from lora_ms.nn.projection import DenseProjection, Projection, vector_dtype
 from lora_ms.nn.quantised import QuantisedProjection
-from lora_ms.nn.weight_memory import WeightMemory
 from lora_ms.ops import PORTABLE, Operators
 from lora_ms.quant import int4, nf4
 from lora_ms.quant.folder import StoredNF4, planned_nf4, quantised_entry
@@ -54,6 +53,7 @@ from lora_ms.quant.settings import Quantisation, read_quantisation
 from lora_ms.reading import opened, readable
 from lora_ms.storage import Entry
 from lora_ms.text import listed
+from lora_ms.weights import WeightMemory
 
 FAMILIES = {
     "LlamaForCausalLM": llama_config,
@@ -139,23 +139,23 @@ def load_directory(
     config = replace(config, tie_word_embeddings=folder.tied)
     entries = {name: entry for name, entry in folder.entries.items() if not name.endswith(FREQUENCIES)}
     check_names(weight_shapes(config), {n: e.shape for n, e in entries.items()}, str(path))
-    weights = QuantisedWeights(entries, folder.quantised, quantisation, ms_dtype, operators, shard)
+    stored = QuantisedWeights(entries, folder.quantised, quantisation, ms_dtype, operators, shard)
     config = replace(config, flash_attention=flash_attention)
-    model = model_class(config, ms_dtype, operators, shard, weights.make)
-    memory = WeightMemory()
+    model = model_class(config, ms_dtype, operators, shard, stored.make)
     quantised = {parameter for cell in quantised_layers(model).values() for parameter in cell.weights()}
     whole: list[Parameter] = []
     for name, parameter in model.parameters_and_names():
         parameter.name = name
         if parameter in quantised:
-            memory.put(parameter, (values := parameter.asnumpy()), values.dtype)
+            values = parameter.asnumpy()
+            parameter.set_data(Tensor.from_numpy(stored.memory.copy(values, values.dtype)))
         else:
             whole.append(parameter)
-    arrays = [memory.take(tuple(parameter.shape), NUMPY_DTYPES[parameter.dtype]) for parameter in whole]
     with ThreadPoolExecutor(READERS) as readers:
-        names = [parameter.name for parameter in whole]
-        for parameter, array in zip(whole, readers.map(weights.read, names, arrays), strict=True):
+        arrays = readers.map(lambda parameter: stored.read(parameter.name, NUMPY_DTYPES[parameter.dtype]), whole)
+        for parameter, array in zip(whole, arrays, strict=True):
             parameter.set_data(Tensor.from_numpy(array))
+    weights.forget_ahead()
     model.source = base_name(path)
     model.hf_config = hf
     if quantisation is not None:
@@ -194,18 +194,16 @@ class QuantisedWeights:
         self.dtype = dtype
         self.operators = operators
         self.shard = shard
+        self.memory = WeightMemory()
 
-    def read(self, name: str, out: np.ndarray) -> np.ndarray:
-        """This rank's part of a tensor, into ``out``, which it returns; one in four bits where the model has it whole
-        is decoded."""
+    def read(self, name: str, dtype: DTypeLike) -> np.ndarray:
+        """This rank's part of a tensor; one in four bits where the model has it whole is decoded."""
         entry = self.entries[name]
         if name in self.stored:
-            out[...] = self.shard.part(name, self.stored[name].numbers())
-        elif self.shard.count > 1 and split_axis(name) is not None:
-            storage.fill_part(out, entry, self.shard.slices(name, entry.shape))
-        else:
-            storage.fill(out, entry)
-        return out
+            return self.memory.copy(self.shard.part(name, self.stored[name].numbers()), dtype)
+        if self.shard.count > 1 and split_axis(name) is not None:
+            return self.memory.copy(storage.read_part(entry, self.shard.slices(name, entry.shape), dtype), dtype)
+        return weights.read(entry, dtype, self.memory)
 
     def make(self, path: str, in_channels: int, out_channels: int, has_bias: bool) -> Projection:
         """The projection at ``path``, of these sizes on this rank: with its weight where that has four bits, else to
@@ -289,23 +287,24 @@ def load_checkpoint(
         storage.read_header(path)  # refuses what contradicts itself
     with opened(path), readable(path, "a checkpoint"):
         stored = ms.load_checkpoint(str(path), format=form)
-    weights = {hugging_face_name(name): value for name, value in stored.items()}
-    weights = {name: value for name, value in weights.items() if not name.endswith(FREQUENCIES)}
+    tensors = {hugging_face_name(name): value for name, value in stored.items()}
+    tensors = {name: value for name, value in tensors.items() if not name.endswith(FREQUENCIES)}
     notices: tuple[str, ...] = ()
-    if config.tie_word_embeddings and HEAD in weights:
-        head = weights[HEAD]
-        shared = weights.setdefault(EMBEDDING, head)
+    if config.tie_word_embeddings and HEAD in tensors:
+        head = tensors[HEAD]
+        shared = tensors.setdefault(EMBEDDING, head)
         if shared is head or np.array_equal(head.asnumpy(), shared.asnumpy()):
-            del weights[HEAD]
+            del tensors[HEAD]
         else:
             config = replace(config, tie_word_embeddings=False)
             notices = (untied_notice(path),)
-    check_names(weight_shapes(config), {n: tuple(w.shape) for n, w in weights.items()}, str(path))
+    check_names(weight_shapes(config), {n: tuple(w.shape) for n, w in tensors.items()}, str(path))
     model = CausalLM(config, ms_dtype, operators, shard)
     memory = WeightMemory()
     for name, parameter in model.parameters_and_names():
         parameter.name = name
-        memory.put(parameter, shard.part(name, weights.pop(name).asnumpy()), NUMPY_DTYPES[parameter.dtype])
+        part = shard.part(name, tensors.pop(name).asnumpy())
+        parameter.set_data(Tensor.from_numpy(memory.copy(part, NUMPY_DTYPES[parameter.dtype])))
     model.source = str(path)
     model.hf_config = hf_config(config, ms_dtype)
     model.generation_config = {}
@@ -322,7 +321,7 @@ def new_model(config: DecoderConfig, ms_dtype: ms.Type, seed: int, operators: Op
         parameter.name = name
         if parameter.ndim == 2:
             value = rng.standard_normal(parameter.shape, np.float32) * config.hidden_size**-0.5
-            memory.put(parameter, value, NUMPY_DTYPES[parameter.dtype])
+            parameter.set_data(Tensor.from_numpy(memory.copy(value, NUMPY_DTYPES[parameter.dtype])))
     model.source = None
     model.hf_config = hf_config(config, ms_dtype)
     model.generation_config = {}

@@ -9,7 +9,6 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
-from lora_ms.nn.graph import Graph
 from lora_ms.ops import portable
 
 
@@ -107,27 +106,15 @@ class DrawTable:
         self.draws = draws
         self.seed = seed
         self.table = Parameter(Tensor(np.zeros((len(draws), rows + columns), np.float32)), "draws", requires_grad=False)
-        self.put = _Put(self.table)
         for number, draw in enumerate(draws):
             draw.follow(self.table, number, rows)
 
     def fill(self, step: int, batch: int) -> None:
         """For micro-batch ``batch`` (of all ranks') of optimiser step ``step``."""
         rng = np.random.default_rng((self.seed, step, batch))
-        self.put(Tensor(rng.random(self.table.shape, np.float32)))
+        self.table.set_data(Tensor.from_numpy(rng.random(self.table.shape, np.float32)))
 
     def close(self) -> None:
         """The draws stop following the table."""
         for draw in self.draws:
             draw.unfollow()
-
-
-class _Put(Graph):
-    """Assigns the table, in a graph of its own: in one with the model, some of its reads may come before."""
-
-    def __init__(self, table: Parameter):
-        super().__init__()
-        self.table = table
-
-    def construct(self, numbers: Tensor) -> Tensor:
-        return ops.assign(self.table, numbers)

@@ -27,7 +27,8 @@ from lora_ms.recipes.objectives import check_rows
 from lora_ms.recipes.settings import settings_of
 from lora_ms.recipes.stored_adapter import check_adapter
 from lora_ms.runtime import host, memory_estimate
-from lora_ms.runtime.device import Device, Runtime, chosen
+from lora_ms.runtime.choice import Device, chosen
+from lora_ms.runtime.device import Runtime
 from lora_ms.text import counted, folded, size_text
 from lora_ms.train import checkpoint, trackers
 

@@ -18,10 +18,12 @@ from lora_ms.recipes import data, session
 from lora_ms.recipes.adapter import adapter_config
 from lora_ms.recipes.model import quantisation_of_run
 from lora_ms.runtime import host, memory_estimate
-from lora_ms.runtime.device import Device, Runtime, default_dtype, has_native
+from lora_ms.runtime.choice import Device, default_dtype
+from lora_ms.runtime.device import Runtime, has_native
 from lora_ms.runtime.memory_estimate import Job
 from lora_ms.train.gradient import recomputed_layers
 from lora_ms.train.settings import TrainSettings
+from lora_ms.weights import size_ahead
 
 # Device, MB that a run can use of its memory, and whether host and card share it. Of an Orange Pi's the system takes
 # 1.5 GB.
@@ -203,7 +205,7 @@ def announce(config: RunConfig, sizes: DecoderConfig, runtime: Runtime, shape: S
         return
     job = replace(job_of(config, sizes, runtime.device), lines=shape.lines, length=shape.length)
     total = memory_estimate.estimate(job).total
-    room = host.available() / runtime.world
+    room = (host.available() + size_ahead() / host.MB) / runtime.world
     each = " for each process" if runtime.world > 1 else ""
     print(f"memory: about {size(total)} at the peak, {size(room)} free{each}")
     if total > room:

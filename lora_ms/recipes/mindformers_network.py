@@ -25,6 +25,7 @@ from lora_ms.recipes import data
 from lora_ms.recipes.adapter import adapter_config
 from lora_ms.recipes.model import decoder_config, read_sizes
 from lora_ms.runtime import device
+from lora_ms.runtime.choice import chosen
 from lora_ms.runtime.device import Runtime
 from lora_ms.train.log import Tee
 
@@ -80,7 +81,7 @@ def is_changed(pet: PetConfig, key: str) -> bool:
 def start(config: RunConfig) -> Runtime:
     """The device; on Ascend MindFormers prepares it later, by its own context keys."""
     context = config.context
-    later = Runtime(device.chosen(context.device_target))
+    later = Runtime(chosen(context.device_target))
     if config.use_parallel and not later.uses_host_memory:  # msrun tells each process its number
         later = replace(later, rank=int(os.environ.get("RANK_ID", 0)), world=int(os.environ.get("MS_WORKER_NUM", 1)))
     if later.is_main:

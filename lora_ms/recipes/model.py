@@ -17,7 +17,8 @@ from lora_ms.nn.rope import rotation_of
 from lora_ms.quant.int4_folder import GroupSettings
 from lora_ms.quant.settings import Quantisation, read_quantisation, skipping_all_but
 from lora_ms.reading import refuse_pickle
-from lora_ms.runtime.device import Runtime, default_dtype
+from lora_ms.runtime.choice import default_dtype
+from lora_ms.runtime.device import Runtime
 from lora_ms.text import size_text
 
 # YAML key -> DecoderConfig's; where both a YAML and a config.json give one, they must agree

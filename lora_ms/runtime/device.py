@@ -8,7 +8,6 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from shutil import which
-from typing import Literal
 
 import mindspore as ms
 from mindspore import ops
@@ -17,9 +16,8 @@ from lora_ms.errors import LoraMsError
 from lora_ms.nn.parallel import WHOLE, Shard, SumOverRanks
 from lora_ms.ops import PORTABLE, Operators, select
 from lora_ms.runtime import host, native_build
+from lora_ms.runtime.choice import Device, chosen
 from lora_ms.runtime.graph_cache import keep_graphs
-
-Device = Literal["CPU", "Ascend"]
 
 
 @dataclass(frozen=True)
@@ -62,25 +60,9 @@ class Runtime:
         return self.device == "CPU"
 
 
-def chosen(device_target: str) -> Device:
-    """The device of a run with this ``context.device_target``: Ascend where there is one, unless it is CPU."""
-    return "Ascend" if device_target != "CPU" and ascend_is_present() else "CPU"
-
-
-def default_dtype(device: str) -> str:
-    """The type of weights and activations on ``device`` where none is asked for."""
-    return "float32" if device == "CPU" else "float16"
-
-
 def has_native(device: str) -> bool:
     """Whether native operators can be compiled for ``device``."""
     return device == "CPU" and native_build.compiler() is not None
-
-
-def ascend_is_present() -> bool:
-    """Whether the kernel driver shows an Ascend card or, as on an Orange Pi, its control device."""
-    dev = Path("/dev")
-    return any(dev.glob("davinci[0-9]*")) or (dev / "davinci_manager").exists()
 
 
 def setup(

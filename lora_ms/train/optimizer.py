@@ -279,7 +279,8 @@ class FlatAdamW(Graph):
         else:
             self.map(ops.partial(_put, new), self.params, self.starts, self.sizes)
         ops.assign(self.count, count)
-        ops.assign(self.grad, ops.zeros_like(grad))
+        # zeros that the compiler does not know: it would keep n of them as a constant
+        ops.assign(self.grad, ops.broadcast_to(ops.minimum(taken, 0.0), grad.shape))
         if self.has_observers:
             used = self.adamw.used(grad, scale)
             for observer in self.observers:
