@@ -1,6 +1,7 @@
 """Reading a model's weights while Python imports MindSpore, which takes it a second or two."""
 
 import math
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -37,4 +38,5 @@ def begin(config: RunConfig, command: str) -> None:
     entries = list(folder.entries.values())
     size = sum(math.prod(entry.shape) for entry in entries) * np.dtype(dtype).itemsize
     if size <= SHARE * host.available() * host.MB:
-        weights.read_ahead(entries, dtype)
+        with suppress(MemoryError):  # a limit of the process
+            weights.read_ahead(entries, dtype)
