@@ -1,14 +1,14 @@
 """The gradient of a micro-batch's loss, added to the optimiser's: one engine, however deep the model is, and however
 much is recomputed.
 
+Where only LoRA trains below the last layer and nothing is recomputed, these layers are one block of one operator
+(``joined_layers.py``), which nobody compiles.
+
 A few layers: one graph, in which MindSpore differentiates the model as one part and keeps every activation.
 
 More layers: the same in several graphs. Blocks of a few layers run one after another in graphs that they share
 (``shared_layers.py``), so that neither compilation nor its memory grows with the depth; the top layers and the finish
 are one graph. A forward graph hands over what the backward graph of its block needs (``HalfLayersBackward``).
-
-Where only LoRA trains below the last layer and nothing is recomputed, these layers are one block of one operator
-(``joined_layers.py``).
 
 Recomputed layers: of a recomputed half-layer its input alone is kept; the backward pass computes the rest again. That
 is less memory and more time.
@@ -30,7 +30,7 @@ from mindspore import Parameter, Tensor, ops
 from lora_ms.errors import LoraMsError
 from lora_ms.nn import sharing
 from lora_ms.nn.graph import Graph
-from lora_ms.train.joined_layers import JoinedLayers, joined_layers
+from lora_ms.train.joined_layers import JoinedLayers, joined_layers, lower_layers
 from lora_ms.train.parts import (
     EmbeddingGradients,
     LayerInputs,
@@ -73,7 +73,7 @@ class MicroStep(Graph):
 
     Args:
         recompute: the layers whose activations are recomputed in the backward pass, as ``recomputed_layers`` takes it.
-            Where there are any, or many layers, the optimiser's parameters must stand in the model's order.
+            The optimiser's parameters stand in the model's order.
     """
 
     title = "the training step"
@@ -84,9 +84,11 @@ class MicroStep(Graph):
         count = len(decoder.layers)
         layers = recomputed_layers(recompute, count)
         shares_graphs = (loss.model.operators.lends_memory and count >= sharing.SHARED_FROM) or len(layers) == count
-        self.is_whole = not layers and not shares_graphs
         self.shared: SharedLayers | JoinedLayers | None = None
         self.prepared: set[tuple] = set()  # shapes of batches
+        if not layers and lower_layers(loss.model) is not None:
+            self.shared = joined_layers(loss.model, ModelParts(loss.model, optimizer.params), trains=True)
+        self.is_whole = not layers and not shares_graphs and self.shared is None
         if self.is_whole:
             self.whole = LossGradients(loss, scale, optimizer.params, of_input=False)
             self.accumulate = Accumulate(optimizer)
@@ -94,8 +96,8 @@ class MicroStep(Graph):
         parts = ModelParts(loss.model, optimizer.params)
         recomputed = [i // 2 in layers for i in range(2 * count)]
         self.lowest = parts.lowest_half_layer
-        joined = None if layers else joined_layers(loss.model, parts, trains=True)
-        self.shared = joined or (SharedLayers(parts, recomputed) if shares_graphs else None)
+        if self.shared is None and shares_graphs:
+            self.shared = SharedLayers(parts, recomputed)
         first = 0 if self.shared is None else self.shared.top  # the first half-layer that is in no block
         self.inputs = LayerInputs(decoder)
         self.top = TopGradients(

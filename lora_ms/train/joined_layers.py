@@ -73,15 +73,20 @@ class JoinedLayers:
         return self.layers.backward(kept[0], grad, rope, self.draws, [visible[i] for i in self.seen])
 
 
+def lower_layers(model: nn.Cell) -> list[LayerOperands] | None:
+    """What the layers of ``model`` but the last consist of; None: there is no operator for them."""
+    layers = list(model.model.layers)[:-1]
+    return known_layers(layers) if layers and model.operators.trained_layers is not None else None
+
+
 def joined_layers(model: nn.Cell, parts: ModelParts, trains: bool) -> JoinedLayers | None:
     """The layers of ``model`` but the last, where exactly LoRA's factors train of what they have; None: there is no
     operator for them.
 
     trains: whether what the gradient needs is kept, and dropout drops.
     """
-    layers = [half.layer for half in parts.half_layers[:-2:2]]
-    make, operands = model.operators.trained_layers, known_layers(layers)
-    if make is None or not layers or operands is None:
+    make, operands = model.operators.trained_layers, lower_layers(model)
+    if make is None or operands is None:
         return None
     dropouts = [[dropout_of(one.dropout) if trains else None for one in layer.linear] for layer in operands]
     everything = [one for layer in operands for one in layer.linear]
@@ -94,9 +99,9 @@ def joined_layers(model: nn.Cell, parts: ModelParts, trains: bool) -> JoinedLaye
         factors = [[p for one in half for p in one.factors] for half in halves]
         if [[*map(id, own)] for own in parts.weights[:-2]] != [[*map(id, own)] for own in factors]:
             return None
-        if not any(factors) and parts.lowest_half_layer < 2 * len(layers):  # what is below alone
+        if not any(factors) and parts.lowest_half_layer < 2 * len(operands):  # what is below alone
             return None
-    return JoinedLayers(parts, operands, model.model.window_indices[: len(layers)], dropouts, make, trains)
+    return JoinedLayers(parts, operands, model.model.window_indices[: len(operands)], dropouts, make, trains)
 
 
 def dropout_of(dropout: Any) -> DropoutKernel | None:

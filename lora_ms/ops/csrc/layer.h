@@ -95,7 +95,6 @@ struct Linear {
     std::optional<Dropout> dropout;
     RowUpdates lines{};  // an update for each line, where it has any
     Numbers bias;        // [out], or nothing
-    Numbers absmax;      // of the weight, where it had to be decoded
 
     long factor_numbers() const { return rank * (in + out); }
 
@@ -137,18 +136,6 @@ struct Linear {
         return low;
     }
 };
-
-// Of bytes that are absmax [n] of NF4, quantised in blocks of 256: codes [256] times the block's, plus offset.
-inline Numbers nested_absmax(const uint8_t *bytes, long n, const float *codes, const float *outer, float offset) {
-    constexpr long SOME = 1 << 13;
-    Numbers found(new float[n]);
-    Threads::shared().run(divided(n, SOME), [&](long task) {
-        const long begin = task * SOME, end = std::min(n, begin + SOME);
-        for (long i = begin; i < end; i++) found[i] = codes[bytes[i]] * outer[i / 256];
-        for (long i = begin; i < end; i++) found[i] += offset;  // rounded in between, as where MindSpore computes it
-    });
-    return found;
-}
 
 // What a layer computes on its way, [tokens, …] each. Where it is kept for a gradient, no two are the same.
 struct Between {
