@@ -81,19 +81,9 @@ def time_compiler(clock: Clock) -> None:
 
 
 def our_training(args, clock: Clock) -> None:
-    """What ``lora-ms finetune`` does."""
+    """What ``lora-ms finetune`` does, in its order."""
     from lora_ms.config import load_config
-    from lora_ms.recipes import native
-    from lora_ms.recipes.train import train
-    from lora_ms.train.callbacks import TrainerCallback
-    from lora_ms.train.log import Tee
-
-    clock.part("import")
-    time_compiler(clock)
-
-    class Ticks(TrainerCallback):
-        def on_step_end(self, state, record) -> None:
-            clock.tick()
+    from lora_ms.recipes.reading_ahead import begin
 
     data = Path(args.output) / "rows.jsonl"
     data.write_text("".join(json.dumps({"input_ids": row, "labels": row}) + "\n" for row in rows(args)))
@@ -108,6 +98,19 @@ def our_training(args, clock: Clock) -> None:
         "context.device_target": "CPU",
     }
     config = load_config(None, flags=flags | {f"model.model_config.pet_config.{k}": v for k, v in pet.items()})
+    begin(config, "finetune")
+    from lora_ms.recipes import native
+    from lora_ms.recipes.train import train
+    from lora_ms.train.callbacks import TrainerCallback
+    from lora_ms.train.log import Tee
+
+    clock.part("import")
+    time_compiler(clock)
+
+    class Ticks(TrainerCallback):
+        def on_step_end(self, state, record) -> None:
+            clock.tick()
+
     inputs = native.read_inputs(config)
     with Tee() as log:
         run = native.prepare(inputs, log)
@@ -117,15 +120,18 @@ def our_training(args, clock: Clock) -> None:
 
 
 def our_generation(args, clock: Clock) -> None:
-    """What ``lora-ms predict`` does, without a tokenizer."""
+    """What ``lora-ms predict`` does, without a tokenizer, in its order."""
     from lora_ms.config import load_config
+    from lora_ms.recipes.reading_ahead import begin
+
+    config = load_config(None, flags={"load_checkpoint": args.model, "context.device_target": "CPU"})
+    begin(config, "predict")
     from lora_ms.infer.generate import Generator
     from lora_ms.recipes import session
     from lora_ms.recipes.generate import model_for_use
 
     clock.part("import")
     time_compiler(clock)
-    config = load_config(None, flags={"load_checkpoint": args.model, "context.device_target": "CPU"})
     generator = Generator(model_for_use(config, session.start(config)))
     clock.part("load")
     generator.generate([prompt(args)], TOKENS, on_token=lambda row, token: clock.tick())
