@@ -85,6 +85,20 @@ inline void dropped_gradient(Matrix d_y, Matrix weight, Matrix d_low, Matrix a, 
     multiply({{d_y, weight, out}}, tokens, in, update.get(), in, d_x);
 }
 
+// The same matrix, of `numbers` numbers, with its scales decoded where they are nested.
+inline Matrix with_scales(Matrix weight, long numbers, Numbers &scales) {
+    if (!weight.nested.bytes) return weight;
+    constexpr long SOME = 1 << 13;
+    const long n = divided(numbers, Nf4::BLOCK);
+    scales.reset(new float[n]);
+    Threads::shared().run(divided(n, SOME), [&](long task) {
+        weight.nested.decode(task * SOME, std::min(n, (task + 1) * SOME), scales.get() + task * SOME);
+    });
+    weight.scales = scales.get();
+    weight.nested = {};
+    return weight;
+}
+
 // y = x W^T + b, with what an adapter adds before the bias.
 struct Linear {
     Matrix weight;  // [out, in]
@@ -99,8 +113,10 @@ struct Linear {
     long factor_numbers() const { return rank * (in + out); }
 
     void operator()(const float *x, long tokens, Multiply multiply, float *y) const {
-        std::vector<Term> terms{{{x, in, 1}, weight.transposed(), in}};
-        Numbers low;
+        Numbers low, scales;
+        const bool as_they_are = tokens <= FEW_ROWS && multiply == product;
+        const Matrix decoded = as_they_are ? weight : with_scales(weight, in * out, scales);
+        std::vector<Term> terms{{{x, in, 1}, decoded.transposed(), in}};
         if (rank) {
             low = low_input(x, tokens);
             terms.push_back({{low.get(), rank, 1}, b.transposed(), rank});
@@ -114,7 +130,9 @@ struct Linear {
     // From d_y [tokens, out] the gradients of A and B, one after the other, and of x [tokens, in], where it is wanted.
     void backward(const float *x, const float *d_y, long tokens, Multiply multiply, float *d_x, float *d_factors) const {
         const Matrix from{d_y, out, 1};
-        std::vector<Term> terms{{from, weight, out}};
+        Numbers scales;
+        const Matrix decoded = d_x ? with_scales(weight, in * out, scales) : weight;
+        std::vector<Term> terms{{from, decoded, out}};
         Numbers d_low;
         if (rank) {
             const Numbers low = low_input(x, tokens);
@@ -122,7 +140,8 @@ struct Linear {
             factor_gradients(from, {x, in, 1}, {low.get(), rank, 1}, b, scaling, dropout, tokens, in, out, rank,
                              d_low.get(), d_factors, d_factors + rank * in);
             const Matrix of_low{d_low.get(), rank, 1};
-            if (d_x && dropout) return dropped_gradient(from, weight, of_low, a, *dropout, tokens, in, out, rank, multiply, d_x);
+            if (d_x && dropout)
+                return dropped_gradient(from, decoded, of_low, a, *dropout, tokens, in, out, rank, multiply, d_x);
             terms.push_back({of_low, a, rank});
         }
         if (d_x) multiply(terms, tokens, in, nullptr, 0, d_x);

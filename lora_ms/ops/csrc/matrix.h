@@ -9,22 +9,17 @@ namespace lora_ms {
 
 enum class Type { FLOAT32, FLOAT16, BFLOAT16, NF4, INT4 };
 
-// The scales of NF4, of each block: numbers, or bytes whose meaning is in a table, in blocks of 256 with a factor, plus
-// one offset for all (QLoRA's double quantisation).
-struct Scales {
-    const void *data = nullptr;
-    const float *table = nullptr, *factors = nullptr;  // of bytes
+// Scales of NF4 that are bytes, quantised in blocks of 256: a table's number times the block's factor, plus an offset
+// (QLoRA's double quantisation).
+struct Nested {
+    static constexpr long BLOCK = 256;
+    const uint8_t *bytes = nullptr;
+    const float *table = nullptr, *factors = nullptr;
     float offset = 0;
 
-    float operator[](long i) const {
-        if (!table) return static_cast<const float *>(data)[i];
-        float scale = table[static_cast<const uint8_t *>(data)[i]] * factors[i / 256];
-#if defined(__x86_64__)
-        asm("" : "+x"(scale));  // rounded before the sum, as where MindSpore computes it
-#elif defined(__aarch64__)
-        asm("" : "+w"(scale));
-#endif
-        return scale + offset;
+    void decode(long begin, long end, float *to) const {
+        for (long i = begin; i < end; i++) to[i - begin] = table[bytes[i]] * factors[i / BLOCK];
+        for (long i = begin; i < end; i++) to[i - begin] += offset;  // rounded in between, as where MindSpore computes it
     }
 };
 
@@ -33,9 +28,10 @@ struct Matrix {
     const void *data;
     long row, column;
     Type type = Type::FLOAT32;
-    Scales scales = {};              // of NF4 and INT4, of each group of neighbours,
+    const void *scales = nullptr;    // of NF4 and INT4, of each group of neighbours,
     const uint8_t *zeros = nullptr;  // and, of INT4, its zero
     long group = 0;                  // numbers of a group
+    Nested nested = {};              // of NF4, where its scales are not decoded
     long place = 0;
 
     Matrix transposed() const {
@@ -56,7 +52,7 @@ struct Matrix {
 struct Nf4 {
     static constexpr long BLOCK = 64;
     const uint8_t *codes;
-    Scales scales;
+    const float *scales;
     long place;
     static constexpr long block() { return BLOCK; }  // numbers with one scale
     Nf4 operator+(long n) const { return {codes, scales, place + n}; }
@@ -172,9 +168,10 @@ void with_numbers(const Matrix &matrix, const Work &work) {
         case Type::FLOAT16: return work(static_cast<const Float16 *>(matrix.data) + matrix.place);
         case Type::BFLOAT16: return work(static_cast<const BFloat16 *>(matrix.data) + matrix.place);
         case Type::NF4:
-            return work(Nf4{static_cast<const uint8_t *>(matrix.data), matrix.scales, matrix.place});
+            return work(Nf4{static_cast<const uint8_t *>(matrix.data), static_cast<const float *>(matrix.scales),
+                            matrix.place});
         case Type::INT4:
-            return work(Int4{static_cast<const uint8_t *>(matrix.data), static_cast<const Float16 *>(matrix.scales.data),
+            return work(Int4{static_cast<const uint8_t *>(matrix.data), static_cast<const Float16 *>(matrix.scales),
                              matrix.zeros, matrix.group, matrix.place});
     }
 }

@@ -90,7 +90,7 @@ Matrix next_weight(Type type, Arguments &arguments, long out) {
     const uint8_t *zeros = type == Type::INT4 ? arguments.next().bytes() : nullptr;
     const long numbers = 2 * weight.numbers();
     const long group = type == Type::NF4 ? Nf4::BLOCK : numbers / scales.numbers();
-    return {weight.data, numbers / out, 1, type, {scales.data}, zeros, group};
+    return {weight.data, numbers / out, 1, type, scales.data, zeros, group};
 }
 
 // Inputs a1, b1, a2, b2, … and, where their number is odd, what the products are added to: [m, n], or [n], to each row.
@@ -235,14 +235,13 @@ class Layers {
             linear.out = numbers / in;
             if (scales.is("float16")) {
                 const uint8_t *zeros = next_tensor().bytes();
-                linear.weight = {weight.data, in, 1, Type::INT4, {scales.data}, zeros, numbers / scales.numbers()};
+                linear.weight = {weight.data, in, 1, Type::INT4, scales.data, zeros, numbers / scales.numbers()};
             } else {
-                Scales absmax{scales.data};
+                linear.weight = {weight.data, in, 1, Type::NF4, scales.data, nullptr, Nf4::BLOCK};
                 if (scales.is("uint8")) {
-                    absmax.table = next_tensor().floats(), absmax.factors = next_tensor().floats();
-                    absmax.offset = next_tensor().number();
+                    const Tensor table = next_tensor(), factors = next_tensor(), offset = next_tensor();
+                    linear.weight.nested = {scales.bytes(), table.floats(), factors.floats(), offset.number()};
                 }
-                linear.weight = {weight.data, in, 1, Type::NF4, absmax, nullptr, Nf4::BLOCK};
             }
         } else {
             linear.out = weight.size(0);

@@ -394,17 +394,29 @@ void add_few_rows(const Term &term, long m, float *c, long c_row) {
     });
 }
 
+// The nested scales of a matrix's next numbers of NF4, decoded here, where they are needed: they are read once.
+inline void decode_scales(Matrix &matrix, long numbers, std::vector<float> &scales) {
+    const long first = matrix.place / Nf4::BLOCK, end = divided(matrix.place + numbers, Nf4::BLOCK);
+    scales.resize(end - first);
+    matrix.nested.decode(first, end, scales.data());
+    matrix.data = static_cast<const uint8_t *>(matrix.data) + first * Nf4::BLOCK / 2;
+    matrix.place -= first * Nf4::BLOCK;
+    matrix.scales = scales.data();
+}
+
 // A product of a few rows: B is read once and in its order, where packing it would cost more than the product.
 inline void multiply_few_rows(const std::vector<Term> &terms, long m, long n, const float *start, long start_row,
                               float *c, long tasks) {
     Threads::shared().run(tasks, [&](long task) {
         const long end = (task + 1) * n / tasks;
+        std::vector<float> scales;
         for (long j = task * n / tasks; j < end;) {
             const long columns = j + 4 <= end ? 4 : 1;  // rows of weights at a time, which come from memory
             for (long i = 0; i < m; i++)
                 for (long q = j; q < j + columns; q++) c[i * n + q] = start ? start[i * start_row + q] : 0.0f;
             for (const Term &term : terms) {
-                const Term part{term.a, term.b.from(0, j), term.depth};
+                Term part{term.a, term.b.from(0, j), term.depth};
+                if (part.b.nested.bytes) decode_scales(part.b, (columns - 1) * part.b.column + term.depth, scales);
                 columns == 4 ? add_few_rows<4>(part, m, c + j, n) : add_few_rows<1>(part, m, c + j, n);
             }
             j += columns;
