@@ -139,6 +139,7 @@ def adapter_parts(adapter: AdapterConfig | None, sizes: DecoderConfig) -> dict[s
         "saved": saved | trained_biases(adapter, sizes, costs, saved),
         "dropout": adapter.dropout,
         "separate_dropout": adapter.separate_dropout,
+        "adds_factors_alone": adapter.adds_factors_alone,
     }
 
 

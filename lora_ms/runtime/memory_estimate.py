@@ -85,6 +85,7 @@ class Job:
     saved: Mapping[str, int] = field(default_factory=dict)
     dropout: float = 0.0  # on the inputs of adapters
     separate_dropout: bool = False  # by an operator of its own, even with native ones
+    adds_factors_alone: bool = False  # ``scaling B A`` to linear layers
     dtype: str = "float32"  # of weights and, on a card, of activations
     recomputed: Collection[int] = field(default_factory=frozenset)  # layers whose activations are recomputed
     tokenizer: bool = True
@@ -259,7 +260,10 @@ def in_blocks(job: Job) -> int:
 
 
 def compiled(job: Job) -> list[int]:
-    """Layers that have graphs: the first block of those that share theirs, and all others."""
+    """Layers that have graphs: the last one where the others are one operator; else the first block of those that share
+    theirs, and all others."""
+    if job.native and job.adds_factors_alone and not job.recomputed:
+        return [job.sizes.num_hidden_layers - 1]
     count = in_blocks(job)
     return [*range(min(count, BLOCK)), *range(count, job.sizes.num_hidden_layers)]
 

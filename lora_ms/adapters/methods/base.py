@@ -638,6 +638,12 @@ class AdapterConfig(metaclass=ByPeftNames):
         """Whether an operator of its own drops it, even where native operators do so within a product."""
         return False
 
+    @property
+    def adds_factors_alone(self) -> bool:
+        """Whether ``scaling B A``, whose A and B train, is all that is added to linear layers, and nothing else within
+        the layers changes: what ``Operators.trained_layers`` computes."""
+        return False
+
     @abstractmethod
     def cost(self, spec: Any, inputs: int, outputs: int) -> Cost:
         """The cost of the adapter on a module of so many inputs and outputs."""

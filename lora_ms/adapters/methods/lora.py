@@ -579,6 +579,11 @@ class LoraConfig(AdapterConfig, LowRankOptions):
     def separate_dropout(self) -> bool:
         return self.lora_bias
 
+    @property
+    def adds_factors_alone(self) -> bool:
+        changed = self.use_dora or self.use_lorafa or self.lora_bias or self.bias != "none"
+        return not changed and not any("norm" in name for name in self.modules_to_save)
+
     def cost(self, spec: LoraSpec, inputs: int, outputs: int) -> Cost:
         factors = outputs if self.use_lorafa else inputs + outputs
         beside = outputs * (self.use_dora + self.lora_bias)  # the magnitudes, or the bias beside B
