@@ -21,12 +21,10 @@ class Graph(nn.Cell):
     Attributes:
         compiling: what goes around a compilation of any ``Graph`` in this process, given the cell and its inputs.
         title: what a person is told to wait for while it is compiled; "" where that is not worth a line.
-        stored: whether its compiled form is worth a place on the disk.
     """
 
     compiling: Compiling | None = None
     title = ""
-    stored = True
 
     @property
     def compile_phase(self) -> str | None:

@@ -150,7 +150,7 @@ class GraphCache:
 
     def _name(self, cell: Graph, inputs: tuple[Any, ...]) -> GraphName | None:
         """None: this graph is compiled without the store."""
-        if self.store is None or not cell.stored or ENABLE in os.environ or ms.get_context("enable_compile_cache"):
+        if self.store is None or ENABLE in os.environ or ms.get_context("enable_compile_cache"):
             return None
         if ms.get_context("enable_graph_kernel"):  # fused kernels are in a folder of their own
             return None
