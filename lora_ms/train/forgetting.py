@@ -186,21 +186,19 @@ def plot(points: Sequence[Mapping[str, Any]], shown: Mapping[str, str], path: Pa
     Args:
         shown: of each set, ``loss`` or ``accuracy``.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure  # without pyplot, whose state is the user's, in a notebook
+    from matplotlib.ticker import MaxNLocator
 
     kinds = [kind for kind in ("loss", "accuracy") if kind in shown.values()]
-    figure, axes = pyplot.subplots(len(kinds), sharex=True, figsize=(7, 3 * len(kinds)), dpi=120, layout="constrained")
-    for kind, axis in zip(kinds, [axes] if len(kinds) == 1 else axes, strict=True):
+    figure = Figure(figsize=(7, 3 * len(kinds)), dpi=120, layout="constrained")
+    for kind, axis in zip(kinds, figure.subplots(len(kinds), sharex=True, squeeze=False)[:, 0], strict=True):
         for name in (name for name, own in shown.items() if own == kind):
             found = [(p["step"], p["scores"][name][kind]) for p in points if name in p["scores"]]
             axis.plot([step for step, _ in found], [value for _, value in found], marker=".", label=name)
         axis.set(ylabel="loss (nats per label token)" if kind == "loss" else "accuracy", ylim=(0, None))
         axis.grid(alpha=0.3)
         axis.legend(frameon=False)
-        axis.set_xlabel("optimiser step")
+    axis.set_xlabel("optimiser step")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     with saving.new_file(path) as part:
         figure.savefig(part, format="png")
-    pyplot.close(figure)

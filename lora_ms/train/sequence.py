@@ -71,12 +71,10 @@ class TaskMatrix:
 
     def plot(self, path: Path) -> None:
         """Draws the score of each task after each into a PNG."""
-        import matplotlib
+        from matplotlib.figure import Figure  # without pyplot, whose state is the user's, in a notebook
 
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-
-        figure, axis = pyplot.subplots(figsize=(7, 4), dpi=120, layout="constrained")
+        figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
+        axis = figure.subplots()
         values = np.concatenate([self.before[None], self.scores])
         for number, name in enumerate(self.names):
             axis.plot(range(len(values)), values[:, number], marker="o", label=name)
@@ -86,4 +84,3 @@ class TaskMatrix:
         axis.legend(frameon=False)
         with saving.new_file(path) as part:
             figure.savefig(part, format="png")
-        pyplot.close(figure)
