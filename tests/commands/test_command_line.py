@@ -25,6 +25,34 @@ def test_a_bare_command_prints_help(capsys, argv):
     assert (status, err) == (0, []) and out[0].startswith("usage: lora-ms")
 
 
+PROCESS = """
+import atexit, sys
+from lora_ms.cli import main as cli
+run = cli._lora_ms
+def beginning(argv):
+    atexit.register(print, "registered", flush=True)
+    return run(argv)
+cli._lora_ms = beginning
+sys.exit(cli.main())
+"""
+
+
+@pytest.mark.parametrize(
+    ("argv", "status", "line"),
+    [
+        (["--version"], 0, f"lora-ms {lora_ms.__version__}"),
+        (["xyzzy"], 2, "error: there is no command 'xyzzy': lora-ms --help lists them"),
+        (["xyzzy", "--debug"], 1, "lora_ms.errors.LoraMsError: there is no command 'xyzzy': lora-ms --help lists them"),
+    ],
+)
+def test_a_process_ends_with_its_status_once_what_was_registered_has_run(python, python_env, argv, status, line):
+    """It leaves without taking itself apart."""
+    child = subprocess.run([python, "-c", PROCESS, *argv], env=python_env, capture_output=True, text=True)
+    assert child.returncode == status, child.stderr
+    assert line in (child.stdout + child.stderr).splitlines()
+    assert child.stdout.splitlines()[-1] == "registered"
+
+
 @pytest.mark.parametrize(
     ("word", "line"),
     [
