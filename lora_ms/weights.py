@@ -12,17 +12,18 @@ from numpy.typing import DTypeLike, NDArray
 from lora_ms import storage
 from lora_ms.storage import Entry
 
-BLOCK = 64 << 20  # bytes
+BLOCK = 32 << 20  # bytes
+LARGE = 4 << 20  # bytes: for an array of as many NumPy asks Linux for pages of 2 MB
 LINE = 64  # bytes: every weight begins where a line of the processor's cache does
 
 
 class WeightMemory:
-    """Arrays side by side in large blocks.
+    """Arrays of which small matrices lie side by side in blocks.
 
     NumPy asks Linux for pages of 2 MB in arrays of 4 MB and more; the matrices of a small model are smaller, and come
     in pages of 4 KB. In a block they are read faster: SmolLM2-135M's token takes 20.4 ms in the place of 24.0 (two
     cores, AVX-512). What is not used of a block is not taken from the system, and a block is given back with the last
-    array in it.
+    matrix in it. Vectors, which stay where matrices are replaced, as by merging, and large arrays have their own.
     """
 
     def __init__(self) -> None:
@@ -33,10 +34,11 @@ class WeightMemory:
     def take(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray:
         """An array that is to be filled."""
         size = math.prod(shape) * np.dtype(dtype).itemsize
+        if len(shape) < 2 or size >= LARGE:
+            return _aligned(size).view(dtype).reshape(shape)
         with self.lock:
             if self.used + size > self.block.size:
-                self.block = np.empty(max(BLOCK, size + LINE), np.uint8)
-                self.used = -self.block.ctypes.data % LINE
+                self.block, self.used = _aligned(BLOCK), 0
             begin = self.used
             self.used += -(-size // LINE) * LINE
             return self.block[begin : begin + size].view(dtype).reshape(shape)
@@ -46,6 +48,13 @@ class WeightMemory:
         found = self.take(values.shape, dtype)
         found[...] = values
         return found
+
+
+def _aligned(size: int) -> NDArray[np.uint8]:
+    """So many bytes, the first at the beginning of a line."""
+    memory = np.empty(size + LINE, np.uint8)
+    begin = -memory.ctypes.data % LINE
+    return memory[begin : begin + size]
 
 
 class WeightsAhead:
@@ -83,6 +92,11 @@ class WeightsAhead:
             return future.result()
         return None if out is None else storage.fill(out, entry)
 
+    def stop(self) -> None:
+        """Nothing more is read."""
+        with self.lock:
+            self.waiting.clear()
+
     @property
     def size(self) -> int:
         """Bytes of what has been read, or is being read, and was not asked for."""
@@ -106,8 +120,10 @@ def read(entry: Entry, dtype: DTypeLike, memory: WeightMemory) -> NDArray:
 
 
 def forget_ahead() -> None:
-    """Gives back what was read and nobody asked for."""
+    """Gives back what was read and nobody asked for, and reads no more."""
     global _ahead
+    if _ahead is not None:
+        _ahead.stop()
     _ahead = None
 
 

@@ -59,6 +59,7 @@ class AdapterRows(nn.Cell, LinearLayer):
             numbers |= {self.scale_less_one: self._scale(update) - 1, self.shift: self._shift(update)}
         for parameter, value in numbers.items():
             self.write(parameter, Tensor(np.array([place], np.int32)), Tensor(value[None].astype(np.float32)))
+            parameter.asnumpy()  # waits until it is written: ``Operators.cached_layers`` reads it where it lies
 
     def faults(self, update: RowUpdate) -> list[str]:
         """Why ``update`` does not fit the layer, and this cell."""

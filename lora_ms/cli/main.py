@@ -135,12 +135,14 @@ def _alone(command: Callable[[list[str]], int], steps: bool) -> int:
         start_with_huge_pages()
     gc.set_threshold(50_000, 20, 20)
     status = [1]  # as Python's, where an exception ends it
-    atexit.register(_leave, status)  # what is registered first runs last
+    atexit.register(_leave, os.getpid(), status)  # what is registered first runs last
     status[0] = _guarded(command, sys.argv[1:])
     return status[0]
 
 
-def _leave(status: list[int]) -> None:
+def _leave(process: int, status: list[int]) -> None:
+    if os.getpid() != process:  # a fork
+        return
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):  # closed
             stream.flush()
@@ -312,11 +314,14 @@ def _run_command(command: str | None, args: argparse.Namespace, free_form: list[
         import_module(DRY_RUN).run(config, args.dry_run)
         return 0
     with _ended_by_ctrl_c():
-        from lora_ms.recipes.reading_ahead import begin
+        from lora_ms.recipes.reading_ahead import begin, end
 
         begin(config, command)
         module = import_module(MODULES[command])
-    module.run(config, **{flag: getattr(args, flag) for flag in COMMAND_FLAGS.get(command, ())})
+    try:
+        module.run(config, **{flag: getattr(args, flag) for flag in COMMAND_FLAGS.get(command, ())})
+    finally:
+        end()
     return 0
 
 

@@ -68,7 +68,7 @@ def job_of(config: RunConfig, sizes: DecoderConfig, device: Device) -> Job:
         sizes=sizes,
         lines=config.batch_size,
         length=(data.seq_length(config, sizes.max_position_embeddings) + virtual) * answers,
-        **adapter_parts(adapter, sizes),
+        **adapter_parts(adapter, sizes, alone=processes == 1 and config.backend == "native"),
         dtype=dtype,
         recomputed=frozenset(recomputed_layers(config.recompute_config.recompute, sizes.num_hidden_layers)),
         tokenizer=beside_checkpoint.is_file() or bool(config.processor.tokenizer.vocab_file),
@@ -125,8 +125,11 @@ def fitting(
     return replace(settings, batch_size=lines, accumulation=settings.accumulation * parts)
 
 
-def adapter_parts(adapter: AdapterConfig | None, sizes: DecoderConfig) -> dict[str, Any]:
-    """The fields of a ``Job`` that the adapter decides; None: all parameters train."""
+def adapter_parts(adapter: AdapterConfig | None, sizes: DecoderConfig, alone: bool = True) -> dict[str, Any]:
+    """The fields of a ``Job`` that the adapter decides; None: all parameters train.
+
+    alone: whether this process has whole layers, and they are ours.
+    """
     if adapter is None:
         return {"costs": None}
     modules = memory_estimate.modules(sizes)
@@ -139,7 +142,7 @@ def adapter_parts(adapter: AdapterConfig | None, sizes: DecoderConfig) -> dict[s
         "saved": saved | trained_biases(adapter, sizes, costs, saved),
         "dropout": adapter.dropout,
         "separate_dropout": adapter.separate_dropout,
-        "adds_factors_alone": adapter.adds_factors_alone,
+        "adds_factors_alone": alone and adapter.adds_factors_alone,
     }
 
 
@@ -206,7 +209,7 @@ def announce(config: RunConfig, sizes: DecoderConfig, runtime: Runtime, shape: S
         return
     job = replace(job_of(config, sizes, runtime.device), lines=shape.lines, length=shape.length)
     total = memory_estimate.estimate(job).total
-    room = (host.available() + size_ahead() / host.MB) / runtime.world
+    room = host.available() / runtime.world + size_ahead() / host.MB
     each = " for each process" if runtime.world > 1 else ""
     print(f"memory: about {size(total)} at the peak, {size(room)} free{each}")
     if total > room:

@@ -18,15 +18,14 @@ SHARE = 0.5  # of the memory that is free, which they may take before the run ha
 
 
 def begin(config: RunConfig, command: str) -> None:
-    """Begins to read the model that ``command`` will compute with, where it will have the whole as it is in
+    """Begins to read the model that ``command`` will compute with, where one process will have the whole as it is in
     ``load_checkpoint``. What is wrong with it is left for those who ask for it."""
     dtype = DTYPES.get(config.model.sizes.compute_dtype or default_dtype(chosen(config.context.device_target)))
     path = Path(config.load_checkpoint)
     quantises = config.model.sizes.quantization_config is not None
-    shared = config.parallel_config.model_parallel > 1
     if command not in COMMANDS or dtype is None or not config.load_checkpoint or not path.is_dir():
         return
-    if quantises or shared or config.backend != "native":
+    if quantises or config.use_parallel or config.backend != "native":
         return
     try:
         folder = hf_folder.open_model(path, hf_folder.model_config(path))
@@ -40,3 +39,8 @@ def begin(config: RunConfig, command: str) -> None:
     if size <= SHARE * host.available() * host.MB:
         with suppress(MemoryError):  # a limit of the process
             weights.read_ahead(entries, dtype)
+
+
+def end() -> None:
+    """Nothing more is read, and what was is given back, where nobody asked for it."""
+    weights.forget_ahead()

@@ -8,10 +8,9 @@ from safetensors.numpy import save_file
 
 from lora_ms import storage, weights
 from lora_ms.config import load_config
-from lora_ms.config.sections import ParallelConfig
 from lora_ms.recipes import reading_ahead
 from lora_ms.storage import Entry
-from lora_ms.weights import BLOCK, LINE, WeightMemory, WeightsAhead
+from lora_ms.weights import BLOCK, LARGE, LINE, WeightMemory, WeightsAhead
 
 
 def test_arrays_lie_apart_and_begin_with_a_line():
@@ -24,12 +23,22 @@ def test_arrays_lie_apart_and_begin_with_a_line():
         assert array.ctypes.data % LINE == 0 and (array == number).all()
 
 
-def test_a_block_is_followed_by_another_and_large_arrays_have_their_own():
+def test_blocks_follow_one_another_and_vectors_and_large_arrays_have_their_own():
     memory = WeightMemory()
-    first = memory.take((BLOCK // 2,), np.uint8)
-    large = memory.take((BLOCK + 1,), np.uint8)
-    first[...], large[...] = 1, 2
-    assert (first == 1).all() and large.size == BLOCK + 1
+    shapes = [(1024, 512)] * (BLOCK // (1024 * 512 * 4)) + [(LARGE // 8, 8), (7,), (1024, 512), (3, 3)]
+    arrays = [memory.take(shape, np.float32) for shape in shapes]
+    for number, array in enumerate(arrays):
+        array[...] = number
+    for number, array in enumerate(arrays):
+        assert array.ctypes.data % LINE == 0 and (array == number).all()
+    owners = [id(owner_of(array)) for array in arrays]
+    block, large, vector, next_block, small = *{*owners[:-4]}, *owners[-4:]
+    assert len({block, large, vector, next_block}) == 4 and small == next_block
+
+
+def owner_of(array: np.ndarray) -> np.ndarray:
+    """The array whose memory it has."""
+    return array if array.base is None else owner_of(array.base)
 
 
 @pytest.fixture
@@ -108,9 +117,9 @@ def test_a_run_reads_its_model_ahead(reference, begun):
         {"load_checkpoint": ""},
         {"load_checkpoint": "/nowhere"},
         {"backend": "mindformers"},
-        {"parallel_config": ParallelConfig(model_parallel=2)},
+        {"use_parallel": True},
     ],
-    ids=["no model", "no folder", "another's model", "a part of it"],
+    ids=["no model", "no folder", "another's model", "several processes"],
 )
 def test_a_run_that_does_not_begin_with_the_whole_model_reads_nothing(reference, begun, change):
     reading_ahead.begin(config_of(reference / "models" / "qwen2").model_copy(update=change), "finetune")

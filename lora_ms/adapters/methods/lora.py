@@ -582,7 +582,7 @@ class LoraConfig(AdapterConfig, LowRankOptions):
     @property
     def adds_factors_alone(self) -> bool:
         changed = self.use_dora or self.use_lorafa or self.lora_bias or self.bias != "none"
-        return not changed and not any("norm" in name for name in self.modules_to_save)
+        return not changed and {*self.modules_to_save} <= {"lm_head", "embed_tokens"}
 
     def cost(self, spec: LoraSpec, inputs: int, outputs: int) -> Cost:
         factors = outputs if self.use_lorafa else inputs + outputs
