@@ -157,7 +157,8 @@ class CachedModel:
     """``model`` (a ``CausalLM``) on ``batch`` lines of at most ``length`` tokens; prompts are read in pieces.
 
     ``read`` and ``next`` stand inside ``running``, and ``copy`` outside. All layers are one operator, where one knows
-    them; else many run in blocks of a few, which share their graphs, so that compilation does not grow with the depth.
+    them, and what is behind them another, so that the inputs' graph alone is compiled; else many layers run in blocks
+    of a few, which share their graphs, so that compilation does not grow with the depth.
 
     Attributes:
         most: tokens that ``read`` takes at once.
@@ -188,11 +189,15 @@ class CachedModel:
         layers, windows = list(model.model.layers), c.window_indices
         known = None if model.operators.cached_layers is None else known_layers(layers)
         self.joined = None if known is None else WholeLayers(known, windows, cache, model.operators)
+        make, head = model.operators.head_logits, model.outputs().operands()
+        self.head = make(*head) if known is not None and make is not None and head is not None else None
         shares_graphs = known is None and model.operators.lends_memory and len(layers) >= sharing.SHARED_FROM
         # layers in blocks: all, where it can be, as each that is compiled besides takes its time
         blocks = len(layers) // BLOCK_LAYERS if shares_graphs else 0
         top = len(layers) if known is not None else blocks * BLOCK_LAYERS  # the first layer that is in the top's graph
         self.inputs = _Inputs(model, cache).set_train(False)
+        if self.head is not None:
+            self.inputs.title = _Top.title  # the only graph
         self.top = _Top(model, _Layers(layers[top:], windows[top:], cache, top)).set_train(False)
         # where MindSpore's own operators write to the cache, a weight that is read before and behind it is copied;
         # in bfloat16 the embedding and the head that is tied to it are in graphs of their own there
@@ -261,6 +266,9 @@ class CachedModel:
         x, *context = self.inputs(*tensors[:-1])
         if self.joined is not None:
             x = self.joined(x, context)
+        if self.head is not None:
+            logits = self.head(x, tensors[-1])
+            return Tensor.from_numpy(logits), Tensor(np.argmax(logits, -1).astype(np.int32)), x
         for block, place, parameters in self.blocks:
             place.take(parameters)
             x = block(x, *context)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import mindspore as ms
 import numpy as np
-from mindspore import Tensor, nn, ops
+from mindspore import Parameter, Tensor, nn, ops
 
 from lora_ms.models.rope_settings import longest_text
 from lora_ms.nn.attention import Attention, first_in_window
@@ -314,6 +314,11 @@ class DecoderOutputs(nn.Cell):
     def head_weight(self) -> Tensor:
         """[v, h] in the model's type; of a shared model, this rank's rows."""
         return self.lm_head.whole_weight().astype(self.dtype)
+
+    def operands(self) -> tuple[float, Parameter, Parameter] | None:
+        """The norm's eps and weight, and the head's; None: an adapter has changed them."""
+        plain = type(self.norm) is RMSNorm and type(self.lm_head) is Head
+        return (self.norm.eps, self.norm.weight, self.lm_head.weight) if plain else None
 
     def construct(self, x: Tensor, rows: Tensor) -> Tensor:
         return self.project(self.norm(ops.gather(x, rows, 0)), self.head_weight()).astype(ms.float32)

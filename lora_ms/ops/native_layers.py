@@ -79,6 +79,20 @@ class CachedLayers:
         return Tensor.from_numpy(found)
 
 
+class HeadLogits:
+    """The last norm and the head in generation; see ``Operators.head_logits``."""
+
+    def __init__(self, library: str, rounding: str, eps: float, norm: Parameter, head: Parameter):
+        self.eps = Tensor(np.array([eps], np.float32))
+        self.logits = _Call(library, f"head_logits{rounding}", [norm, head])
+        self.vocab_size = head.shape[0]
+
+    def __call__(self, x: Tensor, rows: Tensor) -> NDArray:
+        found = np.empty((rows.shape[0], self.vocab_size), np.float32)
+        self.logits((x, rows, self.eps), [found])
+        return found
+
+
 class TrainedLayers:
     """Layers in training, and their gradient; see ``Operators.trained_layers``.
 

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import mindspore as ms
 from mindspore import Tensor, nn
+from numpy.typing import NDArray
 
 from lora_ms.ops import ascend, native, native_layers, portable, portable_int4, portable_nf4
 
@@ -119,6 +120,9 @@ class Operators:
 
     eps: of all norms. parts: the number of layers; then of each what ``nn.linear.LayerOperands.parts`` has, where
     nothing is dropped out. parameters, of each layer: its own, and the cache's keys and values, which are written."""
+    head_logits: Callable[..., Callable[[Tensor, Tensor], NDArray]] | None
+    """None, or eps, the last norm's weight [h], the head [v, h] -> a function that no graph may hold: (x [t, h] of the
+    last layer, rows [n] int32) -> logits [n, v] float32 of what follows these tokens."""
     trained_layers: Callable[..., TrainedLayers] | None
     """None, or eps, parts, parameters, rates, wanted, factors -> ``TrainedLayers``.
 
@@ -190,6 +194,7 @@ PORTABLE = Operators(
     reads_used_slots=False,
     cached_attention=_no_flash(portable.CachedAttention),
     cached_layers=None,
+    head_logits=None,
     trained_layers=None,
     head_product=portable.HeadProduct,
     head_product_back=portable.HeadProductBack,
@@ -247,6 +252,7 @@ def _native(library: str, rounding: str) -> Operators:
         reads_used_slots=True,
         cached_attention=_unsized(partial(native.CachedAttention, library)),
         cached_layers=partial(native_layers.CachedLayers, library, rounding),
+        head_logits=partial(native_layers.HeadLogits, library, rounding),
         trained_layers=partial(native_layers.TrainedLayers, library, rounding),
         head_product=partial(native.HeadProduct, library, rounding),
         head_product_back=partial(native.HeadProductBack, library, rounding),

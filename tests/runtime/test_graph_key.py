@@ -24,6 +24,7 @@ from lora_ms.recipes.data import plan_rows
 from lora_ms.recipes.outputs import weights_of
 from lora_ms.runtime import graph_digest
 from lora_ms.runtime.device import Runtime
+from lora_ms.train.gradient import MicroStep
 from lora_ms.train.settings import TrainSettings
 
 LORA = LoraConfig(4, 8.0, 0.0, "q_proj|v_proj")
@@ -31,7 +32,7 @@ LORA = LoraConfig(4, 8.0, 0.0, "q_proj|v_proj")
 
 @pytest.fixture(scope="module")
 def names(reference, runtime, tmp_path_factory) -> Callable[..., tuple[str, str]]:
-    """``names(config, model=…, dtype=…, operators=…, length=…, **settings)``: of the gradient's graph, and the
+    """``names(config, model=…, dtype=…, operators=…, length=…, **settings)``: of the gradient's graphs, and the
     optimiser's. length: tokens of a row."""
     folder = tmp_path_factory.mktemp("names")
 
@@ -53,12 +54,18 @@ def names(reference, runtime, tmp_path_factory) -> Callable[..., tuple[str, str]
         steps = run.loop.steps
         batches, _ = plan.step(0)
         with nullcontext() if steps.noise is None else steps.noise.on(length):
-            of_step = graph_digest.graph_digest(steps.micro_step, tuple(map(Tensor, batches[0][:4])))
+            of_step = name_of_step(steps.micro_step, tuple(map(Tensor, batches[0][:4])))
         of_optimizer = graph_digest.graph_digest(steps.optimizer, (Tensor(0.0, ms.float32), Tensor(1.0, ms.float32)))
         steps.close()
         return of_step, of_optimizer
 
     return find
+
+
+def name_of_step(step: MicroStep, batch: tuple[Tensor, ...]) -> str:
+    """Of its graph; where the layers below the last are an operator, which is in none, of all that it has."""
+    graphs = (step,) if step.shared is None else (step.inputs, step.top, step.accumulate)
+    return " ".join(graph_digest.graph_digest(graph, batch) for graph in graphs)
 
 
 @pytest.fixture(scope="module")

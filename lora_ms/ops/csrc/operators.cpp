@@ -293,6 +293,20 @@ int layers_on_new_tokens(Arguments arguments, Multiply multiply) {
     return 0;
 }
 
+// x [t, h], rows [n], eps, the last norm's weight [h], the head [v, h] -> logits [n, v] of what follows these tokens
+int logits_of_rows(Arguments arguments, Multiply multiply) {
+    const Tensor x = arguments.next(), rows = arguments.next(), eps = arguments.next();
+    const Numbers norm = floats_of(arguments.next());
+    const Tensor head = arguments.next(), logits = arguments.next();
+    const long hidden = x.size(1), count = rows.numbers();
+    const Numbers picked(new float[count * hidden]), normed(new float[count * hidden]);
+    for (long i = 0; i < count; i++) std::copy_n(x.floats() + rows.ints()[i] * hidden, hidden, picked.get() + i * hidden);
+    lora_ms::rms_norm(picked.get(), norm.get(), eps.number(), count, hidden, normed.get());
+    multiply({{{normed.get(), hidden, 1}, head.matrix().transposed(), hidden}}, count, head.size(0), nullptr, 0,
+             logits.floats());
+    return 0;
+}
+
 constexpr long RATES = 2 * 7;  // of a layer: each one's rate of dropout, and 1 / (1 - rate)
 
 // Memory that stays for the next call: to hand it out anew costs the system a thirtieth of a training step.
@@ -658,6 +672,12 @@ OPERATOR(cached_layers) {
 }
 OPERATOR(cached_layers_bfloat16) {
     return guarded([&] { return layers_on_new_tokens(ARGUMENTS, product_bfloat16); });
+}
+OPERATOR(head_logits) {
+    return guarded([&] { return logits_of_rows(ARGUMENTS, product); });
+}
+OPERATOR(head_logits_bfloat16) {
+    return guarded([&] { return logits_of_rows(ARGUMENTS, product_bfloat16); });
 }
 OPERATOR(layers) {
     return guarded([&] { return layers_in_training(ARGUMENTS, product, false); });
