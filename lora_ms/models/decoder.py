@@ -188,6 +188,7 @@ class DecoderInputs(nn.Cell):
 
     Args:
         windows: the different ones among the layers: tokens that a query sees, itself included; 0: all before it.
+        window_indices: of each layer, the index of its window.
         stream: the type of what flows between layers.
         auto_prefix: whether the parameters get names of this cell.
     """
@@ -198,6 +199,7 @@ class DecoderInputs(nn.Cell):
         rotary_tables: RotaryTables,
         make_visible: nn.Cell,
         windows: tuple[int, ...],
+        window_indices: tuple[int, ...],
         stream: ms.Type,
         auto_prefix: bool = True,
     ):
@@ -206,14 +208,14 @@ class DecoderInputs(nn.Cell):
         self.rotary_tables = rotary_tables
         self.make_visible = make_visible
         self.windows = windows
+        self.window_indices = window_indices
         self.stream = stream
         self.spread = ops.MatMul()
 
     def alone(self) -> "DecoderInputs":
         """The same cells, as they are now, without the layers of a decoder: a graph of it compiles nothing else."""
-        return DecoderInputs(
-            self.embed_tokens, self.rotary_tables, self.make_visible, self.windows, self.stream, auto_prefix=False
-        )
+        cells = self.embed_tokens, self.rotary_tables, self.make_visible
+        return DecoderInputs(*cells, self.windows, self.window_indices, self.stream, auto_prefix=False)
 
     def rope(self, position_ids: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, ...]:
         """The four of ``rotary_tables``, and the positions themselves: position_ids [t], that of padding as 0."""
@@ -235,6 +237,13 @@ class DecoderInputs(nn.Cell):
         for window in self.windows:
             visible = visible + (self.make_visible(first_in_window(first, places, window)),)
         return visible
+
+    def of_layers(self, visible: tuple[Visibility, ...]) -> tuple[Visibility, ...]:
+        """What every token sees in each layer, of what it sees through each of ``windows``."""
+        found: tuple[Visibility, ...] = ()
+        for i in self.window_indices:
+            found = found + (visible[i],)
+        return found
 
     # generation
 
@@ -275,21 +284,13 @@ class Decoder(DecoderInputs):
         rotation = rotation_of(c.head_dim, c.rope_theta, c.rope_scaling, c.max_position_embeddings)
         tables = RotaryTables(c.head_dim, heads, kv_heads, rotation, stream)
         visible = operators.visibility(num_heads=heads, num_kv_heads=kv_heads, dtype=dtype, flash=c.flash_attention)
-        super().__init__(embedding, tables, visible, c.windows, stream)
+        super().__init__(embedding, tables, visible, c.windows, c.window_indices, stream)
         self.operators = operators
         layers = [
             DecoderLayer(c, i, dtype, inside(f"layers.{i}", make), operators, shard) for i in range(c.num_hidden_layers)
         ]
         self.layers = nn.CellList(layers)
-        self.window_indices = c.window_indices
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype, operators)
-
-    def of_layers(self, visible: tuple[Visibility, ...]) -> tuple[Visibility, ...]:
-        """What every token sees in each layer, of what it sees through each of ``windows``."""
-        found: tuple[Visibility, ...] = ()
-        for i in self.window_indices:
-            found = found + (visible[i],)
-        return found
 
     def construct(self, input_ids: Tensor, position_ids: Tensor, rows: Tensor | None = None) -> Tensor:
         rope = self.rope(position_ids.reshape((-1,)))

@@ -131,7 +131,6 @@ class LayerInputs(Graph):
     def __init__(self, decoder: nn.Cell):
         super().__init__(auto_prefix=False)
         self.inputs = decoder.alone()
-        self.window_indices = decoder.window_indices
 
     def construct(self, input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, ...]:
         positions = position_ids.reshape((-1,))
@@ -140,10 +139,7 @@ class LayerInputs(Graph):
 
     def by_layer(self, found: tuple[Tensor, ...]) -> tuple[Tensor, tuple, tuple]:
         """What ``construct`` returned, as x, rope and visible of each layer."""
-        visible: tuple[Tensor, ...] = ()
-        for i in self.window_indices:
-            visible = visible + (found[1 + ROTARY_TABLES + i],)
-        return found[0], found[1 : 1 + ROTARY_TABLES], visible
+        return found[0], found[1 : 1 + ROTARY_TABLES], self.inputs.of_layers(found[1 + ROTARY_TABLES :])
 
 
 class AttentionHalf(nn.Cell):
